@@ -1,0 +1,31 @@
+"""The one command of the project: argument parsing and calls, nothing else."""
+
+import os
+import sys
+
+import typer
+
+app = typer.Typer(
+    name="sinklm",
+    help="Pre-train language models with a learnable sink token, and stream them for ever in constant memory.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+tokenizer_app = typer.Typer(no_args_is_help=True, help="Make tokenizers.")
+eval_app = typer.Typer(no_args_is_help=True, help="Evaluate checkpoints: zero-shot benchmarks and streaming perplexity.")
+app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(eval_app, name="eval")
+
+
+def main() -> None:
+    """Run the command; a user's mistake ends in one line on stderr and exit status 1.
+
+    Set ``SINKLM_DEBUG=1`` to see the traceback behind that line.
+    """
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        if os.environ.get("SINKLM_DEBUG"):
+            raise
+        sys.exit(f"error: {error}")
