@@ -1,0 +1,7 @@
+"""The Pythia-style model with a sink, its streaming cache, and export."""
+
+from .config import SinkGPTNeoXConfig, tokens_per_sample
+from .loading import load_model, load_tokenizer
+from .modeling import SinkGPTNeoXForCausalLM
+
+__all__ = ["SinkGPTNeoXConfig", "SinkGPTNeoXForCausalLM", "load_model", "load_tokenizer", "tokens_per_sample"]

@@ -1,0 +1,83 @@
+"""The configuration of a Pythia-style model with an attention sink."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import GPTNeoXConfig
+
+SINK_KINDS = ("none", "token")
+
+
+@strict
+class SinkGPTNeoXConfig(GPTNeoXConfig):
+    """`GPTNeoXConfig` and the field ``sink``, which says where surplus attention can go.
+
+    ``sink`` is a dictionary:
+
+    - ``kind``: ``"none"`` (plain GPT-NeoX) or ``"token"`` (learnable sink tokens, Xiao et al. 2024, section 3.3);
+    - ``num_tokens``: how many sink tokens the model prepends (``token`` only, default 1);
+    - ``first_token_id``: the vocabulary id of the first one, the others follow it (``token`` only). Pythia's
+      tokenizer leaves ids 50277 to 50303 free, so 50277 is the default.
+
+    Raises:
+        ValueError: for an unknown kind or key, or sink ids outside the vocabulary.
+    """
+
+    model_type = "sink_gpt_neox"
+
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+    sink: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs):
+        self.sink = _normalised(self.sink or {"kind": "none"})
+        super().__post_init__(**kwargs)
+
+    def validate_sink(self) -> None:
+        if self.num_sinks and self.sink_token_ids[-1] >= self.vocab_size:
+            raise ValueError(
+                f"the sink tokens {self.sink_token_ids[0]}…{self.sink_token_ids[-1]} lie outside the vocabulary of "
+                f"{self.vocab_size}: raise vocab_size or lower sink.first_token_id"
+            )
+
+    @property
+    def sink_kind(self) -> str:
+        return self.sink["kind"]
+
+    @property
+    def num_sinks(self) -> int:
+        """How many sink tokens the model prepends; 0 unless the kind is ``token``."""
+        return self.sink.get("num_tokens", 0)
+
+    @property
+    def sink_token_ids(self) -> list[int]:
+        if not self.num_sinks:
+            return []
+        first = self.sink["first_token_id"]
+        return list(range(first, first + self.num_sinks))
+
+
+def tokens_per_sample(seq_length: int, num_sinks: int) -> int:
+    """Tokens that a training sample of ``seq_length`` positions reads.
+
+    With n sinks the positions are ``sink×n, t0 … t_{seq_length-1-n}`` and the last position's target is one token
+    further, so every arm costs ``seq_length`` positions.
+    """
+    if num_sinks >= seq_length:
+        raise ValueError(f"seq_length {seq_length} leaves no room for text behind {num_sinks} sink tokens")
+    return seq_length + 1 - num_sinks
+
+
+def _normalised(sink: dict[str, Any]) -> dict[str, Any]:
+    allowed = {"kind", "num_tokens", "first_token_id"}
+    if unknown := set(sink) - allowed:
+        raise ValueError(f"unknown key sink.{sorted(unknown)[0]}: known are {', '.join(sorted(allowed))}")
+    kind = sink.get("kind", "none")
+    if kind not in SINK_KINDS:
+        raise ValueError(f"sink.kind is {kind!r}: choose one of {', '.join(SINK_KINDS)}")
+    if kind == "none":
+        return {"kind": "none"}
+    num_tokens = sink.get("num_tokens", 1)
+    if num_tokens < 1:
+        raise ValueError(f"sink.num_tokens is {num_tokens}: it must be at least 1, or set sink.kind to none")
+    return {"kind": kind, "num_tokens": num_tokens, "first_token_id": sink.get("first_token_id", 50277)}

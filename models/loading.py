@@ -1,0 +1,75 @@
+"""Find and load a model or tokenizer: from a training run, a checkpoint, any transformers folder, or the Hub."""
+
+import re
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+COMPLETE_MARKER = "COMPLETE"
+MODEL_FOLDER = "model"
+
+
+def load_model(
+    name_or_path: str | Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str | None = None
+) -> PreTrainedModel:
+    """A causal language model in evaluation mode.
+
+    Args:
+        name_or_path: a run folder (its newest complete checkpoint is taken), a checkpoint folder, a transformers
+            folder, or a name on the Hub.
+        dtype: of the weights; ``"auto"`` is that of the file.
+        device: where to put it; a GPU if there is one and nothing is said.
+
+    Raises:
+        FileNotFoundError: if the folder holds no complete checkpoint, or the name no model that can be reached.
+    """
+    folder = resolve_model_folder(name_or_path)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except OSError as error:
+        raise FileNotFoundError(f"no model can be loaded from {str(name_or_path)!r}: {error}") from error
+    return model.to(device).eval()
+
+
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model; see `load_model` for what ``name_or_path`` may be."""
+    folder = resolve_model_folder(name_or_path)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except OSError as error:
+        raise FileNotFoundError(f"no tokenizer can be loaded from {str(name_or_path)!r}: {error}") from error
+
+
+def resolve_model_folder(name_or_path: str | Path) -> str:
+    """The transformers folder that ``name_or_path`` stands for, or the name itself if it is not a local path."""
+    path = Path(name_or_path)
+    if not path.exists():
+        if path.is_absolute() or str(name_or_path).startswith(".") or str(name_or_path).count("/") > 1:
+            raise FileNotFoundError(f"{path} does not exist")
+        return str(name_or_path)
+    if (path / "config.json").exists():
+        return str(path)
+    if (path / "checkpoints").is_dir():
+        path = newest_checkpoint(path / "checkpoints")
+    if (path / MODEL_FOLDER / "config.json").exists():
+        if not (path / COMPLETE_MARKER).exists():
+            raise FileNotFoundError(
+                f"{path} is an interrupted checkpoint (it has no {COMPLETE_MARKER} file): take an older one"
+            )
+        return str(path / MODEL_FOLDER)
+    raise FileNotFoundError(f"{path} holds neither a transformers model (config.json) nor a training checkpoint")
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The complete ``step-<N>`` folder with the largest N.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    steps = {int(m[1]): p for p in folder.iterdir() if (m := re.fullmatch(r"step-(\d+)", p.name))}
+    complete = [step for step, path in steps.items() if (path / COMPLETE_MARKER).exists()]
+    if not complete:
+        raise FileNotFoundError(f"{folder} holds no complete checkpoint")
+    return steps[max(complete)]

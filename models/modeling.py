@@ -1,0 +1,241 @@
+"""A Pythia-style language model that prepends its own learnable sink tokens.
+
+The parameters are those of ``GPTNeoXForCausalLM``, name by name: a sink token is a row of the embedding that no
+text uses. What differs is `SinkGPTNeoXForCausalLM.forward`, which puts the sinks in front of the text when the cache is
+empty and strips their positions from the logits, so that callers never see them.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXForCausalLM, GPTNeoXModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.generation.logits_process import SuppressTokensLogitsProcessor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .config import SinkGPTNeoXConfig
+
+
+class PythiaInitialisation:
+    """Weights as GPT-NeoX's Pythia configurations draw them, which is not transformers' normal(0.02).
+
+    ``small_init`` (Nguyen & Salazar 2019) for embeddings and most matrices, ``wang_init`` (Wang & Komatsuzaki 2021)
+    for the matrices that write into the residual stream; biases 0.
+    """
+
+    config: SinkGPTNeoXConfig
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if not isinstance(module, nn.Linear | nn.Embedding):
+            super()._init_weights(module)  # type: ignore[misc]
+            return
+        num_layers, hidden_size = self.config.num_hidden_layers, self.config.hidden_size
+        writes_residual = any(module is m for m in self._residual_outputs())
+        std = 2 / (num_layers * math.sqrt(hidden_size)) if writes_residual else math.sqrt(2 / (5 * hidden_size))
+        init.normal_(module.weight, std=std)
+        if getattr(module, "bias", None) is not None:
+            init.zeros_(module.bias)
+
+    def _residual_outputs(self) -> Iterator[nn.Module]:
+        for layer in self.base_model.layers:  # type: ignore[attr-defined]
+            yield from (layer.attention.dense, layer.mlp.dense_4h_to_h)
+
+
+class SinkGPTNeoXModel(PythiaInitialisation, GPTNeoXModel):
+    """The decoder without its head. It does not prepend: it takes positions as they come."""
+
+    config_class = SinkGPTNeoXConfig
+    config: SinkGPTNeoXConfig
+
+
+class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
+    """GPT-NeoX with ``config.num_sinks`` learnable tokens in front of every text.
+
+    A sink is never a target and never sampled. Hidden states, attentions and the cache, unlike the logits, include
+    the sinks' positions.
+    """
+
+    config_class = SinkGPTNeoXConfig
+    config: SinkGPTNeoXConfig
+
+    def __init__(self, config: SinkGPTNeoXConfig):
+        super(GPTNeoXForCausalLM, self).__init__(config)
+        self.gpt_neox = SinkGPTNeoXModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Logits ``(B, T, V)`` for the T tokens given, and the mean loss over the targets if ``labels`` are given.
+
+        Args:
+            input_ids: ``(B, T)`` text, without sinks (or ``inputs_embeds`` ``(B, T, D)``).
+            attention_mask: ``(B, T)``, or ``(B, tokens seen so far + T)`` with a cache; 0 marks padding, on either side.
+            position_ids: ``(B, T)``, counted from the first text token; the sinks' positions are added here.
+            past_key_values: the sinks are prepended if it is empty or None.
+            labels: ``(B, T)``, label j being token j as everywhere in transformers, or ``(B, T + 1)``, where the last
+                label is the target of the last token. With sinks label 0 counts too: the last sink predicts it.
+            skip_logits: return no logits, only the loss.
+            num_items_in_batch: divides the summed loss in place of the number of targets here.
+        """
+        num_new_sinks = 0 if _length(past_key_values) else self.config.num_sinks
+        num_tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        mask = self._extend_mask(attention_mask, num_tokens, past_key_values)
+        position_ids = self._position_ids(position_ids, mask, num_tokens, num_new_sinks)
+        if num_new_sinks:
+            input_ids, inputs_embeds = self._prepend_sinks(input_ids, inputs_embeds)
+
+        outputs = self.gpt_neox(
+            input_ids,
+            attention_mask=mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state  # (B, sinks + T, D)
+
+        loss = None
+        if labels is not None:
+            predictors, targets = _align(hidden_states, labels, num_new_sinks, attention_mask)
+            loss = _cross_entropy(self.lm_head(predictors), targets, num_items_in_batch)
+        logits = None if skip_logits else self.lm_head(_keep(hidden_states[:, num_new_sinks:], logits_to_keep))
+
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def _prepend_sinks(self, input_ids, inputs_embeds):
+        batch_size = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
+        first, num_sinks = self.config.sink_token_ids[0], self.config.num_sinks
+        sinks = torch.arange(first, first + num_sinks, device=self.gpt_neox.embed_in.weight.device)
+        sinks = sinks.expand(batch_size, num_sinks)
+        if inputs_embeds is None:
+            return torch.cat([sinks, input_ids], dim=1), None
+        return None, torch.cat([self.gpt_neox.embed_in(sinks).to(inputs_embeds.dtype), inputs_embeds], dim=1)
+
+    def _extend_mask(self, mask, num_tokens: int, cache: Cache | None):
+        """Put the sinks' ones in front of a mask that counts text alone."""
+        if mask is None or not self.config.num_sinks:
+            return mask
+        if mask.ndim != 2:
+            raise ValueError(
+                f"attention_mask has {mask.ndim} dimensions: a model that prepends sinks takes a (batch, tokens) mask"
+            )
+        num_seen = _length(cache)
+        if num_seen and mask.shape[1] == num_seen + num_tokens:  # the caller counts the sinks as well
+            return mask
+        num_text = max(num_seen - self.config.num_sinks, 0) + num_tokens
+        if mask.shape[1] != num_text:
+            raise ValueError(f"attention_mask covers {mask.shape[1]} tokens where the text has {num_text}")
+        return torch.cat([mask.new_ones(mask.shape[0], self.config.num_sinks), mask], dim=1)
+
+    def _position_ids(self, position_ids, mask, num_tokens: int, num_new_sinks: int):
+        """Positions of the sinks and the text behind them; None where counting from the cache's length is right."""
+        num_sinks = self.config.num_sinks
+        if not num_sinks:
+            return position_ids
+        if position_ids is None:
+            if mask is None:
+                return None
+            # Padding between sinks and text takes no position: a sink is next to the first real token.
+            return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -(num_tokens + num_new_sinks) :]
+        text = position_ids + num_sinks
+        sinks = torch.arange(num_new_sinks, device=text.device).expand(*text.shape[:-1], -1)
+        return torch.cat([sinks, text], dim=-1)
+
+    # -- generation: `generate()` counts text, the cache counts sinks as well --------------------------------------
+
+    def prepare_inputs_for_generation(
+        self, input_ids, next_sequence_length=None, past_key_values=None, is_first_iteration=False, **kwargs
+    ):
+        if is_first_iteration and next_sequence_length is not None and _length(past_key_values):
+            next_sequence_length += self.config.num_sinks
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if self.config.num_sinks:
+            inputs.pop("position_ids", None)  # forward derives them from the mask and the cache
+        return inputs
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask=None, **kwargs):
+        """Leave the mask to `forward`, which knows the sinks."""
+        return attention_mask
+
+    def _prepare_static_cache(self, cache_implementation, batch_size, max_cache_len, *args, **kwargs):
+        return super()._prepare_static_cache(
+            cache_implementation, batch_size, max_cache_len + self.config.num_sinks, *args, **kwargs
+        )
+
+    def _get_logits_processor(self, *args, **kwargs):
+        processors = super()._get_logits_processor(*args, **kwargs)
+        if self.config.num_sinks:
+            processors.append(SuppressTokensLogitsProcessor(self.config.sink_token_ids, device=self.device))
+        return processors
+
+
+def _length(cache: Cache | None) -> int:
+    return 0 if cache is None else cache.get_seq_length()
+
+
+def _keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+    return hidden_states[:, logits_to_keep]
+
+
+def _align(hidden_states, labels, num_sinks: int, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pair each target ``(B, N)`` with the hidden state ``(B, N, D)`` that predicts it."""
+    targets = labels if num_sinks else labels[:, 1:]
+    predictors = hidden_states[:, max(num_sinks - 1, 0) :][:, : targets.shape[1]]
+    if num_sinks and attention_mask is not None:
+        # In a left-padded row the first real token is predicted by the last sink, not by the padding before it.
+        starts = torch.zeros_like(targets, dtype=torch.bool)
+        starts.scatter_(1, attention_mask.argmax(dim=1, keepdim=True), True)
+        predictors = torch.where(starts[..., None], predictors[:, :1], predictors)
+    return predictors, targets
+
+
+def _cross_entropy(logits, targets, num_items_in_batch) -> torch.Tensor:
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    loss = nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten().to(logits.device), ignore_index=-100, reduction=reduction
+    )
+    return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+AutoConfig.register("sink_gpt_neox", SinkGPTNeoXConfig)
+AutoModelForCausalLM.register(SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM)
+register_checkpoint_conversion_mapping(  # `embed_out.weight` on disk, as in every Pythia checkpoint
+    "SinkGPTNeoXForCausalLM", get_checkpoint_conversion_mapping("GPTNeoXForCausalLM"), overwrite=True
+)
