@@ -13,7 +13,7 @@ app = typer.Typer(
     add_completion=False,
 )
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Make tokenizers.")
-eval_app = typer.Typer(no_args_is_help=True, help="Evaluate checkpoints: zero-shot benchmarks and streaming perplexity.")
+eval_app = typer.Typer(no_args_is_help=True, help="Evaluate: zero-shot benchmarks, streaming perplexity.")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(eval_app, name="eval")
 

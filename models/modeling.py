@@ -88,7 +88,7 @@ class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
 
         Args:
             input_ids: ``(B, T)`` text, without sinks (or ``inputs_embeds`` ``(B, T, D)``).
-            attention_mask: ``(B, T)``, or ``(B, tokens seen so far + T)`` with a cache; 0 marks padding, on either side.
+            attention_mask: ``(B, T)``, or ``(B, tokens seen + T)`` with a cache; 0 marks padding, on either side.
             position_ids: ``(B, T)``, counted from the first text token; the sinks' positions are added here.
             past_key_values: the sinks are prepended if it is empty or None.
             labels: ``(B, T)``, label j being token j as everywhere in transformers, or ``(B, T + 1)``, where the last

@@ -1,0 +1,29 @@
+import pytest
+from sinklm.models import SinkGPTNeoXConfig
+
+
+def test_a_config_says_where_its_sinks_are():
+    config = SinkGPTNeoXConfig(vocab_size=50304, sink={"kind": "token", "num_tokens": 2})
+    assert (config.sink_kind, config.num_sinks, config.sink_token_ids) == ("token", 2, [50277, 50278])
+    plain = SinkGPTNeoXConfig()
+    assert (plain.sink_kind, plain.num_sinks, plain.sink_token_ids) == ("none", 0, [])
+
+
+def test_a_config_survives_the_disk(tmp_path):
+    config = SinkGPTNeoXConfig(vocab_size=384, sink={"kind": "token", "num_tokens": 3, "first_token_id": 300})
+    config.save_pretrained(tmp_path)
+    assert SinkGPTNeoXConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("sink", "message"),
+    [
+        ({"kind": "tokens"}, "sink.kind is 'tokens': choose one of none, token"),
+        ({"kind": "token", "num_tokens": 0}, "sink.num_tokens is 0"),
+        ({"kind": "token", "count": 1}, "unknown key sink.count"),
+        ({"kind": "token", "first_token_id": 512}, "outside the vocabulary of 512"),
+    ],
+)
+def test_impossible_sinks_are_refused(sink, message):
+    with pytest.raises(Exception, match=message):
+        SinkGPTNeoXConfig(vocab_size=512, sink=sink)

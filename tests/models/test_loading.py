@@ -1,0 +1,40 @@
+import pytest
+import torch
+from sinklm.models import load_model
+from sinklm.models.loading import resolve_model_folder
+
+from .tiny import tiny_model
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    for step, complete in ((2, True), (10, True), (20, False)):
+        checkpoint = tmp_path / "checkpoints" / f"step-{step}"
+        model = tiny_model(1, dtype=torch.float32)
+        with torch.no_grad():
+            model.gpt_neox.final_layer_norm.bias.fill_(step)
+        model.save_pretrained(checkpoint / "model")
+        if complete:
+            (checkpoint / "COMPLETE").touch()
+    return tmp_path
+
+
+def test_a_run_folder_gives_its_newest_complete_checkpoint(run_folder):
+    assert load_model(run_folder, device="cpu").gpt_neox.final_layer_norm.bias[0] == 10
+    assert load_model(run_folder / "checkpoints" / "step-2", device="cpu").gpt_neox.final_layer_norm.bias[0] == 2
+    assert resolve_model_folder(run_folder / "checkpoints/step-2/model").endswith("step-2/model")
+    assert resolve_model_folder("EleutherAI/pythia-160m") == "EleutherAI/pythia-160m"
+
+
+def test_what_is_no_model_is_named(run_folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="step-20 is an interrupted checkpoint"):
+        load_model(run_folder / "checkpoints" / "step-20")
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="holds no complete checkpoint"):
+        load_model(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match="neither a transformers model"):
+        load_model(tmp_path / "empty" / "checkpoints")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_model("./nowhere")
+    with pytest.raises(FileNotFoundError, match="no model can be loaded from 'nobody/nothing'"):
+        load_model("nobody/nothing")

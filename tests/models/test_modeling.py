@@ -1,0 +1,254 @@
+"""The model against transformers' GPT-NeoX, fed its sinks by hand."""
+
+import math
+
+import pytest
+import torch
+from sinklm.models import SinkGPTNeoXForCausalLM, tokens_per_sample
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, DynamicCache, GPTNeoXForCausalLM
+
+from .tiny import FIRST_SINK, plain_twin, sinks, text, tiny_config, tiny_model
+
+SINKS = [0, 1, 3]
+
+
+@pytest.mark.parametrize("num_sinks", SINKS)
+@pytest.mark.parametrize("rotary", [0.25, 1.0])
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize(("width", "heads"), [(32, 2), (48, 4)])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_logits_and_gradients_equal_the_plain_model_fed_the_sinks(num_sinks, rotary, parallel, width, heads, attention):
+    model = tiny_model(
+        num_sinks,
+        hidden_size=width,
+        num_attention_heads=heads,
+        use_parallel_residual=parallel,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": rotary},
+        attn_implementation=attention,
+    )
+    twin, ids = plain_twin(model), text(2, 11)
+
+    logits = model(ids).logits
+    expected = twin(torch.cat([sinks(model, 2), ids], dim=1)).logits[:, num_sinks:]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-12)
+
+    logits.square().mean().backward()
+    expected.square().mean().backward()
+    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-13, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("num_sinks", SINKS)
+@pytest.mark.parametrize("extra", [0, 1], ids=["labels T", "labels T+1"])
+def test_the_loss_is_the_mean_over_the_targets_of_the_contract(num_sinks, extra):
+    model = tiny_model(num_sinks)
+    sample = text(2, 12)
+    ids, labels = sample[:, : 12 - extra], sample.clone()
+    labels[0, 5] = -100
+
+    everything = torch.cat([sinks(model, 2), ids], dim=1)
+    logits = plain_twin(model)(everything).logits
+    losses = []
+    for row in range(2):
+        for j in range(labels.shape[1]):
+            predictor = num_sinks + j - 1  # the position whose next token is label j
+            if labels[row, j] != -100 and predictor >= 0:
+                losses.append(cross_entropy(logits[row, predictor], labels[row, j]))
+
+    for skip_logits in (False, True):
+        output = model(ids, labels=labels, skip_logits=skip_logits)
+        torch.testing.assert_close(output.loss.double(), torch.stack(losses).mean(), rtol=1e-6, atol=0)
+        assert (output.logits is None) == skip_logits
+    summed = model(ids, labels=labels, num_items_in_batch=10).loss
+    torch.testing.assert_close(summed.double(), torch.stack(losses).sum() / 10, rtol=1e-6, atol=0)
+
+
+def test_a_training_sample_has_seq_length_positions_in_every_arm():
+    assert [tokens_per_sample(2048, n) for n in (0, 1, 2)] == [2049, 2048, 2047]
+    with pytest.raises(ValueError, match="leaves no room"):
+        tokens_per_sample(4, 4)
+
+
+@pytest.mark.parametrize("num_sinks", SINKS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side_changes_nothing(num_sinks, side):
+    model, rows = tiny_model(num_sinks), [text(1, 9), text(1, 5)]
+    ids, mask = pad(rows, side)
+    labels = ids.masked_fill(mask == 0, -100)
+    batch = model(ids, attention_mask=mask, labels=labels)
+
+    targets, total = 0, 0.0
+    for row, tokens in enumerate(rows):
+        alone = model(tokens, labels=tokens)
+        # With no sink the padded row's positions are shifted, and transformers' rotary tables are float32.
+        tolerance = 1e-9 if num_sinks else 1e-6
+        torch.testing.assert_close(batch.logits[row][mask[row] == 1], alone.logits[0], rtol=0, atol=tolerance)
+        count = tokens.shape[1] - (num_sinks == 0)
+        targets, total = targets + count, total + alone.loss.item() * count
+    if num_sinks or side == "right":  # transformers' convention predicts a first token from padding: not ours to repair
+        assert batch.loss.item() == pytest.approx(total / targets, rel=1e-6)
+
+
+def pad(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(row.shape[1] for row in rows)
+    ids, mask = torch.zeros(len(rows), longest, dtype=torch.long), torch.zeros(len(rows), longest, dtype=torch.long)
+    for i, row in enumerate(rows):
+        where = slice(longest - row.shape[1], None) if side == "left" else slice(row.shape[1])
+        ids[i, where], mask[i, where] = row[0], 1
+    return ids, mask
+
+
+@pytest.mark.parametrize("num_sinks", SINKS)
+def test_a_cache_gives_the_logits_of_one_forward_pass(num_sinks):
+    model, ids = tiny_model(num_sinks), text(2, 10)
+    cache = DynamicCache(config=model.config)
+    pieces = [model(piece, past_key_values=cache).logits for piece in ids.split([4, 1, 5], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids).logits, rtol=0, atol=1e-9)
+    assert cache.get_seq_length() == 10 + num_sinks
+
+
+@pytest.mark.parametrize("counts_sinks", [False, True])
+def test_a_cache_with_a_left_padded_batch(counts_sinks):
+    model, rows = tiny_model(2), [text(1, 9), text(1, 6)]
+    ids, mask = pad(rows, "left")
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :7], attention_mask=mask[:, :7], past_key_values=cache)
+    if counts_sinks:
+        mask = torch.cat([torch.ones(2, 2, dtype=torch.long), mask], dim=1)
+    logits = model(ids[:, 7:], attention_mask=mask, past_key_values=cache).logits
+    for row, tokens in enumerate(rows):
+        torch.testing.assert_close(logits[row], model(tokens).logits[0, -2:], rtol=0, atol=1e-9)
+
+
+def test_positions_count_from_the_first_text_token():
+    model, ids = tiny_model(2), text(1, 6)
+    explicit = model(ids, position_ids=torch.arange(6)[None]).logits
+    torch.testing.assert_close(explicit, model(ids).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("num_sinks", SINKS)
+def test_embeddings_stand_for_ids(num_sinks):
+    model, ids = tiny_model(num_sinks), text(2, 6)
+    torch.testing.assert_close(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("keep", [1, 3, torch.tensor([0, 4])])
+def test_logits_to_keep(keep):
+    model, ids = tiny_model(2), text(2, 6)
+    kept = model(ids, logits_to_keep=keep).logits
+    whole = model(ids).logits
+    torch.testing.assert_close(kept, whole[:, -keep:] if isinstance(keep, int) else whole[:, keep])
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    model, ids = tiny_model(1), text(2, 9)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            model.train()
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed, rtol=0, atol=0)
+    assert model.get_input_embeddings().weight.grad[FIRST_SINK].abs().sum() > 0
+
+
+@pytest.mark.parametrize("num_sinks", SINKS)
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {"do_sample": False},
+        {"do_sample": False, "use_cache": False},
+        {"do_sample": True, "top_k": 20},
+        {"num_beams": 3, "do_sample": False},
+        {"do_sample": False, "cache_implementation": "static"},
+        {"do_sample": False, "prefill_chunk_size": 4},
+    ],
+    ids=["greedy", "no cache", "sampling", "beams", "static cache", "chunked prefill"],
+)
+@pytest.mark.parametrize("unequal", [False, True], ids=["one length", "unequal lengths"])
+def test_generate_equals_the_plain_model_fed_the_sinks(num_sinks, strategy, unequal):
+    if unequal and "prefill_chunk_size" in strategy:
+        pytest.skip("transformers' chunked prefill takes no padding")
+    model = tiny_model(num_sinks, dtype=torch.float32)
+    rows = [text(1, 9), text(1, 6 if unequal else 9)]
+    ids, mask = pad(rows, "left")
+    settings = {"max_new_tokens": 12, "eos_token_id": 7, "pad_token_id": 0, **strategy}
+    twin = plain_twin(model)
+
+    torch.manual_seed(1)
+    ours = model.generate(ids, attention_mask=mask, **settings)
+    # The plain twin gets a left-padded row as padding, sinks, text: the order a user of the export would feed.
+    fed, fed_mask = pad([torch.cat([sinks(model, 1), row], dim=1) for row in rows], "left")
+    suppress = {"suppress_tokens": model.config.sink_token_ids} if num_sinks else {}
+    torch.manual_seed(1)
+    theirs = twin.generate(fed, attention_mask=fed_mask, **settings, **suppress)
+    assert torch.equal(ours[:, 9:], theirs[:, 9 + num_sinks :])
+
+
+@pytest.mark.parametrize("num_sinks", SINKS)
+def test_a_conversation_continues_on_its_cache(num_sinks):
+    model = tiny_model(num_sinks, dtype=torch.float32)
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    first = model.generate(text(1, 6), **settings)
+    second_prompt = torch.cat([first.sequences, text(1, 4)], dim=1)
+    continued = model.generate(second_prompt, past_key_values=first.past_key_values, **settings)
+    fresh = model.generate(second_prompt, **settings)
+    assert torch.equal(continued.sequences, fresh.sequences)
+
+
+def test_a_sink_is_never_sampled():
+    model = tiny_model(2, dtype=torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight[FIRST_SINK : FIRST_SINK + 2] = 100 * model.lm_head.weight.abs().max()
+    for settings in ({"do_sample": True}, {"num_beams": 2}, {"do_sample": False}):
+        tokens = model.generate(text(2, 5), max_new_tokens=20, eos_token_id=None, **settings)
+        assert not torch.isin(tokens, torch.tensor(model.config.sink_token_ids)).any()
+
+
+def test_a_pythia_folder_loads_and_takes_a_sink(tmp_path):
+    source = plain_twin(tiny_model(0, dtype=torch.float32))
+    source.save_pretrained(tmp_path)
+    sink = {"kind": "token", "num_tokens": 1, "first_token_id": FIRST_SINK}
+    model = SinkGPTNeoXForCausalLM.from_pretrained(tmp_path, sink=sink).eval()
+    ids = text(2, 7)
+    expected = source(torch.cat([sinks(model, 2), ids], dim=1)).logits[:, 1:]
+    torch.testing.assert_close(model(ids).logits, expected)
+
+
+def test_saved_keys_are_those_of_a_pythia_checkpoint(tmp_path):
+    from safetensors import safe_open
+
+    model = tiny_model(1, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "ours")
+    GPTNeoXForCausalLM.save_pretrained(plain_twin(model), tmp_path / "plain")
+    keys = [set(safe_open(tmp_path / name / "model.safetensors", "pt").keys()) for name in ("ours", "plain")]
+    assert keys[0] == keys[1]
+    assert "embed_out.weight" in keys[0]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    assert isinstance(again, SinkGPTNeoXForCausalLM)
+    ids = text(1, 5)
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=0)
+
+
+def test_pythia_initialisation():
+    model = SinkGPTNeoXForCausalLM(tiny_config(1, hidden_size=128, num_hidden_layers=6, intermediate_size=512))
+    small, wang = math.sqrt(2 / (5 * 128)), 2 / (6 * math.sqrt(128))
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            assert torch.all(parameter == (1.0 if "norm" in name and name.endswith("weight") else 0.0)), name
+            continue
+        expected = wang if name.endswith(("attention.dense.weight", "dense_4h_to_h.weight")) else small
+        # The standard deviation of n normal draws has a relative standard error of 1/√(2n): allow five of them.
+        assert parameter.std().item() == pytest.approx(expected, rel=5 / math.sqrt(2 * parameter.numel())), name
+
+
+def test_wrong_masks_are_refused():
+    model, ids = tiny_model(1), text(1, 5)
+    with pytest.raises(ValueError, match="covers 4 tokens where the text has 5"):
+        model(ids, attention_mask=torch.ones(1, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match="dimensions"):
+        model(ids, attention_mask=torch.ones(1, 1, 5, 5, dtype=torch.long))

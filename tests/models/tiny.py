@@ -1,0 +1,58 @@
+"""Small models with attention that is far from uniform, and their plain twins."""
+
+import torch
+from sinklm.models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
+
+VOCABULARY = 320
+FIRST_SINK = 300
+
+
+def tiny_config(num_sinks: int = 1, **overrides) -> SinkGPTNeoXConfig:
+    sink = {"kind": "token", "num_tokens": num_sinks, "first_token_id": FIRST_SINK} if num_sinks else {"kind": "none"}
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+        "max_position_embeddings": 128,
+        "sink": sink,
+        **overrides,
+    }
+    return SinkGPTNeoXConfig(**settings)
+
+
+def tiny_model(num_sinks: int = 1, dtype: torch.dtype = torch.float64, **overrides) -> SinkGPTNeoXForCausalLM:
+    model = SinkGPTNeoXForCausalLM(tiny_config(num_sinks, **overrides)).to(dtype).eval()
+    sharpen(model)
+    return model
+
+
+def sharpen(model: PreTrainedModel, factor: float = 3.0) -> None:
+    """Scale the matrices, so that attention picks out keys and a wrong position or mask shows."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "embed" not in name and "lm_head" not in name:
+                parameter.mul_(factor)
+
+
+def plain_twin(model: SinkGPTNeoXForCausalLM) -> GPTNeoXForCausalLM:
+    """transformers' own model with the same weights."""
+    settings = model.config.to_dict()
+    for key in ("sink", "model_type", "architectures"):
+        settings.pop(key, None)
+    config = GPTNeoXConfig(**settings, attn_implementation=model.config._attn_implementation)
+    twin = GPTNeoXForCausalLM(config).to(model.dtype).eval()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def sinks(model: SinkGPTNeoXForCausalLM, batch_size: int) -> torch.Tensor:
+    """``(B, n)`` sink ids, to be fed by hand to the plain twin."""
+    return torch.tensor(model.config.sink_token_ids, dtype=torch.long).expand(batch_size, -1)
+
+
+def text(batch_size: int, num_tokens: int) -> torch.Tensor:
+    """``(B, T)`` random ids that are no sinks and not the end of a document."""
+    return torch.randint(1, FIRST_SINK, (batch_size, num_tokens))
