@@ -1,0 +1,8 @@
+"""From text to training samples: readers, tokenizing, the token store, windows and their order."""
+
+from .megatron import MegatronReader, MegatronWriter
+from .order import SampleOrder, batch_indices
+from .store import TokenStore
+from .windows import TokenWindows
+
+__all__ = ["MegatronReader", "MegatronWriter", "SampleOrder", "TokenStore", "TokenWindows", "batch_indices"]

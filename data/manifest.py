@@ -1,0 +1,126 @@
+"""The manifest of a token store: what the store was made from, what it holds, and the checksum of every file."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer.json"
+SPLITS = ("train", "validation")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Counts(_Strict):
+    """Sizes of a part of the corpus: documents, tokens (end-of-document tokens included), bytes of UTF-8 text."""
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+
+    def add(self, other: "Counts") -> None:
+        self.documents += other.documents
+        self.tokens += other.tokens
+        self.bytes += other.bytes
+
+
+class Split(_Strict):
+    """One split: its totals, the same for each Pile set, and its shards (paths without suffix) in their order."""
+
+    total: Counts
+    sets: dict[str, Counts]
+    shards: list[str]
+
+
+class TokenizerInfo(_Strict):
+    """The tokenizer: ``size`` is its largest id + 1, added tokens included; ``eod_id`` ends each document."""
+
+    sha256: str
+    size: int
+    eod_id: int
+
+
+class Source(_Strict):
+    """One input shard: its name, its size where it has one, and how many of its text files were empty."""
+
+    name: str
+    bytes: int | None
+    num_empty_files: int = 0
+
+
+class FileInfo(_Strict):
+    bytes: int
+    sha256: str
+
+
+class Manifest(_Strict):
+    """``manifest.json``. ``files`` has every other file of the store, by its path in it."""
+
+    format_version: Literal[1] = 1
+    tokenizer: TokenizerInfo
+    dtype: Literal["uint16", "int32"]
+    validation_fraction: float
+    sources: list[Source]
+    splits: dict[str, Split]
+    files: dict[str, FileInfo]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the paths and checksums of all files: equal for equal content, wherever the store lies."""
+        lines = "".join(f"{name} {info.sha256}\n" for name, info in sorted(self.files.items()))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def read_manifest(store: Path) -> Manifest:
+    """Read ``store/manifest.json``.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or of another version.
+    """
+    path = store / MANIFEST_NAME
+    if not path.exists():
+        hint = "it is not a token store" if store.is_dir() else "there is no such folder"
+        raise FileNotFoundError(
+            f"{store}: {hint} (no {MANIFEST_NAME}); make one with `sinklm prepare … --output {store}`"
+        )
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the whole file"
+        raise ValueError(f"{path}: not a manifest this version can read ({where}: {first['msg']})") from None
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write JSON so that ``path`` holds either its old content or all of the new, even through a power cut."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """sha256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_of_all(paths: Iterable[Path]) -> list[str]:
+    """sha256 of many files, several at a time (hashing and reading leave the interpreter lock)."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(sha256_of, paths))

@@ -1,0 +1,175 @@
+"""Megatron-LM's indexed data set (``MMIDIDX``, version 1): ``<prefix>.bin`` holds tokens, ``<prefix>.idx`` lengths.
+
+The format is that of ``megatron/core/datasets/indexed_dataset.py`` in NVIDIA/Megatron-LM (the same in GPT-NeoX and
+Megatron-DeepSpeed), so files written here can be read there and the other way round.
+"""
+
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, number of sequences, length of the document index
+TOKEN_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+DTYPE_CODES = {np.dtype(dtype): code for code, dtype in TOKEN_DTYPES.items()}
+
+
+def token_dtype(tokenizer_size: int) -> np.dtype:
+    """The narrowest dtype of the format that holds the ids ``0 … tokenizer_size - 1``: uint16 or int32."""
+    return np.dtype(np.uint16 if tokenizer_size <= 65535 else np.int32)
+
+
+class MegatronReader:
+    """Random access to the documents of one ``.bin``/``.idx`` pair, through memory maps.
+
+    ``len(reader)`` counts sequences (here: documents); ``reader[i]`` is the i-th, ``(length,)`` in the file's dtype.
+
+    Args:
+        prefix: the two files' common path without suffix.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        ValueError: the index is not ``MMIDIDX`` version 1 of integers, or the two files do not fit each other.
+    """
+
+    def __init__(self, prefix: str | os.PathLike):
+        index_path, token_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+        self.dtype, self.lengths, self.pointers, self.document_indices = _read_index(index_path)
+        num_bytes = token_path.stat().st_size
+        expected = int(self.lengths.sum(dtype=np.int64)) * self.dtype.itemsize
+        if num_bytes != expected:
+            raise ValueError(
+                f"{token_path}: {num_bytes} bytes, but its index speaks of {expected}; the pair is damaged"
+            )
+        self.tokens = map_tokens(token_path, self.dtype)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        start = int(self.pointers[i]) // self.dtype.itemsize
+        return self.tokens[start : start + int(self.lengths[i])]
+
+
+def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
+    """Dtype, lengths ``(num_sequences,)``, byte pointers ``(num_sequences,)``, document index ``(num_documents + 1,)``."""
+    with open(path, "rb") as file:
+        head = file.read(HEADER.size)
+    if len(head) < HEADER.size or not head.startswith(MAGIC):
+        raise ValueError(f"{path}: not a Megatron index (it does not begin with MMIDIDX)")
+    _, version, code, num_sequences, num_document_indices = HEADER.unpack(head)
+    if version != VERSION:
+        raise ValueError(f"{path}: MMIDIDX version {version}; only version {VERSION} can be read")
+    if code not in TOKEN_DTYPES:
+        raise ValueError(f"{path}: holds numbers of dtype code {code}, which are not token ids")
+    expected = HEADER.size + num_sequences * 12 + num_document_indices * 8
+    # Multimodal data sets append one more byte a sequence ("modes"), which is nothing to a language model.
+    if path.stat().st_size not in (expected, expected + num_sequences):
+        raise ValueError(f"{path}: {path.stat().st_size} bytes instead of {expected}; the index is damaged")
+    content = np.memmap(path, dtype=np.uint8, mode="r")
+    lengths_end = HEADER.size + num_sequences * 4
+    pointers_end = lengths_end + num_sequences * 8
+    return (
+        np.dtype(TOKEN_DTYPES[code]),
+        content[HEADER.size : lengths_end].view(np.int32),
+        content[lengths_end:pointers_end].view(np.int64),
+        content[pointers_end:expected].view(np.int64),
+    )
+
+
+def map_tokens(path: str | os.PathLike, dtype: np.dtype) -> np.ndarray:
+    """The file as a read-only array ``(num_tokens,)``; an empty file, which cannot be mapped, as an empty array."""
+    if os.path.getsize(path) == 0:
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+class MegatronWriter:
+    """Appends documents to a pair that appears under its own name only when it is complete.
+
+    Until ``finish()`` the tokens lie in ``<prefix>.bin.partial`` and the lengths in ``<prefix>.lengths.partial``, so a
+    writer can be opened again at the counts that ``commit()`` returned and go on from there.
+
+    Args:
+        prefix: the two files' common path without suffix; its folder must exist.
+        dtype: dtype of the tokens, see :func:`token_dtype`.
+        num_documents, num_tokens: what an earlier writer had committed; anything after it is dropped.
+
+    Raises:
+        ValueError: the partial files hold less than ``num_documents`` and ``num_tokens``.
+    """
+
+    def __init__(self, prefix: str | os.PathLike, dtype: np.dtype, *, num_documents: int = 0, num_tokens: int = 0):
+        self.prefix = Path(prefix)
+        self.dtype = np.dtype(dtype)
+        self.num_documents, self.num_tokens = num_documents, num_tokens
+        self._token_path, self._length_path = Path(f"{prefix}.bin.partial"), Path(f"{prefix}.lengths.partial")
+        self._tokens = _open_at(self._token_path, num_tokens * self.dtype.itemsize)
+        self._lengths = _open_at(self._length_path, num_documents * 4)
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray | list[int] | None = None) -> None:
+        """Append the tokens of one document, or of several that lie behind each other and have these ``lengths``."""
+        lengths = np.asarray([len(tokens)] if lengths is None else lengths, dtype=np.int64)
+        if lengths.sum() != len(tokens):
+            raise ValueError(f"{len(tokens)} tokens cannot be documents of {lengths.sum()} tokens in all")
+        if lengths.max(initial=0) > np.iinfo(np.int32).max:
+            raise ValueError(f"{self.prefix}: a document of {lengths.max()} tokens; the format ends at 2**31 - 1")
+        self._tokens.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
+        self._lengths.write(lengths.astype(np.int32).data)
+        self.num_documents += len(lengths)
+        self.num_tokens += len(tokens)
+
+    def commit(self) -> tuple[int, int]:
+        """Bring everything to the disk; returns the numbers of documents and tokens that are safe now."""
+        for file in (self._tokens, self._lengths):
+            file.flush()
+            os.fsync(file.fileno())
+        return self.num_documents, self.num_tokens
+
+    def close(self) -> None:
+        """Close the partial files without finishing them. What a full disk refused is not written again."""
+        for file in (self._tokens, self._lengths):
+            try:
+                file.close()
+            except OSError:
+                file.raw.close()
+
+    def finish(self) -> None:
+        """Write the index and give both files their names. A pair without documents leaves no files."""
+        self.commit()
+        self.close()
+        if self.num_documents:
+            lengths = np.fromfile(self._length_path, dtype=np.int32)
+            _write_index(Path(f"{self.prefix}.idx"), self.dtype, lengths)
+            os.replace(self._token_path, f"{self.prefix}.bin")
+        self._token_path.unlink(missing_ok=True)
+        self._length_path.unlink()
+
+
+def _open_at(path: Path, num_bytes: int):
+    """Open ``path`` for appending behind its first ``num_bytes``, dropping what lies after them."""
+    size = path.stat().st_size if path.exists() else 0
+    if size < num_bytes:
+        raise ValueError(f"{path}: {size} bytes, but {num_bytes} were committed; delete it to begin this shard anew")
+    file = open(path, "r+b" if path.exists() else "w+b")
+    file.truncate(num_bytes)
+    file.seek(num_bytes)
+    return file
+
+
+def _write_index(path: Path, dtype: np.dtype, lengths: np.ndarray) -> None:
+    pointers = np.zeros(len(lengths), np.int64)
+    np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
+    pointers *= dtype.itemsize
+    partial = Path(f"{path}.partial")
+    with open(partial, "wb") as file:
+        file.write(HEADER.pack(MAGIC, VERSION, DTYPE_CODES[dtype], len(lengths), len(lengths) + 1))
+        file.write(lengths.astype(np.int32).data)
+        file.write(pointers.data)
+        file.write(np.arange(len(lengths) + 1, dtype=np.int64).data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
