@@ -3,5 +3,13 @@
 from .config import SinkGPTNeoXConfig, tokens_per_sample
 from .loading import load_model, load_tokenizer
 from .modeling import SinkGPTNeoXForCausalLM
+from .streaming import StreamingCache
 
-__all__ = ["SinkGPTNeoXConfig", "SinkGPTNeoXForCausalLM", "load_model", "load_tokenizer", "tokens_per_sample"]
+__all__ = [
+    "SinkGPTNeoXConfig",
+    "SinkGPTNeoXForCausalLM",
+    "StreamingCache",
+    "load_model",
+    "load_tokenizer",
+    "tokens_per_sample",
+]

@@ -1,0 +1,128 @@
+"""One forward pass of a stream: what all its layers share, worked out once, and the attention of each layer.
+
+`DecodeStep` takes one token a row and works in place on static shapes. `ChunkStep` takes any number of tokens as a
+banded attention. Both give the same numbers.
+"""
+
+import torch
+from torch import Tensor
+
+from .attention import attention, two_phase_attention
+from .contract import StreamShape
+from .encodings import Alibi, Rotary
+from .layer import StreamingLayer, gather_columns
+
+
+class DecodeStep:
+    """One new token in every row: write it over the slot that leaves the window, then look at all slots.
+
+    Args:
+        num_seen: ``(B,)`` tokens that each row has seen; this is the index of its new token.
+        base: ``(B,)`` token index that has phase 0.
+    """
+
+    def __init__(self, shape: StreamShape, encoding: Rotary | Alibi, num_seen: Tensor, base: Tensor):
+        self.shape, self.encoding = shape, encoding
+        self.position_ids = (num_seen - base)[:, None]
+        self.slot = shape.slot_of(num_seen)
+        self.kept_row = num_seen.clamp(max=shape.num_kept)
+        self.rows = torch.arange(num_seen.shape[0], device=num_seen.device)
+        # Kept key i has phase i and must look `query position - i` away from a query at phase `token - base`.
+        self.kept_turn = (num_seen - base - shape.query_position(num_seen))[:, None].expand(-1, shape.num_kept)
+        self.visible = torch.arange(shape.num_slots, device=num_seen.device) <= num_seen[:, None]  # (B, slots)
+        if isinstance(encoding, Alibi):
+            tokens = shape.tokens_in_slots(num_seen + 1)
+            shift = (num_seen - shape.query_position(num_seen))[:, None]
+            self.key_positions = torch.where(tokens < shape.num_kept, tokens, tokens - shift)
+
+    def attend(self, layer: StreamingLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Store the token's key and value ``(B, G, 1, D)`` and attend: ``(B, H, 1, D)``."""
+        layer.allocate(key, value)
+        layer.keys[self.rows, :, self.slot] = key[:, :, 0]
+        layer.values[self.rows, :, self.slot] = value[:, :, 0]
+        num_kept = self.shape.num_kept
+        if isinstance(self.encoding, Alibi):
+            mask = self.encoding.bias(self.key_positions[:, None], self.visible[:, None], like=query)
+        else:
+            mask = self.visible[:, None, None]
+            if num_kept:
+                layer.kept_keys[self.rows, :, self.kept_row] = key[:, :, 0]
+                layer.keys[:, :, :num_kept] = self.encoding.turn(layer.kept_keys[:, :, :num_kept], self.kept_turn)
+        return attention(query, layer.keys, layer.values, mask, scaling)
+
+
+class ChunkStep:
+    """Several new tokens a row, all at once: a band of recent keys, and the kept keys that have left the band.
+
+    A token of the chunk sees the window's keys before the chunk (gathered from the slots in temporal order), the
+    chunk's own keys, and the kept keys. Padding is no token of the stream: nobody sees it and it is not stored.
+
+    Args:
+        num_seen, base: as in `DecodeStep`, or ``(1,)`` if they are the same for all rows.
+        is_token: ``(B, T)`` which inputs are tokens and not padding; None if all are.
+    """
+
+    def __init__(
+        self,
+        shape: StreamShape,
+        encoding: Rotary | Alibi,
+        num_seen: Tensor,
+        base: Tensor,
+        num_inputs: int,
+        is_token: Tensor | None = None,
+    ):
+        self.shape, self.encoding, self.num_seen = shape, encoding, num_seen[:, None]
+        device = num_seen.device
+        inputs = torch.arange(num_inputs, device=device)[None]
+        if is_token is None:
+            tokens = self.num_seen + inputs  # (B, T)
+            self.order, self.num_new = inputs, num_inputs
+        else:
+            tokens = self.num_seen + (is_token.long().cumsum(-1) - 1).clamp(min=0)
+            self.order = torch.argsort(is_token.long(), dim=-1, descending=True, stable=True)
+            self.num_new = is_token.sum(-1)
+        self.position_ids = tokens - base[:, None]
+        self.query_turn = shape.query_position(tokens) - self.position_ids  # (B, T)
+
+        before = self.num_seen - shape.window + torch.arange(shape.window, device=device)  # (B, W), negative: none
+        self.window_slots = shape.slot_of(before.clamp(min=0))
+        new = tokens if is_token is None else tokens.masked_fill(~is_token, -1)
+        band = torch.cat((before, new), dim=1)[:, None]  # (B, 1, W + T)
+        queries = tokens[:, :, None]
+        in_band = (band >= 0) & (band <= queries) & (queries - band <= shape.window)
+        if is_token is not None:  # a padding query sees itself, so that its softmax is over something
+            in_band[:, :, shape.window :] |= torch.eye(num_inputs, dtype=torch.bool, device=device) & ~is_token[:, None]
+        kept = torch.arange(shape.num_kept, device=device).expand(*queries.shape[:2], -1)
+        self.visible = torch.cat((kept < queries - shape.window, in_band), dim=-1)  # (B, T, S + W + T)
+        if isinstance(encoding, Alibi):
+            self.key_positions = torch.cat((kept, band - queries + shape.query_position(queries)), dim=-1)
+
+    def attend(self, layer: StreamingLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Store the chunk's keys and values ``(B, G, T, D)`` and attend: ``(B, H, T, D)``."""
+        layer.allocate(key, value)
+        num_kept = self.shape.num_kept
+        window_key = gather_columns(layer.keys, self.window_slots)
+        window_value = gather_columns(layer.values, self.window_slots)
+        self._store(layer, key, value)
+        band_key = torch.cat((window_key, key), dim=2)
+        values = torch.cat((layer.values[:, :, :num_kept], window_value, value), dim=2)
+        kept_key = layer.kept_keys[:, :, :num_kept]
+        if isinstance(self.encoding, Alibi):
+            bias = self.encoding.bias(self.key_positions, self.visible, like=query)
+            return attention(query, torch.cat((kept_key, band_key), dim=2), values, bias, scaling)
+        mask, turned = self.visible[:, None], self.encoding.turn(query, self.query_turn)
+        return two_phase_attention(
+            query, turned, kept_key, band_key, values, mask, scaling, rotary_dim=self.encoding.num_dims
+        )
+
+    def _store(self, layer: StreamingLayer, key: Tensor, value: Tensor) -> None:
+        """Write what the slots hold after the chunk: each slot's newest token if the chunk brings it."""
+        tokens = self.shape.tokens_in_slots(self.num_seen[:, 0] + self.num_new)  # (B, slots)
+        is_new = (tokens >= self.num_seen)[:, None, :, None]
+        ranks = (tokens - self.num_seen).clamp(0, self.order.shape[1] - 1)
+        columns = self.order.expand(ranks.shape[0], -1).gather(1, ranks)
+        num_kept = self.shape.num_kept
+        layer.keys.copy_(torch.where(is_new, gather_columns(key, columns), layer.keys))
+        layer.values.copy_(torch.where(is_new, gather_columns(value, columns), layer.values))
+        kept = layer.kept_keys[:, :, :num_kept]
+        kept.copy_(torch.where(is_new[:, :, :num_kept], layer.keys[:, :, :num_kept], kept))
