@@ -1,8 +1,19 @@
 """From text to training samples: readers, tokenizing, the token store, windows and their order."""
 
+from .inputs import find_inputs
 from .megatron import MegatronReader, MegatronWriter
 from .order import SampleOrder, batch_indices
+from .prepare import prepare_store
 from .store import TokenStore
 from .windows import TokenWindows
 
-__all__ = ["MegatronReader", "MegatronWriter", "SampleOrder", "TokenStore", "TokenWindows", "batch_indices"]
+__all__ = [
+    "MegatronReader",
+    "MegatronWriter",
+    "SampleOrder",
+    "TokenStore",
+    "TokenWindows",
+    "batch_indices",
+    "find_inputs",
+    "prepare_store",
+]

@@ -41,9 +41,7 @@ class MegatronReader:
         num_bytes = token_path.stat().st_size
         expected = int(self.lengths.sum(dtype=np.int64)) * self.dtype.itemsize
         if num_bytes != expected:
-            raise ValueError(
-                f"{token_path}: {num_bytes} bytes, but its index speaks of {expected}; the pair is damaged"
-            )
+            raise ValueError(f"{token_path}: {num_bytes} bytes, but the index speaks of {expected}; it is damaged")
         self.tokens = map_tokens(token_path, self.dtype)
 
     def __len__(self) -> int:
@@ -55,7 +53,7 @@ class MegatronReader:
 
 
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
-    """Dtype, lengths ``(num_sequences,)``, byte pointers ``(num_sequences,)``, document index ``(num_documents + 1,)``."""
+    """Dtype; lengths and byte pointers, both ``(num_sequences,)``; document index, ``(num_documents + 1,)``."""
     with open(path, "rb") as file:
         head = file.read(HEADER.size)
     if len(head) < HEADER.size or not head.startswith(MAGIC):
@@ -110,6 +108,12 @@ class MegatronWriter:
         self._tokens = _open_at(self._token_path, num_tokens * self.dtype.itemsize)
         self._lengths = _open_at(self._length_path, num_documents * 4)
 
+    @staticmethod
+    def can_go_on(prefix: str | os.PathLike, dtype: np.dtype, num_documents: int, num_tokens: int) -> bool:
+        """Whether the partial files hold this much."""
+        needed = {f"{prefix}.bin.partial": num_tokens * dtype.itemsize, f"{prefix}.lengths.partial": num_documents * 4}
+        return all(os.path.exists(path) and os.path.getsize(path) >= size for path, size in needed.items())
+
     def add(self, tokens: np.ndarray, lengths: np.ndarray | list[int] | None = None) -> None:
         """Append the tokens of one document, or of several that lie behind each other and have these ``lengths``."""
         lengths = np.asarray([len(tokens)] if lengths is None else lengths, dtype=np.int64)
@@ -154,7 +158,7 @@ def _open_at(path: Path, num_bytes: int):
     size = path.stat().st_size if path.exists() else 0
     if size < num_bytes:
         raise ValueError(f"{path}: {size} bytes, but {num_bytes} were committed; delete it to begin this shard anew")
-    file = open(path, "r+b" if path.exists() else "w+b")
+    file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 (the writer closes it)
     file.truncate(num_bytes)
     file.seek(num_bytes)
     return file

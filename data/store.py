@@ -76,9 +76,9 @@ class TokenStore:
 
     Args:
         path: the folder.
-        verify: how the files are held against the manifest. All three look at every file's presence and size. "size" does
-            no more; "sha256" reads every file; "auto" reads those whose size and time of change differ from what they
-            were when they were last found intact (noted in ``.verified.json``), which is none after the first time.
+        verify: how the files are held against the manifest. All three look at every file's presence and size.
+            "size" does no more; "sha256" reads every file; "auto" reads those whose size and time of change differ
+            from what they were when they were last found intact (noted in ``.verified.json``), so mostly none.
 
     Attributes:
         manifest: see :class:`Manifest`.
@@ -127,7 +127,7 @@ def check_sizes(store: Path, files: dict[str, FileInfo]) -> None:
 
 
 def check_hashes(store: Path, files: dict[str, FileInfo], *, trust_note: bool) -> None:
-    """Hold the content of every file against the manifest, or of those that changed since they were last found intact."""
+    """Hold files' content against the manifest: all, or those that changed since they were last found intact."""
     stamps = _stamps(store, files)
     noted = _read_note(store) if trust_note else {}
     names = [name for name in files if noted.get(name) != stamps[name]]
@@ -135,13 +135,13 @@ def check_hashes(store: Path, files: dict[str, FileInfo], *, trust_note: bool) -
         if sha256 != files[name].sha256:
             raise ValueError(f"{store / name}: checksum differs from {MANIFEST_NAME}; copy or prepare the store again")
     if names:
-        note_verified(store, stamps)
+        note_verified(store, files)
 
 
-def note_verified(store: Path, stamps: dict[str, list]) -> None:
+def note_verified(store: Path, files: dict[str, FileInfo]) -> None:
     """Remember that these files are intact. On a store that cannot be written they are read again next time."""
     try:
-        write_json(store / VERIFIED_NAME, stamps)
+        write_json(store / VERIFIED_NAME, _stamps(store, files))
     except OSError:
         (store / f"{VERIFIED_NAME}.partial").unlink(missing_ok=True)
 

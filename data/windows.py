@@ -8,8 +8,9 @@ from .store import TokenSource
 class TokenWindows:
     """Windows over a split: its documents concatenated in manifest order, document borders ignored (as Pythia).
 
-    Without sinks ``stride = tokens_per_sample - 1``: a window's last token is only a target, and the next window's first
-    input. With sinks ``stride = tokens_per_sample``: the last sink predicts a window's first token. There is no padding.
+    Without sinks ``stride = tokens_per_sample - 1``: a window's last token is only a target, and the first input of
+    the next window. With sinks ``stride = tokens_per_sample``: the last sink predicts a window's first token. There is
+    no padding.
 
     Args:
         store: an open token store.

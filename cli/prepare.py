@@ -1,0 +1,158 @@
+"""``sinklm prepare``: text to token store, with its progress and its table."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..data.manifest import Manifest
+    from ..data.prepare import Progress
+
+LINE_SECONDS = 15.0  # between two progress lines where there is no terminal
+
+
+def prepare(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT...",
+            help="Files (.jsonl.zst, .jsonl.gz, .jsonl, .parquet; any other is one document of text), folders, quoted "
+            "patterns ('src/**/*.c'), or a Hub data set (EleutherAI/the_pile_deduplicated, owner/name:config).",
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder of the token store.")],
+    tokenizer: Annotated[str, typer.Option(help="Hub name, or path of a tokenizer.json.")] = "EleutherAI/gpt-neox-20b",
+    validation_fraction: Annotated[
+        float, typer.Option(help="Share of documents, chosen by a hash of their text, that is held out.")
+    ] = 0.01,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Tokenizing processes. [default: all processors]")
+    ] = None,
+) -> None:
+    """Tokenize text into a token store.
+
+    Interrupted, it goes on where it was when the same command is given again.
+    """
+    from rich.console import Console
+
+    from ..data.inputs import find_inputs
+    from ..data.prepare import prepare_store
+
+    console = Console()
+    found = find_inputs(inputs)
+    if found.num_ignored:
+        kinds = ", ".join(f"{count} × {kind}" for kind, count in found.num_ignored.most_common(8))
+        console.print(f"Left out of the folders, by their endings: {kinds}")
+    with ProgressDisplay(console) as display:
+        manifest = prepare_store(
+            found.shards,
+            output,
+            tokenizer=tokenizer,
+            validation_fraction=validation_fraction,
+            num_processes=processes,
+            report=display.show,
+        )
+    print_summary(console, manifest, output)
+
+
+class ProgressDisplay:
+    """A bar on a terminal, and a line now and then where there is none (a log file)."""
+
+    def __init__(self, console: "Console"):
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+        self.console = console
+        self.bar = Progress(
+            TextColumn("{task.fields[shard]}"),
+            BarColumn(bar_width=20),
+            TaskProgressColumn(),
+            TextColumn("{task.description}"),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self.task = self.bar.add_task("starting", total=None, shard="")
+        self.first: tuple[float, Progress] | None = None
+        self.printed_at = time.monotonic()
+
+    def __enter__(self) -> "ProgressDisplay":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.stop()
+
+    def show(self, progress: "Progress") -> None:
+        now = time.monotonic()
+        if self.first is None:
+            self.first = (now, progress)
+        text = describe(progress, self.first[1], now - self.first[0])
+        self.bar.update(
+            self.task,
+            description=text,
+            shard=progress.shard_name,
+            completed=progress.source_bytes,
+            total=progress.total_source_bytes,
+        )
+        if not self.console.is_terminal and now > self.printed_at + LINE_SECONDS:
+            self.console.print(f"{progress.shard_name}: {text}", soft_wrap=True, highlight=False)
+            self.printed_at = now
+
+
+def describe(progress: "Progress", first: "Progress", seconds: float) -> str:
+    """Amounts, and speeds since ``first``, which was ``seconds`` ago."""
+    counts = progress.counts
+    parts = [f"{counts.documents:,} documents", f"{counts.bytes / 1e6:,.1f} MB", f"{counts.tokens / 1e6:,.1f} M tokens"]
+    if seconds > 0 and progress.source_bytes >= first.source_bytes:
+        parts[0] += f" ({(counts.documents - first.counts.documents) / seconds:,.0f}/s)"
+        parts[1] += f" ({(counts.bytes - first.counts.bytes) / seconds / 1e6:,.2f} MB/s)"
+        if progress.total_source_bytes and (used := progress.source_bytes - first.source_bytes):
+            left = (progress.total_source_bytes - progress.source_bytes) * seconds / used
+            parts.append(f"{format_seconds(left)} left")
+    return " · ".join(parts)
+
+
+def format_seconds(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def print_summary(console: "Console", manifest: "Manifest", output: Path) -> None:
+    """The table by Pile set, largest first, and what a user should know beside it."""
+    from rich.table import Table
+
+    from ..data.manifest import Counts
+
+    splits = manifest.splits
+    table = Table("set", title=f"Token store {output}", title_justify="left")
+    for heading in ("documents", "text (MB)", "tokens", "share", "bytes/token", "held out"):
+        table.add_column(heading, justify="right")
+    sets: dict[str, Counts] = {}
+    for split in splits.values():
+        for name, counts in split.sets.items():
+            sets.setdefault(name, Counts()).add(counts)
+    held_out = splits["validation"].sets if "validation" in splits else {}
+    total = Counts()
+    for counts in sets.values():
+        total.add(counts)
+
+    def add_row(name: str, counts: Counts, num_held_out: int, **style: bool) -> None:
+        cells = (f"{counts.documents:,}", f"{counts.bytes / 1e6:,.1f}", f"{counts.tokens:,}")
+        share, density = f"{counts.tokens / total.tokens:.1%}", f"{counts.bytes / counts.tokens:.2f}"
+        table.add_row(name, *cells, share, density, f"{num_held_out:,}", **style)
+
+    for name, counts in sorted(sets.items(), key=lambda item: -item[1].tokens):
+        add_row(name, counts, held_out.get(name, Counts()).documents, end_section=False)
+    table.rows[-1].end_section = True
+    add_row("all", total, sum(counts.documents for counts in held_out.values()))
+    console.print(table)
+    num_empty = sum(source.num_empty_files for source in manifest.sources)
+    if num_empty:
+        console.print(f"{num_empty} empty text files are no documents.")
+    if manifest.validation_fraction and "validation" not in splits:
+        console.print("[yellow]No document was held out; raise --validation-fraction if training is to be validated.")

@@ -1,0 +1,284 @@
+"""Text to token store: one process reads and writes, many tokenize, and a few batches between them are all that is held."""
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import BaseModel
+
+from .job import ShardJob
+from .manifest import (
+    MANIFEST_NAME,
+    SPLITS,
+    TOKENIZER_NAME,
+    Counts,
+    FileInfo,
+    Manifest,
+    Source,
+    Split,
+    TokenizerInfo,
+    sha256_of,
+    write_json,
+)
+from .megatron import token_dtype
+from .readers import Record, Shard
+from .store import TokenStore, note_verified
+from .tokenizer import DEFAULT_TOKENIZER, eod_id, find_tokenizer_file, load_tokenizer_file, tokenizer_size
+from .tokenizing import TokenizedBatch, start_process, tokenize
+
+NOTES_NAME = ".prepare"  # folder of the unfinished work in the output folder
+BATCH_BYTES = 2**18
+COMMIT_SECONDS = 10.0
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Settings(BaseModel):
+    """What must be the same when an interrupted preparation goes on."""
+
+    tokenizer_sha256: str
+    validation_fraction: float
+    sources: list[str]
+
+
+class Progress(NamedTuple):
+    """How far a preparation is, work of earlier runs included.
+
+    ``counts`` is of all that is tokenized. ``source_bytes`` is the input used up, as it lies on disk (compressed), out of
+    ``total_source_bytes``; that is None where a size is not known.
+    """
+
+    shard_name: str
+    counts: Counts
+    source_bytes: int
+    total_source_bytes: int | None
+
+
+def prepare_store(
+    shards: list[Shard],
+    output: str | os.PathLike,
+    *,
+    tokenizer: str | os.PathLike = DEFAULT_TOKENIZER,
+    validation_fraction: float = 0.01,
+    num_processes: int | None = None,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> Manifest:
+    """Tokenize the documents of ``shards`` (see :func:`find_inputs`) into a token store.
+
+    Run again after an interruption with the same arguments, it goes on where it was and ends in the same bytes; on a
+    finished store it does nothing. ``num_processes`` changes the speed alone; None takes every processor.
+
+    Args:
+        output: folder of the store; it must be new, empty, or an earlier run's.
+        tokenizer: Hub name, or path of a ``tokenizer.json`` or of its folder.
+        validation_fraction: share of documents, chosen by their hash, in the validation split.
+        report: called after each batch.
+
+    Raises:
+        ValueError: bad input (the message names file and line), or an output folder made with other settings.
+        OSError: a file or the tokenizer is missing, or the disk is full; all saved work is kept.
+    """
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(f"validation_fraction is {validation_fraction}; it must lie between 0 and 1")
+    store = Path(output)
+    tokenizer_file = find_tokenizer_file(tokenizer)
+    encoder = load_tokenizer_file(tokenizer_file)
+    info = TokenizerInfo(sha256=sha256_of(tokenizer_file), size=tokenizer_size(encoder), eod_id=eod_id(encoder))
+    settings = Settings(
+        tokenizer_sha256=info.sha256,
+        validation_fraction=validation_fraction,
+        sources=[shard.name for shard in shards],
+    )
+    if (store / MANIFEST_NAME).exists():
+        return _finished_store(store, settings, shards)
+    with _explain_full_disk(store), _claim(store, settings) as notes:
+        shutil.copyfile(tokenizer_file, store / TOKENIZER_NAME)
+        dtype = token_dtype(info.size)
+        jobs = [ShardJob(store, notes, i, shard, dtype) for i, shard in enumerate(shards)]
+        start = (str(tokenizer_file), info.eod_id, dtype, validation_fraction)
+        _run(jobs, num_processes or num_processors(), start, report)
+        manifest = _manifest(store, info, dtype.name, validation_fraction, jobs)
+        write_json(store / MANIFEST_NAME, manifest.model_dump())
+        note_verified(store, manifest.files)
+        shutil.rmtree(notes)
+    return manifest
+
+
+def num_processors() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _finished_store(store: Path, settings: Settings, shards: list[Shard]) -> Manifest:
+    manifest = TokenStore(store, verify="size").manifest
+    made_with = Settings(
+        tokenizer_sha256=manifest.tokenizer.sha256,
+        validation_fraction=manifest.validation_fraction,
+        sources=[source.name for source in manifest.sources],
+    )
+    _check_same(store, made_with, settings)
+    for source, shard in zip(manifest.sources, shards, strict=True):
+        if source.bytes != shard.num_bytes:
+            raise ValueError(
+                f"{store}: is finished, and {source.name} has {shard.num_bytes} bytes now instead of {source.bytes}; "
+                "delete the folder or choose another --output"
+            )
+    shutil.rmtree(store / NOTES_NAME, ignore_errors=True)
+    return manifest
+
+
+def _check_same(store: Path, before: Settings, now: Settings) -> None:
+    for key, value in now:
+        if (old := getattr(before, key)) != value:
+            raise ValueError(
+                f"{store}: was begun with other settings ({key}: {_brief(old)} then, {_brief(value)} now); "
+                "give the same ones, delete the folder, or choose another --output"
+            )
+
+
+def _brief(value: object) -> str:
+    return f"{len(value)} inputs {', '.join(value)}"[:200] if isinstance(value, list) else str(value)
+
+
+@contextlib.contextmanager
+def _claim(store: Path, settings: Settings) -> Iterator[Path]:
+    """Make or take over the output folder, for this process alone; gives the folder of the notes."""
+    notes = store / NOTES_NAME
+    if store.exists() and not notes.exists() and any(store.iterdir()):
+        raise ValueError(f"{store}: is not empty and not a token store; choose another --output")
+    notes.mkdir(parents=True, exist_ok=True)
+    with open(notes / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{store}: another `sinklm prepare` is at work on it") from None
+        path = notes / "settings.json"
+        if path.exists():
+            _check_same(store, Settings.model_validate_json(path.read_bytes()), settings)
+        else:
+            write_json(path, settings.model_dump())
+        yield notes
+
+
+@contextlib.contextmanager
+def _explain_full_disk(store: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        raise OSError(
+            f"{store}: no space left to write ({error.strerror}); what is done is kept: make room and run the same "
+            "command again"
+        ) from error
+
+
+def _run(jobs: list[ShardJob], num_processes: int, start: tuple, report: Callable[[Progress], None]) -> None:
+    """Work off the unfinished jobs in their order."""
+    for job in jobs:
+        job.shard.position = job.shard.num_bytes or 0 if job.state.is_finished else 0
+    open_jobs = [job for job in jobs if not job.state.is_finished]
+    sizes = [job.shard.num_bytes for job in jobs]
+    total = None if None in sizes else sum(size or 0 for size in sizes)
+    done = Counts()
+    for job in jobs:
+        for split in SPLITS:
+            done.add(job.state.total(split))
+    committed_at = time.monotonic()
+    pool = ProcessPoolExecutor(num_processes, get_context("spawn"), start_process, start)
+    try:
+        for job, batch in _tokenized(pool, open_jobs, max_waiting=2 * num_processes + 2):
+            if batch is None:
+                job.finish()
+                continue
+            job.add(batch)
+            for part in batch.parts.values():
+                for counts in part.sets.values():
+                    done.add(counts)
+            if time.monotonic() > committed_at + COMMIT_SECONDS:
+                job.commit()
+                committed_at = time.monotonic()
+            report(Progress(job.shard.name, done, sum(job.shard.position for job in jobs), total))
+    except BrokenProcessPool as error:
+        raise OSError(
+            "a tokenizing process was killed (for want of memory?); run again with fewer --processes"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+        for job in open_jobs:
+            job.close()
+
+
+def _tokenized(
+    pool: ProcessPoolExecutor, jobs: list[ShardJob], max_waiting: int
+) -> Iterator[tuple[ShardJob, TokenizedBatch | None]]:
+    """Tokenized batches of all jobs in their order, None at the end of each job; at most ``max_waiting`` are ahead.
+
+    What goes wrong while reading is raised in its turn, when the batches before it have been given out.
+    """
+    waiting: deque[tuple[ShardJob, Future | Exception | None]] = deque()
+    work = _work(jobs)
+    while True:
+        for job, item in itertools.islice(work, max_waiting - len(waiting)):
+            waiting.append((job, pool.submit(tokenize, item) if isinstance(item, list) else item))
+        if not waiting:
+            return
+        job, result = waiting.popleft()
+        if isinstance(result, Exception):
+            raise result
+        yield job, result.result() if result else None
+
+
+def _work(jobs: list[ShardJob]) -> Iterator[tuple[ShardJob, list[Record] | Exception | None]]:
+    for job in jobs:
+        try:
+            for batch in _batches(job.shard.read(skip=job.state.num_records)):
+                yield job, batch
+        except (ValueError, OSError) as error:
+            yield job, error
+            return
+        yield job, None
+
+
+def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+    batch, num_bytes = [], 0
+    for record in records:
+        batch.append(record)
+        num_bytes += record.num_bytes
+        if num_bytes >= BATCH_BYTES:
+            yield batch
+            batch, num_bytes = [], 0
+    if batch:
+        yield batch
+
+
+def _manifest(store: Path, info: TokenizerInfo, dtype: str, fraction: float, jobs: list[ShardJob]) -> Manifest:
+    path = store / TOKENIZER_NAME
+    files = {TOKENIZER_NAME: FileInfo(bytes=path.stat().st_size, sha256=info.sha256)}
+    splits = {split: Split(total=Counts(), sets={}, shards=[]) for split in SPLITS}
+    for job in jobs:
+        files.update(job.state.files or {})
+        for name, split in splits.items():
+            split.total.add(job.state.total(name))
+            for set_name, counts in job.state.sets[name].items():
+                split.sets.setdefault(set_name, Counts()).add(counts)
+            if f"{name}/{job.stem}.bin" in files:
+                split.shards.append(f"{name}/{job.stem}")
+    return Manifest(
+        tokenizer=info,
+        dtype=dtype,
+        validation_fraction=fraction,
+        sources=[Source(**job.state.model_dump(include={"name", "bytes", "num_empty_files"})) for job in jobs],
+        splits={name: split for name, split in splits.items() if split.shards},
+        files=files,
+    )

@@ -1,0 +1,281 @@
+"""Readers of text in the forms people have it, the Pile's first: shards of raw records.
+
+A record is read here, in one process and cheaply, and parsed elsewhere, in many (``record.document()``). Nothing is
+ever skipped in silence: whatever is not a document ends in an error that names the file and the line.
+"""
+
+import gzip
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+
+import orjson
+import zstandard
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+JSON_LINES_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+PARQUET_SUFFIX = ".parquet"
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")  # in a folder; a file or a pattern may name any other
+FOLDER_SUFFIXES = (*JSON_LINES_SUFFIXES, PARQUET_SUFFIX, *TEXT_SUFFIXES)
+MAX_ZSTD_WINDOW = 2**31  # the Pile's shards need 2**27 (`zstd --long=27`), more than zstandard allows by default
+BLOCK = 2**16  # bytes read at a time
+
+
+class Document(NamedTuple):
+    text: str
+    set_name: str
+
+
+class JsonLine(NamedTuple):
+    """One line of a JSON-lines file, ``{"text": …, "meta": {"pile_set_name": …}}``."""
+
+    place: str
+    set_name: str
+    line: bytes
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.line)
+
+    def document(self) -> Document:
+        try:
+            row = orjson.loads(self.line)
+        except orjson.JSONDecodeError as error:
+            raise ValueError(f"{self.place}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{self.place}: a record must be a JSON object, not a {type(row).__name__}")
+        return _document_of(row, self.place, self.set_name)
+
+
+class Row(NamedTuple):
+    """One row of a parquet file or a Hub data set, with the same fields."""
+
+    place: str
+    set_name: str
+    row: dict
+
+    @property
+    def num_bytes(self) -> int:
+        text = self.row.get("text")
+        return len(text) if isinstance(text, str) else 0
+
+    def document(self) -> Document:
+        return _document_of(self.row, self.place, self.set_name)
+
+
+class TextFile(NamedTuple):
+    """One text file, which is one document; an empty one (think of ``__init__.py``) is none."""
+
+    place: str
+    set_name: str
+    content: bytes
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.content)
+
+    def document(self) -> Document | None:
+        if b"\0" in self.content:
+            raise ValueError(f"{self.place}: holds zero bytes, so it is not a text file")
+        try:
+            text = self.content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.place}: not UTF-8 ({error.reason} at byte {error.start})") from None
+        return Document(text, self.set_name) if text else None
+
+
+Record = JsonLine | Row | TextFile
+
+
+def _document_of(row: dict, place: str, set_name: str) -> Document:
+    text, meta = row.get("text"), row.get("meta")
+    if not isinstance(text, str) or not text:
+        state = (
+            "no text" if "text" not in row else "empty text" if text == "" else f"text of type {type(text).__name__}"
+        )
+        raise ValueError(f"{place}: a record with {state}; every record needs a string under the key text")
+    if isinstance(meta, dict) and isinstance(meta.get("pile_set_name"), str):
+        set_name = meta["pile_set_name"]
+    return Document(text, set_name)
+
+
+class Shard:
+    """A part of the input that becomes one pair of files.
+
+    Attributes:
+        name: of the source, for messages and the manifest.
+        num_bytes: its size on disk, None where it isn't known.
+        position: how many of these bytes the running ``read()`` has used.
+    """
+
+    name: str
+    num_bytes: int | None
+    position: int = 0
+
+    def read(self, skip: int = 0) -> Iterator[Record]:
+        """All records behind the first ``skip``, in their order."""
+        raise NotImplementedError
+
+
+@dataclass
+class JsonLinesShard(Shard):
+    """A ``.jsonl``, ``.jsonl.gz`` or ``.jsonl.zst`` file. Blank lines are no records."""
+
+    path: Path
+    position: int = 0
+
+    def __post_init__(self):
+        self.name = self.path.name
+        self.num_bytes = self.path.stat().st_size
+
+    def read(self, skip: int = 0) -> Iterator[JsonLine]:
+        set_name = stem(self.path)
+        for number, line in enumerate(_lines(self._chunks()), start=1):
+            if not line or line.isspace():
+                continue
+            if skip:
+                skip -= 1
+                continue
+            yield JsonLine(f"{self.path}, line {number}", set_name, line)
+
+    def _chunks(self) -> Iterator[bytes]:
+        decompress = {".zst": _unzstd, ".gz": _gunzip}.get(self.path.suffix, _blocks)
+        with open(self.path, "rb") as file:
+            for chunk in decompress(file, self.path):
+                self.position = file.tell()
+                yield chunk
+
+
+def _blocks(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    while block := file.read(BLOCK):
+        yield block
+
+
+def _unzstd(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    """Decompress one or more frames. (zstandard's stream_reader ends in silence where a frame is cut off.)"""
+    decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW)
+    frame = None
+    for block in _blocks(file, path):
+        while block:
+            frame = frame or decompressor.decompressobj()
+            try:
+                yield frame.decompress(block)
+            except zstandard.ZstdError as error:
+                raise ValueError(f"{path}: damaged .zst file ({error}); fetch it again") from None
+            block = frame.unused_data
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise ValueError(f"{path}: truncated .zst file, it ends inside a frame; fetch it again")
+
+
+def _gunzip(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    try:
+        yield from _blocks(gzip.GzipFile(fileobj=file), path)
+    except EOFError:
+        raise ValueError(f"{path}: truncated .gz file; fetch it again") from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: damaged .gz file ({error}); fetch it again") from None
+
+
+def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Cut a stream of bytes at newlines; only they end a JSON line, unlike ``bytes.splitlines``."""
+    begun: list[bytes] = []
+    for chunk in chunks:
+        first, *others = chunk.split(b"\n")
+        begun.append(first)
+        if others:
+            yield b"".join(begun)
+            yield from others[:-1]
+            begun = [others[-1]]
+    if last := b"".join(begun):
+        yield last
+
+
+@dataclass
+class ParquetShard(Shard):
+    """A parquet file with a string column ``text`` and perhaps a struct ``meta``."""
+
+    path: Path
+    position: int = 0
+
+    def __post_init__(self):
+        self.name = self.path.name
+        self.num_bytes = self.path.stat().st_size
+
+    def read(self, skip: int = 0) -> Iterator[Row]:
+        from pyarrow import ArrowInvalid, parquet
+
+        try:
+            file = parquet.ParquetFile(self.path)
+        except ArrowInvalid as error:
+            raise ValueError(f"{self.path}: not a parquet file, or a truncated one ({error})") from None
+        with file:
+            columns = [name for name in ("text", "meta") if name in file.schema_arrow.names]
+            if "text" not in columns:
+                raise ValueError(f"{self.path}: has no column text, only {', '.join(file.schema_arrow.names)}")
+            number, set_name = 0, stem(self.path)
+            for batch in file.iter_batches(batch_size=256, columns=columns):
+                rows = batch.slice(min(max(skip - number, 0), len(batch))).to_pylist()
+                number += len(batch) - len(rows)
+                for row in rows:
+                    number += 1
+                    self.position = self.num_bytes * number // file.metadata.num_rows
+                    yield Row(f"{self.path}, row {number}", set_name, row)
+
+
+@dataclass
+class TextShard(Shard):
+    """Text files that were found behind each other: one document each, one shard together.
+
+    Args:
+        name: of the first input they came from.
+        files: the paths, each with the name of its set.
+    """
+
+    name: str
+    files: list[tuple[Path, str]] = field(default_factory=list)
+    num_bytes: int = 0
+    position: int = 0
+
+    def add(self, path: Path, set_name: str) -> None:
+        self.files.append((path, set_name))
+        self.num_bytes += path.stat().st_size
+
+    def read(self, skip: int = 0) -> Iterator[TextFile]:
+        self.position = sum(path.stat().st_size for path, _ in self.files[:skip])
+        for path, set_name in self.files[skip:]:
+            content = path.read_bytes()
+            self.position += len(content)
+            yield TextFile(str(path), set_name, content)
+
+
+@dataclass
+class HubShard(Shard):
+    """One file of a Hub data set, streamed by ``datasets``.
+
+    Args:
+        dataset: a ``datasets.IterableDataset`` of that file alone.
+        name: of the data set, and the file's number in it.
+    """
+
+    dataset: "IterableDataset"
+    name: str
+    set_name: str
+    num_bytes: int | None = None
+    position: int = 0
+
+    def read(self, skip: int = 0) -> Iterator[Row]:
+        for number, row in enumerate(self.dataset.skip(skip), start=skip + 1):
+            yield Row(f"{self.name}, row {number}", self.set_name, row)
+
+
+def stem(path: Path) -> str:
+    """The file's name without its known endings."""
+    name = path.name
+    for suffix in FOLDER_SUFFIXES:
+        name = name.removesuffix(suffix)
+    return name or path.name

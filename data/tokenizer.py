@@ -1,0 +1,126 @@
+"""Tokenizer files: finding one, reading it for the encoding of text, training one."""
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"  # Pythia's
+EOD_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+PADDING_TOKEN = "<|padding|>"
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+
+
+def find_tokenizer_file(name_or_path: str | os.PathLike) -> Path:
+    """The ``tokenizer.json`` of a Hub repository, of a local folder, or that file itself.
+
+    Raises:
+        FileNotFoundError: there is none there.
+        OSError: the Hub cannot be reached.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if path.is_file():
+        return path
+    name = str(name_or_path)
+    if name.endswith(".json") or not HUB_NAME.fullmatch(name):
+        raise FileNotFoundError(f"{path}: no such tokenizer file")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, "tokenizer.json"))
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"tokenizer {name}: cannot get its tokenizer.json from the Hugging Face Hub ({type(error).__name__}); "
+            "pass --tokenizer with the path of a local tokenizer.json"
+        ) from error
+
+
+def load_tokenizer_file(name_or_path: str | os.PathLike) -> Tokenizer:
+    """The tokenizer of :func:`find_tokenizer_file`, without the truncation and padding that a file may ask for.
+
+    Raises:
+        ValueError: the file is not a tokenizer.
+    """
+    path = find_tokenizer_file(name_or_path)
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises a bare Exception
+        raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def tokenizer_size(tokenizer: Tokenizer) -> int:
+    """The largest id + 1, added tokens included: 50277 for Pythia's."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def eod_id(tokenizer: Tokenizer) -> int:
+    """The id that ends a document: that of the first of ``EOD_TOKENS`` which the tokenizer has.
+
+    Raises:
+        ValueError: it has none of them.
+    """
+    for token in EOD_TOKENS:
+        if (id_ := tokenizer.token_to_id(token)) is not None:
+            return id_
+    raise ValueError(f"the tokenizer has no end-of-document token, none of {', '.join(EOD_TOKENS)}")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE in the manner of GPT-NeoX's: ``<|endoftext|>`` is id 0, ``<|padding|>`` id 1.
+
+    All 256 bytes are tokens and nothing is normalised (GPT-NeoX's composes characters, NFC), so that every text comes
+    back from its ids unchanged. A small text may give fewer than ``vocab_size`` tokens.
+
+    Raises:
+        ValueError: ``vocab_size`` has no room for the bytes and the two special tokens.
+    """
+    special_tokens = [EOD_TOKENS[0], PADDING_TOKEN]
+    smallest = len(special_tokens) + 256
+    if vocab_size < smallest:
+        raise ValueError(f"vocab_size is {vocab_size}; a byte-level tokenizer needs at least {smallest}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=special_tokens,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+SAFE_CUT = re.compile("(?<=[A-Za-z]) (?=[A-Za-z])")
+
+
+def cuts_at_spaces(tokenizer: Tokenizer) -> bool:
+    """Whether cutting text before a space between two ASCII letters leaves its ids as they are.
+
+    So it is for GPT-2's pre-tokenizer (GPT-NeoX, Pythia, ours), whose regular expression always begins a word there, with
+    no normalizer or NFC, which composes nothing across a space, as long as no added token reaches over such a place.
+    """
+    state = json.loads(tokenizer.to_str())
+    pre, normalizer = state["pre_tokenizer"] or {}, state["normalizer"] or {"type": "NFC"}
+    is_gpt2 = pre.get("type") == "ByteLevel" and pre.get("use_regex", True) and not pre.get("add_prefix_space")
+    is_added_free = not any(SAFE_CUT.search(token["content"]) for token in state["added_tokens"])
+    return bool(is_gpt2 and is_added_free and normalizer["type"] == "NFC")
+
+
+def cut_text(text: str, length: int) -> list[str]:
+    """Cut a long text into pieces of about ``length`` characters at the places of :func:`cuts_at_spaces`."""
+    pieces, start = [], 0
+    while len(text) - start > length and (cut := SAFE_CUT.search(text, start + length)):
+        pieces.append(text[start : cut.start()])
+        start = cut.start()
+    return [*pieces, text[start:]]

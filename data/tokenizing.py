@@ -1,0 +1,124 @@
+"""The work of one tokenizing process: a batch of raw records in, token ids and counts for each split out."""
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import threading
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from .manifest import Counts
+from .readers import Record
+from .tokenizer import cut_text, cuts_at_spaces, load_tokenizer_file
+
+PIECE_LENGTH = 2**17  # characters; tokenizers holds about 130 bytes for each of them while it encodes
+OTHER_SPLIT, HELD_OUT_SPLIT = "train", "validation"
+
+
+@dataclass
+class SplitPart:
+    """What a batch gives to one split: tokens ``(num_tokens,)``, documents' lengths, and counts for each set."""
+
+    tokens: np.ndarray
+    lengths: list[int]
+    sets: dict[str, Counts]
+
+
+class TokenizedBatch(NamedTuple):
+    parts: dict[str, SplitPart]
+    num_records: int
+    num_empty_files: int
+
+
+@dataclass
+class DocumentTokenizer:
+    """Turns records into tokens; one lives in each process.
+
+    Args:
+        tokenizer: as :func:`load_tokenizer_file` gives it.
+        eod_id: put at the end of each document.
+        dtype: of the tokens.
+        validation_fraction: share of documents held out, see :func:`is_held_out`.
+    """
+
+    tokenizer: Tokenizer
+    eod_id: int
+    dtype: np.dtype
+    validation_fraction: float
+    piece_length: int | None = field(init=False)
+
+    def __post_init__(self):
+        self.piece_length = PIECE_LENGTH if cuts_at_spaces(self.tokenizer) else None
+
+    def __call__(self, records: list[Record]) -> TokenizedBatch:
+        tokens: dict[str, list[np.ndarray]] = {}
+        parts: dict[str, SplitPart] = {}
+        num_empty_files = 0
+        for record in records:
+            document = record.document()
+            if document is None:
+                num_empty_files += 1
+                continue
+            content = document.text.encode()
+            split = HELD_OUT_SPLIT if is_held_out(content, self.validation_fraction) else OTHER_SPLIT
+            part = parts.setdefault(split, SplitPart(np.empty(0), [], {}))
+            ids = self.encode(document.text)
+            tokens.setdefault(split, []).append(ids)
+            part.lengths.append(len(ids))
+            counts = Counts(documents=1, tokens=len(ids), bytes=len(content))
+            part.sets.setdefault(document.set_name, Counts()).add(counts)
+        for split, part in parts.items():
+            part.tokens = np.concatenate(tokens[split])
+        return TokenizedBatch(parts, len(records), num_empty_files)
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of a document and the end-of-document id, ``(num_tokens + 1,)``; no special token is added.
+
+        A special token's name that stands in the text becomes that token, as in Pythia's data.
+        """
+        pieces = [text] if self.piece_length is None else cut_text(text, self.piece_length)
+        arrays = []
+        for piece in pieces:
+            (encoding,) = self.tokenizer.encode_batch_fast([piece], add_special_tokens=False)
+            arrays.append(np.array(encoding.ids, dtype=self.dtype))
+        return np.concatenate([*arrays, np.array([self.eod_id], dtype=self.dtype)])
+
+
+def is_held_out(content: bytes, fraction: float) -> bool:
+    """Whether a document goes to the validation split: a function of its UTF-8 bytes and the fraction alone.
+
+    So equal documents never lie on both sides, whatever their file or place; and a larger fraction holds out the same
+    documents and more.
+    """
+    digest = hashlib.blake2b(content, digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
+
+
+_work: DocumentTokenizer | None = None
+
+
+def start_process(tokenizer_file: str, eod_id: int, dtype: np.dtype, validation_fraction: float) -> None:
+    """Make this process ready for :func:`tokenize`."""
+    global _work
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _work = DocumentTokenizer(load_tokenizer_file(tokenizer_file), eod_id, dtype, validation_fraction)
+
+
+def _end_with_parent() -> None:
+    """A killed main process must not leave its helpers waiting for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def tokenize(records: list[Record]) -> TokenizedBatch:
+    """:class:`DocumentTokenizer` of this process."""
+    assert _work is not None
+    return _work(records)
