@@ -30,7 +30,7 @@ def prepare(
         float, typer.Option(help="Share of documents, chosen by a hash of their text, that is held out.")
     ] = 0.01,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Tokenizing processes. [default: all processors]")
+        int | None, typer.Option(min=1, help="Tokenizing processes.", show_default="all processors")
     ] = None,
 ) -> None:
     """Tokenize text into a token store.
@@ -124,35 +124,34 @@ def format_seconds(seconds: float) -> str:
 
 def print_summary(console: "Console", manifest: "Manifest", output: Path) -> None:
     """The table by Pile set, largest first, and what a user should know beside it."""
+    from rich import box
     from rich.table import Table
 
-    from ..data.manifest import Counts
+    from ..data.manifest import Counts, Split
 
-    splits = manifest.splits
-    table = Table("set", title=f"Token store {output}", title_justify="left")
-    for heading in ("documents", "text (MB)", "tokens", "share", "bytes/token", "held out"):
-        table.add_column(heading, justify="right")
     sets: dict[str, Counts] = {}
-    for split in splits.values():
+    total = Counts()
+    for split in manifest.splits.values():
+        total.add(split.total)
         for name, counts in split.sets.items():
             sets.setdefault(name, Counts()).add(counts)
-    held_out = splits["validation"].sets if "validation" in splits else {}
-    total = Counts()
-    for counts in sets.values():
-        total.add(counts)
+    held_out = manifest.splits.get("validation", Split(total=Counts(), sets={}, shards=[]))
 
-    def add_row(name: str, counts: Counts, num_held_out: int, **style: bool) -> None:
-        cells = (f"{counts.documents:,}", f"{counts.bytes / 1e6:,.1f}", f"{counts.tokens:,}")
-        share, density = f"{counts.tokens / total.tokens:.1%}", f"{counts.bytes / counts.tokens:.2f}"
-        table.add_row(name, *cells, share, density, f"{num_held_out:,}", **style)
+    table = Table(title=f"Token store {output}", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("set", no_wrap=True)
+    for heading in ("documents", "MB", "M tokens", "share", "held out"):
+        table.add_column(heading, justify="right", no_wrap=True)
+
+    def add_row(name: str, counts: Counts, num_held_out: int) -> None:
+        sizes = f"{counts.documents:,}", f"{counts.bytes / 1e6:,.1f}", f"{counts.tokens / 1e6:,.2f}"
+        table.add_row(name, *sizes, f"{counts.tokens / total.tokens:.1%}", f"{num_held_out:,}")
 
     for name, counts in sorted(sets.items(), key=lambda item: -item[1].tokens):
-        add_row(name, counts, held_out.get(name, Counts()).documents, end_section=False)
-    table.rows[-1].end_section = True
-    add_row("all", total, sum(counts.documents for counts in held_out.values()))
+        add_row(name, counts, held_out.sets.get(name, Counts()).documents)
+    table.add_section()
+    add_row("all", total, held_out.total.documents)
     console.print(table)
-    num_empty = sum(source.num_empty_files for source in manifest.sources)
-    if num_empty:
+    if num_empty := sum(source.num_empty_files for source in manifest.sources):
         console.print(f"{num_empty} empty text files are no documents.")
-    if manifest.validation_fraction and "validation" not in splits:
+    if manifest.validation_fraction and not held_out.total.documents:
         console.print("[yellow]No document was held out; raise --validation-fraction if training is to be validated.")

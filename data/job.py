@@ -1,8 +1,8 @@
 """One shard of a running preparation: its two pairs of files, and the note on disk from which it can go on.
 
 The note says how many records are done and how much of the partial files belongs to them; it is replaced in one
-step, after the files are safe. What stands behind that in the files after a crash is dropped, so the shard comes out the
-same, byte for byte, as if nothing had happened.
+step, after the files are safe. What stands behind that in the files after a crash is dropped, so the shard comes out
+the same, byte for byte, as if nothing had happened.
 """
 
 from pathlib import Path

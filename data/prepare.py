@@ -1,4 +1,4 @@
-"""Text to token store: one process reads and writes, many tokenize, and a few batches between them are all that is held."""
+"""Text to token store: one process reads and writes, many tokenize, and only a few batches between them are held."""
 
 import contextlib
 import errno
@@ -15,6 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from pydantic import BaseModel
 
 from .job import ShardJob
@@ -54,8 +55,8 @@ class Settings(BaseModel):
 class Progress(NamedTuple):
     """How far a preparation is, work of earlier runs included.
 
-    ``counts`` is of all that is tokenized. ``source_bytes`` is the input used up, as it lies on disk (compressed), out of
-    ``total_source_bytes``; that is None where a size is not known.
+    ``counts`` is of all that is tokenized. ``source_bytes`` is the input used up, as it lies on disk (compressed), out
+    of ``total_source_bytes``; that is None where a size is not known.
     """
 
     shard_name: str
@@ -107,7 +108,7 @@ def prepare_store(
         jobs = [ShardJob(store, notes, i, shard, dtype) for i, shard in enumerate(shards)]
         start = (str(tokenizer_file), info.eod_id, dtype, validation_fraction)
         _run(jobs, num_processes or num_processors(), start, report)
-        manifest = _manifest(store, info, dtype.name, validation_fraction, jobs)
+        manifest = _manifest(store, info, dtype, validation_fraction, jobs)
         write_json(store / MANIFEST_NAME, manifest.model_dump())
         note_verified(store, manifest.files)
         shutil.rmtree(notes)
@@ -208,10 +209,10 @@ def _run(jobs: list[ShardJob], num_processes: int, start: tuple, report: Callabl
             if time.monotonic() > committed_at + COMMIT_SECONDS:
                 job.commit()
                 committed_at = time.monotonic()
-            report(Progress(job.shard.name, done, sum(job.shard.position for job in jobs), total))
+            report(Progress(job.shard.name, done.model_copy(), sum(job.shard.position for job in jobs), total))
     except BrokenProcessPool as error:
         raise OSError(
-            "a tokenizing process was killed (for want of memory?); run again with fewer --processes"
+            "a tokenizing process was killed (by lack of memory?); run again with fewer --processes"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -262,7 +263,7 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield batch
 
 
-def _manifest(store: Path, info: TokenizerInfo, dtype: str, fraction: float, jobs: list[ShardJob]) -> Manifest:
+def _manifest(store: Path, info: TokenizerInfo, dtype: np.dtype, fraction: float, jobs: list[ShardJob]) -> Manifest:
     path = store / TOKENIZER_NAME
     files = {TOKENIZER_NAME: FileInfo(bytes=path.stat().st_size, sha256=info.sha256)}
     splits = {split: Split(total=Counts(), sets={}, shards=[]) for split in SPLITS}
@@ -276,7 +277,7 @@ def _manifest(store: Path, info: TokenizerInfo, dtype: str, fraction: float, job
                 split.shards.append(f"{name}/{job.stem}")
     return Manifest(
         tokenizer=info,
-        dtype=dtype,
+        dtype="uint16" if dtype == np.uint16 else "int32",
         validation_fraction=fraction,
         sources=[Source(**job.state.model_dump(include={"name", "bytes", "num_empty_files"})) for job in jobs],
         splits={name: split for name, split in splits.items() if split.shards},

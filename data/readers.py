@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 import orjson
 import zstandard
@@ -150,12 +150,12 @@ class JsonLinesShard(Shard):
                 yield chunk
 
 
-def _blocks(file: BinaryIO, path: Path) -> Iterator[bytes]:
+def _blocks(file: IO[bytes] | gzip.GzipFile, path: Path) -> Iterator[bytes]:
     while block := file.read(BLOCK):
         yield block
 
 
-def _unzstd(file: BinaryIO, path: Path) -> Iterator[bytes]:
+def _unzstd(file: IO[bytes], path: Path) -> Iterator[bytes]:
     """Decompress one or more frames. (zstandard's stream_reader ends in silence where a frame is cut off.)"""
     decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW)
     frame = None
@@ -172,9 +172,10 @@ def _unzstd(file: BinaryIO, path: Path) -> Iterator[bytes]:
         raise ValueError(f"{path}: truncated .zst file, it ends inside a frame; fetch it again")
 
 
-def _gunzip(file: BinaryIO, path: Path) -> Iterator[bytes]:
+def _gunzip(file: IO[bytes], path: Path) -> Iterator[bytes]:
     try:
-        yield from _blocks(gzip.GzipFile(fileobj=file), path)
+        with gzip.GzipFile(fileobj=file) as stream:
+            yield from _blocks(stream, path)
     except EOFError:
         raise ValueError(f"{path}: truncated .gz file; fetch it again") from None
     except (gzip.BadGzipFile, zlib.error) as error:
@@ -217,13 +218,13 @@ class ParquetShard(Shard):
             columns = [name for name in ("text", "meta") if name in file.schema_arrow.names]
             if "text" not in columns:
                 raise ValueError(f"{self.path}: has no column text, only {', '.join(file.schema_arrow.names)}")
-            number, set_name = 0, stem(self.path)
+            number, num_bytes, set_name = 0, self.path.stat().st_size, stem(self.path)
             for batch in file.iter_batches(batch_size=256, columns=columns):
                 rows = batch.slice(min(max(skip - number, 0), len(batch))).to_pylist()
                 number += len(batch) - len(rows)
                 for row in rows:
                     number += 1
-                    self.position = self.num_bytes * number // file.metadata.num_rows
+                    self.position = num_bytes * number // file.metadata.num_rows
                     yield Row(f"{self.path}, row {number}", set_name, row)
 
 

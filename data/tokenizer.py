@@ -107,8 +107,8 @@ SAFE_CUT = re.compile("(?<=[A-Za-z]) (?=[A-Za-z])")
 def cuts_at_spaces(tokenizer: Tokenizer) -> bool:
     """Whether cutting text before a space between two ASCII letters leaves its ids as they are.
 
-    So it is for GPT-2's pre-tokenizer (GPT-NeoX, Pythia, ours), whose regular expression always begins a word there, with
-    no normalizer or NFC, which composes nothing across a space, as long as no added token reaches over such a place.
+    So it is for GPT-2's pre-tokenizer (GPT-NeoX, Pythia, ours), whose regular expression always begins a word there,
+    with no normalizer or NFC, which composes nothing across a space, unless an added token reaches over such a place.
     """
     state = json.loads(tokenizer.to_str())
     pre, normalizer = state["pre_tokenizer"] or {}, state["normalizer"] or {"type": "NFC"}
