@@ -1,0 +1,129 @@
+"""`sinklm eval zero-shot` and `sinklm eval streaming`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..eval.streaming import Configuration, Result, Stream
+
+MODEL_HELP = "A training run, a checkpoint, an export, any transformers folder, or a name on the Hub."
+OUTPUT_HELP = "Folder for the results; results/<model> if not given."
+
+Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
+Output = Annotated[Path | None, typer.Option(help=OUTPUT_HELP, show_default=False)]
+
+
+def zero_shot(
+    model: Model,
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas.")] = "sinklm_paper",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N examples of each task.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="A folder with task files of your own.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in the prompt.")] = None,
+    batch_size: Annotated[str, typer.Option(help="Requests at a time, or auto.")] = "8",
+    output: Output = None,
+) -> None:
+    """Score a model on benchmarks through lm-eval; the paper's seven tasks if nothing is said."""
+    if batch_size != "auto" and (not batch_size.isdecimal() or int(batch_size) < 1):
+        raise ValueError(f"--batch-size is {batch_size!r}: it must be a positive number or auto")
+    from ..eval.report import default_output, describe_model, library_versions, write_json
+    from ..eval.zero_shot import evaluate, results_table
+    from ..models import load_model, load_tokenizer
+
+    console = Console()
+    loaded, tokenizer = load_model(model), load_tokenizer(model)
+    results = evaluate(
+        loaded,
+        tokenizer,
+        [name.strip() for name in tasks.split(",")],
+        limit=limit,
+        include_path=include_path,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size if batch_size == "auto" else int(batch_size),
+    )
+    path = (output or default_output(model)) / "zero_shot.json"
+    write_json(path, {"model": describe_model(loaded, model), "versions": library_versions(), **results})
+    console.print(results_table(results, f"Zero-shot: {model}" + (f", first {limit} examples" if limit else "")))
+    console.print(f"Results: {path}")
+
+
+def streaming(
+    model: Model,
+    text: Annotated[list[Path], typer.Option(help="A UTF-8 text; repeat it to join several.", show_default=False)],
+    tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of text to read.  [default: all]")] = None,
+    caches: Annotated[
+        str | None,
+        typer.Option(help="Kept+window, separated by commas.  [default: 0, 1, 2 and 4 kept, half the trained length]"),
+    ] = None,
+    methods: Annotated[
+        str, typer.Option(help="Of dense, window (0+N), streaming (S+W) and recompute.")
+    ] = "dense,window,streaming",
+    recompute_every: Annotated[
+        int, typer.Option(min=1, help="Score every N-th token under recompute, which runs a whole window for each.")
+    ] = 1,
+    output: Output = None,
+) -> None:
+    """Perplexity on long text under dense attention, a sliding window, kept tokens + window, and re-computation."""
+    from ..eval.plots import plot_streaming
+    from ..eval.report import default_output, describe_model, library_versions, write_json
+    from ..eval.streaming import as_json, configurations, default_caches, parse_caches, read_stream, results_table
+    from ..models import load_model, load_tokenizer
+
+    console = Console()
+    stream = read_stream(text, load_tokenizer(model), tokens)
+    loaded = load_model(model)
+    chosen = configurations(
+        [name.strip() for name in methods.split(",")],
+        parse_caches(caches) if caches else default_caches(loaded),
+        num_sinks=getattr(loaded.config, "num_sinks", 0),
+    )
+    results = _measure_all(console, loaded, stream, chosen, recompute_every)
+
+    folder = output or default_output(model)
+    report: dict[str, Any] = {"model": describe_model(loaded, model), "versions": library_versions()}
+    report |= {"recompute_every": recompute_every, **as_json(results, stream)}
+    write_json(folder / "streaming.json", report)
+    plot_streaming(report, folder / "streaming.png", title=model)
+    console.print(results_table(results, f"Perplexity on {report['text']['num_tokens']:,} tokens: {model}"))
+    _explain_unscored(console, results, stream, recompute_every)
+    console.print(f"Results: {folder / 'streaming.json'}, {folder / 'streaming.png'}")
+
+
+def _measure_all(
+    console: Console, model: "PreTrainedModel", stream: "Stream", chosen: list["Configuration"], recompute_every: int
+) -> list["Result"]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from ..eval.streaming import measure
+
+    columns = (TextColumn("{task.description:>16}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    results = []
+    with Progress(*columns, console=console) as bars:
+        for configuration in chosen:
+            bar = bars.add_task(str(configuration), total=len(stream.ids) - 1)
+            result = measure(
+                model,
+                stream,
+                configuration,
+                recompute_every=recompute_every,
+                progress=lambda num_tokens, bar=bar: bars.advance(bar, num_tokens),  # type: ignore[misc]
+            )
+            results.append(result)
+    return results
+
+
+def _explain_unscored(console: Console, results: list["Result"], stream: "Stream", recompute_every: int) -> None:
+    """Say why a row counts fewer tokens than the text has."""
+    num_tokens = len(stream.ids) - stream.num_prefix
+    for result in results:
+        missing = num_tokens - result.num_scored
+        if missing > 1 and result.configuration.method == "dense":
+            console.print(f"dense: stopped after {result.num_scored:,} tokens, its cache would not fit the free memory")
+        elif missing > 1 and result.configuration.method == "recompute":
+            console.print(f"{result.configuration}: one token in {recompute_every} is scored")
+    if any(num_tokens - result.num_scored == 1 for result in results):
+        console.print("The first token is not scored: nothing stands before it.")

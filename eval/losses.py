@@ -1,0 +1,132 @@
+"""The loss of every token of a long text, under four ways of attending to what came before.
+
+All functions take a stream ``ids`` ``(T,)`` and return float64 ``(T,)``: entry t is the negative log-likelihood, in
+nats, of token t. What was not scored is NaN: among it token 0 of a model without sinks of its own, for nothing
+predicts it.
+"""
+
+from collections.abc import Callable
+
+import psutil
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+from ..models import StreamingCache
+
+DENSE_CHUNK = 256
+RECOMPUTE_TOKENS = 16_384  # at a time, over all windows of a batch
+
+Progress = Callable[[int], None]  # is called with the number of tokens done since the last call
+
+
+@torch.inference_mode()
+def stream_losses(
+    model: PreTrainedModel, ids: torch.Tensor, num_kept: int, window: int, progress: Progress | None = None
+) -> torch.Tensor:
+    """Under a cache of ``num_kept`` first and ``window`` most recent tokens (``num_kept=0``: window attention).
+
+    Token t attends to itself and the at most ``num_kept + window`` tokens in the cache, the model's own sinks being
+    the first tokens of the stream.
+    """
+    cache = StreamingCache.for_model(model, num_kept=num_kept, window=window)
+    losses = _unscored(ids)
+    losses[0] = _first_loss(model, ids)
+    for position in range(len(ids) - 1):
+        logits = model(_batch(model, ids[position : position + 1]), past_key_values=cache, use_cache=True).logits
+        losses[position + 1] = _nll(logits[0], ids[position + 1 : position + 2])[0]
+        _advance(progress, 1)
+    return losses
+
+
+@torch.inference_mode()
+def dense_losses(model: PreTrainedModel, ids: torch.Tensor, progress: Progress | None = None) -> torch.Tensor:
+    """Under dense attention, every token attending to all before it, also past the trained length.
+
+    The cache grows with the text. Once it holds as much memory as is left free, scoring ends and the rest stays NaN.
+    """
+    cache = DynamicCache(config=model.config)
+    losses = _unscored(ids)
+    losses[0] = _first_loss(model, ids)
+    for start in range(0, len(ids) - 1, DENSE_CHUNK):
+        inputs = ids[start : min(start + DENSE_CHUNK, len(ids) - 1)]
+        logits = model(_batch(model, inputs), past_key_values=cache, use_cache=True).logits[0]
+        end = start + len(inputs)
+        losses[start + 1 : end + 1] = _nll(logits, ids[start + 1 : end + 1])
+        _advance(progress, len(inputs))
+        if _num_bytes(cache) > _free_memory(model.device):
+            break
+    return losses
+
+
+@torch.inference_mode()
+def recompute_losses(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    num_keys: int,
+    *,
+    num_prefix: int = 0,
+    every: int = 1,
+    progress: Progress | None = None,
+) -> torch.Tensor:
+    """Under a sliding window that is computed anew, from its first layer on, for each token.
+
+    Args:
+        num_keys: positions in a window, with the querying token, the model's sinks and the prefix.
+        num_prefix: first tokens of ``ids`` that every window begins with (a begin-of-text token).
+        every: score only the tokens whose position is a multiple of it, once the window has to slide.
+    """
+    num_recent = num_keys - num_prefix - getattr(model.config, "num_sinks", 0)
+    if num_recent < 1:
+        raise ValueError(f"a window of {num_keys} positions leaves none for the text")
+    losses = _unscored(ids)
+    head = ids[: num_prefix + num_recent]
+    losses[0] = _first_loss(model, ids)
+    losses[1 : len(head) + 1] = _nll(model(_batch(model, head)).logits[0], ids[1 : len(head) + 1])
+    _advance(progress, min(len(head), len(ids) - 1))
+
+    targets = torch.arange(len(head) + 1, len(ids))
+    batch_size = max(1, RECOMPUTE_TOKENS // num_keys)
+    for chosen in targets[targets % every == 0].split(batch_size):
+        recent = ids[chosen[:, None] + torch.arange(-num_recent, 0)]  # (B, num_recent)
+        windows = torch.cat([ids[:num_prefix].expand(len(chosen), -1), recent], dim=1)
+        logits = model(windows.to(model.device), logits_to_keep=1).logits[:, 0]
+        losses[chosen] = _nll(logits, ids[chosen])
+        _advance(progress, len(chosen) * every)
+    return losses
+
+
+def _first_loss(model: PreTrainedModel, ids: torch.Tensor) -> float:
+    """The loss of the first token, which only a model with sinks of its own predicts."""
+    if not getattr(model.config, "num_sinks", 0):
+        return float("nan")
+    first = _batch(model, ids[:1])
+    return model(first, labels=first).loss.item()
+
+
+def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Logits ``(N, V)``, of which at most as many as there are ``targets`` ``(M,)`` count, as losses ``(M,)``."""
+    logits = logits[: len(targets)].to(torch.promote_types(logits.dtype, torch.float32))
+    losses = nn.functional.cross_entropy(logits, targets.to(logits.device), reduction="none")
+    return losses.to("cpu", torch.float64)
+
+
+def _batch(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    return ids[None].to(model.device)
+
+
+def _unscored(ids: torch.Tensor) -> torch.Tensor:
+    return torch.full((len(ids),), float("nan"), dtype=torch.float64)
+
+
+def _advance(progress: Progress | None, num_tokens: int) -> None:
+    if progress is not None:
+        progress(num_tokens)
+
+
+def _num_bytes(cache: DynamicCache) -> int:
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
+
+
+def _free_memory(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

@@ -1,0 +1,82 @@
+"""Pictures of evaluations: matplotlib without a display, colours that colour-blind readers can tell apart."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe & Ito's palette without its yellow, which is too light for a line on white.
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES = {"dense": "--", "window": "-", "streaming": "-", "recompute": ":"}
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "lines.linewidth": 1.4,
+    "legend.frameon": False,
+    "figure.dpi": 300,
+}
+
+
+def plot_streaming(report: dict[str, Any], path: Path, title: str | None = None) -> None:
+    """Loss against position for each configuration of a streaming report (see `streaming.as_json`), as a PNG.
+
+    Position is on a log scale; each point is the mean over one bin. Vertical lines mark where the first cache is full
+    and where the trained length ends.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.0, 3.6), layout="constrained")
+        axes = figure.add_subplot()
+        _draw_losses(axes, report)
+        _mark_positions(axes, report)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: _short(value))
+        axes.set_xlabel("Position in the text (tokens, log scale)")
+        axes.set_ylabel("Loss (nats per token)")
+        axes.grid(axis="y", linewidth=0.4, alpha=0.5)
+        axes.legend(title="cache: perplexity", loc="upper left", bbox_to_anchor=(1.0, 1.0), alignment="left")
+        if title:
+            axes.set_title(title, loc="left", fontsize=10)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+
+
+def _draw_losses(axes: Axes, report: dict[str, Any]) -> None:
+    edges = report["bin_edges"]
+    centres = [max((a * b) ** 0.5, b / 2) for a, b in pairwise(edges)]
+    for colour, result in zip(_cycle(COLOURS, len(report["results"])), report["results"], strict=True):
+        losses = [float("nan") if loss is None else loss for loss in result["binned_losses"]]
+        label = f"{result['configuration']}: {_perplexity(result['perplexity'])}"
+        axes.plot(centres, losses, color=colour, linestyle=DASHES[result["method"]], label=label)
+
+
+def _mark_positions(axes: Axes, report: dict[str, Any]) -> None:
+    last = report["bin_edges"][-1]
+    cached = [r["num_kept"] + r["window"] for r in report["results"] if r["method"] != "dense"]
+    marks = {"cache full": min(cached, default=None), "trained length": report["model"]["max_position_embeddings"]}
+    for text, position in marks.items():
+        if position and position < last:
+            axes.axvline(position, color="0.6", linewidth=0.8, zorder=0)
+            axes.annotate(
+                text, (position, 1.0), xycoords=("data", "axes fraction"), xytext=(-3, -2), textcoords="offset points",
+                rotation=90, ha="right", va="top", fontsize=7, color="0.4",
+            )  # fmt: skip
+
+
+def _cycle(values: Sequence[str], length: int) -> list[str]:
+    return [values[i % len(values)] for i in range(length)]
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _short(tokens: float) -> str:
+    if tokens >= 2**20:
+        return f"{tokens / 2**20:g}M"
+    return f"{tokens / 2**10:g}K" if tokens >= 2**10 else f"{tokens:g}"

@@ -1,0 +1,49 @@
+"""What a result needs to be worth keeping: which model, which library versions, written whole or not at all."""
+
+import json
+import os
+import platform
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..models.loading import resolve_model_folder
+
+LIBRARIES = ("sinklm", "torch", "transformers", "tokenizers", "lm-eval", "datasets", "numpy")
+
+
+def describe_model(model: PreTrainedModel, name_or_path: str | Path) -> dict[str, Any]:
+    """The facts that tell one evaluated model from another, ready for JSON."""
+    return {
+        "name_or_path": str(name_or_path),
+        "folder": resolve_model_folder(name_or_path),
+        "class": type(model).__name__,
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "num_sinks": getattr(model.config, "num_sinks", 0),
+        "max_position_embeddings": getattr(model.config, "max_position_embeddings", None),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+    }
+
+
+def library_versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES}
+
+
+def default_output(name_or_path: str | Path) -> Path:
+    """A folder of its own for each model, so that a second evaluation does not overwrite the first."""
+    return Path("results") / (re.sub(r"[^\w.]+", "-", str(name_or_path)).strip("-.") or "model")
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write ``value`` so that the file is either the old one or the complete new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(json.dumps(value, indent=2, default=str, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

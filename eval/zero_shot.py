@@ -1,0 +1,134 @@
+"""Zero-shot benchmarks through lm-eval.
+
+Our model puts its sinks in front of every request by itself and returns one row of logits for each token given, so
+lm-eval's stock ``HFLM`` scores it correctly as long as nobody else adds a special token.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..models import SinkGPTNeoXConfig
+
+PAPER_TASKS = "sinklm_paper"
+TASK_FOLDER = Path(__file__).parent / "tasks"
+SEED = 1234
+
+
+def as_lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int | str = 8) -> HFLM:
+    """The model as lm-eval sees it: requests are cut so that the sinks and the text fit the trained length."""
+    ours = isinstance(model.config, SinkGPTNeoXConfig)
+    num_positions = getattr(model.config, "max_position_embeddings", None)
+    return HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        max_length=num_positions - model.config.num_sinks if ours else num_positions,
+        add_bos_token=False if ours else None,  # None: as that model's own tokenizer does it
+        prefix_token_id=model.config.eos_token_id if ours else None,
+    )
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str] = (PAPER_TASKS,),
+    *,
+    limit: int | None = None,
+    include_path: Path | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int | str = 8,
+) -> dict[str, Any]:
+    """Run lm-eval's tasks and return its results, ready for JSON.
+
+    Args:
+        tasks: names of tasks, groups or tags, or paths of task files. ``sinklm_paper`` is the paper's seven.
+        limit: score only the first so many examples of each task.
+        include_path: a folder of task files; one with a known name replaces lm-eval's own.
+        num_fewshot: examples in the prompt; None takes each task's default.
+        batch_size: requests at a time, or ``"auto"``.
+
+    Returns:
+        ``{"tasks": {name: {metric: value, metric_stderr: …}}, "groups": …, "num_samples": …, "versions": …}``.
+
+    Raises:
+        ValueError: for a task that does not exist.
+        FileNotFoundError: if ``include_path`` does not exist.
+        ConnectionError: if a task's data set can be neither found locally nor fetched.
+    """
+    task_manager = _task_manager(tasks, include_path)
+    try:
+        output = simple_evaluate(
+            model=as_lm(model, tokenizer, batch_size=batch_size),
+            tasks=list(tasks),
+            task_manager=task_manager,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            log_samples=False,
+            random_seed=SEED,
+            numpy_random_seed=SEED,
+            torch_random_seed=SEED,
+            fewshot_random_seed=SEED,
+        )
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"a data set of {', '.join(tasks)} can be neither found locally nor fetched: {error}. Without network, "
+            f"give local task files with --include-path (docs/evaluation.md shows one)"
+        ) from error
+    groups = output.get("groups", {})
+    return {
+        "tasks": {name: _metrics(row) for name, row in output["results"].items() if name not in groups},
+        "groups": {name: _metrics(row) for name, row in groups.items()},
+        "num_samples": output["n-samples"],
+        "num_fewshot": output["n-shot"],
+        "task_versions": output["versions"],
+        "limit": limit,
+        "seed": SEED,
+    }
+
+
+def _task_manager(names: Sequence[str], include_path: Path | None) -> TaskManager:
+    """Knows lm-eval's tasks, ours and those of ``include_path``, the last winning; all ``names`` must be among them."""
+    if include_path is not None and not include_path.is_dir():
+        raise FileNotFoundError(f"the task folder {include_path} does not exist")
+    manager = TaskManager(include_path=[TASK_FOLDER, *([include_path] if include_path else [])])
+    for name in names:
+        if name not in manager.all_tasks and not Path(name).is_file():
+            raise ValueError(
+                f"there is no task {name!r}: take one of lm-eval's (`lm-eval ls tasks` lists them), {PAPER_TASKS}, or "
+                f"a task file in the folder given as --include-path"
+            )
+    return manager
+
+
+def _metrics(row: dict[str, Any]) -> dict[str, float]:
+    """``{"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": …}`` as ``{"acc": 0.5, "acc_stderr": 0.1}``."""
+    return {key.removesuffix(",none"): value for key, value in row.items() if isinstance(value, int | float)}
+
+
+def results_table(results: dict[str, Any], title: str) -> Table:
+    """One row for each task and metric, with its standard error."""
+    table = Table(title=title)
+    for header, justify in (("Task", "left"), ("Examples", "right"), ("Metric", "left"), ("Value", "right")):
+        table.add_column(header, justify=justify)  # type: ignore[arg-type]
+    table.add_column("± standard error", justify="right")
+    for name, metrics in (results["tasks"] | results["groups"]).items():
+        for metric, value in metrics.items():
+            if "_stderr" in metric or metric in ("sample_len", "sample_count"):
+                continue
+            num_samples = results["num_samples"].get(name, {}).get("effective", "")
+            stderr = metrics.get(_stderr_key(metric), float("nan"))
+            shown = "" if stderr != stderr else f"{stderr:.4f}"
+            table.add_row(name, str(num_samples), metric, f"{value:.4f}", shown)
+    return table
+
+
+def _stderr_key(metric: str) -> str:
+    name, _, metric_filter = metric.partition(",")
+    return f"{name}_stderr,{metric_filter}" if metric_filter else f"{name}_stderr"
