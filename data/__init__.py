@@ -4,16 +4,19 @@ from .inputs import find_inputs
 from .megatron import MegatronReader, MegatronWriter
 from .order import SampleOrder, batch_indices
 from .prepare import prepare_store
+from .preshuffled import PreshuffledStore, open_store
 from .store import TokenStore
 from .windows import TokenWindows
 
 __all__ = [
     "MegatronReader",
     "MegatronWriter",
+    "PreshuffledStore",
     "SampleOrder",
     "TokenStore",
     "TokenWindows",
     "batch_indices",
     "find_inputs",
+    "open_store",
     "prepare_store",
 ]

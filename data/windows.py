@@ -10,7 +10,7 @@ class TokenWindows:
 
     Without sinks ``stride = tokens_per_sample - 1``: a window's last token is only a target, and the first input of
     the next window. With sinks ``stride = tokens_per_sample``: the last sink predicts a window's first token. There is
-    no padding.
+    no padding. Of pre-shuffled rows a window is the beginning of a row, whatever the stride.
 
     Args:
         store: an open token store.
@@ -19,24 +19,35 @@ class TokenWindows:
         stride: tokens from one window's beginning to the next one's, from 1 to ``tokens_per_sample``.
 
     Attributes:
-        num_remaining_tokens: tokens at the end that do not fill another window and are not seen.
+        num_remaining_tokens: tokens that are in no window.
 
     Raises:
-        ValueError: the split does not exist or has fewer tokens than one window.
+        ValueError: the split does not exist, has fewer tokens than one window, or has shorter rows.
     """
 
     def __init__(self, store: TokenSource, split: str, *, tokens_per_sample: int, stride: int):
         if not 1 <= stride <= tokens_per_sample:
             raise ValueError(f"stride is {stride}; it must lie between 1 and tokens_per_sample ({tokens_per_sample})")
-        self.tokens_per_sample, self.stride = tokens_per_sample, stride
         self.stream = store.split(split)
-        if len(self.stream) < tokens_per_sample:
-            raise ValueError(
-                f"{store.path}: the {split} split has {len(self.stream)} tokens, less than one sample of "
-                f"{tokens_per_sample}; prepare more text{_MORE_VALIDATION if split == 'validation' else ''}"
+        num_tokens, row_length = len(self.stream), self.stream.row_length
+        if num_tokens < tokens_per_sample:
+            remedy = (
+                "raise --validation-fraction or prepare more text" if split == "validation" else "prepare more text"
             )
-        self._num_windows = (len(self.stream) - tokens_per_sample) // stride + 1
-        self.num_remaining_tokens = len(self.stream) - (self._num_windows - 1) * stride - tokens_per_sample
+            raise ValueError(
+                f"{store.path}: the {split} split has {num_tokens} tokens, less than one sample of {tokens_per_sample}; "
+                f"{remedy}, or train with a shorter seq_length"
+            )
+        if row_length is not None and tokens_per_sample > row_length:
+            raise ValueError(
+                f"{store.path}: holds rows of {row_length} tokens, less than one sample of {tokens_per_sample}; "
+                "train with a shorter seq_length"
+            )
+        self.tokens_per_sample = tokens_per_sample
+        self.stride = row_length or stride
+        self._num_windows = (num_tokens - tokens_per_sample) // self.stride + 1
+        overlap = max(tokens_per_sample - self.stride, 0)
+        self.num_remaining_tokens = num_tokens - self._num_windows * (tokens_per_sample - overlap) - overlap
 
     def __len__(self) -> int:
         return self._num_windows
@@ -47,6 +58,3 @@ class TokenWindows:
             raise IndexError(f"window {i} of {self._num_windows}")
         start = int(i) * self.stride
         return self.stream.read(start, start + self.tokens_per_sample)
-
-
-_MORE_VALIDATION = " or raise --validation-fraction"
