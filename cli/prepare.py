@@ -46,7 +46,7 @@ def prepare(
     found = find_inputs(inputs)
     if found.num_ignored:
         kinds = ", ".join(f"{count} × {kind}" for kind, count in found.num_ignored.most_common(8))
-        console.print(f"Left out of the folders, by their endings: {kinds}")
+        console.print(f"Left out of the folders: {kinds}")
     with ProgressDisplay(console) as display:
         manifest = prepare_store(
             found.shards,

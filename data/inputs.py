@@ -3,6 +3,7 @@
 import glob
 import re
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from .readers import (
     FOLDER_SUFFIXES,
     JSON_LINES_SUFFIXES,
     PARQUET_SUFFIX,
+    Document,
     HubShard,
     JsonLinesShard,
     ParquetShard,
@@ -23,7 +25,7 @@ OTHER_CONTAINERS = (".zst", ".gz", ".bz2", ".xz", ".zip", ".tar", ".tgz", ".7z",
 
 
 class Inputs(NamedTuple):
-    """Shards in their order, and how many files of folders were left out, by suffix."""
+    """Shards in their order, and how many files of folders were left out, by suffix (or other reason)."""
 
     shards: list[Shard]
     num_ignored: Counter[str]
@@ -46,24 +48,45 @@ def find_inputs(names: list[str]) -> Inputs:
     for name in names:
         path = Path(name)
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.is_file())
-            num_ignored.update(file.suffix or "no ending" for file in files if not file.name.endswith(FOLDER_SUFFIXES))
-            files = [file for file in files if file.name.endswith(FOLDER_SUFFIXES)]
-            if not files:
-                raise ValueError(f"{name}: no file ends in {' '.join(FOLDER_SUFFIXES)}; name others by a pattern")
-            _add_files(shards, files, seen, set_name=path.resolve().name)
+            _add_files(shards, _files_of_folder(path, num_ignored), seen, set_name=path.resolve().name)
         elif path.is_file():
             _add_files(shards, [path], seen, set_name=stem(path))
         elif glob.has_magic(name):
-            files = sorted(file for match in glob.glob(name, recursive=True) if (file := Path(match)).is_file())
-            if not files:
-                raise ValueError(f"{name}: no file matches this pattern")
-            _add_files(shards, files, seen, set_name=_fixed_folder(name).name)
+            _add_files(shards, _files_of_pattern(name, num_ignored), seen, set_name=_fixed_folder(name).name)
         elif HUB_NAME.fullmatch(name):
             shards.extend(hub_shards(name))
         else:
             raise FileNotFoundError(f"{name}: no such file or folder")
     return Inputs(shards, num_ignored)
+
+
+def _files_of_folder(folder: Path, num_ignored: Counter[str]) -> list[Path]:
+    files = []
+    for file in _without_double_links(folder.rglob("*"), num_ignored):
+        if file.name.endswith(FOLDER_SUFFIXES):
+            files.append(file)
+        else:
+            num_ignored[file.suffix or "no ending"] += 1
+    if not files:
+        raise ValueError(f"{folder}: no file in it ends in {' '.join(FOLDER_SUFFIXES)}; name others by a pattern")
+    return files
+
+
+def _files_of_pattern(pattern: str, num_ignored: Counter[str]) -> list[Path]:
+    files = _without_double_links(map(Path, glob.iglob(pattern, recursive=True)), num_ignored)
+    if not files:
+        raise ValueError(f"{pattern}: no file matches this pattern")
+    return files
+
+
+def _without_double_links(paths: Iterable[Path], num_ignored: Counter[str]) -> list[Path]:
+    """The files among the paths, sorted, without symbolic links to others of them."""
+    files = sorted(path for path in paths if path.is_file())
+    originals = {file.resolve() for file in files if not file.is_symlink()}
+    chosen = [file for file in files if not (file.is_symlink() and file.resolve() in originals)]
+    if len(chosen) < len(files):
+        num_ignored["link to another of the files"] += len(files) - len(chosen)
+    return chosen
 
 
 def _add_files(shards: list[Shard], files: list[Path], seen: set[Path], set_name: str) -> None:
@@ -83,6 +106,27 @@ def _add_files(shards: list[Shard], files: list[Path], seen: set[Path], set_name
                 last = TextShard(set_name)
                 shards.append(last)
             last.add(file, set_name)
+
+
+def read_documents(shards: list[Shard]) -> Iterator[Document]:
+    """All documents of the shards, in this process.
+
+    Raises:
+        ValueError: a record is no document, or a shard has none.
+    """
+    for shard in shards:
+        is_empty = True
+        for record in shard.read():
+            if document := record.document():
+                is_empty = False
+                yield document
+        if is_empty:
+            raise no_document(shard)
+
+
+def no_document(shard: Shard) -> ValueError:
+    """The error for a shard that turns out empty."""
+    return ValueError(f"{shard.name}: empty, there is no document in it")
 
 
 def _fixed_folder(pattern: str) -> Path:

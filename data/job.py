@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
+from .inputs import no_document
 from .manifest import SPLITS, Counts, FileInfo, sha256_of, write_json
 from .megatron import MegatronWriter
 from .readers import Shard
@@ -113,7 +114,7 @@ class ShardJob:
             ValueError: there was no document in it.
         """
         if not any(self.state.total(split).documents for split in SPLITS):
-            raise ValueError(f"{self.shard.name}: holds no document")
+            raise no_document(self.shard)
         files = {}
         for split in SPLITS:
             self._writer(split).finish()

@@ -31,12 +31,10 @@ class TokenWindows:
         self.stream = store.split(split)
         num_tokens, row_length = len(self.stream), self.stream.row_length
         if num_tokens < tokens_per_sample:
-            remedy = (
-                "raise --validation-fraction or prepare more text" if split == "validation" else "prepare more text"
-            )
+            more = "a larger --validation-fraction or more text" if split == "validation" else "more text"
             raise ValueError(
-                f"{store.path}: the {split} split has {num_tokens} tokens, less than one sample of {tokens_per_sample}; "
-                f"{remedy}, or train with a shorter seq_length"
+                f"{store.path}: the {split} split has {num_tokens} tokens, less than a sample of {tokens_per_sample}; "
+                f"prepare it with {more}, or train with a shorter seq_length"
             )
         if row_length is not None and tokens_per_sample > row_length:
             raise ValueError(

@@ -1,0 +1,41 @@
+"""``sinklm tokenizer``: making tokenizers."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUT...", help="Text, in any of the forms that `sinklm prepare` reads.")
+    ],
+    vocab_size: Annotated[int, typer.Option(help="Number of tokens, special tokens and the 256 bytes included.")],
+    output: Annotated[Path, typer.Option(help="The tokenizer.json to write.")] = Path("tokenizer.json"),
+) -> None:
+    """Train a byte-level BPE on text, in the manner of GPT-NeoX."""
+    from rich.console import Console
+
+    from ..data.inputs import find_inputs, read_documents
+    from ..data.manifest import Counts
+    from ..data.tokenizer import train_tokenizer
+
+    console, counts = Console(), Counts()
+
+    def texts() -> Iterator[str]:
+        for document in read_documents(find_inputs(inputs).shards):
+            counts.add(Counts(documents=1, bytes=len(document.text.encode())))
+            yield document.text
+
+    with console.status(f"Training a tokenizer of {vocab_size:,} tokens"):
+        tokenizer = train_tokenizer(texts(), vocab_size)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(output.name + ".partial")
+    tokenizer.save(str(partial))
+    os.replace(partial, output)
+    size = tokenizer.get_vocab_size()
+    console.print(f"{output}: {size:,} tokens from {counts.documents:,} documents, {counts.bytes / 1e6:,.1f} MB")
+    if size < vocab_size:
+        console.print(f"[yellow]The text gives no more than {size:,} of the {vocab_size:,} tokens asked for.")
