@@ -200,6 +200,24 @@ def test_a_conversation_continues_on_its_cache(num_sinks):
     assert torch.equal(continued.sequences, fresh.sequences)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("num_sinks", [0, 1])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_compiled_training_step_equals_the_eager_one(num_sinks, checkpointing):
+    model, sample = tiny_model(num_sinks, dtype=torch.float32), text(2, 12)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # the trace is what differs, not the kernels
+    gradients = []
+    for forward in (model, compiled):
+        model.zero_grad()
+        forward(sample[:, :-1], labels=sample, skip_logits=True, use_cache=False).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for eager, fast in zip(*gradients, strict=True):
+        torch.testing.assert_close(fast, eager, rtol=1e-4, atol=1e-6)
+
+
 def test_a_sink_is_never_sampled():
     model = tiny_model(2, dtype=torch.float32)
     with torch.no_grad():
