@@ -5,6 +5,9 @@ import sys
 
 import typer
 
+from .prepare import prepare
+from .tokenizer import train as train_tokenizer
+
 app = typer.Typer(
     name="sinklm",
     help="Pre-train language models with a learnable sink token, and stream them for ever in constant memory.",
@@ -16,6 +19,8 @@ tokenizer_app = typer.Typer(no_args_is_help=True, help="Make tokenizers.")
 eval_app = typer.Typer(no_args_is_help=True, help="Evaluate: zero-shot benchmarks, streaming perplexity.")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(eval_app, name="eval")
+app.command()(prepare)
+tokenizer_app.command("train")(train_tokenizer)
 
 
 def main() -> None:

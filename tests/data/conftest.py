@@ -4,9 +4,13 @@ import random
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from sinklm.data.tokenizer import train_tokenizer
 
 from .corpora import random_text
+
+settings.register_profile("data", deadline=None)  # a loaded machine is no failure
+settings.load_profile("data")
 
 
 @pytest.fixture(scope="session")
