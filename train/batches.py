@@ -1,0 +1,91 @@
+"""A rank's micro-batches, read ahead of the model by a thread."""
+
+import queue
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from ..data import SampleOrder, TokenWindows, batch_indices
+
+NUM_READ_AHEAD = 8  # micro-batches
+
+
+class MicroBatches:
+    """An endless iterator over the micro-batches ``(micro_batch_size, tokens_per_sample)`` of one rank, on its device.
+
+    Step k's global batch is positions ``[k·B, (k+1)·B)`` of the data order, whatever the number of ranks, so the next
+    step is all its state.
+
+    Args:
+        windows: the samples.
+        order: their order.
+        samples_per_step: B, of all ranks.
+        micro_batch_size: samples a rank takes at once.
+        first_step: where to begin.
+        device: where the batches are wanted.
+    """
+
+    def __init__(
+        self,
+        windows: TokenWindows,
+        order: SampleOrder,
+        *,
+        samples_per_step: int,
+        micro_batch_size: int,
+        first_step: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+    ):
+        self._windows, self._order = windows, order
+        self._samples_per_step, self._micro_batch_size = samples_per_step, micro_batch_size
+        self._rank, self._world_size, self._device = rank, world_size, device
+        self._queue: queue.Queue[torch.Tensor | BaseException] = queue.Queue(NUM_READ_AHEAD)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._read_ahead, args=(first_step,), daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        batch = self._queue.get()
+        if isinstance(batch, BaseException):
+            raise OSError(f"rank {self._rank} cannot read its next samples: {batch}") from batch
+        return batch.to(self._device, non_blocking=True)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._stopped.set()
+        while not self._queue.empty():
+            self._queue.get_nowait()
+        self._thread.join()
+
+    def _read_ahead(self, step: int) -> None:
+        try:
+            while not self._stopped.is_set():
+                positions = batch_indices(step, self._samples_per_step, self._rank, self._world_size)
+                samples = self._order(positions).reshape(-1, self._micro_batch_size)
+                for chosen in samples:
+                    self._put(read_samples(self._windows, chosen, pin=self._device.type == "cuda"))
+                step += 1
+        except Exception as error:
+            self._put(error)
+
+    def _put(self, item: torch.Tensor | BaseException) -> None:
+        while not self._stopped.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return
+
+
+def read_samples(windows: TokenWindows, chosen: np.ndarray, *, pin: bool) -> torch.Tensor:
+    """The windows ``chosen`` as one int64 tensor ``(len(chosen), tokens_per_sample)``, in pinned memory if wanted."""
+    batch = torch.empty(len(chosen), windows.tokens_per_sample, dtype=torch.int64, pin_memory=pin)
+    for row, sample in zip(batch.numpy(), chosen, strict=True):
+        row[:] = windows[int(sample)]
+    return batch

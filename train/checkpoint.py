@@ -1,0 +1,250 @@
+"""Checkpoints: what is in one, when one counts as complete, and which one a run goes on from.
+
+::
+
+    checkpoints/step-<N>/
+        deepspeed/      weights, optimizer and counters, in DeepSpeed's own format
+        rng/            the random states of every rank
+        model/          the weights as a transformers folder (safetensors), for evaluation and export
+        config.yaml     the resolved recipe
+        state.json      step, data fingerprint, ranks, ZeRO stage, precision
+        COMPLETE        written last; without it the folder is never loaded
+"""
+
+import contextlib
+import io
+import json
+import os
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel
+
+from ..models.loading import COMPLETE_MARKER, MODEL_FOLDER
+from . import universal
+from .launch import World
+from .model_files import save_model
+from .plan import Plan
+from .recipe import config_yaml
+from .schedule import is_pythia_step
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+DEEPSPEED_FOLDER = "deepspeed"
+
+
+class CheckpointState(BaseModel):
+    """``state.json``."""
+
+    format_version: int = 1
+    step: int
+    positions: int
+    data_fingerprint: str
+    world_size: int
+    zero_stage: int
+    precision: str
+
+
+def list_checkpoints(run_dir: Path) -> dict[int, Path]:
+    """The run's complete checkpoints by their step, ascending."""
+    found = {
+        int(match[1]): path
+        for path in (run_dir / "checkpoints").glob("step-*")
+        if (match := re.fullmatch(r"step-(\d+)", path.name)) and (path / COMPLETE_MARKER).exists()
+    }
+    return dict(sorted(found.items()))
+
+
+def read_state(checkpoint: Path) -> CheckpointState:
+    return CheckpointState.model_validate_json((checkpoint / "state.json").read_bytes())
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints, and deletes the oldest once a newer one is complete.
+
+    Args:
+        run_dir: the run's folder.
+        fingerprint: of the data, which a resumed run must match.
+        tokenizer_path: a ``tokenizer.json`` that goes beside the weights.
+    """
+
+    def __init__(self, run_dir: Path, plan: Plan, world: World, *, fingerprint: str, tokenizer_path: Path):
+        self.folder = run_dir / "checkpoints"
+        self._run_dir, self._plan, self._world = run_dir, plan, world
+        self._fingerprint, self._tokenizer_path = fingerprint, tokenizer_path
+
+    def save(self, engine: "DeepSpeedEngine", step: int) -> Path:
+        """Save the state after ``step`` updates. Every rank calls it.
+
+        Raises:
+            SameOnAllRanks: a rank could not write. Older checkpoints are as they were.
+        """
+        checkpoint = self.folder / f"step-{step}"
+        failed = f"cannot save {checkpoint} (earlier checkpoints are intact): "
+        together = self._world.together
+        with together(failed):
+            if self._world.is_main:
+                shutil.rmtree(checkpoint, ignore_errors=True)  # an interrupted one; a complete one is not saved again
+                for name in (DEEPSPEED_FOLDER, "rng"):
+                    (checkpoint / name).mkdir(parents=True)
+        with together(failed):
+            self._save_deepspeed(engine, checkpoint)
+            torch.save(_rank_state(engine), _rank_path(checkpoint, self._world.rank))
+        with together(failed):
+            save_model(engine, checkpoint / MODEL_FOLDER, self._plan, self._tokenizer_path, self._world)
+            if self._world.is_main:
+                self._save_description(checkpoint, step)
+        with together(failed):
+            if self._world.is_main:
+                _flush(checkpoint)
+                (checkpoint / COMPLETE_MARKER).touch()
+                self._delete_old()
+        return checkpoint
+
+    def _save_deepspeed(self, engine: "DeepSpeedEngine", checkpoint: Path) -> None:
+        client_state: dict = {"universal_checkpoint_info": {}}  # `ds_to_universal` wants it
+        if self._plan.config.deepspeed.zero_stage == 0:
+            names = universal.parameter_names(engine.module, engine.basic_optimizer)
+            client_state["optimizer_parameter_names"] = names
+        try:
+            engine.save_checkpoint(checkpoint, tag=DEEPSPEED_FOLDER, client_state=client_state, save_latest=False)
+        except (OSError, RuntimeError):
+            if self._world.size > 1:  # the barrier at the end of save_checkpoint, where the others wait
+                torch.distributed.barrier()
+            raise
+
+    def _save_description(self, checkpoint: Path, step: int) -> None:
+        config = self._plan.config
+        state = CheckpointState(
+            step=step,
+            positions=step * config.train.batch_size_tokens,
+            data_fingerprint=self._fingerprint,
+            world_size=self._world.size,
+            zero_stage=config.deepspeed.zero_stage,
+            precision=config.train.precision,
+        )
+        (checkpoint / "config.yaml").write_text(config_yaml(config), encoding="utf-8")
+        (checkpoint / "state.json").write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    def _delete_old(self) -> None:
+        section = self._plan.config.checkpoint
+        if section.keep is None:
+            return
+        complete = list_checkpoints(self._run_dir)
+        passing = [step for step in complete if not (section.pythia_steps and is_pythia_step(step))]
+        for step in passing[: -section.keep]:
+            (complete[step] / COMPLETE_MARKER).unlink()  # first, so that half of it is never taken for the whole
+            shutil.rmtree(complete[step])
+
+
+def _flush(folder: Path) -> None:
+    """Have the system put every file of a folder on disk, so that the marker is never there before them."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
+def load_checkpoint(engine: "DeepSpeedEngine", checkpoint: Path, plan: Plan, world: World, scratch: Path) -> None:
+    """Bring the engine to the state of a complete checkpoint. Every rank calls it.
+
+    The engine must have been made with ``load_universal=needs_conversion(…)``.
+
+    Args:
+        scratch: folder for a converted copy, which is removed again.
+    """
+    state = read_state(checkpoint)
+    if not needs_conversion(state, plan, world):
+        _load_deepspeed(engine, checkpoint, DEEPSPEED_FOLDER)
+    else:
+        _load_converted(engine, checkpoint, state, plan, world, scratch)
+    _restore_settings(engine, plan)
+    rank_path = _rank_path(checkpoint, world.rank)
+    if state.world_size == world.size:
+        _restore_rank_state(engine, torch.load(rank_path, weights_only=True))
+
+
+def needs_conversion(state: CheckpointState, plan: Plan, world: World) -> bool:
+    """Whether DeepSpeed's files fit only the ranks, stage and precision that wrote them, which are not ours."""
+    ours = (world.size, plan.config.deepspeed.zero_stage, plan.config.train.precision)
+    return ours != (state.world_size, state.zero_stage, state.precision)
+
+
+def _load_converted(
+    engine: "DeepSpeedEngine", checkpoint: Path, state: CheckpointState, plan: Plan, world: World, scratch: Path
+) -> None:
+    folder = scratch / f"{checkpoint.name}-universal"
+    with world.together():
+        if world.is_main:
+            universal.convert_to_universal(
+                checkpoint / DEEPSPEED_FOLDER,
+                folder,
+                zero_stage=state.zero_stage,
+                keep_loss_scale=state.precision == plan.config.train.precision,
+            )
+    if plan.config.deepspeed.zero_stage == 0:
+        universal.load_without_zero(engine, folder)
+    else:
+        _load_deepspeed(engine, folder.parent, folder.name)
+    world.wait()
+    if world.is_main:
+        shutil.rmtree(folder)
+
+
+def _load_deepspeed(engine: "DeepSpeedEngine", folder: Path, tag: str) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints from every rank
+        path, _ = engine.load_checkpoint(folder, tag=tag, load_lr_scheduler_states=False)
+    if path is None:
+        raise OSError(f"DeepSpeed found no checkpoint in {folder / tag}")
+
+
+def _restore_settings(engine: "DeepSpeedEngine", plan: Plan) -> None:
+    """Undo what DeepSpeed's loading does to settings: the recipe decides about them, not the checkpoint.
+
+    From a universal checkpoint ZeRO-3 gives every group the first one's weight decay, and all parameters one and the
+    same step counter, which would then be advanced once for each of them.
+    """
+    settings = plan.config.optimizer
+    optimizer = engine.basic_optimizer
+    for group, weight_decay in zip(optimizer.param_groups, (settings.weight_decay, 0.0), strict=True):
+        group.update(betas=tuple(settings.betas), eps=settings.eps, weight_decay=weight_decay)
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).clone()
+    if plan.config.deepspeed.zero_stage:
+        engine.optimizer.clip_grad = settings.clip
+
+
+def _rank_path(checkpoint: Path, rank: int) -> Path:
+    return checkpoint / "rng" / f"rank-{rank:05d}.pt"
+
+
+def _rank_state(engine: "DeepSpeedEngine") -> dict:
+    """Random states, and the loss scale where DeepSpeed does not save it (float16 without ZeRO)."""
+    numpy_state: Any = np.random.get_state()  # noqa: NPY002 (the global one is what we save)
+    scaler = engine.torch_autocast_z0_gradscaler
+    return {
+        "python": json.dumps(random.getstate()),
+        "numpy": [torch.from_numpy(numpy_state[1].astype(np.int64)), *numpy_state[2:]],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "scaler": scaler.state_dict() if scaler is not None else None,
+    }
+
+
+def _restore_rank_state(engine: "DeepSpeedEngine", state: dict) -> None:
+    version, internal, gauss = json.loads(state["python"])
+    random.setstate((version, tuple(internal), gauss))
+    keys, *rest = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    if state["scaler"] is not None and engine.torch_autocast_z0_gradscaler is not None:
+        engine.torch_autocast_z0_gradscaler.load_state_dict(state["scaler"])

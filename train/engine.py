@@ -1,0 +1,213 @@
+"""The DeepSpeed engine: how it is configured, and one training step on it."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .config import OptimizerSection, TrainingConfig
+from .launch import SameOnAllRanks, World
+from .plan import Plan
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine  # imported late: it looks for its device as it is imported
+
+
+def deepspeed_config(plan: Plan, *, load_universal: bool = False) -> dict:
+    """DeepSpeed's own configuration, from ours and the keys passed through."""
+    config = plan.config
+    stage = config.deepspeed.zero_stage
+    ours = {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": plan.num_accumulation_steps,
+        # Without ZeRO, DeepSpeed would clip without telling the norm: `_clip` does it.
+        "gradient_clipping": config.optimizer.clip if stage else 0.0,
+        "zero_optimization": {"stage": stage},
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on CPUs as well, and needs no compiler
+        "checkpoint": {"tag_validation": "Ignore", "load_universal": load_universal},
+        **_precision(config),
+    }
+    return _merge(ours, config.deepspeed.extra_keys)
+
+
+def _precision(config: TrainingConfig) -> dict:
+    """Keys for the compute type. Gradients are accumulated in float32 in every case.
+
+    With ZeRO the weights are 16-bit, with float32 copies in the optimizer. Without it, DeepSpeed can only accumulate
+    16-bit weights' gradients in 16 bit; there the weights stay float32 and autocast lowers the matrix products.
+    """
+    precision = config.train.precision
+    if precision == "fp32":
+        return {}
+    if config.deepspeed.zero_stage == 0:
+        dtype = "bfloat16" if precision == "bf16" else "float16"
+        return {"torch_autocast": {"enabled": True, "dtype": dtype}}
+    scale = {"initial_scale_power": 12} if precision == "fp16" else {}  # Pythia's first loss scale
+    return {precision: {"enabled": True, **scale}, "data_types": {"grad_accum_dtype": "fp32"}}
+
+
+def _merge(ours: dict, extra: dict) -> dict:
+    merged = dict(ours)
+    for key, value in extra.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def make_optimizer(model: nn.Module, optimizer: OptimizerSection) -> torch.optim.AdamW:
+    """Fused AdamW in two groups: weight decay on matrices, none on biases and layer norms."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optimizer.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=optimizer.lr, betas=(optimizer.betas[0], optimizer.betas[1]), eps=optimizer.eps, fused=True
+    )
+
+
+def make_engine(
+    model: nn.Module, plan: Plan, device: torch.device, *, load_universal: bool = False
+) -> "DeepSpeedEngine":
+    """Hand the model over to DeepSpeed: moved to its device, cast, split and perhaps compiled."""
+    import deepspeed
+
+    config = plan.config
+    if config.train.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=make_optimizer(model, config.optimizer),
+        config=deepspeed_config(plan, load_universal=load_universal),
+    )
+    if compiles(config, device):
+        engine.compile(compile_kwargs={"dynamic": False})
+    engine.train()
+    return engine
+
+
+def compiles(config: TrainingConfig, device: torch.device) -> bool:
+    """Whether the model runs through torch.compile. ZeRO-3's fetching of weights breaks the graph in every module."""
+    if config.train.compile is None:
+        return device.type == "cuda" and config.deepspeed.zero_stage < 3
+    return config.train.compile
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did.
+
+    Attributes:
+        loss: mean over all targets of the global batch.
+        grad_norm: of the global batch, before clipping; infinite if the update was skipped.
+        is_skipped: float16 only: the scaled gradients overflowed, so there was no update.
+        loss_scale: float16 only.
+        is_stop_requested: some rank was told to stop.
+    """
+
+    loss: float
+    grad_norm: float
+    is_skipped: bool
+    loss_scale: float | None
+    is_stop_requested: bool
+
+
+def train_step(
+    engine: "DeepSpeedEngine",
+    batches: Iterator[torch.Tensor],
+    plan: Plan,
+    world: World,
+    *,
+    step: int,
+    lr: float,
+    is_stop_requested: bool = False,
+) -> StepResult:
+    """Run one optimizer step on the next micro-batches ``(b, tokens_per_sample)``.
+
+    Every sample has the same number of targets, so the mean over the global batch is the mean of the micro-batches'.
+    The host waits for the device once before the update, to see that all losses are finite.
+
+    Raises:
+        SameOnAllRanks: a loss or the gradient is not finite. The weights are those before the step.
+    """
+    for group in engine.basic_optimizer.param_groups:
+        group["lr"] = lr
+    loss_sum = torch.zeros((), device=engine.device)
+    for micro_step in range(plan.num_accumulation_steps):
+        samples = next(batches)
+        loss = engine(input_ids=samples[:, :-1], labels=samples, skip_logits=True, use_cache=False).loss
+        loss_sum += loss.detach()
+        engine.backward(loss)
+        if micro_step < plan.num_accumulation_steps - 1:
+            engine.step()  # counts the micro-batch
+
+    local = torch.stack([loss_sum / plan.num_accumulation_steps, loss_sum.new_tensor(float(is_stop_requested))])
+    by_rank = _gather(local, world)
+    losses = [loss for loss, _ in by_rank]
+    _check_losses(losses, step)
+    grad_norm, is_skipped = _update(engine, plan, step)
+    return StepResult(
+        loss=math.fsum(losses) / len(losses),
+        grad_norm=grad_norm,
+        is_skipped=is_skipped,
+        loss_scale=_loss_scale(engine) if plan.config.train.precision == "fp16" else None,
+        is_stop_requested=any(stop for _, stop in by_rank),
+    )
+
+
+def _gather(values: torch.Tensor, world: World) -> list[list[float]]:
+    """The values of every rank."""
+    if world.size == 1:
+        return [values.tolist()]
+    by_rank = [torch.empty_like(values) for _ in range(world.size)]
+    dist.all_gather(by_rank, values)
+    return torch.stack(by_rank).tolist()
+
+
+def _check_losses(losses: list[float], step: int) -> None:
+    bad = [f"{loss} on rank {rank}" for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+    if bad:
+        raise SameOnAllRanks(
+            f"step {step}: the loss is {', '.join(bad)}. Training stopped before the update and saved nothing; the "
+            "newest checkpoint is intact. Lower optimizer.lr or optimizer.clip, or look at the data of this step"
+        )
+
+
+def _update(engine: "DeepSpeedEngine", plan: Plan, step: int) -> tuple[float, bool]:
+    """Clip and update; DeepSpeed leaves the weights alone if the gradient is not finite. Returns norm and skipped."""
+    if plan.config.deepspeed.zero_stage == 0:
+        return _update_without_zero(engine, plan, step)
+    engine.step()
+    if engine.optimizer.overflow:
+        if plan.config.train.precision != "fp16":
+            raise _bad_gradient(step)
+        return math.inf, True
+    return float(engine.get_global_grad_norm()), False
+
+
+def _update_without_zero(engine: "DeepSpeedEngine", plan: Plan, step: int) -> tuple[float, bool]:
+    scaler = engine.torch_autocast_z0_gradscaler  # with float16 only
+    if scaler is not None:
+        scaler.unscale_(engine.optimizer)
+    max_norm = plan.config.optimizer.clip or math.inf
+    grad_norm = nn.utils.clip_grad_norm_(engine.module.parameters(), max_norm).item()
+    if not math.isfinite(grad_norm) and scaler is None:
+        raise _bad_gradient(step)
+    engine.step()
+    return grad_norm, not math.isfinite(grad_norm)
+
+
+def _bad_gradient(step: int) -> SameOnAllRanks:
+    return SameOnAllRanks(
+        f"step {step}: the gradient is not finite, though the loss is. Training stopped before the update and saved "
+        "nothing; the newest checkpoint is intact. Lower optimizer.lr, or try train.precision=fp32"
+    )
+
+
+def _loss_scale(engine: "DeepSpeedEngine") -> float:
+    scaler = engine.torch_autocast_z0_gradscaler
+    return float(scaler.get_scale() if scaler is not None else engine.optimizer.loss_scale)

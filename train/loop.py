@@ -1,0 +1,160 @@
+"""The loop over steps: train, record, validate, save, stop."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..data import SampleOrder, TokenWindows
+from ..data.store import TokenSource
+from .batches import MicroBatches
+from .checkpoint import CheckpointWriter, list_checkpoints
+from .cost import flops_per_token, peak_flops
+from .engine import StepResult, train_step
+from .launch import StopRequest, World
+from .metrics import MetricsFile, start_wandb
+from .plan import Plan
+from .progress import Progress, Speedometer, peak_memory_gib
+from .schedule import is_every, learning_rate, saves_after
+from .validation import validation_loss
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+class TrainingLoop:
+    """Takes an engine from one step to the last. Every rank has one.
+
+    Args:
+        engine: in the state after ``first_step`` updates.
+        windows: training samples.
+        validation_windows: held-out samples; None for no validation.
+        progress: where rank 0 narrates.
+    """
+
+    def __init__(
+        self,
+        engine: "DeepSpeedEngine",
+        plan: Plan,
+        world: World,
+        store: TokenSource,
+        windows: TokenWindows,
+        validation_windows: TokenWindows | None,
+        progress: Progress,
+        *,
+        first_step: int,
+    ):
+        config = plan.config
+        self._engine, self._plan, self._world, self._progress = engine, plan, world, progress
+        self._validation_windows = validation_windows
+        self._first_step, self._num_steps = first_step, config.train.num_steps
+        self._run_dir = Path(config.train.run_dir or "")
+        self._saves_after = saves_after(self._num_steps, config.checkpoint)
+        self._writer = CheckpointWriter(
+            self._run_dir, plan, world, fingerprint=store.fingerprint, tokenizer_path=store.tokenizer_path
+        )
+        self._batches = MicroBatches(
+            windows,
+            SampleOrder(len(windows), None if store.is_shuffled else config.train.seed),
+            samples_per_step=plan.samples_per_step,
+            micro_batch_size=config.train.micro_batch_size,
+            first_step=first_step,
+            rank=world.rank,
+            world_size=world.size,
+            device=world.device,
+        )
+        peak = peak_flops(world.device, config.train.precision)
+        self._speed = Speedometer(
+            config.train.batch_size_tokens,
+            flops_per_token(plan.model_config, config.train.seq_length),
+            peak * world.size if peak else None,
+        )
+        with world.together():
+            self._metrics = MetricsFile(self._run_dir / "metrics.jsonl", first_step) if world.is_main else None
+            self._wandb = start_wandb(config, self._run_dir) if world.is_main else None
+
+    def run(self) -> int:
+        """Train to the last step.
+
+        Returns:
+            0, or the number of the signal that ended the run early; its state is saved then.
+        """
+        try:
+            with StopRequest() as stop:
+                if self._first_step == 0 and self._saves_after(0):
+                    self._save(0)
+                for step in range(self._first_step, self._num_steps):
+                    if self._step(step, stop):
+                        return stop.signal_number or StopRequest.SIGNALS[0]
+            return 0
+        finally:
+            self._close()
+
+    def _step(self, step: int, stop: StopRequest) -> bool:
+        """Take update ``step`` and what is due after it. Returns whether to stop here."""
+        self._speed.start()
+        lr = learning_rate(step, self._num_steps, self._plan.config.optimizer)
+        result = train_step(
+            self._engine,
+            self._batches,
+            self._plan,
+            self._world,
+            step=step + 1,
+            lr=lr,
+            is_stop_requested=bool(stop.signal_number),
+        )
+        num_done = step + 1
+        self._record_step(num_done, lr, result, self._speed.stop())
+        is_last = num_done == self._num_steps
+        if is_every(num_done, self._plan.config.validation.every_steps) or is_last:
+            self._validate(num_done)
+        if self._saves_after(num_done) or result.is_stop_requested:
+            self._save(num_done)
+        return result.is_stop_requested and not is_last
+
+    def _record_step(self, step: int, lr: float, result: StepResult, seconds: float) -> None:
+        if not self._world.is_main:
+            return
+        values: dict[str, Any] = {
+            "step": step,
+            "loss": result.loss,
+            "lr": lr,
+            "grad_norm": result.grad_norm if not result.is_skipped else None,
+            "positions": step * self._plan.config.train.batch_size_tokens,
+            "seconds": round(seconds, 6),
+            "tokens_per_second": round(self._speed.positions_per_second(seconds), 1),
+            "memory_gib": round(peak_memory_gib(self._world.device), 3),
+        }
+        if (mfu := self._speed.mfu(seconds)) is not None:
+            values["mfu"] = round(mfu, 5)
+        if result.loss_scale is not None:
+            values |= {"loss_scale": result.loss_scale, "is_skipped": result.is_skipped}
+        self._write(values)
+        is_kept = step in (self._first_step + 1, self._num_steps)
+        self._progress.update(step, {**values, "grad_norm": result.grad_norm}, self._speed, is_kept=is_kept)
+
+    def _validate(self, step: int) -> None:
+        if self._validation_windows is None:
+            return
+        num_samples = min(self._plan.config.validation.num_samples, len(self._validation_windows))
+        loss = validation_loss(self._engine, self._validation_windows, num_samples, self._plan, self._world)
+        if self._world.is_main:
+            self._write({"step": step, "validation_loss": loss, "num_validation_samples": num_samples})
+            self._progress.say(f"step {step:,}: validation loss {loss:.4f} over {num_samples:,} samples")
+
+    def _save(self, step: int) -> None:
+        if step in list_checkpoints(self._run_dir):
+            return
+        path = self._writer.save(self._engine, step)
+        self._progress.say(f"step {step:,}: saved {path}")
+
+    def _write(self, values: dict[str, Any]) -> None:
+        assert self._metrics is not None
+        self._metrics.write(values)
+        if self._wandb is not None:
+            self._wandb.log({key: value for key, value in values.items() if key != "step"}, step=values["step"])
+
+    def _close(self) -> None:
+        self._batches.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._wandb is not None:
+            self._wandb.finish()

@@ -1,0 +1,52 @@
+"""The model as files: the folder of weights, configuration and tokenizer that evaluation and export read."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tokenizers import Tokenizer
+
+from .launch import World
+from .plan import Plan
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+def save_model(engine: "DeepSpeedEngine", folder: Path, plan: Plan, tokenizer_path: Path, world: World) -> None:
+    """Write the weights, in the type they are trained in, as a transformers folder. Every rank calls it."""
+    weights = gather_weights(engine, world)
+    if not world.is_main:
+        return
+    engine.module.save_pretrained(folder, state_dict=weights)
+    write_tokenizer(folder, plan, tokenizer_path)
+
+
+def gather_weights(engine: "DeepSpeedEngine", world: World) -> dict[str, torch.Tensor]:
+    """All weights, on the CPU of rank 0; empty on the others. ZeRO-3's are collected one by one."""
+    import deepspeed
+
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            if world.is_main:
+                weights[name] = parameter.detach().cpu().clone()  # a clone of its own: ZeRO's share one storage
+    return weights
+
+
+def write_tokenizer(folder: Path, plan: Plan, tokenizer_path: Path) -> None:
+    """Put the training tokenizer beside the weights. It adds no sink: the model does that itself."""
+    shutil.copyfile(tokenizer_path, folder / "tokenizer.json")
+    end_of_document = Tokenizer.from_file(str(tokenizer_path)).id_to_token(plan.eod_id)
+    description = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": end_of_document,
+        "eos_token": end_of_document,
+        "unk_token": end_of_document,
+        "add_bos_token": False,
+        "model_max_length": plan.config.model.max_position_embeddings - plan.num_sinks,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,132 @@
+"""Everything a run derives from its recipe, its data and its number of ranks, in one place."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ..models.config import SinkGPTNeoXConfig, tokens_per_sample
+from .config import TrainingConfig
+
+VOCABULARY_MULTIPLE = 128
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Derived values of a run.
+
+    Attributes:
+        config: the recipe.
+        world_size: number of ranks; each holds a whole batch row of ZeRO's data parallelism.
+        tokenizer_size: the store's largest token id + 1.
+        eod_id: the id at the end of each document.
+
+    Raises:
+        ValueError: at construction, if the batch cannot be shared or the vocabulary is too small; names the key.
+    """
+
+    config: TrainingConfig
+    world_size: int
+    tokenizer_size: int
+    eod_id: int = 0
+
+    def __post_init__(self):
+        self._check_batch()
+        self._check_vocabulary()
+
+    @property
+    def num_sinks(self) -> int:
+        return self.config.model.num_sinks
+
+    @property
+    def tokens_per_sample(self) -> int:
+        return tokens_per_sample(self.config.train.seq_length, self.num_sinks)
+
+    @property
+    def stride(self) -> int:
+        """Tokens from one sample to the next. Without sinks a sample's last token is the next one's first input."""
+        return self.tokens_per_sample if self.num_sinks else self.tokens_per_sample - 1
+
+    @property
+    def targets_per_sample(self) -> int:
+        return self.tokens_per_sample if self.num_sinks else self.tokens_per_sample - 1
+
+    @property
+    def samples_per_step(self) -> int:
+        """The global batch."""
+        return self.config.train.batch_size_tokens // self.config.train.seq_length
+
+    @property
+    def num_accumulation_steps(self) -> int:
+        """Micro-batches that a rank takes in a step."""
+        return self.samples_per_step // (self.config.train.micro_batch_size * self.world_size)
+
+    @property
+    def num_positions(self) -> int:
+        """Positions of the whole run, sinks included."""
+        return self.config.train.batch_size_tokens * self.config.train.num_steps
+
+    @property
+    def num_samples(self) -> int:
+        return self.samples_per_step * self.config.train.num_steps
+
+    @property
+    def vocab_size(self) -> int:
+        if self.config.model.vocab_size is not None:
+            return self.config.model.vocab_size
+        needed = self.tokenizer_size + self.num_sinks
+        return -(-needed // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+    @cached_property
+    def model_config(self) -> SinkGPTNeoXConfig:
+        """The model's configuration; the sinks take the first ids that the tokenizer leaves free."""
+        model = self.config.model
+        sink: dict[str, Any] = {"kind": model.sink.kind}
+        if self.num_sinks:
+            sink |= {"num_tokens": self.num_sinks, "first_token_id": self.tokenizer_size}
+        return SinkGPTNeoXConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=model.hidden_size,
+            num_hidden_layers=model.num_hidden_layers,
+            num_attention_heads=model.num_attention_heads,
+            intermediate_size=model.intermediate_size or 4 * model.hidden_size,
+            max_position_embeddings=model.max_position_embeddings,
+            use_parallel_residual=model.parallel_residual,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": model.rope_theta,
+                "partial_rotary_factor": model.rotary_pct,
+            },
+            tie_word_embeddings=False,
+            bos_token_id=self.eod_id,
+            eos_token_id=self.eod_id,
+            sink=sink,
+        )
+
+    def _check_batch(self) -> None:
+        num_samples, world_size = self.samples_per_step, self.world_size
+        micro_batch_size = self.config.train.micro_batch_size
+        batch = (
+            f"the batch of {num_samples} samples (train.batch_size_tokens {self.config.train.batch_size_tokens} / "
+            f"train.seq_length {self.config.train.seq_length})"
+        )
+        if num_samples % world_size:
+            raise ValueError(
+                f"{batch} cannot be shared by {world_size} ranks: set train.batch_size_tokens to a multiple of "
+                f"{world_size * self.config.train.seq_length}, or use another number of ranks"
+            )
+        share = num_samples // world_size
+        if share % micro_batch_size:
+            largest = max(n for n in range(1, min(share, micro_batch_size) + 1) if share % n == 0)
+            raise ValueError(
+                f"{batch} gives each of {world_size} ranks {share}, which micro-batches of {micro_batch_size} do not "
+                f"divide: set train.micro_batch_size={largest}"
+            )
+
+    def _check_vocabulary(self) -> None:
+        needed = self.tokenizer_size + self.num_sinks
+        if needed > self.vocab_size:
+            sinks = f" and {self.num_sinks} sink token{'s' * (self.num_sinks > 1)}" if self.num_sinks else ""
+            raise ValueError(
+                f"model.vocab_size {self.vocab_size} is too small for a tokenizer of {self.tokenizer_size} ids{sinks}: "
+                f"set it to {needed} or more, or to null to have it derived"
+            )

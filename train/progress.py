@@ -1,0 +1,126 @@
+"""What a run says while it trains: one line that moves on a terminal, a line now and then in a log file."""
+
+import time
+from collections import deque
+from datetime import timedelta
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from .cost import GIB
+
+WINDOW = 20  # steps over which the speed is averaged
+LOG_INTERVAL = 10.0  # seconds between lines where there is no terminal
+
+
+class Speedometer:
+    """Positions per second over the last steps; pauses (validation, saving) do not count.
+
+    Args:
+        positions_per_step: of all ranks.
+        flops_per_position: see `sinklm.train.cost.flops_per_token`.
+        peak_flops: of all ranks' devices together; None where it is not known.
+    """
+
+    def __init__(self, positions_per_step: int, flops_per_position: float, peak_flops: float | None):
+        self._positions_per_step = positions_per_step
+        self._flops_per_position, self._peak_flops = flops_per_position, peak_flops
+        self._seconds: deque[float] = deque(maxlen=WINDOW)
+        self._started = time.perf_counter()
+
+    def start(self) -> None:
+        """Begin to time a step."""
+        self._started = time.perf_counter()
+
+    def stop(self) -> float:
+        """Seconds since `start`."""
+        seconds = time.perf_counter() - self._started
+        self._seconds.append(seconds)
+        return seconds
+
+    @property
+    def seconds_per_step(self) -> float:
+        """The median of the last steps, which the first one's compilation does not disturb."""
+        return sorted(self._seconds)[len(self._seconds) // 2] if self._seconds else float("nan")
+
+    def positions_per_second(self, seconds: float | None = None) -> float:
+        return self._positions_per_step / (seconds or self.seconds_per_step)
+
+    def mfu(self, seconds: float | None = None) -> float | None:
+        """Model FLOPs utilisation: operations that the model needs, over what the devices could do in that time."""
+        if self._peak_flops is None:
+            return None
+        return self.positions_per_second(seconds) * self._flops_per_position / self._peak_flops
+
+
+class Progress:
+    """The narration of rank 0; silent on the others. A context manager."""
+
+    def __init__(self, num_steps: int, *, is_silent: bool):
+        self.console = Console(quiet=is_silent, highlight=False, soft_wrap=True)
+        self._num_steps = num_steps
+        self._live = Live(console=self.console, refresh_per_second=4, transient=True) if self._is_live else None
+        self._last_line = 0.0
+
+    @property
+    def _is_live(self) -> bool:
+        return self.console.is_terminal and not self.console.quiet
+
+    def __enter__(self) -> "Progress":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def say(self, message: str) -> None:
+        """A message that stays."""
+        self.console.print(message, markup=False)
+
+    def update(self, step: int, values: dict, speed: Speedometer, *, is_kept: bool = False) -> None:
+        """Show step ``step``'s values; ``is_kept`` makes it a line that stays."""
+        line = self._line(step, values, speed)
+        if self._live:
+            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"))
+        now = time.monotonic()
+        if is_kept or (not self._live and now - self._last_line >= LOG_INTERVAL):
+            self.say(line)
+            self._last_line = now
+
+    def _line(self, step: int, values: dict, speed: Speedometer) -> str:
+        left = timedelta(seconds=round((self._num_steps - step) * speed.seconds_per_step))
+        parts = [
+            f"step {step:,}/{self._num_steps:,}",
+            f"loss {values['loss']:.4f}",
+            f"lr {values['lr']:.2e}",
+            f"grad {values['grad_norm']:.2f}",
+            f"{human(speed.positions_per_second())} tokens/s",
+        ]
+        if (mfu := speed.mfu()) is not None:
+            parts.append(f"MFU {mfu:.1%}")
+        parts += [f"{values['memory_gib']:.1f} GiB", f"{left} left"]
+        return "  ".join(parts)
+
+
+def human(number: float) -> str:
+    """A number with three digits and a unit: 512K, 1.23M."""
+    for unit in ("", "K", "M", "B", "T"):
+        if abs(number) < 1000:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}P"
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory this rank has held: allocated on its GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    import resource
+    import sys
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB

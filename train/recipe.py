@@ -1,0 +1,156 @@
+"""Read a recipe: YAML, its base, and the overrides of the command line, checked with the wrong key named."""
+
+import difflib
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+from yaml import YAMLError
+
+from .config import TrainingConfig
+
+CONFIGS_PACKAGE = f"{__package__.rpartition('.')[0]}.configs"
+
+
+def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> TrainingConfig:
+    """The checked configuration of a recipe.
+
+    Args:
+        recipe: a packaged recipe's name (``pythia-160m``, ``paper/vanilla``) or the path of a YAML file. Its key
+            ``base`` may name another recipe, over which it is laid.
+        overrides: ``section.key=value``, later ones win; values are YAML (``null``, ``1e-3``, ``[0.9, 0.95]``).
+
+    Raises:
+        FileNotFoundError: there is no such recipe.
+        ValueError: the YAML is malformed, a key is unknown (the nearest valid one is named) or a value is impossible.
+    """
+    merged = OmegaConf.merge(_read(recipe, ()), *(_parse_override(text) for text in overrides))
+    try:
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"recipe {recipe}: {error}") from error
+    try:
+        config = TrainingConfig.model_validate(values)
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(recipe, error))) from None
+    if config.train.run_dir is None:
+        train = config.train.model_copy(update={"run_dir": f"runs/{_name(recipe)}"})
+        config = config.model_copy(update={"train": train})
+    return config
+
+
+def recipe_names() -> list[str]:
+    """Names of the packaged recipes."""
+    root = files(CONFIGS_PACKAGE)
+    with_folder = [(f"{entry.name}/", entry) for entry in root.iterdir() if entry.is_dir()]
+    return sorted(
+        prefix + entry.name.removesuffix(".yaml")
+        for prefix, folder in [("", root), *with_folder]
+        for entry in folder.iterdir()
+        if entry.name.endswith(".yaml")
+    )
+
+
+def _read(recipe: str, readers: tuple[str, ...]) -> DictConfig:
+    """The YAML of a recipe, laid over its base; ``readers`` are the recipes that led here."""
+    if recipe in readers:
+        raise ValueError(f"recipe {recipe} is its own base ({' → '.join((*readers, recipe))})")
+    text = _find(recipe)
+    try:
+        loaded = OmegaConf.create(text)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"recipe {recipe} is not valid YAML: {error}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ValueError(f"recipe {recipe} must hold sections with keys (model:, train:, …)")
+    base = loaded.pop("base", None)
+    if base is None:
+        return loaded
+    if base.endswith((".yaml", ".yml")):
+        base = str(Path(recipe).parent / base)
+    return _merge(_read(base, (*readers, recipe)), loaded)
+
+
+def _merge(base: DictConfig, top: DictConfig) -> DictConfig:
+    merged = OmegaConf.merge(base, top)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _find(recipe: str) -> str:
+    """The text of a recipe that is named or whose path is given."""
+    path = Path(recipe)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise FileNotFoundError(f"recipe {recipe}: no such file")
+        return path.read_text(encoding="utf-8")
+    packaged = files(CONFIGS_PACKAGE).joinpath(f"{recipe}.yaml")
+    if not packaged.is_file():
+        names = recipe_names()
+        near = difflib.get_close_matches(recipe, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}, or give the path of a .yaml file"
+        raise FileNotFoundError(f"no recipe is called {recipe!r}: {hint}")
+    return packaged.read_text(encoding="utf-8")
+
+
+def _name(recipe: str) -> str:
+    return Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe.replace("/", "-")
+
+
+def _parse_override(text: str) -> DictConfig | ListConfig:
+    key, equals, _ = text.partition("=")
+    if not equals or not key or key.startswith("-"):
+        raise ValueError(f"{text!r} is not an override: write section.key=value, e.g. train.num_steps=100")
+    try:
+        return OmegaConf.from_dotlist([text])
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"{key}: the value is not valid YAML ({error})") from error
+
+
+def _explain(recipe: str, error: ValidationError) -> list[str]:
+    """One line for each mistake, with the dotted key first."""
+    lines = []
+    for mistake in error.errors():
+        key = ".".join(str(part) for part in mistake["loc"])
+        value = mistake["input"]
+        message = mistake["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        if mistake["type"] == "extra_forbidden":
+            lines.append(f"unknown key {key}: {_nearest(key)}")
+        elif mistake["type"] == "missing":
+            lines.append(f"{key} is not set: recipe {recipe} needs it")
+        elif isinstance(value, dict | BaseModel) and mistake["type"] == "value_error":
+            lines.append(f"{key}: {message}" if key else message)  # about a section, whose value would say nothing
+        else:
+            it = "it " if message.startswith("should") else ""
+            lines.append(f"{key} is {value!r}: {it}{message}")
+    return lines
+
+
+def _nearest(key: str) -> str:
+    known = [*TrainingConfig.model_fields, *dotted_keys(TrainingConfig)]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if not near:  # perhaps only the section is wrong
+        last = key.rpartition(".")[2]
+        near = [name for name in known if name.rpartition(".")[2] == last]
+    if near:
+        return f"did you mean {near[0]}?"
+    section = key.partition(".")[0]
+    siblings = [name for name in known if name.startswith(f"{section}.")] or list(TrainingConfig.model_fields)
+    return f"known are {', '.join(siblings)}"
+
+
+def dotted_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every key of a section and of the sections in it, dotted."""
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from dotted_keys(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def config_yaml(config: TrainingConfig) -> str:
+    """The complete configuration as YAML, itself a recipe."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump()))

@@ -1,0 +1,151 @@
+"""A training run from recipe to last checkpoint: what `sinklm train` does."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from ..data import TokenWindows, open_store
+from ..data.store import TokenSource
+from ..models import SinkGPTNeoXForCausalLM
+from .config import TrainingConfig
+from .launch import SameOnAllRanks, World, connected
+from .plan import Plan
+from .progress import Progress
+from .recipe import config_yaml, load_config
+from .summary import describe_run, dry_run
+from .warm_start import load_weights
+
+RECORDED_PACKAGES = ("torch", "transformers", "deepspeed", "tokenizers", "numpy", "safetensors")
+
+
+def train(recipe: str, overrides: list[str] | tuple[str, ...] = (), *, only_describe: bool = False) -> None:
+    """Train a model, or describe what that would be.
+
+    Started by ``deepspeed``, ``torchrun`` or ``srun`` it is one rank of many, else the only one.
+
+    Args:
+        recipe: name or path, see `sinklm.train.recipe.load_config`.
+        overrides: ``section.key=value``.
+        only_describe: print the resolved configuration and its cost, and do nothing.
+
+    Raises:
+        ValueError: a key, a value or the data is wrong, or training diverged.
+        OSError: a file cannot be read or written, or (ConnectionError) another rank is lost.
+        SystemExit: with status 128 + n if signal n ended the run early, its state saved; with 1 on the ranks that leave
+            it to rank 0 to report an error they share.
+    """
+    try:
+        config = load_config(recipe, overrides)
+        if only_describe:
+            dry_run(config)
+            return
+    except (ValueError, OSError):
+        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))):
+            sys.exit(1)
+        raise
+    with connected() as world:
+        try:
+            signal_number = _train_rank(config, world)
+        except SameOnAllRanks:
+            if world.is_main:
+                raise
+            sys.exit(1)
+    if signal_number:
+        sys.exit(128 + signal_number)
+
+
+def _train_rank(config: TrainingConfig, world: World) -> int:
+    """One rank's part. Returns the number of the signal that ended it early, or 0."""
+    from .checkpoint import load_checkpoint, needs_conversion
+    from .engine import make_engine
+    from .loop import TrainingLoop
+    from .resume import find_resume
+
+    with world.together():
+        store = _open_store(config, world)
+        plan = Plan(config, world.size, store.tokenizer_size, store.eod_id)
+        windows, validation_windows = _windows(store, plan)
+        resume = find_resume(config, store.fingerprint)
+    run_dir = Path(config.train.run_dir or "")
+    with world.together():
+        if world.is_main:
+            _write_run_files(run_dir, config)
+
+    with Progress(config.train.num_steps, is_silent=not world.is_main) as progress:
+        for line in describe_run(plan, store, windows, resume):
+            progress.say(line)
+        with world.together():
+            model = _build_model(plan)
+        is_converted = resume is not None and needs_conversion(resume.state, plan, world)
+        engine = make_engine(model, plan, world.device, load_universal=is_converted)
+        first_step = resume.state.step if resume else 0
+        if resume and first_step:  # step 0 is what was just built
+            if is_converted:
+                progress.say("converting the checkpoint for other ranks, ZeRO stage or precision …")
+            load_checkpoint(engine, resume.path, plan, world, scratch=run_dir)
+        loop = TrainingLoop(engine, plan, world, store, windows, validation_windows, progress, first_step=first_step)
+        signal_number = loop.run()
+        _say_goodbye(progress, run_dir, signal_number)
+    return signal_number
+
+
+def _open_store(config: TrainingConfig, world: World) -> TokenSource:
+    """Open the data; rank 0 alone checks its content."""
+    if config.data.path is None:
+        raise ValueError("data.path is not set: give a folder made by `sinklm prepare`, e.g. data.path=stores/pile")
+    return open_store(config.data.path, verify="auto" if world.is_main else "size")
+
+
+def _windows(store: TokenSource, plan: Plan) -> tuple[TokenWindows, TokenWindows | None]:
+    sizes = {"tokens_per_sample": plan.tokens_per_sample, "stride": plan.stride}
+    validation = None
+    if plan.config.validation.every_steps is not None:
+        try:
+            validation = TokenWindows(store, "validation", **sizes)
+        except ValueError as error:
+            raise ValueError(f"{error}; or set validation.every_steps=null") from None
+    return TokenWindows(store, "train", **sizes), validation
+
+
+def _build_model(plan: Plan) -> SinkGPTNeoXForCausalLM:
+    """The model in float32 on the CPU, where the same seed gives the same weights whatever the devices are."""
+    torch.manual_seed(plan.config.train.seed)
+    if plan.config.model.init_from is not None:
+        return load_weights(plan.config.model.init_from, plan.model_config)
+    return SinkGPTNeoXForCausalLM(plan.model_config)
+
+
+def _write_run_files(run_dir: Path, config: TrainingConfig) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(config_yaml(config), encoding="utf-8")
+    environment = {
+        "python": platform.python_version(),
+        "sinklm": {"version": importlib.metadata.version("sinklm"), "commit": _commit()},
+        **{name: importlib.metadata.version(name) for name in RECORDED_PACKAGES},
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or platform.processor(),
+    }
+    (run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+
+
+def _commit() -> str | None:
+    """The commit of the code, where it runs from a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _say_goodbye(progress: Progress, run_dir: Path, signal_number: int) -> None:
+    if signal_number:
+        name = signal.Signals(signal_number).name
+        progress.say(f"stopped by {name}, with all saved: start the same command again to go on")
+    else:
+        progress.say(f"done: {run_dir}")

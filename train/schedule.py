@@ -1,0 +1,46 @@
+"""What depends on the step alone: the learning rate, and when to validate and to save."""
+
+import math
+from collections.abc import Callable
+
+from .config import CheckpointSection, OptimizerSection
+
+PYTHIA_EARLY_STEPS = frozenset({0} | {2**k for k in range(10)})  # 0, 1, 2, 4 … 512
+PYTHIA_INTERVAL = 1000
+
+
+def learning_rate(step: int, num_steps: int, optimizer: OptimizerSection) -> float:
+    """The rate of update ``step`` (0 to ``num_steps - 1``): linear warm-up, then a cosine to ``min_lr_ratio * lr``.
+
+    A pure function, so there is nothing to save, and a skipped update changes nothing.
+    """
+    num_warmup_steps = round(num_steps * optimizer.warmup_ratio)
+    if step < num_warmup_steps:
+        return optimizer.lr * (step + 1) / num_warmup_steps
+    num_decay_steps = max(num_steps - 1 - num_warmup_steps, 1)
+    progress = min((step - num_warmup_steps) / num_decay_steps, 1.0)
+    lowest = optimizer.lr * optimizer.min_lr_ratio
+    return lowest + (optimizer.lr - lowest) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def is_pythia_step(step: int) -> bool:
+    """Whether Pythia published a checkpoint after ``step`` updates: 0, 1, 2, 4 … 512, 1000, 2000 …"""
+    return step in PYTHIA_EARLY_STEPS or step % PYTHIA_INTERVAL == 0
+
+
+def saves_after(num_steps: int, checkpoint: CheckpointSection) -> Callable[[int], bool]:
+    """Whether to save after so many updates; always after the last one."""
+
+    def is_due(step: int) -> bool:
+        return (
+            is_every(step, checkpoint.every_steps)
+            or step == num_steps
+            or (checkpoint.pythia_steps and is_pythia_step(step))
+        )
+
+    return is_due
+
+
+def is_every(step: int, every_steps: int | None) -> bool:
+    """Whether ``step`` updates are a multiple of ``every_steps``; never if that is None."""
+    return every_steps is not None and step > 0 and step % every_steps == 0

@@ -1,0 +1,103 @@
+"""What a run is, in a few lines; and what it would cost, for ``--dry-run``."""
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.table import Table
+
+from ..data import TokenWindows, open_store
+from ..data.store import TokenSource
+from .config import TrainingConfig
+from .cost import GIB, count_parameters, estimate_memory, flops_per_token
+from .plan import Plan
+from .progress import human
+from .recipe import config_yaml
+
+if TYPE_CHECKING:
+    from .resume import Resume
+
+PYTHIA_TOKENIZER_SIZE = 50277
+WORLD_SIZES = (1, 8, 64)
+
+
+def describe_run(plan: Plan, store: TokenSource, windows: TokenWindows, resume: "Resume | None") -> list[str]:
+    """The lines with which a run begins."""
+    config = plan.config
+    lines = [
+        f"model: {describe_model(plan)}",
+        f"batch: {plan.world_size} rank{'s' * (plan.world_size > 1)} × {config.train.micro_batch_size} samples × "
+        f"{plan.num_accumulation_steps} micro-batches = {plan.samples_per_step:,} samples of "
+        f"{config.train.seq_length:,} positions; {config.train.precision}, ZeRO-{config.deepspeed.zero_stage}",
+        f"data: {store.path}, {len(windows):,} samples; {config.train.num_steps:,} steps are {epochs(plan, windows)}",
+        f"run: {config.train.run_dir}",
+    ]
+    if resume is not None:
+        lines.append(f"resuming from {resume.path} (step {resume.state.step:,})")
+        lines += [f"changed since then: {change}" for change in resume.changes]
+    return lines
+
+
+def describe_model(plan: Plan) -> str:
+    sinks = f"{plan.num_sinks} sink token{'s' * (plan.num_sinks > 1)}" if plan.num_sinks else "no sink"
+    return f"{count_parameters(plan.model_config):,} parameters, vocabulary {plan.vocab_size:,}, {sinks}"
+
+
+def epochs(plan: Plan, windows: TokenWindows) -> str:
+    number = plan.num_samples / len(windows)
+    return f"{number:.3g} epoch{'s' * (number != 1)}"
+
+
+def dry_run(config: TrainingConfig) -> None:
+    """Print the resolved configuration, sizes, steps and memory. Reads the store's sizes, if one is named."""
+    console = Console(highlight=False)
+    console.print(Syntax(config_yaml(config), "yaml", background_color="default"))
+    store = open_store(config.data.path, verify="size") if config.data.path else None
+    tokenizer_size = store.tokenizer_size if store else PYTHIA_TOKENIZER_SIZE
+    plan = Plan(config, 1, tokenizer_size)
+
+    table = Table(box=box.SIMPLE, show_header=False, title="The run", title_justify="left")
+    for name, value in _facts(plan, store).items():
+        table.add_row(name, value)
+    console.print(table)
+    console.print(_memory_table(plan))
+    console.print(
+        "Memory is an estimate, without DeepSpeed's communication buffers and what the allocator loses.", style="dim"
+    )
+
+
+def _facts(plan: Plan, store: TokenSource | None) -> dict[str, str]:
+    train = plan.config.train
+    num_warmup_steps = round(train.num_steps * plan.config.optimizer.warmup_ratio)
+    num_operations = flops_per_token(plan.model_config, train.seq_length) * plan.num_positions
+    facts = {
+        "model": describe_model(plan),
+        "a step": f"{plan.samples_per_step:,} samples of {train.seq_length:,} positions = {train.batch_size_tokens:,}",
+        "on one rank": f"{plan.num_accumulation_steps:,} micro-batches of {train.micro_batch_size:,} samples",
+        "steps": f"{train.num_steps:,}, {num_warmup_steps:,} of them warm-up",
+        "positions in all": f"{plan.num_positions:,} ({human(plan.num_positions)})",
+        "operations in all": f"{num_operations:.3g} FLOP",
+    }
+    if store is None:
+        facts["data"] = f"data.path is not set; Pythia's tokenizer of {PYTHIA_TOKENIZER_SIZE:,} ids is assumed"
+    else:
+        windows = TokenWindows(store, "train", tokens_per_sample=plan.tokens_per_sample, stride=plan.stride)
+        facts["data"] = f"{len(windows):,} samples in {store.path}, seen for {epochs(plan, windows)}"
+    return facts
+
+
+def _memory_table(plan: Plan) -> Table:
+    """States and activations by ZeRO stage and number of GPUs; the recipe's stage is bold."""
+    table = Table(box=box.SIMPLE_HEAD, title="GiB on each GPU: weights, gradients, optimizer + activations")
+    table.title_justify = "left"
+    table.add_column("ZeRO stage")
+    for world_size in WORLD_SIZES:
+        table.add_column(f"{world_size} GPU{'s' * (world_size > 1)}", justify="right")
+    for stage in range(4):
+        cells = []
+        for world_size in WORLD_SIZES:
+            memory = estimate_memory(plan.config, plan.model_config, zero_stage=stage, world_size=world_size)
+            cells.append(f"{memory.states / GIB:.1f} + {memory.activations / GIB:.1f}")
+        table.add_row(str(stage), *cells, style="bold" if stage == plan.config.deepspeed.zero_stage else None)
+    return table

@@ -1,0 +1,45 @@
+"""The loss on held-out text, the same number on any number of ranks."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ..data import TokenWindows
+from .batches import read_samples
+from .launch import World
+from .plan import Plan
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+IGNORED = -100
+
+
+@torch.no_grad()
+def validation_loss(
+    engine: "DeepSpeedEngine", windows: TokenWindows, num_samples: int, plan: Plan, world: World
+) -> float:
+    """Mean loss over all targets of the first ``num_samples`` windows. Every rank calls it.
+
+    Ranks take equally many micro-batches of equal size, because ZeRO-3 fetches weights together and compiled code
+    knows one size; what is missing to that is filled with samples whose targets do not count.
+    """
+    micro_batch_size = plan.config.train.micro_batch_size
+    engine.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)  # of losses, of targets
+    for start in range(0, num_samples, micro_batch_size * world.size):
+        first = start + world.rank * micro_batch_size
+        chosen = np.arange(first, first + micro_batch_size)
+        counts = chosen < num_samples
+        samples = read_samples(windows, np.where(counts, chosen, 0), pin=False).to(engine.device)
+        labels = samples.masked_fill(~torch.from_numpy(counts).to(engine.device)[:, None], IGNORED)
+        loss = engine(input_ids=samples[:, :-1], labels=labels, skip_logits=True, use_cache=False).loss
+        num_targets = int(counts.sum()) * plan.targets_per_sample
+        if num_targets:
+            sums += torch.stack([loss.double() * num_targets, sums.new_tensor(num_targets)])
+    engine.train()
+    if world.size > 1:
+        dist.all_reduce(sums)
+    return (sums[0] / sums[1]).item()
