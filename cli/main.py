@@ -5,8 +5,12 @@ import sys
 
 import typer
 
+from .evaluate import streaming, zero_shot
+from .export import export
+from .generate import generate
 from .prepare import prepare
 from .tokenizer import train as train_tokenizer
+from .train import train
 
 app = typer.Typer(
     name="sinklm",
@@ -21,6 +25,11 @@ app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(eval_app, name="eval")
 app.command()(prepare)
 tokenizer_app.command("train")(train_tokenizer)
+app.command()(train)
+eval_app.command("zero-shot")(zero_shot)
+eval_app.command("streaming")(streaming)
+app.command()(export)
+app.command()(generate)
 
 
 def main() -> None:
