@@ -94,10 +94,8 @@ Record = JsonLine | Row | TextFile
 def _document_of(row: dict, place: str, set_name: str) -> Document:
     text, meta = row.get("text"), row.get("meta")
     if not isinstance(text, str) or not text:
-        state = (
-            "no text" if "text" not in row else "empty text" if text == "" else f"text of type {type(text).__name__}"
-        )
-        raise ValueError(f"{place}: a record with {state}; every record needs a string under the key text")
+        found = "is empty" if text == "" else f"is of type {type(text).__name__}" if "text" in row else "is missing"
+        raise ValueError(f"{place}: a record with no text (the key text {found}); mend or remove it")
     if isinstance(meta, dict) and isinstance(meta.get("pile_set_name"), str):
         set_name = meta["pile_set_name"]
     return Document(text, set_name)

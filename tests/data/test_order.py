@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -19,9 +21,8 @@ def mix(z: int) -> int:
 def slow_order(num_samples: int, seed: int, i: int) -> int:
     """The same permutation in plain integers, one position at a time."""
     golden = 0x9E3779B97F4A7C15
-    a = 1
-    while a * a < num_samples:
-        a += 1
+    a = math.isqrt(num_samples)
+    a += a * a < num_samples
     b = -(-num_samples // a)
     epoch, value = divmod(i, num_samples)
     key = mix(mix((seed + golden) & MASK) ^ ((epoch + 1) * golden & MASK))

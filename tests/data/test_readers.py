@@ -1,0 +1,221 @@
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import parquet
+from sinklm.data import find_inputs
+from sinklm.data.inputs import hub_shards, read_documents
+from sinklm.data.readers import Document, _lines
+
+from .corpora import records, write_json_lines
+
+ROWS = [*records(0, 40), {"text": "no set", "meta": {}}, {"text": "no meta"}]
+
+
+def as_documents(rows: list[dict], default_set: str) -> list[Document]:
+    return [Document(row["text"], row.get("meta", {}).get("pile_set_name", default_set)) for row in rows]
+
+
+def write_parquet(path: Path, rows: list[dict]) -> Path:
+    fields = pa.schema([("text", pa.string()), ("meta", pa.struct([("pile_set_name", pa.string())]))])
+    with parquet.ParquetWriter(path, fields) as writer:
+        for start in range(0, len(rows), 7):
+            writer.write_table(pa.Table.from_pylist(rows[start : start + 7], fields))
+    return path
+
+
+def read(path: Path | str) -> list[Document]:
+    return list(read_documents(find_inputs([str(path)]).shards))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_json_lines_give_texts_and_sets(tmp_path: Path, suffix: str) -> None:
+    path = write_json_lines(tmp_path / f"corpus{suffix}", ROWS)
+    assert read(path) == as_documents(ROWS, "corpus")
+
+
+def test_parquet_gives_texts_and_sets(tmp_path: Path) -> None:
+    assert read(write_parquet(tmp_path / "corpus.parquet", ROWS)) == as_documents(ROWS, "corpus")
+    parquet.write_table(pa.table({"text": ["a", "b"], "score": [1, 2]}), tmp_path / "plain.parquet")
+    assert read(tmp_path / "plain.parquet") == [("a", "plain"), ("b", "plain")]
+
+
+def test_a_data_set_is_read_through_datasets(tmp_path: Path) -> None:
+    # A local folder takes the same way through `datasets.load_dataset` as a name on the Hub.
+    write_parquet(tmp_path / "train-00000-of-00002.parquet", ROWS[:30])
+    write_parquet(tmp_path / "train-00001-of-00002.parquet", ROWS[30:])
+    shards = hub_shards(str(tmp_path))
+    assert [shard.name for shard in shards] == [f"{tmp_path}, file {i} of 2" for i in (1, 2)]
+    assert list(read_documents(shards)) == as_documents(ROWS, str(tmp_path))
+    assert [record.row["text"] for record in shards[0].read(skip=27)] == [row["text"] for row in ROWS[27:30]]
+
+
+def test_a_data_set_out_of_reach_is_one_error() -> None:
+    with pytest.raises(ValueError, match="nobody/nothing: no such file or folder, and no data set that can be loaded"):
+        find_inputs(["nobody/nothing"])
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.gz", "c.jsonl.zst", "c.parquet"])
+def test_reading_can_begin_at_any_record(tmp_path: Path, name: str) -> None:
+    write = write_parquet if name.endswith("parquet") else write_json_lines
+    (shard,) = find_inputs([str(write(tmp_path / name, ROWS))]).shards
+    everything = list(shard.read())
+    for skip in (0, 1, 6, 7, 8, 41, 42):
+        assert list(shard.read(skip=skip)) == everything[skip:]
+    assert shard.position == shard.num_bytes
+
+
+def test_a_pile_shard_with_a_long_window_is_read(tmp_path: Path) -> None:
+    parameters = zstandard.ZstdCompressionParameters(window_log=27, enable_ldm=True)
+    frame = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    text = b'{"text": "' + bytes(97 + i % 26 for i in range(1000)) + b'"}\n'
+    data = b"".join(frame.compress(text) for _ in range(2000)) + frame.flush()
+    assert zstandard.get_frame_parameters(data).window_size >= 2**27
+    (tmp_path / "x.jsonl.zst").write_bytes(data)
+    assert len(read(tmp_path / "x.jsonl.zst")) == 2000
+
+
+@given(st.lists(st.binary(max_size=6).map(lambda line: line.replace(b"\n", b"")), max_size=8), st.data())
+def test_lines_end_at_newlines_wherever_the_stream_is_cut(lines: list[bytes], data: st.DataObject) -> None:
+    stream = b"\n".join(lines)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=6)))
+    chunks = [stream[a:b] for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
+    expected = lines[:-1] if lines and not lines[-1] else lines
+    assert list(_lines(chunks)) == expected
+
+
+def test_other_line_separators_and_blank_lines_do_not_end_or_make_a_record(tmp_path: Path) -> None:
+    row = {"text": "a\u2028b\u0085c\x0bd"}
+    path = tmp_path / "x.jsonl"
+    path.write_text(f"\n{json.dumps(row, ensure_ascii=False)}\r\n  \n\n", encoding="utf-8")
+    assert read(path) == [(row["text"], "x")]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def garble(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[:3] = b"xyz"
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("x.jsonl.zst", cut, r"x\.jsonl\.zst: truncated \.zst file"),
+        ("x.jsonl.zst", garble, r"x\.jsonl\.zst: damaged \.zst file"),
+        ("x.jsonl.gz", cut, r"x\.jsonl\.gz: truncated \.gz file"),
+        ("x.jsonl.gz", garble, r"x\.jsonl\.gz: damaged \.gz file"),
+        ("x.parquet", cut, r"x\.parquet: not a parquet file, or a truncated one"),
+        ("x.jsonl", cut, r"x\.jsonl, line 42: not JSON"),
+    ],
+)
+def test_a_damaged_file_is_one_error_that_names_it(
+    tmp_path: Path, name: str, damage: Callable[[Path], None], message: str
+) -> None:
+    path = (write_parquet if name.endswith("parquet") else write_json_lines)(tmp_path / name, ROWS)
+    damage(path)
+    with pytest.raises(ValueError, match=message):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("not json", "line 3: not JSON"),
+        ('["text"]', "line 3: a record must be a JSON object, not a list"),
+        ('{"meta": {}}', "line 3: a record with no text .the key text is missing"),
+        ('{"text": ""}', "line 3: a record with no text .the key text is empty"),
+        ('{"text": null}', "line 3: a record with no text .the key text is of type NoneType"),
+        ('{"text": 5}', "line 3: a record with no text .the key text is of type int"),
+        ('{"text": "\\ud800"}', "line 3: not JSON"),
+    ],
+)
+def test_a_bad_record_is_one_error_that_names_file_and_line(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "x.jsonl.gz"
+    path.write_bytes(gzip.compress(f'{{"text": "a"}}\n\n{line}\n'.encode()))
+    with pytest.raises(ValueError, match=rf"x\.jsonl\.gz, {message}"):
+        read(path)
+
+
+def test_a_parquet_file_must_have_texts(tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"content": ["a"]}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"x\.parquet: has no column text, only content"):
+        read(tmp_path / "x.parquet")
+    parquet.write_table(pa.table({"text": ["a", None]}), tmp_path / "y.parquet")
+    with pytest.raises(ValueError, match=r"y\.parquet, row 2: a record with no text"):
+        read(tmp_path / "y.parquet")
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.jsonl.zst", "x.txt", "x.parquet"])
+def test_an_empty_input_is_an_error(tmp_path: Path, name: str) -> None:
+    if name.endswith("parquet"):
+        write_parquet(tmp_path / name, [])
+    elif name.endswith("txt"):
+        (tmp_path / name).touch()
+    else:
+        write_json_lines(tmp_path / name, [])
+    with pytest.raises(ValueError, match="empty, there is no document in it"):
+        read(tmp_path / name)
+
+
+def test_text_files_are_documents_and_empty_ones_are_not(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "b.md").write_bytes("\ufeffüber\r\n".encode())
+    (tmp_path / "sub" / "a.py").write_text("pass\n")
+    (tmp_path / "sub" / "__init__.py").touch()
+    assert read(tmp_path) == [("über\r\n", tmp_path.name), ("pass\n", tmp_path.name)]
+
+
+def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("na\xefve".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.txt: not UTF-8 .*at byte 2"):
+        read(tmp_path / "latin.txt")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
+    with pytest.raises(ValueError, match=r"image\.png: holds zero bytes"):
+        read(tmp_path / "image.png")
+
+
+def test_inputs_keep_their_order_and_what_they_hold_is_sorted(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl", "z.txt", "y.txt", "image.png", "pattern/q.c", "pattern/deep/p.c"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"text": "x"}')
+    (tmp_path / "link.txt").symlink_to(tmp_path / "y.txt")
+    found = find_inputs([f"{tmp_path}/pattern/**/*.c", str(tmp_path)])
+    names = [shard.name for shard in found.shards]
+    assert names == ["pattern", "a.jsonl", "b.jsonl", tmp_path.name]
+    texts = [[path.name for path, _ in shard.files] for shard in found.shards if hasattr(shard, "files")]
+    assert texts == [["p.c", "q.c"], ["y.txt", "z.txt"]]
+    assert found.num_ignored == {".png": 1, ".c": 2, "link to another of the files": 1}
+
+
+def test_a_text_file_named_by_itself_is_its_own_set(tmp_path: Path) -> None:
+    for name in ("one.txt", "two.txt"):
+        (tmp_path / name).write_text(name)
+    found = find_inputs([str(tmp_path / "one.txt"), str(tmp_path / "two.txt")])
+    assert [document.set_name for document in read_documents(found.shards)] == ["one", "two"]
+    assert len(found.shards) == 1
+
+
+def test_inputs_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", ROWS)
+    with pytest.raises(ValueError, match=r"a\.jsonl: named twice"):
+        find_inputs([str(path), str(tmp_path)])
+    with pytest.raises(FileNotFoundError, match=r"missing\.jsonl: no such file"):
+        find_inputs([str(tmp_path / "missing.jsonl")])
+    with pytest.raises(ValueError, match="no file matches"):
+        find_inputs([f"{tmp_path}/*.nothing"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no file in it ends in \.jsonl"):
+        find_inputs([str(tmp_path / "empty")])
+    (tmp_path / "x.tar").touch()
+    with pytest.raises(ValueError, match=r"x\.tar: cannot be read"):
+        find_inputs([str(tmp_path / "x.tar")])
