@@ -54,10 +54,12 @@ def zero_shot(
 def streaming(
     model: Model,
     text: Annotated[list[Path], typer.Option(help="A UTF-8 text; repeat it to join several.", show_default=False)],
-    tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of text to read.  [default: all]")] = None,
+    tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of text to read; all if not given.")] = None,
     caches: Annotated[
         str | None,
-        typer.Option(help="Kept+window, separated by commas.  [default: 0, 1, 2 and 4 kept, half the trained length]"),
+        typer.Option(
+            help="Kept+window, with commas between; by default 0, 1, 2 and 4 kept of half the trained length."
+        ),
     ] = None,
     methods: Annotated[
         str, typer.Option(help="Of dense, window (0+N), streaming (S+W) and recompute.")

@@ -10,17 +10,16 @@ from collections.abc import Callable
 import psutil
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..models import StreamingCache
 
-DENSE_CHUNK = 256
+CHUNK = 512  # tokens at a time: bounds the logits and a dense mask, not the result
 RECOMPUTE_TOKENS = 16_384  # at a time, over all windows of a batch
 
 Progress = Callable[[int], None]  # is called with the number of tokens done since the last call
 
 
-@torch.inference_mode()
 def stream_losses(
     model: PreTrainedModel, ids: torch.Tensor, num_kept: int, window: int, progress: Progress | None = None
 ) -> torch.Tensor:
@@ -29,32 +28,27 @@ def stream_losses(
     Token t attends to itself and the at most ``num_kept + window`` tokens in the cache, the model's own sinks being
     the first tokens of the stream.
     """
-    cache = StreamingCache.for_model(model, num_kept=num_kept, window=window)
-    losses = _unscored(ids)
-    losses[0] = _first_loss(model, ids)
-    for position in range(len(ids) - 1):
-        logits = model(_batch(model, ids[position : position + 1]), past_key_values=cache, use_cache=True).logits
-        losses[position + 1] = _nll(logits[0], ids[position + 1 : position + 2])[0]
-        _advance(progress, 1)
-    return losses
+    return _losses_with(StreamingCache.for_model(model, num_kept=num_kept, window=window), model, ids, progress)
 
 
-@torch.inference_mode()
 def dense_losses(model: PreTrainedModel, ids: torch.Tensor, progress: Progress | None = None) -> torch.Tensor:
     """Under dense attention, every token attending to all before it, also past the trained length.
 
     The cache grows with the text. Once it holds as much memory as is left free, scoring ends and the rest stays NaN.
     """
-    cache = DynamicCache(config=model.config)
+    return _losses_with(DynamicCache(config=model.config), model, ids, progress)
+
+
+@torch.inference_mode()
+def _losses_with(cache: Cache, model: PreTrainedModel, ids: torch.Tensor, progress: Progress | None) -> torch.Tensor:
     losses = _unscored(ids)
     losses[0] = _first_loss(model, ids)
-    for start in range(0, len(ids) - 1, DENSE_CHUNK):
-        inputs = ids[start : min(start + DENSE_CHUNK, len(ids) - 1)]
-        logits = model(_batch(model, inputs), past_key_values=cache, use_cache=True).logits[0]
-        end = start + len(inputs)
+    for start in range(0, len(ids) - 1, CHUNK):
+        end = min(start + CHUNK, len(ids) - 1)
+        logits = model(_batch(model, ids[start:end]), past_key_values=cache, use_cache=True).logits[0]
         losses[start + 1 : end + 1] = _nll(logits, ids[start + 1 : end + 1])
-        _advance(progress, len(inputs))
-        if _num_bytes(cache) > _free_memory(model.device):
+        _advance(progress, end - start)
+        if isinstance(cache, DynamicCache) and _num_bytes(cache) > _free_memory(model.device):
             break
     return losses
 
@@ -125,7 +119,8 @@ def _advance(progress: Progress | None, num_tokens: int) -> None:
 
 
 def _num_bytes(cache: DynamicCache) -> int:
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
+    states = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
+    return sum(state.nbytes for state in states if state is not None)
 
 
 def _free_memory(device: torch.device) -> int:

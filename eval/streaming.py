@@ -18,8 +18,8 @@ from .losses import Progress, dense_losses, recompute_losses, stream_losses
 
 METHODS = ("dense", "window", "streaming", "recompute")
 KEPT_TOKENS = (0, 1, 2, 4)  # the columns of Table 3
-BINS_PER_OCTAVE = 8
-MIN_BIN_TOKENS = 32
+BINS_PER_OCTAVE = 4
+MIN_BIN_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def read_stream(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, num_t
     """
     digest = hashlib.sha256()
     text_ids: list[int] = []
-    used = []
+    used: list[str] = []
     for path in files:
         text = _read_text(path) if not used else "\n\n" + _read_text(path)
         digest.update(text.encode())

@@ -44,15 +44,15 @@ def export_model(checkpoint: str | Path, output: str | Path) -> Path:
     output = Path(output)
     _check_replaceable(output)
     model = load_model(checkpoint, device="cpu")
-    _check_exportable(model, checkpoint)
+    config = _exportable_config(model, checkpoint)
     partial = output.absolute().with_name(f".{output.absolute().name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        _write_model(model, partial)
-        _write_tokenizer(checkpoint, model.config, partial)
+        _write_model(model, config, partial)
+        _write_tokenizer(checkpoint, config, partial)
         card = model_card(
-            model, Path(resolve_model_folder(checkpoint)), output.absolute().name, sink_names(model.config.num_sinks)
+            model, Path(resolve_model_folder(checkpoint)), output.absolute().name, sink_names(config.num_sinks)
         )
         (partial / "README.md").write_text(card, encoding="utf-8")
         _swap_in(partial, output)
@@ -84,7 +84,7 @@ def _check_replaceable(output: Path) -> None:
         raise FileExistsError(f"{output} exists and is not an export of sinklm: name another folder, or remove it")
 
 
-def _check_exportable(model: PreTrainedModel, checkpoint: str | Path) -> None:
+def _exportable_config(model: PreTrainedModel, checkpoint: str | Path) -> SinkGPTNeoXConfig:
     if not isinstance(model.config, SinkGPTNeoXConfig):
         raise ValueError(
             f"{checkpoint} is a {type(model).__name__}, not a model trained by sinklm: there is nothing to convert"
@@ -94,18 +94,19 @@ def _check_exportable(model: PreTrainedModel, checkpoint: str | Path) -> None:
             f"{checkpoint} has sink.kind {model.config.sink_kind!r}, which plain GPT-NeoX cannot compute: only the "
             f"kinds {' and '.join(EXPORTABLE_KINDS)} can be exported"
         )
+    return model.config
 
 
-def _write_model(model: PreTrainedModel, folder: Path) -> None:
+def _write_model(model: PreTrainedModel, config: SinkGPTNeoXConfig, folder: Path) -> None:
     """Weights in safetensors under their usual names, ``config.json`` and ``generation_config.json``."""
-    config = plain_config(model.config)
+    plain_config = _plain_config(config)
     with torch.device("meta"):
-        plain = GPTNeoXForCausalLM(config)
+        plain = GPTNeoXForCausalLM(plain_config)
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        suppress_tokens=model.config.sink_token_ids or None,
+        bos_token_id=plain_config.bos_token_id,
+        eos_token_id=plain_config.eos_token_id,
+        suppress_tokens=config.sink_token_ids or None,
     )
     plain.save_pretrained(folder)
 
@@ -113,10 +114,10 @@ def _write_model(model: PreTrainedModel, folder: Path) -> None:
     for weights in folder.glob("*.safetensors"):  # safetensors makes them readable by their owner alone
         shutil.copymode(path, weights)
     written = json.loads(path.read_text(encoding="utf-8"))
-    _write_json(path, written | _older_keys(config) | {"sink": model.config.sink})
+    _write_json(path, written | _older_keys(plain_config) | {"sink": config.sink})
 
 
-def plain_config(config: SinkGPTNeoXConfig) -> GPTNeoXConfig:
+def _plain_config(config: SinkGPTNeoXConfig) -> GPTNeoXConfig:
     """The same architecture for ``GPTNeoXForCausalLM``; its begin-of-text token is the first sink."""
     ours = {"sink", "model_type", "architectures", "transformers_version"}
     fields = {key: value for key, value in config.to_dict().items() if key not in ours}
@@ -127,7 +128,7 @@ def plain_config(config: SinkGPTNeoXConfig) -> GPTNeoXConfig:
 
 def _older_keys(config: GPTNeoXConfig) -> dict[str, Any]:
     """The rotary settings under the names that transformers 4 and llama.cpp read."""
-    rope = dict(config.rope_parameters)
+    rope = dict(config.rope_parameters or {})
     keys = {
         "rotary_emb_base": rope.pop("rope_theta"),
         "rotary_pct": rope.pop("partial_rotary_factor", 1.0),
@@ -142,9 +143,9 @@ def _write_tokenizer(checkpoint: str | Path, config: SinkGPTNeoXConfig, folder: 
     Both are written by hand: ``save_pretrained`` of transformers 5 names a class that transformers 4 does not know, and
     its ``GPTNeoXTokenizer`` drops the template.
     """
-    backend = Tokenizer.from_file(cached_file(resolve_model_folder(checkpoint), "tokenizer.json"))
     trained = load_tokenizer(checkpoint)
-    end_of_text = backend.id_to_token(config.eos_token_id)
+    backend = Tokenizer.from_file(str(cached_file(resolve_model_folder(checkpoint), "tokenizer.json")))
+    end_of_text = backend.id_to_token(config.eos_token_id)  # type: ignore[arg-type]
     names = sink_names(config.num_sinks)
     if names:
         _add_sinks(backend, names, config.sink_token_ids)

@@ -1,7 +1,6 @@
 """The README of an exported model: what it is, how it was trained, how to load and stream it."""
 
 import json
-import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -100,23 +99,22 @@ def architecture_facts(model: PreTrainedModel) -> dict[str, str]:
 
 
 def run_facts(folder: Path) -> dict[str, str]:
-    """How the model in ``…/<run>/checkpoints/step-<N>/model`` was trained; empty if it does not lie in a run."""
-    step = re.fullmatch(r"step-(\d+)", folder.absolute().parent.name)
-    run = folder.absolute().parents[2] if step else folder
-    if not step or not (run / "config.yaml").exists():
-        return {"sinklm": metadata.version("sinklm")}
-    num_steps = int(step[1])
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    """How the model in ``<run>/checkpoints/step-<N>/model`` was trained, as far as files beside it tell."""
+    checkpoint, run = folder.absolute().parent, folder.absolute().parents[2]
+    if not (checkpoint / "state.json").exists():
+        return {"Exported by": f"sinklm {metadata.version('sinklm')}"}
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    config = yaml.safe_load((checkpoint / "config.yaml").read_text(encoding="utf-8"))
     train = config["train"]
     facts = {
-        "Steps": f"{num_steps:,} of {train['num_steps']:,}",
-        "Tokens seen": f"{num_steps * train['batch_size_tokens']:,} ({train['batch_size_tokens']:,} a step)",
+        "Steps": f"{state['step']:,} of {train['num_steps']:,}",
+        "Positions seen": f"{state['positions']:,} ({train['batch_size_tokens']:,} a step)",
         "Sequence length": f"{train['seq_length']:,}",
         "Highest learning rate": f"{config['optimizer']['lr']:g}",
-        "Precision": train["precision"],
+        "Precision": state["precision"],
         "Seed": str(train["seed"]),
     }
-    facts |= _loss_facts(run / "metrics.jsonl", num_steps)
+    facts |= _loss_facts(run / "metrics.jsonl", state["step"])
     facts |= _data_facts(Path(config["data"]["path"] or ""))
     return facts | _version_facts(run / "environment.json")
 
@@ -148,5 +146,8 @@ def _data_facts(store: Path) -> dict[str, str]:
 def _version_facts(environment: Path) -> dict[str, str]:
     if not environment.exists():
         return {}
-    versions = json.loads(environment.read_text(encoding="utf-8")).get("versions", {})
-    return {"Made with": ", ".join(f"{name} {version}" for name, version in versions.items())}
+    recorded = json.loads(environment.read_text(encoding="utf-8"))
+    versions = {"sinklm": recorded["sinklm"]["version"]} | {
+        name: version for name, version in recorded.items() if isinstance(version, str) and name != "devices"
+    }
+    return {"Trained with": ", ".join(f"{name} {version}" for name, version in versions.items())}
