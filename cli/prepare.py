@@ -137,7 +137,9 @@ def print_summary(console: "Console", manifest: "Manifest", output: Path) -> Non
             sets.setdefault(name, Counts()).add(counts)
     held_out = manifest.splits.get("validation", Split(total=Counts(), sets={}, shards=[]))
 
-    table = Table(title=f"Token store {output}", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=f"Token store {output}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
     table.add_column("set", no_wrap=True)
     for heading in ("documents", "MB", "M tokens", "share", "held out"):
         table.add_column(heading, justify="right", no_wrap=True)

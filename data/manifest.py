@@ -88,9 +88,8 @@ def read_manifest(store: Path) -> Manifest:
     """
     path = store / MANIFEST_NAME
     if not path.exists():
-        hint = "it is not a token store" if store.is_dir() else "there is no such folder"
         raise FileNotFoundError(
-            f"{store}: {hint} (no {MANIFEST_NAME}); make one with `sinklm prepare … --output {store}`"
+            f"{store}: not a token store (no {MANIFEST_NAME}); make one with `sinklm prepare … --output {store}`"
         )
     try:
         return Manifest.model_validate_json(path.read_bytes())

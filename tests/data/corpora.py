@@ -55,5 +55,5 @@ def stored_documents(store: Path, manifest: Manifest, split: str) -> list[list[i
 
 def content(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, but the note of when files were verified."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".verified.json")
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".verified.json"))
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}

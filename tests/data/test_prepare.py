@@ -1,0 +1,430 @@
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from sinklm.cli.prepare import describe, print_summary
+from sinklm.data import TokenStore, find_inputs, prepare_store, tokenizing
+from sinklm.data import prepare as prepare_module
+from sinklm.data.inputs import read_documents
+from sinklm.data.job import ShardJob
+from sinklm.data.manifest import Counts, Manifest
+from sinklm.data.prepare import Progress
+from sinklm.data.readers import JsonLine, Record, Shard
+from sinklm.data.tokenizer import load_tokenizer_file
+from sinklm.data.tokenizing import DocumentTokenizer, is_held_out
+
+from .corpora import content, expected_documents, records, stored_documents, write_json_lines
+from .processes import InProcessPool
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> list[str]:
+    """Three shards: two of JSON lines and one of text files."""
+    (tmp_path / "texts").mkdir()
+    for i, row in enumerate(records(3, 5)):
+        (tmp_path / "texts" / f"{i}.txt").write_text(row["text"])
+    (tmp_path / "texts" / "empty.txt").touch()
+    first = write_json_lines(tmp_path / "first.jsonl.zst", records(1, 40))
+    second = write_json_lines(tmp_path / "second.jsonl", records(2, 30, set_names=("B", "C")))
+    return [str(first), str(second), str(tmp_path / "texts")]
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small batches, each one committed, and no processes."""
+    monkeypatch.setattr(prepare_module, "ProcessPoolExecutor", InProcessPool)
+    monkeypatch.setattr(prepare_module, "BATCH_BYTES", 4000)
+    monkeypatch.setattr(prepare_module, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # no power is cut here
+
+
+def prepare(corpus: list[str], output: Path, tokenizer_file: Path, **changes: object) -> Manifest:
+    arguments = {"validation_fraction": 0.3, "num_processes": 2, **changes}
+    return prepare_store(find_inputs(corpus).shards, output, tokenizer=tokenizer_file, **arguments)
+
+
+def test_a_store_holds_every_document_once_in_order(corpus: list[str], tmp_path: Path, tokenizer_file: Path) -> None:
+    manifest = prepare(corpus, tmp_path / "store", tokenizer_file)
+    documents = list(read_documents(find_inputs(corpus).shards))
+    assert len(documents) == 75
+    for split in ("train", "validation"):
+        chosen = [document for document in documents if held_out_by_hand(document.text, 0.3) == (split == "validation")]
+        expected = expected_documents([document.text for document in chosen], tokenizer_file)
+        assert stored_documents(tmp_path / "store", manifest, split) == expected
+        for name in ("A", "B", "C", "texts"):
+            pairs = [(d.text, ids) for d, ids in zip(chosen, expected, strict=True) if d.set_name == name]
+            counts = manifest.splits[split].sets[name]
+            assert counts.documents == len(pairs)
+            assert counts.tokens == sum(len(ids) for _, ids in pairs)
+            assert counts.bytes == sum(len(text.encode()) for text, _ in pairs)
+        assert manifest.splits[split].total.tokens == sum(map(len, expected))
+    assert [(source.name, source.num_empty_files) for source in manifest.sources] == [
+        ("first.jsonl.zst", 0),
+        ("second.jsonl", 0),
+        ("texts", 1),
+    ]
+    TokenStore(tmp_path / "store", verify="sha256")
+    assert not (tmp_path / "store" / ".prepare").exists()
+
+
+def held_out_by_hand(text: str, fraction: float) -> bool:
+    return int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16) / 2**64 < fraction
+
+
+@pytest.mark.usefixtures("in_process")
+def test_processes_and_batches_change_nothing(
+    corpus: list[str], tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(corpus, tmp_path / "one", tokenizer_file)
+    monkeypatch.undo()
+    prepare(corpus, tmp_path / "three", tokenizer_file, num_processes=3)
+    assert content(tmp_path / "one") == content(tmp_path / "three")
+
+
+@given(st.binary(), st.floats(0, 1), st.floats(0, 1))
+def test_a_larger_fraction_holds_out_the_same_documents_and_more(text: bytes, a: float, b: float) -> None:
+    low, high = sorted((a, b))
+    assert not is_held_out(text, 0)
+    assert is_held_out(text, 1)
+    assert is_held_out(text, high) or not is_held_out(text, low)
+
+
+def test_the_held_out_share_is_the_one_asked_for() -> None:
+    held_out = sum(is_held_out(str(i).encode(), 0.1) for i in range(20000))
+    assert abs(held_out - 2000) < 6 * (20000 * 0.1 * 0.9) ** 0.5
+
+
+@pytest.mark.usefixtures("in_process")
+def test_the_split_depends_on_neither_order_nor_file(tmp_path: Path, tokenizer_file: Path) -> None:
+    rows = records(5, 60)
+    doubled = write_json_lines(tmp_path / "doubled.jsonl", [*rows, *rows])
+    turned = write_json_lines(tmp_path / "turned.jsonl", rows[::-1])
+    one = prepare([str(doubled)], tmp_path / "a", tokenizer_file)
+    other = prepare([str(turned)], tmp_path / "b", tokenizer_file)
+    validation = stored_documents(tmp_path / "b", other, "validation")
+    assert stored_documents(tmp_path / "a", one, "validation") == validation[::-1] * 2
+    assert 0 < len(validation) < 60
+
+
+@pytest.mark.usefixtures("in_process")
+def test_with_a_fraction_of_zero_there_is_no_validation_split(
+    corpus: list[str], tmp_path: Path, tokenizer_file: Path
+) -> None:
+    manifest = prepare(corpus, tmp_path / "store", tokenizer_file, validation_fraction=0.0)
+    assert list(manifest.splits) == ["train"]
+    assert manifest.splits["train"].total.documents == 75
+
+
+def test_a_long_document_is_encoded_in_pieces_to_the_same_ids(
+    tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizing, "PIECE_LENGTH", 50)
+    text = "the sink  token of\n a cache " * 100
+    work = DocumentTokenizer(load_tokenizer_file(tokenizer_file), 0, np.dtype(np.uint16), 0.0)
+    assert [work.encode(text).tolist()] == expected_documents([text], tokenizer_file)
+
+
+class Crash(BaseException):
+    """The machine stops here."""
+
+
+def crash_at(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stop at the n-th call that changes something on the disk for good."""
+    counter = itertools.count(1)
+
+    def crashing(function: Callable) -> Callable:
+        def wrapper(*args: object, **kwargs: object) -> object:
+            if next(counter) >= call:
+                raise Crash
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    for module, name in ((os, "fsync"), (os, "replace"), (os, "unlink"), (shutil, "copyfile"), (shutil, "rmtree")):
+        monkeypatch.setattr(module, name, crashing(getattr(module, name)))
+
+
+@pytest.mark.usefixtures("in_process")
+def test_after_a_crash_at_any_moment_the_same_command_ends_in_the_same_bytes(
+    corpus: list[str], tmp_path: Path, tokenizer_file: Path
+) -> None:
+    prepare(corpus, tmp_path / "whole", tokenizer_file)
+    whole = content(tmp_path / "whole")
+    for call in itertools.count(1):
+        output = tmp_path / f"crashed-{call}"
+        with pytest.MonkeyPatch.context() as patch:
+            crash_at(call, patch)
+            try:
+                prepare(corpus, output, tokenizer_file)
+                break  # it came to its end: there is no later moment
+            except Crash:
+                pass
+        prepare(corpus, output, tokenizer_file)
+        assert content(output) == whole, f"crashed at call {call}"
+        shutil.rmtree(output)
+    assert call > 40
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_second_run_does_not_tokenize_what_the_first_had_committed(
+    corpus: list[str], tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    original = JsonLine.document
+
+    def stop_late(progress: Progress) -> None:
+        if progress.shard_name == "second.jsonl":
+            raise Crash
+
+    with pytest.raises(Crash):
+        prepare(corpus, tmp_path / "store", tokenizer_file, report=stop_late)
+    monkeypatch.setattr(JsonLine, "document", lambda self: seen.append(self.place) or original(self))
+    prepare(corpus, tmp_path / "store", tokenizer_file)
+    assert len(seen) < 30
+    assert all("second.jsonl" in place for place in seen)
+    assert not any("line 1:" in place for place in seen)
+    seen.clear()
+    prepare(corpus, tmp_path / "store", tokenizer_file)
+    assert seen == []
+
+
+KILLED = """
+import multiprocessing, os, signal, sys
+from importlib import import_module
+from sinklm.data import find_inputs, prepare_store
+module = import_module("sinklm.data.prepare")
+module.BATCH_BYTES, module.COMMIT_SECONDS = 4000, 0.0
+def kill_late(progress):
+    if progress.shard_name == "second.jsonl":
+        print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+if __name__ == "__main__":
+    output, tokenizer, *corpus = sys.argv[1:]
+    prepare_store(find_inputs(corpus).shards, output, tokenizer=tokenizer, validation_fraction=0.3, num_processes=2,
+                  report=kill_late)
+"""
+
+
+def test_a_killed_process_leaves_no_helpers_and_a_store_that_goes_on(
+    corpus: list[str], tmp_path: Path, tokenizer_file: Path
+) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    command = [sys.executable, str(script), str(tmp_path / "store"), str(tokenizer_file), *corpus]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    helpers = [int(pid) for pid in result.stdout.split()]
+    assert len(helpers) == 2
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in helpers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in helpers)
+
+    assert json.loads((tmp_path / "store/.prepare/00001.json").read_text())["num_records"] > 0
+    prepare(corpus, tmp_path / "store", tokenizer_file)
+    prepare(corpus, tmp_path / "whole", tokenizer_file)
+    assert content(tmp_path / "store") == content(tmp_path / "whole")
+
+
+def run_command(*arguments: object, limit: int | None = None) -> subprocess.CompletedProcess:
+    """Run ``sinklm prepare`` as a user does, perhaps with a limit on the size of files."""
+    command = [sys.executable, "-c", "from sinklm.cli.main import main; main()", "prepare", *map(str, arguments)]
+    preexec = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None
+    return subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=preexec)
+
+
+def test_a_full_disk_is_one_error_and_loses_nothing(corpus: list[str], tmp_path: Path, tokenizer_file: Path) -> None:
+    big = write_json_lines(tmp_path / "big.jsonl", records(9, 400, num_words=400))
+    options = ["--tokenizer", tokenizer_file, "--output", tmp_path / "store", "--processes", 1]
+    result = run_command(corpus[0], big, *options, limit=2**18)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"error: {tmp_path}/store: no space left to write")
+    assert result.stderr.count("\n") == 1
+    kept = tmp_path / "store/train/00000.bin"
+    stamp = kept.stat().st_mtime_ns
+    result = run_command(corpus[0], big, *options)
+    assert result.returncode == 0, result.stderr
+    assert kept.stat().st_mtime_ns == stamp
+    run_command(corpus[0], big, *options[:2], "--output", tmp_path / "whole")
+    assert content(tmp_path / "store") == content(tmp_path / "whole")
+
+
+def test_a_bad_record_is_one_line_on_stderr_and_keeps_the_shards_before_it(
+    corpus: list[str], tmp_path: Path, tokenizer_file: Path
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "fine"}\n{"txet": "misspelt"}\n')
+    options = [corpus[0], bad, "--tokenizer", tokenizer_file, "--output", tmp_path / "store", "--processes", 1]
+    result = run_command(*options)
+    assert result.returncode == 1
+    assert result.stderr == (
+        f"error: {bad}, line 2: a record with no text (the key text is missing); mend or remove it\n"
+    )
+    assert (tmp_path / "store/train/00000.bin").exists()
+    assert not (tmp_path / "store/manifest.json").exists()
+    bad.write_text('{"text": "fine"}\n{"text": "mended"}\n')
+    result = run_command(*options)
+    assert result.returncode == 0, result.stderr
+    assert TokenStore(tmp_path / "store").manifest.splits["train"].sets["bad"].documents == 2
+
+
+@pytest.mark.usefixtures("in_process")
+def test_what_was_read_before_a_truncated_file_is_kept(corpus: list[str], tmp_path: Path, tokenizer_file: Path) -> None:
+    path = Path(corpus[0])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    with pytest.raises(ValueError, match=r"first\.jsonl\.zst: truncated \.zst file"):
+        prepare([corpus[1], corpus[0]], tmp_path / "store", tokenizer_file)
+    assert (tmp_path / "store/train/00000.bin").exists()
+    path.write_bytes(whole)
+    prepare([corpus[1], corpus[0]], tmp_path / "store", tokenizer_file)
+    prepare([corpus[1], corpus[0]], tmp_path / "whole", tokenizer_file)
+    assert content(tmp_path / "store") == content(tmp_path / "whole")
+
+
+def test_a_killed_tokenizing_process_is_an_error(corpus: list[str], tmp_path: Path, tokenizer_file: Path) -> None:
+    def kill_helper(progress: Progress) -> None:
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    big = write_json_lines(tmp_path / "big.jsonl", records(9, 4000, num_words=400))
+    with pytest.raises(OSError, match="a tokenizing process was killed"):
+        prepare([str(big)], tmp_path / "store", tokenizer_file, report=kill_helper)
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_an_output_made_with_other_settings_is_refused(
+    corpus: list[str], tmp_path: Path, tokenizer_file: Path, is_finished: bool
+) -> None:
+    def stop(progress: Progress) -> None:
+        raise Crash
+
+    if is_finished:
+        prepare(corpus, tmp_path / "store", tokenizer_file)
+    else:
+        with pytest.raises(Crash):
+            prepare(corpus, tmp_path / "store", tokenizer_file, report=stop)
+    before = content(tmp_path / "store")
+    with pytest.raises(ValueError, match=r"other settings \(validation_fraction: 0\.3 then, 0\.2 now\)"):
+        prepare(corpus, tmp_path / "store", tokenizer_file, validation_fraction=0.2)
+    with pytest.raises(ValueError, match=r"other settings \(sources: 3 inputs first.* then, 2 inputs first"):
+        prepare(corpus[:2], tmp_path / "store", tokenizer_file)
+    other_tokenizer = tmp_path / "other.json"
+    other_tokenizer.write_text(tokenizer_file.read_text() + "\n")
+    with pytest.raises(ValueError, match=r"other settings \(tokenizer_sha256"):
+        prepare(corpus, tmp_path / "store", other_tokenizer)
+    assert content(tmp_path / "store") == before
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_changed_input_is_done_again_or_refused(corpus: list[str], tmp_path: Path, tokenizer_file: Path) -> None:
+    def stop_late(progress: Progress) -> None:
+        if progress.shard_name == "second.jsonl":
+            raise Crash
+
+    with pytest.raises(Crash):
+        prepare(corpus, tmp_path / "store", tokenizer_file, report=stop_late)
+    write_json_lines(Path(corpus[1]), records(7, 30))  # its shard has been begun
+    prepare(corpus, tmp_path / "store", tokenizer_file)
+    prepare(corpus, tmp_path / "whole", tokenizer_file)
+    assert content(tmp_path / "store") == content(tmp_path / "whole")
+    write_json_lines(Path(corpus[1]), records(8, 31))
+    with pytest.raises(ValueError, match=r"store: is finished, and second\.jsonl has \d+ bytes now"):
+        prepare(corpus, tmp_path / "store", tokenizer_file)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_changed_input_of_a_finished_one_is_refused(corpus: list[str], tmp_path: Path, tokenizer_file: Path) -> None:
+    def stop_late(progress: Progress) -> None:
+        if progress.shard_name == "second.jsonl":
+            raise Crash
+
+    with pytest.raises(Crash):
+        prepare(corpus, tmp_path / "store", tokenizer_file, report=stop_late)
+    write_json_lines(Path(corpus[0]), records(8, 31))
+    with pytest.raises(ValueError, match=r"shard 00000 was made from first\.jsonl\.zst of \d+ bytes"):
+        prepare(corpus, tmp_path / "store", tokenizer_file)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_folder_that_is_not_ours_is_left_alone(corpus: list[str], tmp_path: Path, tokenizer_file: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="thesis: is not empty and not a token store"):
+        prepare(corpus, tmp_path / "thesis", tokenizer_file)
+    assert content(tmp_path / "thesis") == {"chapter.tex": b"years of work"}
+
+
+@pytest.mark.usefixtures("in_process")
+def test_two_runs_do_not_write_into_one_folder(corpus: list[str], tmp_path: Path, tokenizer_file: Path) -> None:
+    def start_another(progress: Progress) -> None:
+        prepare(corpus, tmp_path / "store", tokenizer_file)
+
+    with pytest.raises(ValueError, match="another `sinklm prepare` is at work"):
+        prepare(corpus, tmp_path / "store", tokenizer_file, report=start_another)
+
+
+def test_fractions_outside_of_0_to_1_are_refused(corpus: list[str], tmp_path: Path, tokenizer_file: Path) -> None:
+    for fraction in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="validation_fraction is"):
+            prepare(corpus, tmp_path / "store", tokenizer_file, validation_fraction=fraction)
+
+
+class EndlessShard(Shard):
+    name, num_bytes = "endless", None
+
+    def __init__(self) -> None:
+        self.num_read = 0
+
+    def read(self, skip: int = 0) -> Iterator[Record]:
+        while True:
+            self.num_read += 1
+            yield JsonLine("endless", "endless", b'{"text": "' + b"x" * prepare_module.BATCH_BYTES + b'"}')
+
+
+@pytest.mark.usefixtures("in_process")
+def test_reading_is_never_further_ahead_than_the_limit(tmp_path: Path, tokenizer_file: Path) -> None:
+    shard = EndlessShard()
+    job = ShardJob(tmp_path, tmp_path, 0, shard, np.dtype(np.uint16))
+    pool = InProcessPool(1, None, None, (tokenizer_file, 0, np.dtype(np.uint16), 0.0))
+    results = prepare_module._tokenized(pool, [job], max_waiting=4)  # type: ignore[arg-type]
+    for num_results in range(1, 20):
+        next(results)
+        assert shard.num_read <= num_results + 4
+
+
+def test_the_progress_line_says_amounts_speeds_and_time_left() -> None:
+    first = Progress("x", Counts(documents=100, tokens=10**6, bytes=4 * 10**6), 1000, 5000)
+    later = Progress("x", Counts(documents=300, tokens=3 * 10**6, bytes=12 * 10**6), 2000, 5000)
+    text = describe(later, first, seconds=10.0)
+    assert text == "300 documents (20/s) · 12.0 MB (0.80 MB/s) · 3.0 M tokens · 0:30 left"
+    assert describe(first, first, seconds=0.0) == "100 documents · 4.0 MB · 1.0 M tokens"
+
+
+@pytest.mark.usefixtures("in_process")
+def test_the_table_has_a_line_for_each_set(corpus: list[str], tmp_path: Path, tokenizer_file: Path) -> None:
+    manifest = prepare(corpus, tmp_path / "store", tokenizer_file)
+    console = Console(record=True, width=80)
+    print_summary(console, manifest, tmp_path / "store")
+    lines = console.export_text().splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in lines if line.strip()}
+    documents = {name: int(rows[name][0]) for name in ("A", "B", "C", "texts", "all")}
+    assert documents["all"] == 75 == sum(documents.values()) - 75
+    assert int(rows["all"][-1]) == manifest.splits["validation"].total.documents
+    assert "1 empty text files are no documents." in lines
