@@ -1,5 +1,10 @@
-"""StreamingLLM for today's transformers: a constant-memory cache and the banded attention that equals it."""
+"""StreamingLLM for today's transformers: a cache of constant size, and the banded attention that equals it.
+
+Read in this order: `contract` (the rule as arithmetic), `encodings` (how phases are moved), `steps` (what one forward
+pass does with both), `cache` and `hook` (how transformers' models come to use it), `families` (which models can).
+"""
 
 from .cache import StreamingCache
+from .stream import stream_logits, stream_losses
 
-__all__ = ["StreamingCache"]
+__all__ = ["StreamingCache", "stream_logits", "stream_losses"]

@@ -1,5 +1,6 @@
 """`StreamingCache`: a transformers cache that holds S initial and W recent tokens, whatever the length of the text."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -7,11 +8,37 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from .contract import StreamShape
-from .encodings import Alibi
+from .encodings import Rotary
 from .families import family_of
-from .hook import ATTENTION, StreamingHook
-from .layer import StreamingLayer
+from .hook import StreamingHook
+from .layer import StreamingLayer, select_rows
 from .steps import ChunkStep, DecodeStep
+
+
+@dataclass
+class StreamState:
+    """How far the streams of a batch have come, on the device, so that a compiled step can count.
+
+    ``num_seen`` ``(B,)``: tokens of each row. ``base`` ``(B,)``: the token that has phase 0. ``num_columns`` ``()``:
+    inputs taken, padding included, which is the length that transformers asks for.
+    """
+
+    num_seen: Tensor
+    base: Tensor
+    num_columns: Tensor
+
+    @classmethod
+    def start(cls, batch_size: int, device: torch.device) -> "StreamState":
+        with torch.inference_mode(False):
+            state = cls(
+                *(torch.zeros(shape, dtype=torch.long, device=device) for shape in (batch_size, batch_size, ()))
+            )
+        for tensor in (state.num_seen, state.base, state.num_columns):
+            torch._dynamo.mark_static_address(tensor)
+        return state
+
+    def map_rows(self, rows: Tensor) -> None:
+        self.num_seen, self.base = select_rows(self.num_seen, rows), select_rows(self.base, rows)
 
 
 class StreamingCache(Cache):
@@ -22,26 +49,25 @@ class StreamingCache(Cache):
         cache = StreamingCache.for_model(model, num_kept=4, window=1020)
         model.generate(**inputs, past_key_values=cache, max_new_tokens=100_000)
 
-    The cache belongs to one model and one batch of streams. It takes tokens in forward passes of any length, one
-    by one or a whole book, with the same result. Padding in the ``attention_mask`` is no token of a stream. For
+    The cache belongs to one model and one batch of streams. It takes tokens in forward passes of any length, one by
+    one or a whole book, with the same result. Padding in the ``attention_mask`` is no token of a stream. For
     inference only.
     """
 
     def __init__(self, model: PreTrainedModel, shape: StreamShape, chunk_size: int):
-        decoder = model.base_model
-        super().__init__(layers=[StreamingLayer(shape) for _ in range(model.config.num_hidden_layers)])
+        decoder: Any = model.base_model
+        family = family_of(decoder.config, shape)
+        layers = [StreamingLayer(shape) for _ in range(decoder.config.num_hidden_layers)]
+        super().__init__(layers=layers)  # type: ignore[arg-type]
+        self.streaming_layers = layers
         self.shape, self.chunk_size = shape, chunk_size
-        self.decoder = decoder
-        self.encoding = family_of(model).encoding(decoder, shape)
-        self.num_seen: Tensor | None = None  # (B,) tokens of each row's stream
-        self.base: Tensor | None = None  # (B,) token that has phase 0
-        self.num_columns: Tensor | None = None  # () inputs taken, padding included: the length that transformers counts
-        self.is_ragged = False  # rows have seen different numbers of tokens
-        self.num_since_rebase = 0
+        self.encoding = family.encoding(decoder, shape)
+        self.state: StreamState | None = None
         self.step: DecodeStep | ChunkStep | None = None
+        self.num_since_rebase = 0
+        self.is_ragged = False  # rows have seen different numbers of tokens
         self.is_damaged = False
-        self._users_attention: str | None = None
-        StreamingHook(self, decoder)
+        StreamingHook(self, decoder, family.adapter)
 
     @classmethod
     def for_model(
@@ -55,26 +81,24 @@ class StreamingCache(Cache):
             chunk_size: longest piece of a prompt that is computed at once; bounds memory, not the result.
 
         Raises:
-            ValueError: a model whose positions cannot be moved, ``num_kept < 0``, ``window < 1`` or ``chunk_size < 1``.
+            ValueError: a model that cannot stream, ``num_kept < 0``, ``window < 1`` or ``chunk_size < 1``.
         """
         if chunk_size < 1:
             raise ValueError(f"chunk_size is {chunk_size}: it must be at least 1")
         return cls(model, StreamShape(num_kept, window), chunk_size)
 
-    # -- a forward pass, as `StreamingHook` drives it ---------------------------------------------------------------
+    # -- a forward pass, as `StreamingHook` drives it ----------------------------------------------------------------
 
-    def check_inputs(self, kwargs: dict[str, Any]) -> Tensor | None:
-        """Which of the new inputs are tokens ``(B, T)``, None if all; refuses what a stream cannot take."""
+    def check_inputs(self, inputs: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Which of the new inputs ``(B, T, …)`` are tokens ``(B, T)``, None if all; refuses what cannot stream."""
         if self.is_damaged:
             raise ValueError("the last forward pass with this StreamingCache failed midway: call reset() first")
-        inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
         batch_size, num_inputs = inputs.shape[:2]
-        if self.num_seen is not None and self.num_seen.shape[0] != batch_size:
+        if self.state is not None and self.batch_size != batch_size:
             raise ValueError(
-                f"this StreamingCache holds {self.num_seen.shape[0]} streams and the batch has {batch_size} rows: "
+                f"this StreamingCache holds {self.batch_size} streams and the batch has {batch_size} rows: "
                 "call reset(), or make a new cache"
             )
-        mask = kwargs.get("attention_mask")
         if mask is None:
             return None
         if mask.ndim != 2 or mask.shape[0] != batch_size or mask.shape[1] < num_inputs:
@@ -90,69 +114,68 @@ class StreamingCache(Cache):
         self.is_ragged = True
         return is_token
 
-    def begin_forward(self, batch_size: int, num_inputs: int, is_token: Tensor | None, device) -> Tensor:
-        """Prepare one pass over ``(B, T)`` inputs; returns their position ids ``(B, T)``."""
-        if self.num_seen is None:
-            self.num_seen = torch.zeros(batch_size, dtype=torch.long, device=device)
-            self.base = torch.zeros_like(self.num_seen)
-            self.num_columns = torch.zeros((), dtype=torch.long, device=device)
+    def begin_forward(self, inputs: Tensor, is_token: Tensor | None) -> Tensor:
+        """Prepare one pass over inputs ``(B, T, …)``; returns their position ids ``(B, T)``."""
+        batch_size, num_inputs = inputs.shape[:2]
+        if self.state is None:
+            self.state = StreamState.start(batch_size, inputs.device)
         self._rebase_before(num_inputs)
+        num_seen, base = self.state.num_seen, self.state.base
         if num_inputs == 1:
-            self.step = DecodeStep(self.shape, self.encoding, self.num_seen, self.base)
-            self._num_new = 1 if is_token is None else is_token[:, 0].long()
+            self.step = DecodeStep(self.shape, self.encoding, num_seen, base, is_token)
         else:
             rows = slice(None) if self.is_ragged else slice(1)
-            self.step = ChunkStep(self.shape, self.encoding, self.num_seen[rows], self.base[rows], num_inputs, is_token)
-            self._num_new = self.step.num_new
-        self._num_inputs = num_inputs
-        self._users_attention = self.decoder.config._attn_implementation
-        self.decoder.config._attn_implementation = ATTENTION
-        return self.step.position_ids
+            self.step = ChunkStep(self.shape, self.encoding, num_seen[rows], base[rows], num_inputs, is_token)
+        return self.step.position_ids.expand(batch_size, -1)
 
+    @torch.no_grad()
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
         """Attention of one layer ``(B, H, T, D)`` over the stream; stores the new keys and values."""
+        assert self.step is not None
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return self.step.attend(self.layers[layer_idx], query, key, value, scaling)
+        return self.step.attend(self.streaming_layers[layer_idx], query, key, value, scaling)
 
     def end_forward(self, *, succeeded: bool) -> None:
-        """Count what the pass has brought, and give the model back its own attention."""
-        if self._users_attention is not None:
-            self.decoder.config._attn_implementation = self._users_attention
-            self._users_attention = None
+        """Count what the pass has brought."""
+        step, self.step = self.step, None
+        if step is None or self.state is None:
+            return
         if succeeded:
-            self.num_seen += self._num_new
-            self.num_columns += self._num_inputs
-        else:
-            self.is_damaged |= isinstance(self.step, ChunkStep)
-        self.step = None
+            self.state.num_seen += step.num_new
+            self.state.num_columns += step.num_inputs
+        elif isinstance(step, ChunkStep):  # some layers have stored the chunk; a failed token is simply overwritten
+            self.is_damaged = True
 
     def _rebase_before(self, num_inputs: int) -> None:
-        """Move all phases back before they grow past twice the cache, so that float32 angles stay sharp for ever.
-
-        A key is turned back at most once while it is in the window: not even bfloat16 has rounding to pile up.
-        """
         if torch.compiler.is_compiling():
-            return
+            return  # whoever runs a compiled step calls `rebase`
         if self.num_since_rebase + num_inputs > self.shape.window + 1:
             self.rebase()
         self.num_since_rebase += num_inputs
 
+    @torch.no_grad()
     def rebase(self) -> None:
-        """Give the oldest token of the window phase S, and turn the window's keys accordingly."""
-        self.num_since_rebase = 0
-        base = (self.num_seen - self.shape.num_slots).clamp(min=0)
-        back = (self.base - base)[:, None]
-        if not isinstance(self.encoding, Alibi):
-            for layer in self.layers:
-                if layer.keys is not None:
-                    ring = layer.keys[:, :, self.shape.num_kept :]
-                    ring.copy_(self.encoding.turn(ring, back.expand(-1, ring.shape[2])))
-        self.base.copy_(base)
+        """Move all phases back, so that the window begins at phase S and float32 angles stay sharp for ever.
 
-    # -- the interface of transformers' caches ----------------------------------------------------------------------
+        Happens by itself once a window, so that a key is turned back at most once while it is in use and not even
+        bfloat16 has rounding to pile up. Only who compiles the step calls it, once in a while (see `StreamingDecoder`).
+        """
+        self.num_since_rebase = 0
+        if self.state is None:
+            return
+        base = (self.state.num_seen - self.shape.num_slots).clamp(min=0)
+        if isinstance(self.encoding, Rotary):
+            back = (self.state.base - base)[:, None].expand(-1, self.shape.window + 1)
+            for layer in self.streaming_layers:
+                if layer.is_allocated:
+                    ring = layer.keys[:, :, self.shape.num_kept :]
+                    ring.copy_(self.encoding.turn(ring, back))
+        self.state.base.copy_(base)
+
+    # -- the interface of transformers' caches -----------------------------------------------------------------------
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
-        """Hand the new states on to `streaming_attention`, which stores them."""
+        """Pass the new states on to `streaming_attention`, which stores them."""
         if self.step is None:
             raise ValueError(
                 "this StreamingCache was made for another model: StreamingCache.for_model(model, …) makes one for this"
@@ -160,15 +183,15 @@ class StreamingCache(Cache):
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Inputs taken so far, padding and sinks included, not the number of keys held.
+        """Inputs taken so far, padding and sinks included: not the number of keys held.
 
-        While a graph is traced only whether the cache is empty is known: then it is 0 or 1.
+        While a graph is traced only whether the cache is empty is known, and a cache with a past says 1.
         """
-        if self.num_columns is None:
+        if self.state is None:
             return 0
-        return 1 if torch.compiler.is_compiling() else int(self.num_columns)
+        return 1 if torch.compiler.is_compiling() else int(self.state.num_columns)
 
-    def get_max_length(self, layer_idx: int = 0) -> int:
+    def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: a stream has no end."""
         return -1
 
@@ -182,45 +205,61 @@ class StreamingCache(Cache):
 
     @property
     def is_initialized(self) -> bool:
-        return self.num_seen is not None
+        return self.state is not None
 
     @property
     def is_croppable(self) -> bool:
+        """False: a token that has left the window cannot come back. See `crop`."""
         return False
 
     @property
-    def batch_size(self) -> int:
-        return -1 if self.num_seen is None else self.num_seen.shape[0]
+    def is_sliding(self) -> list[bool]:
+        return [False] * len(self.streaming_layers)
 
     @property
-    def is_sliding(self) -> list[bool]:
-        return [False] * len(self.layers)
+    def batch_size(self) -> int:
+        """Streams held, -1 if none have begun."""
+        return -1 if self.state is None else self.state.num_seen.shape[0]
 
     def reset(self) -> None:
         """Forget the streams; the next forward pass begins new ones, of any batch size."""
-        self.num_seen = self.base = self.num_columns = self.step = None
+        self.state = self.step = None
         self.is_ragged = self.is_damaged = False
         self.num_since_rebase = 0
-        for layer in self.layers:
+        for layer in self.streaming_layers:
             layer.free()
 
-    def _map_rows(self, rows: Tensor) -> None:
-        if self.num_seen is None:
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens, given as a negative number, as long as none has left the cache.
+
+        Raises:
+            ValueError: the number is positive, or a token before them has already left the cache.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to take back as a negative number")
+        if self.state is None or tokens_to_remove == 0:
             return
-        self.num_seen = self.num_seen.index_select(0, rows.to(self.num_seen.device))
-        self.base = self.base.index_select(0, rows.to(self.base.device))
-        for layer in self.layers:
-            layer.map_rows(rows)
+        if int(self.state.num_seen.max()) > self.shape.num_slots:
+            raise ValueError(
+                f"cannot take tokens back: of the {int(self.state.num_seen.max())} seen, the first beyond the "
+                f"{self.shape.num_kept} kept ones have left the cache, and the window cannot be filled up again"
+            )
+        if -tokens_to_remove > int(self.state.num_seen.min()):
+            raise ValueError(f"crop({tokens_to_remove}): only {int(self.state.num_seen.min())} tokens have been seen")
+        self.state.num_seen += tokens_to_remove
+        self.state.num_columns += tokens_to_remove
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row i continue the stream of row ``beam_idx[i]`` (beam search)."""
-        self._map_rows(beam_idx)
+        if self.state is not None:
+            self.state.map_rows(beam_idx)
+            for layer in self.streaming_layers:
+                layer.map_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every stream ``repeats`` times."""
-        if self.num_seen is not None:
-            self._map_rows(torch.arange(self.batch_size).repeat_interleave(repeats))
+        self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these streams only."""
-        self._map_rows(indices)
+        self.reorder_cache(indices)

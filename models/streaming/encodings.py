@@ -44,8 +44,8 @@ class Alibi:
     """Attention with linear biases: what is added to a score depends on the key's position within the cache.
 
     Args:
-        table: ``(H, positions)`` biases as the model itself would compute them for a cache of that many keys; a query
-            sees them up to a constant, which softmax ignores.
+        table: ``(H, positions)`` biases, as the model itself computes them for a cache of that many keys; they may be
+            off by a constant, which softmax ignores.
     """
 
     def __init__(self, table: Tensor):
@@ -56,3 +56,6 @@ class Alibi:
         last = self.table.shape[1] - 1
         bias = self.table.to(like)[:, key_positions.clamp(0, last)].transpose(0, 1)
         return bias.masked_fill(~visible[:, None], float("-inf"))
+
+
+Encoding = Rotary | Alibi

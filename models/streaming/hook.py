@@ -2,17 +2,20 @@
 
 A cache alone cannot stream: a layer hands it keys that already carry a phase, the model chose that phase, and the
 queries never pass by. So the cache hooks its model's decoder. When, and only when, a forward pass brings that cache,
-the hook gives positions and routes the attention of this one pass to `streaming_attention`; afterwards the model is as
-it was. A pass longer than the cache's chunk is run in chunks.
+the hook gives positions and routes the attention of this one pass to the cache; afterwards the model is as it was.
+A pass longer than the cache's chunk is run in chunks.
 """
 
 import inspect
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
+
+from .adapters import Adapter, identity_mask
 
 if TYPE_CHECKING:
     from .cache import StreamingCache
@@ -21,13 +24,14 @@ ATTENTION = "sinklm_streaming"
 
 
 def streaming_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    streaming_cache: "StreamingCache | None" = None,
+    *,
+    streaming_cache: "StreamingCache",
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: the new tokens' states ``(B, H, T, D)`` in, ``(B, T, H, D)`` out."""
@@ -38,51 +42,80 @@ def streaming_attention(
 AttentionInterface.register(ATTENTION, streaming_attention)
 
 
+class AttentionRoute:
+    """Switches a decoder's attention to the cache and back."""
+
+    def __init__(self, decoder: PreTrainedModel, adapter: Adapter | None):
+        self.config, self.adapter = decoder.config, adapter
+        self.modules = adapter.modules(decoder) if adapter else []
+        self.users_choice: str | None = None
+
+    def enter(self, cache: "StreamingCache") -> None:
+        self.users_choice = self.config._attn_implementation
+        self.config._attn_implementation = ATTENTION  # also keeps the decoder from building masks
+        for module in self.modules:
+            assert self.adapter is not None
+            module.forward = partial(self.adapter.attend, cache, module)
+
+    def leave(self) -> None:
+        if self.users_choice is None:
+            return
+        self.config._attn_implementation = self.users_choice
+        self.users_choice = None
+        for module in self.modules:
+            del module.forward
+
+
 class StreamingHook:
     """A pair of forward hooks on the decoder of one cache's model."""
 
-    def __init__(self, cache: "StreamingCache", decoder: PreTrainedModel):
-        self.cache = weakref.ref(cache)
+    def __init__(self, cache: "StreamingCache", decoder: PreTrainedModel, adapter: Adapter | None):
+        self.cache, self.decoder = weakref.ref(cache), weakref.ref(decoder)
+        self.route = AttentionRoute(decoder, adapter)
         self.parameters = list(inspect.signature(type(decoder).forward).parameters)[1:]
         self.earlier: list[list] = []  # outputs of the chunks already run, one list for each pass under way
         before = decoder.register_forward_pre_hook(self.before, with_kwargs=True)
         after = decoder.register_forward_hook(self.after, with_kwargs=True, always_call=True)
         weakref.finalize(cache, _remove, before, after)
 
-    def is_mine(self, kwargs: dict) -> bool:
-        cache = self.cache()
-        return cache is not None and kwargs.get("past_key_values") is cache
+    def cache_in(self, decoder: PreTrainedModel, args: tuple, kwargs: dict) -> tuple["StreamingCache | None", dict]:
+        """This hook's cache if the call brings it, and all arguments by name."""
+        named = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        cache = named.get("past_key_values")
+        is_mine = cache is not None and cache is self.cache() and decoder is self.decoder()  # not a copy of the model
+        return (cache if is_mine else None), named
 
     def before(self, decoder: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        kwargs = dict(zip(self.parameters, args, strict=False)) | kwargs
-        if not self.is_mine(kwargs):
+        cache, named = self.cache_in(decoder, args, kwargs)
+        if cache is None:
             return None
-        cache = self.cache()
+        name = "inputs_embeds" if named.get("input_ids") is None else "input_ids"
+        inputs, is_token = named[name], named.get("attention_mask")
         self.earlier.append([])
-        is_token = cache.check_inputs(kwargs) if len(self.earlier) == 1 else kwargs["attention_mask"]
-        name = "input_ids" if kwargs.get("input_ids") is not None else "inputs_embeds"
-        inputs, size = kwargs[name], cache.chunk_size
-        last = (inputs.shape[1] - 1) // size * size  # where the last chunk starts
-        for start in range(0, last, size):
-            part = slice(start, start + size)
-            mask = None if is_token is None else is_token[:, part]
-            self.earlier[-1].append(decoder(**kwargs | {name: inputs[:, part], "attention_mask": mask}))
+        if len(self.earlier) == 1:
+            is_token = cache.check_inputs(inputs, is_token)
+            if named.get("use_cache") is False:  # then `generate` would feed the whole text again at each step
+                raise ValueError("use_cache is False, yet a StreamingCache is given: pass use_cache=True")
+        last = (inputs.shape[1] - 1) // cache.chunk_size * cache.chunk_size  # where the last chunk starts
+        for start in range(0, last, cache.chunk_size):
+            part = slice(start, start + cache.chunk_size)
+            chunk = {name: inputs[:, part], "attention_mask": None if is_token is None else is_token[:, part]}
+            self.earlier[-1].append(decoder(**{**named, **chunk}))
         inputs, is_token = inputs[:, last:], None if is_token is None else is_token[:, last:]
-        position_ids = cache.begin_forward(inputs.shape[0], inputs.shape[1], is_token, inputs.device)
-        return (), kwargs | {
-            name: inputs,
-            "attention_mask": None,
-            "position_ids": position_ids,
-            "streaming_cache": cache,
-        }
+        position_ids = cache.begin_forward(inputs, is_token)
+        self.route.enter(cache)
+        mask = identity_mask(self.route.adapter, inputs.shape[0], inputs.device)
+        steered = {name: inputs, "attention_mask": mask, "position_ids": position_ids, "streaming_cache": cache}
+        return (), {**named, **steered}
 
     def after(self, decoder: PreTrainedModel, args: tuple, kwargs: dict, output: Any) -> Any:
-        kwargs = dict(zip(self.parameters, args, strict=False)) | kwargs
-        if not self.is_mine(kwargs) or not self.earlier:
+        cache, _ = self.cache_in(decoder, args, kwargs)
+        if cache is None:
             return None
-        self.cache().end_forward(succeeded=output is not None)
+        self.route.leave()
+        cache.end_forward(succeeded=output is not None)
         earlier = self.earlier.pop()
-        return _join([*earlier, output]) if earlier and output is not None else None
+        return join_outputs([*earlier, output]) if earlier and output is not None else None
 
 
 def _remove(*handles) -> None:
@@ -90,7 +123,7 @@ def _remove(*handles) -> None:
         handle.remove()
 
 
-def _join(outputs: list) -> Any:
+def join_outputs(outputs: list) -> Any:
     """One output for several chunks: what has a time axis is put end to end, the rest is the last chunk's."""
     if isinstance(outputs[-1], tuple):
         return (torch.cat([output[0] for output in outputs], dim=1), *outputs[-1][1:])

@@ -14,39 +14,49 @@ class StreamingLayer:
     token that is not kept is thrown).
     """
 
+    keys: Tensor
+    values: Tensor
+    kept_keys: Tensor
+
     def __init__(self, shape: StreamShape):
         self.shape = shape
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-        self.kept_keys: Tensor | None = None
-
-    def buffers(self) -> dict[str, Tensor]:
-        """The allocated buffers by name."""
-        return {
-            name: getattr(self, name) for name in ("keys", "values", "kept_keys") if getattr(self, name) is not None
-        }
+        self.is_allocated = False
 
     def allocate(self, key: Tensor, value: Tensor) -> None:
         """Make the buffers for keys and values like these ``(B, G, T, D)``, unless they are there."""
-        if self.keys is not None:
+        if self.is_allocated:
             return
-        batch_size, num_groups, _, head_dim = key.shape
-        num_slots, num_kept = self.shape.num_slots, self.shape.num_kept
-        self.keys = key.new_zeros(batch_size, num_groups, num_slots, head_dim)
-        self.values = value.new_zeros(batch_size, num_groups, num_slots, value.shape[-1])
-        self.kept_keys = key.new_zeros(batch_size, num_groups, num_kept + 1, head_dim)
+        self.keys = zeros_like_heads(key, self.shape.num_slots)
+        self.values = zeros_like_heads(value, self.shape.num_slots)
+        self.kept_keys = zeros_like_heads(key, self.shape.num_kept + 1)
+        self.is_allocated = True
 
     def free(self) -> None:
-        self.keys = self.values = self.kept_keys = None
+        if self.is_allocated:
+            del self.keys, self.values, self.kept_keys
+            self.is_allocated = False
 
     def map_rows(self, rows: Tensor) -> None:
         """Put row ``rows[i]`` of the batch in place i; the batch may grow or shrink."""
-        for name, buffer in self.buffers().items():
-            selected = buffer.index_select(0, rows.to(buffer.device))
-            if selected.shape == buffer.shape:
-                buffer.copy_(selected)  # keep the address: a captured graph may read it
-            else:
-                setattr(self, name, selected)
+        if self.is_allocated:
+            self.keys = select_rows(self.keys, rows)
+            self.values = select_rows(self.values, rows)
+            self.kept_keys = select_rows(self.kept_keys, rows)
+
+
+def zeros_like_heads(states: Tensor, length: int) -> Tensor:
+    """A buffer ``(B, G, length, D)`` for states ``(B, G, T, D)``, also usable outside of `torch.inference_mode`."""
+    with torch.inference_mode(False):
+        shape = (*states.shape[:2], length, states.shape[3])
+        buffer = torch.zeros(shape, dtype=states.dtype, device=states.device)
+    torch._dynamo.mark_static_address(buffer)  # a CUDA graph may write to where it is
+    return buffer
+
+
+def select_rows(buffer: Tensor, rows: Tensor) -> Tensor:
+    """Rows of a buffer ``(B, …)``; in place if their number stays, since a captured graph may read it there."""
+    selected = buffer.index_select(0, rows.to(buffer.device))
+    return buffer.copy_(selected) if selected.shape == buffer.shape else selected
 
 
 def gather_columns(states: Tensor, columns: Tensor) -> Tensor:

@@ -4,12 +4,14 @@
 banded attention. Both give the same numbers.
 """
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
-from .attention import attention, two_phase_attention
+from .attention import attention, can_flash, flash_two_phase_attention, two_phase_attention
 from .contract import StreamShape
-from .encodings import Alibi, Rotary
+from .encodings import Alibi, Encoding
 from .layer import StreamingLayer, gather_columns
 
 
@@ -19,10 +21,19 @@ class DecodeStep:
     Args:
         num_seen: ``(B,)`` tokens that each row has seen; this is the index of its new token.
         base: ``(B,)`` token index that has phase 0.
+        is_token: ``(B, 1)`` False where the input is padding; it is not counted, and the next token overwrites it.
     """
 
-    def __init__(self, shape: StreamShape, encoding: Rotary | Alibi, num_seen: Tensor, base: Tensor):
+    def __init__(
+        self,
+        shape: StreamShape,
+        encoding: Encoding,
+        num_seen: Tensor,
+        base: Tensor,
+        is_token: Tensor | None = None,
+    ):
         self.shape, self.encoding = shape, encoding
+        self.num_inputs, self.num_new = 1, 1 if is_token is None else is_token[:, 0].long()
         self.position_ids = (num_seen - base)[:, None]
         self.slot = shape.slot_of(num_seen)
         self.kept_row = num_seen.clamp(max=shape.num_kept)
@@ -65,18 +76,20 @@ class ChunkStep:
     def __init__(
         self,
         shape: StreamShape,
-        encoding: Rotary | Alibi,
+        encoding: Encoding,
         num_seen: Tensor,
         base: Tensor,
         num_inputs: int,
         is_token: Tensor | None = None,
     ):
         self.shape, self.encoding, self.num_seen = shape, encoding, num_seen[:, None]
-        device = num_seen.device
+        self.has_equal_rows = is_token is None and num_seen.shape[0] == 1
+        self.num_inputs, device = num_inputs, num_seen.device
         inputs = torch.arange(num_inputs, device=device)[None]
+        self.num_new: Tensor | int
         if is_token is None:
             tokens = self.num_seen + inputs  # (B, T)
-            self.order, self.num_new = inputs, num_inputs
+            self.order, self.num_new = inputs, num_inputs  # which input is a row's n-th new token
         else:
             tokens = self.num_seen + (is_token.long().cumsum(-1) - 1).clamp(min=0)
             self.order = torch.argsort(is_token.long(), dim=-1, descending=True, stable=True)
@@ -104,16 +117,36 @@ class ChunkStep:
         window_key = gather_columns(layer.keys, self.window_slots)
         window_value = gather_columns(layer.values, self.window_slots)
         self._store(layer, key, value)
-        band_key = torch.cat((window_key, key), dim=2)
-        values = torch.cat((layer.values[:, :, :num_kept], window_value, value), dim=2)
-        kept_key = layer.kept_keys[:, :, :num_kept]
+        band_key, band_value = torch.cat((window_key, key), dim=2), torch.cat((window_value, value), dim=2)
+        kept_value = layer.values[:, :, :num_kept]
         if isinstance(self.encoding, Alibi):
             bias = self.encoding.bias(self.key_positions, self.visible, like=query)
-            return attention(query, torch.cat((kept_key, band_key), dim=2), values, bias, scaling)
-        mask, turned = self.visible[:, None], self.encoding.turn(query, self.query_turn)
+            keys = torch.cat((layer.keys[:, :, :num_kept], band_key), dim=2)
+            return attention(query, keys, torch.cat((kept_value, band_value), dim=2), bias, scaling)
+        kept_key = layer.kept_keys[:, :, :num_kept]
+        turned = self.encoding.turn(query, self.query_turn) if num_kept else query
+        if self.has_equal_rows and can_flash(query):
+            empty = self.num_empty
+            return flash_two_phase_attention(
+                query,
+                turned,
+                kept_key,
+                kept_value,
+                self.visible[0, :, :num_kept],
+                band_key[:, :, empty:],
+                band_value[:, :, empty:],
+                self.shape.window,
+                scaling,
+            )
+        values, mask = torch.cat((kept_value, band_value), dim=2), self.visible[:, None]
         return two_phase_attention(
             query, turned, kept_key, band_key, values, mask, scaling, rotary_dim=self.encoding.num_dims
         )
+
+    @cached_property
+    def num_empty(self) -> int:
+        """Places before the chunk that no token has taken yet, in rows of equal length."""
+        return max(self.shape.window - int(self.num_seen[0]), 0)
 
     def _store(self, layer: StreamingLayer, key: Tensor, value: Tensor) -> None:
         """Write what the slots hold after the chunk: each slot's newest token if the chunk brings it."""

@@ -30,18 +30,23 @@ def rotate(x: torch.Tensor, distance: float, inv_freq: torch.Tensor, interleaved
 
 
 def attend(q, k, v, num_kept: int, window: int, score) -> torch.Tensor:
-    """Attention of T queries: ``(H, T, D)`` to ``(T, H * D)``; ``score(query, key, distance)`` gives ``(H,)``."""
+    """Attention of T queries: ``(H, T, D)`` to ``(T, H * D)``.
+
+    ``score(query (H, D), key (H, D), distance, position)`` gives ``(H,)``; position is the query's in the cache.
+    """
+    groups = q.shape[0] // k.shape[0]
+    k, v = k.repeat_interleave(groups, dim=0), v.repeat_interleave(groups, dim=0)
     out = []
     for t in range(q.shape[1]):
-        keys = contract_keys(t, num_kept, window)
-        scores = torch.stack([score(q[:, t], k[:, j], distance) for j, distance in keys], dim=-1)  # (H, keys)
+        keys, position = contract_keys(t, num_kept, window), min(t, num_kept + window)
+        scores = torch.stack([score(q[:, t], k[:, j], distance, position) for j, distance in keys], dim=-1)
         values = torch.stack([v[:, j] for j, _ in keys], dim=1)  # (H, keys, D)
         out.append((scores.softmax(-1)[..., None] * values).sum(1).flatten())
     return torch.stack(out)
 
 
 def rotary_score(inv_freq, scaling, interleaved=False):
-    return lambda q, k, distance: (rotate(q, distance, inv_freq, interleaved) * k).sum(-1) * scaling
+    return lambda q, k, distance, _: (rotate(q, distance, inv_freq, interleaved) * k).sum(-1) * scaling
 
 
 def heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -72,19 +77,116 @@ def gpt_neox(model, ids, num_kept, window):
 
 
 def llama(model, ids, num_kept, window):
+    """Llama and what follows it: Mistral, Qwen 2 and 3, Gemma, OLMo."""
     config, decoder = model.config, model.model
-    num_heads, num_groups = config.num_attention_heads, config.num_key_value_heads
-    head_dim = config.hidden_size // num_heads
-    score = rotary_score(inverse_frequencies(config), head_dim**-0.5)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    scaling = head_dim**-0.5 * decoder.rotary_emb.attention_scaling**2  # YaRN scales both tables
+    score = rotary_score(inverse_frequencies(config), scaling)
     x = decoder.embed_tokens(ids)
     for layer in decoder.layers:
         attn, normed = layer.self_attn, layer.input_layernorm(x)
-        q = heads(attn.q_proj(normed), num_heads)
-        k = heads(attn.k_proj(normed), num_groups).repeat_interleave(num_heads // num_groups, dim=0)
-        v = heads(attn.v_proj(normed), num_groups).repeat_interleave(num_heads // num_groups, dim=0)
+        q = heads(attn.q_proj(normed), config.num_attention_heads)
+        k = heads(attn.k_proj(normed), config.num_key_value_heads)
+        v = heads(attn.v_proj(normed), config.num_key_value_heads)
+        if hasattr(attn, "q_norm"):
+            q, k = attn.q_norm(q), attn.k_norm(k)
         x = x + attn.o_proj(attend(q, k, v, num_kept, window, score))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     return model.lm_head(decoder.norm(x))
 
 
-ORACLES = {"gpt_neox": gpt_neox, "llama": llama}
+def olmo2(model, ids, num_kept, window):
+    config, decoder = model.config, model.model
+    score = rotary_score(inverse_frequencies(config), (config.hidden_size // config.num_attention_heads) ** -0.5)
+    x = decoder.embed_tokens(ids)
+    for layer in decoder.layers:
+        attn = layer.self_attn
+        q = heads(attn.q_norm(attn.q_proj(x)), config.num_attention_heads)
+        k = heads(attn.k_norm(attn.k_proj(x)), config.num_key_value_heads)
+        v = heads(attn.v_proj(x), config.num_key_value_heads)
+        attended = attn.o_proj(attend(q, k, v, num_kept, window, score))
+        x = x + layer.post_attention_layernorm(attended)
+        x = x + layer.post_feedforward_layernorm(layer.mlp(x))
+    return model.lm_head(decoder.norm(x))
+
+
+def phi(model, ids, num_kept, window):
+    config, decoder = model.config, model.model
+    score = rotary_score(inverse_frequencies(config), (config.hidden_size // config.num_attention_heads) ** -0.5)
+    x = decoder.embed_tokens(ids)
+    for layer in decoder.layers:
+        attn, normed = layer.self_attn, layer.input_layernorm(x)
+        q = heads(attn.q_proj(normed), config.num_attention_heads)
+        k = heads(attn.k_proj(normed), config.num_key_value_heads)
+        v = heads(attn.v_proj(normed), config.num_key_value_heads)
+        x = x + attn.dense(attend(q, k, v, num_kept, window, score)) + layer.mlp(normed)
+    return model.lm_head(decoder.final_layernorm(x))
+
+
+def gptj(model, ids, num_kept, window):
+    config, decoder = model.config, model.transformer
+    inv_freq = 10000.0 ** (-torch.arange(0, config.rotary_dim, 2, dtype=torch.float64) / config.rotary_dim)
+    score = rotary_score(inv_freq, (config.n_embd // config.n_head) ** -0.5, interleaved=True)
+    x = decoder.wte(ids)
+    for block in decoder.h:
+        attn, normed = block.attn, block.ln_1(x)
+        q, k, v = (heads(proj(normed), config.n_head) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
+        x = x + attn.out_proj(attend(q, k, v, num_kept, window, score)) + block.mlp(normed)
+    return model.lm_head(decoder.ln_f(x))
+
+
+def alibi_slopes(num_heads: int) -> torch.Tensor:
+    """The slopes of the ALiBi paper for a power of two of heads."""
+    return 2.0 ** (-8.0 * torch.arange(1, num_heads + 1, dtype=torch.float64) / num_heads)
+
+
+def mpt(model, ids, num_kept, window):
+    config, decoder = model.config, model.transformer
+    scaling, slopes = (config.d_model // config.n_heads) ** -0.5, alibi_slopes(config.n_heads)
+    x = decoder.wte(ids)
+    for block in decoder.blocks:
+        q, k, v = (heads(states, config.n_heads) for states in block.attn.Wqkv(block.norm_1(x)).chunk(3, dim=-1))
+        attended = attend(q, k, v, num_kept, window, lambda q, k, d, _: (q * k).sum(-1) * scaling - slopes * d)
+        x = x + block.attn.out_proj(attended)
+        x = x + block.ffn.down_proj(block.ffn.act(block.ffn.up_proj(block.norm_2(x))))
+    return model.lm_head(decoder.norm_f(x))
+
+
+def falcon(model, ids, num_kept, window):
+    config, decoder = model.config, model.transformer
+    num_heads, head_dim = config.num_attention_heads, config.head_dim
+    slopes = alibi_slopes(num_heads).bfloat16()
+
+    def alibi_score(q, k, distance, position):  # Falcon rounds slope * position to bfloat16, and scales the sum
+        return ((q * k).sum(-1) + (slopes * (position - distance)).double()) * head_dim**-0.5
+
+    score = alibi_score if config.alibi else rotary_score(inverse_frequencies(config), head_dim**-0.5)
+    x = decoder.word_embeddings(ids)
+    for block in decoder.h:
+        attn = block.self_attention
+        two_norms = config.new_decoder_architecture
+        normed = block.ln_attn(x) if two_norms else block.input_layernorm(x)
+        q, k, v = split_falcon(attn.query_key_value(normed), config)
+        attended = attn.dense(attend(q, k, v, num_kept, window, score))
+        if config.parallel_attn:
+            x = x + attended + block.mlp(block.ln_mlp(x) if two_norms else normed)
+        else:
+            x = x + attended
+            x = x + block.mlp(block.post_attention_layernorm(x))
+    return model.lm_head(decoder.ln_f(x))
+
+
+def split_falcon(qkv, config):
+    """Queries of a group, then its key and its value; 1 group for multi-query, as many as heads for the oldest."""
+    if config.new_decoder_architecture:
+        num_groups = config.num_kv_heads
+    else:
+        num_groups = 1 if config.multi_query else config.num_attention_heads
+    grouped = qkv.view(qkv.shape[0], num_groups, config.num_attention_heads // num_groups + 2, config.head_dim)
+    q, k, v = grouped[:, :, :-2].flatten(1, 2), grouped[:, :, -2], grouped[:, :, -1]
+    return q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+
+
+LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "olmo")
+ORACLES = {"gpt_neox": gpt_neox, "olmo2": olmo2, "phi": phi, "gptj": gptj, "mpt": mpt, "falcon": falcon}
+ORACLES |= dict.fromkeys(LLAMAS, llama)

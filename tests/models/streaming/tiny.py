@@ -3,20 +3,64 @@
 from functools import partial
 
 import torch
-from transformers import AutoModelForCausalLM
-from transformers.models.gpt_neox.configuration_gpt_neox import GPTNeoXConfig
-from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 VOCAB = 101
 
 
-def config(name: str, **overrides):
-    small = {"vocab_size": VOCAB, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    configs = {
-        "gpt_neox": lambda: GPTNeoXConfig(intermediate_size=96, **small | overrides),
-        "llama": lambda: LlamaConfig(intermediate_size=96, num_key_value_heads=2, **small | overrides),
-    }
-    return configs[name]()
+def config(name: str, **overrides) -> PreTrainedConfig:
+    """A small config of a family, or of a variant of it by the name after the colon."""
+    family, _, variant = name.partition(":")
+    return AutoConfig.for_model(family, **COMMON | VARIANTS[family][variant] | overrides)
+
+
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "attention_dropout": 0.0,
+}
+GROUPED = {"num_key_value_heads": 2}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 32.0, "original_max_position_embeddings": 64}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+VARIANTS: dict[str, dict[str, dict]] = {
+    "gpt_neox": {"": {}, "sequential": {"use_parallel_residual": False}},
+    "llama": {
+        "": GROUPED,
+        "llama3": GROUPED | {"rope_parameters": LLAMA3},
+        "yarn": GROUPED | {"rope_parameters": YARN},
+        "linear": GROUPED | {"rope_parameters": LINEAR},
+    },
+    "mistral": {"": GROUPED | {"sliding_window": None}, "sliding": GROUPED | {"sliding_window": 14}},
+    "qwen2": {"": GROUPED},
+    "qwen3": {"": GROUPED | {"head_dim": 16}},
+    "gemma": {"": {"num_key_value_heads": 1, "head_dim": 16}},
+    "olmo": {"": GROUPED},
+    "olmo2": {"": GROUPED},
+    "phi": {"": {"partial_rotary_factor": 0.5}},
+    "gptj": {"": {"rotary_dim": 8, "n_inner": 96, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}},
+    "mpt": {"": {"max_seq_len": 32}},
+    "falcon": {
+        "": {"multi_query": True, "parallel_attn": True, "new_decoder_architecture": False},  # 7B
+        "40b": {"new_decoder_architecture": True, "num_kv_heads": 2},
+        "rw": {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
+    },
+}
+FAMILIES = [f"{family}:{variant}".rstrip(":") for family, variants in VARIANTS.items() for variant in variants]
 
 
 def build(cfg, seed: int = 0, dtype=torch.float64):
@@ -32,28 +76,37 @@ def build(cfg, seed: int = 0, dtype=torch.float64):
 
 def use_float64(model) -> None:
     """Let the test's own model work in float64 throughout, where transformers insists on float32."""
-    rotary = model.base_model.rotary_emb
-    rotary.inv_freq = inverse_frequencies(model.config)
-
-    def cos_sin(x, position_ids):
-        angles = position_ids[..., None].double() * rotary.inv_freq
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos(), angles.sin()
-
-    rotary.forward = cos_sin
+    rotary = getattr(model.base_model, "rotary_emb", None)
+    if rotary is not None:
+        rotary.inv_freq = inverse_frequencies(model.config)
+        rotary.forward = partial(float64_tables, rotary)
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            module.forward = partial(rms_norm, module)
+            one = 1 if type(module).__name__.startswith("Gemma") else 0
+            module.forward = partial(float64_rms_norm, module, one)
+        if type(module).__name__ == "OlmoLayerNorm":
+            module.forward = lambda x: torch.nn.functional.layer_norm(x, x.shape[-1:], eps=1e-5)
 
 
-def rms_norm(module, x):
-    return module.weight * x * (x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon).rsqrt()
+def float64_tables(rotary, x, position_ids):
+    angles = position_ids[..., None].double() * rotary.inv_freq
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
+
+
+def float64_rms_norm(module, one, x):
+    eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
+    return (one + module.weight) * (x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt())
 
 
 def inverse_frequencies(cfg) -> torch.Tensor:
+    """Rotary frequencies in float64; those of scaled types are transformers' own, which are float32."""
+    rope = cfg.rope_parameters
+    if rope["rope_type"] != "default":
+        return ROPE_INIT_FUNCTIONS[rope["rope_type"]](cfg, torch.device("cpu"))[0].double()
     head_dim = getattr(cfg, "head_dim", None) or cfg.hidden_size // cfg.num_attention_heads
-    rotary_dim = int(head_dim * cfg.rope_parameters.get("partial_rotary_factor", 1.0))
-    return cfg.rope_parameters["rope_theta"] ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
+    rotary_dim = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+    return rope["rope_theta"] ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
 
 
 def random_ids(num_tokens: int, batch_size: int = 1, seed: int = 1) -> torch.Tensor:

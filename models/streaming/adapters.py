@@ -1,0 +1,104 @@
+"""Attention of the families that compute it in code of their own, with the stream in place of their masks.
+
+Each function stands in for the ``forward`` of the family's attention module during a pass that brings a streaming
+cache, and only then.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.falcon.modeling_falcon import FalconAttention, apply_rotary_pos_emb
+from transformers.models.gptj.modeling_gptj import GPTJAttention
+from transformers.models.mpt.modeling_mpt import MptAttention
+
+from .encodings import Rotary
+
+if TYPE_CHECKING:
+    from .cache import StreamingCache
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What replaces a family's attention.
+
+    Args:
+        module_name: suffix of the attention modules' names.
+        attend: ``(cache, module, hidden_states (B, T, D), **kwargs)`` to ``(output (B, T, D), None)``.
+        mask_shape: of the mask of ones that the decoder is given, for it insists on some.
+    """
+
+    module_name: str
+    attend: Callable[..., tuple[Tensor, None]]
+    mask_shape: tuple[int, ...] | None = None
+
+    def modules(self, decoder: nn.Module) -> list[nn.Module]:
+        return [module for name, module in decoder.named_modules() if name.endswith("." + self.module_name)]
+
+
+def split_heads(states: Tensor, num_heads: int) -> Tensor:
+    """``(B, T, H * D)`` to ``(B, H, T, D)``."""
+    return states.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(states: Tensor) -> Tensor:
+    """``(B, H, T, D)`` to ``(B, T, H * D)``."""
+    return states.transpose(1, 2).flatten(2)
+
+
+def falcon_attend(
+    cache: "StreamingCache",
+    module: FalconAttention,
+    hidden_states: Tensor,
+    alibi: Tensor | None = None,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    states = module._split_heads(module.query_key_value(hidden_states))
+    query, key, value = (x.transpose(1, 2) for x in states)  # (B, heads, T, D)
+    if module.num_kv_heads and module.new_decoder_architecture:  # `_split_heads` has repeated keys and values
+        repeats = module.num_heads // module.num_kv_heads
+        key, value = key[:, ::repeats], value[:, ::repeats]
+    if alibi is None and position_embeddings is not None:
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+    out = cache.attend(module.layer_idx, query, key, value, module.inv_norm_factor)
+    return module.dense(merge_heads(out)), None
+
+
+def mpt_attend(
+    cache: "StreamingCache", module: MptAttention, hidden_states: Tensor, **kwargs: Any
+) -> tuple[Tensor, None]:
+    qkv = module.Wqkv(hidden_states)
+    if module.clip_qkv:
+        qkv = qkv.clamp(min=-module.clip_qkv, max=module.clip_qkv)
+    query, key, value = (split_heads(states, module.n_heads) for states in qkv.chunk(3, dim=-1))
+    out = cache.attend(module.layer_idx or 0, query, key, value, module.softmax_scale)
+    return module.out_proj(merge_heads(out)), None
+
+
+def gptj_attend(
+    cache: "StreamingCache", module: GPTJAttention, hidden_states: Tensor, position_ids: Tensor, **kwargs: Any
+) -> tuple[Tensor, None]:
+    projections = (module.q_proj, module.k_proj, module.v_proj)
+    query, key, value = (split_heads(proj(hidden_states), module.num_attention_heads) for proj in projections)
+    rotary = cache.encoding
+    assert isinstance(rotary, Rotary)
+    query, key = rotary.turn(query, position_ids), rotary.turn(key, position_ids)
+    out = cache.attend(module.layer_idx, query, key, value, module.head_dim**-0.5)
+    return module.resid_dropout(module.out_proj(merge_heads(out))), None
+
+
+FALCON = Adapter("self_attention", falcon_attend, mask_shape=(1, 1))
+MPT = Adapter("attn", mpt_attend, mask_shape=(1, 1, 1, 1))
+GPTJ = Adapter("attn", gptj_attend)
+
+
+def identity_mask(adapter: Adapter | None, batch_size: int, device: torch.device) -> Tensor | None:
+    """The mask that says nothing, of the shape that a decoder insists on."""
+    if adapter is None or adapter.mask_shape is None:
+        return None
+    return torch.ones(adapter.mask_shape, dtype=torch.long, device=device).expand(
+        batch_size, *(-1 for _ in adapter.mask_shape[1:])
+    )

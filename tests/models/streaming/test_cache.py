@@ -1,0 +1,221 @@
+"""The cache as an object: what it refuses, what it leaves behind, how it is emptied and cut back."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from sinklm.models.streaming import StreamingCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from . import tiny
+
+
+@pytest.fixture
+def model():
+    return tiny.build(tiny.config("gpt_neox"))
+
+
+def for_model(model, **settings):
+    return StreamingCache.for_model(model, **{"num_kept": 2, "window": 6} | settings)
+
+
+@torch.no_grad()
+def run(model, ids, cache, **kwargs):
+    return model(ids, past_key_values=cache, **kwargs).logits
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"window": 0}, "window is 0"),
+        ({"window": -3}, "window is -3"),
+        ({"num_kept": -1}, "num_kept is -1"),
+        ({"chunk_size": 0}, "chunk_size is 0"),
+    ],
+)
+def test_impossible_sizes_are_refused(model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        for_model(model, **settings)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("gpt2", "absolute embeddings"),
+        ("opt", "absolute embeddings"),
+        ("mamba", "no keys to keep"),
+        ("gemma2", "sliding window"),
+        ("bloom", "nobody has checked"),
+    ],
+)
+def test_models_whose_positions_cannot_be_moved_are_refused_by_name(model_type, message):
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+    if model_type == "opt":
+        small |= {"ffn_dim": 16, "word_embed_proj_dim": 16}
+    other = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **small))
+    with pytest.raises(ValueError, match=f"'{model_type}'.*{message}"):
+        for_model(other)
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_frequencies_that_change_with_length_are_refused(rope_type):
+    rope = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 64}
+    if rope_type == "longrope":
+        rope |= {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+    other = tiny.build(tiny.config("llama", rope_parameters=rope))
+    with pytest.raises(ValueError, match=f"rope_type '{rope_type}'"):
+        for_model(other)
+
+
+def test_a_cache_wider_than_the_models_own_window_is_refused():
+    other = tiny.build(tiny.config("mistral:sliding"))
+    for_model(other, num_kept=4, window=9)
+    with pytest.raises(ValueError, match="num_kept \\+ window must be at most 13"):
+        for_model(other, num_kept=4, window=10)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "falcon", "mpt", "gptj"])
+@pytest.mark.parametrize("num_tokens", [1, 5])
+def test_a_cache_of_another_model_is_refused(model, family, num_tokens):
+    cache = for_model(model)
+    run(model, tiny.random_ids(4), cache)
+    other = tiny.build(tiny.config(family))
+    for stranger in (other, copy.deepcopy(model)):
+        with pytest.raises(ValueError, match="made for another model"):
+            run(stranger, tiny.random_ids(num_tokens), cache)
+
+
+def test_right_padding_and_other_masks_are_refused(model):
+    ids = tiny.random_ids(4, batch_size=2)
+    with pytest.raises(ValueError, match="padded on the right"):
+        run(model, ids, for_model(model), attention_mask=torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]))
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        run(model, ids, for_model(model), attention_mask=torch.ones(2, 1, 4, 4))
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        run(model, ids, for_model(model), attention_mask=torch.ones(2, 3))
+
+
+def test_generating_without_use_cache_is_refused():
+    """MPT's configuration says so unless told otherwise, and would feed the whole text again at each step."""
+    other = tiny.build(tiny.config("mpt"))
+    with pytest.raises(ValueError, match="pass use_cache=True"):
+        other.generate(tiny.random_ids(3), past_key_values=for_model(other), max_new_tokens=3)
+
+
+def test_another_batch_size_is_refused_until_reset(model):
+    cache = for_model(model)
+    run(model, tiny.random_ids(4, batch_size=2), cache)
+    with pytest.raises(ValueError, match="holds 2 streams and the batch has 3 rows"):
+        run(model, tiny.random_ids(1, batch_size=3), cache)
+    cache.reset()
+    run(model, tiny.random_ids(1, batch_size=3), cache)
+    assert cache.batch_size == 3
+
+
+def test_reset_begins_a_new_stream(model):
+    cache, ids = for_model(model), tiny.random_ids(30)
+    first = run(model, ids, cache)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    torch.testing.assert_close(run(model, ids, cache), first, rtol=0, atol=0)
+
+
+def test_crop_takes_back_what_has_evicted_nothing(model):
+    cache, ids = for_model(model), tiny.random_ids(9)
+    expected = run(model, ids, for_model(model))
+    run(model, ids[:, :5], cache)
+    run(model, tiny.random_ids(4, seed=9), cache)
+    cache.crop(-4)
+    assert cache.get_seq_length() == 5
+    torch.testing.assert_close(run(model, ids[:, 5:], cache), expected[:, 5:], rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="only 9 tokens"):
+        cache.crop(-10)
+    with pytest.raises(ValueError, match="negative"):
+        cache.crop(3)
+    run(model, ids[:, :1], cache)
+    with pytest.raises(ValueError, match="have left the cache"):
+        cache.crop(-1)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "falcon", "mpt", "gptj"])
+def test_the_model_is_as_it_was(family):
+    """Other calls are not disturbed while a cache lives, and nothing of it is left when it has gone."""
+    model = tiny.build(tiny.config(family))
+    ids = tiny.random_ids(12)
+    before = run(model, ids, None)
+    implementation = model.config._attn_implementation
+    cache = for_model(model)
+    run(model, ids, cache)
+    assert model.config._attn_implementation == implementation
+    torch.testing.assert_close(run(model, ids, None), before, rtol=0, atol=0)
+    torch.testing.assert_close(run(model, ids, DynamicCache(config=model.config)), before, rtol=0, atol=1e-12)
+    del cache
+    gc.collect()
+    assert not model.base_model._forward_pre_hooks
+    assert not model.base_model._forward_hooks
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_two_caches_of_one_model_do_not_mix(model):
+    ids, others = tiny.random_ids(24), tiny.random_ids(24, seed=5)
+    alone = run(model, ids, for_model(model))
+    one, two = for_model(model), for_model(model, num_kept=0, window=3)
+    pieces = []
+    for piece, other in zip(ids.split(5, dim=1), others.split(5, dim=1), strict=True):
+        pieces.append(run(model, piece, one))
+        run(model, other, two)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), alone, rtol=0, atol=1e-5)
+
+
+def test_a_pass_that_fails_midway_leaves_the_model_well_and_the_cache_marked(model):
+    cache, ids = for_model(model, chunk_size=8), tiny.random_ids(20)
+    implementation = model.config._attn_implementation
+    handle = model.base_model.layers[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(OSError("no")))
+    with pytest.raises(OSError, match="no"):
+        run(model, ids, cache)
+    handle.remove()
+    assert model.config._attn_implementation == implementation
+    with pytest.raises(ValueError, match="call reset"):
+        run(model, ids, cache)
+    cache.reset()
+    torch.testing.assert_close(run(model, ids, cache), run(model, ids, for_model(model)), rtol=0, atol=1e-5)
+
+
+def test_memory_is_allocated_once_and_written_in_place(model):
+    cache = for_model(model)
+    run(model, tiny.random_ids(3), cache)
+    layer = cache.streaming_layers[0]
+    addresses = [buffer.data_ptr() for buffer in (layer.keys, layer.values, layer.kept_keys, cache.state.num_seen)]
+    for num_tokens in (1, 40, 1, 1, 7):
+        run(model, tiny.random_ids(num_tokens), cache)
+    assert layer.keys.shape == (1, 4, 9, 12)
+    assert addresses == [b.data_ptr() for b in (layer.keys, layer.values, layer.kept_keys, cache.state.num_seen)]
+
+
+def test_inference_mode_and_gradients_may_alternate(model):
+    cache, ids = for_model(model), tiny.random_ids(20)
+    expected = run(model, ids, for_model(model))
+    with torch.inference_mode():
+        pieces = [model(ids[:, :9], past_key_values=cache).logits]
+    pieces += [model(ids[:, 9:15], past_key_values=cache).logits, model(ids[:, 15:], past_key_values=cache).logits]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=0, atol=1e-5)
+
+
+def test_hidden_states_of_a_prompt_in_chunks_are_whole(model):
+    ids = tiny.random_ids(20)
+    with torch.no_grad():
+        whole = model(ids, past_key_values=for_model(model), output_hidden_states=True)
+        parts = model(ids, past_key_values=for_model(model, chunk_size=6), output_hidden_states=True)
+    for a, b in zip(whole.hidden_states, parts.hidden_states, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_the_decoder_can_be_called_by_position(model):
+    ids = tiny.random_ids(12)
+    mask = torch.ones_like(ids)
+    cache = for_model(model)
+    with torch.no_grad():
+        by_position = model.base_model(ids, mask, None, None, cache).last_hidden_state
+        by_name = model.base_model(ids, past_key_values=for_model(model)).last_hidden_state
+    torch.testing.assert_close(by_position, by_name, rtol=0, atol=0)
