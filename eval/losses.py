@@ -79,14 +79,14 @@ def recompute_losses(
     losses[1 : len(head) + 1] = _nll(model(_batch(model, head)).logits[0], ids[1 : len(head) + 1])
     _advance(progress, min(len(head), len(ids) - 1))
 
-    targets = torch.arange(len(head) + 1, len(ids))
-    batch_size = max(1, RECOMPUTE_TOKENS // num_keys)
-    for chosen in targets[targets % every == 0].split(batch_size):
-        recent = ids[chosen[:, None] + torch.arange(-num_recent, 0)]  # (B, num_recent)
-        windows = torch.cat([ids[:num_prefix].expand(len(chosen), -1), recent], dim=1)
-        logits = model(windows.to(model.device), logits_to_keep=1).logits[:, 0]
-        losses[chosen] = _nll(logits, ids[chosen])
-        _advance(progress, len(chosen) * every)
+    for targets in torch.arange(len(ids))[len(head) + 1 :].split(max(1, RECOMPUTE_TOKENS // num_keys) * every):
+        chosen = targets[targets % every == 0]
+        if len(chosen):
+            recent = ids[chosen[:, None] + torch.arange(-num_recent, 0)]  # (B, num_recent)
+            windows = torch.cat([ids[:num_prefix].expand(len(chosen), -1), recent], dim=1)
+            logits = model(windows.to(model.device), logits_to_keep=1).logits[:, 0]
+            losses[chosen] = _nll(logits, ids[chosen])
+        _advance(progress, len(targets))
     return losses
 
 
@@ -114,7 +114,7 @@ def _unscored(ids: torch.Tensor) -> torch.Tensor:
 
 
 def _advance(progress: Progress | None, num_tokens: int) -> None:
-    if progress is not None:
+    if progress is not None and num_tokens:
         progress(num_tokens)
 
 

@@ -23,7 +23,14 @@ STYLE: dict[Any, Any] = {
 
 
 def plot_streaming(report: dict[str, Any], path: Path, title: str | None = None) -> None:
-    """Loss against position for each configuration of a streaming report (see `streaming.as_json`), as a PNG.
+    """Save `streaming_figure` as a PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        streaming_figure(report, title).savefig(path)
+
+
+def streaming_figure(report: dict[str, Any], title: str | None = None) -> Figure:
+    """Loss against position for each configuration of a streaming report (see `streaming.as_json`).
 
     Position is on a log scale; each point is the mean over one bin. Vertical lines mark where the first cache is full
     and where the trained length ends.
@@ -41,8 +48,7 @@ def plot_streaming(report: dict[str, Any], path: Path, title: str | None = None)
         axes.legend(title="cache: perplexity", loc="upper left", bbox_to_anchor=(1.0, 1.0), alignment="left")
         if title:
             axes.set_title(title, loc="left", fontsize=10)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+    return figure
 
 
 def _draw_losses(axes: Axes, report: dict[str, Any]) -> None:

@@ -1,0 +1,120 @@
+"""Per-token losses against the slow and obvious way of computing each of them."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from sinklm.eval import losses
+from torch import nn
+
+from ..models.streaming.oracle import stream_logits
+from ..models.tiny import plain_twin, sinks, text, tiny_model
+
+NUM_TOKENS = 40
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch):
+    """Pieces that divide neither the text nor each other, so that every seam is crossed."""
+    monkeypatch.setattr(losses, "CHUNK", 7)
+    monkeypatch.setattr(losses, "RECOMPUTE_TOKENS", 30)
+
+
+def by_hand(logits: torch.Tensor, ids: torch.Tensor, num_sinks: int) -> torch.Tensor:
+    """Losses ``(T,)`` from the logits ``(n + T, V)`` of sinks and text; NaN where nothing predicts."""
+    log_probs = logits.log_softmax(-1)
+    return torch.stack(
+        [
+            -log_probs[num_sinks + t - 1, token] if num_sinks + t else torch.tensor(float("nan"), dtype=logits.dtype)
+            for t, token in enumerate(ids)
+        ]
+    )
+
+
+def whole_stream(model, ids: torch.Tensor) -> torch.Tensor:
+    return torch.cat([sinks(model, 1)[0], ids])
+
+
+@pytest.mark.parametrize("num_sinks", [0, 1, 2])
+@pytest.mark.parametrize(("num_kept", "window"), [(0, 9), (1, 8), (4, 5), (2, 60)])
+def test_stream_losses_follow_the_streaming_contract(num_sinks, num_kept, window):
+    model, ids = tiny_model(num_sinks), text(1, NUM_TOKENS)[0]
+    logits = stream_logits(plain_twin(model), whole_stream(model, ids), num_kept, window)
+
+    measured = losses.stream_losses(model, ids, num_kept, window)
+
+    assert measured.dtype == torch.float64
+    # transformers' rotary tables stay float32, also in float64 models
+    torch.testing.assert_close(measured, by_hand(logits, ids, num_sinks), equal_nan=True, rtol=0, atol=1e-4)
+    assert measured.isnan().sum() == (0 if num_sinks else 1)
+
+
+@pytest.mark.parametrize("num_sinks", [0, 1, 2])
+def test_dense_losses_are_those_of_one_forward_pass(num_sinks):
+    model, ids = tiny_model(num_sinks), text(1, NUM_TOKENS)[0]
+    with torch.no_grad():
+        logits = plain_twin(model)(whole_stream(model, ids)[None]).logits[0]
+
+    measured = losses.dense_losses(model, ids)
+
+    torch.testing.assert_close(measured, by_hand(logits, ids, num_sinks), equal_nan=True, rtol=0, atol=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(num_kept=st.integers(0, 6), window=st.integers(1, 40), num_tokens=st.integers(2, 30))
+def test_a_cache_that_never_fills_is_dense_attention(num_kept, window, num_tokens):
+    model, ids = tiny_model(1), text(1, num_tokens)[0]
+    num_full = min(num_kept + window, num_tokens)  # of the cached tokens one is the sink, and a query sees itself too
+
+    stream, dense = losses.stream_losses(model, ids, num_kept, window), losses.dense_losses(model, ids)
+
+    torch.testing.assert_close(stream[:num_full], dense[:num_full], rtol=0, atol=1e-4)
+
+
+def test_dense_attention_stops_where_memory_ends(monkeypatch):
+    model, ids = tiny_model(1), text(1, NUM_TOKENS)[0]
+    whole = losses.dense_losses(model, ids)
+    monkeypatch.setattr(losses, "_free_memory", lambda device: 0)
+
+    measured = losses.dense_losses(model, ids)
+
+    torch.testing.assert_close(measured[:8], whole[:8])
+    assert measured[8:].isnan().all()
+
+
+@pytest.mark.parametrize("num_sinks", [0, 1, 2])
+@pytest.mark.parametrize("num_prefix", [0, 1])
+@pytest.mark.parametrize("every", [1, 3])
+def test_recompute_losses_run_the_window_anew_for_each_token(num_sinks, num_prefix, every):
+    model, ids, num_keys = tiny_model(num_sinks), text(1, NUM_TOKENS)[0], 12
+    twin, num_recent = plain_twin(model), num_keys - num_prefix - num_sinks
+    num_head = num_prefix + num_recent
+    expected = torch.full((NUM_TOKENS,), float("nan"), dtype=torch.float64)
+    for t in range(0 if num_sinks else 1, NUM_TOKENS):
+        if t <= num_head or t % every == 0:
+            recent = ids[:t] if t <= num_head else torch.cat([ids[:num_prefix], ids[t - num_recent : t]])
+            with torch.no_grad():
+                logits = twin(whole_stream(model, recent)[None]).logits[0, -1]
+            expected[t] = nn.functional.cross_entropy(logits, ids[t])
+
+    measured = losses.recompute_losses(model, ids, num_keys, num_prefix=num_prefix, every=every)
+
+    torch.testing.assert_close(measured, expected, equal_nan=True, rtol=0, atol=1e-6)
+
+
+def test_a_window_without_room_for_text_is_refused():
+    with pytest.raises(ValueError, match="leaves none for the text"):
+        losses.recompute_losses(tiny_model(2), text(1, 20)[0], num_keys=3, num_prefix=1)
+
+
+@pytest.mark.parametrize("num_tokens", [2, 5, 12, 13, 40])
+def test_progress_counts_every_token_once(num_tokens):
+    model, ids = tiny_model(1), text(1, num_tokens)[0]
+    for measure in (
+        lambda progress: losses.stream_losses(model, ids, 1, 5, progress),
+        lambda progress: losses.dense_losses(model, ids, progress),
+        lambda progress: losses.recompute_losses(model, ids, 12, progress=progress),
+    ):
+        done: list[int] = []
+        measure(done.append)
+        assert sum(done) == num_tokens - 1

@@ -1,0 +1,137 @@
+"""lm-eval's numbers against log-likelihoods computed by hand, and against stock lm-eval on the exported model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from sinklm.cli.evaluate import zero_shot
+from sinklm.eval.zero_shot import TASK_FOLDER, as_lm, evaluate, results_table
+from sinklm.models import load_model, load_tokenizer
+from sinklm.models.export import export_model
+
+from ..models.tiny import plain_twin
+
+PAPER_TASKS = {"arc_challenge", "arc_easy", "hellaswag", "lambada_openai", "openbookqa", "piqa", "winogrande"}
+REQUESTS = [
+    ("The old man went", " down to the sea"),
+    ("", "A text without any context"),
+    ("Short", " one"),
+    ("word " * 300 + "the context is longer than what the model was trained on", " and the sinks stay in front of it"),
+]
+
+
+def by_hand(model, ids: list[int], num_scored: int) -> float:
+    """Log-likelihood of the last tokens of ``ids``, the sinks put in front by hand, by transformers' own model."""
+    stream = torch.tensor([*model.config.sink_token_ids, *ids])
+    with torch.no_grad():
+        log_probs = plain_twin(model)(stream[None, :-1]).logits[0].log_softmax(-1)
+    return log_probs.gather(1, stream[1:, None])[-num_scored:].sum().item()
+
+
+def requests(kind: str, arguments: list[tuple]) -> list[Instance]:
+    return [Instance(kind, {}, argument, i) for i, argument in enumerate(arguments)]
+
+
+@pytest.mark.parametrize("num_sinks", [0, 1, 2])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_loglikelihoods_equal_those_by_hand(checkpoints, num_sinks, batch_size):
+    model, tokenizer = load_model(checkpoints[num_sinks]), load_tokenizer(checkpoints[num_sinks])
+    room = model.config.max_position_embeddings - num_sinks
+    lm = as_lm(model, tokenizer, batch_size=batch_size)
+
+    measured = lm.loglikelihood(requests("loglikelihood", REQUESTS), disable_tqdm=True)
+
+    for (context, continuation), (log_likelihood, _) in zip(REQUESTS, measured, strict=True):
+        target = tokenizer(continuation)["input_ids"]
+        # lm-eval cuts on the left; the last token is only ever a target
+        ids = [*(tokenizer(context)["input_ids"] or [tokenizer.eos_token_id]), *target][-(room + 1) :]
+        assert log_likelihood == pytest.approx(by_hand(model, ids, len(target)), abs=1e-4)
+
+
+@pytest.mark.parametrize("num_sinks", [0, 1, 2])
+def test_rolling_loglikelihood_scores_each_token_once_in_windows_with_sinks(checkpoints, num_sinks):
+    model, tokenizer = load_model(checkpoints[num_sinks]), load_tokenizer(checkpoints[num_sinks])
+    text = " ".join(f"Line {i} of a text longer than two windows;" for i in range(20))
+    ids, room = tokenizer(text)["input_ids"], model.config.max_position_embeddings - num_sinks
+    assert 2 * room < len(ids)
+
+    (measured,) = as_lm(model, tokenizer).loglikelihood_rolling(
+        requests("loglikelihood_rolling", [(text,)]), disable_tqdm=True
+    )
+
+    stream, expected = [tokenizer.eos_token_id, *ids], 0.0
+    for start in range(0, len(ids), room):
+        end = min(start + room, len(ids))
+        context = stream[max(0, end - room) : start + 1]  # the last window is filled from the left
+        expected += by_hand(model, [*context, *ids[start:end]], end - start)
+    assert measured == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_papers_tasks_are_one_group(tmp_path, checkpoints, task_folder):
+    """Local files with the names of lm-eval's own tasks take their place, so the group needs no network."""
+    for name in PAPER_TASKS:
+        source = "last_word" if name == "lambada_openai" else "rooms"
+        task = (task_folder / f"{source}.yaml").read_text().replace(f"task: {source}", f"task: {name}")
+        (tmp_path / f"{name}.yaml").write_text(task)
+
+    results = evaluate(load_model(checkpoints[1]), load_tokenizer(checkpoints[1]), include_path=tmp_path, limit=4)
+
+    assert set(results["tasks"]) == PAPER_TASKS
+    assert {samples["effective"] for samples in results["num_samples"].values()} == {4}
+    accuracies = [task["acc"] for task in results["tasks"].values()]
+    assert results["groups"]["sinklm_paper"]["acc"] == pytest.approx(sum(accuracies) / 7)
+    table = results_table(results, "title")
+    assert [str(cell) for cell in table.columns[0].cells][-1] == "sinklm_paper"
+    assert (TASK_FOLDER / "sinklm_paper.yaml").exists()
+
+
+def test_the_command_writes_metrics_model_and_versions(tmp_path, checkpoints, task_folder, capsys):
+    zero_shot(str(checkpoints[1]), "rooms,last_word", include_path=task_folder, output=tmp_path)
+
+    report = json.loads((tmp_path / "zero_shot.json").read_text())
+    assert set(report["tasks"]["rooms"]) >= {"acc", "acc_stderr", "acc_norm", "brier_score"}
+    assert report["num_samples"]["rooms"]["effective"] == 7
+    assert report["model"]["num_sinks"] == 1
+    assert report["limit"] is None
+    assert report["versions"]["lm-eval"]
+    shown = capsys.readouterr().out
+    assert f"{report['tasks']['last_word']['perplexity']:.4f}" in shown
+    assert str(tmp_path / "zero_shot.json") in shown.replace("\n", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_sinks", [1, 2])
+def test_stock_lm_eval_gives_the_export_the_same_scores(tmp_path, checkpoints, task_folder, num_sinks):
+    export_model(checkpoints[num_sinks], tmp_path / "export")
+    ours = evaluate(
+        load_model(checkpoints[num_sinks]),
+        load_tokenizer(checkpoints[num_sinks]),
+        ["rooms", "last_word"],
+        include_path=task_folder,
+    )
+
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--tasks", "rooms", "last_word"]
+    command += ["--model_args", f"pretrained={tmp_path / 'export'}", "--include_path", str(task_folder)]
+    command += ["--device", "cpu", "--batch_size", "8", "--output_path", str(tmp_path / "stock.json")]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+
+    (path,) = tmp_path.glob("stock_*.json")
+    stock = json.loads(path.read_text())["results"]
+    for task, metric in (("rooms", "acc"), ("rooms", "brier_score"), ("last_word", "perplexity"), ("last_word", "acc")):
+        assert stock[task][f"{metric},none"] == pytest.approx(ours["tasks"][task][metric], rel=1e-4), (task, metric)
+
+
+def test_user_mistakes_are_named(checkpoints):
+    model, tokenizer = load_model(checkpoints[0]), load_tokenizer(checkpoints[0])
+    with pytest.raises(ValueError, match="no task 'hellaswog'"):
+        evaluate(model, tokenizer, ["hellaswog"])
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        evaluate(model, tokenizer, ["piqa"], include_path=Path("nowhere"))
+    with pytest.raises(ConnectionError, match="--include-path"):
+        evaluate(model, tokenizer, ["piqa"])  # tests have no network
+    with pytest.raises(ValueError, match="--batch-size"):
+        zero_shot(str(checkpoints[0]), batch_size="many")
