@@ -21,7 +21,7 @@ from .readers import (
 )
 
 HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::([\w.-]+))?")
-OTHER_CONTAINERS = (".zst", ".gz", ".bz2", ".xz", ".zip", ".tar", ".tgz", ".7z", ".json", ".arrow", ".bin", ".idx")
+ARCHIVES = (".tar", ".tar.gz", ".tar.zst", ".tgz", ".zip", ".7z", ".bz2", ".xz", ".json", ".arrow", ".bin", ".idx")
 
 
 class Inputs(NamedTuple):
@@ -63,7 +63,7 @@ def find_inputs(names: list[str]) -> Inputs:
 def _files_of_folder(folder: Path, num_ignored: Counter[str]) -> list[Path]:
     files = []
     for file in _without_double_links(folder.rglob("*"), num_ignored):
-        if file.name.endswith(FOLDER_SUFFIXES):
+        if file.name.endswith(FOLDER_SUFFIXES) and not file.name.endswith(ARCHIVES):
             files.append(file)
         else:
             num_ignored[file.suffix or "no ending"] += 1
@@ -94,12 +94,12 @@ def _add_files(shards: list[Shard], files: list[Path], seen: set[Path], set_name
         if file.resolve() in seen:
             raise ValueError(f"{file}: named twice among the inputs; its documents would be counted double")
         seen.add(file.resolve())
+        if file.name.endswith(ARCHIVES):
+            raise ValueError(f"{file}: cannot be read; give {', '.join(JSON_LINES_SUFFIXES)}, parquet or text files")
         if file.name.endswith(JSON_LINES_SUFFIXES):
             shards.append(JsonLinesShard(file))
         elif file.name.endswith(PARQUET_SUFFIX):
             shards.append(ParquetShard(file))
-        elif file.name.endswith(OTHER_CONTAINERS):
-            raise ValueError(f"{file}: cannot be read; give {', '.join(JSON_LINES_SUFFIXES)}, parquet or text files")
         else:
             last = shards[-1] if shards else None
             if not isinstance(last, TextShard):

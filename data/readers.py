@@ -17,7 +17,7 @@ import zstandard
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
-JSON_LINES_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+JSON_LINES_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".zst")
 PARQUET_SUFFIX = ".parquet"
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")  # in a folder; a file or a pattern may name any other
 FOLDER_SUFFIXES = (*JSON_LINES_SUFFIXES, PARQUET_SUFFIX, *TEXT_SUFFIXES)
@@ -121,7 +121,7 @@ class Shard:
 
 @dataclass
 class JsonLinesShard(Shard):
-    """A ``.jsonl``, ``.jsonl.gz`` or ``.jsonl.zst`` file. Blank lines are no records."""
+    """A ``.jsonl``, ``.jsonl.gz`` or ``.jsonl.zst`` file (lm_dataformat may call it ``.zst``). Blank lines are no records."""
 
     path: Path
     position: int = 0
@@ -273,8 +273,8 @@ class HubShard(Shard):
 
 
 def stem(path: Path) -> str:
-    """The file's name without its known endings."""
-    name = path.name
+    """The file's name without its ending, if that is a known one."""
     for suffix in FOLDER_SUFFIXES:
-        name = name.removesuffix(suffix)
-    return name or path.name
+        if path.name.endswith(suffix):
+            return path.name.removesuffix(suffix)
+    return path.name

@@ -34,7 +34,7 @@ def read(path: Path | str) -> list[Document]:
     return list(read_documents(find_inputs([str(path)]).shards))
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".zst"])
 def test_json_lines_give_texts_and_sets(tmp_path: Path, suffix: str) -> None:
     path = write_json_lines(tmp_path / f"corpus{suffix}", ROWS)
     assert read(path) == as_documents(ROWS, "corpus")
@@ -216,6 +216,8 @@ def test_inputs_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no file in it ends in \.jsonl"):
         find_inputs([str(tmp_path / "empty")])
-    (tmp_path / "x.tar").touch()
-    with pytest.raises(ValueError, match=r"x\.tar: cannot be read"):
-        find_inputs([str(tmp_path / "x.tar")])
+    for name in ("x.tar", "x.tar.zst", "x.json"):
+        (tmp_path / name).touch()
+        with pytest.raises(ValueError, match=f"{name}: cannot be read"):
+            find_inputs([str(tmp_path / name)])
+    assert find_inputs([str(tmp_path)]).num_ignored == {".tar": 1, ".zst": 1, ".json": 1}
