@@ -40,9 +40,14 @@ def prepare(
     from rich.console import Console
 
     from ..data.inputs import find_inputs
-    from ..data.prepare import prepare_store
+    from ..data.manifest import MANIFEST_NAME
+    from ..data.prepare import NOTES_NAME, prepare_store
 
     console = Console()
+    if (output / MANIFEST_NAME).exists():
+        console.print(f"{output} is complete already; there is nothing to do.", soft_wrap=True)
+    elif (output / NOTES_NAME).exists():
+        console.print(f"Going on with the interrupted work in {output}.", soft_wrap=True)
     found = find_inputs(inputs)
     if found.num_ignored:
         kinds = ", ".join(f"{count} × {kind}" for kind, count in found.num_ignored.most_common(8))
@@ -83,8 +88,10 @@ class ProgressDisplay:
         self.bar.start()
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.bar.stop()
+        if kind is KeyboardInterrupt:
+            self.console.print("Interrupted. The same command goes on from here.")
 
     def show(self, progress: "Progress") -> None:
         now = time.monotonic()
@@ -153,6 +160,8 @@ def print_summary(console: "Console", manifest: "Manifest", output: Path) -> Non
     table.add_section()
     add_row("all", total, held_out.total.documents)
     console.print(table)
+    for name, split in manifest.splits.items():
+        console.print(f"{name}: {split.total.tokens:,} tokens", highlight=False)
     if num_empty := sum(source.num_empty_files for source in manifest.sources):
         console.print(f"{num_empty} empty text files are no documents.")
     if manifest.validation_fraction and not held_out.total.documents:
