@@ -5,6 +5,7 @@ pass does with both), `cache` and `hook` (how transformers' models come to use i
 """
 
 from .cache import StreamingCache
+from .decoding import StreamingDecoder
 from .stream import stream_logits, stream_losses
 
-__all__ = ["StreamingCache", "stream_logits", "stream_losses"]
+__all__ = ["StreamingCache", "StreamingDecoder", "stream_logits", "stream_losses"]

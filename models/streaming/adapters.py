@@ -19,6 +19,8 @@ from .encodings import Rotary
 if TYPE_CHECKING:
     from .cache import StreamingCache
 
+CacheRef = Callable[[], "StreamingCache"]
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -26,7 +28,8 @@ class Adapter:
 
     Args:
         module_name: suffix of the attention modules' names.
-        attend: ``(cache, module, hidden_states (B, T, D), **kwargs)`` to ``(output (B, T, D), None)``.
+        attend: ``(cache_ref, module, hidden_states (B, T, D), **kwargs)`` to ``(output (B, T, D), None)``; the cache
+            is held weakly, for modules outlive it.
         mask_shape: of the mask of ones that the decoder is given, for it insists on some.
     """
 
@@ -49,7 +52,7 @@ def merge_heads(states: Tensor) -> Tensor:
 
 
 def falcon_attend(
-    cache: "StreamingCache",
+    cache_ref: CacheRef,
     module: FalconAttention,
     hidden_states: Tensor,
     alibi: Tensor | None = None,
@@ -63,26 +66,25 @@ def falcon_attend(
         key, value = key[:, ::repeats], value[:, ::repeats]
     if alibi is None and position_embeddings is not None:
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-    out = cache.attend(module.layer_idx, query, key, value, module.inv_norm_factor)
+    out = cache_ref().attend(module.layer_idx, query, key, value, module.inv_norm_factor)
     return module.dense(merge_heads(out)), None
 
 
-def mpt_attend(
-    cache: "StreamingCache", module: MptAttention, hidden_states: Tensor, **kwargs: Any
-) -> tuple[Tensor, None]:
+def mpt_attend(cache_ref: CacheRef, module: MptAttention, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
     qkv = module.Wqkv(hidden_states)
     if module.clip_qkv:
         qkv = qkv.clamp(min=-module.clip_qkv, max=module.clip_qkv)
     query, key, value = (split_heads(states, module.n_heads) for states in qkv.chunk(3, dim=-1))
-    out = cache.attend(module.layer_idx or 0, query, key, value, module.softmax_scale)
+    out = cache_ref().attend(module.layer_idx or 0, query, key, value, module.softmax_scale)
     return module.out_proj(merge_heads(out)), None
 
 
 def gptj_attend(
-    cache: "StreamingCache", module: GPTJAttention, hidden_states: Tensor, position_ids: Tensor, **kwargs: Any
+    cache_ref: CacheRef, module: GPTJAttention, hidden_states: Tensor, position_ids: Tensor, **kwargs: Any
 ) -> tuple[Tensor, None]:
     projections = (module.q_proj, module.k_proj, module.v_proj)
     query, key, value = (split_heads(proj(hidden_states), module.num_attention_heads) for proj in projections)
+    cache = cache_ref()
     rotary = cache.encoding
     assert isinstance(rotary, Rotary)
     query, key = rotary.turn(query, position_ids), rotary.turn(key, position_ids)

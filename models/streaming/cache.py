@@ -67,7 +67,7 @@ class StreamingCache(Cache):
         self.num_since_rebase = 0
         self.is_ragged = False  # rows have seen different numbers of tokens
         self.is_damaged = False
-        StreamingHook(self, decoder, family.adapter)
+        self.route = StreamingHook(self, decoder, family.adapter).route
 
     @classmethod
     def for_model(
@@ -119,7 +119,8 @@ class StreamingCache(Cache):
         batch_size, num_inputs = inputs.shape[:2]
         if self.state is None:
             self.state = StreamState.start(batch_size, inputs.device)
-        self._rebase_before(num_inputs)
+        if not torch.compiler.is_compiling():
+            self.rebase_before(num_inputs)
         num_seen, base = self.state.num_seen, self.state.base
         if num_inputs == 1:
             self.step = DecodeStep(self.shape, self.encoding, num_seen, base, is_token)
@@ -146,9 +147,11 @@ class StreamingCache(Cache):
         elif isinstance(step, ChunkStep):  # some layers have stored the chunk; a failed token is simply overwritten
             self.is_damaged = True
 
-    def _rebase_before(self, num_inputs: int) -> None:
-        if torch.compiler.is_compiling():
-            return  # whoever runs a compiled step calls `rebase`
+    def rebase_before(self, num_inputs: int) -> None:
+        """Count inputs to come, and `rebase` first if it is due.
+
+        Every pass does it by itself. A pass that was compiled cannot: who runs one calls this before each token.
+        """
         if self.num_since_rebase + num_inputs > self.shape.window + 1:
             self.rebase()
         self.num_since_rebase += num_inputs
@@ -157,8 +160,8 @@ class StreamingCache(Cache):
     def rebase(self) -> None:
         """Move all phases back, so that the window begins at phase S and float32 angles stay sharp for ever.
 
-        Happens by itself once a window, so that a key is turned back at most once while it is in use and not even
-        bfloat16 has rounding to pile up. Only who compiles the step calls it, once in a while (see `StreamingDecoder`).
+        Happens once a window, so that a key is turned back at most once while it is in use and not even bfloat16 has
+        rounding to pile up.
         """
         self.num_since_rebase = 0
         if self.state is None:

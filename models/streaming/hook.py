@@ -8,6 +8,8 @@ A pass longer than the cache's chunk is run in chunks.
 
 import inspect
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
-from .adapters import Adapter, identity_mask
+from .adapters import Adapter, CacheRef, identity_mask
 
 if TYPE_CHECKING:
     from .cache import StreamingCache
@@ -45,25 +47,39 @@ AttentionInterface.register(ATTENTION, streaming_attention)
 class AttentionRoute:
     """Switches a decoder's attention to the cache and back."""
 
-    def __init__(self, decoder: PreTrainedModel, adapter: Adapter | None):
+    def __init__(self, decoder: PreTrainedModel, adapter: Adapter | None, cache_ref: CacheRef):
         self.config, self.adapter = decoder.config, adapter
-        self.modules = adapter.modules(decoder) if adapter else []
         self.users_choice: str | None = None
+        self.is_held = False
+        modules = adapter.modules(decoder) if adapter else []
+        self.substitutes = [(module, partial(adapter.attend, cache_ref, module)) for module in modules if adapter]
 
-    def enter(self, cache: "StreamingCache") -> None:
+    def enter(self) -> None:
+        if self.is_held:
+            return
         self.users_choice = self.config._attn_implementation
         self.config._attn_implementation = ATTENTION  # also keeps the decoder from building masks
-        for module in self.modules:
-            assert self.adapter is not None
-            module.forward = partial(self.adapter.attend, cache, module)
+        for module, substitute in self.substitutes:
+            module.forward = substitute
 
     def leave(self) -> None:
-        if self.users_choice is None:
+        if self.is_held or self.users_choice is None:
             return
         self.config._attn_implementation = self.users_choice
         self.users_choice = None
-        for module in self.modules:
+        for module, _ in self.substitutes:
             del module.forward
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Enter now and leave at the end, and not within: for a pass whose code is traced."""
+        self.enter()
+        self.is_held = True
+        try:
+            yield
+        finally:
+            self.is_held = False
+            self.leave()
 
 
 class StreamingHook:
@@ -71,7 +87,7 @@ class StreamingHook:
 
     def __init__(self, cache: "StreamingCache", decoder: PreTrainedModel, adapter: Adapter | None):
         self.cache, self.decoder = weakref.ref(cache), weakref.ref(decoder)
-        self.route = AttentionRoute(decoder, adapter)
+        self.route = AttentionRoute(decoder, adapter, self.cache)  # type: ignore[arg-type]  # alive during its passes
         self.parameters = list(inspect.signature(type(decoder).forward).parameters)[1:]
         self.earlier: list[list] = []  # outputs of the chunks already run, one list for each pass under way
         before = decoder.register_forward_pre_hook(self.before, with_kwargs=True)
@@ -103,7 +119,7 @@ class StreamingHook:
             self.earlier[-1].append(decoder(**{**named, **chunk}))
         inputs, is_token = inputs[:, last:], None if is_token is None else is_token[:, last:]
         position_ids = cache.begin_forward(inputs, is_token)
-        self.route.enter(cache)
+        self.route.enter()
         mask = identity_mask(self.route.adapter, inputs.shape[0], inputs.device)
         steered = {name: inputs, "attention_mask": mask, "position_ids": position_ids, "streaming_cache": cache}
         return (), {**named, **steered}
