@@ -11,6 +11,7 @@ from typing import Any
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._index import Kind
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -97,7 +98,10 @@ def _task_manager(names: Sequence[str], include_path: Path | None) -> TaskManage
     """Knows lm-eval's tasks, ours and those of ``include_path``, the last winning; all ``names`` must be among them."""
     if include_path is not None and not include_path.is_dir():
         raise FileNotFoundError(f"the task folder {include_path} does not exist")
-    manager = TaskManager(include_path=[TASK_FOLDER, *([include_path] if include_path else [])])
+    folders = [TASK_FOLDER, *([include_path] if include_path else [])]
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    if not all(_covers(manager, name) for name in names):
+        manager = TaskManager(include_path=folders)  # reads lm-eval's 13,000 task files, which takes a while
     for name in names:
         if name not in manager.all_tasks and not Path(name).is_file():
             raise ValueError(
@@ -107,9 +111,20 @@ def _task_manager(names: Sequence[str], include_path: Path | None) -> TaskManage
     return manager
 
 
+def _covers(manager: TaskManager, name: str) -> bool:
+    """Whether a task, and all tasks of a group, are known."""
+    entry = manager.task_index.get(name)
+    if entry is None or entry.kind is Kind.TAG:
+        return False
+    children = (entry.cfg or {}).get("task", []) if entry.kind is Kind.GROUP else []
+    return all(isinstance(child, str) and _covers(manager, child) for child in children)
+
+
 def _metrics(row: dict[str, Any]) -> dict[str, float]:
     """``{"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": …}`` as ``{"acc": 0.5, "acc_stderr": 0.1}``."""
-    return {key.removesuffix(",none"): value for key, value in row.items() if isinstance(value, int | float)}
+    named = {key.removesuffix(",none"): value for key, value in row.items() if isinstance(value, int | float)}
+    named.pop("sample_len", None)  # is in num_samples
+    return named
 
 
 def results_table(results: dict[str, Any], title: str) -> Table:
@@ -120,7 +135,7 @@ def results_table(results: dict[str, Any], title: str) -> Table:
     table.add_column("± standard error", justify="right")
     for name, metrics in (results["tasks"] | results["groups"]).items():
         for metric, value in metrics.items():
-            if "_stderr" in metric or metric in ("sample_len", "sample_count"):
+            if "_stderr" in metric:
                 continue
             num_samples = results["num_samples"].get(name, {}).get("effective", "")
             stderr = metrics.get(_stderr_key(metric), float("nan"))
