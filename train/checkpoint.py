@@ -11,8 +11,6 @@
         COMPLETE        written last; without it the folder is never loaded
 """
 
-import contextlib
-import io
 import json
 import os
 import random
@@ -27,7 +25,7 @@ from pydantic import BaseModel
 
 from ..models.loading import COMPLETE_MARKER, MODEL_FOLDER
 from . import universal
-from .launch import World
+from .launch import World, silent_stdout
 from .model_files import save_model
 from .plan import Plan
 from .recipe import config_yaml
@@ -198,7 +196,7 @@ def _load_converted(
 
 
 def _load_deepspeed(engine: "DeepSpeedEngine", folder: Path, tag: str) -> None:
-    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints from every rank
+    with silent_stdout():
         path, _ = engine.load_checkpoint(folder, tag=tag, load_lr_scheduler_states=False)
     if path is None:
         raise OSError(f"DeepSpeed found no checkpoint in {folder / tag}")

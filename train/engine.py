@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import PreTrainedModel
 
 from .config import OptimizerSection, TrainingConfig
-from .launch import SameOnAllRanks, World
+from .launch import SameOnAllRanks, World, silent_stdout
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -71,19 +72,22 @@ def make_optimizer(model: nn.Module, optimizer: OptimizerSection) -> torch.optim
 
 
 def make_engine(
-    model: nn.Module, plan: Plan, device: torch.device, *, load_universal: bool = False
+    model: PreTrainedModel, plan: Plan, device: torch.device, *, load_universal: bool = False
 ) -> "DeepSpeedEngine":
     """Hand the model over to DeepSpeed: moved to its device, cast, split and perhaps compiled."""
     import deepspeed
 
     config = plan.config
     if config.train.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=make_optimizer(model, config.optimizer),
-        config=deepspeed_config(plan, load_universal=load_universal),
-    )
+        # transformers 5.23 gave it a new name
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    with silent_stdout():
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=make_optimizer(model, config.optimizer),
+            config=deepspeed_config(plan, load_universal=load_universal),
+        )
     if compiles(config, device):
         engine.compile(compile_kwargs={"dynamic": False})
     engine.train()

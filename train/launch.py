@@ -1,5 +1,8 @@
 """Ranks: who this process is, how it finds the others, and how a run ends when one of them fails or is told to stop."""
 
+import atexit
+import contextlib
+import io
 import os
 import re
 import signal
@@ -15,6 +18,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import transformers
 
 STEP_TIMEOUT = timedelta(minutes=10)  # a rank that is silent for so long within a step is dead
 PATIENT_TIMEOUT = timedelta(hours=6)  # checkpoints of large models take their time to write and convert
@@ -86,13 +90,15 @@ def connected() -> Iterator[World]:
     quieten_libraries()
     import deepspeed
 
-    fill_environment(os.environ)
+    if not dist.is_initialized():
+        fill_environment(os.environ)
     rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = _claim_device(local_rank)
     # DeepSpeed would compile a shared-memory all-reduce for CPUs (40 s and a C++ compiler); gloo does the same work.
     deepspeed.ops.__compatible_ops__ = {}
     try:
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=STEP_TIMEOUT)
+        if not dist.is_initialized():  # DeepSpeed keeps its process groups, so a second run in a process shares them
+            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=STEP_TIMEOUT)
         patient_group = dist.new_group(backend="gloo", timeout=PATIENT_TIMEOUT) if size > 1 else None
         yield World(rank, size, local_rank, device, patient_group)
     except RuntimeError as error:
@@ -102,6 +108,12 @@ def connected() -> Iterator[World]:
                 f"start the same command again to resume from the newest checkpoint ({str(error).splitlines()[0]})"
             ) from error
         raise
+    atexit.unregister(_leave)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    """Take leave of the other ranks in good order; a rank that failed does not."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -113,8 +125,16 @@ def quieten_libraries() -> None:
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     # The interpreter's own folder holds `ninja`, which torch and DeepSpeed look for on the path when they compile.
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed|deepspeed")
+
+
+@contextmanager
+def silent_stdout() -> Iterator[None]:
+    """For the calls of DeepSpeed that print."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
 
 
 def fill_environment(environment: "os._Environ[str] | dict[str, str]") -> None:

@@ -129,8 +129,8 @@ def _explain(recipe: str, error: ValidationError) -> list[str]:
 
 
 def _nearest(key: str) -> str:
-    known = [*TrainingConfig.model_fields, *dotted_keys(TrainingConfig)]
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    known = list(dotted_keys(TrainingConfig))
+    near = difflib.get_close_matches(key, known if "." in key else TrainingConfig.model_fields, n=1, cutoff=0.75)
     if not near:  # perhaps only the section is wrong
         last = key.rpartition(".")[2]
         near = [name for name in known if name.rpartition(".")[2] == last]

@@ -97,8 +97,8 @@ def _complete_metadata(output: Path, source: Path, *, zero_stage: int, keep_loss
     if zero_stage == 3:
         step = state["optimizer_state_dict"]["state"][0]["step"]
         state["ds_version"] = _load(output / METADATA_NAMES[True])["ds_version"]
-        num_groups = 2  # as `make_optimizer` makes them
-        state["param_groups"] = [dict(state["param_groups"][0]) for _ in range(num_groups)]
+        for tensor_path in (output / "zero").glob("*/*.pt"):  # bare tensors, where other stages write dictionaries
+            torch.save({PARAM: _load(tensor_path)}, tensor_path)
     else:
         step = _find_step(output, source, zero_stage)
         state["optimizer_state_dict"] = {"state": {0: {"step": step}}, "param_groups": state["param_groups"]}

@@ -1,0 +1,83 @@
+"""Every shipped recipe: it loads, and it is what its source says."""
+
+import pytest
+import torch
+
+from sinklm.models import SinkGPTNeoXForCausalLM
+from sinklm.train.cost import count_parameters, flops_per_token
+from sinklm.train.plan import Plan
+from sinklm.train.recipe import load_config, recipe_names
+from sinklm.train.summary import dry_run
+
+PYTHIA_TOKENIZER_SIZE = 50277
+# Parameters and learning rates of the released models (EleutherAI/pythia, models/*/pythia-*.yml).
+PYTHIA = {
+    "14m": (14_067_712, 1e-3),
+    "31m": (30_494_720, 1e-3),
+    "70m": (70_426_624, 1e-3),
+    "160m": (162_322_944, 6e-4),
+    "410m": (405_334_016, 3e-4),
+    "1b": (1_011_781_632, 2.5e-4),
+    "1.4b": (1_414_647_808, 2e-4),
+    "2.8b": (2_775_208_960, 1.6e-4),
+    "6.9b": (6_857_302_016, 1.2e-4),
+    "12b": (11_846_072_320, 1.2e-4),
+}
+
+
+def plan_of(name: str, *overrides: str) -> Plan:
+    return Plan(load_config(name, overrides), world_size=1, tokenizer_size=PYTHIA_TOKENIZER_SIZE)
+
+
+def test_the_recipes_are_these():
+    others = {"quickstart", "paper/vanilla", "paper/learnable-sink"}
+    assert set(recipe_names()) == others | {f"pythia-{size}" for size in PYTHIA}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_can_be_trained_on_one_rank(name, capsys):
+    plan = plan_of(name)
+    assert plan.num_accumulation_steps >= 1
+    dry_run(plan.config)
+    assert f"{count_parameters(plan.model_config):,} parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", PYTHIA)
+def test_a_pythia_has_the_published_size_and_schedule(size):
+    num_parameters, lr = PYTHIA[size]
+    plan = plan_of(f"pythia-{size}")
+    with torch.device("meta"):
+        model = SinkGPTNeoXForCausalLM(plan.model_config)
+    assert sum(p.numel() for p in model.parameters()) == num_parameters
+    assert count_parameters(plan.model_config) == num_parameters
+    assert plan.config.optimizer.lr == lr
+    assert plan.samples_per_step == 1024
+    assert plan.num_positions == 143_000 * 2_097_152
+    assert (plan.num_sinks, plan.model_config.sink_token_ids) == (1, [PYTHIA_TOKENIZER_SIZE])
+
+
+def test_the_papers_arms_differ_by_the_sink_alone():
+    vanilla, learnable = (load_config(f"paper/{arm}").model_dump() for arm in ("vanilla", "learnable-sink"))
+    assert vanilla["train"]["batch_size_tokens"] == 256 * 2048
+    assert vanilla["train"]["num_steps"] == 143_000
+    assert vanilla["model"].pop("sink")["kind"] == "none"
+    assert learnable["model"].pop("sink") == {"kind": "token", "num_tokens": 1}
+    for arm in (vanilla, learnable):
+        del arm["train"]["run_dir"]
+    assert vanilla == learnable
+    assert count_parameters(plan_of("paper/learnable-sink").model_config) == PYTHIA["160m"][0]
+
+
+def test_an_arm_reads_as_many_positions_with_any_number_of_sinks():
+    none, one, two = (
+        plan_of("paper/learnable-sink", f"model.sink.{key}") for key in ("kind=none", "num_tokens=1", "num_tokens=2")
+    )
+    assert [p.tokens_per_sample for p in (none, one, two)] == [2049, 2048, 2047]
+    assert [p.targets_per_sample for p in (none, one, two)] == [2048, 2048, 2047]
+    assert [p.stride for p in (none, one, two)] == [2048, 2048, 2047]
+
+
+def test_operations_per_token_of_the_160m():
+    # 6 × (parameters without the input embedding) + 12 × layers × width × positions
+    expected = 6 * (162_322_944 - 50304 * 768) + 12 * 12 * 768 * 2048
+    assert flops_per_token(plan_of("pythia-160m").model_config, 2048) == expected

@@ -1,0 +1,20 @@
+"""One tiny store for all tests of training."""
+
+from pathlib import Path
+
+import pytest
+
+from .tiny import RECIPE, make_store
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory, store: Path) -> str:
+    """Path of a recipe of a model of 30 thousand parameters on the store: 8 steps, saved at 4 and 8."""
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(f"{RECIPE}\ndata: {{path: {store}}}\n")
+    return str(path)

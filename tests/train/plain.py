@@ -1,0 +1,50 @@
+"""Training without DeepSpeed, without a loader and on one rank: slow and obvious, what the real one must equal."""
+
+import torch
+from torch import nn
+
+from sinklm.data import SampleOrder, TokenStore, TokenWindows
+from sinklm.models import SinkGPTNeoXForCausalLM
+from sinklm.train.plan import Plan
+from sinklm.train.schedule import learning_rate
+
+
+def plain_training(plan: Plan, num_steps: int) -> tuple[list[float], list[float], SinkGPTNeoXForCausalLM]:
+    """Losses, gradient norms and the model after ``num_steps``, each step on its whole batch at once."""
+    config = plan.config
+    store = TokenStore(config.data.path)
+    windows = TokenWindows(store, "train", tokens_per_sample=plan.tokens_per_sample, stride=plan.stride)
+    order = SampleOrder(len(windows), config.train.seed)
+    torch.manual_seed(config.train.seed)
+    model = SinkGPTNeoXForCausalLM(plan.model_config)
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": config.optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        betas=tuple(config.optimizer.betas),
+        eps=config.optimizer.eps,
+    )
+    losses, norms = [], []
+    for step in range(num_steps):
+        batch = range(step * plan.samples_per_step, (step + 1) * plan.samples_per_step)
+        tokens = torch.stack([torch.from_numpy(windows[order(i)]) for i in batch])
+        logits = model(tokens[:, :-1]).logits
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        if plan.num_sinks:  # the first token of each sample is a target as well
+            sinks = torch.tensor(plan.model_config.sink_token_ids).expand(len(tokens), -1)
+            everything = torch.cat([sinks, tokens], dim=1)
+            logits = plain_logits(model, everything[:, :-1])[:, plan.num_sinks - 1 :]
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+        loss.backward()
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip or torch.inf).item())
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config.train.num_steps, config.optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, norms, model
+
+
+def plain_logits(model: SinkGPTNeoXForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+    """Logits where the sinks are fed by hand."""
+    return model.lm_head(model.gpt_neox(ids).last_hidden_state)

@@ -1,0 +1,151 @@
+"""A training step on one rank: equal to a plain loop, and stopped by what is not finite."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from sinklm.models import SinkGPTNeoXForCausalLM
+from sinklm.train import engine as engine_module
+from sinklm.train.engine import deepspeed_config, make_engine, train_step
+from sinklm.train.launch import World, connected
+from sinklm.train.plan import Plan
+from sinklm.train.recipe import load_config
+from sinklm.train.run import train
+
+from .plain import plain_training
+from .tiny import losses, metrics, weights
+
+
+def plan_of(recipe: str, *overrides: str) -> Plan:
+    return Plan(load_config(recipe, overrides), 1, 300)
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    with connected() as world:
+        return world
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["deepspeed.zero_stage=0"],
+        ["deepspeed.zero_stage=1", "train.micro_batch_size=4"],
+        ["deepspeed.zero_stage=2", "model.sink.num_tokens=3"],
+        ["deepspeed.zero_stage=3", "model.sink.kind=none"],
+        ["deepspeed.zero_stage=1", "train.activation_checkpointing=true", "optimizer.clip=0.1"],
+    ],
+    ids=lambda overrides: " ".join(overrides),
+)
+def test_training_equals_a_plain_loop(recipe, tmp_path, overrides):
+    overrides = [*overrides, f"train.run_dir={tmp_path}", "validation.every_steps=null", "checkpoint.every_steps=null"]
+    train(recipe, overrides)
+    plan = plan_of(recipe, *overrides)
+    expected_losses, expected_norms, model = plain_training(plan, 8)
+    assert list(losses(tmp_path).values()) == pytest.approx(expected_losses, abs=2e-5)
+    assert [line["grad_norm"] for line in metrics(tmp_path)] == pytest.approx(expected_norms, rel=1e-4)
+    saved = weights(tmp_path, 8)
+    for name, parameter in model.named_parameters():
+        if "query_key_value.bias" in name:
+            continue  # a key's bias has no gradient but rounding, which AdamW makes as large as any other
+        on_disk = saved["embed_out.weight" if name == "lm_head.weight" else name]
+        torch.testing.assert_close(on_disk, parameter.detach(), atol=3e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradients_accumulate_in_float32(recipe, world, stage):
+    """64 micro-batches in bfloat16. Adding them up in bfloat16 would lose what is less than 1/256 of the sum."""
+    norms = {}
+    for num_micro_batches in (1, 64):  # of the same sample: the mean of equal gradients is that gradient
+        plan = plan_of(
+            recipe,
+            f"deepspeed.zero_stage={stage}",
+            "train.precision=bf16",
+            "train.micro_batch_size=1",
+            f"train.batch_size_tokens={num_micro_batches * 32}",
+        )
+        torch.manual_seed(0)
+        engine = make_engine(SinkGPTNeoXForCausalLM(plan.model_config), plan, world.device)
+        batches = iter([torch.arange(32)[None]] * num_micro_batches)
+        norms[num_micro_batches] = train_step(engine, batches, plan, world, step=1, lr=0.0).grad_norm
+    assert norms[64] == pytest.approx(norms[1], rel=2e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_not_finite_stops_before_the_update(recipe, world, monkeypatch, stage, precision):
+    plan = plan_of(recipe, f"deepspeed.zero_stage={stage}", f"train.precision={precision}")
+    engine = make_engine(SinkGPTNeoXForCausalLM(plan.model_config), plan, world.device)
+    batches = iter(torch.randint(0, 300, (100, 2, 32)))
+    train_step(engine, batches, plan, world, step=1, lr=0.1)
+    before = {name: _value(p) for name, p in engine.module.named_parameters()}
+
+    backward = type(engine).backward
+    monkeypatch.setattr(type(engine), "backward", lambda self, loss, **kw: backward(self, loss * math.inf, **kw))
+    with pytest.raises(ValueError, match="step 7: the gradient is not finite"):
+        train_step(engine, batches, plan, world, step=7, lr=0.1)
+    monkeypatch.undo()
+    for name, parameter in engine.module.named_parameters():
+        assert torch.equal(_value(parameter), before[name]), name
+
+
+def _value(parameter: torch.Tensor) -> torch.Tensor:
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+        return parameter.detach().clone()
+
+
+def test_a_loss_that_is_not_finite_names_step_and_rank(recipe, world, monkeypatch):
+    plan = plan_of(recipe)
+    engine = make_engine(SinkGPTNeoXForCausalLM(plan.model_config), plan, world.device)
+    monkeypatch.setattr(engine_module, "_gather", lambda values, world: [[2.0, 0.0], [math.nan, 0.0]])
+    batches = iter(torch.randint(0, 300, (100, 2, 32)))
+    before = [_value(p) for p in engine.module.parameters()]
+    with pytest.raises(ValueError, match="step 3: the loss is nan on rank 1. Training stopped before the update"):
+        train_step(engine, batches, plan, world, step=3, lr=0.1)
+    assert all(torch.equal(_value(p), b) for p, b in zip(engine.module.parameters(), before, strict=True))
+
+
+def test_the_run_ends_with_the_message_and_saves_nothing(recipe, tmp_path, monkeypatch):
+    forward = SinkGPTNeoXForCausalLM.forward
+
+    def diverging(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.loss = output.loss * math.nan
+        return output
+
+    monkeypatch.setattr(SinkGPTNeoXForCausalLM, "forward", diverging)
+    with pytest.raises(ValueError, match="step 1: the loss is nan on rank 0"):
+        train(recipe, [f"train.run_dir={tmp_path}"])
+    assert not Path(tmp_path, "checkpoints").exists()
+
+
+def test_weight_decay_is_on_matrices_alone(recipe):
+    plan = plan_of(recipe)
+    model = SinkGPTNeoXForCausalLM(plan.model_config)
+    decayed, others = engine_module.make_optimizer(model, plan.config.optimizer).param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert all(p.ndim == 2 for p in decayed["params"])
+    assert all(p.ndim == 1 for p in others["params"])
+    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+def test_extra_deepspeed_keys_are_passed_through_and_merged(recipe):
+    plan = plan_of(recipe, "deepspeed.zero_optimization.overlap_comm=true", "deepspeed.wall_clock_breakdown=true")
+    theirs = deepspeed_config(plan)
+    assert theirs["zero_optimization"] == {"stage": 1, "overlap_comm": True}
+    assert theirs["wall_clock_breakdown"] is True
+    assert theirs["gradient_accumulation_steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage", "key"),
+    [("bf16", 0, "torch_autocast"), ("bf16", 1, "bf16"), ("fp16", 3, "fp16"), ("fp16", 0, "torch_autocast")],
+)
+def test_precision_by_stage(recipe, precision, stage, key):
+    theirs = deepspeed_config(plan_of(recipe, f"train.precision={precision}", f"deepspeed.zero_stage={stage}"))
+    assert theirs[key]["enabled"] is True
+    assert {"bf16", "fp16", "torch_autocast"} & theirs.keys() == {key}

@@ -1,0 +1,86 @@
+"""Who this process is among the others, and signals."""
+
+import os
+import signal
+
+import pytest
+
+from sinklm.train.launch import SameOnAllRanks, StopRequest, World, fill_environment, first_host
+
+
+def test_without_a_launcher_there_is_one_rank():
+    environment: dict[str, str] = {}
+    fill_environment(environment)
+    assert (environment["RANK"], environment["WORLD_SIZE"], environment["LOCAL_RANK"]) == ("0", "1", "0")
+    assert 0 < int(environment["MASTER_PORT"]) < 65536
+
+
+def test_a_launchers_word_stands():
+    theirs = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "SLURM_STEP_NUM_TASKS": "2"}
+    environment = dict(theirs)
+    fill_environment(environment)
+    assert environment == theirs
+
+
+def test_srun_says_who_we_are():
+    environment = {
+        "SLURM_PROCID": "9",
+        "SLURM_STEP_NUM_TASKS": "16",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_NODELIST": "gpu[003-004]",
+        "SLURM_JOB_ID": "123456",
+    }
+    fill_environment(environment)
+    assert [environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["9", "16", "1"]
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("gpu003", "13456")
+
+
+def test_a_batch_script_without_srun_is_one_process():
+    environment = {"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "1"}
+    fill_environment(environment)
+    assert environment["WORLD_SIZE"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("a1", "a1"),
+        ("a1,b2", "a1"),
+        ("gpu[003-007,9],login", "gpu003"),
+        ("n[7,8]", "n7"),
+        ("rack-2-node[10-12]", "rack-2-node10"),
+    ],
+)
+def test_the_first_host(nodes, first):
+    assert first_host(nodes) == first
+
+
+def test_a_signal_is_remembered_and_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        assert not stop.signal_number
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)  # launchers send both; the first one counts
+        assert stop.signal_number == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_error_on_one_rank_is_an_error_on_all():
+    class World3(World):
+        def gather(self, value):
+            return [None, value, None]
+
+    with (
+        pytest.raises(SameOnAllRanks, match="cannot save: rank 1: full"),
+        World3(1, 3, 0, None).together("cannot save: "),
+    ):
+        raise OSError("full")
+
+
+def test_an_error_of_all_ranks_is_said_once():
+    class World3(World):
+        def gather(self, value):
+            return [value] * 3
+
+    with pytest.raises(SameOnAllRanks, match="^wrong key$"), World3(1, 3, 0, None).together():
+        raise ValueError("wrong key")

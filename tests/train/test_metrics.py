@@ -1,0 +1,85 @@
+"""metrics.jsonl and the progress line."""
+
+import json
+
+import pytest
+
+from sinklm.train.config import TrainingConfig
+from sinklm.train.metrics import MetricsFile, start_wandb
+from sinklm.train.progress import Progress, Speedometer, human
+from sinklm.train.recipe import load_config
+
+
+def test_a_resumed_run_has_every_step_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsFile(path, 0)
+    for step in (1, 2, 3, 4):
+        first.write({"step": step, "loss": 1.0})
+    first.write({"step": 4, "validation_loss": 1.0})
+    with open(path, "a") as file:
+        file.write('{"step": 5, "lo')  # a crash in the middle of a line
+    first.close()
+
+    second = MetricsFile(path, 3)
+    second.write({"step": 4, "loss": 2.0})
+    lines = [json.loads(line) for line in path.read_text().splitlines()]  # flushed before it is closed
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]
+    second.close()
+
+
+def test_speed_and_mfu_by_hand(monkeypatch):
+    clock = iter([0.0, 0.0, 2.0, 10.0, 12.0, 20.0, 90.0, 90.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    speed = Speedometer(positions_per_step=1000, flops_per_position=6.0, peak_flops=12_000.0)
+    for expected in (2.0, 2.0, 70.0):  # a step that compiles does not spoil the estimate of what is left
+        speed.start()
+        assert speed.stop() == expected
+    assert speed.seconds_per_step == 2.0
+    assert speed.positions_per_second() == 500
+    assert speed.mfu() == pytest.approx(500 * 6 / 12_000)
+    assert Speedometer(1000, 6.0, None).mfu(1.0) is None
+
+
+def test_the_line_has_what_one_looks_for(capsys):
+    speed = Speedometer(1000, 6.0, 12_000.0)
+    speed.start()
+    speed.stop()
+    speed._seconds.clear()
+    speed._seconds.append(2.0)
+    values = {"loss": 3.14159, "lr": 6e-4, "grad_norm": 0.5, "memory_gib": 1.25}
+    Progress(100, is_silent=False).update(40, values, speed, is_kept=True)
+    expected = "step 40/100  loss 3.1416  lr 6.00e-04  grad 0.50  500 tokens/s  MFU 25.0%  1.2 GiB  0:02:00 left\n"
+    assert capsys.readouterr().out == expected
+    Progress(100, is_silent=True).update(40, values, speed, is_kept=True)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0"), (999, "999"), (1234, "1.23K"), (299_892_736_000, "300B")])
+def test_human_numbers(number, text):
+    assert human(number) == text
+
+
+def wandb_config(mode: str) -> TrainingConfig:
+    return load_config("quickstart", [f"wandb.mode={mode}"])
+
+
+def test_wandb_is_offline_unless_logged_in(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr("wandb.api", type("Api", (), {"api_key": None}))
+    asked = []
+    monkeypatch.setattr(wandb, "init", lambda **options: asked.append(options))
+    start_wandb(wandb_config("auto"), tmp_path)
+    monkeypatch.setattr("wandb.api", type("Api", (), {"api_key": "secret"}))
+    start_wandb(wandb_config("auto"), tmp_path)
+    assert [options["mode"] for options in asked] == ["offline", "online"]
+    assert asked[0]["id"] == asked[1]["id"]  # a resumed run goes on in the same one
+    assert start_wandb(wandb_config("disabled"), tmp_path) is None
+
+
+def test_wandb_online_wants_a_login(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr("wandb.api", type("Api", (), {"api_key": None}))
+    with pytest.raises(ValueError, match="not logged in: run `wandb login`, or set wandb.mode=offline"):
+        start_wandb(wandb_config("online"), tmp_path)

@@ -1,0 +1,83 @@
+"""Derived values: batches, vocabulary, memory, operations."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from sinklm.models import SinkGPTNeoXForCausalLM
+from sinklm.train.cost import estimate_memory, flops_per_token
+from sinklm.train.plan import Plan
+from sinklm.train.recipe import load_config
+
+
+def plan(*overrides: str, world_size: int = 1, tokenizer_size: int = 300) -> Plan:
+    return Plan(load_config("quickstart", overrides), world_size, tokenizer_size)
+
+
+@given(num_samples=st.integers(1, 200), micro_batch_size=st.integers(1, 50), world_size=st.integers(1, 20))
+def test_a_batch_is_shared_exactly_or_refused_with_a_way_out(num_samples, micro_batch_size, world_size):
+    sizes = [f"train.batch_size_tokens={num_samples * 256}", f"train.micro_batch_size={micro_batch_size}"]
+    if num_samples % (world_size * micro_batch_size) == 0:
+        accepted = plan(*sizes, world_size=world_size)
+        assert accepted.num_accumulation_steps * micro_batch_size * world_size == num_samples
+        return
+    with pytest.raises(ValueError, match=r"set train\.") as refused:
+        plan(*sizes, world_size=world_size)
+    advice = str(refused.value)
+    if "train.micro_batch_size=" in advice:  # following the advice helps
+        sizes[1] = "train.micro_batch_size=" + advice.rpartition("=")[2]
+        plan(*sizes, world_size=world_size)
+
+
+@pytest.mark.parametrize(("tokenizer_size", "num_sinks", "expected"), [(256, 0, 256), (256, 1, 384), (254, 2, 256)])
+def test_the_vocabulary_holds_tokenizer_and_sinks(tokenizer_size, num_sinks, expected):
+    sink = ["model.sink.kind=none"] if num_sinks == 0 else [f"model.sink.num_tokens={num_sinks}"]
+    derived = plan(*sink, tokenizer_size=tokenizer_size)
+    assert derived.vocab_size == derived.model_config.vocab_size == expected
+    assert derived.model_config.sink_token_ids == list(range(tokenizer_size, tokenizer_size + num_sinks))
+
+
+def test_a_vocabulary_without_room_for_the_sink_is_refused():
+    plan("model.vocab_size=301")
+    with pytest.raises(
+        ValueError,
+        match=r"model\.vocab_size 300 is too small for a tokenizer of 300 ids and 1 sink token: set it to 301",
+    ):
+        plan("model.vocab_size=300")
+    plan("model.vocab_size=300", "model.sink.kind=none")
+
+
+def test_the_estimate_of_operations_equals_torchs_count():
+    sizes = plan(
+        "model.sink.kind=none", "train.seq_length=64", "train.batch_size_tokens=64", "train.micro_batch_size=1"
+    )
+    model = SinkGPTNeoXForCausalLM(sizes.model_config)
+    model.set_attn_implementation("eager")
+    ids = torch.zeros(1, 64, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids).logits.sum().backward()
+    # torch counts products of matrices; biases and layer norms are what the formula counts beside them
+    assert counter.get_total_flops() / 64 == pytest.approx(flops_per_token(sizes.model_config, 64), rel=0.01)
+
+
+def test_memory_is_split_by_zero():
+    sizes = plan("train.precision=bf16")
+    states = {
+        (stage, ranks): estimate_memory(sizes.config, sizes.model_config, zero_stage=stage, world_size=ranks).states
+        for stage in range(4)
+        for ranks in (1, 64)
+    }
+    per_parameter = states[0, 1] / 16
+    assert states[0, 1] == states[0, 64]
+    assert states[1, 1] == states[2, 1] == states[3, 1] == 20 * per_parameter
+    assert states[1, 64] > states[2, 64] > states[3, 64]
+
+
+def test_checkpointing_saves_activations():
+    full, checkpointed = (
+        estimate_memory(p.config, p.model_config, zero_stage=1, world_size=1).activations
+        for p in (plan(), plan("train.activation_checkpointing=true"))
+    )
+    assert checkpointed < full

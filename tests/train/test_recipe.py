@@ -1,0 +1,95 @@
+"""Recipes: bases, overrides, and what is said about a wrong key or value."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from sinklm.train.config import TrainingConfig
+from sinklm.train.recipe import config_yaml, dotted_keys, load_config
+
+
+def test_a_resolved_config_is_a_recipe_of_the_same_run(tmp_path):
+    config = load_config("pythia-410m", ["deepspeed.zero_optimization.overlap_comm=true", "optimizer.betas=[0.8, 0.9]"])
+    path = tmp_path / "again.yaml"
+    path.write_text(config_yaml(config))
+    assert load_config(str(path)) == config
+
+
+def test_later_words_win(tmp_path):
+    (tmp_path / "base.yaml").write_text("base: pythia-14m\ntrain: {num_steps: 1, micro_batch_size: 4}")
+    (tmp_path / "top.yaml").write_text("base: base.yaml\ntrain: {num_steps: 2}")
+    config = load_config(str(tmp_path / "top.yaml"), ["train.seed=1", "train.seed=2"])
+    assert (config.train.num_steps, config.train.micro_batch_size, config.train.seed) == (2, 4, 2)
+    assert config.model.hidden_size == 128
+    assert config.train.run_dir == "runs/top"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.micro_batch=3"], "unknown key train.micro_batch: did you mean train.micro_batch_size?"),
+        (["trian.seed=3"], "unknown key trian: did you mean train?"),
+        (["lr=3"], "unknown key lr: did you mean optimizer.lr?"),
+        (["model.sink.number=3"], "unknown key model.sink.number: did you mean model.sink.num_tokens?"),
+        (["train.xyz=3"], "unknown key train.xyz: known are train.run_dir, train.seed"),
+        (["train.precision=int8"], "train.precision is 'int8': it should be 'bf16', 'fp16' or 'fp32'"),
+        (["train.num_steps=0"], "train.num_steps is 0: it should be greater than or equal to 1"),
+        (["train.num_steps=2.5"], "train.num_steps is 2.5: it should be a valid integer"),
+        (["train.num_steps=true"], "train.num_steps is True"),
+        (["optimizer.lr=-1"], "optimizer.lr is -1: it should be greater than 0"),
+        (["optimizer.betas=[0.9, 1.0]"], "optimizer.betas is [0.9, 1.0]: each must be at least 0 and less than 1"),
+        (["model.sink.kind=magic"], "model.sink.kind is 'magic': choose one of none, token"),
+        (["model.num_attention_heads=5"], "hidden_size 128 is not a multiple of num_attention_heads 5"),
+        (["model.rotary_pct=0.1"], "rotary_pct 0.1 rotates 3 dimensions"),
+        (["train.seq_length=4096"], "train.seq_length 4096 is longer than model.max_position_embeddings 2048"),
+        (["train.batch_size_tokens=1000"], "batch_size_tokens 1000 is not a multiple of seq_length 2048"),
+        (["model.sink.num_tokens=3000"], "model.sink.num_tokens 3000 leaves no room"),
+        (["deepspeed.gradient_clipping=1"], "gradient_clipping is derived: set optimizer.clip"),
+        (["deepspeed.zero_optimization.stage=2"], "zero_optimization.stage is derived: set deepspeed.zero_stage"),
+        (["deepspeed.bf16.enabled=false"], "bf16.enabled is derived: set train.precision"),
+        (["deepspeed.zero_stage=4"], "deepspeed.zero_stage is 4: it should be 0, 1, 2 or 3"),
+        (["train.num_steps"], "'train.num_steps' is not an override: write section.key=value"),
+        (["--num_steps=3"], "'--num_steps=3' is not an override"),
+        (["train.seed=[1"], "train.seed: the value is not valid YAML"),
+    ],
+)
+def test_a_mistake_is_named(overrides, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_config("pythia-14m", overrides)
+
+
+def test_every_mistake_is_named_at_once():
+    with pytest.raises(ValueError, match=r"train\.seed is(.|\n)*unknown key train\.sed"):
+        load_config("pythia-14m", ["train.seed=-1", "train.sed=3"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [1", "is not valid YAML"),
+        ("- 1", "must hold sections"),
+        ("model: {hidden_size: 8}", "model.num_hidden_layers is not set"),
+        ("base: bad.yaml", "is its own base"),
+        ("base: pythia-15m", "did you mean pythia-"),
+        ("train: {seed: '${nothing}'}", "nothing"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path, text, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
+        load_config(str(path))
+
+
+def test_a_recipe_that_does_not_exist_is_named():
+    with pytest.raises(FileNotFoundError, match="no recipe is called 'pythia-160': did you mean pythia-160m?"):
+        load_config("pythia-160")
+    with pytest.raises(FileNotFoundError, match=r"recipe runs/mine\.yaml: no such file"):
+        load_config("runs/mine.yaml")
+
+
+def test_every_key_is_documented():
+    documented = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    missing = [key for key in dotted_keys(TrainingConfig) if f"`{key}`" not in documented]
+    assert not missing

@@ -1,0 +1,123 @@
+"""A tiny store, a tiny recipe, and runs of it: in this process, or in several that talk through gloo."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from sinklm.data import find_inputs, prepare_store
+from sinklm.data.tokenizer import train_tokenizer
+
+ROOT = Path(__file__).parent.parent.parent
+RECIPE = """
+model: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, max_position_embeddings: 32}
+train: {num_steps: 8, seq_length: 32, batch_size_tokens: 256, micro_batch_size: 2, precision: fp32, seed: 7}
+optimizer: {lr: 1.0e-2, warmup_ratio: 0.25}
+validation: {every_steps: 4, num_samples: 5}
+checkpoint: {every_steps: 4}
+wandb: {mode: disabled}
+"""
+
+
+def make_store(folder: Path) -> Path:
+    """A store of random words, about 10,000 tokens of a 300-token vocabulary. The same every time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    chance = random.Random(0)
+    words = ["".join(chance.choices("etaoinshrdlu", k=chance.randint(2, 7))) for _ in range(200)]
+    texts = [" ".join(chance.choices(words, weights=range(1, 201), k=chance.randint(20, 80))) for _ in range(150)]
+    tokenizer = folder / "tokenizer.json"
+    train_tokenizer(texts, vocab_size=300).save(str(tokenizer))
+    corpus = folder / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    shards = find_inputs([str(corpus)]).shards
+    prepare_store(shards, folder / "store", tokenizer=str(tokenizer), validation_fraction=0.1, num_processes=1)
+    return folder / "store"
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """Training loss by step."""
+    return {line["step"]: line["loss"] for line in metrics(run_dir) if "loss" in line}
+
+
+def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "checkpoints" / f"step-{step}" / "model" / "model.safetensors")
+
+
+def assert_same_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def copy_checkpoint(run_dir: Path, step: int, other_run_dir: Path) -> None:
+    """Another run's folder as if it had been stopped after ``step``."""
+    shutil.copytree(run_dir / "checkpoints" / f"step-{step}", other_run_dir / "checkpoints" / f"step-{step}")
+    shutil.copy(run_dir / "metrics.jsonl", other_run_dir / "metrics.jsonl")
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+class Ranks:
+    """Processes that run Python code as the ranks of one world, as a launcher would start them."""
+
+    def __init__(self, arguments: list[str], world_size: int, environment: dict[str, str] | None = None):
+        shared = {
+            **os.environ,
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": free_port(),
+            "OMP_NUM_THREADS": "1",
+            **(environment or {}),
+        }
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, *arguments],
+                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(world_size)
+        ]
+
+    def signal(self, number: signal.Signals, rank: int | None = None) -> None:
+        for process in self.processes if rank is None else [self.processes[rank]]:
+            process.send_signal(number)
+
+    def wait(self, timeout: float = 120) -> list[tuple[int, str]]:
+        """Exit status and output of each."""
+        try:
+            outputs = [process.communicate(timeout=timeout)[0] for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+        return [(process.returncode, output) for process, output in zip(self.processes, outputs, strict=True)]
+
+
+def wait_for_step(run_dir: Path, step: int, timeout: float = 90) -> None:
+    """Until the run has recorded a step."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        path = run_dir / "metrics.jsonl"
+        if path.exists() and any(line["step"] >= step for line in metrics(run_dir)):
+            return
+        time.sleep(0.02)
+    raise TimeoutError(f"{run_dir} did not reach step {step}")

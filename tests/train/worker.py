@@ -1,0 +1,34 @@
+"""One rank of a world that makes several training runs behind each other: starting Python is what takes the time.
+
+``python -m tests.train.worker CALLS.json``: a list of {"recipe", "overrides"}, and for a disk that is full on one rank
+{"file_limit": bytes, "file_limit_rank": rank}. The outcome of each call is printed as one JSON line.
+"""
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+
+from sinklm.train.run import train
+
+
+def main() -> None:
+    rank = int(os.environ["RANK"])
+    for call in json.loads(Path(sys.argv[1]).read_text()):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if call.get("file_limit_rank") == rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (call["file_limit"], limits[1]))
+        outcome = "done"
+        try:
+            train(call["recipe"], call["overrides"])
+        except (ValueError, OSError) as error:
+            outcome = f"{type(error).__name__}: {error}"
+        except SystemExit as exit_:
+            outcome = f"exit {exit_.code}"
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        print(json.dumps({"outcome": outcome}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
