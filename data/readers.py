@@ -121,7 +121,7 @@ class Shard:
 
 @dataclass
 class JsonLinesShard(Shard):
-    """A ``.jsonl``, ``.jsonl.gz`` or ``.jsonl.zst`` file; mere ``.zst`` is taken for one. Blank lines are no records."""
+    """A ``.jsonl``, ``.jsonl.gz`` or ``.jsonl.zst`` file; ``.zst`` is taken for one. Blank lines are no records."""
 
     path: Path
     position: int = 0
