@@ -1,0 +1,177 @@
+"""The grid of caches on a text: what is read, what is run, what is reported, what is drawn."""
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from sinklm.cli.evaluate import streaming
+from sinklm.eval.plots import streaming_figure
+from sinklm.eval.streaming import (
+    MIN_BIN_TOKENS,
+    Configuration,
+    Result,
+    as_json,
+    binned_losses,
+    configurations,
+    default_caches,
+    measure,
+    parse_caches,
+    position_bins,
+    read_stream,
+)
+from sinklm.models import load_model, load_tokenizer
+from sinklm.models.export import export_model
+
+from .checkpoints import small_model
+
+WORDS = "In the morning the sea was calm, and the boats went out one after the other. "
+
+
+@pytest.fixture
+def book(tmp_path) -> Path:
+    path = tmp_path / "book.txt"
+    path.write_text("".join(f"{i}. {WORDS}" for i in range(20)), encoding="utf-8")
+    return path
+
+
+def test_texts_are_joined_by_a_blank_line_and_cut(checkpoints, tmp_path):
+    tokenizer = load_tokenizer(checkpoints[1])
+    files = [tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "c.txt"]
+    for file, text in zip(files, ("first text", "second text", "third text"), strict=True):
+        file.write_text(text)
+
+    stream = read_stream(files[:2], tokenizer)
+    assert tokenizer.decode(stream.ids) == "first text\n\nsecond text"
+    assert stream.num_prefix == 0
+
+    cut = read_stream(files, tokenizer, num_tokens=len(stream.ids))
+    assert torch.equal(cut.ids, stream.ids)
+    assert cut.files == tuple(map(str, files[:2]))  # the third was not needed
+    assert cut.sha256 == stream.sha256 != read_stream(files, tokenizer).sha256
+
+
+def test_unreadable_texts_are_named(checkpoints, tmp_path):
+    tokenizer = load_tokenizer(checkpoints[1])
+    short, binary = tmp_path / "short.txt", tmp_path / "binary.txt"
+    short.write_text("few words")
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"short\.txt holds \d+ tokens where 100"):
+        read_stream([short], tokenizer, num_tokens=100)
+    with pytest.raises(ValueError, match=r"binary\.txt is not UTF-8"):
+        read_stream([binary], tokenizer)
+    with pytest.raises(FileNotFoundError, match="missing"):
+        read_stream([tmp_path / "missing.txt"], tokenizer)
+
+
+def test_caches_are_read_and_refused():
+    assert parse_caches("0+1024, 4+1020") == [(0, 1024), (4, 1020)]
+    for wrong in ("1024", "4+", "4+0", "4+1020,", "-1+5"):
+        with pytest.raises(ValueError, match="--caches"):
+            parse_caches(wrong)
+
+
+def test_the_default_grid_is_that_of_table_3():
+    model = small_model(1, max_position_embeddings=2048)
+    assert default_caches(model) == [(0, 1024), (1, 1023), (2, 1022), (4, 1020)]
+
+
+def test_methods_choose_among_the_caches():
+    caches = [(0, 8), (1, 7), (4, 12)]
+    chosen = configurations(["dense", "window", "streaming", "recompute"], caches, num_sinks=1)
+    assert [str(c) for c in chosen] == ["dense", "0+8", "1+7", "4+12", "recompute 8", "recompute 16"]
+    assert [str(c) for c in configurations(["window"], caches, num_sinks=1)] == ["0+8"]
+    with pytest.raises(ValueError, match="dens"):
+        configurations(["dens"], caches, num_sinks=1)
+    with pytest.raises(ValueError, match="such as 0\\+1024"):
+        configurations(["window"], [(4, 4)], num_sinks=1)
+    with pytest.raises(ValueError, match="smaller than the model's 9 sink"):
+        configurations(["window"], caches, num_sinks=9)
+
+
+@given(st.integers(1, 3_000_000))
+def test_bins_cover_the_text_and_grow_with_the_position(num_tokens):
+    edges = position_bins(num_tokens)
+    widths = [b - a for a, b in pairwise(edges)]
+    assert edges[0] == 0
+    assert edges[-1] == num_tokens
+    assert min(widths) >= min(MIN_BIN_TOKENS, num_tokens)
+    assert all(b >= a for a, b in pairwise(widths[:-1]))
+
+
+@given(st.integers(1, 2000), st.floats(0, 1))
+def test_binned_losses_are_the_loss_spread_over_positions(num_tokens, share_unscored):
+    losses = torch.rand(num_tokens, dtype=torch.float64)
+    losses[: int(share_unscored * num_tokens)] = float("nan")
+    edges = position_bins(num_tokens)
+    weights = [int(losses[a:b].isfinite().sum()) for a, b in pairwise(edges)]
+    binned = binned_losses(losses, edges)
+    assert [mean is None for mean in binned] == [weight == 0 for weight in weights]
+    total = sum(weight * mean for weight, mean in zip(weights, binned, strict=True) if mean is not None)
+    assert total == pytest.approx(float(losses.nansum()), abs=1e-9)
+
+
+def test_perplexity_is_over_the_scored_text_tokens():
+    losses = torch.tensor([float("nan"), 1.0, 3.0], dtype=torch.float64)
+    result = Result(Configuration("dense"), losses, seconds=1.0)
+    assert result.num_scored == 2
+    assert result.perplexity == pytest.approx(math.exp(2.0))
+
+
+@pytest.mark.parametrize("num_sinks", [1, 2])
+def test_an_export_streams_as_its_checkpoint_does(checkpoints, tmp_path, book, num_sinks):
+    """The tokenizer's sinks at the front of the stream do what the model's own did, and are no text."""
+    export = export_model(checkpoints[num_sinks], tmp_path / "export")
+    model, plain = load_model(checkpoints[num_sinks]), load_model(export)
+    stream = read_stream([book], load_tokenizer(checkpoints[num_sinks]), 150)
+    plain_stream = read_stream([book], load_tokenizer(export), 150)
+    assert plain_stream.num_prefix == num_sinks
+
+    caches = [(0, 16), (num_sinks, 16 - num_sinks), (4, 12)]
+    for configuration in configurations(["dense", "window", "streaming", "recompute"], caches, num_sinks):
+        ours, theirs = measure(model, stream, configuration), measure(plain, plain_stream, configuration)
+        assert ours.num_scored == theirs.num_scored == 150
+        torch.testing.assert_close(ours.losses, theirs.losses, rtol=1e-4, atol=1e-4)
+
+
+def test_the_command_writes_table_json_and_picture(checkpoints, tmp_path, book, capsys):
+    streaming(
+        str(checkpoints[1]),
+        [book],
+        tokens=300,
+        caches="0+16,1+15",
+        methods="dense,window,streaming,recompute",
+        recompute_every=4,
+        output=tmp_path / "results",
+    )
+
+    report = json.loads((tmp_path / "results" / "streaming.json").read_text())
+    assert [r["configuration"] for r in report["results"]] == ["dense", "0+16", "1+15", "recompute 16"]
+    assert [r["num_scored"] for r in report["results"][:3]] == [300, 300, 300]
+    assert report["results"][3]["num_scored"] == 17 + len(range(20, 300, 4))  # 16 text tokens fit; then every fourth
+    assert report["text"]["num_tokens"] == 300
+    for result in report["results"]:
+        assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+    assert (tmp_path / "results" / "streaming.png").read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert f"{report['results'][1]['perplexity']:,.2f}" in shown
+    assert "one token in 4 is scored" in shown
+
+
+def test_the_picture_shows_every_configuration(checkpoints, book):
+    model = load_model(checkpoints[1])
+    stream = read_stream([book], load_tokenizer(checkpoints[1]), 400)
+    results = [measure(model, stream, c) for c in configurations(["dense", "window"], [(0, 16)], 1)]
+    report = {"model": {"max_position_embeddings": 128}, **as_json(results, stream)}
+
+    (axes,) = streaming_figure(report, "title").axes
+
+    curves = {line.get_label(): line.get_ydata().tolist() for line in axes.lines if len(line.get_xdata()) > 2}
+    assert list(curves.values()) == [r["binned_losses"] for r in report["results"]]
+    assert [label.split(":")[0] for label in curves] == ["dense", "0+16"]
+    assert axes.get_xscale() == "log"
+    assert {text.get_text() for text in axes.texts} == {"cache full", "trained length"}
