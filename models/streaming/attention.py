@@ -22,8 +22,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
     value_dim = value.shape[-1]
     if value_dim < query.shape[-1]:  # the fused kernels want one head size
         value = F.pad(value, (0, query.shape[-1] - value_dim))
-    grouped = query.shape[1] != num_groups
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped)
+    key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     return out[..., :value_dim].reshape(batch_size, num_heads, num_queries, value_dim)
 
 

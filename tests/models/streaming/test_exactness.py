@@ -59,8 +59,10 @@ def test_any_cache_and_any_split_equal_the_oracle(shape, sizes):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("shape", [(0, 5), (1, 4), (4, 9)], ids=str)
 def test_every_family_equals_the_oracle(family, shape):
-    for sizes in ([1] * 40, [31] + [1] * 9, [17, 17, 6]):
-        check(family, shape, sizes)
+    check(family, shape, [31] + [1] * 9)
+    check(family, shape, [17, 17, 6])
+    if shape == (4, 9):
+        check(family, shape, [1] * 40)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -68,7 +70,7 @@ def test_stock_models_differ_by_their_float32_tables_only(family):
     model = tiny.build(tiny.config(family))
     ids = tiny.random_ids(NUM_TOKENS)
     expected = oracle.stream_logits(model, ids[0], 4, 9)
-    for sizes in ([1] * 40, [31] + [1] * 9, [17, 17, 6]):
+    for sizes in ([31] + [1] * 9, [17, 17, 6]):
         cache = StreamingCache.for_model(model, num_kept=4, window=9)
         torch.testing.assert_close(streamed(model, ids, cache, sizes)[0], expected, rtol=0, atol=5e-5)
 
