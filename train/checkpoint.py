@@ -16,15 +16,19 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from pydantic import BaseModel
+from safetensors import SafetensorError
 
 from ..models.loading import COMPLETE_MARKER, MODEL_FOLDER
 from . import universal
+from .cost import GIB
 from .launch import World, silent_stdout
 from .model_files import save_model
 from .plan import Plan
@@ -91,10 +95,10 @@ class CheckpointWriter:
                 shutil.rmtree(checkpoint, ignore_errors=True)  # an interrupted one; a complete one is not saved again
                 for name in (DEEPSPEED_FOLDER, "rng"):
                     (checkpoint / name).mkdir(parents=True)
-        with together(failed):
+        with together(failed), _disk_errors(checkpoint):
             self._save_deepspeed(engine, checkpoint)
             torch.save(_rank_state(engine), _rank_path(checkpoint, self._world.rank))
-        with together(failed):
+        with together(failed), _disk_errors(checkpoint):
             save_model(engine, checkpoint / MODEL_FOLDER, self._plan, self._tokenizer_path, self._world)
             if self._world.is_main:
                 self._save_description(checkpoint, step)
@@ -139,6 +143,18 @@ class CheckpointWriter:
         for step in passing[: -section.keep]:
             (complete[step] / COMPLETE_MARKER).unlink()  # first, so that half of it is never taken for the whole
             shutil.rmtree(complete[step])
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Say in words what torch and safetensors say in codes when a file cannot be written."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not re.search(r"inline_container|PytorchStreamWriter", str(error)):
+            raise
+        free = shutil.disk_usage(folder).free / GIB
+        raise OSError(f"writing failed with {free:.2f} GiB free on its disk ({error})") from error
 
 
 def _flush(folder: Path) -> None:

@@ -66,7 +66,7 @@ def _train_rank(config: TrainingConfig, world: World) -> int:
     from .checkpoint import load_checkpoint, needs_conversion
     from .engine import make_engine
     from .loop import TrainingLoop
-    from .resume import find_resume
+    from .resume import find_resume, interrupted_checkpoints
 
     with world.together():
         store = _open_store(config, world)
@@ -81,11 +81,16 @@ def _train_rank(config: TrainingConfig, world: World) -> int:
     with Progress(config.train.num_steps, is_silent=not world.is_main) as progress:
         for line in describe_run(plan, store, windows, resume):
             progress.say(line)
+        for path in interrupted_checkpoints(run_dir):
+            progress.say(f"{path} was interrupted while it was written, and is not used")
+        first_step = resume.state.step if resume else 0
+        if first_step >= config.train.num_steps:
+            progress.say(f"all {config.train.num_steps:,} steps are done: raise train.num_steps to go on")
+            return 0
         with world.together():
             model = _build_model(plan)
         is_converted = resume is not None and needs_conversion(resume.state, plan, world)
         engine = make_engine(model, plan, world.device, load_universal=is_converted)
-        first_step = resume.state.step if resume else 0
         if resume and first_step:  # step 0 is what was just built
             if is_converted:
                 progress.say("converting the checkpoint for other ranks, ZeRO stage or precision …")

@@ -1,12 +1,11 @@
 """Training without DeepSpeed, without a loader and on one rank: slow and obvious, what the real one must equal."""
 
 import torch
-from torch import nn
-
 from sinklm.data import SampleOrder, TokenStore, TokenWindows
 from sinklm.models import SinkGPTNeoXForCausalLM
 from sinklm.train.plan import Plan
 from sinklm.train.schedule import learning_rate
+from torch import nn
 
 
 def plain_training(plan: Plan, num_steps: int) -> tuple[list[float], list[float], SinkGPTNeoXForCausalLM]:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from sinklm.models import SinkGPTNeoXForCausalLM
 from sinklm.train import engine as engine_module
 from sinklm.train.engine import deepspeed_config, make_engine, train_step
@@ -104,7 +103,7 @@ def test_a_loss_that_is_not_finite_names_step_and_rank(recipe, world, monkeypatc
     monkeypatch.setattr(engine_module, "_gather", lambda values, world: [[2.0, 0.0], [math.nan, 0.0]])
     batches = iter(torch.randint(0, 300, (100, 2, 32)))
     before = [_value(p) for p in engine.module.parameters()]
-    with pytest.raises(ValueError, match="step 3: the loss is nan on rank 1. Training stopped before the update"):
+    with pytest.raises(ValueError, match=r"step 3: the loss is nan on rank 1\. Training stopped before the update"):
         train_step(engine, batches, plan, world, step=3, lr=0.1)
     assert all(torch.equal(_value(p), b) for p, b in zip(engine.module.parameters(), before, strict=True))
 

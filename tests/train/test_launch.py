@@ -4,7 +4,6 @@ import os
 import signal
 
 import pytest
-
 from sinklm.train.launch import SameOnAllRanks, StopRequest, World, fill_environment, first_host
 
 
@@ -82,5 +81,5 @@ def test_an_error_of_all_ranks_is_said_once():
         def gather(self, value):
             return [value] * 3
 
-    with pytest.raises(SameOnAllRanks, match="^wrong key$"), World3(1, 3, 0, None).together():
+    with pytest.raises(SameOnAllRanks, match=r"^wrong key$"), World3(1, 3, 0, None).together():
         raise ValueError("wrong key")

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-
 from sinklm.train.config import TrainingConfig
 from sinklm.train.metrics import MetricsFile, start_wandb
 from sinklm.train.progress import Progress, Speedometer, human
@@ -81,5 +80,5 @@ def test_wandb_online_wants_a_login(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr("wandb.api", type("Api", (), {"api_key": None}))
-    with pytest.raises(ValueError, match="not logged in: run `wandb login`, or set wandb.mode=offline"):
+    with pytest.raises(ValueError, match=r"not logged in: run `wandb login`, or set wandb\.mode=offline"):
         start_wandb(wandb_config("online"), tmp_path)

@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-
 from sinklm.train.config import TrainingConfig
 from sinklm.train.recipe import config_yaml, dotted_keys, load_config
 
@@ -83,7 +82,7 @@ def test_a_bad_file_is_named(tmp_path, text, message):
 
 
 def test_a_recipe_that_does_not_exist_is_named():
-    with pytest.raises(FileNotFoundError, match="no recipe is called 'pythia-160': did you mean pythia-160m?"):
+    with pytest.raises(FileNotFoundError, match=r"no recipe is called 'pythia-160': did you mean pythia-160m\?"):
         load_config("pythia-160")
     with pytest.raises(FileNotFoundError, match=r"recipe runs/mine\.yaml: no such file"):
         load_config("runs/mine.yaml")

@@ -1,11 +1,11 @@
 """The learning rate and the list of steps that are saved."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from sinklm.train.config import CheckpointSection, OptimizerSection
 from sinklm.train.schedule import is_pythia_step, learning_rate, saves_after
 
@@ -23,8 +23,8 @@ def test_the_rate_rises_then_falls_to_its_end(optimizer, num_steps):
     num_warmup_steps = round(num_steps * optimizer.warmup_ratio)
     peak = max(num_warmup_steps - 1, 0)
     rounding = 1 + 1e-9
-    assert all(0 < a <= b * rounding for a, b in zip(rates[: peak + 1], rates[1 : peak + 1], strict=False))
-    assert all(a * rounding >= b for a, b in zip(rates[peak:], rates[peak + 1 :], strict=False))
+    assert all(0 < a <= b * rounding for a, b in pairwise(rates[: peak + 1]))
+    assert all(a * rounding >= b for a, b in pairwise(rates[peak:]))
     assert max(rates) == pytest.approx(optimizer.lr)
     if num_steps > num_warmup_steps + 1:
         assert rates[-1] == pytest.approx(optimizer.lr * optimizer.min_lr_ratio)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-
 from sinklm.data import find_inputs, prepare_store
 from sinklm.data.tokenizer import train_tokenizer
 
@@ -28,10 +27,10 @@ wandb: {mode: disabled}
 """
 
 
-def make_store(folder: Path) -> Path:
+def make_store(folder: Path, seed: int = 0) -> Path:
     """A store of random words, about 10,000 tokens of a 300-token vocabulary. The same every time."""
     folder.mkdir(parents=True, exist_ok=True)
-    chance = random.Random(0)
+    chance = random.Random(seed)
     words = ["".join(chance.choices("etaoinshrdlu", k=chance.randint(2, 7))) for _ in range(200)]
     texts = [" ".join(chance.choices(words, weights=range(1, 201), k=chance.randint(20, 80))) for _ in range(150)]
     tokenizer = folder / "tokenizer.json"

@@ -1,0 +1,147 @@
+"""Two ranks over gloo: the same run as one, stopped and gone on with, in every ZeRO stage."""
+
+import json
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from sinklm.train.checkpoint import list_checkpoints
+from sinklm.train.run import train
+
+from .tiny import Ranks, assert_same_weights, copy_checkpoint, losses, metrics, wait_for_step, weights
+
+pytestmark = pytest.mark.slow
+
+# One run for each stage, in both precisions; what the others would show, `test_engine` does on one rank.
+STAGES = [(0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "fp32")]
+# To another number of ranks: each stage once where a run comes from and once where it goes on.
+CONVERSIONS = [(0, "bf16", 3, "bf16"), (1, "bf16", 0, "fp32"), (2, "fp32", 1, "fp32"), (3, "fp32", 2, "fp32")]
+
+
+def settings(run_dir: Path, stage: int, precision: str) -> list[str]:
+    return [f"train.run_dir={run_dir}", f"deepspeed.zero_stage={stage}", f"train.precision={precision}"]
+
+
+@pytest.fixture(scope="module")
+def one_rank_run(recipe, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("one") / "run"
+    train(recipe, [f"train.run_dir={run_dir}"])
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def two_ranks(recipe, one_rank_run, tmp_path_factory) -> Path:
+    """Runs on two ranks, in one world: whole, resumed, converted from one rank, and with a full disk."""
+    folder = tmp_path_factory.mktemp("two")
+    calls: list[dict] = []
+    for stage, precision in STAGES:
+        whole, resumed = folder / f"whole-{stage}", folder / f"resumed-{stage}"
+        calls.append({"overrides": settings(whole, stage, precision)})
+        calls.append({"overrides": settings(resumed, stage, precision), "copy": [str(whole), 4, str(resumed)]})
+    grown, full = folder / "grown", folder / "full"
+    calls.append({"overrides": settings(grown, 3, "fp32"), "copy": [str(one_rank_run), 4, str(grown)]})
+    calls.append({"overrides": settings(full, 2, "fp32"), "copy": [str(folder / "whole-2"), 4, str(full)]})
+    calls[-1] |= {"file_limit": 100_000, "file_limit_rank": 1}
+    calls.append({"overrides": [f"train.run_dir={folder / 'bad'}", "train.batch_size_tokens=96"]})
+    path = folder / "calls.json"
+    path.write_text(json.dumps([{"recipe": recipe, **call} for call in calls]))
+    results = Ranks(["-m", "tests.train.worker", str(path)], world_size=2).wait(timeout=300)
+    for rank, (status, output) in enumerate(results):
+        assert status == 0, output
+        (folder / f"output-{rank}").write_text(output)
+    return folder
+
+
+def outcomes(folder: Path, rank: int) -> list[str]:
+    lines = (folder / f"output-{rank}").read_text().splitlines()
+    return [json.loads(line)["outcome"] for line in lines if line.startswith('{"outcome"')]
+
+
+@pytest.mark.parametrize(("stage", "precision"), STAGES)
+def test_two_ranks_equal_one(two_ranks, one_rank_run, stage, precision):
+    tolerance = 1e-5 if precision == "fp32" else 5e-3
+    whole = two_ranks / f"whole-{stage}"
+    assert list(losses(whole).values()) == pytest.approx(list(losses(one_rank_run).values()), abs=tolerance)
+    validation = [
+        [line["validation_loss"] for line in metrics(run) if "validation_loss" in line] for run in (whole, one_rank_run)
+    ]
+    assert validation[0] == pytest.approx(validation[1], abs=tolerance)
+
+
+@pytest.mark.parametrize(("stage", "precision"), STAGES)
+def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(two_ranks, stage, precision):
+    whole, resumed = two_ranks / f"whole-{stage}", two_ranks / f"resumed-{stage}"
+    assert losses(resumed) == losses(whole)
+    assert_same_weights(weights(resumed, 8), weights(whole, 8))
+
+
+@pytest.mark.parametrize(("stage", "precision", "new_stage", "new_precision"), CONVERSIONS)
+def test_a_run_goes_on_with_fewer_ranks_and_another_stage(
+    recipe, two_ranks, tmp_path, stage, precision, new_stage, new_precision
+):
+    whole = two_ranks / f"whole-{stage}"
+    copy_checkpoint(whole, 4, tmp_path)
+    train(recipe, settings(tmp_path, new_stage, new_precision))
+    tolerance = 1e-5 if precision == "fp32" else 5e-3
+    assert list(losses(tmp_path).values()) == pytest.approx(list(losses(whole).values()), abs=tolerance)
+    assert not list(tmp_path.glob("*universal*"))
+
+
+def test_a_run_goes_on_with_more_ranks(two_ranks, one_rank_run):
+    grown = losses(two_ranks / "grown")
+    assert list(grown.values()) == pytest.approx(list(losses(one_rank_run).values()), abs=1e-5)
+
+
+def test_a_disk_that_is_full_on_one_rank_stops_all_and_costs_nothing(two_ranks):
+    full = two_ranks / "full"
+    assert list(list_checkpoints(full)) == [4]
+    message = outcomes(two_ranks, 0)[-2]
+    assert re.search(r"cannot save .*step-8 \(earlier checkpoints are intact\): rank 1: writing failed", message)
+    assert outcomes(two_ranks, 1)[-2] == "exit 1"  # rank 0 has said it
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_reported_once(two_ranks):
+    assert "set train.batch_size_tokens to a multiple of 64" in outcomes(two_ranks, 0)[-1]
+    assert outcomes(two_ranks, 1)[-1] == "exit 1"
+
+
+LONG = ["train.num_steps=400", "validation.every_steps=null", "checkpoint.every_steps=null"]
+
+
+def test_a_signal_to_one_rank_saves_on_all_and_the_run_goes_on(recipe, tmp_path):
+    arguments = ["-m", "sinklm.train", recipe, f"train.run_dir={tmp_path / 'run'}", *LONG]
+    ranks = Ranks(arguments, world_size=2)
+    wait_for_step(tmp_path / "run", 3)
+    ranks.signal(signal.SIGTERM, rank=1)
+    (status, output), (other_status, _) = ranks.wait()
+    assert (status, other_status) == (128 + signal.SIGTERM, 128 + signal.SIGTERM), output
+    assert "stopped by SIGTERM" in output
+    (step,) = list_checkpoints(tmp_path / "run")
+    assert list(losses(tmp_path / "run")) == list(range(1, step + 1))
+
+
+def test_a_killed_run_goes_on_bit_for_bit(recipe, tmp_path):
+    """The real thing: a process is ended by SIGTERM somewhere, and the same command is given again."""
+    steps = ["train.num_steps=60", "validation.every_steps=null"]
+    interrupted = tmp_path / "interrupted"
+    process = Ranks(["-m", "sinklm.train", recipe, f"train.run_dir={interrupted}", *steps], world_size=1)
+    wait_for_step(interrupted, 5)
+    process.signal(signal.SIGTERM)
+    ((status, output),) = process.wait()
+    assert status == 128 + signal.SIGTERM, output
+    assert 5 <= max(list_checkpoints(interrupted)) < 60
+    train(recipe, [f"train.run_dir={interrupted}", *steps])
+    train(recipe, [f"train.run_dir={tmp_path / 'whole'}", *steps])
+    assert losses(interrupted) == losses(tmp_path / "whole")
+    assert_same_weights(weights(interrupted, 60), weights(tmp_path / "whole", 60))
+
+
+def test_a_dead_rank_ends_the_others_with_a_message(recipe, tmp_path):
+    ranks = Ranks(["-m", "sinklm.train", recipe, f"train.run_dir={tmp_path / 'run'}", *LONG], world_size=2)
+    wait_for_step(tmp_path / "run", 2)
+    ranks.signal(signal.SIGKILL, rank=1)
+    (status, output), _ = ranks.wait(timeout=60)
+    assert status == 1, output
+    assert "error: rank 0 lost contact with another rank" in output
+    assert "Traceback" not in output

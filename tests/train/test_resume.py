@@ -1,0 +1,227 @@
+"""Stop and go on: bit for bit the run that never stopped; and what is never mixed up or lost."""
+
+import json
+import re
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from sinklm.models import SinkGPTNeoXForCausalLM, load_model, load_tokenizer
+from sinklm.train.checkpoint import list_checkpoints
+from sinklm.train.run import train
+
+from .tiny import assert_same_weights, copy_checkpoint, losses, make_store, metrics, weights
+
+
+@pytest.fixture(scope="module")
+def whole_run(recipe, tmp_path_factory) -> Path:
+    """Eight steps without a stop, saved at 4 and 8."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    train(recipe, [f"train.run_dir={run_dir}"])
+    return run_dir
+
+
+@pytest.fixture
+def stopped_run(whole_run, tmp_path) -> Path:
+    """The same run as it was after step 4."""
+    copy_checkpoint(whole_run, 4, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(recipe, whole_run, stopped_run):
+    train(recipe, [f"train.run_dir={stopped_run}"])
+    assert losses(stopped_run) == losses(whole_run)
+    assert list(losses(stopped_run)) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert_same_weights(weights(stopped_run, 8), weights(whole_run, 8))
+    timeless = [
+        {k: v for k, v in line.items() if k in ("step", "loss", "grad_norm", "lr", "validation_loss")}
+        for run in (stopped_run, whole_run)
+        for line in metrics(run)
+    ]
+    assert timeless[: len(timeless) // 2] == timeless[len(timeless) // 2 :]
+
+
+def test_another_micro_batch_size_is_the_same_run_to_rounding(recipe, whole_run, stopped_run):
+    train(recipe, [f"train.run_dir={stopped_run}", "train.micro_batch_size=8"])
+    assert list(losses(stopped_run).values()) == pytest.approx(list(losses(whole_run).values()), abs=1e-5)
+
+
+def test_a_finished_run_stays_finished(recipe, whole_run, tmp_path, capsys):
+    copy_checkpoint(whole_run, 8, tmp_path)
+    train(recipe, [f"train.run_dir={tmp_path}"])
+    assert losses(tmp_path) == losses(whole_run)
+    assert "all 8 steps are done" in capsys.readouterr().out
+
+
+def test_the_saved_model_is_an_ordinary_folder(whole_run, store):
+    model = load_model(whole_run)
+    assert isinstance(model, SinkGPTNeoXForCausalLM)
+    assert model.config.num_sinks == 1
+    assert load_tokenizer(whole_run).decode(load_tokenizer(whole_run)("on a").input_ids) == "on a"
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        loss = model(ids, labels=ids).loss
+    assert torch.isfinite(loss)
+    folder = whole_run / "checkpoints" / "step-8" / "model"
+    assert (folder / "tokenizer.json").read_bytes() == (store / "tokenizer.json").read_bytes()
+    assert json.loads((folder / "config.json").read_text())["use_cache"] is True
+
+
+def test_the_run_folder_says_what_was_run(whole_run):
+    assert "hidden_size: 32" in (whole_run / "config.yaml").read_text()
+    environment = json.loads((whole_run / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+    assert {line["step"] for line in metrics(whole_run) if "validation_loss" in line} == {4, 8}
+    state = json.loads((whole_run / "checkpoints" / "step-4" / "state.json").read_text())
+    assert (state["step"], state["positions"], state["world_size"]) == (4, 4 * 256, 1)
+
+
+# -- what is incomplete ------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_checkpoint_is_passed_over(recipe, whole_run, stopped_run, capsys):
+    interrupted = stopped_run / "checkpoints" / "step-6"
+    shutil.copytree(whole_run / "checkpoints" / "step-8", interrupted)
+    (interrupted / "COMPLETE").unlink()
+    train(recipe, [f"train.run_dir={stopped_run}"])
+    assert "resuming from" in (output := capsys.readouterr().out)
+    assert "step-4 (step 4)" in output.replace("\n", "")
+    assert "step-6 was interrupted" in output.replace("\n", "")
+    assert losses(stopped_run) == losses(whole_run)
+
+
+def test_an_interrupted_checkpoint_cannot_be_named(recipe, whole_run, tmp_path):
+    interrupted = tmp_path / "step-4"
+    shutil.copytree(whole_run / "checkpoints" / "step-4", interrupted)
+    (interrupted / "COMPLETE").unlink()
+    with pytest.raises(ValueError, match="an interrupted checkpoint"):
+        train(recipe, [f"train.run_dir={tmp_path / 'new'}", f"checkpoint.resume={interrupted}"])
+
+
+def test_a_full_disk_leaves_the_older_checkpoint(recipe, whole_run, tmp_path):
+    """A limit on the size of files stands for the disk: the weights do not fit, what is smaller does."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    copy_checkpoint(whole_run, 4, tmp_path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
+    try:
+        with pytest.raises(
+            ValueError, match=rf"cannot save {tmp_path}/checkpoints/step-8 \(earlier checkpoints are intact\)"
+        ):
+            train(recipe, [f"train.run_dir={tmp_path}", "checkpoint.keep=1"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert list(list_checkpoints(tmp_path)) == [4]
+    train(recipe, [f"train.run_dir={tmp_path}"])
+    assert_same_weights(weights(tmp_path, 8), weights(whole_run, 8))
+
+
+# -- what is kept ------------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_checkpoints_are_kept_and_pythias_always(recipe, tmp_path):
+    often = ["checkpoint.every_steps=1", "checkpoint.keep=2", "validation.every_steps=null", "train.num_steps=6"]
+    train(recipe, [f"train.run_dir={tmp_path / 'a'}", *often])
+    assert list(list_checkpoints(tmp_path / "a")) == [5, 6]
+    assert not list((tmp_path / "a" / "checkpoints").glob("step-1*"))
+    train(recipe, [f"train.run_dir={tmp_path / 'b'}", *often, "checkpoint.pythia_steps=true"])
+    assert list(list_checkpoints(tmp_path / "b")) == [0, 1, 2, 4, 5, 6]
+
+
+def test_a_run_can_go_on_from_step_0_and_from_another_folder(recipe, whole_run, tmp_path):
+    settings = ["checkpoint.pythia_steps=true", "checkpoint.keep=null"]
+    train(recipe, [f"train.run_dir={tmp_path / 'a'}", *settings, "train.num_steps=8"])
+    start = tmp_path / "a" / "checkpoints" / "step-0"
+    train(recipe, [f"train.run_dir={tmp_path / 'b'}", f"checkpoint.resume={start}"])
+    assert losses(tmp_path / "b") == losses(whole_run)
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("train.seed=8", "train.seed is 8"),
+        ("train.batch_size_tokens=512", "train.batch_size_tokens is 512"),
+        ("train.seq_length=16", "train.seq_length is 16"),
+        ("model.num_hidden_layers=3", "model.num_hidden_layers is 3"),
+        ("model.sink.num_tokens=2", "model.sink.num_tokens is 2"),
+    ],
+)
+def test_another_run_is_not_resumed(recipe, stopped_run, override, key):
+    with pytest.raises(ValueError, match=re.escape(key)):
+        train(recipe, [f"train.run_dir={stopped_run}", override])
+
+
+def test_other_data_is_refused(recipe, stopped_run, tmp_path):
+    other = make_store(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match=r"data\.path .* holds other tokens"):
+        train(recipe, [f"train.run_dir={stopped_run}", f"data.path={other}"])
+
+
+def test_a_change_that_is_allowed_is_told(recipe, stopped_run, capsys):
+    train(recipe, [f"train.run_dir={stopped_run}", "optimizer.lr=0.02"])
+    assert "changed since then: optimizer.lr: 0.01 → 0.02" in capsys.readouterr().out
+    assert metrics(stopped_run)[-1]["step"] == 8
+
+
+def test_never_resuming_does_not_mix_two_runs(recipe, stopped_run):
+    with pytest.raises(ValueError, match=r"already holds checkpoints up to step 4: set checkpoint\.resume=auto"):
+        train(recipe, [f"train.run_dir={stopped_run}", "checkpoint.resume=never"])
+
+
+def test_going_back_in_time_does_not_mix_two_runs(recipe, whole_run):
+    old = whole_run / "checkpoints" / "step-4"
+    with pytest.raises(ValueError, match="holds a checkpoint at step 8, later than the one to resume from"):
+        train(recipe, [f"train.run_dir={whole_run}", f"checkpoint.resume={old}"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.path=null"], "data.path is not set"),
+        (["data.path=/nowhere"], "/nowhere: not a token store"),
+        (["checkpoint.resume=/nowhere"], "checkpoint.resume=/nowhere: no such folder"),
+        (["model.vocab_size=200"], "model.vocab_size 200 is too small for a tokenizer"),
+        (["model.init_from=/nowhere"], "/nowhere does not exist"),
+        (
+            [
+                "validation.every_steps=1",
+                "train.seq_length=2000",
+                "model.max_position_embeddings=2000",
+                "train.batch_size_tokens=4000",
+            ],
+            "or set validation.every_steps=null",
+        ),
+    ],
+)
+def test_a_run_that_cannot_start_says_why(recipe, tmp_path, overrides, message):
+    with pytest.raises((ValueError, OSError), match=re.escape(message)):
+        train(recipe, [f"train.run_dir={tmp_path / 'run'}", *overrides])
+
+
+def test_a_damaged_store_is_refused(recipe, store, tmp_path):
+    broken = tmp_path / "store"
+    shutil.copytree(store, broken)
+    path = next((broken / "train").glob("*.bin"))
+    content = bytearray(path.read_bytes())
+    content[10] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="checksum"):
+        train(recipe, [f"train.run_dir={tmp_path / 'run'}", f"data.path={broken}"])
+
+
+# -- warm start --------------------------------------------------------------------------------------------------------
+
+
+def test_a_warm_start_begins_where_the_other_run_ended(recipe, whole_run, tmp_path):
+    train(recipe, [f"train.run_dir={tmp_path}", f"model.init_from={whole_run}", "train.seed=99", "optimizer.lr=1e-9"])
+    for name, weight in weights(tmp_path, 8).items():
+        torch.testing.assert_close(weight, weights(whole_run, 8)[name], atol=1e-6, rtol=0)
+
+
+def test_a_warm_start_from_another_size_is_refused(recipe, whole_run, tmp_path):
+    with pytest.raises(ValueError, match=r"model\.num_hidden_layers is 1, but model\.init_from=.* has 2"):
+        train(recipe, [f"train.run_dir={tmp_path}", f"model.init_from={whole_run}", "model.num_hidden_layers=1"])
