@@ -68,7 +68,7 @@ def recompute_losses(
     Args:
         num_keys: positions in a window, with the querying token, the model's sinks and the prefix.
         num_prefix: first tokens of ``ids`` that every window begins with (a begin-of-text token).
-        every: score only the tokens whose position is a multiple of it, once the window has to slide.
+        every: score only the tokens whose position in the text is a multiple of it, once the window has to slide.
     """
     num_recent = num_keys - num_prefix - getattr(model.config, "num_sinks", 0)
     if num_recent < 1:
@@ -80,7 +80,7 @@ def recompute_losses(
     _advance(progress, min(len(head), len(ids) - 1))
 
     for targets in torch.arange(len(ids))[len(head) + 1 :].split(max(1, RECOMPUTE_TOKENS // num_keys) * every):
-        chosen = targets[targets % every == 0]
+        chosen = targets[(targets - num_prefix) % every == 0]
         if len(chosen):
             recent = ids[chosen[:, None] + torch.arange(-num_recent, 0)]  # (B, num_recent)
             windows = torch.cat([ids[:num_prefix].expand(len(chosen), -1), recent], dim=1)

@@ -47,7 +47,7 @@ def streaming_figure(report: dict[str, Any], title: str | None = None) -> Figure
         axes.grid(axis="y", linewidth=0.4, alpha=0.5)
         axes.legend(title="cache: perplexity", loc="upper left", bbox_to_anchor=(1.0, 1.0), alignment="left")
         if title:
-            axes.set_title(title, loc="left", fontsize=10)
+            axes.set_title(title, loc="left", fontsize=10, pad=14)
     return figure
 
 
@@ -71,13 +71,16 @@ def _draw_losses(axes: Axes, report: dict[str, Any]) -> None:
 def _mark_positions(axes: Axes, report: dict[str, Any]) -> None:
     last = report["bin_edges"][-1]
     cached = [r["num_kept"] + r["window"] for r in report["results"] if r["method"] != "dense"]
-    marks = {"cache full": min(cached, default=None), "trained length": report["model"]["max_position_embeddings"]}
-    for text, position in marks.items():
+    marks = [
+        ("cache full ", min(cached, default=None)),
+        (" trained length", report["model"]["max_position_embeddings"]),
+    ]
+    for (text, position), alignment in zip(marks, ("right", "left"), strict=True):  # to either side: they may be close
         if position and position < last:
             axes.axvline(position, color="0.6", linewidth=0.8, zorder=0)
             axes.annotate(
-                text, (position, 1.0), xycoords=("data", "axes fraction"), xytext=(-3, -2), textcoords="offset points",
-                rotation=90, ha="right", va="top", fontsize=7, color="0.4",
+                text, (position, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset points",
+                ha=alignment, va="bottom", fontsize=7, color="0.4",
             )  # fmt: skip
 
 

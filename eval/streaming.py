@@ -34,10 +34,15 @@ class Configuration:
     def cache_size(self) -> int:
         return self.num_kept + self.window
 
-    def __str__(self) -> str:
+    @property
+    def cache(self) -> str:
+        """As it stands in a table: ``4+1020``; ``1024`` where no token is kept but all are computed anew."""
         if self.method == "dense":
-            return "dense"
-        return f"{self.method} {self.cache_size}" if self.method == "recompute" else f"{self.num_kept}+{self.window}"
+            return "all"
+        return str(self.cache_size) if self.method == "recompute" else f"{self.num_kept}+{self.window}"
+
+    def __str__(self) -> str:
+        return {"dense": "dense", "recompute": f"recompute {self.cache}"}.get(self.method, self.cache)
 
 
 @dataclass(frozen=True)
@@ -230,14 +235,14 @@ def as_json(results: Iterable[Result], stream: Stream) -> dict[str, Any]:
 
 def results_table(results: Iterable[Result], title: str) -> Table:
     table = Table(title=title)
-    table.add_column("Cache")
     table.add_column("Method")
+    table.add_column("Cache")
     for header in ("Perplexity", "Loss (nats)", "Tokens scored", "Tokens/s"):
         table.add_column(header, justify="right")
     for result in results:
         table.add_row(
-            str(result.configuration),
             result.configuration.method,
+            result.configuration.cache,
             f"{result.perplexity:,.2f}",
             f"{float(result.losses.nanmean()):.4f}",
             f"{result.num_scored:,}",

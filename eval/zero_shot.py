@@ -139,9 +139,13 @@ def results_table(results: dict[str, Any], title: str) -> Table:
                 continue
             num_samples = results["num_samples"].get(name, {}).get("effective", "")
             stderr = metrics.get(_stderr_key(metric), float("nan"))
-            shown = "" if stderr != stderr else f"{stderr:.4f}"
-            table.add_row(name, str(num_samples), metric, f"{value:.4f}", shown)
+            shown = "" if stderr != stderr else _number(stderr)
+            table.add_row(name, str(num_samples), metric, _number(value), shown)
     return table
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.3e}"
 
 
 def _stderr_key(metric: str) -> str:

@@ -21,7 +21,7 @@ tags:
 # {name}
 
 A Pythia-style (GPT-NeoX) language model of {num_parameters:,} parameters, pre-trained with \
-[sinklm]({homepage}) {with_sinks}.
+sinklm {with_sinks}.
 
 | | |
 |---|---|
@@ -38,8 +38,7 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_special_tokens=True))
 ```
 
-{notes}
-## Stream
+{notes}## Stream
 
 Text without end, in constant memory: the cache keeps {num_kept_words} and the {window} most recent tokens.
 
@@ -56,9 +55,9 @@ Whoever publishes this model chooses its licence. The texts it was trained on ha
 """
 
 SINK_NOTES = """\
-The model was trained with {names} in front of every text, and much of its attention rests there: without it the text
-gets worse. The tokenizer puts it there by itself; keep it in fine-tuning (no `add_special_tokens=False`) and wherever
-long texts are cut on the left. It is never generated (`suppress_tokens` in `generation_config.json`).
+The model was trained with {names} in front of every text, as a place for surplus attention. The tokenizer puts it there
+by itself; keep it in fine-tuning (no `add_special_tokens=False`) and wherever long texts are cut on the left. It is
+never generated (`suppress_tokens` in `generation_config.json`).
 
 """
 
@@ -77,7 +76,6 @@ def model_card(model: PreTrainedModel, folder: Path, name: str, sink_names: list
     return TEMPLATE.format(
         name=name,
         num_parameters=sum(p.numel() for p in model.parameters()),
-        homepage="https://pypi.org/project/sinklm/",
         with_sinks=with_sinks,
         facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
         notes=notes,
@@ -91,7 +89,7 @@ def architecture_facts(model: PreTrainedModel) -> dict[str, str]:
     config = model.config
     return {
         "Layers, width, heads": f"{config.num_hidden_layers}, {config.hidden_size}, {config.num_attention_heads}",
-        "Trained length": f"{config.max_position_embeddings} positions, sinks included",
+        "Longest sequence": f"{config.max_position_embeddings:,} positions, sinks included",
         "Vocabulary": f"{config.vocab_size:,} rows",
         "Sink token ids": ", ".join(map(str, config.sink_token_ids)) or "none",
         "Weights": str(model.dtype).removeprefix("torch."),

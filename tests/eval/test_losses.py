@@ -91,7 +91,7 @@ def test_recompute_losses_run_the_window_anew_for_each_token(num_sinks, num_pref
     num_head = num_prefix + num_recent
     expected = torch.full((NUM_TOKENS,), float("nan"), dtype=torch.float64)
     for t in range(0 if num_sinks else 1, NUM_TOKENS):
-        if t <= num_head or t % every == 0:
+        if t <= num_head or (t - num_prefix) % every == 0:
             recent = ids[:t] if t <= num_head else torch.cat([ids[:num_prefix], ids[t - num_recent : t]])
             with torch.no_grad():
                 logits = twin(whole_stream(model, recent)[None]).logits[0, -1]
