@@ -140,16 +140,19 @@ def test_a_long_document_is_encoded_in_pieces_to_the_same_ids(
 
 
 class Crash(BaseException):
-    """The machine stops here."""
+    """The process stops here."""
 
 
-def crash_at(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stop at the n-th call that changes something on the disk for good."""
+def crash_at(call: int, monkeypatch: pytest.MonkeyPatch, output: Path, left: Path) -> None:
+    """Stop at the n-th call that changes something on the disk for good; ``left`` is what a killed process leaves."""
     counter = itertools.count(1)
 
     def crashing(function: Callable) -> Callable:
         def wrapper(*args: object, **kwargs: object) -> object:
-            if next(counter) >= call:
+            number = next(counter)
+            if number == call:
+                subprocess.run(["cp", "-a", str(output), str(left)], check=True)
+            if number >= call:
                 raise Crash
             return function(*args, **kwargs)
 
@@ -166,17 +169,18 @@ def test_after_a_crash_at_any_moment_the_same_command_ends_in_the_same_bytes(
     prepare(corpus, tmp_path / "whole", tokenizer_file)
     whole = content(tmp_path / "whole")
     for call in itertools.count(1):
-        output = tmp_path / f"crashed-{call}"
+        output, left = tmp_path / f"crashed-{call}", tmp_path / f"left-{call}"
         with pytest.MonkeyPatch.context() as patch:
-            crash_at(call, patch)
+            crash_at(call, patch, output, left)
             try:
                 prepare(corpus, output, tokenizer_file)
                 break  # it came to its end: there is no later moment
             except Crash:
                 pass
-        prepare(corpus, output, tokenizer_file)
-        assert content(output) == whole, f"crashed at call {call}"
+        prepare(corpus, left, tokenizer_file)
+        assert content(left) == whole, f"crashed at call {call}"
         shutil.rmtree(output)
+        shutil.rmtree(left)
     assert call > 40
 
 
@@ -226,14 +230,16 @@ def test_a_killed_process_leaves_no_helpers_and_a_store_that_goes_on(
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
     command = [sys.executable, str(script), str(tmp_path / "store"), str(tokenizer_file), *corpus]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == -signal.SIGKILL, result.stderr
-    helpers = [int(pid) for pid in result.stdout.split()]
+    with open(tmp_path / "helpers", "w") as pids:  # no pipe, which helpers left behind would hold open
+        assert subprocess.run(command, stdout=pids, check=False).returncode == -signal.SIGKILL
+    helpers = [int(pid) for pid in (tmp_path / "helpers").read_text().split()]
     assert len(helpers) == 2
     deadline = time.monotonic() + 20
-    while any(Path(f"/proc/{pid}").exists() for pid in helpers) and time.monotonic() < deadline:
+    while (alive := [pid for pid in helpers if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in helpers)
+    for pid in alive:
+        os.kill(pid, signal.SIGKILL)
+    assert alive == []
 
     assert json.loads((tmp_path / "store/.prepare/00001.json").read_text())["num_records"] > 0
     prepare(corpus, tmp_path / "store", tokenizer_file)
