@@ -1,5 +1,6 @@
 """`sinklm eval zero-shot` and `sinklm eval streaming`."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,8 +46,9 @@ def zero_shot(
         num_fewshot=num_fewshot,
         batch_size=batch_size if batch_size == "auto" else int(batch_size),
     )
+    report = {"model": describe_model(loaded, model), "versions": library_versions(), **results}
     path = (output or default_output(model)) / "zero_shot.json"
-    write_json(path, {"model": describe_model(loaded, model), "versions": library_versions(), **results})
+    write_json(path, report)
     console.print(results_table(results, f"Zero-shot: {model}" + (f", first {limit} examples" if limit else "")))
     console.print(f"Results: {path}")
 
@@ -83,12 +85,16 @@ def streaming(
         parse_caches(caches) if caches else default_caches(loaded),
         num_sinks=getattr(loaded.config, "num_sinks", 0),
     )
-    results = _measure_all(console, loaded, stream, chosen, recompute_every)
-
     folder = output or default_output(model)
     report: dict[str, Any] = {"model": describe_model(loaded, model), "versions": library_versions()}
-    report |= {"recompute_every": recompute_every, **as_json(results, stream)}
-    write_json(folder / "streaming.json", report)
+    report["recompute_every"] = recompute_every
+    write_json(folder / "streaming.json", report)  # a folder that cannot be written shows before the work
+
+    results = []
+    for result in _measure_all(console, loaded, stream, chosen, recompute_every):
+        results.append(result)
+        report |= as_json(results, stream)
+        write_json(folder / "streaming.json", report)  # what is measured stays, should the next one fail
     plot_streaming(report, folder / "streaming.png", title=model)
     console.print(results_table(results, f"Perplexity on {report['text']['num_tokens']:,} tokens: {model}"))
     _explain_unscored(console, results, stream, recompute_every)
@@ -97,25 +103,23 @@ def streaming(
 
 def _measure_all(
     console: Console, model: "PreTrainedModel", stream: "Stream", chosen: list["Configuration"], recompute_every: int
-) -> list["Result"]:
+) -> Iterator["Result"]:
+    """Run one configuration after the other, each with a bar of its own."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ..eval.streaming import measure
 
     columns = (TextColumn("{task.description:>16}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    results = []
     with Progress(*columns, console=console) as bars:
         for configuration in chosen:
             bar = bars.add_task(str(configuration), total=len(stream.ids) - 1)
-            result = measure(
+            yield measure(
                 model,
                 stream,
                 configuration,
                 recompute_every=recompute_every,
                 progress=lambda num_tokens, bar=bar: bars.advance(bar, num_tokens),  # type: ignore[misc]
             )
-            results.append(result)
-    return results
 
 
 def _explain_unscored(console: Console, results: list["Result"], stream: "Stream", recompute_every: int) -> None:

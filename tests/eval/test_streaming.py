@@ -178,3 +178,21 @@ def test_the_picture_shows_every_configuration(checkpoints, book):
     assert [label.split(":")[0] for label in curves] == ["dense", "0+16"]
     assert axes.get_xscale() == "log"
     assert {text.get_text().strip() for text in axes.texts} == {"cache full", "trained length"}
+
+
+def test_what_was_measured_stays_when_a_later_configuration_fails(checkpoints, tmp_path, book, monkeypatch):
+    def fails(*arguments, **keywords):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("sinklm.eval.streaming.stream_losses", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        streaming(str(checkpoints[1]), [book], tokens=100, caches="0+16", methods="dense,window", output=tmp_path)
+    report = json.loads((tmp_path / "streaming.json").read_text())
+    assert [r["configuration"] for r in report["results"]] == ["dense"]
+
+
+def test_a_folder_that_cannot_be_written_shows_before_the_work(checkpoints, tmp_path, book, monkeypatch):
+    monkeypatch.setattr("sinklm.eval.streaming.dense_losses", lambda *arguments: pytest.fail("worked in vain"))
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        streaming(str(checkpoints[1]), [book], tokens=100, methods="dense", output=tmp_path / "file")
