@@ -13,6 +13,7 @@ from .tiny import Ranks, assert_same_weights, copy_checkpoint, losses, metrics, 
 
 pytestmark = pytest.mark.slow
 
+LONG = ["train.num_steps=400", "validation.every_steps=null", "checkpoint.every_steps=null"]
 # One run for each stage, in both precisions; what the others would show, `test_engine` does on one rank.
 STAGES = [(0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "fp32")]
 # To another number of ranks: each stage once where a run comes from and once where it goes on.
@@ -39,23 +40,34 @@ def two_ranks(recipe, one_rank_run, tmp_path_factory) -> Path:
         whole, resumed = folder / f"whole-{stage}", folder / f"resumed-{stage}"
         calls.append({"overrides": settings(whole, stage, precision)})
         calls.append({"overrides": settings(resumed, stage, precision), "copy": [str(whole), 4, str(resumed)]})
-    grown, full = folder / "grown", folder / "full"
-    calls.append({"overrides": settings(grown, 3, "fp32"), "copy": [str(one_rank_run), 4, str(grown)]})
-    calls.append({"overrides": settings(full, 2, "fp32"), "copy": [str(folder / "whole-2"), 4, str(full)]})
-    calls[-1] |= {"file_limit": 100_000, "file_limit_rank": 1}
-    calls.append({"overrides": [f"train.run_dir={folder / 'bad'}", "train.batch_size_tokens=96"]})
+    grown, full, stopped, dead = (folder / name for name in ("grown", "full", "stopped", "dead"))
+    calls += [
+        {"overrides": settings(grown, 3, "fp32"), "copy": [str(one_rank_run), 4, str(grown)]},
+        {
+            "overrides": settings(full, 2, "fp32"),
+            "copy": [str(folder / "whole-2"), 4, str(full)],
+            "file_limit": [1, 100_000],
+        },
+        {"overrides": [f"train.run_dir={folder / 'bad'}", "train.batch_size_tokens=96"]},
+        {"overrides": [f"train.run_dir={stopped}", *LONG], "signal": [1, signal.SIGTERM, 3, str(stopped)]},
+        {"overrides": [f"train.run_dir={dead}", *LONG], "signal": [1, signal.SIGKILL, 2, str(dead)]},
+    ]
     path = folder / "calls.json"
     path.write_text(json.dumps([{"recipe": recipe, **call} for call in calls]))
     results = Ranks(["-m", "tests.train.worker", str(path)], world_size=2).wait(timeout=300)
-    for rank, (status, output) in enumerate(results):
-        assert status == 0, output
+    assert [status for status, _ in results] == [0, -signal.SIGKILL], results[0][1]
+    for rank, (_, output) in enumerate(results):
         (folder / f"output-{rank}").write_text(output)
     return folder
 
 
-def outcomes(folder: Path, rank: int) -> list[str]:
-    lines = (folder / f"output-{rank}").read_text().splitlines()
-    return [json.loads(line)["outcome"] for line in lines if line.startswith('{"outcome"')]
+def outcomes(folder: Path, run: str) -> list[str]:
+    """How a run ended, for each rank that lived to tell."""
+    calls = json.loads((folder / "calls.json").read_text())
+    (number,) = (i for i, call in enumerate(calls) if call["overrides"][0] == f"train.run_dir={folder / run}")
+    texts = [(folder / f"output-{rank}").read_text().splitlines() for rank in (0, 1)]
+    told = [[json.loads(line)["outcome"] for line in lines if line.startswith('{"outcome"')] for lines in texts]
+    return [outcomes_of_rank[number] for outcomes_of_rank in told if number < len(outcomes_of_rank)]
 
 
 @pytest.mark.parametrize(("stage", "precision"), STAGES)
@@ -94,36 +106,33 @@ def test_a_run_goes_on_with_more_ranks(two_ranks, one_rank_run):
 
 
 def test_a_disk_that_is_full_on_one_rank_stops_all_and_costs_nothing(two_ranks):
-    full = two_ranks / "full"
-    assert list(list_checkpoints(full)) == [4]
-    message = outcomes(two_ranks, 0)[-2]
+    message, other = outcomes(two_ranks, "full")
     assert re.search(r"cannot save .*step-8 \(earlier checkpoints are intact\): rank 1: writing failed", message)
-    assert outcomes(two_ranks, 1)[-2] == "exit 1"  # rank 0 has said it
+    assert other == "exit 1"  # rank 0 has said it
+    assert list(list_checkpoints(two_ranks / "full")) == [4]
 
 
 def test_a_batch_that_the_ranks_cannot_share_is_reported_once(two_ranks):
-    assert "set train.batch_size_tokens to a multiple of 64" in outcomes(two_ranks, 0)[-1]
-    assert outcomes(two_ranks, 1)[-1] == "exit 1"
+    message, other = outcomes(two_ranks, "bad")
+    assert "set train.batch_size_tokens to a multiple of 64" in message
+    assert other == "exit 1"
 
 
-LONG = ["train.num_steps=400", "validation.every_steps=null", "checkpoint.every_steps=null"]
+def test_a_signal_to_one_rank_saves_on_all(two_ranks):
+    assert outcomes(two_ranks, "stopped") == [f"exit {128 + signal.SIGTERM}"] * 2
+    assert "stopped by SIGTERM" in (two_ranks / "output-0").read_text()
+    (step,) = list_checkpoints(two_ranks / "stopped")
+    assert list(losses(two_ranks / "stopped")) == list(range(1, step + 1))
 
 
-def test_a_signal_to_one_rank_saves_on_all_and_the_run_goes_on(recipe, tmp_path):
-    arguments = ["-m", "sinklm.train", recipe, f"train.run_dir={tmp_path / 'run'}", *LONG]
-    ranks = Ranks(arguments, world_size=2)
-    wait_for_step(tmp_path / "run", 3)
-    ranks.signal(signal.SIGTERM, rank=1)
-    (status, output), (other_status, _) = ranks.wait()
-    assert (status, other_status) == (128 + signal.SIGTERM, 128 + signal.SIGTERM), output
-    assert "stopped by SIGTERM" in output
-    (step,) = list_checkpoints(tmp_path / "run")
-    assert list(losses(tmp_path / "run")) == list(range(1, step + 1))
+def test_a_dead_rank_ends_the_others_with_a_message(two_ranks):
+    (message,) = outcomes(two_ranks, "dead")
+    assert message.startswith("ConnectionError: rank 0 lost contact with another rank, which died or hangs")
 
 
 def test_a_killed_run_goes_on_bit_for_bit(recipe, tmp_path):
     """The real thing: a process is ended by SIGTERM somewhere, and the same command is given again."""
-    steps = ["train.num_steps=60", "validation.every_steps=null"]
+    steps = ["train.num_steps=60", "train.micro_batch_size=8", "validation.every_steps=null"]
     interrupted = tmp_path / "interrupted"
     process = Ranks(["-m", "sinklm.train", recipe, f"train.run_dir={interrupted}", *steps], world_size=1)
     wait_for_step(interrupted, 5)
@@ -135,13 +144,3 @@ def test_a_killed_run_goes_on_bit_for_bit(recipe, tmp_path):
     train(recipe, [f"train.run_dir={tmp_path / 'whole'}", *steps])
     assert losses(interrupted) == losses(tmp_path / "whole")
     assert_same_weights(weights(interrupted, 60), weights(tmp_path / "whole", 60))
-
-
-def test_a_dead_rank_ends_the_others_with_a_message(recipe, tmp_path):
-    ranks = Ranks(["-m", "sinklm.train", recipe, f"train.run_dir={tmp_path / 'run'}", *LONG], world_size=2)
-    wait_for_step(tmp_path / "run", 2)
-    ranks.signal(signal.SIGKILL, rank=1)
-    (status, output), _ = ranks.wait(timeout=60)
-    assert status == 1, output
-    assert "error: rank 0 lost contact with another rank" in output
-    assert "Traceback" not in output

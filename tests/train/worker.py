@@ -1,42 +1,57 @@
 """One rank of a world that makes several training runs behind each other: starting Python is what takes the time.
 
-``python -m tests.train.worker CALLS.json``: a list of {"recipe", "overrides"}, and where wanted
-{"copy": [run_dir, step, run_dir]} (first, copy a checkpoint) and {"file_limit": bytes, "file_limit_rank": rank} (the
-disk is full on one rank). The outcome of each call is printed as one JSON line.
+``python -m tests.train.worker CALLS.json``: a list of calls {"recipe", "overrides"}, each with what else happens:
+
+- "copy": [run_dir, step, run_dir]: first, a checkpoint is copied;
+- "file_limit": [rank, bytes]: the disk of a rank is full;
+- "signal": [rank, number, step, run_dir]: a rank gets a signal when the run has done that step.
+
+The outcome of each call is printed as one JSON line.
 """
 
 import json
 import os
 import resource
 import sys
+import threading
 from pathlib import Path
 
 import torch.distributed as dist
 from sinklm.train.run import train
 
-from .tiny import copy_checkpoint
+from .tiny import copy_checkpoint, wait_for_step
 
 
 def main() -> None:
-    rank = int(os.environ["RANK"])
     for call in json.loads(Path(sys.argv[1]).read_text()):
-        if "copy" in call:
-            source, step, target = call["copy"]
-            if rank == 0:
-                copy_checkpoint(Path(source), step, Path(target))
-            dist.barrier()
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if call.get("file_limit_rank") == rank:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (call["file_limit"], limits[1]))
-        outcome = "done"
-        try:
-            train(call["recipe"], call["overrides"])
-        except (ValueError, OSError) as error:
-            outcome = f"{type(error).__name__}: {error}"
-        except SystemExit as exit_:
-            outcome = f"exit {exit_.code}"
+        print(json.dumps({"outcome": make(call, int(os.environ["RANK"]))}), flush=True)
+
+
+def make(call: dict, rank: int) -> str:
+    if "copy" in call:
+        source, step, target = call["copy"]
+        if rank == 0:
+            copy_checkpoint(Path(source), step, Path(target))
+        dist.barrier()
+    if "signal" in call and call["signal"][0] == rank:
+        threading.Thread(target=send_signal, args=call["signal"][1:], daemon=True).start()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if "file_limit" in call and call["file_limit"][0] == rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (call["file_limit"][1], limits[1]))
+    try:
+        train(call["recipe"], call["overrides"])
+    except (ValueError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+    except SystemExit as exit_:
+        return f"exit {exit_.code}"
+    finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        print(json.dumps({"outcome": outcome}), flush=True)
+    return "done"
+
+
+def send_signal(number: int, step: int, run_dir: str) -> None:
+    wait_for_step(Path(run_dir), step)
+    os.kill(os.getpid(), number)
 
 
 if __name__ == "__main__":
