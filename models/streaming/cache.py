@@ -1,5 +1,6 @@
 """`StreamingCache`: a transformers cache that holds S initial and W recent tokens, whatever the length of the text."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,12 +56,12 @@ class StreamingCache(Cache):
     """
 
     def __init__(self, model: PreTrainedModel, shape: StreamShape, chunk_size: int):
-        decoder: Any = model.base_model
+        decoder: Any = model.get_decoder()
         family = family_of(decoder.config, shape)
         layers = [StreamingLayer(shape) for _ in range(decoder.config.num_hidden_layers)]
         super().__init__(layers=layers)  # type: ignore[arg-type]
         self.streaming_layers = layers
-        self.shape, self.chunk_size = shape, chunk_size
+        self.decoder, self.shape, self.chunk_size = decoder, shape, chunk_size
         self.encoding = family.encoding(decoder, shape)
         self.state: StreamState | None = None
         self.step: DecodeStep | ChunkStep | None = None
@@ -86,6 +87,19 @@ class StreamingCache(Cache):
         if chunk_size < 1:
             raise ValueError(f"chunk_size is {chunk_size}: it must be at least 1")
         return cls(model, StreamShape(num_kept, window), chunk_size)
+
+    def __repr__(self) -> str:
+        shape = self.shape
+        return f"StreamingCache(num_kept={shape.num_kept}, window={shape.window}, seen={self.get_seq_length()})"
+
+    def __deepcopy__(self, memo: dict) -> "StreamingCache":
+        """Another cache of the same model that goes on from the same tokens: a prompt read once serves many texts."""
+        twin = StreamingCache(self.decoder, self.shape, self.chunk_size)
+        for name in ("state", "num_since_rebase", "is_ragged", "is_damaged"):
+            setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
+        twin.streaming_layers = copy.deepcopy(self.streaming_layers, memo)
+        twin.layers = twin.streaming_layers  # type: ignore[assignment]
+        return twin
 
     # -- a forward pass, as `StreamingHook` drives it ----------------------------------------------------------------
 

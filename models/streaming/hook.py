@@ -105,9 +105,9 @@ class StreamingHook:
         cache, named = self.cache_in(decoder, args, kwargs)
         if cache is None:
             return None
+        self.earlier.append([])
         name = "inputs_embeds" if named.get("input_ids") is None else "input_ids"
         inputs, is_token = named[name], named.get("attention_mask")
-        self.earlier.append([])
         if len(self.earlier) == 1:
             is_token = cache.check_inputs(inputs, is_token)
             if named.get("use_cache") is False:  # then `generate` would feed the whole text again at each step

@@ -100,15 +100,37 @@ class ChunkStep:
         before = self.num_seen - shape.window + torch.arange(shape.window, device=device)  # (B, W), negative: none
         self.window_slots = shape.slot_of(before.clamp(min=0))
         new = tokens if is_token is None else tokens.masked_fill(~is_token, -1)
-        band = torch.cat((before, new), dim=1)[:, None]  # (B, 1, W + T)
-        queries = tokens[:, :, None]
-        in_band = (band >= 0) & (band <= queries) & (queries - band <= shape.window)
-        if is_token is not None:  # a padding query sees itself, so that its softmax is over something
-            in_band[:, :, shape.window :] |= torch.eye(num_inputs, dtype=torch.bool, device=device) & ~is_token[:, None]
-        kept = torch.arange(shape.num_kept, device=device).expand(*queries.shape[:2], -1)
-        self.visible = torch.cat((kept < queries - shape.window, in_band), dim=-1)  # (B, T, S + W + T)
-        if isinstance(encoding, Alibi):
-            self.key_positions = torch.cat((kept, band - queries + shape.query_position(queries)), dim=-1)
+        self.is_token = is_token
+        self.queries, self.band = tokens[:, :, None], torch.cat((before, new), dim=1)[:, None]  # (B, 1, W + T)
+        self.kept = torch.arange(shape.num_kept, device=device)
+
+    @cached_property
+    def visible(self) -> Tensor:
+        """Which kept keys and which of the band each query sees: ``(B, T, S + W + T)``."""
+        window, queries, band = self.shape.window, self.queries, self.band
+        in_band = (band >= 0) & (band <= queries) & (band >= queries - window)
+        if self.is_token is not None:  # a padding query sees itself, so that its softmax is over something
+            itself = torch.eye(self.num_inputs, dtype=torch.bool, device=band.device)
+            in_band[:, :, window:] |= itself & ~self.is_token[:, None]
+        return torch.cat((self.kept < queries - window, in_band), dim=-1)
+
+    @cached_property
+    def key_positions(self) -> Tensor:
+        """Positions within the cache of the same keys, as each query sees them."""
+        in_band = self.band - self.queries + self.shape.query_position(self.queries)
+        return torch.cat((self.kept.expand(*in_band.shape[:2], -1), in_band), dim=-1)
+
+    @cached_property
+    def num_empty(self) -> int:
+        """Places before the chunk that no token has taken yet, in rows of equal length."""
+        return max(self.shape.window - int(self.num_seen[0]), 0)
+
+    @cached_property
+    def replacements(self) -> tuple[Tensor, Tensor]:
+        """Which slots ``(B, 1, slots, 1)`` the chunk writes, and the input ``(B, slots)`` that comes into each."""
+        tokens = self.shape.tokens_in_slots(self.num_seen[:, 0] + self.num_new)
+        ranks = (tokens - self.num_seen).clamp(0, self.num_inputs - 1)
+        return (tokens >= self.num_seen)[:, None, :, None], self.order.expand(len(ranks), -1).gather(1, ranks)
 
     def attend(self, layer: StreamingLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Store the chunk's keys and values ``(B, G, T, D)`` and attend: ``(B, H, T, D)``."""
@@ -132,7 +154,7 @@ class ChunkStep:
                 turned,
                 kept_key,
                 kept_value,
-                self.visible[0, :, :num_kept],
+                self.kept < self.queries[0] - self.shape.window,
                 band_key[:, :, empty:],
                 band_value[:, :, empty:],
                 self.shape.window,
@@ -143,17 +165,9 @@ class ChunkStep:
             query, turned, kept_key, band_key, values, mask, scaling, rotary_dim=self.encoding.num_dims
         )
 
-    @cached_property
-    def num_empty(self) -> int:
-        """Places before the chunk that no token has taken yet, in rows of equal length."""
-        return max(self.shape.window - int(self.num_seen[0]), 0)
-
     def _store(self, layer: StreamingLayer, key: Tensor, value: Tensor) -> None:
         """Write what the slots hold after the chunk: each slot's newest token if the chunk brings it."""
-        tokens = self.shape.tokens_in_slots(self.num_seen[:, 0] + self.num_new)  # (B, slots)
-        is_new = (tokens >= self.num_seen)[:, None, :, None]
-        ranks = (tokens - self.num_seen).clamp(0, self.order.shape[1] - 1)
-        columns = self.order.expand(ranks.shape[0], -1).gather(1, ranks)
+        is_new, columns = self.replacements
         num_kept = self.shape.num_kept
         layer.keys.copy_(torch.where(is_new, gather_columns(key, columns), layer.keys))
         layer.values.copy_(torch.where(is_new, gather_columns(value, columns), layer.values))

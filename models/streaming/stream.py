@@ -39,7 +39,8 @@ def stream_losses(
     for logits in stream_logits(model, token_ids, num_kept=num_kept, window=window, chunk_size=chunk_size):
         start, end = end, end + logits.shape[1]
         targets = token_ids[:, start + 1 : end + 1].to(logits.device, torch.long)
-        with torch.inference_mode():
-            losses = F.cross_entropy(logits[:, : targets.shape[1]].transpose(1, 2).float(), targets, reduction="none")
-        if losses.shape[1]:
-            yield losses
+        if targets.shape[1]:
+            with torch.inference_mode():
+                # The vocabulary stays the last dimension: over another one CPU kernels sum it less accurately.
+                scores = logits[:, : targets.shape[1]].flatten(0, 1).float()
+                yield F.cross_entropy(scores, targets.flatten(), reduction="none").view_as(targets)

@@ -157,6 +157,18 @@ def test_the_model_is_as_it_was(family):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+def test_a_copy_goes_on_by_itself(model):
+    """A prompt is read once and continued twice; the model is not copied along."""
+    cache, prompt, ids = for_model(model), tiny.random_ids(17), tiny.random_ids(9, seed=3)
+    run(model, prompt, cache)
+    twin = copy.deepcopy(cache)
+    assert twin.decoder is cache.decoder
+    run(model, tiny.random_ids(5, seed=4), cache)
+    fresh = for_model(model)
+    run(model, prompt, fresh)
+    torch.testing.assert_close(run(model, ids, twin), run(model, ids, fresh), rtol=0, atol=1e-9)
+
+
 def test_two_caches_of_one_model_do_not_mix(model):
     ids, others = tiny.random_ids(24), tiny.random_ids(24, seed=5)
     alone = run(model, ids, for_model(model))

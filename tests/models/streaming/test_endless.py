@@ -60,6 +60,17 @@ def test_half_precision_does_not_drift(dtype):
     assert error[200:].mean() < 1.5 * error[12:100].mean()
 
 
+def test_losses_over_a_large_vocabulary_are_accurate():
+    """Summed in the wrong order, 50,000 float32 exponentials are off by 1e-4."""
+    model = tiny.build(tiny.config("gpt_neox", num_hidden_layers=1, vocab_size=50_000), dtype=torch.float32)
+    ids = tiny.random_ids(20)
+    settings = {"num_kept": 1, "window": 5}
+    losses = torch.cat(list(stream_losses(model, ids, **settings)), dim=1)
+    logits = torch.cat(list(stream_logits(model, ids, **settings)), dim=1).double()
+    expected = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none")
+    torch.testing.assert_close(losses[0].double(), expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("chunk_size", [7, 16, 64])
 def test_losses_of_a_long_text_are_those_of_the_oracle(chunk_size):
     model = tiny.build(tiny.config("llama"))
