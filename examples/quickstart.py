@@ -1,7 +1,7 @@
 """The main job in small: text to tokenizer, token store, two models, evaluation, export and a sample, on any CPU.
 
-It runs the same commands as a real job and shows each. The corpus is the source of Python's own standard library, so nothing is
-fetched and nothing shipped. Everything it makes lies in the folder ``quickstart``.
+It runs the same commands as a real job and shows each. The corpus is the source of Python's own standard library, so
+nothing is fetched and nothing shipped. Everything it makes lies in the folder ``quickstart``.
 """
 
 import json
@@ -90,8 +90,8 @@ def summary(seconds: float) -> None:
     for run, report in reports.items():
         print(f"{run:16}" + "".join(f"{result['perplexity']:10.2f}" for result in report["results"]))
     print(
-        "\nTwo hundred steps are too few for an attention sink to form in either model, so losing the first tokens "
-        "(0+128) costs nothing yet.\nSinks form after some thousand steps; docs/results/ has runs that are long enough.\n\n"
+        "\nTwo hundred steps are too few for an attention sink to form in either model, so losing the first tokens\n"
+        "(0+128) costs nothing yet. Sinks form after a thousand steps and more, and hundreds of millions of tokens.\n\n"
         f"Pictures   {FOLDER}/vanilla/eval/streaming.png, {FOLDER}/learnable-sink/eval/streaming.png\n"
         f"Runs       {FOLDER}/vanilla, {FOLDER}/learnable-sink (config.yaml, metrics.jsonl, checkpoints)\n"
         f"Export     {FOLDER}/export (README.md says how to load it)"
