@@ -10,9 +10,9 @@ from collections.abc import Callable
 import psutil
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-from ..models import StreamingCache
+from ..models import streaming
 
 CHUNK = 512  # tokens at a time: bounds the logits and a dense mask, not the result
 RECOMPUTE_TOKENS = 16_384  # at a time, over all windows of a batch
@@ -28,19 +28,23 @@ def stream_losses(
     Token t attends to itself and the at most ``num_kept + window`` tokens in the cache, the model's own sinks being
     the first tokens of the stream.
     """
-    return _losses_with(StreamingCache.for_model(model, num_kept=num_kept, window=window), model, ids, progress)
+    losses = _unscored(ids)
+    losses[0] = _first_loss(model, ids)
+    end = 1
+    for chunk in streaming.stream_losses(model, ids[None], num_kept=num_kept, window=window, chunk_size=CHUNK):
+        start, end = end, end + chunk.shape[1]
+        losses[start:end] = chunk[0].to("cpu", torch.float64)
+        _advance(progress, end - start)
+    return losses
 
 
+@torch.inference_mode()
 def dense_losses(model: PreTrainedModel, ids: torch.Tensor, progress: Progress | None = None) -> torch.Tensor:
     """Under dense attention, every token attending to all before it, also past the trained length.
 
     The cache grows with the text. Once it holds as much memory as is left free, scoring ends and the rest stays NaN.
     """
-    return _losses_with(DynamicCache(config=model.config), model, ids, progress)
-
-
-@torch.inference_mode()
-def _losses_with(cache: Cache, model: PreTrainedModel, ids: torch.Tensor, progress: Progress | None) -> torch.Tensor:
+    cache = DynamicCache(config=model.config)
     losses = _unscored(ids)
     losses[0] = _first_loss(model, ids)
     for start in range(0, len(ids) - 1, CHUNK):
@@ -48,7 +52,7 @@ def _losses_with(cache: Cache, model: PreTrainedModel, ids: torch.Tensor, progre
         logits = model(_batch(model, ids[start:end]), past_key_values=cache, use_cache=True).logits[0]
         losses[start + 1 : end + 1] = _nll(logits, ids[start + 1 : end + 1])
         _advance(progress, end - start)
-        if isinstance(cache, DynamicCache) and _num_bytes(cache) > _free_memory(model.device):
+        if _num_bytes(cache) > _free_memory(model.device):
             break
     return losses
 
@@ -90,6 +94,7 @@ def recompute_losses(
     return losses
 
 
+@torch.inference_mode()
 def _first_loss(model: PreTrainedModel, ids: torch.Tensor) -> float:
     """The loss of the first token, which only a model with sinks of its own predicts."""
     if not getattr(model.config, "num_sinks", 0):
