@@ -61,7 +61,7 @@ def test_transformers_alone_computes_the_same_logits_and_text(tmp_path):
     subprocess.run([sys.executable, "-c", STOCK.replace("TEXT", TEXT), *map(str, folders.values())], check=True)
 
     for checkpoint, folder in folders.items():
-        model, inputs = load_model(checkpoint), load_tokenizer(checkpoint)(TEXT, return_tensors="pt")
+        model, inputs = load_model(checkpoint, device="cpu"), load_tokenizer(checkpoint)(TEXT, return_tensors="pt")
         with torch.no_grad():
             logits = model(inputs["input_ids"]).logits
         generated = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].shape[1] :]
