@@ -103,9 +103,10 @@ def connected() -> Iterator[World]:
         yield World(rank, size, local_rank, device, patient_group)
     except RuntimeError as error:
         if size > 1 and _is_lost_contact(error):
+            reason = str(error).splitlines()[0].partition(". ")[0]
             raise ConnectionError(
                 f"rank {rank} lost contact with another rank, which died or hangs: see what that one wrote last, then "
-                f"start the same command again to resume from the newest checkpoint ({str(error).splitlines()[0]})"
+                f"start the same command again to resume from the newest checkpoint ({reason})"
             ) from error
         raise
     atexit.unregister(_leave)

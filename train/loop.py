@@ -10,7 +10,7 @@ from .checkpoint import CheckpointWriter, list_checkpoints
 from .cost import flops_per_token, peak_flops
 from .engine import StepResult, train_step
 from .launch import StopRequest, World
-from .metrics import MetricsFile, start_wandb
+from .metrics import MetricsFile, WandbRun
 from .plan import Plan
 from .progress import Progress, Speedometer, peak_memory_gib
 from .schedule import is_every, learning_rate, saves_after
@@ -69,7 +69,7 @@ class TrainingLoop:
         )
         with world.together():
             self._metrics = MetricsFile(self._run_dir / "metrics.jsonl", first_step) if world.is_main else None
-            self._wandb = start_wandb(config, self._run_dir) if world.is_main else None
+            self._wandb = WandbRun(config, self._run_dir, progress.say) if world.is_main else None
 
     def run(self) -> int:
         """Train to the last step.
@@ -150,11 +150,11 @@ class TrainingLoop:
         assert self._metrics is not None
         self._metrics.write(values)
         if self._wandb is not None:
-            self._wandb.log({key: value for key, value in values.items() if key != "step"}, step=values["step"])
+            self._wandb.write(values)
 
     def _close(self) -> None:
         self._batches.close()
         if self._metrics is not None:
             self._metrics.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.close()

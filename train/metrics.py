@@ -1,9 +1,12 @@
 """What a run records: ``metrics.jsonl`` always, Weights & Biases if wanted."""
 
 import json
+import netrc
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from .config import TrainingConfig
 
@@ -42,12 +45,42 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-def start_wandb(config: TrainingConfig, run_dir: Path) -> Any:
-    """A Weights & Biases run, or None if disabled. It continues the run of the same folder.
+class WandbRun:
+    """The run's copy on Weights & Biases. It can fail without harm to training: `metrics.jsonl` has everything.
+
+    Args:
+        say: where to tell of a failure.
 
     Raises:
         ValueError: wandb is not installed, or ``online`` without being logged in.
     """
+
+    def __init__(self, config: TrainingConfig, run_dir: Path, say: Callable[[str], None]):
+        self._say = say
+        self._run = _start_wandb(config, run_dir)
+        if self._run is not None and self._run.offline:
+            say(f"wandb: offline, in {run_dir / 'wandb'}; `wandb login` before a run puts it online")
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Log the numbers of a step."""
+        numbers = {key: value for key, value in values.items() if key != "step"}
+        self._attempt(lambda: self._run.log(numbers, step=values["step"]))
+
+    def close(self) -> None:
+        self._attempt(lambda: self._run.finish())
+
+    def _attempt(self, call: Callable[[], object]) -> None:
+        if self._run is None:
+            return
+        try:
+            call()
+        except Exception as error:
+            self._say(f"wandb failed and is left alone from here on ({type(error).__name__}: {error})")
+            self._run = None
+
+
+def _start_wandb(config: TrainingConfig, run_dir: Path) -> Any:
+    """A run of wandb's that goes on where an earlier one of the same folder stopped, or None if disabled."""
     mode = config.wandb.mode
     if mode == "disabled" or os.environ.get("WANDB_MODE") == "disabled":
         return None
@@ -55,11 +88,10 @@ def start_wandb(config: TrainingConfig, run_dir: Path) -> Any:
         import wandb
     except ImportError as error:
         raise ValueError("wandb is not installed: `pip install wandb`, or set wandb.mode=disabled") from error
-    is_logged_in = bool(wandb.api.api_key)
-    if mode == "online" and not is_logged_in:
+    if mode == "online" and not is_logged_in():
         raise ValueError("wandb.mode=online, but you are not logged in: run `wandb login`, or set wandb.mode=offline")
     if mode == "auto":
-        mode = "online" if is_logged_in else "offline"
+        mode = "online" if is_logged_in() else "offline"
     return wandb.init(
         project=config.wandb.project,
         name=run_dir.name,
@@ -70,6 +102,16 @@ def start_wandb(config: TrainingConfig, run_dir: Path) -> Any:
         config=config.model_dump(),
         settings=wandb.Settings(silent=True),
     )
+
+
+def is_logged_in() -> bool:
+    """Whether wandb has a key for its host, in the environment or where ``wandb login`` puts it."""
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    path = os.environ.get("NETRC") or os.path.expanduser("~/.netrc")
+    try:
+        return bool(os.environ.get("WANDB_API_KEY") or netrc.netrc(path).authenticators(host))
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def _wandb_id(run_dir: Path) -> str:

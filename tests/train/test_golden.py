@@ -35,7 +35,7 @@ GOLDEN = [
     3.610607,
     3.662022,
 ]
-# Vector instructions (ATEN_CPU_CAPABILITY default, avx2, avx512), 1 or 2 threads and the size of micro-batches change it by
+# Vector instructions (ATEN_CPU_CAPABILITY default, avx2, avx512), 1 or 2 threads and the micro-batch size change it by
 # at most 5e-7; a weight decay of 0.09 in place of 0.1 by 2e-4, an eps of 1e-7 in place of 1e-8 by 4e-5.
 TOLERANCE = 1e-5
 OVERRIDES = ["train.num_steps=20", "validation.every_steps=null", "checkpoint.every_steps=null"]

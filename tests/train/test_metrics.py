@@ -3,8 +3,7 @@
 import json
 
 import pytest
-from sinklm.train.config import TrainingConfig
-from sinklm.train.metrics import MetricsFile, start_wandb
+from sinklm.train.metrics import MetricsFile, WandbRun, is_logged_in
 from sinklm.train.progress import Progress, Speedometer, human
 from sinklm.train.recipe import load_config
 
@@ -58,27 +57,63 @@ def test_human_numbers(number, text):
     assert human(number) == text
 
 
-def wandb_config(mode: str) -> TrainingConfig:
-    return load_config("quickstart", [f"wandb.mode={mode}"])
+class FakeRun:
+    """What wandb.init returns, with a service that dies after the first step."""
+
+    offline = True
+
+    def __init__(self):
+        self.logged = []
+
+    def log(self, values, step):
+        if step > 1:
+            raise BrokenPipeError("the service is gone")
+        self.logged.append((step, values))
 
 
-def test_wandb_is_offline_unless_logged_in(tmp_path, monkeypatch):
+@pytest.fixture
+def wandb_asked(monkeypatch, tmp_path) -> list[dict]:
+    """The options of each call of wandb.init, on a machine where nobody is logged in."""
     wandb = pytest.importorskip("wandb")
+    asked: list[dict] = []
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setattr("wandb.api", type("Api", (), {"api_key": None}))
-    asked = []
-    monkeypatch.setattr(wandb, "init", lambda **options: asked.append(options))
-    start_wandb(wandb_config("auto"), tmp_path)
-    monkeypatch.setattr("wandb.api", type("Api", (), {"api_key": "secret"}))
-    start_wandb(wandb_config("auto"), tmp_path)
-    assert [options["mode"] for options in asked] == ["offline", "online"]
-    assert asked[0]["id"] == asked[1]["id"]  # a resumed run goes on in the same one
-    assert start_wandb(wandb_config("disabled"), tmp_path) is None
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(wandb, "init", lambda **options: asked.append(options) or FakeRun())
+    return asked
 
 
-def test_wandb_online_wants_a_login(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setattr("wandb.api", type("Api", (), {"api_key": None}))
+def wandb_run(tmp_path, mode: str, said: list[str] | None = None) -> WandbRun:
+    config = load_config("quickstart", [f"wandb.mode={mode}"])
+    return WandbRun(config, tmp_path, (said if said is not None else []).append)
+
+
+def test_wandb_is_offline_unless_logged_in(wandb_asked, tmp_path, monkeypatch):
+    wandb_run(tmp_path, "auto")
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    wandb_run(tmp_path, "auto")
+    wandb_run(tmp_path, "disabled")
+    assert [options["mode"] for options in wandb_asked] == ["offline", "online"]
+    assert wandb_asked[0]["id"] == wandb_asked[1]["id"]  # a resumed run goes on in the same one
+
+
+def test_wandb_online_wants_a_login(wandb_asked, tmp_path):
     with pytest.raises(ValueError, match=r"not logged in: run `wandb login`, or set wandb\.mode=offline"):
-        start_wandb(wandb_config("online"), tmp_path)
+        wandb_run(tmp_path, "online")
+
+
+def test_a_login_is_found_where_wandb_puts_it(wandb_asked, tmp_path):
+    assert not is_logged_in()
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
+    assert is_logged_in()
+
+
+def test_training_outlives_wandb(wandb_asked, tmp_path):
+    said: list[str] = []
+    run = wandb_run(tmp_path, "auto", said)
+    for step in (1, 2, 3):
+        run.write({"step": step, "loss": 1.0})
+    run.close()
+    assert [line for line in said if "wandb failed" in line] == [
+        "wandb failed and is left alone from here on (BrokenPipeError: the service is gone)"
+    ]
