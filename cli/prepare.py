@@ -68,14 +68,14 @@ class ProgressDisplay:
     """A bar on a terminal, and a line now and then where there is none (a log file)."""
 
     def __init__(self, console: "Console"):
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+        from rich import progress
 
         self.console = console
-        self.bar = Progress(
-            TextColumn("{task.fields[shard]}"),
-            BarColumn(bar_width=20),
-            TaskProgressColumn(),
-            TextColumn("{task.description}"),
+        self.bar = progress.Progress(
+            progress.TextColumn("{task.fields[shard]}"),
+            progress.BarColumn(bar_width=20),
+            progress.TaskProgressColumn(),
+            progress.TextColumn("{task.description}"),
             console=console,
             disable=not console.is_terminal,
             transient=True,

@@ -1,5 +1,6 @@
 """The configuration of a Pythia-style model with an attention sink."""
 
+from dataclasses import field
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -27,10 +28,10 @@ class SinkGPTNeoXConfig(GPTNeoXConfig):
 
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 0
-    sink: dict[str, Any] | None = None
+    sink: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self, **kwargs):
-        self.sink = _normalised(self.sink or {"kind": "none"})
+        self.sink = _normalised(self.sink)
         super().__post_init__(**kwargs)
 
     def validate_sink(self) -> None:

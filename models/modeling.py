@@ -91,7 +91,7 @@ class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -119,7 +119,10 @@ class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
             num_items_in_batch: divides the summed loss in place of the number of targets here.
         """
         num_new_sinks = 0 if _length(past_key_values) else self.config.num_sinks
-        num_tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is None:
+            raise ValueError("give input_ids or inputs_embeds")
+        num_tokens = given.shape[1]
         mask = self._extend_mask(attention_mask, num_tokens, past_key_values)
         position_ids = self._position_ids(position_ids, mask, num_tokens, num_new_sinks)
         if num_new_sinks:

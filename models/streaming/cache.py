@@ -59,7 +59,7 @@ class StreamingCache(Cache):
         decoder: Any = model.get_decoder()
         family = family_of(decoder.config, shape)
         layers = [StreamingLayer(shape) for _ in range(decoder.config.num_hidden_layers)]
-        super().__init__(layers=layers)  # type: ignore[arg-type]
+        super().__init__(layers=layers)
         self.streaming_layers = layers
         self.decoder, self.shape, self.chunk_size = decoder, shape, chunk_size
         self.encoding = family.encoding(decoder, shape)
@@ -98,7 +98,7 @@ class StreamingCache(Cache):
         for name in ("state", "num_since_rebase", "is_ragged", "is_damaged"):
             setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
         twin.streaming_layers = copy.deepcopy(self.streaming_layers, memo)
-        twin.layers = twin.streaming_layers  # type: ignore[assignment]
+        twin.layers = twin.streaming_layers
         return twin
 
     # -- a forward pass, as `StreamingHook` drives it ----------------------------------------------------------------
