@@ -11,7 +11,6 @@ from typing import Any
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._index import Kind
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -114,9 +113,9 @@ def _task_manager(names: Sequence[str], include_path: Path | None) -> TaskManage
 def _covers(manager: TaskManager, name: str) -> bool:
     """Whether a task, and all tasks of a group, are known."""
     entry = manager.task_index.get(name)
-    if entry is None or entry.kind is Kind.TAG:
+    if entry is None or entry.kind.name == "TAG":
         return False
-    children = (entry.cfg or {}).get("task", []) if entry.kind is Kind.GROUP else []
+    children = (entry.cfg or {}).get("task", []) if entry.kind.name == "GROUP" else []
     return all(isinstance(child, str) and _covers(manager, child) for child in children)
 
 

@@ -210,7 +210,9 @@ def test_sinks_have_different_names(num_sinks):
 
 
 def test_the_model_card_has_the_facts_of_the_run(tmp_path, capsys):
-    config = load_config("quickstart", [f"data.path={tmp_path / 'store'}", f"train.run_dir={tmp_path / 'run'}"])
+    places = [f"data.path={tmp_path / 'store'}", f"train.run_dir={tmp_path / 'run'}"]
+    sizes = ["train.num_steps=300", "train.seq_length=256", "train.batch_size_tokens=4096"]
+    config = load_config("quickstart", places + sizes)
     checkpoint = tmp_path / "run" / "checkpoints" / "step-200"
     make_checkpoint(checkpoint / "model")
     state = {"data_fingerprint": "", "world_size": 1, "zero_stage": 1, "precision": "fp32"}
