@@ -61,14 +61,14 @@ def test_half_precision_does_not_drift(dtype):
 
 
 def test_losses_over_a_large_vocabulary_are_accurate():
-    """Summed in the wrong order, 50,000 float32 exponentials are off by 1e-4."""
+    """Summed over another dimension than the last, float32 exponentials were off by 7e-6 here, 3e-4 in a real model."""
     model = tiny.build(tiny.config("gpt_neox", num_hidden_layers=1, vocab_size=50_000), dtype=torch.float32)
     ids = tiny.random_ids(20)
     settings = {"num_kept": 1, "window": 5}
     losses = torch.cat(list(stream_losses(model, ids, **settings)), dim=1)
     logits = torch.cat(list(stream_logits(model, ids, **settings)), dim=1).double()
     expected = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none")
-    torch.testing.assert_close(losses[0].double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(losses[0].double(), expected, rtol=0, atol=3e-6)
 
 
 @pytest.mark.parametrize("chunk_size", [7, 16, 64])
