@@ -1,5 +1,6 @@
 """Decoding through one graph: a step of static shapes, compiled once and, on CUDA, captured and replayed."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +57,7 @@ class StreamingDecoder:
         with self.cache.route.held():
             if self.compiled_for is not state:  # the first step compiles, and warms up what a capture must find warm
                 self.compiled_for, self.captured = state, None
+                gc.collect()  # a dead cache that took its hooks off the model while it is traced would break the trace
                 return self.step(token_ids)
             if not token_ids.is_cuda:
                 return self.step(token_ids)
