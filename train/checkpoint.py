@@ -228,9 +228,9 @@ def _restore_settings(engine: "DeepSpeedEngine", plan: Plan) -> None:
     optimizer = engine.basic_optimizer
     for group, weight_decay in zip(optimizer.param_groups, (settings.weight_decay, 0.0), strict=True):
         group.update(betas=tuple(settings.betas), eps=settings.eps, weight_decay=weight_decay)
-    for state in optimizer.state.values():
-        if "step" in state:
-            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).clone()
+    for parameter, state in optimizer.state.items():
+        if "step" in state:  # fused AdamW wants it beside the weights
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device).clone()
     if plan.config.deepspeed.zero_stage:
         engine.optimizer.clip_grad = settings.clip
 

@@ -74,10 +74,19 @@ def make_optimizer(model: nn.Module, optimizer: OptimizerSection) -> torch.optim
 def make_engine(
     model: PreTrainedModel, plan: Plan, device: torch.device, *, load_universal: bool = False
 ) -> "DeepSpeedEngine":
-    """Hand the model over to DeepSpeed: moved to its device, cast, split and perhaps compiled."""
-    import deepspeed
+    """Hand the model over to DeepSpeed: moved to its device, cast, split and perhaps compiled.
 
+    Raises:
+        ValueError: the device cannot do the recipe's precision.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime import torch_autocast
+
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False  # of the process: an earlier run's stage 0 would set it for all
     config = plan.config
+    if config.train.precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise ValueError("train.precision=fp16 is not for this device: set bf16 or fp32")
     if config.train.activation_checkpointing:
         # transformers 5.23 gave it a new name
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -182,15 +191,18 @@ def _check_losses(losses: list[float], step: int) -> None:
 
 
 def _update(engine: "DeepSpeedEngine", plan: Plan, step: int) -> tuple[float, bool]:
-    """Clip and update; DeepSpeed leaves the weights alone if the gradient is not finite. Returns norm and skipped."""
+    """Clip and update; DeepSpeed leaves the weights alone if the gradient is not finite. Returns norm and skipped.
+
+    In float16 that is no error until the loss scale has come down to 1.
+    """
     if plan.config.deepspeed.zero_stage == 0:
         return _update_without_zero(engine, plan, step)
     engine.step()
-    if engine.optimizer.overflow:
-        if plan.config.train.precision != "fp16":
-            raise _bad_gradient(step)
-        return math.inf, True
-    return float(engine.get_global_grad_norm()), False
+    if not engine.optimizer.overflow:
+        return float(engine.get_global_grad_norm()), False
+    if plan.config.train.precision != "fp16" or _loss_scale(engine) <= 1:
+        raise _bad_gradient(step)
+    return math.inf, True
 
 
 def _update_without_zero(engine: "DeepSpeedEngine", plan: Plan, step: int) -> tuple[float, bool]:
@@ -199,10 +211,11 @@ def _update_without_zero(engine: "DeepSpeedEngine", plan: Plan, step: int) -> tu
         scaler.unscale_(engine.optimizer)
     max_norm = plan.config.optimizer.clip or math.inf
     grad_norm = nn.utils.clip_grad_norm_(engine.module.parameters(), max_norm).item()
-    if not math.isfinite(grad_norm) and scaler is None:
+    is_finite = math.isfinite(grad_norm)
+    if not is_finite and (scaler is None or _loss_scale(engine) <= 1):
         raise _bad_gradient(step)
     engine.step()
-    return grad_norm, not math.isfinite(grad_norm)
+    return grad_norm, not is_finite
 
 
 def _bad_gradient(step: int) -> SameOnAllRanks:

@@ -98,6 +98,10 @@ def connected() -> Iterator[World]:
     deepspeed.ops.__compatible_ops__ = {}
     try:
         if not dist.is_initialized():  # DeepSpeed keeps its process groups, so a second run in a process shares them
+            if device.type == "cuda":
+                dist.init_process_group("nccl", timeout=STEP_TIMEOUT, device_id=device)
+            else:
+                dist.init_process_group("gloo", timeout=STEP_TIMEOUT)
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=STEP_TIMEOUT)
         patient_group = dist.new_group(backend="gloo", timeout=PATIENT_TIMEOUT) if size > 1 else None
         yield World(rank, size, local_rank, device, patient_group)
@@ -129,6 +133,8 @@ def quieten_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed|deepspeed")
+    # What is left in float32 on a GPU is left there on purpose: TensorFloat32 would round the rotary angles.
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
 
 
 @contextmanager
@@ -179,10 +185,11 @@ def _claim_device(local_rank: int) -> torch.device:
             local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise ValueError(
-            f"local rank {local_rank} has no GPU: this machine shows {torch.cuda.device_count()}; start as many ranks"
-        )
+    num_devices = torch.cuda.device_count()
+    if num_devices == 1 and "SLURM_STEP_NUM_TASKS" in os.environ:
+        local_rank = 0  # Slurm shows each task a GPU of its own
+    if local_rank >= num_devices:
+        raise ValueError(f"local rank {local_rank} has no GPU: this machine shows {num_devices}; start as many ranks")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 

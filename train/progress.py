@@ -41,6 +41,11 @@ class Speedometer:
         return seconds
 
     @property
+    def num_steps(self) -> int:
+        """Steps timed so far, of those that count."""
+        return len(self._seconds)
+
+    @property
     def seconds_per_step(self) -> float:
         """The median of the last steps, which the first one's compilation does not disturb."""
         return sorted(self._seconds)[len(self._seconds) // 2] if self._seconds else float("nan")
@@ -92,7 +97,6 @@ class Progress:
             self._last_line = now
 
     def _line(self, step: int, values: dict, speed: Speedometer) -> str:
-        left = timedelta(seconds=round((self._num_steps - step) * speed.seconds_per_step))
         parts = [
             f"step {step:,}/{self._num_steps:,}",
             f"loss {values['loss']:.4f}",
@@ -102,7 +106,10 @@ class Progress:
         ]
         if (mfu := speed.mfu()) is not None:
             parts.append(f"MFU {mfu:.1%}")
-        parts += [f"{values['memory_gib']:.1f} GiB", f"{left} left"]
+        parts.append(f"{values['memory_gib']:.1f} GiB")
+        if speed.num_steps > 1:  # the first one says nothing about the others: it may have compiled
+            left = timedelta(seconds=round((self._num_steps - step) * speed.seconds_per_step))
+            parts.append(f"{left} left")
         return "  ".join(parts)
 
 

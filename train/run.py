@@ -57,6 +57,8 @@ def train(recipe: str, overrides: list[str] | tuple[str, ...] = (), *, only_desc
             if world.is_main:
                 raise
             sys.exit(1)
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
     if signal_number:
         sys.exit(128 + signal_number)
 
@@ -64,7 +66,7 @@ def train(recipe: str, overrides: list[str] | tuple[str, ...] = (), *, only_desc
 def _train_rank(config: TrainingConfig, world: World) -> int:
     """One rank's part. Returns the number of the signal that ended it early, or 0."""
     from .checkpoint import load_checkpoint, needs_conversion
-    from .engine import make_engine
+    from .engine import compiles, make_engine
     from .loop import TrainingLoop
     from .resume import find_resume, interrupted_checkpoints
 
@@ -74,7 +76,7 @@ def _train_rank(config: TrainingConfig, world: World) -> int:
         windows, validation_windows = _windows(store, plan)
         resume = find_resume(config, store.fingerprint)
     run_dir = Path(config.train.run_dir or "")
-    with world.together():
+    with world.together(f"cannot write in {run_dir}: "):
         if world.is_main:
             _write_run_files(run_dir, config)
 
@@ -91,10 +93,12 @@ def _train_rank(config: TrainingConfig, world: World) -> int:
             model = _build_model(plan)
         is_converted = resume is not None and needs_conversion(resume.state, plan, world)
         engine = make_engine(model, plan, world.device, load_universal=is_converted)
-        if resume and first_step:  # step 0 is what was just built
-            if is_converted:
-                progress.say("converting the checkpoint for other ranks, ZeRO stage or precision …")
+        if resume and is_converted and first_step:  # of step 0 there is no optimizer to convert; the weights are there
+            progress.say("converting the checkpoint for other ranks, ZeRO stage or precision …")
+        if resume and (first_step or not is_converted):
             load_checkpoint(engine, resume.path, plan, world, scratch=run_dir)
+        if compiles(config, world.device):
+            progress.say("compiling the model in the first step, which takes a minute or two …")
         loop = TrainingLoop(engine, plan, world, store, windows, validation_windows, progress, first_step=first_step)
         signal_number = loop.run()
         _say_goodbye(progress, run_dir, signal_number)

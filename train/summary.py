@@ -97,7 +97,13 @@ def _memory_table(plan: Plan) -> Table:
     for stage in range(4):
         cells = []
         for world_size in WORLD_SIZES:
-            memory = estimate_memory(plan.config, plan.model_config, zero_stage=stage, world_size=world_size)
+            memory = estimate_memory(
+                plan.config,
+                plan.model_config,
+                zero_stage=stage,
+                world_size=world_size,
+                is_compiled=plan.config.train.compile is not False and stage < 3,
+            )
             cells.append(f"{memory.states / GIB:.1f} + {memory.activations / GIB:.1f}")
         table.add_row(str(stage), *cells, style="bold" if stage == plan.config.deepspeed.zero_stage else None)
     return table
