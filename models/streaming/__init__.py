@@ -6,6 +6,15 @@ pass does with both), `cache` and `hook` (how transformers' models come to use i
 
 from .cache import StreamingCache
 from .decoding import StreamingDecoder
+from .generation import Generator, TextStream, default_cache
 from .stream import stream_logits, stream_losses
 
-__all__ = ["StreamingCache", "StreamingDecoder", "stream_logits", "stream_losses"]
+__all__ = [
+    "Generator",
+    "StreamingCache",
+    "StreamingDecoder",
+    "TextStream",
+    "default_cache",
+    "stream_logits",
+    "stream_losses",
+]

@@ -238,6 +238,11 @@ class StreamingCache(Cache):
         """Streams held, -1 if none have begun."""
         return -1 if self.state is None else self.state.num_seen.shape[0]
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the keys and values held, constant once the first tokens are read."""
+        return sum(layer.num_bytes for layer in self.streaming_layers)
+
     def reset(self) -> None:
         """Forget the streams; the next forward pass begins new ones, of any batch size."""
         self.state = self.step = None

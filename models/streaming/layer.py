@@ -31,6 +31,10 @@ class StreamingLayer:
         self.kept_keys = zeros_like_heads(key, self.shape.num_kept + 1)
         self.is_allocated = True
 
+    @property
+    def num_bytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes + self.kept_keys.nbytes if self.is_allocated else 0
+
     def free(self) -> None:
         if self.is_allocated:
             del self.keys, self.values, self.kept_keys

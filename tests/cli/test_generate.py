@@ -1,0 +1,61 @@
+"""`sinklm generate`: where the text and the speed go, and where it ends."""
+
+import pytest
+import torch
+from sinklm.cli.generate import generate
+from sinklm.models import load_tokenizer
+from sinklm.models.streaming import Generator
+
+from ..eval.checkpoints import small_model, write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    return str(write_checkpoint(tmp_path_factory.mktemp("generate") / "model", small_model(1)))
+
+
+def test_a_stream_is_text_on_stdout_and_speed_on_stderr(checkpoint, capfd):
+    generate(checkpoint, "def main", stream=True, max_new_tokens=30, num_kept=1, window=9)
+    shown = capfd.readouterr()
+    assert shown.out.startswith("def main")
+    assert len(shown.out) > len("def main\n")
+    assert "30 tokens, " in shown.err
+    assert "tokens/s; cache 1+9" in shown.err
+
+
+def test_while_all_fits_the_cache_it_writes_what_dense_attention_writes(checkpoint, capfd):
+    for options in ({}, {"stream": True}, {"num_kept": 1, "window": 100}):
+        generate(checkpoint, "import os", max_new_tokens=25, temperature=0, **options)
+    dense, *streamed = capfd.readouterr().out.split("import os")[1:]
+    assert [text.strip() for text in streamed] == [dense.strip()] * 2
+
+
+def test_ctrl_c_ends_the_stream_with_its_speed(checkpoint, capfd, monkeypatch):
+    forward = Generator.sample
+
+    def interrupted(self, logits, calls=[]):  # noqa: B006
+        calls.append(0)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return forward(self, logits)
+
+    monkeypatch.setattr(Generator, "sample", interrupted)
+    generate(checkpoint, "a", stream=True)
+    assert "7 tokens, " in capfd.readouterr().err
+
+
+def test_only_a_stream_goes_on_after_the_end_of_the_text(checkpoint, capfd, monkeypatch):
+    end = load_tokenizer(checkpoint).eos_token_id
+    monkeypatch.setattr(Generator, "sample", lambda self, logits: torch.tensor([[end]]))
+    for options in ({"num_kept": 1, "window": 9}, {"stream": True, "max_new_tokens": 12}):
+        generate(checkpoint, "a", **options)
+    without, stream = [line for line in capfd.readouterr().err.splitlines() if "cache 1+" in line]
+    assert without.startswith("0 tokens")
+    assert stream.startswith("12 tokens")
+
+
+def test_half_a_cache_and_an_empty_prompt_are_refused(checkpoint):
+    with pytest.raises(ValueError, match="--num-kept and --window go together"):
+        generate(checkpoint, "a", num_kept=4)
+    with pytest.raises(ValueError, match="prompt is empty"):
+        generate(checkpoint, "")
