@@ -132,15 +132,15 @@ def test_a_dead_rank_ends_the_others_with_a_message(two_ranks):
 
 def test_a_killed_run_goes_on_bit_for_bit(recipe, tmp_path):
     """The real thing: a process is ended by SIGTERM somewhere, and the same command is given again."""
-    steps = ["train.num_steps=60", "train.micro_batch_size=8", "validation.every_steps=null"]
+    steps = ["train.num_steps=40", "train.micro_batch_size=8", "validation.every_steps=null"]
     interrupted = tmp_path / "interrupted"
     process = Ranks(["-m", "sinklm.train", recipe, f"train.run_dir={interrupted}", *steps], world_size=1)
     wait_for_step(interrupted, 5)
     process.signal(signal.SIGTERM)
     ((status, output),) = process.wait()
     assert status == 128 + signal.SIGTERM, output
-    assert 5 <= max(list_checkpoints(interrupted)) < 60
+    assert 5 <= max(list_checkpoints(interrupted)) < 40
     train(recipe, [f"train.run_dir={interrupted}", *steps])
     train(recipe, [f"train.run_dir={tmp_path / 'whole'}", *steps])
     assert losses(interrupted) == losses(tmp_path / "whole")
-    assert_same_weights(weights(interrupted, 60), weights(tmp_path / "whole", 60))
+    assert_same_weights(weights(interrupted, 40), weights(tmp_path / "whole", 40))

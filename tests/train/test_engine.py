@@ -55,9 +55,9 @@ def test_training_equals_a_plain_loop(recipe, tmp_path, overrides):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_gradients_accumulate_in_float32(recipe, world, stage):
-    """64 micro-batches in bfloat16. Adding them up in bfloat16 would lose what is less than 1/256 of the sum."""
+    """32 micro-batches in bfloat16. Adding them up in bfloat16 would lose what is less than 1/256 of the sum."""
     norms = {}
-    for num_micro_batches in (1, 64):  # of the same sample: the mean of equal gradients is that gradient
+    for num_micro_batches in (1, 32):  # of the same sample: the mean of equal gradients is that gradient
         plan = plan_of(
             recipe,
             f"deepspeed.zero_stage={stage}",
@@ -69,7 +69,7 @@ def test_gradients_accumulate_in_float32(recipe, world, stage):
         engine = make_engine(SinkGPTNeoXForCausalLM(plan.model_config), plan, world.device)
         batches = iter([torch.arange(32)[None]] * num_micro_batches)
         norms[num_micro_batches] = train_step(engine, batches, plan, world, step=1, lr=0.0).grad_norm
-    assert norms[64] == pytest.approx(norms[1], rel=2e-4)
+    assert norms[32] == pytest.approx(norms[1], rel=2e-4)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

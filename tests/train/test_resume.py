@@ -189,9 +189,9 @@ def test_going_back_in_time_does_not_mix_two_runs(recipe, whole_run):
         (
             [
                 "validation.every_steps=1",
-                "train.seq_length=2000",
-                "model.max_position_embeddings=2000",
-                "train.batch_size_tokens=4000",
+                "train.seq_length=5000",
+                "model.max_position_embeddings=5000",
+                "train.batch_size_tokens=10000",
             ],
             "or set validation.every_steps=null",
         ),
