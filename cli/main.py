@@ -5,6 +5,7 @@ import sys
 
 import typer
 
+from .chat import chat
 from .evaluate import streaming, zero_shot
 from .export import export
 from .generate import generate
@@ -30,6 +31,7 @@ eval_app.command("zero-shot")(zero_shot)
 eval_app.command("streaming")(streaming)
 app.command()(export)
 app.command()(generate)
+app.command()(chat)
 
 
 def main() -> None:

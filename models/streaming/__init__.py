@@ -5,11 +5,13 @@ pass does with both), `cache` and `hook` (how transformers' models come to use i
 """
 
 from .cache import StreamingCache
+from .chat import Chat
 from .decoding import StreamingDecoder
 from .generation import Generator, TextStream, default_cache
 from .stream import stream_logits, stream_losses
 
 __all__ = [
+    "Chat",
     "Generator",
     "StreamingCache",
     "StreamingDecoder",

@@ -1,0 +1,114 @@
+"""A conversation in one streaming cache: each turn reads only what is new since the last."""
+
+from collections.abc import Iterator
+
+from transformers import PreTrainedTokenizerBase
+
+from .generation import Generator, TextStream
+
+REPLY = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for a reply in a rendered template
+
+
+class PlainTurns:
+    """Turns as lines ``User: …`` and ``Assistant: …``, for a tokenizer without a chat template; a reply is one line."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.end_ids = {tokenizer.eos_token_id} - {None}
+
+    def first(self, message: str, system: str | None) -> list[int]:
+        preamble = f"{system}\n\n" if system else ""
+        return self.tokenizer(f"{preamble}User: {message}\nAssistant:")["input_ids"]
+
+    def next(self, message: str, end_of_reply: str) -> list[int]:
+        line_end = "" if "\n" in end_of_reply else "\n"
+        return self.tokenizer(f"{line_end}User: {message}\nAssistant:", add_special_tokens=False)["input_ids"]
+
+    def ends_reply(self, piece: str) -> bool:
+        return "\n" in piece
+
+
+class TemplateTurns:
+    """Turns by the tokenizer's chat template.
+
+    A template renders whole conversations. What a turn adds is what follows the reply before it, and does not depend on
+    earlier turns: nothing has to be rendered, or remembered, but the message.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        special = {tokenizer.eos_token_id, *tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        closing = self._encode(self._after_reply(None))
+        self.end_ids = ({tokenizer.eos_token_id} - {None}) | (set(closing[:1]) & special)
+
+    def first(self, message: str, system: str | None) -> list[int]:
+        instructions = [{"role": "system", "content": system}] if system else []
+        return self._encode(self._render([*instructions, {"role": "user", "content": message}], reply_begins=True))
+
+    def next(self, message: str, end_of_reply: str) -> list[int]:
+        return self._encode(self._after_reply(message))
+
+    def ends_reply(self, piece: str) -> bool:
+        return False
+
+    def _after_reply(self, message: str | None) -> str:
+        """What the template puts behind a reply: its end, and the next message up to where its reply begins."""
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": REPLY}]
+        messages += [] if message is None else [{"role": "user", "content": message}]
+        rendered = self._render(messages, reply_begins=message is not None)
+        if REPLY not in rendered:
+            raise ValueError("this tokenizer's chat template leaves out earlier replies: it cannot go on in one cache")
+        return rendered.split(REPLY, 1)[1]
+
+    def _render(self, messages: list[dict[str, str]], *, reply_begins: bool) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply_begins)
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+class Chat:
+    """Turns of a user and a model, for ever, in the generator's cache.
+
+    ::
+
+        chat = Chat(tokenizer, Generator(model, cache))
+        for piece in chat("Who are you?"):
+            print(piece, end="", flush=True)
+
+    Args:
+        system: instructions before the first message; their first tokens are those that the cache keeps.
+        max_new_tokens: longest reply; a longer one is cut, and the conversation goes on behind it.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        generator: Generator,
+        *,
+        system: str | None = None,
+        max_new_tokens: int = 512,
+    ):
+        self.tokenizer, self.generator = tokenizer, generator
+        self.system, self.max_new_tokens = system, max_new_tokens
+        self.turns = TemplateTurns(tokenizer) if tokenizer.chat_template else PlainTurns(tokenizer)
+        self.unread: list[int] | None = None  # tokens of the last reply that are not in the cache; None before it
+        self.end_of_reply = ""
+
+    def __call__(self, message: str) -> Iterator[str]:
+        """Read a message and write the reply, piece by piece. A reply that is not taken to its end ends there."""
+        if self.unread is None:
+            prompt = self.turns.first(message, self.system)
+        else:
+            prompt = self.unread + self.turns.next(message, self.end_of_reply)
+        self.unread, self.end_of_reply = [], ""
+        text = TextStream(self.tokenizer)
+        for num_tokens, token in enumerate(self.generator(prompt), start=1):
+            if token in self.turns.end_ids:  # the next turn begins with what ends a reply
+                self.unread = []
+                break
+            self.unread, self.end_of_reply = [token], text.push(token)
+            yield self.end_of_reply
+            if self.turns.ends_reply(self.end_of_reply) or num_tokens == self.max_new_tokens:
+                break
+        yield text.flush()
