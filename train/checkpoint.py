@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 
 from ..models.loading import COMPLETE_MARKER, MODEL_FOLDER
@@ -64,7 +64,17 @@ def list_checkpoints(run_dir: Path) -> dict[int, Path]:
 
 
 def read_state(checkpoint: Path) -> CheckpointState:
-    return CheckpointState.model_validate_json((checkpoint / "state.json").read_bytes())
+    """What ``state.json`` says.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return CheckpointState.model_validate_json((checkpoint / "state.json").read_bytes())
+    except ValidationError as error:
+        raise ValueError(
+            f"{checkpoint / 'state.json'} is damaged: delete {checkpoint} to go on from an older one"
+        ) from error
 
 
 class CheckpointWriter:
@@ -157,6 +167,19 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         raise OSError(f"writing failed with {free:.2f} GiB free on its disk ({error})") from error
 
 
+@contextmanager
+def _damage(checkpoint: Path) -> Iterator[None]:
+    """Take whatever goes wrong in reading a checkpoint's files, pickles among them, for damage to it."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise OSError(
+            f"cannot load {checkpoint} ({type(error).__name__}: {reason}): if it is damaged, delete it to go on from "
+            "an older one"
+        ) from error
+
+
 def _flush(folder: Path) -> None:
     """Have the system put every file of a folder on disk, so that the marker is never there before them."""
     for path in folder.rglob("*"):
@@ -172,16 +195,20 @@ def load_checkpoint(engine: "DeepSpeedEngine", checkpoint: Path, plan: Plan, wor
 
     Args:
         scratch: folder for a converted copy, which is removed again.
+
+    Raises:
+        SameOnAllRanks: a file is damaged or cannot be read.
     """
     state = read_state(checkpoint)
     if not needs_conversion(state, plan, world):
-        _load_deepspeed(engine, checkpoint, DEEPSPEED_FOLDER)
+        with world.together(), _damage(checkpoint):
+            _load_deepspeed(engine, checkpoint, DEEPSPEED_FOLDER)
     else:
         _load_converted(engine, checkpoint, state, plan, world, scratch)
     _restore_settings(engine, plan)
-    rank_path = _rank_path(checkpoint, world.rank)
     if state.world_size == world.size:
-        _restore_rank_state(engine, torch.load(rank_path, weights_only=True))
+        with world.together(), _damage(checkpoint):
+            _restore_rank_state(engine, torch.load(_rank_path(checkpoint, world.rank), weights_only=True))
 
 
 def needs_conversion(state: CheckpointState, plan: Plan, world: World) -> bool:

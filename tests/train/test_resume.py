@@ -100,6 +100,14 @@ def test_an_interrupted_checkpoint_cannot_be_named(recipe, whole_run, tmp_path):
         train(recipe, [f"train.run_dir={tmp_path / 'new'}", f"checkpoint.resume={interrupted}"])
 
 
+@pytest.mark.parametrize("name", ["deepspeed/mp_rank_00_model_states.pt", "rng/rank-00000.pt", "state.json"])
+def test_a_damaged_checkpoint_is_named(recipe, stopped_run, name):
+    path = stopped_run / "checkpoints" / "step-4" / name
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"step-4.*delete"):
+        train(recipe, [f"train.run_dir={stopped_run}"])
+
+
 def test_a_full_disk_leaves_the_older_checkpoint(recipe, whole_run, tmp_path):
     """A limit on the size of files stands for the disk: the weights do not fit, what is smaller does."""
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
