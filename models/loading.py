@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 COMPLETE_MARKER = "COMPLETE"
@@ -23,6 +24,7 @@ def load_model(
 
     Raises:
         FileNotFoundError: if the folder holds no complete checkpoint, or the name no model that can be reached.
+        ValueError: if the weights are damaged.
     """
     folder = resolve_model_folder(name_or_path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -30,15 +32,21 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except OSError as error:
         raise FileNotFoundError(f"no model can be loaded from {str(name_or_path)!r}: {error}") from error
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {folder} are damaged ({error}): copy them again, or take others") from error
     return model.to(device).eval()
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model; see `load_model` for what ``name_or_path`` may be."""
+    """The tokenizer beside a model; see `load_model` for what ``name_or_path`` may be.
+
+    Raises:
+        FileNotFoundError: if there is none, or a damaged one.
+    """
     folder = resolve_model_folder(name_or_path)
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise FileNotFoundError(f"no tokenizer can be loaded from {str(name_or_path)!r}: {error}") from error
 
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from sinklm.models import load_model
+from sinklm.models import load_model, load_tokenizer
 from sinklm.models.loading import resolve_model_folder
 
 from .tiny import tiny_model
@@ -38,3 +38,16 @@ def test_what_is_no_model_is_named(run_folder, tmp_path):
         load_model("./nowhere")
     with pytest.raises(FileNotFoundError, match="no model can be loaded from 'nobody/nothing'"):
         load_model("nobody/nothing")
+
+
+def test_damaged_files_are_named(run_folder):
+    folder = run_folder / "checkpoints" / "step-10" / "model"
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"the weights in .*step-10/model are damaged"):
+        load_model(run_folder)
+    with pytest.raises(FileNotFoundError, match="no tokenizer can be loaded from"):
+        load_tokenizer(run_folder)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(FileNotFoundError, match="no tokenizer can be loaded from"):
+        load_tokenizer(run_folder)
