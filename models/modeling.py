@@ -194,10 +194,30 @@ class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
         sinks = torch.arange(num_new_sinks, device=text.device).expand(*text.shape[:-1], -1)
         return torch.cat([sinks, text], dim=-1)
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        """As in transformers, but it never cuts off the sinks' rows, as many as ``len(tokenizer)`` would.
+
+        Raises:
+            ValueError: the sinks would lie outside.
+        """
+        needed = max(self.config.sink_token_ids, default=-1) + 1
+        if new_num_tokens is not None and new_num_tokens < needed:
+            raise ValueError(
+                f"resizing the embedding to {new_num_tokens} rows cuts off the sink token {needed - 1}: keep at least "
+                f"{needed}"
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
     # -- generation: `generate()` counts text, the cache counts sinks as well --------------------------------------
 
     def prepare_inputs_for_generation(
-        self, input_ids, next_sequence_length=None, past_key_values=None, is_first_iteration=False, **kwargs
+        self,
+        input_ids,
+        next_sequence_length=None,
+        past_key_values=None,
+        inputs_embeds=None,  # named, for `generate` refuses embeddings where this signature does not name them
+        is_first_iteration=False,
+        **kwargs,
     ):
         if is_first_iteration and next_sequence_length is not None and _length(past_key_values):
             next_sequence_length += self.config.num_sinks
@@ -205,6 +225,7 @@ class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
             input_ids,
             next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )

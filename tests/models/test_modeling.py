@@ -133,6 +133,37 @@ def test_embeddings_stand_for_ids(num_sinks):
     torch.testing.assert_close(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("num_sinks", SINKS)
+def test_generation_from_embeddings_is_that_from_ids(num_sinks, num_beams):
+    model, ids = tiny_model(num_sinks, eos_token_id=None), text(2, 8)
+    embeddings, mask = model.get_input_embeddings()(ids), torch.ones_like(ids)
+    mask[1, :3] = 0
+    settings = {"attention_mask": mask, "max_new_tokens": 6, "num_beams": num_beams, "do_sample": False}
+    from_ids = model.generate(ids, **settings)[:, ids.shape[1] :]
+    assert torch.equal(model.generate(inputs_embeds=embeddings, **settings), from_ids)
+
+
+@pytest.mark.parametrize("num_sinks", SINKS)
+def test_decoding_with_a_draft_is_greedy_decoding(num_sinks):
+    """Drafts that fail are taken back from the cache, in which the sinks stay."""
+    model = tiny_model(num_sinks, eos_token_id=None)
+    ids = text(1, 5).repeat(1, 3)  # repeats itself, so that a look-up finds drafts
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    greedy = model.generate(ids, **settings)
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **settings), greedy)
+    assert torch.equal(model.generate(ids, assistant_model=tiny_model(1, eos_token_id=None), **settings), greedy)
+
+
+def test_resizing_keeps_the_sinks():
+    model, ids = tiny_model(2), text(1, 6)
+    before = model(ids).logits
+    with pytest.raises(ValueError, match="301 rows cuts off the sink token 301: keep at least 302"):
+        model.resize_token_embeddings(301)
+    model.resize_token_embeddings(302)
+    torch.testing.assert_close(model(ids).logits, before[..., :302])
+
+
 @pytest.mark.parametrize("keep", [1, 3, torch.tensor([0, 4])])
 def test_logits_to_keep(keep):
     model, ids = tiny_model(2), text(2, 6)
