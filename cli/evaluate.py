@@ -1,5 +1,6 @@
-"""`sinklm eval zero-shot` and `sinklm eval streaming`."""
+"""`sinklm eval zero-shot`, `sinklm eval streaming` and `sinklm eval stream-eval`."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,7 +9,8 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from rich.progress import Progress
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..eval.streaming import Configuration, Result, Stream
 
@@ -101,16 +103,101 @@ def streaming(
     console.print(f"Results: {folder / 'streaming.json'}, {folder / 'streaming.png'}")
 
 
+def stream_eval(
+    model: Model,
+    num_samples: Annotated[int, typer.Option(min=1, help="Streams to read.")] = 100,
+    num_lines: Annotated[int, typer.Option(min=11, help="Lines of each; a question comes after every tenth.")] = 1000,
+    caches: Annotated[
+        str | None,
+        typer.Option(help="Kept+window, with commas between; by default 0, 1, 2 and 4 of half the trained length."),
+    ] = None,
+    distances: Annotated[
+        str, typer.Option(help="How many lines back to ask about, with commas between.")
+    ] = "20,40,60,80,100,150,200",
+    batch_size: Annotated[int, typer.Option(min=1, help="Streams at a time.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the numbers in the lines.")] = 0,
+    output: Output = None,
+) -> None:
+    """StreamEval: recall of numbered lines, against how many lines ago they were read."""
+    from ..eval.plots import plot_stream_eval
+    from ..eval.report import default_output, describe_model, library_versions, write_json
+    from ..eval.stream_eval import check_distances, make_records, results_table, tokens_per_line
+    from ..eval.streaming import default_caches, parse_caches, refuse_small_caches
+    from ..models import load_model, load_tokenizer
+
+    console = Console()
+    chosen_distances = _whole_numbers("--distances", distances)
+    check_distances(chosen_distances, num_lines)
+    loaded, tokenizer = load_model(model), load_tokenizer(model)
+    shapes = parse_caches(caches) if caches else default_caches(loaded)
+    refuse_small_caches(shapes, getattr(loaded.config, "num_sinks", 0))
+    records = make_records(num_samples, num_lines, seed)
+    folder = output or default_output(model)
+    report: dict[str, Any] = {"model": describe_model(loaded, model), "versions": library_versions()}
+    report |= {"num_samples": num_samples, "num_lines": num_lines, "seed": seed, "results": []}
+    report["tokens_per_line"] = tokens_per_line(tokenizer, records[0])
+    write_json(folder / "stream_eval.json", report)  # a folder that cannot be written shows before the work
+
+    for result in _ask_all(console, loaded, tokenizer, records, shapes, chosen_distances, batch_size):
+        report["results"].append(result)
+        write_json(folder / "stream_eval.json", report)  # what is measured stays, should the next one fail
+    plot_stream_eval(report, folder / "stream_eval.png", title=model)
+    console.print(results_table(report["results"], f"StreamEval, accuracy in percent by distance: {model}"))
+    console.print(f"One line is {report['tokens_per_line']:.1f} tokens.")
+    console.print(f"Results: {folder / 'stream_eval.json'}, {folder / 'stream_eval.png'}")
+
+
+def _whole_numbers(option: str, text: str) -> list[int]:
+    try:
+        return sorted({int(part) for part in text.split(",")})
+    except ValueError as error:
+        raise ValueError(f"{option} is {text!r}: write whole numbers, separated by commas") from error
+
+
+def _ask_all(
+    console: Console,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    records: list[list[int]],
+    shapes: list[tuple[int, int]],
+    distances: list[int],
+    batch_size: int,
+) -> Iterator[dict[str, Any]]:
+    """StreamEval under one cache after the other."""
+    from ..eval.stream_eval import LINES_PER_QUESTION, ask, summarize
+
+    num_read = (len(records[0]) - 1) // LINES_PER_QUESTION * LINES_PER_QUESTION * len(records)
+    with _bars(console) as bars:
+        for num_kept, window in shapes:
+            bar = bars.add_task(f"{num_kept}+{window}", total=num_read)
+            started = time.perf_counter()
+            answers = ask(
+                model,
+                tokenizer,
+                records,
+                num_kept=num_kept,
+                window=window,
+                distances=distances,
+                batch_size=batch_size,
+                progress=lambda num_lines, bar=bar: bars.advance(bar, num_lines),  # type: ignore[misc]
+            )
+            yield summarize(list(answers), num_kept, window, time.perf_counter() - started)
+
+
+def _bars(console: Console) -> "Progress":
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:>16}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console)
+
+
 def _measure_all(
     console: Console, model: "PreTrainedModel", stream: "Stream", chosen: list["Configuration"], recompute_every: int
 ) -> Iterator["Result"]:
     """Run one configuration after the other, each with a bar of its own."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from ..eval.streaming import measure
 
-    columns = (TextColumn("{task.description:>16}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bars:
+    with _bars(console) as bars:
         for configuration in chosen:
             bar = bars.add_task(str(configuration), total=len(stream.ids) - 1)
             yield measure(

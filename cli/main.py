@@ -6,7 +6,7 @@ import sys
 import typer
 
 from .chat import chat
-from .evaluate import streaming, zero_shot
+from .evaluate import stream_eval, streaming, zero_shot
 from .export import export
 from .generate import generate
 from .prepare import prepare
@@ -21,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
 )
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Make tokenizers.")
-eval_app = typer.Typer(no_args_is_help=True, help="Evaluate: zero-shot benchmarks, streaming perplexity.")
+eval_app = typer.Typer(no_args_is_help=True, help="Evaluate: zero-shot benchmarks, streaming perplexity and recall.")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(eval_app, name="eval")
 app.command()(prepare)
@@ -29,6 +29,7 @@ tokenizer_app.command("train")(train_tokenizer)
 app.command()(train)
 eval_app.command("zero-shot")(zero_shot)
 eval_app.command("streaming")(streaming)
+eval_app.command("stream-eval")(stream_eval)
 app.command()(export)
 app.command()(generate)
 app.command()(chat)

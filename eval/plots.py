@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 # Okabe & Ito's palette without its yellow, which is too light for a line on white.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = {"dense": "--", "window": "-", "streaming": "-", "recompute": ":"}
+MARKERS = "os^Dvx"
+NUM_PLACES = 20  # points of a curve over the stream
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -49,6 +51,52 @@ def streaming_figure(report: dict[str, Any], title: str | None = None) -> Figure
         if title:
             axes.set_title(title, loc="left", fontsize=10, pad=14)
     return figure
+
+
+def plot_stream_eval(report: dict[str, Any], path: Path, title: str | None = None) -> None:
+    """Save `stream_eval_figure` as a PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        stream_eval_figure(report, title).savefig(path)
+
+
+def stream_eval_figure(report: dict[str, Any], title: str | None = None) -> Figure:
+    """Accuracy of a StreamEval report against distance, and, at the shortest distance, against tokens read.
+
+    Vertical marks on the left are where a line leaves the window of the cache of that colour.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.0, 3.2), layout="constrained")
+        by_distance, by_place = figure.subplots(1, 2, sharey=True)
+        for i, result in enumerate(report["results"]):
+            style = {"color": COLOURS[i % len(COLOURS)], "label": result["configuration"], "marker": MARKERS[i % 6]}
+            columns = result["distances"]
+            by_distance.plot([c["lines"] for c in columns], [100 * c["accuracy"] for c in columns], **style)
+            reach = result["window"] / report["tokens_per_line"]
+            if reach < columns[-1]["lines"]:
+                by_distance.axvline(reach, color=style["color"], linewidth=0.8, linestyle=":", zorder=0)
+            shortest = str(columns[0]["lines"])
+            places, accuracies = _smooth([p for p in result["places"] if shortest in p["accuracy"]], shortest)
+            by_place.plot(places, accuracies, **style)
+        by_distance.set_xlabel("Distance to the line asked for (lines)")
+        by_distance.set_ylabel("Accuracy (%)")
+        by_distance.set_ylim(-3, 103)
+        by_place.set_xlabel(f"Tokens read, at a distance of {shortest} lines")
+        by_place.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value else "0")
+        by_place.legend(title="cache", loc="upper left", bbox_to_anchor=(1.0, 1.0), alignment="left")
+        for axes in (by_distance, by_place):
+            axes.grid(axis="y", linewidth=0.4, alpha=0.5)
+        if title:
+            by_distance.set_title(title, loc="left", fontsize=10)
+    return figure
+
+
+def _smooth(places: list[dict[str, Any]], distance: str) -> tuple[list[float], list[float]]:
+    """Means of runs of neighbouring places, at most `NUM_PLACES` of them: tokens read, and accuracy in percent."""
+    size = -(-len(places) // NUM_PLACES)
+    runs = [places[i : i + size] for i in range(0, len(places), size)]
+    tokens = [sum(p["mean_num_tokens"] for p in run) / len(run) for run in runs]
+    return tokens, [100 * sum(p["accuracy"][distance] for p in run) / len(run) for run in runs]
 
 
 def _draw_losses(axes: Axes, report: dict[str, Any]) -> None:

@@ -95,12 +95,12 @@ def read_stream(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, num_t
             f"{', '.join(used)} holds {len(text_ids)} tokens where {num_tokens or 2} are wanted: "
             f"add a --text or lower --tokens"
         )
-    prefix = _prefix(tokenizer)
+    prefix = text_prefix(tokenizer)
     ids = torch.tensor(prefix + text_ids[:num_tokens])
     return Stream(ids=ids, num_prefix=len(prefix), sha256=digest.hexdigest(), files=tuple(used))
 
 
-def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer puts in front of a text: a begin-of-text token, an export's sinks, or nothing."""
     with_special, text = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
     return with_special[: with_special.index(text[0])]
@@ -155,10 +155,15 @@ def configurations(methods: Sequence[str], caches: Sequence[tuple[int, int]], nu
             example = "0+1024" if method == "window" else "4+1020"
             raise ValueError(f"--methods has {method} but --caches has none for it, such as {example}")
         chosen += found
-    for configuration in chosen:
-        if configuration.method != "dense" and configuration.cache_size < num_sinks:
-            raise ValueError(f"the cache {configuration} is smaller than the model's {num_sinks} sink tokens")
+    refuse_small_caches([(c.num_kept, c.window) for c in chosen if c.method != "dense"], num_sinks)
     return list(dict.fromkeys(chosen))
+
+
+def refuse_small_caches(caches: Iterable[tuple[int, int]], num_sinks: int) -> None:
+    """Raises ValueError for a cache that is smaller than the model's sinks."""
+    for num_kept, window in caches:
+        if num_kept + window < num_sinks:
+            raise ValueError(f"the cache {num_kept}+{window} is smaller than the model's {num_sinks} sink tokens")
 
 
 def measure(

@@ -1,0 +1,176 @@
+"""StreamEval: what is asked where, what counts as right, what is shown."""
+
+import json
+import re
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from sinklm.cli.evaluate import stream_eval
+from sinklm.eval.plots import stream_eval_figure
+from sinklm.eval.stream_eval import (
+    LARGEST_NUMBER,
+    PREAMBLE,
+    Answer,
+    RecordTokens,
+    Streams,
+    ask,
+    make_records,
+    summarize,
+    tokens_per_line,
+)
+from transformers import PreTrainedTokenizerFast
+
+from .checkpoints import small_model, small_tokenizer
+
+TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=small_tokenizer(), eos_token="<|endoftext|>")
+TOKENS = RecordTokens(TOKENIZER)
+
+
+def record_text(record: list[int], num_lines: int) -> str:
+    return PREAMBLE + "".join(f"The REGISTER_CONTENT in line {i} is <{record[i]}>\n" for i in range(num_lines))
+
+
+@given(st.integers(1, 6), st.integers(1, 40), st.integers(0, 9))
+def test_records_are_a_function_of_seed_and_sample(num_samples, num_lines, seed):
+    records = make_records(num_samples, num_lines, seed)
+    assert [len(record) for record in records] == [num_lines] * num_samples
+    assert all(1 <= number <= LARGEST_NUMBER for record in records for number in record)
+    assert make_records(num_samples + 3, num_lines, seed)[:num_samples] == records
+    assert num_lines < 5 or make_records(num_samples, num_lines, seed + 1) != records
+
+
+@given(st.integers(0, 999), st.integers(0, 9))
+@settings(deadline=None)
+def test_pieces_are_the_ids_of_the_whole_text(line, seed):
+    (record,) = make_records(1, 1000, seed)
+    read = TOKENS.beginning(record, 11) + TOKENS.lines(record, 11, 20)
+    question, answer = TOKENS.question(record, line)
+    whole = f"{record_text(record, 21)}Query: The REGISTER_CONTENT in line {line} is <{record[line]}>"
+    assert TOKENIZER.decode(read + question + answer) == whole
+    assert read + question + answer == TOKENIZER(whole)["input_ids"]
+
+
+@torch.no_grad()
+def greedy(model, ids: list[int], num_tokens: int) -> list[int]:
+    """Decode without any cache."""
+    ids = list(ids)
+    for _ in range(num_tokens):
+        ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[-num_tokens:]
+
+
+@pytest.mark.parametrize("num_sinks", [0, 1])
+def test_an_answer_is_right_if_greedy_decoding_without_a_cache_writes_it(num_sinks):
+    """Rows of unequal length, in a cache that holds all; asking twice shows that questions leave no trace."""
+    model = small_model(num_sinks, dtype=torch.float64, max_position_embeddings=2048)
+    records = make_records(3, 20, seed=1)
+    streams = Streams(model, num_kept=1, window=900)
+    texts = [TOKENS.beginning(record, 3 + i) for i, record in enumerate(records)]
+    more = [TOKENS.lines(record, 3 + i, 5) for i, record in enumerate(records)]
+    streams.read(texts)
+    streams.read(more)
+    texts = [text + lines for text, lines in zip(texts, more, strict=True)]
+    assert streams.num_read == [len(text) for text in texts]
+
+    questions = [TOKENS.question(record, line)[0] for record, line in zip(records, (0, 11, 2), strict=True)]
+    written = [
+        greedy(model, text + question, num_tokens)
+        for text, question, num_tokens in zip(texts, questions, (4, 2, 3), strict=True)
+    ]
+    for _ in range(2):
+        assert streams.answers(questions, written) == [True, True, True]
+    for row, place in ((0, 0), (0, 3), (1, 1), (2, 2)):
+        wrong = [list(answer) for answer in written]
+        wrong[row][place] = (wrong[row][place] + 1) % 300
+        assert streams.answers(questions, wrong) == [i != row for i in range(3)]
+
+
+class Clerk:
+    """Remembers the last tokens as text and looks the answer up: what a model does that can copy."""
+
+    def __init__(self, model, num_kept: int, window: int):
+        self.window, self.ids, self.num_read = window, None, []
+
+    def read(self, rows):
+        self.ids = [old + row for old, row in zip(self.ids or [[]] * len(rows), rows, strict=True)]
+        self.num_read = [len(row) for row in self.ids]
+
+    def answers(self, questions, answers):
+        return [self.is_right(*row) for row in zip(self.ids, questions, answers, strict=True)]
+
+    def is_right(self, ids, question, answer):
+        asked = re.fullmatch(r"Query: (The REGISTER_CONTENT in line \d+ is)", TOKENIZER.decode(question))[1]
+        found = re.search(re.escape(asked) + r" <\d+>", TOKENIZER.decode(ids[-self.window :]))
+        return found is not None and found[0] == asked + TOKENIZER.decode(answer)
+
+
+def test_a_clerk_answers_as_far_back_as_it_remembers(monkeypatch):
+    monkeypatch.setattr("sinklm.eval.stream_eval.Streams", Clerk)
+    records = make_records(5, 75, seed=0)
+    reach = 32 * tokens_per_line(TOKENIZER, records[0])
+    num_lines_read: list[int] = []
+    answers = list(
+        ask(
+            None,
+            TOKENIZER,
+            records,
+            num_kept=0,
+            window=int(reach),
+            distances=(0, 20, 30, 40),
+            batch_size=2,
+            progress=num_lines_read.append,
+        )
+    )
+    assert {(a.line, a.distance) for a in answers} == {
+        (line, d) for line in range(10, 71, 10) for d in (0, 20, 30, 40) if d <= line
+    }
+    assert all(a.is_right == (a.distance <= 30) for a in answers)
+    assert sum(num_lines_read) == 5 * 70
+    for answer in answers:
+        assert answer.num_tokens == len(TOKENIZER(record_text(records[answer.sample], answer.line + 1))["input_ids"])
+
+
+def test_the_summary_counts():
+    rights = {(10, 5): [True, False], (20, 5): [True, True], (20, 15): [False, True]}
+    answers = [
+        Answer(i, line, 100 * line + i, distance, is_right)
+        for (line, distance), found in rights.items()
+        for i, is_right in enumerate(found)
+    ]
+    summary = summarize(answers, 4, 60, seconds=1.0)
+    assert summary["configuration"] == "4+60"
+    assert summary["distances"] == [
+        {"lines": 5, "accuracy": 0.75, "num_questions": 4},
+        {"lines": 15, "accuracy": 0.5, "num_questions": 2},
+    ]
+    assert summary["places"] == [
+        {"line": 10, "mean_num_tokens": 1000.5, "accuracy": {"5": 0.5}},
+        {"line": 20, "mean_num_tokens": 2000.5, "accuracy": {"5": 1.0, "15": 0.5}},
+    ]
+
+
+def test_the_command_writes_table_json_and_picture(checkpoints, tmp_path, capsys):
+    options = {"num_samples": 2, "num_lines": 31, "caches": "0+64,1+400", "distances": "20,0"}
+    stream_eval(str(checkpoints[1]), **options, batch_size=2, output=tmp_path)
+
+    report = json.loads((tmp_path / "stream_eval.json").read_text())
+    assert [r["configuration"] for r in report["results"]] == ["0+64", "1+400"]
+    assert [(d["lines"], d["num_questions"]) for d in report["results"][0]["distances"]] == [(0, 6), (20, 4)]
+    assert (tmp_path / "stream_eval.png").read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert "20 lines" in shown
+    assert "1+400" in shown
+
+    by_distance, by_place = stream_eval_figure(report).axes
+    assert [line.get_label() for line in by_place.lines] == ["0+64", "1+400"]
+    assert by_distance.lines[0].get_xdata().tolist() == [0, 20]
+
+
+def test_distances_that_cannot_be_asked_are_refused(checkpoints, tmp_path):
+    for distances, message in (("20,50", r"has 50, but the last question comes after line 40 of 50"), ("x", "'x'")):
+        with pytest.raises(ValueError, match=f"--distances.*{message}"):
+            stream_eval(str(checkpoints[1]), num_lines=50, distances=distances, output=tmp_path)
+    with pytest.raises(ValueError, match="the cache 0\\+1 is smaller than the model's 2 sink"):
+        stream_eval(str(checkpoints[2]), caches="0+1", output=tmp_path)
