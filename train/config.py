@@ -3,6 +3,7 @@
 The defaults are Pythia's recipe (Biderman et al. 2023): the recipe of a model names only its sizes and learning rate.
 """
 
+import difflib
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -156,6 +157,19 @@ DERIVED_DEEPSPEED_KEYS = {
 }
 
 
+# Sections and switches of DeepSpeed's configuration. It passes over a key that it does not know, so a slip of the pen in
+# one of these would change nothing and say nothing.
+DEEPSPEED_KEYS = (
+    *("activation_checkpointing", "aio", "amp", "autotuning", "bf16", "checkpoint", "comet", "comms_logger"),
+    *("communication_data_type", "compile", "compression_training", "csv_monitor", "curriculum_learning"),
+    *("data_efficiency", "data_types", "dataloader_drop_last", "disable_allgather", "dump_state", "elasticity"),
+    *("flops_profiler", "fp16", "gradient_predivide_factor", "memory_breakdown", "prescale_gradients"),
+    *("sequence_parallel_size", "sparse_gradients", "steps_per_print", "tensor_parallel", "tensorboard"),
+    *("use_node_local_storage", "wall_clock_breakdown", "wandb", "zero_allow_untested_optimizer"),
+    *("zero_force_ds_cpu_optimizer", "zero_optimization", "zero_stage"),
+)
+
+
 class DeepSpeedSection(BaseModel):
     """ZeRO's stage, and any key of DeepSpeed's own configuration, passed through."""
 
@@ -177,6 +191,14 @@ class DeepSpeedSection(BaseModel):
             values = self.extra_keys.get(section) if section else self.extra_keys
             if isinstance(values, dict) and name in values:
                 raise ValueError(f"{key} is derived: set {ours}")
+        return self
+
+    @model_validator(mode="after")
+    def _no_misspelt_keys(self) -> "DeepSpeedSection":
+        for key in self.extra_keys:
+            near = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=1, cutoff=0.8)
+            if near and key not in DEEPSPEED_KEYS:
+                raise ValueError(f"unknown key {key}: did you mean {near[0]}?")
         return self
 
 

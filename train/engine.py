@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -77,7 +78,7 @@ def make_engine(
     """Hand the model over to DeepSpeed: moved to its device, cast, split and perhaps compiled.
 
     Raises:
-        ValueError: the device cannot do the recipe's precision.
+        ValueError: the device cannot do the recipe's precision, or DeepSpeed refuses a key passed through.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -91,12 +92,16 @@ def make_engine(
         # transformers 5.23 gave it a new name
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    with silent_stdout():
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=make_optimizer(model, config.optimizer),
-            config=deepspeed_config(plan, load_universal=load_universal),
-        )
+    try:
+        with silent_stdout():
+            engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=make_optimizer(model, config.optimizer),
+                config=deepspeed_config(plan, load_universal=load_universal),
+            )
+    except ValidationError as error:
+        reasons = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"DeepSpeed refuses a key under deepspeed ({error.title}): {reasons}") from error
     if compiles(config, device):
         engine.compile(compile_kwargs={"dynamic": False})
     engine.train()

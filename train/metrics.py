@@ -1,5 +1,6 @@
 """What a run records: ``metrics.jsonl`` always, Weights & Biases if wanted."""
 
+import contextlib
 import json
 import netrc
 import os
@@ -80,6 +81,7 @@ class WandbRun:
         except Exception as error:
             self._say(f"wandb failed and is left alone from here on ({type(error).__name__}: {error})")
             self._run = None
+            _tear_down_wandb()
 
 
 def _start_wandb(config: TrainingConfig, run_dir: Path) -> Any:
@@ -107,6 +109,14 @@ def _start_wandb(config: TrainingConfig, run_dir: Path) -> Any:
     )
 
 
+def _tear_down_wandb() -> None:
+    """Have wandb not try, and complain, once more when Python exits."""
+    import wandb
+
+    with contextlib.suppress(Exception):
+        wandb.teardown()
+
+
 def is_logged_in() -> bool:
     """Whether wandb has a key for its host, in the environment or where ``wandb login`` puts it."""
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
@@ -119,7 +129,8 @@ def is_logged_in() -> bool:
 
 def _wandb_id(run_dir: Path) -> str:
     """The id of this folder's run, made once."""
-    path = run_dir / "wandb-id"
+    path = run_dir / "wandb" / "run-id"
     if not path.exists():
+        path.parent.mkdir(exist_ok=True)
         path.write_text(os.urandom(6).hex(), encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()

@@ -68,6 +68,8 @@ def _read(recipe: str, readers: tuple[str, ...]) -> DictConfig:
     base = loaded.pop("base", None)
     if base is None:
         return loaded
+    if not isinstance(base, str):
+        raise ValueError(f"recipe {recipe}: base is {base!r}, it should be the name or path of a recipe")
     if base.endswith((".yaml", ".yml")):
         base = str(Path(recipe).parent / base)
     return _merge(_read(base, (*readers, recipe)), loaded)
