@@ -33,8 +33,12 @@ def train(
         tokenizer = train_tokenizer(texts(), vocab_size)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(output.name + ".partial")
-    tokenizer.save(str(partial))
-    os.replace(partial, output)
+    try:
+        partial.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")  # `save` raises what is no OSError
+        os.replace(partial, output)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{output} cannot be written: {error.strerror}") from error
     size = tokenizer.get_vocab_size()
     console.print(f"{output}: {size:,} tokens from {counts.documents:,} documents, {counts.bytes / 1e6:,.1f} MB")
     if size < vocab_size:

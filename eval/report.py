@@ -1,5 +1,6 @@
 """What a result needs to be worth keeping: which model, which library versions, written whole or not at all."""
 
+import contextlib
 import json
 import os
 import platform
@@ -39,11 +40,18 @@ def default_output(name_or_path: str | Path) -> Path:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write ``value`` so that the file is either the old one or the complete new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write ``value`` so that the file is either the old one or the complete new one.
+
+    Raises:
+        OSError: names the file that cannot be written.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(value, indent=2, default=str, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(partial, path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)

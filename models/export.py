@@ -56,8 +56,10 @@ def export_model(checkpoint: str | Path, output: str | Path) -> Path:
         )
         (partial / "README.md").write_text(card, encoding="utf-8")
         _swap_in(partial, output)
-    except SafetensorError as error:
-        raise OSError(f"the weights cannot be written below {output.absolute().parent}: {error}") from error
+    except FileNotFoundError:  # the checkpoint has no tokenizer
+        raise
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"the export cannot be written below {output.absolute().parent}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return output
@@ -149,7 +151,7 @@ def _write_tokenizer(checkpoint: str | Path, config: SinkGPTNeoXConfig, folder: 
     names = sink_names(config.num_sinks)
     if names:
         _add_sinks(backend, names, config.sink_token_ids)
-    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")  # `save` hides OSErrors
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": names[0] if names else end_of_text,

@@ -158,10 +158,10 @@ def test_a_failure_midway_leaves_the_older_export_and_nothing_else(checkpoint, t
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def fails(*arguments):
-        raise OSError("No space left on device")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("sinklm.models.export._write_tokenizer", fails)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=rf"the export cannot be written below {tmp_path}: .*No space left"):
         export_model(checkpoint, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert hidden_files(tmp_path) == []
@@ -190,7 +190,7 @@ def test_a_full_disk_is_one_clear_error(checkpoint, tmp_path):
         command, capture_output=True, text=True, env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     )
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("error: the weights cannot be written below")
+    assert done.stderr.strip().splitlines()[-1].startswith("error: the export cannot be written below")
     assert not (tmp_path / "export").exists()
     assert hidden_files(tmp_path) == []
 
