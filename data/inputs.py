@@ -126,7 +126,10 @@ def read_documents(shards: list[Shard]) -> Iterator[Document]:
 
 def no_document(shard: Shard) -> ValueError:
     """The error for a shard that turns out empty."""
-    return ValueError(f"{shard.name}: empty, there is no document in it")
+    if isinstance(shard, TextShard):
+        others = f" and {len(shard.files) - 1} text files behind it" if len(shard.files) > 1 else ""
+        return ValueError(f"{shard.files[0][0]}{others}: empty, there is no document in it")
+    return ValueError(f"{getattr(shard, 'path', shard.name)}: empty, there is no document in it")
 
 
 def _fixed_folder(pattern: str) -> Path:

@@ -45,7 +45,7 @@ class JsonLine(NamedTuple):
         try:
             row = orjson.loads(self.line)
         except orjson.JSONDecodeError as error:
-            raise ValueError(f"{self.place}: not JSON ({error})") from None
+            raise ValueError(f"{self.place}: not JSON ({error}); mend or remove it") from None
         if not isinstance(row, dict):
             raise ValueError(f"{self.place}: a record must be a JSON object, not a {type(row).__name__}")
         return _document_of(row, self.place, self.set_name)

@@ -163,7 +163,7 @@ def test_an_empty_input_is_an_error(tmp_path: Path, name: str) -> None:
         (tmp_path / name).touch()
     else:
         write_json_lines(tmp_path / name, [])
-    with pytest.raises(ValueError, match="empty, there is no document in it"):
+    with pytest.raises(ValueError, match=rf"{tmp_path / name}: empty, there is no document in it"):
         read(tmp_path / name)
 
 
