@@ -157,8 +157,8 @@ DERIVED_DEEPSPEED_KEYS = {
 }
 
 
-# Sections and switches of DeepSpeed's configuration. It passes over a key that it does not know, so a slip of the pen in
-# one of these would change nothing and say nothing.
+# Sections and switches of DeepSpeed's configuration. It passes over a key that it does not know, so a slip of the pen
+# in one of these would change nothing and say nothing.
 DEEPSPEED_KEYS = (
     *("activation_checkpointing", "aio", "amp", "autotuning", "bf16", "checkpoint", "comet", "comms_logger"),
     *("communication_data_type", "compile", "compression_training", "csv_monitor", "curriculum_learning"),

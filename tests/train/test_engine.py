@@ -140,6 +140,12 @@ def test_extra_deepspeed_keys_are_passed_through_and_merged(recipe):
     assert theirs["gradient_accumulation_steps"] == 4
 
 
+def test_a_key_that_deepspeed_refuses_is_named(recipe, world):
+    plan = plan_of(recipe, "deepspeed.zero_optimization.overlap=true")
+    with pytest.raises(ValueError, match=r"DeepSpeed refuses a key under deepspeed \(DeepSpeedZeroConfig\): overlap: "):
+        make_engine(SinkGPTNeoXForCausalLM(plan.model_config), plan, world.device)
+
+
 @pytest.mark.parametrize(
     ("precision", "stage", "key"),
     [("bf16", 0, "torch_autocast"), ("bf16", 1, "bf16"), ("fp16", 3, "fp16"), ("fp16", 0, "torch_autocast")],
