@@ -66,8 +66,11 @@ def streaming(
         ),
     ] = None,
     methods: Annotated[
-        str, typer.Option(help="Of dense, window (0+N), streaming (S+W) and recompute.")
-    ] = "dense,window,streaming",
+        str | None,
+        typer.Option(
+            help="Of dense, window (0+N), streaming (S+W) and recompute.", show_default="dense, and what the caches are"
+        ),
+    ] = None,
     recompute_every: Annotated[
         int, typer.Option(min=1, help="Score every N-th token under recompute, which runs a whole window for each.")
     ] = 1,
@@ -76,15 +79,24 @@ def streaming(
     """Perplexity on long text under dense attention, a sliding window, kept tokens + window, and re-computation."""
     from ..eval.plots import plot_streaming
     from ..eval.report import default_output, describe_model, library_versions, write_json
-    from ..eval.streaming import as_json, configurations, default_caches, parse_caches, read_stream, results_table
+    from ..eval.streaming import (
+        as_json,
+        configurations,
+        default_caches,
+        default_methods,
+        parse_caches,
+        read_stream,
+        results_table,
+    )
     from ..models import load_model, load_tokenizer
 
     console = Console()
     stream = read_stream(text, load_tokenizer(model), tokens)
     loaded = load_model(model)
+    shapes = parse_caches(caches) if caches else default_caches(loaded)
     chosen = configurations(
-        [name.strip() for name in methods.split(",")],
-        parse_caches(caches) if caches else default_caches(loaded),
+        [name.strip() for name in methods.split(",")] if methods else default_methods(shapes),
+        shapes,
         num_sinks=getattr(loaded.config, "num_sinks", 0),
     )
     folder = output or default_output(model)
@@ -99,7 +111,7 @@ def streaming(
         write_json(folder / "streaming.json", report)  # what is measured stays, should the next one fail
     plot_streaming(report, folder / "streaming.png", title=model)
     console.print(results_table(results, f"Perplexity on {report['text']['num_tokens']:,} tokens: {model}"))
-    _explain_unscored(console, results, stream, recompute_every)
+    _explain_unscored(console, results, stream, recompute_every, report["model"]["max_position_embeddings"])
     console.print(f"Results: {folder / 'streaming.json'}, {folder / 'streaming.png'}")
 
 
@@ -209,13 +221,19 @@ def _measure_all(
             )
 
 
-def _explain_unscored(console: Console, results: list["Result"], stream: "Stream", recompute_every: int) -> None:
+def _explain_unscored(
+    console: Console, results: list["Result"], stream: "Stream", recompute_every: int, trained_length: int | None
+) -> None:
     """Say why a row counts fewer tokens than the text has."""
+    from ..eval.losses import DENSE_LENGTHS
+
     num_tokens = len(stream.ids) - stream.num_prefix
     for result in results:
         missing = num_tokens - result.num_scored
         if missing > 1 and result.configuration.method == "dense":
-            console.print(f"dense: stopped after {result.num_scored:,} tokens, its cache would not fit the free memory")
+            is_long = trained_length and result.num_scored >= DENSE_LENGTHS * trained_length - stream.num_prefix
+            reason = f"{DENSE_LENGTHS} × the trained length" if is_long else "its cache would not fit the free memory"
+            console.print(f"dense: stopped after {result.num_scored:,} tokens, {reason}")
         elif missing > 1 and result.configuration.method == "recompute":
             console.print(f"{result.configuration}: one token in {recompute_every} is scored")
     if any(num_tokens - result.num_scored == 1 for result in results):

@@ -15,6 +15,8 @@ from transformers import DynamicCache, PreTrainedModel
 from ..models import streaming
 
 CHUNK = 512  # tokens at a time: bounds the logits and a dense mask, not the result
+GPU_STREAM_CHUNK = 4096  # fills a GPU, at 1.6 GB of logits
+DENSE_LENGTHS = 8  # trained lengths after which dense attention is shown to work or not, and grows ever slower
 RECOMPUTE_TOKENS = 16_384  # at a time, over all windows of a batch
 
 Progress = Callable[[int], None]  # is called with the number of tokens done since the last call
@@ -30,8 +32,9 @@ def stream_losses(
     """
     losses = _unscored(ids)
     losses[0] = _first_loss(model, ids)
+    size = GPU_STREAM_CHUNK if model.device.type == "cuda" else CHUNK
     end = 1
-    for chunk in streaming.stream_losses(model, ids[None], num_kept=num_kept, window=window, chunk_size=CHUNK):
+    for chunk in streaming.stream_losses(model, ids[None], num_kept=num_kept, window=window, chunk_size=size):
         start, end = end, end + chunk.shape[1]
         losses[start:end] = chunk[0].to("cpu", torch.float64)
         _advance(progress, end - start)
@@ -42,13 +45,16 @@ def stream_losses(
 def dense_losses(model: PreTrainedModel, ids: torch.Tensor, progress: Progress | None = None) -> torch.Tensor:
     """Under dense attention, every token attending to all before it, also past the trained length.
 
-    The cache grows with the text. Once it holds as much memory as is left free, scoring ends and the rest stays NaN.
+    The cache grows with the text, and the time with its square. Scoring ends, and the rest stays NaN, after
+    `DENSE_LENGTHS` trained lengths, or once the cache holds as much memory as is left free.
     """
+    trained_length = getattr(model.config, "max_position_embeddings", None)
+    last = min(len(ids) - 1, DENSE_LENGTHS * (trained_length or len(ids)))
     cache = DynamicCache(config=model.config)
     losses = _unscored(ids)
     losses[0] = _first_loss(model, ids)
-    for start in range(0, len(ids) - 1, CHUNK):
-        end = min(start + CHUNK, len(ids) - 1)
+    for start in range(0, last, CHUNK):
+        end = min(start + CHUNK, last)
         logits = model(_batch(model, ids[start:end]), past_key_values=cache, use_cache=True).logits[0]
         losses[start + 1 : end + 1] = _nll(logits, ids[start + 1 : end + 1])
         _advance(progress, end - start)

@@ -159,6 +159,12 @@ def configurations(methods: Sequence[str], caches: Sequence[tuple[int, int]], nu
     return list(dict.fromkeys(chosen))
 
 
+def default_methods(caches: Sequence[tuple[int, int]]) -> list[str]:
+    """Dense attention, and what the caches are: windows, streams with kept tokens, or both."""
+    kinds = {"window" if num_kept == 0 else "streaming" for num_kept, _ in caches}
+    return [method for method in METHODS if method in {"dense", *kinds}]
+
+
 def refuse_small_caches(caches: Iterable[tuple[int, int]], num_sinks: int) -> None:
     """Raises ValueError for a cache that is smaller than the model's sinks."""
     for num_kept, window in caches:

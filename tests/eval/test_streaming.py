@@ -19,6 +19,7 @@ from sinklm.eval.streaming import (
     binned_losses,
     configurations,
     default_caches,
+    default_methods,
     measure,
     parse_caches,
     position_bins,
@@ -27,7 +28,7 @@ from sinklm.eval.streaming import (
 from sinklm.models import load_model, load_tokenizer
 from sinklm.models.export import export_model
 
-from .checkpoints import small_model
+from .checkpoints import small_model, write_checkpoint
 
 WORDS = "In the morning the sea was calm, and the boats went out one after the other. "
 
@@ -91,6 +92,21 @@ def test_methods_choose_among_the_caches():
         configurations(["window"], [(4, 4)], num_sinks=1)
     with pytest.raises(ValueError, match="smaller than the model's 9 sink"):
         configurations(["window"], caches, num_sinks=9)
+
+
+def test_by_default_methods_are_those_of_the_caches():
+    assert default_methods([(0, 8), (4, 4)]) == ["dense", "window", "streaming"]
+    assert default_methods([(4, 252), (4, 508)]) == ["dense", "streaming"]  # the grid of Table 6
+    assert default_methods([(0, 8)]) == ["dense", "window"]
+
+
+def test_dense_attention_ends_after_eight_trained_lengths(tmp_path, book, capsys):
+    folder = write_checkpoint(tmp_path / "model", small_model(1, max_position_embeddings=32))
+    streaming(str(folder), [book], tokens=400, caches="1+15", output=tmp_path)
+    dense, stream = json.loads((tmp_path / "streaming.json").read_text())["results"]
+    assert (dense["method"], dense["num_scored"]) == ("dense", 257)  # the loss of token 256 is that of position 255
+    assert (stream["method"], stream["num_scored"]) == ("streaming", 400)
+    assert "stopped after 257 tokens, 8 × the trained length" in " ".join(capsys.readouterr().out.split())
 
 
 @given(st.integers(1, 3_000_000))
