@@ -78,7 +78,9 @@ def _normalised(sink: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"sink.kind is {kind!r}: choose one of {', '.join(SINK_KINDS)}")
     if kind == "none":
         return {"kind": "none"}
-    num_tokens = sink.get("num_tokens", 1)
-    if num_tokens < 1:
-        raise ValueError(f"sink.num_tokens is {num_tokens}: it must be at least 1, or set sink.kind to none")
-    return {"kind": kind, "num_tokens": num_tokens, "first_token_id": sink.get("first_token_id", 50277)}
+    num_tokens, first_token_id = sink.get("num_tokens", 1), sink.get("first_token_id", 50277)
+    if not isinstance(num_tokens, int) or num_tokens < 1:
+        raise ValueError(f"sink.num_tokens is {num_tokens!r}: it must be at least 1, or set sink.kind to none")
+    if not isinstance(first_token_id, int) or first_token_id < 0:
+        raise ValueError(f"sink.first_token_id is {first_token_id!r}: it must be an id of the vocabulary")
+    return {"kind": kind, "num_tokens": num_tokens, "first_token_id": first_token_id}

@@ -262,12 +262,18 @@ def _keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> to
 
 def _align(hidden_states, labels, num_sinks: int, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
     """Pair each target ``(B, N)`` with the hidden state ``(B, N, D)`` that predicts it."""
+    num_tokens = hidden_states.shape[1] - num_sinks
+    if labels.shape[1] not in (num_tokens, num_tokens + 1):
+        raise ValueError(
+            f"labels cover {labels.shape[1]} tokens where the text has {num_tokens}: give as many, or one more, the "
+            "target of the last"
+        )
     targets = labels if num_sinks else labels[:, 1:]
     predictors = hidden_states[:, max(num_sinks - 1, 0) :][:, : targets.shape[1]]
     if num_sinks and attention_mask is not None:
         # In a left-padded row the first real token is predicted by the last sink, not by the padding before it.
         starts = torch.zeros_like(targets, dtype=torch.bool)
-        starts.scatter_(1, attention_mask.argmax(dim=1, keepdim=True), True)
+        starts.scatter_(1, attention_mask.long().argmax(dim=1, keepdim=True), True)
         predictors = torch.where(starts[..., None], predictors[:, :1], predictors)
     return predictors, targets
 

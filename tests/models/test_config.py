@@ -20,6 +20,8 @@ def test_a_config_survives_the_disk(tmp_path):
     [
         ({"kind": "tokens"}, "sink.kind is 'tokens': choose one of none, token"),
         ({"kind": "token", "num_tokens": 0}, "sink.num_tokens is 0"),
+        ({"kind": "token", "num_tokens": 1.5}, "sink.num_tokens is 1.5"),
+        ({"kind": "token", "first_token_id": -1}, "sink.first_token_id is -1"),
         ({"kind": "token", "count": 1}, "unknown key sink.count"),
         ({"kind": "token", "first_token_id": 512}, "outside the vocabulary of 512"),
     ],

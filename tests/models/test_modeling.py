@@ -88,6 +88,16 @@ def test_padding_on_either_side_changes_nothing(num_sinks, side):
         targets, total = targets + count, total + alone.loss.item() * count
     if num_sinks or side == "right":  # transformers' convention predicts a first token from padding: not ours to repair
         assert batch.loss.item() == pytest.approx(total / targets, rel=1e-6)
+    same = model(ids, attention_mask=mask.bool(), labels=labels)
+    assert torch.equal(same.loss, batch.loss)
+    assert torch.equal(same.logits, batch.logits)
+
+
+@pytest.mark.parametrize("num_sinks", SINKS)
+@pytest.mark.parametrize("num_labels", [3, 8])
+def test_labels_of_another_length_are_refused(num_sinks, num_labels):
+    with pytest.raises(ValueError, match=f"labels cover {num_labels} tokens where the text has 6"):
+        tiny_model(num_sinks)(text(1, 6), labels=text(1, num_labels))
 
 
 def pad(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
