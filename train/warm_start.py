@@ -1,9 +1,10 @@
 """Start from the weights of another model."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, GPTNeoXConfig
 
 from ..models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM
 from ..models.loading import resolve_model_folder
@@ -18,11 +19,21 @@ SIZES = (
 )
 
 
+def architecture(config: GPTNeoXConfig) -> dict[str, Any]:
+    """What the weights were trained for, by the recipe's keys; another rotary share would load and compute nonsense."""
+    rope: dict[str, Any] = dict(config.rope_parameters or {})
+    return {size: getattr(config, size) for size in SIZES} | {
+        "parallel_residual": config.use_parallel_residual,
+        "rotary_pct": rope.get("partial_rotary_factor", 1.0),
+        "rope_theta": float(rope.get("rope_theta", 10_000)),
+    }
+
+
 def load_weights(name_or_path: str | Path, config: SinkGPTNeoXConfig) -> SinkGPTNeoXForCausalLM:
     """A model of ``config`` in float32 with the weights of any GPT-NeoX of the same sizes.
 
     Raises:
-        ValueError: it is another kind of model, or a size differs (named).
+        ValueError: it is another kind of model, or its architecture differs (the key is named).
         FileNotFoundError: there is no such model.
     """
     folder = resolve_model_folder(name_or_path)
@@ -32,10 +43,10 @@ def load_weights(name_or_path: str | Path, config: SinkGPTNeoXConfig) -> SinkGPT
         raise FileNotFoundError(f"model.init_from={name_or_path}: no model can be loaded ({error})") from error
     if theirs.model_type not in ("gpt_neox", "sink_gpt_neox"):
         raise ValueError(f"model.init_from={name_or_path} is a {theirs.model_type}, not a GPT-NeoX")
-    for size in SIZES:
-        if getattr(theirs, size) != getattr(config, size):
+    ours, wanted = architecture(config), architecture(theirs)
+    for key, value in wanted.items():
+        if ours[key] != value:
             raise ValueError(
-                f"model.{size} is {getattr(config, size)}, but model.init_from={name_or_path} has "
-                f"{getattr(theirs, size)}: set it to that"
+                f"model.{key} is {ours[key]}, but model.init_from={name_or_path} has {value}: set it to that"
             )
     return SinkGPTNeoXForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)

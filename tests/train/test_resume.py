@@ -233,3 +233,16 @@ def test_a_warm_start_begins_where_the_other_run_ended(recipe, whole_run, tmp_pa
 def test_a_warm_start_from_another_size_is_refused(recipe, whole_run, tmp_path):
     with pytest.raises(ValueError, match=r"model\.num_hidden_layers is 1, but model\.init_from=.* has 2"):
         train(recipe, [f"train.run_dir={tmp_path}", f"model.init_from={whole_run}", "model.num_hidden_layers=1"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.rotary_pct=0.5", r"model\.rotary_pct is 0\.5, but model\.init_from=.* has 0\.25"),
+        ("model.rope_theta=500.0", r"model\.rope_theta is 500\.0, but"),
+        ("model.parallel_residual=false", r"model\.parallel_residual is False, but"),
+    ],
+)
+def test_weights_that_would_load_but_compute_otherwise_are_refused(recipe, whole_run, tmp_path, override, message):
+    with pytest.raises(ValueError, match=message):
+        train(recipe, [f"train.run_dir={tmp_path}", f"model.init_from={whole_run}", override])
