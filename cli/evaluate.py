@@ -138,7 +138,7 @@ def stream_eval(
     from ..models import load_model, load_tokenizer
 
     console = Console()
-    chosen_distances = _whole_numbers("--distances", distances)
+    chosen_distances = whole_numbers("--distances", distances)
     check_distances(chosen_distances, num_lines)
     loaded, tokenizer = load_model(model), load_tokenizer(model)
     shapes = parse_caches(caches) if caches else default_caches(loaded)
@@ -159,7 +159,7 @@ def stream_eval(
     console.print(f"Results: {folder / 'stream_eval.json'}, {folder / 'stream_eval.png'}")
 
 
-def _whole_numbers(option: str, text: str) -> list[int]:
+def whole_numbers(option: str, text: str) -> list[int]:
     try:
         return sorted({int(part) for part in text.split(",")})
     except ValueError as error:

@@ -5,6 +5,7 @@ import sys
 
 import typer
 
+from .bench import decode
 from .chat import chat
 from .evaluate import stream_eval, streaming, zero_shot
 from .export import export
@@ -22,8 +23,10 @@ app = typer.Typer(
 )
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Make tokenizers.")
 eval_app = typer.Typer(no_args_is_help=True, help="Evaluate: zero-shot benchmarks, streaming perplexity and recall.")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure speed and memory.")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(eval_app, name="eval")
+app.add_typer(bench_app, name="bench")
 app.command()(prepare)
 tokenizer_app.command("train")(train_tokenizer)
 app.command()(train)
@@ -31,6 +34,7 @@ eval_app.command("zero-shot")(zero_shot)
 eval_app.command("streaming")(streaming)
 eval_app.command("stream-eval")(stream_eval)
 app.command()(export)
+bench_app.command("decode")(decode)
 app.command()(generate)
 app.command()(chat)
 

@@ -69,7 +69,13 @@ def stream_eval_figure(report: dict[str, Any], title: str | None = None) -> Figu
         figure = Figure(figsize=(8.0, 3.2), layout="constrained")
         by_distance, by_place = figure.subplots(1, 2, sharey=True)
         for i, result in enumerate(report["results"]):
-            style = {"color": COLOURS[i % len(COLOURS)], "label": result["configuration"], "marker": MARKERS[i % 6]}
+            weight = 1 - i / len(report["results"])  # equal curves stay visible under each other
+            style = {
+                "color": COLOURS[i % len(COLOURS)],
+                "marker": MARKERS[i % len(MARKERS)],
+                "markersize": 3 + 5 * weight,
+            }
+            style |= {"linewidth": 1 + 2 * weight, "label": result["configuration"]}
             columns = result["distances"]
             by_distance.plot([c["lines"] for c in columns], [100 * c["accuracy"] for c in columns], **style)
             reach = result["window"] / report["tokens_per_line"]
@@ -88,6 +94,55 @@ def stream_eval_figure(report: dict[str, Any], title: str | None = None) -> Figu
             axes.grid(axis="y", linewidth=0.4, alpha=0.5)
         if title:
             by_distance.set_title(title, loc="left", fontsize=10)
+    return figure
+
+
+def plot_decoding(report: dict[str, Any], path: Path, title: str | None = None) -> None:
+    """Save `decoding_figure` as a PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        decoding_figure(report, title).savefig(path)
+
+
+def decoding_figure(report: dict[str, Any], title: str | None = None) -> Figure:
+    """Milliseconds a token, and peak memory where it was measured, against the size of the cache, on log scales.
+
+    A line for each way of decoding, solid for the smallest batch, dashed and dotted for larger ones.
+    """
+    rows = report["results"]
+    has_memory = any(row["peak_bytes"] for row in rows)
+    batch_sizes = sorted({row["batch_size"] for row in rows})
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.0 if has_memory else 5.0, 3.2), layout="constrained")
+        panels = figure.subplots(1, 1 + has_memory, squeeze=False)[0]
+        for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+            for j, batch_size in enumerate(batch_sizes):
+                chosen = [row for row in rows if (row["method"], row["batch_size"]) == (method, batch_size)]
+                label = f"{method}, batch {batch_size}" if len(batch_sizes) > 1 else method
+                style = {
+                    "color": COLOURS[i],
+                    "marker": MARKERS[i],
+                    "linestyle": ("-", "--", ":")[j % 3],
+                    "label": label,
+                }
+                sizes = [row["cache_size"] for row in chosen]
+                panels[0].plot(sizes, [row["milliseconds"] for row in chosen], markersize=4, **style)
+                if has_memory and chosen[0]["peak_bytes"]:
+                    panels[1].plot(sizes, [row["peak_bytes"] / 1e9 for row in chosen], markersize=4, **style)
+        for axes, quantity in zip(panels, ("Time a token (ms)", "Peak memory (GB)"), strict=False):
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.set_xlabel("Cache size (tokens)")
+            axes.set_ylabel(quantity)
+            axes.grid(axis="y", linewidth=0.4, alpha=0.5)
+        panels[0].set_yscale("log")
+        panels[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        low, high = panels[0].get_ylim()
+        if high < 30 * low:  # else the powers of ten are enough
+            panels[0].yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:g}"[0] in "235" else "")
+        panels[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        if title:
+            panels[0].set_title(title, loc="left", fontsize=10)
     return figure
 
 

@@ -1,0 +1,101 @@
+"""How fast and in how much memory a long text is scored, in chunks and token by token.
+
+    python benchmarks/scoring_speed.py --model PATH --ids ids.npy --num-tokens 4000000
+
+Writes JSON to stdout: the perplexity of each tenth of the text under 4 + window tokens, time, and peak memory. Without
+--model a random model of SmolLM2-135M's shape, without --ids random tokens. (Decoding: `sinklm bench decode`.)
+"""
+
+import argparse
+import json
+import math
+import time
+
+import numpy as np
+import torch
+import transformers
+from sinklm.eval.decode_speed import milliseconds, synchronize
+from sinklm.models.streaming import StreamingCache, stream_losses
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+
+def environment() -> dict:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {"device": device, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def build(config, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def score(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict:
+    if args.model:
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval()
+    else:
+        shape = {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+        model = build(LlamaConfig(intermediate_size=1536, vocab_size=49152, **shape), device, dtype)
+    if args.ids:
+        ids = torch.from_numpy(np.load(args.ids, mmap_mode="r")[: args.num_tokens].astype(np.int64))[None]
+    else:
+        ids = torch.randint(0, model.config.vocab_size, (1, args.num_tokens))
+    shape = {"num_kept": args.num_kept, "window": args.window}
+    warm = stream_losses(model, ids[:, : 3 * args.chunk_size], **shape, chunk_size=args.chunk_size)
+    sum(float(losses.sum()) for losses in warm)
+    report = {"banded": banded(model, ids, shape, args), "token by token": single(model, ids[:, : args.single], shape)}
+    report["speed-up"] = report["banded"]["tokens/s"] / report["token by token"]["tokens/s"]
+    return report | shape | {"dtype": str(dtype)}
+
+
+def banded(model: PreTrainedModel, ids: torch.Tensor, shape: dict, args: argparse.Namespace) -> dict:
+    """Perplexity of every tenth of the text, time, and peak memory after 100,000 tokens and at the end."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    synchronize()
+    start, seen, early, sums, lengths = time.perf_counter(), 0, None, [], []
+    for losses in stream_losses(model, ids, **shape, chunk_size=args.chunk_size):
+        sums.append(losses.sum())
+        lengths.append(losses.shape[1])
+        seen += losses.shape[1]
+        if early is None and seen >= 100_000 and torch.cuda.is_available():
+            early = torch.cuda.max_memory_allocated()
+    synchronize()
+    seconds = time.perf_counter() - start
+    tenths = np.array_split(np.stack([torch.stack(sums).double().cpu().numpy(), lengths]), min(10, len(sums)), axis=1)
+    return {
+        "tokens": seen,
+        "seconds": seconds,
+        "tokens/s": seen / seconds,
+        "perplexity by tenth": [math.exp(loss.sum() / length.sum()) for loss, length in tenths],
+        "peak bytes at 100,000 tokens": early,
+        "peak bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+    }
+
+
+@torch.no_grad()
+def single(model: PreTrainedModel, ids: torch.Tensor, shape: dict) -> dict:
+    cache = StreamingCache.for_model(model, **shape)
+    model(ids[:, : cache.shape.num_slots + 8].to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    tokens = iter(ids.to(model.device).split(1, dim=1))
+    step = lambda: model(next(tokens), past_key_values=cache, use_cache=True).logits  # noqa: E731
+    num_steps = ids.shape[1] - 10
+    return {"tokens": num_steps, "tokens/s": 1e3 / milliseconds(step, 10, num_steps)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    parser.add_argument("--ids")
+    parser.add_argument("--num-tokens", type=int, default=4_000_000)
+    parser.add_argument("--num-kept", type=int, default=4)
+    parser.add_argument("--window", type=int, default=1020)
+    parser.add_argument("--chunk-size", type=int, default=4096)
+    parser.add_argument("--single", type=int, default=300, help="tokens to feed one by one, for comparison")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    print(json.dumps(score(args, device, dtype) | environment(), indent=1))
+
+
+if __name__ == "__main__":
+    main()

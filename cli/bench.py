@@ -1,0 +1,97 @@
+"""`sinklm bench decode`: time and memory of decoding."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+from .evaluate import OUTPUT_HELP, whole_numbers
+
+CONFIGS_PACKAGE = "sinklm.configs"
+
+
+def decode(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A run, checkpoint, transformers folder or name on the Hub; or a packaged recipe such as pythia-6.9b, "
+            "whose model is made with random weights.",
+            show_default=False,
+        ),
+    ],
+    caches: Annotated[str, typer.Option(help="Sizes, with commas between.")] = "256,512,1024,2048,4096",
+    batch_sizes: Annotated[str, typer.Option(help="Streams at a time, with commas between.")] = "1",
+    num_steps: Annotated[int, typer.Option(min=1, help="Tokens to time.")] = 200,
+    output: Annotated[Path | None, typer.Option(help=OUTPUT_HELP, show_default=False)] = None,
+) -> None:
+    """Time and memory of a token against the size of the cache: streaming, re-computation, and what lies between."""
+    from ..eval.decode_speed import copy_bandwidth, measure_decoding, results_table
+    from ..eval.plots import plot_decoding
+    from ..eval.report import default_output, library_versions, write_json
+
+    console = Console()
+    cache_sizes, batches = whole_numbers("--caches", caches), whole_numbers("--batch-sizes", batch_sizes)
+    if min(cache_sizes + batches) < 1:
+        raise ValueError("--caches and --batch-sizes are counts: each is at least 1")
+    loaded, description = _load(model)
+    bandwidth = copy_bandwidth(loaded.device)
+    folder = output or default_output(model)
+    report: dict[str, Any] = {"model": description, "versions": library_versions(), "num_steps": num_steps}
+    report |= {"hardware": _hardware(loaded), "copy_bytes_per_second": bandwidth, "results": []}
+    write_json(folder / "decode.json", report)  # a folder that cannot be written shows before the work
+    for batch_size in batches:
+        for cache_size in cache_sizes:
+            with console.status(f"cache {cache_size}, batch {batch_size}"):
+                rows = measure_decoding(loaded, cache_size, batch_size, num_steps=num_steps, bandwidth=bandwidth)
+                report["results"] += list(rows)
+            write_json(folder / "decode.json", report)  # what is measured stays, should the next one fail
+    plot_decoding(report, folder / "decode.png", title=f"{model}, {report['hardware']}")
+    console.print(results_table(report["results"], f"Decoding, milliseconds a token: {model}, {report['hardware']}"))
+    console.print(f"Results: {folder / 'decode.json'}, {folder / 'decode.png'}")
+
+
+def _load(name: str) -> tuple["PreTrainedModel", dict[str, Any]]:
+    """A model and its description; the one of a recipe with random weights."""
+    from ..eval.report import describe_model
+    from ..models import load_model
+
+    if not (files(CONFIGS_PACKAGE) / f"{name}.yaml").is_file() or Path(name).exists():
+        loaded = load_model(name)
+        return loaded, describe_model(loaded, name)
+    loaded = _random_model(name)
+    num_parameters = sum(p.numel() for p in loaded.parameters())
+    return loaded, {"recipe": name, "num_parameters": num_parameters, "dtype": str(loaded.dtype).removeprefix("torch.")}
+
+
+def _random_model(recipe: str) -> "PreTrainedModel":
+    """GPT-NeoX of a recipe's sizes: bfloat16 on a GPU, float32 on a CPU."""
+    import torch
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    from ..train.recipe import load_config
+
+    sizes = load_config(recipe).model
+    config = GPTNeoXConfig(
+        vocab_size=sizes.vocab_size or 50304,
+        hidden_size=sizes.hidden_size,
+        num_hidden_layers=sizes.num_hidden_layers,
+        num_attention_heads=sizes.num_attention_heads,
+        intermediate_size=sizes.intermediate_size or 4 * sizes.hidden_size,
+        use_parallel_residual=sizes.parallel_residual,
+    )
+    on_gpu = torch.cuda.is_available()
+    with torch.device("cuda" if on_gpu else "cpu"):
+        return GPTNeoXForCausalLM._from_config(config, dtype=torch.bfloat16 if on_gpu else torch.float32).eval()
+
+
+def _hardware(model: "PreTrainedModel") -> str:
+    import torch
+
+    if model.device.type == "cuda":
+        return torch.cuda.get_device_name(model.device)
+    return f"CPU, {torch.get_num_threads()} thread(s)"

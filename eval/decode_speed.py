@@ -1,0 +1,139 @@
+"""Time and memory of a decoded token against the size of the cache (Xiao et al. 2024, Figure 10)."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+from transformers import DynamicCache, PreTrainedModel
+
+from ..models.streaming import Generator, StreamingCache
+from ..models.streaming.generation import DEFAULT_NUM_KEPT
+
+METHODS = ("streaming", "cropped cache", "re-computation", "floor")
+NUM_WARMUP = 5
+RECOMPUTE_SHARE = 20  # a step of re-computation is timed so many times less often, and runs a whole window
+EXTRA_TOKENS = 8  # of prompt beyond the cache, so that it is full and has evicted
+
+
+def measure_decoding(
+    model: PreTrainedModel, cache_size: int, batch_size: int, *, num_steps: int, bandwidth: float
+) -> Iterator[dict[str, Any]]:
+    """Milliseconds for one more token of each stream, and the peak of GPU memory with the weights, by each method.
+
+    ``streaming``: this project's step, compiled and captured on CUDA. ``cropped cache``: transformers' eager loop with
+    a `DynamicCache` cut to size after each token. ``re-computation``: the whole window through the model, without a
+    cache. ``floor``: bytes of the weights (but the input embedding) and of the cache over the copy bandwidth.
+
+    Args:
+        bandwidth: bytes a second, as by `copy_bandwidth`.
+    """
+    num_kept = getattr(model.config, "num_sinks", 0) or DEFAULT_NUM_KEPT
+    if cache_size <= num_kept:
+        raise ValueError(f"a cache of {cache_size} has no room for more than the {num_kept} kept tokens: take a larger")
+    torch._dynamo.reset()  # a shape of its own is compiled for each cache and batch
+    ids = torch.randint(1, 256, (batch_size, cache_size + EXTRA_TOKENS), device=model.device)
+    row = {"cache_size": cache_size, "batch_size": batch_size, "num_kept": num_kept}
+    with torch.no_grad():
+        cache = StreamingCache.for_model(model, num_kept=num_kept, window=cache_size - num_kept)
+        generator = Generator(model, cache)
+        with peak_memory(model.device) as peak:
+            generator.decoder.prefill(ids)
+            elapsed = milliseconds(partial(generator.read_one, ids[:, :1].clone()), NUM_WARMUP, num_steps)
+        num_bytes = cache.num_bytes
+        del generator, cache
+        yield {"method": METHODS[0], "milliseconds": elapsed, "peak_bytes": peak.get("bytes"), **row}
+
+        with peak_memory(model.device) as peak:
+            cropped = CroppedCache(model, ids[:, :cache_size], num_kept)
+            elapsed = milliseconds(partial(cropped.step, ids[:, :1]), NUM_WARMUP, num_steps)
+        del cropped
+        yield {"method": METHODS[1], "milliseconds": elapsed, "peak_bytes": peak.get("bytes"), **row}
+
+        recompute = partial(model, ids[:, :cache_size], logits_to_keep=1, use_cache=False)
+        with peak_memory(model.device) as peak:
+            elapsed = milliseconds(recompute, 2, max(3, num_steps // RECOMPUTE_SHARE))
+        yield {"method": METHODS[2], "milliseconds": elapsed, "peak_bytes": peak.get("bytes"), **row}
+
+    weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
+    yield {"method": METHODS[3], "milliseconds": (weights + num_bytes) / bandwidth * 1e3, "peak_bytes": None, **row}
+
+
+class CroppedCache:
+    """The eager loop that one writes by hand: after each token keep the first keys and the last ones.
+
+    It measures time only: its positions are those of the text.
+    """
+
+    def __init__(self, model: PreTrainedModel, ids: torch.Tensor, num_kept: int):
+        self.model, self.num_kept = model, num_kept
+        self.cache = DynamicCache(config=model.config)
+        model(ids, past_key_values=self.cache, logits_to_keep=1, use_cache=True)
+        self.size = self.cache.get_seq_length()
+
+    def step(self, token: torch.Tensor) -> torch.Tensor:
+        logits = self.model(token, past_key_values=self.cache, use_cache=True).logits
+        for layer in self.cache.layers:
+            layer.keys, layer.values = self._crop(layer.keys), self._crop(layer.values)
+        return logits
+
+    def _crop(self, states: torch.Tensor) -> torch.Tensor:
+        return torch.cat((states[:, :, : self.num_kept], states[:, :, -(self.size - self.num_kept) :]), dim=2)
+
+
+def milliseconds(step: Callable[[], object], num_warmup: int, num_steps: int) -> float:
+    """Mean time of a step."""
+    for _ in range(num_warmup):
+        step()
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(num_steps):
+        step()
+    synchronize()
+    return (time.perf_counter() - start) / num_steps * 1e3
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
+    """Peak of the memory allocated on a GPU until the end, as ``["bytes"]``; on a CPU nothing."""
+    peak: dict[str, int] = {}
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    yield peak
+    if device.type == "cuda":
+        peak["bytes"] = torch.cuda.max_memory_allocated(device)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second, read and written, of a large copy within the device's memory."""
+    size = 2**30 if device.type == "cuda" else 2**26
+    source = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    return 2 * size / (milliseconds(lambda: target.copy_(source), 5, 20) / 1e3)
+
+
+def results_table(results: list[dict[str, Any]], title: str) -> Table:
+    """A row for each cache and batch, a column for each method, and how many times faster than re-computation."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    for header in ("Cache", "Batch", *METHODS, "speed-up"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for cache_size, batch_size in dict.fromkeys((row["cache_size"], row["batch_size"]) for row in results):
+        times = {
+            row["method"]: row["milliseconds"]
+            for row in results
+            if (row["cache_size"], row["batch_size"]) == (cache_size, batch_size)
+        }
+        speed_up = times["re-computation"] / times["streaming"]
+        cells = (f"{times[method]:,.2f}" for method in METHODS)
+        table.add_row(str(cache_size), str(batch_size), *cells, f"{speed_up:,.1f}×")
+    return table

@@ -1,0 +1,66 @@
+"""`sinklm bench decode` on a small model."""
+
+import json
+
+import pytest
+import torch
+from sinklm.cli.bench import decode
+from sinklm.eval.decode_speed import CroppedCache, results_table
+from sinklm.eval.plots import decoding_figure
+
+from ..eval.checkpoints import small_model, write_checkpoint
+
+
+def test_the_command_writes_table_json_and_picture(tmp_path, capsys):
+    checkpoint = write_checkpoint(tmp_path / "model", small_model(1))
+    decode(str(checkpoint), caches="16,32", batch_sizes="1,2", num_steps=3, output=tmp_path)
+
+    report = json.loads((tmp_path / "decode.json").read_text())
+    rows = [(row["batch_size"], row["cache_size"], row["method"]) for row in report["results"]]
+    methods = ("streaming", "cropped cache", "re-computation", "floor")
+    assert rows == [(b, c, method) for b in (1, 2) for c in (16, 32) for method in methods]
+    assert all(row["milliseconds"] > 0 and row["num_kept"] == 1 for row in report["results"])
+    floors = {
+        (r["batch_size"], r["cache_size"]): r["milliseconds"] for r in report["results"] if r["method"] == "floor"
+    }
+    assert floors[1, 16] < floors[1, 32] < floors[2, 32]
+    assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
+    assert "re-computation" in capsys.readouterr().out
+
+    (axes,) = decoding_figure(report).axes  # no memory is measured on a CPU
+    assert len(axes.lines) == len(methods) * 2
+    for row in report["results"]:
+        row["peak_bytes"] = None if row["method"] == "floor" else 10**9
+    _, memory = decoding_figure(report).axes
+    assert len(memory.lines) == (len(methods) - 1) * 2
+
+
+def test_the_table_says_how_much_faster_than_re_computation():
+    times = {"streaming": 2.0, "cropped cache": 3.0, "re-computation": 30.0, "floor": 1.0}
+    results = [{"method": m, "milliseconds": t, "cache_size": 64, "batch_size": 1} for m, t in times.items()]
+    cells = [next(iter(column.cells)) for column in results_table(results, "").columns]
+    assert cells == ["64", "1", "2.00", "3.00", "30.00", "1.00", "15.0×"]
+
+
+@pytest.mark.parametrize("num_sinks", [0, 1])
+def test_the_loop_by_hand_keeps_its_size(num_sinks):
+    model = small_model(num_sinks)
+    with torch.no_grad():
+        cropped = CroppedCache(model, torch.randint(1, 300, (2, 12)), num_kept=4)
+        first = cropped.cache.layers[0].keys.clone()
+        for _ in range(5):
+            cropped.step(torch.ones(2, 1, dtype=torch.long))
+    keys = cropped.cache.layers[0].keys
+    assert keys.shape == first.shape
+    assert torch.equal(keys[:, :, :4], first[:, :, :4])
+    assert torch.equal(keys[:, :, 4:-5], first[:, :, 9:])
+
+
+def test_counts_are_checked(tmp_path):
+    checkpoint = str(write_checkpoint(tmp_path / "model", small_model(0)))
+    with pytest.raises(ValueError, match="--caches is 'x'"):
+        decode(checkpoint, caches="x", output=tmp_path)
+    with pytest.raises(ValueError, match="at least 1"):
+        decode(checkpoint, batch_sizes="0", output=tmp_path)
+    with pytest.raises(ValueError, match="no room for more than the 4 kept"):
+        decode(checkpoint, caches="4", output=tmp_path)
