@@ -20,6 +20,8 @@ NumKept = Annotated[
 Window = Annotated[int | None, typer.Option(min=1, help="Recent tokens that the cache keeps.", show_default=False)]
 Seed = Annotated[int, typer.Option(help="Of the sampling.")]
 
+LONG_TEXT = 1000  # tokens, from which compiling a step on a GPU pays
+
 
 def generate(
     model: Model,
@@ -58,9 +60,10 @@ def generate(
     if not stream and num_kept is None:
         _generate_dense(language_model, tokenizer, ids, max_new_tokens or 128, temperature, top_k)
         return
-    generator = make_generator(language_model, num_kept, window, temperature, top_k)
-    end_ids = set() if stream else end_of_text_ids(language_model, tokenizer)
     limit = max_new_tokens or (None if stream else 128)
+    is_long = limit is None or limit > LONG_TEXT
+    generator = make_generator(language_model, num_kept, window, temperature, top_k, compile=is_long)
+    end_ids = set() if stream else end_of_text_ids(language_model, tokenizer)
     _print_stream(tokenizer, generator, prompt, ids, limit, end_ids)
 
 
@@ -70,7 +73,13 @@ def check_cache_options(num_kept: int | None, window: int | None) -> None:
 
 
 def make_generator(
-    model: "PreTrainedModel", num_kept: int | None, window: int | None, temperature: float, top_k: int | None
+    model: "PreTrainedModel",
+    num_kept: int | None,
+    window: int | None,
+    temperature: float,
+    top_k: int | None,
+    *,
+    compile: bool = True,
 ) -> "Generator":
     """With an empty cache of the size asked for, or the model's default."""
     from ..models import StreamingCache
@@ -79,7 +88,10 @@ def make_generator(
     if num_kept is None or window is None:
         num_kept, window = default_cache(model)
     cache = StreamingCache.for_model(model, num_kept=num_kept, window=window)
-    return Generator(model, cache, temperature=temperature, top_k=top_k)
+    generator = Generator(model, cache, temperature=temperature, top_k=top_k, compile=compile)
+    if generator.is_compiled:
+        typer.echo("The second token waits until its step is compiled.", err=True)
+    return generator
 
 
 def end_of_text_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> set[int]:

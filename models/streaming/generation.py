@@ -28,22 +28,29 @@ def default_cache(model: PreTrainedModel) -> tuple[int, int]:
 class Generator:
     """Reads prompts into one streaming cache and writes their continuations into it.
 
-    The step is compiled on CUDA only: on a CPU it is bound by the weights' bandwidth, and compiling takes longer than a
-    few hundred tokens.
+    The step is compiled on CUDA only: on a CPU compiling takes longer than a few hundred tokens, and gains little.
 
     Args:
+        compile: False for short texts, which are done before a step is compiled.
         temperature: 0 takes the likeliest token each time.
         top_k: sample among so many of the likeliest tokens; None among all.
     """
 
     def __init__(
-        self, model: PreTrainedModel, cache: StreamingCache, *, temperature: float = 0.0, top_k: int | None = None
+        self,
+        model: PreTrainedModel,
+        cache: StreamingCache,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        compile: bool = True,
     ):
         self.cache, self.device = cache, model.device
         self.temperature, self.top_k = temperature, top_k
         self.sink_ids = torch.tensor(getattr(model.config, "sink_token_ids", []), dtype=torch.long, device=model.device)
         self.decoder = StreamingDecoder(model, cache)
-        self.read_one = self.decoder if self.device.type == "cuda" else self.decoder.prefill
+        self.is_compiled = compile and self.device.type == "cuda"
+        self.read_one = self.decoder if self.is_compiled else self.decoder.prefill
 
     def __call__(self, prompt_ids: list[int]) -> Iterator[int]:
         """Read a prompt of at least one token, and write tokens without end.

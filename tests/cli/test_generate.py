@@ -11,7 +11,12 @@ from ..eval.checkpoints import small_model, write_checkpoint
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> str:
-    return str(write_checkpoint(tmp_path_factory.mktemp("generate") / "model", small_model(1)))
+    """A model that does not end its texts by itself."""
+    torch.manual_seed(0)
+    model = small_model(1)
+    with torch.no_grad():
+        model.lm_head.weight[model.config.eos_token_id] = 0
+    return str(write_checkpoint(tmp_path_factory.mktemp("generate") / "model", model))
 
 
 def test_a_stream_is_text_on_stdout_and_speed_on_stderr(checkpoint, capfd):
