@@ -32,6 +32,14 @@ def test_the_loop_writes_what_generate_writes(num_sinks, prompt_length):
     assert written == expected[0, prompt_length:].tolist()
 
 
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_on_a_gpu_the_captured_step_writes_the_same():
+    model, ids = tiny_model(num_sinks=1).cuda(), text(1, 30)[0].tolist()
+    eager, captured = (list(islice(generator(model, compile=compile)(ids), 60)) for compile in (False, True))
+    assert captured == eager
+
+
 def test_a_sink_is_never_sampled():
     model = tiny_model(num_sinks=2)
     with torch.no_grad():
