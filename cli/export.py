@@ -13,7 +13,9 @@ def export(
 ) -> None:
     """Turn a checkpoint into a plain GPT-NeoX folder that transformers runs without sinklm."""
     from ..models.export import export_model
+    from ..train.launch import quieten_libraries
 
+    quieten_libraries()
     folder = export_model(checkpoint, output)
     console = Console()
     console.print(f"{folder} is a plain GPTNeoXForCausalLM; load it with transformers, and read its README.md.")

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, GPTNeoXConfig, GPTNeoXForCausalLM, Pr
 from transformers.utils import cached_file
 
 from .config import SinkGPTNeoXConfig
-from .loading import load_model, load_tokenizer, resolve_model_folder
+from .loading import load_model, load_tokenizer, no_progress_bars, resolve_model_folder
 from .model_card import model_card
 
 EXPORTABLE_KINDS = ("none", "token")
@@ -110,7 +110,8 @@ def _write_model(model: PreTrainedModel, config: SinkGPTNeoXConfig, folder: Path
         eos_token_id=plain_config.eos_token_id,
         suppress_tokens=config.sink_token_ids or None,
     )
-    plain.save_pretrained(folder)
+    with no_progress_bars():
+        plain.save_pretrained(folder)
 
     path = folder / "config.json"
     for weights in folder.glob("*.safetensors"):  # safetensors makes them readable by their owner alone
@@ -148,9 +149,9 @@ def _write_tokenizer(checkpoint: str | Path, config: SinkGPTNeoXConfig, folder: 
     trained = load_tokenizer(checkpoint)
     backend = Tokenizer.from_file(str(cached_file(resolve_model_folder(checkpoint), "tokenizer.json")))
     end_of_text = backend.id_to_token(config.eos_token_id)  # type: ignore[arg-type]
-    names = sink_names(config.num_sinks)
+    names = name_sinks(backend, config.sink_token_ids)
     if names:
-        _add_sinks(backend, names, config.sink_token_ids)
+        _put_sinks_first(backend, names, config.sink_token_ids)
     (folder / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")  # `save` hides OSErrors
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -166,7 +167,13 @@ def _write_tokenizer(checkpoint: str | Path, config: SinkGPTNeoXConfig, folder: 
     _write_json(folder / "tokenizer_config.json", settings)
 
 
-def _add_sinks(backend: Tokenizer, names: list[str], token_ids: list[int]) -> None:
+def name_sinks(backend: Tokenizer, token_ids: list[int]) -> list[str]:
+    """Give the sinks their names in a tokenizer, so that their ids are taken. Returns the names.
+
+    Raises:
+        ValueError: the tokenizer's next ids are not ``token_ids``.
+    """
+    names = sink_names(len(token_ids))
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     given = [backend.token_to_id(name) for name in names]
     if given != token_ids:
@@ -174,6 +181,10 @@ def _add_sinks(backend: Tokenizer, names: list[str], token_ids: list[int]) -> No
             f"the tokenizer numbers its next tokens {given} but the model's sinks are {token_ids}: this is not the "
             f"tokenizer that the model was trained with"
         )
+    return names
+
+
+def _put_sinks_first(backend: Tokenizer, names: list[str], token_ids: list[int]) -> None:
     prefix = " ".join(names)
     template = TemplateProcessing(
         single=f"{prefix} $A", pair=f"{prefix} $A $B:1", special_tokens=list(zip(names, token_ids, strict=True))

@@ -1,11 +1,14 @@
 """Find and load a model or tokenizer: from a training run, a checkpoint, any transformers folder, or the Hub."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 COMPLETE_MARKER = "COMPLETE"
 MODEL_FOLDER = "model"
@@ -29,7 +32,8 @@ def load_model(
     folder = resolve_model_folder(name_or_path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        with no_progress_bars() if Path(folder).is_dir() else nullcontext():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except OSError as error:
         raise FileNotFoundError(f"no model can be loaded from {str(name_or_path)!r}: {error}") from error
     except SafetensorError as error:
@@ -81,3 +85,15 @@ def newest_checkpoint(folder: Path) -> Path:
     if not complete:
         raise FileNotFoundError(f"{folder} holds no complete checkpoint")
     return steps[max(complete)]
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Local files take no time worth a bar of transformers'."""
+    were_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_shown:
+            logging.enable_progress_bar()

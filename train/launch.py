@@ -6,7 +6,6 @@ import io
 import os
 import re
 import signal
-import socket
 import sys
 import time
 import types
@@ -23,6 +22,9 @@ import transformers
 STEP_TIMEOUT = timedelta(minutes=10)  # a rank that is silent for so long within a step is dead
 PATIENT_TIMEOUT = timedelta(hours=6)  # checkpoints of large models take their time to write and convert
 SECOND_INTERRUPT_AFTER = 3.0  # seconds; launchers send several signals for one Ctrl-C
+
+
+RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class SameOnAllRanks(ValueError):
@@ -88,20 +90,25 @@ def connected() -> Iterator[World]:
         ConnectionError: another rank died or fell silent.
     """
     quieten_libraries()
+    with _restored_environment():
+        yield from _join()
+
+
+def _join() -> Iterator[World]:
     import deepspeed
 
-    if not dist.is_initialized():
-        fill_environment(os.environ)
+    fill_environment(os.environ)
     rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = _claim_device(local_rank)
     # DeepSpeed would compile a shared-memory all-reduce for CPUs (40 s and a C++ compiler); gloo does the same work.
     deepspeed.ops.__compatible_ops__ = {}
     try:
         if not dist.is_initialized():  # DeepSpeed keeps its process groups, so a second run in a process shares them
-            if device.type == "cuda":
-                dist.init_process_group("nccl", timeout=STEP_TIMEOUT, device_id=device)
-            else:
-                dist.init_process_group("gloo", timeout=STEP_TIMEOUT)
+            backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+            # A single rank lets the system choose the port: two runs that start at once must not choose the same.
+            store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True) if size == 1 else None
+            where = {"store": store, "rank": rank, "world_size": size} if store else {}
+            dist.init_process_group(backend, timeout=STEP_TIMEOUT, device_id=device_id, **where)
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=STEP_TIMEOUT)
         patient_group = dist.new_group(backend="gloo", timeout=PATIENT_TIMEOUT) if size > 1 else None
         yield World(rank, size, local_rank, device, patient_group)
@@ -115,6 +122,20 @@ def connected() -> Iterator[World]:
         raise
     atexit.unregister(_leave)
     atexit.register(_leave)
+
+
+@contextmanager
+def _restored_environment() -> Iterator[None]:
+    """Take back the variables of the rendezvous: whatever this process starts later is no rank of this run."""
+    before = {name: os.environ.get(name) for name in RENDEZVOUS}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _leave() -> None:
@@ -160,8 +181,7 @@ def fill_environment(environment: "os._Environ[str] | dict[str, str]") -> None:
         environment.setdefault("MASTER_ADDR", first_host(environment["SLURM_STEP_NODELIST"]))
         environment.setdefault("MASTER_PORT", str(10_000 + int(environment["SLURM_JOB_ID"]) % 20_000))
         return
-    environment |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    environment["MASTER_PORT"] = str(_free_port())
+    environment |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
 def first_host(node_list: str) -> str:
@@ -170,12 +190,6 @@ def first_host(node_list: str) -> str:
     if match is None:
         raise ValueError(f"SLURM_STEP_NODELIST {node_list!r} names no host: set MASTER_ADDR")
     return match[1] + (match[2] or "")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _claim_device(local_rank: int) -> torch.device:

@@ -1,13 +1,13 @@
 """The model as files: the folder of weights, configuration and tokenizer that evaluation and export read."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Tokenizer
 
+from ..models.export import name_sinks
 from .launch import World
 from .plan import Plan
 
@@ -37,9 +37,14 @@ def gather_weights(engine: "DeepSpeedEngine", world: World) -> dict[str, torch.T
 
 
 def write_tokenizer(folder: Path, plan: Plan, tokenizer_path: Path) -> None:
-    """Put the training tokenizer beside the weights. It adds no sink: the model does that itself."""
-    shutil.copyfile(tokenizer_path, folder / "tokenizer.json")
-    end_of_document = Tokenizer.from_file(str(tokenizer_path)).id_to_token(plan.eod_id)
+    """Put the training tokenizer beside the weights.
+
+    It knows the sinks, so that no token added later takes their ids, but puts none in front of a text: the model does.
+    """
+    tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    name_sinks(tokenizer, plan.model_config.sink_token_ids)
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    end_of_document = tokenizer.id_to_token(plan.eod_id)
     description = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": end_of_document,

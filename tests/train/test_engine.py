@@ -1,6 +1,7 @@
 """A training step on one rank: equal to a plain loop, and stopped by what is not finite."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,9 @@ def plan_of(recipe: str, *overrides: str) -> Plan:
 
 
 @pytest.fixture(scope="module")
-def world() -> World:
+def world() -> Iterator[World]:
     with connected() as world:
-        return world
+        yield world
 
 
 @pytest.mark.parametrize(

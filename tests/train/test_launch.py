@@ -11,7 +11,6 @@ def test_without_a_launcher_there_is_one_rank():
     environment: dict[str, str] = {}
     fill_environment(environment)
     assert (environment["RANK"], environment["WORLD_SIZE"], environment["LOCAL_RANK"]) == ("0", "1", "0")
-    assert 0 < int(environment["MASTER_PORT"]) < 65536
 
 
 def test_a_launchers_word_stands():

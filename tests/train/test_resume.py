@@ -1,6 +1,7 @@
 """Stop and go on: bit for bit the run that never stopped; and what is never mixed up or lost."""
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -11,6 +12,7 @@ import torch
 from sinklm.models import SinkGPTNeoXForCausalLM, load_model, load_tokenizer
 from sinklm.train.checkpoint import list_checkpoints
 from sinklm.train.run import train
+from tokenizers import Tokenizer
 
 from .tiny import assert_same_weights, copy_checkpoint, losses, make_store, metrics, weights
 
@@ -55,6 +57,10 @@ def test_a_finished_run_stays_finished(recipe, whole_run, tmp_path, capsys):
     assert "all 8 steps are done" in capsys.readouterr().out
 
 
+def test_a_run_leaves_no_trace_of_its_ranks(whole_run):
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"} & set(os.environ)
+
+
 def test_the_saved_model_is_an_ordinary_folder(whole_run, store):
     model = load_model(whole_run)
     assert isinstance(model, SinkGPTNeoXForCausalLM)
@@ -65,7 +71,11 @@ def test_the_saved_model_is_an_ordinary_folder(whole_run, store):
         loss = model(ids, labels=ids).loss
     assert torch.isfinite(loss)
     folder = whole_run / "checkpoints" / "step-8" / "model"
-    assert (folder / "tokenizer.json").read_bytes() == (store / "tokenizer.json").read_bytes()
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer("on a").input_ids == Tokenizer.from_file(str(store / "tokenizer.json")).encode("on a").ids
+    assert tokenizer.convert_tokens_to_ids("<|sink|>") == model.config.sink_token_ids[0]
+    tokenizer.add_special_tokens({"pad_token": "<|fine-tuning pad|>"})
+    assert tokenizer.pad_token_id == model.config.sink_token_ids[0] + 1
     assert json.loads((folder / "config.json").read_text())["use_cache"] is True
 
 
