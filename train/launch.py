@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -107,7 +108,7 @@ def _join() -> Iterator[World]:
             backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
             # A single rank lets the system choose the port: two runs that start at once must not choose the same.
             store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True) if size == 1 else None
-            where = {"store": store, "rank": rank, "world_size": size} if store else {}
+            where: dict[str, Any] = {"store": store, "rank": rank, "world_size": size} if store else {}
             dist.init_process_group(backend, timeout=STEP_TIMEOUT, device_id=device_id, **where)
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=STEP_TIMEOUT)
         patient_group = dist.new_group(backend="gloo", timeout=PATIENT_TIMEOUT) if size > 1 else None
