@@ -182,6 +182,14 @@ def test_logits_to_keep(keep):
     torch.testing.assert_close(kept, whole[:, -keep:] if isinstance(keep, int) else whole[:, keep])
 
 
+def test_a_tuple_on_request():
+    model, ids = tiny_model(1), text(2, 6)
+    loss, logits, *_ = model(ids, labels=ids, return_dict=False)
+    output = model(ids, labels=ids)
+    assert torch.equal(loss, output.loss)
+    assert torch.equal(logits, output.logits)
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     model, ids = tiny_model(1), text(2, 9)
     gradients = []
