@@ -6,6 +6,7 @@ ever skipped in silence: whatever is not a document ends in an error that names 
 
 import gzip
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,7 +102,7 @@ def _document_of(row: dict, place: str, set_name: str) -> Document:
     return Document(text, set_name)
 
 
-class Shard:
+class Shard(ABC):
     """A part of the input that becomes one pair of files.
 
     Attributes:
@@ -114,9 +115,9 @@ class Shard:
     num_bytes: int | None
     position: int = 0
 
+    @abstractmethod
     def read(self, skip: int = 0) -> Iterator[Record]:
         """All records behind the first ``skip``, in their order."""
-        raise NotImplementedError
 
 
 @dataclass

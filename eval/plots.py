@@ -26,9 +26,7 @@ STYLE: dict[Any, Any] = {
 
 def plot_streaming(report: dict[str, Any], path: Path, title: str | None = None) -> None:
     """Save `streaming_figure` as a PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(STYLE):
-        streaming_figure(report, title).savefig(path)
+    _save(streaming_figure(report, title), path)
 
 
 def streaming_figure(report: dict[str, Any], title: str | None = None) -> Figure:
@@ -55,9 +53,7 @@ def streaming_figure(report: dict[str, Any], title: str | None = None) -> Figure
 
 def plot_stream_eval(report: dict[str, Any], path: Path, title: str | None = None) -> None:
     """Save `stream_eval_figure` as a PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(STYLE):
-        stream_eval_figure(report, title).savefig(path)
+    _save(stream_eval_figure(report, title), path)
 
 
 def stream_eval_figure(report: dict[str, Any], title: str | None = None) -> Figure:
@@ -99,9 +95,7 @@ def stream_eval_figure(report: dict[str, Any], title: str | None = None) -> Figu
 
 def plot_decoding(report: dict[str, Any], path: Path, title: str | None = None) -> None:
     """Save `decoding_figure` as a PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(STYLE):
-        decoding_figure(report, title).savefig(path)
+    _save(decoding_figure(report, title), path)
 
 
 def decoding_figure(report: dict[str, Any], title: str | None = None) -> Figure:
@@ -195,3 +189,9 @@ def _short(tokens: float) -> str:
     if tokens >= 2**20:
         return f"{tokens / 2**20:g}M"
     return f"{tokens / 2**10:g}K" if tokens >= 2**10 else f"{tokens:g}"
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(path)

@@ -5,7 +5,6 @@ nothing is fetched and nothing shipped. Everything it makes lies in the folder `
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -56,7 +55,7 @@ def say(text: str) -> None:
 
 def sinklm(*arguments: str) -> None:
     print("$ sinklm", *arguments, flush=True)
-    if subprocess.run([SINKLM, *arguments], cwd=FOLDER, env={**os.environ, "WANDB_MODE": "disabled"}).returncode:
+    if subprocess.run([SINKLM, *arguments], cwd=FOLDER).returncode:
         sys.exit(f"\nquickstart stopped: the command above failed. What it had made lies in {FOLDER}")
 
 
