@@ -2,12 +2,14 @@
 
 import gc
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from . import kernels
 from .cache import StreamingCache, StreamState
 
 
@@ -35,7 +37,8 @@ class StreamingDecoder:
         self.captured: CapturedStep | None = None
 
     def _forward(self, token_ids: Tensor) -> Tensor:
-        return self.model(token_ids, past_key_values=self.cache, use_cache=True).logits
+        with kernels.OneRowLinear() if kernels.is_available else nullcontext():
+            return self.model(token_ids, past_key_values=self.cache, use_cache=True).logits
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

@@ -11,24 +11,26 @@ class StreamingLayer:
 
     ``keys``, ``values``: ``(B, G, S + W + 1, D)``, slots as in `StreamShape`. ``kept_keys``: ``(B, G, S + 1, D)``,
     the kept keys at phases 0 … S - 1, from which the first S slots are turned for every step (the last row is where a
-    token that is not kept is thrown).
+    token that is not kept is thrown). ``num_arrived``: ``(B, G)``, a counter of the decoding kernel, 0 at rest.
     """
 
     keys: Tensor
     values: Tensor
     kept_keys: Tensor
+    num_arrived: Tensor
 
     def __init__(self, shape: StreamShape):
         self.shape = shape
         self.is_allocated = False
 
     def allocate(self, key: Tensor, value: Tensor) -> None:
-        """Make the buffers for keys and values like these ``(B, G, T, D)``, unless they are there."""
+        """Make the buffers for states like these ``(B, G, T, D)``, unless they are there."""
         if self.is_allocated:
             return
         self.keys = zeros_like_heads(key, self.shape.num_slots)
         self.values = zeros_like_heads(value, self.shape.num_slots)
         self.kept_keys = zeros_like_heads(key, self.shape.num_kept + 1)
+        self.num_arrived = static_zeros(key.shape[:2], torch.int32, key.device)
         self.is_allocated = True
 
     @property
@@ -37,7 +39,7 @@ class StreamingLayer:
 
     def free(self) -> None:
         if self.is_allocated:
-            del self.keys, self.values, self.kept_keys
+            del self.keys, self.values, self.kept_keys, self.num_arrived
             self.is_allocated = False
 
     def map_rows(self, rows: Tensor) -> None:
@@ -46,14 +48,19 @@ class StreamingLayer:
             self.keys = select_rows(self.keys, rows)
             self.values = select_rows(self.values, rows)
             self.kept_keys = select_rows(self.kept_keys, rows)
+            self.num_arrived = select_rows(self.num_arrived, rows)
 
 
 def zeros_like_heads(states: Tensor, length: int) -> Tensor:
-    """A buffer ``(B, G, length, D)`` for states ``(B, G, T, D)``, also usable outside of `torch.inference_mode`."""
+    """A buffer ``(B, G, length, D)`` for states ``(B, G, T, D)``."""
+    return static_zeros((*states.shape[:2], length, states.shape[3]), states.dtype, states.device)
+
+
+def static_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A buffer that stays where it is, as a CUDA graph needs; usable outside of `torch.inference_mode` too."""
     with torch.inference_mode(False):
-        shape = (*states.shape[:2], length, states.shape[3])
-        buffer = torch.zeros(shape, dtype=states.dtype, device=states.device)
-    torch._dynamo.mark_static_address(buffer)  # a CUDA graph may write to where it is
+        buffer = torch.zeros(shape, dtype=dtype, device=device)
+    torch._dynamo.mark_static_address(buffer)
     return buffer
 
 

@@ -9,9 +9,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from . import kernels
 from .attention import attention, can_flash, flash_two_phase_attention, two_phase_attention
 from .contract import StreamShape
-from .encodings import Alibi, Encoding
+from .encodings import Alibi, Encoding, Rotary
 from .layer import StreamingLayer, gather_columns
 
 
@@ -33,13 +34,15 @@ class DecodeStep:
         is_token: Tensor | None = None,
     ):
         self.shape, self.encoding = shape, encoding
+        self.num_seen, self.base = num_seen, base
         self.num_inputs, self.num_new = 1, 1 if is_token is None else is_token[:, 0].long()
         self.position_ids = (num_seen - base)[:, None]
         self.slot = shape.slot_of(num_seen)
         self.kept_row = num_seen.clamp(max=shape.num_kept)
         self.rows = torch.arange(num_seen.shape[0], device=num_seen.device)
         # Kept key i has phase i and must look `query position - i` away from a query at phase `token - base`.
-        self.kept_turn = (num_seen - base - shape.query_position(num_seen))[:, None].expand(-1, shape.num_kept)
+        self.kept_turn = (num_seen - base - shape.query_position(num_seen))[:, None]
+        self.phases: tuple[Tensor, Tensor] | None = None  # of that turn, for all layers
         self.visible = torch.arange(shape.num_slots, device=num_seen.device) <= num_seen[:, None]  # (B, slots)
         if isinstance(encoding, Alibi):
             tokens = shape.tokens_in_slots(num_seen + 1)
@@ -49,6 +52,10 @@ class DecodeStep:
     def attend(self, layer: StreamingLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Store the token's key and value ``(B, G, 1, D)`` and attend: ``(B, H, 1, D)``."""
         layer.allocate(key, value)
+        if kernels.is_available and isinstance(self.encoding, Rotary) and kernels.can_fuse(layer, query):
+            where = (self.shape, self.encoding, layer, self.num_seen, self.base)
+            out, _ = kernels.decode_attention(*where, query, key, value, scaling)
+            return out
         layer.keys[self.rows, :, self.slot] = key[:, :, 0]
         layer.values[self.rows, :, self.slot] = value[:, :, 0]
         num_kept = self.shape.num_kept
@@ -58,7 +65,8 @@ class DecodeStep:
             mask = self.visible[:, None, None]
             if num_kept:
                 layer.kept_keys[self.rows, :, self.kept_row] = key[:, :, 0]
-                layer.keys[:, :, :num_kept] = self.encoding.turn(layer.kept_keys[:, :, :num_kept], self.kept_turn)
+                self.phases = self.phases or self.encoding.phases(self.kept_turn, like=key)
+                layer.keys[:, :, :num_kept] = self.encoding.turn(layer.kept_keys[:, :, :num_kept], self.phases)
         return attention(query, layer.keys, layer.values, mask, scaling)
 
 
@@ -96,6 +104,7 @@ class ChunkStep:
             self.num_new = is_token.sum(-1)
         self.position_ids = tokens - base[:, None]
         self.query_turn = shape.query_position(tokens) - self.position_ids  # (B, T)
+        self.phases: tuple[Tensor, Tensor] | None = None  # of that turn, for all layers
 
         before = self.num_seen - shape.window + torch.arange(shape.window, device=device)  # (B, W), negative: none
         self.window_slots = shape.slot_of(before.clamp(min=0))
@@ -146,7 +155,10 @@ class ChunkStep:
             keys = torch.cat((layer.keys[:, :, :num_kept], band_key), dim=2)
             return attention(query, keys, torch.cat((kept_value, band_value), dim=2), bias, scaling)
         kept_key = layer.kept_keys[:, :, :num_kept]
-        turned = self.encoding.turn(query, self.query_turn) if num_kept else query
+        turned = query
+        if num_kept:
+            self.phases = self.phases or self.encoding.phases(self.query_turn, like=query)
+            turned = self.encoding.turn(query, self.phases)
         if self.has_equal_rows and can_flash(query):
             empty = self.num_empty
             return flash_two_phase_attention(

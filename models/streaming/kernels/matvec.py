@@ -1,0 +1,89 @@
+"""The linear layers of a step that brings a single token: a matrix times a vector, which reads each weight once.
+
+All the time goes into reading weights, at which cuBLAS does not reach the speed of memory: it splits a product of one
+row over two kernels, or fills too little of the GPU.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+TILE = 1024  # weights that a program takes at a time
+MAX_BLOCK_IN = 1024
+
+
+class OneRowLinear(TorchFunctionMode):
+    """Within it, a linear layer on CUDA that is given one row runs as `matvec`. `torch.compile` traces it."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.linear and is_one_row(*args[:2]):
+            return linear_one_row(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def is_one_row(states: Tensor, weight: Tensor) -> bool:
+    return (
+        states.is_cuda
+        and states.numel() == states.shape[-1]
+        and states.dtype == weight.dtype != torch.float64
+        and weight.is_contiguous()
+    )
+
+
+def linear_one_row(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear` of states ``(…, I)`` that are one row."""
+    return matvec(states.reshape(-1), weight, bias).view(*states.shape[:-1], -1)
+
+
+@triton_op("sinklm::matvec", mutates_args={})
+def matvec(vector: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``weight @ vector + bias`` for ``(O, I)``, ``(I,)`` and ``(O,)``, summed in float32."""
+    num_out, num_in = weight.shape
+    out = vector.new_empty(num_out)
+    block_in = min(MAX_BLOCK_IN, num_in & -num_in)  # a power of 2 that divides it
+    if block_in < 64:
+        block_in = min(MAX_BLOCK_IN, triton.next_power_of_2(num_in))
+    block_out = TILE // block_in
+    wrap_triton(_matvec_kernel)[triton.cdiv(num_out, block_out),](
+        *(vector, weight, vector if bias is None else bias, out),
+        NUM_OUT=num_out,
+        NUM_IN=num_in,
+        HAS_BIAS=bias is not None,
+        BLOCK_OUT=block_out,
+        BLOCK_IN=block_in,
+        num_warps=4,
+    )
+    return out
+
+
+@triton.jit
+def _matvec_kernel(
+    vector,
+    weight,
+    bias,
+    out,
+    NUM_OUT: tl.constexpr,
+    NUM_IN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+):
+    """One program for some outputs; products are summed along the inputs only at the end."""
+    outputs = tl.program_id(0).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    inputs = tl.arange(0, BLOCK_IN)
+    weight += outputs[:, None] * NUM_IN + inputs[None, :]
+    is_output = outputs < NUM_OUT
+    products = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
+    for start in tl.range(0, NUM_IN, BLOCK_IN):
+        is_input = start + inputs < NUM_IN
+        states = tl.load(vector + start + inputs, mask=is_input, other=0.0).to(tl.float32)
+        mask = is_output[:, None] & is_input[None, :]
+        products += tl.load(weight + start, mask=mask, other=0.0).to(tl.float32) * states[None, :]
+    result = tl.sum(products, axis=1)
+    if HAS_BIAS:
+        result += tl.load(bias + outputs, mask=is_output, other=0.0).to(tl.float32)
+    tl.store(out + outputs, result.to(out.dtype.element_ty), mask=is_output)
