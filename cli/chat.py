@@ -65,5 +65,6 @@ def _reply(conversation: "Chat", message: str) -> None:
             has_begun = has_begun or bool(shown)
             print(shown, end="", flush=True)
     except KeyboardInterrupt:
-        pass
+        if conversation.generator.cache.is_damaged:
+            typer.echo("The message was not read to its end: the conversation begins anew.", err=True)
     print(flush=True)

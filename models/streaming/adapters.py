@@ -87,7 +87,8 @@ def gptj_attend(
     cache = cache_ref()
     rotary = cache.encoding
     assert isinstance(rotary, Rotary)
-    query, key = rotary.turn(query, position_ids), rotary.turn(key, position_ids)
+    phases = rotary.phases(position_ids, query)
+    query, key = rotary.turn(query, phases), rotary.turn(key, phases)
     out = cache.attend(module.layer_idx, query, key, value, module.head_dim**-0.5)
     return module.resid_dropout(module.out_proj(merge_heads(out))), None
 

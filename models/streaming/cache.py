@@ -12,7 +12,7 @@ from .contract import StreamShape
 from .encodings import Rotary
 from .families import family_of
 from .hook import StreamingHook
-from .layer import StreamingLayer, select_rows
+from .layer import StreamingLayer, select_rows, static_zeros
 from .steps import ChunkStep, DecodeStep
 
 
@@ -30,13 +30,7 @@ class StreamState:
 
     @classmethod
     def start(cls, batch_size: int, device: torch.device) -> "StreamState":
-        with torch.inference_mode(False):
-            state = cls(
-                *(torch.zeros(shape, dtype=torch.long, device=device) for shape in (batch_size, batch_size, ()))
-            )
-        for tensor in (state.num_seen, state.base, state.num_columns):
-            torch._dynamo.mark_static_address(tensor)
-        return state
+        return cls(*(static_zeros(shape, torch.long, device) for shape in ((batch_size,), (batch_size,), ())))
 
     def map_rows(self, rows: Tensor) -> None:
         self.num_seen, self.base = select_rows(self.num_seen, rows), select_rows(self.base, rows)
@@ -57,6 +51,9 @@ class StreamingCache(Cache):
 
     def __init__(self, model: PreTrainedModel, shape: StreamShape, chunk_size: int):
         decoder: Any = model.get_decoder()
+        devices = sorted({str(parameter.device) for parameter in decoder.parameters()})
+        if len(devices) > 1:
+            raise ValueError(f"the model lies on several devices ({', '.join(devices)}): move it to one to stream it")
         family = family_of(decoder.config, shape)
         layers = [StreamingLayer(shape) for _ in range(decoder.config.num_hidden_layers)]
         super().__init__(layers=layers)
@@ -67,7 +64,7 @@ class StreamingCache(Cache):
         self.step: DecodeStep | ChunkStep | None = None
         self.num_since_rebase = 0
         self.is_ragged = False  # rows have seen different numbers of tokens
-        self.is_damaged = False
+        self.has_failed = False
         self.route = StreamingHook(self, decoder, family.adapter).route
 
     @classmethod
@@ -95,7 +92,7 @@ class StreamingCache(Cache):
     def __deepcopy__(self, memo: dict) -> "StreamingCache":
         """Another cache of the same model that goes on from the same tokens: a prompt read once serves many texts."""
         twin = StreamingCache(self.decoder, self.shape, self.chunk_size)
-        for name in ("state", "num_since_rebase", "is_ragged", "is_damaged"):
+        for name in ("state", "num_since_rebase", "is_ragged", "has_failed"):
             setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
         twin.streaming_layers = copy.deepcopy(self.streaming_layers, memo)
         twin.layers = twin.streaming_layers
@@ -159,7 +156,7 @@ class StreamingCache(Cache):
             self.state.num_seen += step.num_new
             self.state.num_columns += step.num_inputs
         elif isinstance(step, ChunkStep):  # some layers have stored the chunk; a failed token is simply overwritten
-            self.is_damaged = True
+            self.has_failed = True
 
     def rebase_before(self, num_inputs: int) -> None:
         """Count inputs to come, and `rebase` first if it is due.
@@ -181,12 +178,12 @@ class StreamingCache(Cache):
         if self.state is None:
             return
         base = (self.state.num_seen - self.shape.num_slots).clamp(min=0)
-        if isinstance(self.encoding, Rotary):
-            back = (self.state.base - base)[:, None].expand(-1, self.shape.window + 1)
-            for layer in self.streaming_layers:
-                if layer.is_allocated:
-                    ring = layer.keys[:, :, self.shape.num_kept :]
-                    ring.copy_(self.encoding.turn(ring, back))
+        rings = [layer.keys[:, :, self.shape.num_kept :] for layer in self.streaming_layers if layer.is_allocated]
+        if isinstance(self.encoding, Rotary) and rings:
+            back = (self.state.base - base)[:, None]
+            phases = self.encoding.phases(back, like=rings[0])
+            for ring in rings:
+                ring.copy_(self.encoding.turn(ring, phases))
         self.state.base.copy_(base)
 
     # -- the interface of transformers' caches -----------------------------------------------------------------------
@@ -214,6 +211,11 @@ class StreamingCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
+
+    @property
+    def is_damaged(self) -> bool:
+        """A pass of several tokens was broken off: some layers have read them and some have not. See `reset`."""
+        return self.has_failed or isinstance(self.step, ChunkStep)
 
     @property
     def is_compileable(self) -> bool:
@@ -246,7 +248,7 @@ class StreamingCache(Cache):
     def reset(self) -> None:
         """Forget the streams; the next forward pass begins new ones, of any batch size."""
         self.state = self.step = None
-        self.is_ragged = self.is_damaged = False
+        self.is_ragged = self.has_failed = False
         self.num_since_rebase = 0
         for layer in self.streaming_layers:
             layer.free()

@@ -96,7 +96,13 @@ class Chat:
         self.end_of_reply = ""
 
     def __call__(self, message: str) -> Iterator[str]:
-        """Read a message and write the reply, piece by piece. A reply that is not taken to its end ends there."""
+        """Read a message and write the reply, piece by piece. A reply that is not taken to its end ends there.
+
+        After a message that was broken off while it was read, the conversation begins anew.
+        """
+        if self.generator.cache.is_damaged:
+            self.generator.cache.reset()
+            self.unread = None
         if self.unread is None:
             prompt = self.turns.first(message, self.system)
         else:

@@ -22,14 +22,18 @@ class Rotary:
     def num_dims(self) -> int:
         return 2 * self.inv_freq().shape[0]
 
-    def turn(self, states: Tensor, steps: Tensor) -> Tensor:
-        """Move queries or keys ``(B, H, T, D)`` by ``steps`` ``(B, T)`` positions; the dtype stays.
+    def phases(self, steps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine ``(B, 1, T, R / 2)`` of a move by ``steps`` ``(B, T)`` positions.
 
         Angles are float32, or float64 for float64 states: steps are small, since a stream rebases its phases.
         """
-        dtype = torch.float64 if states.dtype == torch.float64 else torch.float32
-        angles = steps[:, None, :, None].to(dtype) * self.inv_freq().to(states.device, dtype)  # (B, 1, T, R/2)
-        cos, sin = angles.cos(), angles.sin()
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        angles = steps[:, None, :, None].to(dtype) * self.inv_freq().to(like.device, dtype)
+        return angles.cos(), angles.sin()
+
+    def turn(self, states: Tensor, phases: tuple[Tensor, Tensor]) -> Tensor:
+        """Move queries or keys ``(B, H, T, D)`` by as many positions as ``phases`` say; the dtype stays."""
+        cos, sin = phases
         rotated, passed = states[..., : self.num_dims], states[..., self.num_dims :]
         if self.interleaved:
             a, b = rotated[..., 0::2], rotated[..., 1::2]

@@ -8,7 +8,7 @@ A pass longer than the cache's chunk is run in chunks.
 
 import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -70,6 +70,10 @@ class AttentionRoute:
         for module, _ in self.substitutes:
             del module.forward
 
+    @property
+    def is_entered(self) -> bool:
+        return self.users_choice is not None and not self.is_held
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Enter now and leave at the end, and not within: for a pass whose code is traced."""
@@ -85,6 +89,10 @@ class AttentionRoute:
 class StreamingHook:
     """A pair of forward hooks on the decoder of one cache's model."""
 
+    cache: Callable[[], "StreamingCache | None"] = staticmethod(lambda: None)
+    decoder: Callable[[], PreTrainedModel | None] = staticmethod(lambda: None)
+    parameters: Sequence[str] = ()
+
     def __init__(self, cache: "StreamingCache", decoder: PreTrainedModel, adapter: Adapter | None):
         self.cache, self.decoder = weakref.ref(cache), weakref.ref(decoder)
         self.route = AttentionRoute(decoder, adapter, self.cache)  # type: ignore[arg-type]  # alive during its passes
@@ -94,6 +102,10 @@ class StreamingHook:
         after = decoder.register_forward_hook(self.after, with_kwargs=True, always_call=True)
         weakref.finalize(cache, _remove, before, after)
 
+    def __getstate__(self) -> dict:
+        """Nothing: a model may be copied or saved whole while it streams, and the copy's hook serves no cache."""
+        return {}
+
     def cache_in(self, decoder: PreTrainedModel, args: tuple, kwargs: dict) -> tuple["StreamingCache | None", dict]:
         """This hook's cache if the call brings it, and all arguments by name."""
         named = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
@@ -102,6 +114,11 @@ class StreamingHook:
         return (cache if is_mine else None), named
 
     def before(self, decoder: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        own = self.cache()
+        if own is not None and self.route.is_entered:  # Ctrl-C broke a pass off: torch tells hooks of errors only
+            self.route.leave()
+            self.earlier.clear()
+            own.end_forward(succeeded=False)
         cache, named = self.cache_in(decoder, args, kwargs)
         if cache is None:
             return None
@@ -113,10 +130,15 @@ class StreamingHook:
             if named.get("use_cache") is False:  # then `generate` would feed the whole text again at each step
                 raise ValueError("use_cache is False, yet a StreamingCache is given: pass use_cache=True")
         last = (inputs.shape[1] - 1) // cache.chunk_size * cache.chunk_size  # where the last chunk starts
-        for start in range(0, last, cache.chunk_size):
-            part = slice(start, start + cache.chunk_size)
-            chunk = {name: inputs[:, part], "attention_mask": None if is_token is None else is_token[:, part]}
-            self.earlier[-1].append(decoder(**{**named, **chunk}))
+        try:
+            for start in range(0, last, cache.chunk_size):
+                part = slice(start, start + cache.chunk_size)
+                chunk = {name: inputs[:, part], "attention_mask": None if is_token is None else is_token[:, part]}
+                self.earlier[-1].append(decoder(**{**named, **chunk}))
+        except BaseException:
+            cache.has_failed = True  # it has read a part of the prompt
+            self.earlier.clear()
+            raise
         inputs, is_token = inputs[:, last:], None if is_token is None else is_token[:, last:]
         position_ids = cache.begin_forward(inputs, is_token)
         self.route.enter()
@@ -130,7 +152,7 @@ class StreamingHook:
             return None
         self.route.leave()
         cache.end_forward(succeeded=output is not None)
-        earlier = self.earlier.pop()
+        earlier = self.earlier.pop() if self.earlier else []
         return join_outputs([*earlier, output]) if earlier and output is not None else None
 
 

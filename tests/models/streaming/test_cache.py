@@ -75,6 +75,22 @@ def test_a_cache_wider_than_the_models_own_window_is_refused():
         for_model(other, num_kept=4, window=10)
 
 
+def test_a_model_on_several_devices_is_refused(model):
+    model.gpt_neox.layers[1].to("meta")
+    with pytest.raises(ValueError, match=r"several devices \(cpu, meta\)"):
+        for_model(model)
+
+
+def test_a_model_can_be_saved_whole_while_it_streams(model, tmp_path):
+    ids = tiny.random_ids(9)
+    cache = for_model(model)
+    run(model, ids, cache)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    torch.testing.assert_close(run(loaded, ids, for_model(loaded)), run(model, ids, for_model(model)))
+
+
 @pytest.mark.parametrize("family", ["gpt_neox", "llama", "falcon", "mpt", "gptj"])
 @pytest.mark.parametrize("num_tokens", [1, 5])
 def test_a_cache_of_another_model_is_refused(model, family, num_tokens):
@@ -192,6 +208,29 @@ def test_a_pass_that_fails_midway_leaves_the_model_well_and_the_cache_marked(mod
         run(model, ids, cache)
     cache.reset()
     torch.testing.assert_close(run(model, ids, cache), run(model, ids, for_model(model)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 30])
+def test_ctrl_c_during_a_pass_leaves_the_model_well(model, monkeypatch, num_tokens):
+    ids = tiny.random_ids(45)
+    expected, stream = model(ids).logits, run(model, ids, for_model(model))
+    cache = for_model(model, chunk_size=8)
+    run(model, ids[:, :5], cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.gpt_neox.layers[-1]), "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, ids[:, 5 : 5 + num_tokens], cache)
+    torch.testing.assert_close(model(ids).logits, expected)
+    if num_tokens > 1:
+        with pytest.raises(ValueError, match="failed midway"):
+            run(model, ids[:, 5:], cache)
+        cache.reset()
+        run(model, ids[:, :5], cache)
+    torch.testing.assert_close(run(model, ids[:, 5:], cache), stream[:, 5:], rtol=0, atol=5e-5)
+
+
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
 
 
 def test_memory_is_allocated_once_and_written_in_place(model):

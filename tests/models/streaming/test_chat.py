@@ -124,6 +124,21 @@ def test_memory_stays_however_many_turns():
     assert chat.generator.cache.get_seq_length() > 12 * 16
 
 
+def test_a_message_broken_off_while_it_is_read_begins_the_conversation_anew(monkeypatch):
+    model = small_model(0, max_position_embeddings=512)
+    chat, fresh = (start(model, tokenizer(), max_new_tokens=4) for _ in range(2))
+    list(chat(MESSAGES[0]))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.get_decoder().layers[-1]), "forward", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            list(chat(MESSAGES[1]))
+    assert list(chat(MESSAGES[2])) == list(fresh(MESSAGES[2]))
+
+
+def _interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
 def test_a_template_without_the_replies_is_refused():
     with pytest.raises(ValueError, match="chat template leaves out earlier replies"):
         start(small_model(0), tokenizer("{{ messages[-1].role }}"))

@@ -33,12 +33,12 @@ def test_turning_is_rotating_and_adds_up():
     steps = torch.randint(-50, 50, (2, 5))
     for interleaved in (False, True):
         rotary = Rotary(lambda: inv_freq, interleaved=interleaved)
-        turned = rotary.turn(states, steps)
+        turned = rotary.turn(states, rotary.phases(steps, states))
         for b in range(2):
             for t in range(5):
                 expected = oracle.rotate(states[b, :, t], float(steps[b, t]), inv_freq, interleaved)
                 torch.testing.assert_close(turned[b, :, t], expected)
-        torch.testing.assert_close(rotary.turn(turned, -steps), states)
+        torch.testing.assert_close(rotary.turn(turned, rotary.phases(-steps, states)), states)
 
 
 def test_merging_kept_keys_is_one_softmax_over_all():
