@@ -2,13 +2,15 @@
 
     python benchmarks/scoring_speed.py --model PATH --ids ids.npy --num-tokens 4000000
 
-Writes JSON to stdout: the perplexity of each tenth of the text under 4 + window tokens, time, and peak memory. Without
+Writes JSON to stdout: the perplexity of each tenth of the text under 4 + window tokens, time, and peak memory; progress
+goes to stderr. Without
 --model a random model of SmolLM2-135M's shape, without --ids random tokens. (Decoding: `sinklm bench decode`.)
 """
 
 import argparse
 import json
 import math
+import sys
 import time
 
 import numpy as np
@@ -52,21 +54,22 @@ def banded(model: PreTrainedModel, ids: torch.Tensor, shape: dict, args: argpars
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     synchronize()
-    start, seen, early, sums, lengths = time.perf_counter(), 0, None, [], []
-    for losses in stream_losses(model, ids, **shape, chunk_size=args.chunk_size):
-        sums.append(losses.sum())
-        lengths.append(losses.shape[1])
-        seen += losses.shape[1]
+    start, seen, early, perplexities, losses = time.perf_counter(), 0, None, [], []
+    for chunk in stream_losses(model, ids, **shape, chunk_size=args.chunk_size):
+        losses.append(chunk[0])
+        seen += chunk.shape[1]
         if early is None and seen >= 100_000 and torch.cuda.is_available():
             early = torch.cuda.max_memory_allocated()
-    synchronize()
-    seconds = time.perf_counter() - start
-    tenths = np.array_split(np.stack([torch.stack(sums).double().cpu().numpy(), lengths]), min(10, len(sums)), axis=1)
+        if seen * 10 >= (len(perplexities) + 1) * (ids.shape[1] - 1):
+            perplexities.append(math.exp(float(torch.cat(losses).double().mean())))
+            losses.clear()
+            seconds = time.perf_counter() - start
+            print(f"{seen:,} tokens, {seconds:.1f} s, perplexity {perplexities[-1]:.3f}", file=sys.stderr, flush=True)
     return {
         "tokens": seen,
         "seconds": seconds,
         "tokens/s": seen / seconds,
-        "perplexity by tenth": [math.exp(loss.sum() / length.sum()) for loss, length in tenths],
+        "perplexity by tenth": perplexities,
         "peak bytes at 100,000 tokens": early,
         "peak bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
     }
