@@ -8,12 +8,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..sink_column import SinkColumn, explicit_attention
 
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    column: SinkColumn | None = None,
+) -> Tensor:
     """Grouped-query attention ``(B, H, T, D)``; ``key`` and ``value`` ``(B, G, K, D)`` may have fewer heads.
 
-    ``mask`` is boolean (True is visible) or added, and broadcasts to ``(B, H, T, K)``.
+    ``mask`` is boolean (True is visible) or added, and broadcasts to ``(B, H, T, K)``; nothing hides a sink's column.
     """
+    if column is not None:
+        return explicit_attention(query, key, value, mask, column, scaling)[0]
     (batch_size, num_heads, num_queries, _), num_groups = query.shape, key.shape[1]
     if num_queries == 1 and num_heads > num_groups:  # heads of a group take the place of queries: nothing is repeated
         query = query.reshape(batch_size, num_groups, num_heads // num_groups, -1)
@@ -36,6 +47,7 @@ def two_phase_attention(
     mask: Tensor,
     scaling: float,
     rotary_dim: int,
+    column: SinkColumn | None = None,
 ) -> Tensor:
     """One softmax over kept keys, which see ``turned_query``, and band keys, which see ``query``.
 
@@ -47,7 +59,7 @@ def two_phase_attention(
     both_phases = torch.cat((turned_query[..., :rotary_dim], query), dim=-1)
     kept = torch.cat((kept_key[..., :rotary_dim], zeros_kept, kept_key[..., rotary_dim:]), dim=-1)
     band = torch.cat((zeros_band, band_key), dim=-1)
-    return attention(both_phases, torch.cat((kept, band), dim=2), value, mask, scaling)
+    return attention(both_phases, torch.cat((kept, band), dim=2), value, mask, scaling, column)
 
 
 def can_flash(query: Tensor) -> bool:
@@ -65,17 +77,21 @@ def flash_two_phase_attention(
     band_value: Tensor,
     window: int,
     scaling: float,
+    column: SinkColumn | None = None,
 ) -> Tensor:
     """The same for rows of equal length: query i of T ``(B, H, T, D)`` sees keys ``[n + i - window, n + i]`` of the
     n + T band keys ``(B, G, n + T, D)``, and the S kept keys where ``kept_visible`` ``(T, S)``.
     """
     out, lse = flash_band(query, band_key, band_value, window, scaling)
-    if not kept_key.shape[2]:
+    if not kept_key.shape[2] and column is None:
         return out
     num_heads = query.shape[1]
     kept_key, kept_value = repeat_heads(kept_key, num_heads), repeat_heads(kept_value, num_heads)
     scores = (turned_query @ kept_key.transpose(-1, -2)).float() * scaling
-    return merge_kept(out, lse, scores.masked_fill(~kept_visible, float("-inf")), kept_value)
+    scores = scores.masked_fill(~kept_visible, float("-inf"))
+    if column is not None:
+        scores, kept_value = keep_column(scores, kept_value, column)
+    return merge_kept(out, lse, scores, kept_value)
 
 
 def flash_band(query: Tensor, key: Tensor, value: Tensor, window: int, scaling: float) -> tuple[Tensor, Tensor]:
@@ -112,6 +128,15 @@ def merge_kept(band_out: Tensor, band_lse: Tensor, scores: Tensor, kept_value: T
     total = torch.logaddexp(band_lse, scores.logsumexp(-1))[..., None]
     kept = (scores - total).exp().to(kept_value.dtype) @ kept_value
     return (band_out * (band_lse[..., None] - total).exp()).to(kept.dtype) + kept
+
+
+def keep_column(scores: Tensor, kept_value: Tensor, column: SinkColumn) -> tuple[Tensor, Tensor]:
+    """A sink's column as one more kept key: scores ``(B, H, T, S + 1)`` and values ``(B, H, S + 1, D)``."""
+    score = column.score.expand(scores.shape[:-1])[..., None]
+    value = kept_value.new_zeros(*kept_value.shape[:2], 1, kept_value.shape[3])
+    if column.value is not None:
+        value += column.value[:, None]
+    return torch.cat((scores, score), dim=-1), torch.cat((kept_value, value), dim=2)
 
 
 def repeat_heads(states: Tensor, num_heads: int) -> Tensor:

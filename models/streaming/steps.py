@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..sink_column import SinkColumn
 from .attention import attention, can_flash, flash_two_phase_attention, two_phase_attention
 from .contract import StreamShape
 from .encodings import Alibi, Encoding
@@ -46,7 +47,15 @@ class DecodeStep:
             shift = (num_seen - shape.query_position(num_seen))[:, None]
             self.key_positions = torch.where(tokens < shape.num_kept, tokens, tokens - shift)
 
-    def attend(self, layer: StreamingLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def attend(
+        self,
+        layer: StreamingLayer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        column: SinkColumn | None = None,
+    ) -> Tensor:
         """Store the token's key and value ``(B, G, 1, D)`` and attend: ``(B, H, 1, D)``."""
         layer.allocate(key, value)
         layer.keys[self.rows, :, self.slot] = key[:, :, 0]
@@ -59,7 +68,7 @@ class DecodeStep:
             if num_kept:
                 layer.kept_keys[self.rows, :, self.kept_row] = key[:, :, 0]
                 layer.keys[:, :, :num_kept] = self.encoding.turn(layer.kept_keys[:, :, :num_kept], self.kept_turn)
-        return attention(query, layer.keys, layer.values, mask, scaling)
+        return attention(query, layer.keys, layer.values, mask, scaling, column)
 
 
 class ChunkStep:
@@ -132,7 +141,15 @@ class ChunkStep:
         ranks = (tokens - self.num_seen).clamp(0, self.num_inputs - 1)
         return (tokens >= self.num_seen)[:, None, :, None], self.order.expand(len(ranks), -1).gather(1, ranks)
 
-    def attend(self, layer: StreamingLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def attend(
+        self,
+        layer: StreamingLayer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        column: SinkColumn | None = None,
+    ) -> Tensor:
         """Store the chunk's keys and values ``(B, G, T, D)`` and attend: ``(B, H, T, D)``."""
         layer.allocate(key, value)
         num_kept = self.shape.num_kept
@@ -144,7 +161,7 @@ class ChunkStep:
         if isinstance(self.encoding, Alibi):
             bias = self.encoding.bias(self.key_positions, self.visible, like=query)
             keys = torch.cat((layer.keys[:, :, :num_kept], band_key), dim=2)
-            return attention(query, keys, torch.cat((kept_value, band_value), dim=2), bias, scaling)
+            return attention(query, keys, torch.cat((kept_value, band_value), dim=2), bias, scaling, column)
         kept_key = layer.kept_keys[:, :, :num_kept]
         turned = self.encoding.turn(query, self.query_turn) if num_kept else query
         if self.has_equal_rows and can_flash(query):
@@ -159,10 +176,11 @@ class ChunkStep:
                 band_value[:, :, empty:],
                 self.shape.window,
                 scaling,
+                column,
             )
         values, mask = torch.cat((kept_value, band_value), dim=2), self.visible[:, None]
         return two_phase_attention(
-            query, turned, kept_key, band_key, values, mask, scaling, rotary_dim=self.encoding.num_dims
+            query, turned, kept_key, band_key, values, mask, scaling, self.encoding.num_dims, column
         )
 
     def _store(self, layer: StreamingLayer, key: Tensor, value: Tensor) -> None:
