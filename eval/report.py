@@ -23,6 +23,7 @@ def describe_model(model: PreTrainedModel, name_or_path: str | Path) -> dict[str
         "folder": resolve_model_folder(name_or_path),
         "class": type(model).__name__,
         "num_parameters": sum(p.numel() for p in model.parameters()),
+        "sink_kind": getattr(model.config, "sink_kind", None),
         "num_sinks": getattr(model.config, "num_sinks", 0),
         "max_position_embeddings": getattr(model.config, "max_position_embeddings", None),
         "dtype": str(model.dtype).removeprefix("torch."),

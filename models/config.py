@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import GPTNeoXConfig
 
-SINK_KINDS = ("none", "token")
+SINK_KINDS = ("none", "token", "zero", "logit", "kv_bias", "gate")
 
 
 @strict
@@ -15,7 +15,8 @@ class SinkGPTNeoXConfig(GPTNeoXConfig):
 
     ``sink`` is a dictionary:
 
-    - ``kind``: ``"none"`` (plain GPT-NeoX) or ``"token"`` (learnable sink tokens, Xiao et al. 2024, section 3.3);
+    - ``kind``: ``"none"`` (plain GPT-NeoX), ``"token"`` (learnable sink tokens, Xiao et al. 2024, section 3.3), or one
+      of the arms without a token: ``"zero"``, ``"logit"``, ``"kv_bias"``, ``"gate"`` (see `sinklm.models.arms`);
     - ``num_tokens``: how many sink tokens the model prepends (``token`` only, default 1);
     - ``first_token_id``: the vocabulary id of the first one, the others follow it (``token`` only). Pythia's
       tokenizer leaves ids 50277 to 50303 free, so 50277 is the default.
@@ -76,8 +77,8 @@ def _normalised(sink: dict[str, Any]) -> dict[str, Any]:
     kind = sink.get("kind", "none")
     if kind not in SINK_KINDS:
         raise ValueError(f"sink.kind is {kind!r}: choose one of {', '.join(SINK_KINDS)}")
-    if kind == "none":
-        return {"kind": "none"}
+    if kind != "token":
+        return {"kind": kind}
     num_tokens, first_token_id = sink.get("num_tokens", 1), sink.get("first_token_id", 50277)
     if not isinstance(num_tokens, int) or num_tokens < 1:
         raise ValueError(f"sink.num_tokens is {num_tokens!r}: it must be at least 1, or set sink.kind to none")

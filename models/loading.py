@@ -27,17 +27,19 @@ def load_model(
 
     Raises:
         FileNotFoundError: if the folder holds no complete checkpoint, or the name no model that can be reached.
-        ValueError: if the weights are damaged.
+        ValueError: if the weights are damaged, or not those of the model that its configuration names.
     """
     folder = resolve_model_folder(name_or_path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         with no_progress_bars() if Path(folder).is_dir() else nullcontext():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except OSError as error:
         raise FileNotFoundError(f"no model can be loaded from {str(name_or_path)!r}: {error}") from error
     except SafetensorError as error:
         raise ValueError(f"the weights in {folder} are damaged ({error}): copy them again, or take others") from error
+    if info["missing_keys"]:
+        raise ValueError(f"the weights in {folder} lack {sorted(info['missing_keys'])[0]}: take others")
     return model.to(device).eval()
 
 

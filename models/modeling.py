@@ -6,6 +6,7 @@ empty and strips their positions from the logits, so that callers never see them
 """
 
 import math
+import re
 from collections.abc import Iterator
 
 import torch
@@ -18,6 +19,7 @@ from transformers.generation.logits_process import SuppressTokensLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from .arms import ARM_PARAMETERS, ARMS, ArmAttention
 from .config import SinkGPTNeoXConfig
 
 
@@ -32,6 +34,9 @@ class PythiaInitialisation:
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, ArmAttention):
+            module.initialise()
+            return
         if not isinstance(module, nn.Linear | nn.Embedding):
             super()._init_weights(module)  # type: ignore[misc]
             return
@@ -52,6 +57,20 @@ class SinkGPTNeoXModel(PythiaInitialisation, GPTNeoXModel):
 
     config_class = SinkGPTNeoXConfig
     config: SinkGPTNeoXConfig
+
+    def __init__(self, config: SinkGPTNeoXConfig):
+        super().__init__(config)
+        if config.sink_kind in ARMS:
+            self._install_arm()
+
+    def _install_arm(self) -> None:
+        """Give the layers the attention of ``sink.kind``."""
+        with torch.random.fork_rng(devices=[]):  # the same seed gives all arms the first weights that they share
+            for layer_idx, layer in enumerate(self.layers):
+                arm = ARMS[self.config.sink_kind](self.config, layer_idx)
+                arm.query_key_value, arm.dense = layer.attention.query_key_value, layer.attention.dense
+                layer.attention = arm
+            self.init_weights()
 
     def forward(self, input_ids=None, inputs_embeds=None, use_cache=None, **kwargs):
         if torch.compiler.is_compiling() and self._is_plainly_causal(use_cache, kwargs):
@@ -91,6 +110,22 @@ class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
         self.gpt_neox = SinkGPTNeoXModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers, but the parameters of another arm are refused and not left out.
+
+        Raises:
+            ValueError: the weights were trained with another ``sink.kind``.
+        """
+        name = pretrained_model_name_or_path
+        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        if foreign := sorted(key for key in info["unexpected_keys"] if re.search(ARM_PARAMETERS, key)):
+            raise ValueError(
+                f"{name} holds {foreign[0]}, which belongs to another sink.kind than {model.config.sink_kind}: "
+                "load it with the kind that it was trained with"
+            )
+        return (model, info) if output_loading_info else model
 
     @can_return_tuple
     def forward(

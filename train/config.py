@@ -22,7 +22,9 @@ class SinkSection(Section):
     """Where surplus attention can go."""
 
     kind: str = Field(
-        default="token", description="`token`: learnable sink tokens before every text; `none`: plain Pythia"
+        default="token",
+        description="`token`: learnable sink tokens before every text; `none`: plain Pythia; "
+        "`zero`, `logit`, `kv_bias` or `gate`: an arm without tokens",
     )
     num_tokens: Count = Field(default=1, description="how many sink tokens (`kind: token` only)")
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import GPTNeoXConfig
 
+from ..models import SinkGPTNeoXConfig
 from .config import TrainingConfig
 
 GIB = 2**30
@@ -34,16 +34,17 @@ PEAK_FLOPS = {
 }
 
 
-def count_parameters(config: GPTNeoXConfig) -> int:
-    """Parameters of a GPT-NeoX with untied embeddings; sinks are rows of the embedding."""
+def count_parameters(config: SinkGPTNeoXConfig) -> int:
+    """Parameters of a model with untied embeddings, its arm's included; sink tokens are rows of the embedding."""
     hidden, inner = config.hidden_size, config.intermediate_size
     attention = 3 * hidden * hidden + 3 * hidden + hidden * hidden + hidden
     mlp = 2 * hidden * inner + inner + hidden
-    per_layer = attention + mlp + 4 * hidden  # two layer norms
+    arm = {"logit": config.num_attention_heads, "kv_bias": 2 * hidden, "gate": hidden * hidden}.get(config.sink_kind, 0)
+    per_layer = attention + arm + mlp + 4 * hidden  # two layer norms
     return config.num_hidden_layers * per_layer + 2 * config.vocab_size * hidden + 2 * hidden
 
 
-def flops_per_token(config: GPTNeoXConfig, seq_length: int) -> float:
+def flops_per_token(config: SinkGPTNeoXConfig, seq_length: int) -> float:
     """Operations of one position's forward and backward pass: ``6 (N - V D) + 12 L D T``.
 
     N parameters without the V × D input embedding, which multiplies nothing; L layers of width D, T positions. The
@@ -76,7 +77,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    config: TrainingConfig, model: GPTNeoXConfig, *, zero_stage: int, world_size: int, is_compiled: bool = False
+    config: TrainingConfig, model: SinkGPTNeoXConfig, *, zero_stage: int, world_size: int, is_compiled: bool = False
 ) -> MemoryEstimate:
     """Estimate the peak memory of each GPU.
 
@@ -96,9 +97,10 @@ def estimate_memory(
     until their layer is done.
 
     Activations, in 16 bit: ``36 B T D`` bytes a layer and ``12 B T V`` for the logits, their float32 copy and their
-    gradients; a compiled model keeps 26 and 4, for it computes again what is cheap and never holds float32 logits. With
-    activation checkpointing a layer keeps its input alone, and one of them the whole. Float32 doubles all but the
-    copy. (Korthikanti et al. 2022, equation 2, have 34 a layer without the attention matrix, which no kernel stores.)
+    gradients; a compiled model keeps 26 and 4, for it computes again what is cheap and never holds float32 logits. A
+    gate keeps 4 more in a layer: its own value, and what it lets through. With activation checkpointing a layer keeps
+    its input alone, and one of them the whole. Float32 doubles all but the copy. (Korthikanti et al. 2022, equation 2,
+    have 34 a layer without the attention matrix, which no kernel stores.)
 
     Against the peak that PyTorch reports, on one H100 with torch 2.11 under ZeRO-1 in bf16: Pythia-160M, micro-batch
     32, 60.1 GiB for 60.4 measured, and compiled (which fixed 26 and 4) 29.9 for 29.8; Pythia-410M, micro-batch 16,
@@ -106,6 +108,8 @@ def estimate_memory(
     """
     bytes_per_value = 4 if config.train.precision == "fp32" else 2
     per_layer, per_logit = (26, 4) if is_compiled else (36, 12)
+    if model.sink_kind == "gate":
+        per_layer += 4
     states = count_parameters(model) * _bytes_per_parameter(zero_stage, bytes_per_value, world_size)
 
     positions = config.train.micro_batch_size * config.train.seq_length

@@ -61,11 +61,16 @@ def _merge(ours: dict, extra: dict) -> dict:
 
 
 def make_optimizer(model: nn.Module, optimizer: OptimizerSection) -> torch.optim.AdamW:
-    """Fused AdamW in two groups: weight decay on matrices, none on biases and layer norms."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    """Fused AdamW in two groups: weight decay on matrices, none on biases, layer norms and sinks."""
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_matrix = parameter.ndim >= 2 and name.endswith("weight")  # a sink's key and value for each head is none
+            (decayed if is_matrix else others).append(parameter)
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optimizer.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": optimizer.weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         groups, lr=optimizer.lr, betas=(optimizer.betas[0], optimizer.betas[1]), eps=optimizer.eps, fused=True

@@ -40,8 +40,10 @@ def describe_run(plan: Plan, store: TokenSource, windows: TokenWindows, resume: 
 
 
 def describe_model(plan: Plan) -> str:
-    sinks = f"{plan.num_sinks} sink token{'s' * (plan.num_sinks > 1)}" if plan.num_sinks else "no sink"
-    return f"{count_parameters(plan.model_config):,} parameters, vocabulary {plan.vocab_size:,}, {sinks}"
+    kind = plan.config.model.sink.kind
+    tokens = f"{plan.num_sinks} sink token{'s' * (plan.num_sinks > 1)}"
+    sink = {"none": "no sink", "token": tokens}.get(kind, f"sink.kind {kind}")
+    return f"{count_parameters(plan.model_config):,} parameters, vocabulary {plan.vocab_size:,}, {sink}"
 
 
 def epochs(plan: Plan, windows: TokenWindows) -> str:

@@ -32,8 +32,10 @@ def architecture(config: GPTNeoXConfig) -> dict[str, Any]:
 def load_weights(name_or_path: str | Path, config: SinkGPTNeoXConfig) -> SinkGPTNeoXForCausalLM:
     """A model of ``config`` in float32 with the weights of any GPT-NeoX of the same sizes.
 
+    What an arm adds to a plain model begins at its first value.
+
     Raises:
-        ValueError: it is another kind of model, or its architecture differs (the key is named).
+        ValueError: it is another kind of model, or its architecture or its arm differs (the key is named).
         FileNotFoundError: there is no such model.
     """
     folder = resolve_model_folder(name_or_path)
@@ -49,4 +51,10 @@ def load_weights(name_or_path: str | Path, config: SinkGPTNeoXConfig) -> SinkGPT
             raise ValueError(
                 f"model.{key} is {ours[key]}, but model.init_from={name_or_path} has {value}: set it to that"
             )
+    kind = getattr(theirs, "sink_kind", "none")
+    if kind not in ("none", "token", config.sink_kind):
+        raise ValueError(
+            f"model.sink.kind is {config.sink_kind}, but model.init_from={name_or_path} was trained with {kind}: set "
+            "it to that, or start from a model whose sink.kind is none or token"
+        )
     return SinkGPTNeoXForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)

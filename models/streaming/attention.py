@@ -8,12 +8,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..sink_column import SinkColumn, explicit_attention
 
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    column: SinkColumn | None = None,
+) -> Tensor:
     """Grouped-query attention ``(B, H, T, D)``; ``key`` and ``value`` ``(B, G, K, D)`` may have fewer heads.
 
-    ``mask`` is boolean (True is visible) or added, and broadcasts to ``(B, H, T, K)``.
+    ``mask`` is boolean (True is visible) or added, and broadcasts to ``(B, H, T, K)``; nothing hides a sink's column.
     """
+    if column is not None:
+        return explicit_attention(query, key, value, mask, column, scaling)[0]
     (batch_size, num_heads, num_queries, _), num_groups = query.shape, key.shape[1]
     if num_queries == 1 and num_heads > num_groups:  # heads of a group take the place of queries: nothing is repeated
         query = query.reshape(batch_size, num_groups, num_heads // num_groups, -1)
@@ -36,6 +47,7 @@ def two_phase_attention(
     mask: Tensor,
     scaling: float,
     rotary_dim: int,
+    column: SinkColumn | None = None,
 ) -> Tensor:
     """One softmax over kept keys, which see ``turned_query``, and band keys, which see ``query``.
 
@@ -47,7 +59,7 @@ def two_phase_attention(
     both_phases = torch.cat((turned_query[..., :rotary_dim], query), dim=-1)
     kept = torch.cat((kept_key[..., :rotary_dim], zeros_kept, kept_key[..., rotary_dim:]), dim=-1)
     band = torch.cat((zeros_band, band_key), dim=-1)
-    return attention(both_phases, torch.cat((kept, band), dim=2), value, mask, scaling)
+    return attention(both_phases, torch.cat((kept, band), dim=2), value, mask, scaling, column)
 
 
 def can_flash(query: Tensor) -> bool:
@@ -65,11 +77,14 @@ def flash_two_phase_attention(
     band_value: Tensor,
     window: int,
     scaling: float,
+    column: SinkColumn | None = None,
 ) -> Tensor:
     """The same for rows of equal length: query i of T ``(B, H, T, D)`` sees keys ``[n + i - window, n + i]`` of the
     n + T band keys ``(B, G, n + T, D)``, and the S kept keys where ``kept_visible`` ``(T, S)``.
     """
     out, lse = flash_band(query, band_key, band_value, window, scaling)
+    if column is not None:
+        out, lse = merge_column(out, lse, column)
     if not kept_key.shape[2]:
         return out
     num_heads = query.shape[1]
@@ -112,6 +127,15 @@ def merge_kept(band_out: Tensor, band_lse: Tensor, scores: Tensor, kept_value: T
     total = torch.logaddexp(band_lse, scores.logsumexp(-1))[..., None]
     kept = (scores - total).exp().to(kept_value.dtype) @ kept_value
     return (band_out * (band_lse[..., None] - total).exp()).to(kept.dtype) + kept
+
+
+def merge_column(out: Tensor, lse: Tensor, column: SinkColumn) -> tuple[Tensor, Tensor]:
+    """Widen a softmax of output ``(B, H, T, D)`` and log-sum-exp ``(B, H, T)`` by a sink's column: the same of both."""
+    total = torch.logaddexp(lse, column.score)
+    widened = out * (lse - total).exp()[..., None]
+    if column.value is not None:
+        widened = widened + (column.score - total).exp()[..., None] * column.value[:, None]
+    return widened.to(out.dtype), total
 
 
 def repeat_heads(states: Tensor, num_heads: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from ..sink_column import SinkColumn
 from .contract import StreamShape
 from .encodings import Rotary
 from .families import family_of
@@ -141,11 +142,20 @@ class StreamingCache(Cache):
         return self.step.position_ids.expand(batch_size, -1)
 
     @torch.no_grad()
-    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-        """Attention of one layer ``(B, H, T, D)`` over the stream; stores the new keys and values."""
+    def attend(
+        self,
+        layer_idx: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        column: SinkColumn | None = None,
+    ) -> Tensor:
+        """Attention of one layer ``(B, H, T, D)`` over the stream, and the sink's column if it has one; stores the new
+        keys and values."""
         assert self.step is not None
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return self.step.attend(self.streaming_layers[layer_idx], query, key, value, scaling)
+        return self.step.attend(self.streaming_layers[layer_idx], query, key, value, scaling, column)
 
     def end_forward(self, *, succeeded: bool) -> None:
         """Count what the pass has brought."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
+from ..sink_column import SinkColumn
 from .adapters import Adapter, CacheRef, identity_mask
 
 if TYPE_CHECKING:
@@ -34,10 +35,11 @@ def streaming_attention(
     scaling: float | None = None,
     *,
     streaming_cache: "StreamingCache",
+    column: SinkColumn | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: the new tokens' states ``(B, H, T, D)`` in, ``(B, T, H, D)`` out."""
-    out = streaming_cache.attend(module.layer_idx, query, key, value, scaling)
+    out = streaming_cache.attend(module.layer_idx, query, key, value, scaling, column)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -9,8 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..sink_column import SinkColumn
 from . import kernels
-from .attention import attention, can_flash, flash_two_phase_attention, two_phase_attention
+from .attention import attention, can_flash, flash_two_phase_attention, merge_column, two_phase_attention
 from .contract import StreamShape
 from .encodings import Alibi, Encoding, Rotary
 from .layer import StreamingLayer, gather_columns
@@ -49,13 +50,21 @@ class DecodeStep:
             shift = (num_seen - shape.query_position(num_seen))[:, None]
             self.key_positions = torch.where(tokens < shape.num_kept, tokens, tokens - shift)
 
-    def attend(self, layer: StreamingLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def attend(
+        self,
+        layer: StreamingLayer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        column: SinkColumn | None = None,
+    ) -> Tensor:
         """Store the token's key and value ``(B, G, 1, D)`` and attend: ``(B, H, 1, D)``."""
         layer.allocate(key, value)
         if kernels.is_available and isinstance(self.encoding, Rotary) and kernels.can_fuse(layer, query):
             where = (self.shape, self.encoding, layer, self.num_seen, self.base)
-            out, _ = kernels.decode_attention(*where, query, key, value, scaling)
-            return out
+            out, lse = kernels.decode_attention(*where, query, key, value, scaling)
+            return out if column is None else merge_column(out, lse, column)[0]
         layer.keys[self.rows, :, self.slot] = key[:, :, 0]
         layer.values[self.rows, :, self.slot] = value[:, :, 0]
         num_kept = self.shape.num_kept
@@ -67,7 +76,7 @@ class DecodeStep:
                 layer.kept_keys[self.rows, :, self.kept_row] = key[:, :, 0]
                 self.phases = self.phases or self.encoding.phases(self.kept_turn, like=key)
                 layer.keys[:, :, :num_kept] = self.encoding.turn(layer.kept_keys[:, :, :num_kept], self.phases)
-        return attention(query, layer.keys, layer.values, mask, scaling)
+        return attention(query, layer.keys, layer.values, mask, scaling, column)
 
 
 class ChunkStep:
@@ -141,7 +150,15 @@ class ChunkStep:
         ranks = (tokens - self.num_seen).clamp(0, self.num_inputs - 1)
         return (tokens >= self.num_seen)[:, None, :, None], self.order.expand(len(ranks), -1).gather(1, ranks)
 
-    def attend(self, layer: StreamingLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def attend(
+        self,
+        layer: StreamingLayer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        column: SinkColumn | None = None,
+    ) -> Tensor:
         """Store the chunk's keys and values ``(B, G, T, D)`` and attend: ``(B, H, T, D)``."""
         layer.allocate(key, value)
         num_kept = self.shape.num_kept
@@ -153,7 +170,7 @@ class ChunkStep:
         if isinstance(self.encoding, Alibi):
             bias = self.encoding.bias(self.key_positions, self.visible, like=query)
             keys = torch.cat((layer.keys[:, :, :num_kept], band_key), dim=2)
-            return attention(query, keys, torch.cat((kept_value, band_value), dim=2), bias, scaling)
+            return attention(query, keys, torch.cat((kept_value, band_value), dim=2), bias, scaling, column)
         kept_key = layer.kept_keys[:, :, :num_kept]
         turned = query
         if num_kept:
@@ -171,10 +188,11 @@ class ChunkStep:
                 band_value[:, :, empty:],
                 self.shape.window,
                 scaling,
+                column,
             )
         values, mask = torch.cat((kept_value, band_value), dim=2), self.visible[:, None]
         return two_phase_attention(
-            query, turned, kept_key, band_key, values, mask, scaling, rotary_dim=self.encoding.num_dims
+            query, turned, kept_key, band_key, values, mask, scaling, self.encoding.num_dims, column
         )
 
     def _store(self, layer: StreamingLayer, key: Tensor, value: Tensor) -> None:

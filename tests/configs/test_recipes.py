@@ -22,6 +22,15 @@ PYTHIA = {
     "6.9b": (6_857_302_016, 1.2e-4),
     "12b": (11_846_072_320, 1.2e-4),
 }
+# Recipes that differ from `paper/vanilla` by their sink, and the parameters that it adds to the 12 layers of width 768.
+ARMS = {
+    "paper/learnable-sink": ("token", 0),
+    "paper/two-sinks": ("token", 0),
+    "paper/zero-sink": ("zero", 0),
+    "arms/logit": ("logit", 12 * 12),
+    "arms/kv-bias": ("kv_bias", 12 * 2 * 768),
+    "arms/gate": ("gate", 12 * 768 * 768),
+}
 
 
 def plan_of(name: str, *overrides: str) -> Plan:
@@ -29,7 +38,7 @@ def plan_of(name: str, *overrides: str) -> Plan:
 
 
 def test_the_recipes_are_these():
-    others = {"quickstart", "paper/vanilla", "paper/learnable-sink"}
+    others = {"quickstart", "paper/vanilla", *ARMS}
     assert set(recipe_names()) == others | {f"pythia-{size}" for size in PYTHIA}
 
 
@@ -55,16 +64,28 @@ def test_a_pythia_has_the_published_size_and_schedule(size):
     assert (plan.num_sinks, plan.model_config.sink_token_ids) == (1, [PYTHIA_TOKENIZER_SIZE])
 
 
-def test_the_papers_arms_differ_by_the_sink_alone():
-    vanilla, learnable = (load_config(f"paper/{arm}").model_dump() for arm in ("vanilla", "learnable-sink"))
-    assert vanilla["train"]["batch_size_tokens"] == 256 * 2048
-    assert vanilla["train"]["num_steps"] == 143_000
-    assert vanilla["model"].pop("sink")["kind"] == "none"
-    assert learnable["model"].pop("sink") == {"kind": "token", "num_tokens": 1}
-    for arm in (vanilla, learnable):
-        del arm["train"]["run_dir"]
-    assert vanilla == learnable
-    assert count_parameters(plan_of("paper/learnable-sink").model_config) == PYTHIA["160m"][0]
+def test_vanilla_is_the_papers():
+    vanilla = load_config("paper/vanilla")
+    assert vanilla.train.batch_size_tokens == 256 * 2048
+    assert vanilla.train.num_steps == 143_000
+    assert vanilla.model.sink.kind == "none"
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_an_arm_differs_from_vanilla_by_its_sink_alone(name):
+    kind, num_more = ARMS[name]
+    vanilla, arm = (load_config(recipe).model_dump() for recipe in ("paper/vanilla", name))
+    assert arm["model"].pop("sink") == {"kind": kind, "num_tokens": 2 if name == "paper/two-sinks" else 1}
+    del vanilla["model"]["sink"]
+    for config in (vanilla, arm):
+        del config["train"]["run_dir"]
+    assert vanilla == arm
+
+    model_config = plan_of(name).model_config
+    with torch.device("meta"):
+        model = SinkGPTNeoXForCausalLM(model_config)
+    assert sum(p.numel() for p in model.parameters()) == PYTHIA["160m"][0] + num_more
+    assert count_parameters(model_config) == PYTHIA["160m"][0] + num_more
 
 
 def test_an_arm_reads_as_many_positions_with_any_number_of_sinks():

@@ -11,7 +11,7 @@ from sinklm.data.tokenizer import tokenizer_size, train_tokenizer
 from sinklm.models import SinkGPTNeoXForCausalLM
 from tokenizers import Tokenizer
 
-from ..models.tiny import sharpen, tiny_config
+from ..models.tiny import draw_sinks, sharpen, tiny_config
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -29,6 +29,7 @@ def small_model(num_sinks: int, dtype: torch.dtype = torch.float32, **overrides)
     config = tiny_config(num_sinks, **{"sink": sink, "vocab_size": size + 8, **overrides})
     model = SinkGPTNeoXForCausalLM(config).to(dtype).eval()
     sharpen(model)
+    draw_sinks(model)
     return model
 
 

@@ -5,10 +5,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from sinklm.eval import losses
+from sinklm.models.arms import ARMS
 from torch import nn
 
 from ..models.streaming.oracle import stream_logits
-from ..models.tiny import plain_twin, sinks, text, tiny_model
+from ..models.tiny import plain_twin, sinks, text, tiny_arm, tiny_model
 
 NUM_TOKENS = 40
 
@@ -47,6 +48,15 @@ def test_stream_losses_follow_the_streaming_contract(num_sinks, num_kept, window
     # transformers' rotary tables stay float32, also in float64 models
     torch.testing.assert_close(measured, by_hand(logits, ids, num_sinks), equal_nan=True, rtol=0, atol=1e-4)
     assert measured.isnan().sum() == (0 if num_sinks else 1)
+
+
+@pytest.mark.parametrize("kind", ARMS)
+def test_an_arm_streams_by_the_same_contract(kind):
+    model, ids = tiny_arm(kind), text(1, NUM_TOKENS)[0]
+    for num_kept, window in ((0, 9), (4, 5)):
+        measured = losses.stream_losses(model, ids, num_kept, window)
+        expected = by_hand(stream_logits(model, ids, num_kept, window), ids, 0)
+        torch.testing.assert_close(measured, expected, equal_nan=True, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("num_sinks", [0, 1, 2])

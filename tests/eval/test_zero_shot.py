@@ -12,9 +12,12 @@ from lm_eval.tasks import TaskManager
 from sinklm.cli.evaluate import zero_shot
 from sinklm.eval.zero_shot import TASK_FOLDER, as_lm, evaluate, results_table
 from sinklm.models import load_model, load_tokenizer
+from sinklm.models.arms import ARMS
 from sinklm.models.export import export_model
 
+from ..models.streaming.oracle import dense_logits
 from ..models.tiny import plain_twin
+from .checkpoints import small_model
 
 PAPER_TASKS = {"arc_challenge", "arc_easy", "hellaswag", "lambada_openai", "openbookqa", "piqa", "winogrande"}
 REQUESTS = [
@@ -51,6 +54,19 @@ def test_loglikelihoods_equal_those_by_hand(checkpoints, num_sinks, batch_size):
         # lm-eval cuts on the left; the last token is only ever a target
         ids = [*(tokenizer(context)["input_ids"] or [tokenizer.eos_token_id]), *target][-(room + 1) :]
         assert log_likelihood == pytest.approx(by_hand(model, ids, len(target)), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ARMS)
+def test_an_arm_is_scored_as_by_hand(kind, checkpoints):
+    model, tokenizer = small_model(0, sink={"kind": kind}), load_tokenizer(checkpoints[0])
+    lm = as_lm(model, tokenizer, batch_size=3)
+    measured = lm.loglikelihood(requests("loglikelihood", REQUESTS[:3]), disable_tqdm=True)
+    for (context, continuation), (log_likelihood, _) in zip(REQUESTS, measured, strict=False):
+        target = tokenizer(continuation)["input_ids"]
+        ids = torch.tensor([*(tokenizer(context)["input_ids"] or [tokenizer.eos_token_id]), *target])
+        log_probs = dense_logits(model.double(), ids[:-1]).log_softmax(-1)
+        expected = log_probs.gather(1, ids[1:, None])[-len(target) :].sum().item()
+        assert log_likelihood == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("num_sinks", [0, 1, 2])

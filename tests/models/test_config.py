@@ -18,7 +18,7 @@ def test_a_config_survives_the_disk(tmp_path):
 @pytest.mark.parametrize(
     ("sink", "message"),
     [
-        ({"kind": "tokens"}, "sink.kind is 'tokens': choose one of none, token"),
+        ({"kind": "tokens"}, "sink.kind is 'tokens': choose one of none, token, zero, logit, kv_bias, gate"),
         ({"kind": "token", "num_tokens": 0}, "sink.num_tokens is 0"),
         ({"kind": "token", "num_tokens": 1.5}, "sink.num_tokens is 1.5"),
         ({"kind": "token", "first_token_id": -1}, "sink.first_token_id is -1"),

@@ -37,6 +37,23 @@ def sharpen(model: PreTrainedModel, factor: float = 3.0) -> None:
                 parameter.mul_(factor)
 
 
+def tiny_arm(kind: str, dtype: torch.dtype = torch.float64, **overrides) -> SinkGPTNeoXForCausalLM:
+    """An arm whose sink is no token; its sinks are as strong as trained ones, some far stronger than any key."""
+    model = tiny_model(0, dtype, sink={"kind": kind}, **overrides)
+    draw_sinks(model)
+    return model
+
+
+def draw_sinks(model: PreTrainedModel) -> None:
+    """Give an arm's sinks values, which are zero at first."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("sink_logit"):
+                parameter.copy_(torch.linspace(-2, 12, len(parameter)))
+            elif "sink" in name:
+                parameter.normal_(std=3)
+
+
 def plain_twin(model: SinkGPTNeoXForCausalLM) -> GPTNeoXForCausalLM:
     """transformers' own model with the same weights."""
     settings = model.config.to_dict()

@@ -16,8 +16,8 @@ def plain_training(plan: Plan, num_steps: int) -> tuple[list[float], list[float]
     order = SampleOrder(len(windows), config.train.seed)
     torch.manual_seed(config.train.seed)
     model = SinkGPTNeoXForCausalLM(plan.model_config)
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim == 1]
+    decayed = [m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)]
+    others = [p for p in model.parameters() if not any(p is matrix for matrix in decayed)]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": config.optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}],
         betas=tuple(config.optimizer.betas),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from sinklm.models import SinkGPTNeoXForCausalLM
+from sinklm.models.config import SINK_KINDS
 from sinklm.train import engine as engine_module
 from sinklm.train.engine import deepspeed_config, make_engine, train_step
 from sinklm.train.launch import World, connected
@@ -35,6 +36,8 @@ def world() -> Iterator[World]:
         ["deepspeed.zero_stage=1", "train.micro_batch_size=4"],
         ["deepspeed.zero_stage=2", "model.sink.num_tokens=3"],
         ["deepspeed.zero_stage=3", "model.sink.kind=none"],
+        ["deepspeed.zero_stage=1", "model.sink.kind=gate"],
+        ["deepspeed.zero_stage=3", "model.sink.kind=kv_bias"],
         ["deepspeed.zero_stage=1", "train.activation_checkpointing=true", "optimizer.clip=0.1"],
     ],
     ids=lambda overrides: " ".join(overrides),
@@ -123,13 +126,14 @@ def test_the_run_ends_with_the_message_and_saves_nothing(recipe, tmp_path, monke
     assert not Path(tmp_path, "checkpoints").exists()
 
 
-def test_weight_decay_is_on_matrices_alone(recipe):
-    plan = plan_of(recipe)
+@pytest.mark.parametrize("kind", SINK_KINDS)
+def test_weight_decay_is_on_matrices_alone(recipe, kind):
+    plan = plan_of(recipe, f"model.sink.kind={kind}")
     model = SinkGPTNeoXForCausalLM(plan.model_config)
     decayed, others = engine_module.make_optimizer(model, plan.config.optimizer).param_groups
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
-    assert all(p.ndim == 2 for p in decayed["params"])
-    assert all(p.ndim == 1 for p in others["params"])
+    matrices = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear | torch.nn.Embedding)]
+    assert {id(p) for p in decayed["params"]} == {id(p) for p in matrices}
     assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
 
 

@@ -48,9 +48,10 @@ def test_a_vocabulary_without_room_for_the_sink_is_refused():
     plan("model.vocab_size=300", "model.sink.kind=none")
 
 
-def test_the_estimate_of_operations_equals_torchs_count():
+@pytest.mark.parametrize("kind", ["none", "kv_bias", "gate"])
+def test_the_estimate_of_operations_equals_torchs_count(kind):
     sizes = plan(
-        "model.sink.kind=none", "train.seq_length=64", "train.batch_size_tokens=64", "train.micro_batch_size=1"
+        f"model.sink.kind={kind}", "train.seq_length=64", "train.batch_size_tokens=64", "train.micro_batch_size=1"
     )
     model = SinkGPTNeoXForCausalLM(sizes.model_config)
     model.set_attn_implementation("eager")

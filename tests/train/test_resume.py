@@ -245,6 +245,21 @@ def test_a_warm_start_from_another_size_is_refused(recipe, whole_run, tmp_path):
         train(recipe, [f"train.run_dir={tmp_path}", f"model.init_from={whole_run}", "model.num_hidden_layers=1"])
 
 
+def test_an_arm_starts_from_a_model_without_one_and_resumes(recipe, whole_run, tmp_path):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    arm = ["model.sink.kind=kv_bias", f"model.init_from={whole_run}"]
+    train(recipe, [*arm, f"train.run_dir={whole}"])
+    copy_checkpoint(whole, 4, resumed)
+    train(recipe, [*arm, f"train.run_dir={resumed}"])
+    assert losses(resumed) == losses(whole)
+    assert_same_weights(weights(resumed, 8), weights(whole, 8))
+    assert weights(whole, 8)["gpt_neox.layers.0.attention.sink_value"].any()
+    with pytest.raises(
+        ValueError, match=r"sink\.kind is gate, but model\.init_from=.* was trained with kv_bias: set it"
+    ):
+        train(recipe, ["model.sink.kind=gate", f"model.init_from={whole}", f"train.run_dir={tmp_path / 'other'}"])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -15,6 +15,11 @@ def contract_keys(t: int, num_kept: int, window: int) -> list[tuple[int, int]]:
     return kept + recent
 
 
+def dense_logits(model, ids: torch.Tensor) -> torch.Tensor:
+    """Logits ``(T, V)`` of ordinary attention to all tokens before, with gradients."""
+    return ORACLES[model.config.model_type](model, ids, 0, len(ids))
+
+
 def rotate(x: torch.Tensor, distance: float, inv_freq: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
     """Rotate the leading dimensions of ``(…, D)`` by a distance."""
     cos, sin = torch.cos(distance * inv_freq), torch.sin(distance * inv_freq)
@@ -29,10 +34,11 @@ def rotate(x: torch.Tensor, distance: float, inv_freq: torch.Tensor, interleaved
     return out
 
 
-def attend(q, k, v, num_kept: int, window: int, score) -> torch.Tensor:
+def attend(q, k, v, num_kept: int, window: int, score, sink=None) -> torch.Tensor:
     """Attention of T queries: ``(H, T, D)`` to ``(T, H * D)``.
 
     ``score(query (H, D), key (H, D), distance, position)`` gives ``(H,)``; position is the query's in the cache.
+    ``sink``, scores ``(H, T)`` and values ``(H, D)``, is one more key that every query sees.
     """
     groups = q.shape[0] // k.shape[0]
     k, v = k.repeat_interleave(groups, dim=0), v.repeat_interleave(groups, dim=0)
@@ -41,6 +47,9 @@ def attend(q, k, v, num_kept: int, window: int, score) -> torch.Tensor:
         keys, position = contract_keys(t, num_kept, window), min(t, num_kept + window)
         scores = torch.stack([score(q[:, t], k[:, j], distance, position) for j, distance in keys], dim=-1)
         values = torch.stack([v[:, j] for j, _ in keys], dim=1)  # (H, keys, D)
+        if sink is not None:
+            scores = torch.cat((scores, sink[0][:, t, None]), dim=-1)
+            values = torch.cat((values, sink[1][:, None]), dim=1)
         out.append((scores.softmax(-1)[..., None] * values).sum(1).flatten())
     return torch.stack(out)
 
@@ -66,14 +75,31 @@ def gpt_neox(model, ids, num_kept, window):
     score = rotary_score(inverse_frequencies(config), head_dim**-0.5)
     x = decoder.embed_in(ids)
     for layer in decoder.layers:
-        qkv = heads(layer.attention.query_key_value(layer.input_layernorm(x)), config.num_attention_heads)
-        attended = layer.attention.dense(attend(*qkv.chunk(3, dim=-1), num_kept, window, score))
+        attn, normed = layer.attention, layer.input_layernorm(x)
+        q, k, v = heads(attn.query_key_value(normed), config.num_attention_heads).chunk(3, dim=-1)
+        attended = attend(q, k, v, num_kept, window, score, sink_of(attn, q))
+        if hasattr(attn, "gate"):
+            attended = attended / (1 + torch.exp(-normed @ attn.gate.weight.T))
+        attended = attn.dense(attended)
         if config.use_parallel_residual:
             x = x + attended + layer.mlp(layer.post_attention_layernorm(x))
         else:
             x = x + attended
             x = x + layer.mlp(layer.post_attention_layernorm(x))
     return model.lm_head(decoder.final_layer_norm(x))
+
+
+def sink_of(attn, q):
+    """The sink of an arm that has no token, as `attend` takes it, for queries ``(H, T, D)`` without a phase."""
+    kind = getattr(attn.config, "sink_kind", "none")
+    nothing = torch.zeros_like(q[:, 0])
+    if kind == "zero":
+        return torch.zeros_like(q[..., 0]), nothing
+    if kind == "logit":
+        return attn.sink_logit[:, None].expand(q.shape[:2]), nothing
+    if kind == "kv_bias":
+        return torch.einsum("htd,hd->ht", q, attn.sink_key) * q.shape[-1] ** -0.5, attn.sink_value
+    return None
 
 
 def llama(model, ids, num_kept, window):
@@ -189,4 +215,4 @@ def split_falcon(qkv, config):
 
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "olmo")
 ORACLES = {"gpt_neox": gpt_neox, "olmo2": olmo2, "phi": phi, "gptj": gptj, "mpt": mpt, "falcon": falcon}
-ORACLES |= dict.fromkeys(LLAMAS, llama)
+ORACLES |= {"sink_gpt_neox": gpt_neox} | dict.fromkeys(LLAMAS, llama)

@@ -1,0 +1,154 @@
+"""The attention of the arms whose sink is no token (``sink.kind``): a column in the softmax, or a gate behind it.
+
+``zero`` is Miller's softmax-off-by-one (2023), ``logit`` that of gpt-oss (OpenAI 2025), ``kv_bias`` the explicit
+attention bias of Sun et al. (2024) and Gu et al. (ICLR 2025), ``gate`` the elementwise gate of Qiu et al. (NeurIPS
+2025). docs/arms.md compares them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, GPTNeoXConfig
+from transformers import initialization as init
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gpt_neox.modeling_gpt_neox import (
+    GPTNeoXAttention,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+
+from .sink_column import SinkColumn, attention_with_column, explicit_attention
+from .streaming.hook import ATTENTION, streaming_attention
+
+
+class ArmAttention(GPTNeoXAttention):
+    """GPT-NeoX's attention with two places for an arm: `column` before the softmax, `gated` behind it."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        layer_past: Cache | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``(B, T, hidden)`` to the same, and the probabilities ``(B, H, T, K)`` if the attention is eager."""
+        assert position_embeddings is not None
+        heads = self.query_key_value(hidden_states).unflatten(-1, (-1, 3 * self.head_size)).transpose(1, 2)
+        query, key, value = heads.chunk(3, dim=-1)  # (B, H, T, D)
+        column = self.column(query)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if layer_past is not None:
+            key, value = layer_past.update(key, value, self.layer_idx)
+        out, weights = self.attend(query, key, value, attention_mask, column, **kwargs)
+        return self.dense(self.gated(out.flatten(2), hidden_states)), weights
+
+    def attend(self, query, key, value, mask, column: SinkColumn | None, **kwargs) -> tuple[Tensor, Tensor | None]:
+        """Attention as the model's ``attn_implementation`` says: ``(B, T, H, D)``."""
+        implementation = self.config._attn_implementation
+        kwargs |= {"scaling": self.scaling, "dropout": self.attention_dropout if self.training else 0.0}
+        if column is None:
+            interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        elif implementation in WITH_COLUMN:
+            interface, kwargs = WITH_COLUMN[implementation], kwargs | {"column": column}
+        else:
+            raise ValueError(
+                f"attn_implementation {implementation!r} has no place for the column of sink.kind "
+                f"{self.config.sink_kind}: choose one of sdpa, eager"
+            )
+        return interface(self, query, key, value, mask, **kwargs)
+
+    def column(self, query: Tensor) -> SinkColumn | None:
+        """What the softmax gets besides the keys, for queries ``(B, H, T, D)`` without their rotary phase."""
+        return None
+
+    def gated(self, out: Tensor, hidden_states: Tensor) -> Tensor:
+        """What becomes of the heads' outputs ``(B, T, hidden)`` before they are mixed."""
+        return out
+
+    def initialise(self) -> None:
+        """Give the arm's own parameters, except for matrices, their first values."""
+
+
+class ZeroSinkAttention(ArmAttention):
+    """``exp(x) / (1 + Σ exp(x))``: a column of score 0 and value 0."""
+
+    def column(self, query: Tensor) -> SinkColumn:
+        return SinkColumn(torch.zeros((), dtype=score_dtype(query), device=query.device))
+
+
+class LogitSinkAttention(ArmAttention):
+    """A column of a learned score for each head, and value 0."""
+
+    def __init__(self, config: GPTNeoXConfig, layer_idx: int | None = None):
+        super().__init__(config, layer_idx)
+        self.sink_logit = nn.Parameter(torch.empty(config.num_attention_heads))
+
+    def column(self, query: Tensor) -> SinkColumn:
+        return SinkColumn(self.sink_logit.to(score_dtype(query))[:, None])
+
+    def initialise(self) -> None:
+        init.zeros_(self.sink_logit)
+
+
+class KeyValueSinkAttention(ArmAttention):
+    """A column of a learned key and value for each head.
+
+    The key meets the query without its rotary phase, so that its score does not depend on where the query stands.
+    """
+
+    def __init__(self, config: GPTNeoXConfig, layer_idx: int | None = None):
+        super().__init__(config, layer_idx)
+        self.sink_key = nn.Parameter(torch.empty(config.num_attention_heads, self.head_size))
+        self.sink_value = nn.Parameter(torch.empty(config.num_attention_heads, self.head_size))
+
+    def column(self, query: Tensor) -> SinkColumn:
+        dtype = score_dtype(query)
+        scores = (query.to(dtype) * self.sink_key.to(dtype)[:, None]).sum(-1)
+        return SinkColumn(scores * self.scaling, self.sink_value)
+
+    def initialise(self) -> None:
+        init.zeros_(self.sink_key)
+        init.zeros_(self.sink_value)
+
+
+class GatedAttention(ArmAttention):
+    """Each number of a head's output is weighed by ``sigmoid(W x)`` of the layer's normalised input x."""
+
+    def __init__(self, config: GPTNeoXConfig, layer_idx: int | None = None):
+        super().__init__(config, layer_idx)
+        self.gate = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def gated(self, out: Tensor, hidden_states: Tensor) -> Tensor:
+        return out * self.gate(hidden_states).sigmoid()
+
+
+def score_dtype(query: Tensor) -> torch.dtype:
+    """A column's score is not rounded to half precision, for the kernels' own scores are not."""
+    return torch.promote_types(query.dtype, torch.float32)
+
+
+def eager_with_column(module, query, key, value, mask, *, column, scaling, dropout, **kwargs):
+    out, weights = explicit_attention(query, key, value, mask, column, scaling, dropout)
+    return out.transpose(1, 2), weights
+
+
+def sdpa_with_column(module, query, key, value, mask, *, column, scaling, dropout, **kwargs):
+    return attention_with_column(query, key, value, mask, column, scaling, dropout).transpose(1, 2), None
+
+
+WITH_COLUMN: dict[str, Callable] = {
+    "eager": eager_with_column,
+    "sdpa": sdpa_with_column,
+    ATTENTION: streaming_attention,
+}
+
+ARMS: dict[str, type[ArmAttention]] = {
+    "zero": ZeroSinkAttention,
+    "logit": LogitSinkAttention,
+    "kv_bias": KeyValueSinkAttention,
+    "gate": GatedAttention,
+}
+ARM_PARAMETERS = r"attention\.(sink_|gate\.)"  # in the names of those that no other arm has

@@ -1,0 +1,118 @@
+"""One more column in every softmax: a place for attention that is no token, has no position and fills no cache.
+
+A fused kernel computes the other columns. With its output o and log-sum-exp l, a column of score s and value v makes
+
+    l' = log(exp(l) + exp(s)),    o' = exp(l - l') o + exp(s - l') v
+
+and the gradients of query, key and value are what the kernel's own backward pass gives for o' and l': it needs the
+probabilities, ``exp(score - l')``, and the row sums of ``grad * o'``, and knows of nothing else.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .fused_attention import Kernel, kernel_for
+
+
+class SinkColumn(NamedTuple):
+    """A score, scaled, float32 or better, that broadcasts to ``(B, H, T)``; a value ``(H, D)``, or None for zeros."""
+
+    score: Tensor
+    value: Tensor | None = None
+
+
+def attention_with_column(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    column: SinkColumn,
+    scaling: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention ``(B, H, T, D)`` of queries ``(B, H, T, D)`` over keys ``(B, H, K, D)`` and the column.
+
+    Args:
+        mask, dropout: as in `explicit_attention`, but that no mask is causal attention, or all keys for one query.
+    """
+    num_queries = query.shape[2]
+    if mask is None and num_queries > 1:
+        key, value = key[:, :, :num_queries], value[:, :, :num_queries]  # a static cache has empty places behind them
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    kernel = None if dropout or mask is not None else kernel_for(query)
+    if kernel is not None:
+        return FusedAttention.apply(query, key, value, *column, scaling, kernel)
+    if mask is None and num_queries > 1:
+        mask = torch.ones(num_queries, num_queries, dtype=torch.bool, device=query.device).tril()
+    return explicit_attention(query, key, value, mask, column, scaling, dropout)[0]
+
+
+class FusedAttention(torch.autograd.Function):
+    """Causal attention with a column by a fused kernel. In half precision nothing of size D is kept in float32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        score: Tensor,
+        sink_value: Tensor | None,
+        scaling: float,
+        kernel: Kernel,
+    ) -> Tensor:
+        ctx.kernel, ctx.is_causal, ctx.scaling = kernel, query.shape[2] > 1, scaling
+        out, lse, state = kernel.forward(query, key, value, ctx.is_causal, scaling)
+        total = torch.logaddexp(lse, score).contiguous()
+        out.mul_((lse - total).exp()[..., None])
+        if sink_value is not None:
+            out.add_((score - total).exp()[..., None] * sink_value[:, None])
+        ctx.save_for_backward(query, key, value, score, sink_value, out, total, *state)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        query, key, value, score, sink_value, out, total, *state = ctx.saved_tensors
+        grads = ctx.kernel.backward(grad, query, key, value, out, total, state, ctx.is_causal, ctx.scaling)
+        grad_score = grad_value = None
+        probability = (score - total).exp()[..., None]  # of the column, (B, H, T, 1)
+        if ctx.needs_input_grad[3]:
+            gain = -out if sink_value is None else sink_value[:, None] - out
+            grad_score = (probability * grad * gain).sum(-1).sum_to_size(score.shape)
+        if sink_value is not None and ctx.needs_input_grad[4]:
+            grad_value = (probability * grad).sum((0, 2)).to(sink_value.dtype)
+        return *grads, grad_score, grad_value, None, None
+
+
+def explicit_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    column: SinkColumn,
+    scaling: float,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The same with every probability written out, for any mask: the output ``(B, H, T, D)`` and the probabilities of
+    the keys ``(B, H, T, K)``, which with the column's make 1.
+
+    Args:
+        mask: boolean (True is visible) or added, broadcasts to ``(B, H, T, K)``; None shows all keys.
+        dropout: share of probabilities to drop.
+    """
+    dtype = column.score.dtype
+    scores = query.to(dtype) @ key.transpose(-1, -2).to(dtype) * scaling
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    score = column.score.expand(scores.shape[:-1])[..., None]
+    weights = torch.cat((scores, score), dim=-1).softmax(-1).to(value.dtype)
+    weights = torch.dropout(weights, dropout, train=dropout > 0)
+    weights, sink_weight = weights[..., :-1], weights[..., -1:]
+    out = weights @ value
+    if column.value is not None:
+        out = out + sink_weight * column.value[:, None].to(out.dtype)
+    return out, weights
