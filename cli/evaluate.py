@@ -179,7 +179,7 @@ def _ask_all(
     from ..eval.stream_eval import LINES_PER_QUESTION, ask, summarize
 
     num_read = (len(records[0]) - 1) // LINES_PER_QUESTION * LINES_PER_QUESTION * len(records)
-    with _bars(console) as bars:
+    with progress_bars(console) as bars:
         for num_kept, window in shapes:
             bar = bars.add_task(f"{num_kept}+{window}", total=num_read)
             started = time.perf_counter()
@@ -196,7 +196,7 @@ def _ask_all(
             yield summarize(list(answers), num_kept, window, time.perf_counter() - started)
 
 
-def _bars(console: Console) -> "Progress":
+def progress_bars(console: Console) -> "Progress":
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description:>16}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -209,7 +209,7 @@ def _measure_all(
     """Run one configuration after the other, each with a bar of its own."""
     from ..eval.streaming import measure
 
-    with _bars(console) as bars:
+    with progress_bars(console) as bars:
         for configuration in chosen:
             bar = bars.add_task(str(configuration), total=len(stream.ids) - 1)
             yield measure(

@@ -11,6 +11,7 @@ from .evaluate import stream_eval, streaming, zero_shot
 from .export import export
 from .generate import generate
 from .prepare import prepare
+from .sinks import sinks
 from .tokenizer import train as train_tokenizer
 from .train import train
 
@@ -22,7 +23,9 @@ app = typer.Typer(
     add_completion=False,
 )
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Make tokenizers.")
-eval_app = typer.Typer(no_args_is_help=True, help="Evaluate: zero-shot benchmarks, streaming perplexity and recall.")
+eval_app = typer.Typer(
+    no_args_is_help=True, help="Evaluate: zero-shot benchmarks, streaming perplexity and recall, attention sinks."
+)
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed and memory.")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(eval_app, name="eval")
@@ -33,6 +36,7 @@ app.command()(train)
 eval_app.command("zero-shot")(zero_shot)
 eval_app.command("streaming")(streaming)
 eval_app.command("stream-eval")(stream_eval)
+eval_app.command("sinks")(sinks)
 app.command()(export)
 bench_app.command("decode")(decode)
 app.command()(generate)

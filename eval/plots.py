@@ -26,7 +26,7 @@ STYLE: dict[Any, Any] = {
 
 def plot_streaming(report: dict[str, Any], path: Path, title: str | None = None) -> None:
     """Save `streaming_figure` as a PNG."""
-    _save(streaming_figure(report, title), path)
+    save_figure(streaming_figure(report, title), path)
 
 
 def streaming_figure(report: dict[str, Any], title: str | None = None) -> Figure:
@@ -53,7 +53,7 @@ def streaming_figure(report: dict[str, Any], title: str | None = None) -> Figure
 
 def plot_stream_eval(report: dict[str, Any], path: Path, title: str | None = None) -> None:
     """Save `stream_eval_figure` as a PNG."""
-    _save(stream_eval_figure(report, title), path)
+    save_figure(stream_eval_figure(report, title), path)
 
 
 def stream_eval_figure(report: dict[str, Any], title: str | None = None) -> Figure:
@@ -95,7 +95,7 @@ def stream_eval_figure(report: dict[str, Any], title: str | None = None) -> Figu
 
 def plot_decoding(report: dict[str, Any], path: Path, title: str | None = None) -> None:
     """Save `decoding_figure` as a PNG."""
-    _save(decoding_figure(report, title), path)
+    save_figure(decoding_figure(report, title), path)
 
 
 def decoding_figure(report: dict[str, Any], title: str | None = None) -> Figure:
@@ -191,7 +191,8 @@ def _short(tokens: float) -> str:
     return f"{tokens / 2**10:g}K" if tokens >= 2**10 else f"{tokens:g}"
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """As a PNG, in a folder that is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         figure.savefig(path)

@@ -1,0 +1,104 @@
+"""`sinklm eval sinks`: where a model puts its surplus attention."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .evaluate import Model, Output, progress_bars
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..eval.sinks import Sequences, Statistics
+
+
+def sinks(
+    model: Model,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="A UTF-8 text; repeat it to join several.", show_default=False)
+    ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(help="In place of a text: a token store, whose held-out split is read.", show_default=False),
+    ] = None,
+    num_sequences: Annotated[int, typer.Option(min=1, help="Sequences, spread evenly over the text.")] = 100,
+    seq_length: Annotated[int, typer.Option(min=2, help="Positions of each, sinks included.")] = 64,
+    epsilon: Annotated[
+        float, typer.Option(min=0, max=1, help="Mean attention from which on a position is a sink of a head.")
+    ] = 0.3,
+    checkpoints: Annotated[
+        bool, typer.Option("--checkpoints", help="Every checkpoint of a run: when do sinks form?")
+    ] = False,
+    output: Output = None,
+) -> None:
+    """Sink rates, attention maps, norms and massive activations: where a model puts its surplus attention."""
+    if bool(text) == bool(store):
+        raise ValueError("give either --text or --store: what the model is to read")
+    from ..eval.report import default_output, describe_model, library_versions, write_json
+    from ..eval.sinks import sequences_of_store, sequences_of_texts
+    from ..eval.sinks.plots import plot_sinks
+    from ..eval.sinks.report import as_json, heads_table, massive_table, named_positions, positions_table, summary
+    from ..models import load_model, load_tokenizer
+
+    console = Console()
+    run = _checkpoints_of(model) if checkpoints else {}
+    loaded, tokenizer = load_model(model), load_tokenizer(model)
+    num_sinks = getattr(loaded.config, "num_sinks", 0)
+    wanted = (tokenizer, num_sequences, seq_length - num_sinks)
+    sequences = sequences_of_store(store, *wanted) if store else sequences_of_texts(text or [], *wanted)
+    positions = named_positions(num_sinks, sequences.num_prefix)
+    folder = output or default_output(model)
+    report: dict[str, Any] = {"model": describe_model(loaded, model), "versions": library_versions()}
+    report |= {"text": sequences.source, "num_sequences": num_sequences, "seq_length": seq_length, "epsilon": epsilon}
+    write_json(folder / "sinks.json", report)  # a folder that cannot be written shows before the work
+
+    if run:
+        report["checkpoints"] = []
+        for state, statistics in _measure_run(console, run, sequences, epsilon):
+            report["checkpoints"].append(state | summary(statistics, positions))
+            write_json(folder / "sinks.json", report)  # what is measured stays, should the next one fail
+    else:
+        statistics = _measure(console, loaded, sequences, epsilon, name="sequences")
+    report |= as_json(statistics, positions)
+    write_json(folder / "sinks.json", report)
+    pictures = plot_sinks(report, folder, title=model)
+    console.print(positions_table(report, f"Attention sinks: {model}"))
+    console.print(heads_table(report))
+    console.print(massive_table(report) if report["massive_activations"] else "No massive activations.")
+    console.print(f"Results: {', '.join(str(path) for path in [folder / 'sinks.json', *pictures])}")
+
+
+def _checkpoints_of(run: str) -> dict[int, Path]:
+    """All complete checkpoints of a training run by their step."""
+    from ..train.checkpoint import list_checkpoints
+
+    found = list_checkpoints(Path(run))
+    if not found:
+        raise ValueError(f"{run} holds no complete checkpoint: --checkpoints wants the folder of a training run")
+    return found
+
+
+def _measure_run(
+    console: Console, run: dict[int, Path], sequences: "Sequences", epsilon: float
+) -> Iterator[tuple[dict[str, int], "Statistics"]]:
+    """One checkpoint after the other, with its step and the tokens trained on, sinks included."""
+    from ..models import load_model
+    from ..train.checkpoint import read_state
+
+    for step, checkpoint in run.items():
+        tokens = read_state(checkpoint).positions
+        statistics = _measure(console, load_model(checkpoint), sequences, epsilon, name=f"step {step}")
+        yield {"step": step, "tokens": tokens}, statistics
+
+
+def _measure(
+    console: Console, model: "PreTrainedModel", sequences: "Sequences", epsilon: float, name: str
+) -> "Statistics":
+    from ..eval.sinks import measure
+
+    with progress_bars(console) as bars:
+        bar = bars.add_task(name, total=len(sequences.ids))
+        return measure(model, sequences.ids, epsilon=epsilon, progress=lambda num: bars.advance(bar, num))

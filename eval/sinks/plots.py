@@ -1,0 +1,158 @@
+"""Pictures of attention sinks: by head, as attention maps, by layer, and over the checkpoints of a run."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ..plots import COLOURS, MARKERS, STYLE, save_figure
+from .report import shown_positions
+
+FAINTEST = 1e-3  # attention below looks like it
+GREY = "0.6"
+
+
+def plot_sinks(report: dict[str, Any], folder: Path, title: str | None = None) -> list[Path]:
+    """Save every picture that a report (see `report.as_json`) has numbers for as a PNG; returns the files."""
+    figures = {"heads": heads_figure(report, title), "maps": maps_figure(report, title)}
+    figures["layers"] = layers_figure(report, title)
+    if report.get("checkpoints"):
+        figures["checkpoints"] = checkpoints_figure(report, title)
+    paths = {name: folder / f"sinks-{name}.png" for name in figures}
+    for name, figure in figures.items():
+        save_figure(figure, paths[name])
+    return list(paths.values())
+
+
+def heads_figure(report: dict[str, Any], title: str | None = None) -> Figure:
+    """Sink rate and attention of each head at the named positions, one row of panels for each."""
+    positions = shown_positions(report)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.0, 0.6 + 2.0 * len(positions)), layout="constrained")
+        panels = figure.subplots(len(positions), 2, sharex=True, sharey=True, squeeze=False)
+        for row, name in zip(panels, positions, strict=True):
+            for axes, key in zip(row, ("sink_rate", "mass"), strict=True):
+                shares = np.array(report["heads"][name][key]).T  # (H, L)
+                image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
+                what = f"Sink rate (ε = {report['epsilon']:g})" if key == "sink_rate" else "Attention"
+                axes.set_title(f"{what}, {name}: {100 * shares.mean():.1f} %", fontsize=9)
+                _whole_ticks(axes)
+            row[0].set_ylabel("Head")
+        for axes in panels[-1]:
+            axes.set_xlabel("Layer")
+        figure.colorbar(image, ax=panels, shrink=0.9, pad=0.01)
+        _set_title(figure, title)
+    return figure
+
+
+def maps_figure(report: dict[str, Any], title: str | None = None) -> Figure:
+    """Mean attention maps of some layers: over all heads (above), and of the strongest head (below)."""
+    layers = list(dict.fromkeys(found["layer"] for found in report["maps"]))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(0.6 + 1.65 * len(layers), 4.1), layout="constrained")
+        panels = figure.subplots(2, len(layers), sharex=True, sharey=True, squeeze=False)
+        for found in report["maps"]:
+            axes = panels[int(found["head"] is not None), layers.index(found["layer"])]
+            attention = np.array(found["attention"])
+            is_seen = np.tri(len(attention), dtype=bool)
+            shown = np.ma.masked_where(~is_seen, attention.clip(FAINTEST))
+            image = axes.imshow(shown, cmap="magma_r", norm=LogNorm(FAINTEST, 1))
+            head = "all heads" if found["head"] is None else f"head {found['head']}"
+            axes.set_title(f"layer {found['layer']}, {head}", fontsize=8)
+            _whole_ticks(axes)
+        first_text = report["positions"]["first text token"]
+        for axes in panels[-1]:
+            axes.set_xlabel(f"Key (text from {first_text})" if first_text else "Key")
+        for axes in panels[:, 0]:
+            axes.set_ylabel("Query")
+        figure.colorbar(image, ax=panels, shrink=0.9, pad=0.01, label="Attention")
+        _set_title(figure, title)
+    return figure
+
+
+def layers_figure(report: dict[str, Any], title: str | None = None) -> Figure:
+    """Norms, largest activations and cosines against the layer, at the named positions and at all others."""
+    positions = {name: k for name, k in report["positions"].items() if k >= 0}
+    layers = {name: np.array(values, dtype=float) for name, values in report["layers"].items()}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.0, 4.4), layout="constrained")
+        (hidden, largest), (values, cosines) = figure.subplots(2, 2, sharex=True)
+        for axes, key, quantity in (
+            (hidden, "hidden_norm", "Norm of hidden states"),
+            (largest, "largest_activation", "Largest activation |h|"),
+            (values, "value_norm", "Norm of values"),
+        ):
+            _draw_positions(axes, layers[key], positions)
+            axes.set_ylabel(quantity)
+        median = largest.plot(layers["median_activation"], color=GREY, linestyle="--", label="median |h|")
+        largest.legend(handles=median, fontsize=7)
+        for axes in (hidden, largest):
+            axes.set_yscale("log")
+        cosines.plot(layers["key_cosine"][:, 1:].mean(1), color=GREY, label="other keys with the first key")
+        if np.isfinite(layers["query_cosine"]).all():
+            others = layers["query_key_cosine"][:, 1:].mean(1)
+            cosines.plot(layers["query_cosine"].mean(1), color=COLOURS[1], label="queries with the first key")
+            cosines.plot(others, color=COLOURS[1], linestyle=":", label="queries with other keys")
+        cosines.set_ylabel("Cosine")
+        cosines.axhline(0, color="0.8", linewidth=0.6, zorder=0)
+        cosines.set_ylim(top=1.1)  # room for the legend
+        for axes in (hidden, cosines):
+            axes.legend(fontsize=7)
+        for axes in (hidden, largest, values, cosines):
+            axes.grid(axis="y", linewidth=0.4, alpha=0.5)
+        for axes in (values, cosines):
+            axes.set_xlabel("Layer")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        _set_title(figure, title)
+    return figure
+
+
+def checkpoints_figure(report: dict[str, Any], title: str | None = None) -> Figure:
+    """Sink rate, and the attention behind it, against the step of a run's checkpoints."""
+    checkpoints = report["checkpoints"]
+    steps = [checkpoint["step"] for checkpoint in checkpoints]
+    last = checkpoints[-1]
+    tokens_per_step = f"; a step is {last['tokens'] / last['step']:,.0f} tokens" if last["step"] else ""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.0, 3.2), layout="constrained")
+        rates, masses = figure.subplots(1, 2)
+        for i, name in enumerate(shown_positions(report)):
+            style = {"color": COLOURS[1 + i % (len(COLOURS) - 1)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
+            for axes, key in ((rates, "sink_rate"), (masses, "mass")):
+                axes.plot(steps, [100 * checkpoint[key][name] for checkpoint in checkpoints], label=name, **style)
+        rates.set_ylabel(f"Sink rate (%), ε = {report['epsilon']:g}")
+        masses.set_ylabel("Attention (%)")
+        for axes in (rates, masses):
+            axes.set_xscale("symlog", linthresh=1)
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+            axes.set_xlabel(f"Step (log scale{tokens_per_step})")
+            axes.set_ylim(bottom=0)
+            axes.grid(axis="y", linewidth=0.4, alpha=0.5)
+        masses.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        _set_title(figure, title)
+    return figure
+
+
+def _draw_positions(axes: Axes, values: np.ndarray, positions: dict[str, int]) -> None:
+    """A line over layers for each named position, and one for the mean of all others, between their extremes."""
+    others = np.delete(values, list(positions.values()), axis=1)  # (L, T - named)
+    layers = range(len(values))
+    axes.fill_between(layers, others.min(1), others.max(1), color=GREY, alpha=0.25, linewidth=0)
+    axes.plot(layers, others.mean(1), color=GREY, label="other positions")
+    for i, (name, k) in enumerate(positions.items()):
+        axes.plot(layers, values[:, k], color=COLOURS[1 + i % (len(COLOURS) - 1)], label=name)
+
+
+def _whole_ticks(axes: Axes) -> None:
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+
+
+def _set_title(figure: Figure, title: str | None) -> None:
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10)

@@ -1,0 +1,176 @@
+"""What is measured of attention sinks, and its means over sequences.
+
+Sink rates follow Gu et al., *When Attention Sink Emerges in Language Models* (ICLR 2025), section 3; massive
+activations Sun et al., *Massive Activations in Large Language Models* (COLM 2024).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
+from transformers import PreTrainedModel
+
+from .observation import Layer, observe
+
+EPSILON = 0.3
+NUM_MAP_POSITIONS = 16  # as in the figures of Xiao et al.
+MASSIVE, MASSIVE_RATIO = 100.0, 1000.0
+BATCH_ENTRIES = 2**24  # of attention maps at a time, over all layers: bounds the memory, not the result
+
+
+@dataclass(frozen=True)
+class MassiveActivation:
+    """A dimension of the hidden states that is massive at a position, in ``share`` of the sequences."""
+
+    layer: int
+    position: int
+    dimension: int
+    share: float
+    value: float  # its mean over those sequences
+    ratio: float  # of its magnitude to the median of its sequence and layer, the mean over those sequences
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Means over sequences: L layers, H heads, T positions; float64, on the CPU. See `of_layer`."""
+
+    mass: Tensor  # (L, H, T + 1)
+    sink_rate: Tensor  # (L, H, T + 1)
+    maps: Tensor  # (L, H, M, M)
+    hidden_norm: Tensor  # (L, T)
+    key_norm: Tensor  # (L, T)
+    value_norm: Tensor  # (L, T)
+    key_cosine: Tensor  # (L, T)
+    query_cosine: Tensor  # (L, T)
+    query_key_cosine: Tensor  # (L, T)
+    largest_activation: Tensor  # (L, T)
+    median_activation: Tensor  # (L,)
+    massive_activations: list[MassiveActivation]
+
+
+def attention_mass(attention: Tensor) -> Tensor:
+    """Attention maps ``(…, T, T)``, queries by keys, as ``(…, T + 1)``.
+
+    Entry k < T is the mean attention to token k of the queries that see it, Gu et al.'s
+    ``α_k = 1/(T-k+1) Σ_{i≥k} A_ik`` (they count from 1). Entry T is the mean share of a query's attention that goes to
+    no token, ``1 - Σ_k A_ik``.
+    """
+    num_queries = torch.arange(attention.shape[-1], 0, -1, device=attention.device)
+    to_none = (1 - attention.sum(-1)).mean(-1, keepdim=True)
+    return torch.cat([attention.sum(-2) / num_queries, to_none], dim=-1)
+
+
+def find_massive(hidden_states: Tensor) -> list[tuple[int, int, float, float]]:
+    """Activations ``(B, T, D)`` over 100 that are at least 1000 times the median magnitude of their sequence.
+
+    Returns:
+        Position, dimension, value and ratio to the median of each.
+    """
+    hidden_states = _wide(hidden_states)
+    magnitudes = hidden_states.abs()
+    ratios = magnitudes / _medians(magnitudes).clamp(min=1e-6)[:, None, None]  # finite also where most are 0
+    is_massive = (magnitudes > MASSIVE) & (ratios >= MASSIVE_RATIO)
+    _, positions, dimensions = (indices.tolist() for indices in is_massive.nonzero(as_tuple=True))
+    found = hidden_states[is_massive].tolist(), ratios[is_massive].tolist()
+    return list(zip(positions, dimensions, *found, strict=True))
+
+
+def of_layer(layer: Layer, epsilon: float) -> dict[str, Tensor]:
+    """The statistics of each sequence ``(B, …)`` in one layer; norms and cosines are means over heads.
+
+    - ``mass``: see `attention_mass`; ``sink_rate``: 1 where it exceeds ``epsilon``, a sink of this head; ``maps``: the
+      attention among the first `NUM_MAP_POSITIONS`.
+    - ``key_cosine``: of each key with the first one; ``query_cosine``: of each query with the first key;
+      ``query_key_cosine``: of each key with the queries that see it. NaN where queries are not known.
+    - ``largest_activation``, ``median_activation``: magnitudes in the hidden states, by position and over all.
+    """
+    attention, hidden_states, keys = _wide(layer.attention), _wide(layer.hidden_states), _wide(layer.keys)
+    mass = attention_mass(attention)
+    magnitudes = hidden_states.abs()
+    return {
+        "mass": mass,
+        "sink_rate": mass > epsilon,
+        "maps": attention[..., :NUM_MAP_POSITIONS, :NUM_MAP_POSITIONS],
+        "hidden_norm": hidden_states.norm(dim=-1),
+        "key_norm": keys.norm(dim=-1).mean(1),
+        "value_norm": _wide(layer.values).norm(dim=-1).mean(1),
+        "key_cosine": cosine_similarity(keys, keys[:, :, :1], dim=-1).mean(1),
+        **_query_cosines(layer.queries, keys),
+        "largest_activation": magnitudes.amax(-1),
+        "median_activation": _medians(magnitudes),
+    }
+
+
+def measure(
+    model: PreTrainedModel, ids: Tensor, *, epsilon: float = EPSILON, progress: Callable[[int], None] | None = None
+) -> Statistics:
+    """Run sequences ``(N, T - sinks)`` through a model, in batches, and average.
+
+    Args:
+        epsilon: the attention mass from which on a position is a sink of a head.
+        progress: is called with the number of sequences done since the last call.
+
+    Raises:
+        ValueError: the sequences are longer than the model allows, or it has no attention maps.
+    """
+    num_positions = ids.shape[1] + getattr(model.config, "num_sinks", 0)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest and num_positions > longest:
+        raise ValueError(f"--seq-length {num_positions} is more than the model's {longest} positions")
+    sums: dict[str, Tensor] = {}
+    massive: dict[tuple[int, int, int], list[tuple[float, float]]] = {}
+    for batch in ids.split(_batch_size(model, num_positions)):
+        layers = observe(model, batch)
+        found = [of_layer(layer, epsilon) for layer in layers]
+        for name in found[0]:
+            total = torch.stack([values[name].sum(0, dtype=torch.float64).cpu() for values in found])  # (L, …)
+            sums[name] = total + sums.get(name, 0)
+        for i, layer in enumerate(layers):
+            for position, dimension, value, ratio in find_massive(layer.hidden_states):
+                massive.setdefault((i, position, dimension), []).append((value, ratio))
+        if progress is not None:
+            progress(len(batch))
+    means: dict[str, Any] = {name: total / len(ids) for name, total in sums.items()}
+    return Statistics(**means, massive_activations=_summarize(massive, len(ids)))
+
+
+def _query_cosines(queries: Tensor | None, keys: Tensor) -> dict[str, Tensor]:
+    if queries is None:
+        unknown = keys.new_full((keys.shape[0], keys.shape[2]), float("nan"))
+        return {"query_cosine": unknown, "query_key_cosine": unknown}
+    keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)  # each group's for its heads
+    cosines = normalize(_wide(queries), dim=-1) @ normalize(keys, dim=-1).mT  # (B, H, queries, keys)
+    return {
+        "query_cosine": cosines[..., 0].mean(1),
+        "query_key_cosine": attention_mass(cosines.tril())[..., :-1].mean(1),
+    }
+
+
+def _summarize(
+    massive: dict[tuple[int, int, int], list[tuple[float, float]]], num_sequences: int
+) -> list[MassiveActivation]:
+    """The most common ones first."""
+    summary = []
+    for (layer, position, dimension), found in massive.items():
+        values, ratios = zip(*found, strict=True)
+        means = sum(values) / len(found), sum(ratios) / len(found)
+        summary.append(MassiveActivation(layer, position, dimension, len(found) / num_sequences, *means))
+    return sorted(summary, key=lambda a: (-a.share, -abs(a.value)))
+
+
+def _medians(magnitudes: Tensor) -> Tensor:
+    """Of ``(B, T, D)``, one for each sequence."""
+    return magnitudes.flatten(1).median(dim=1).values
+
+
+def _wide(states: Tensor) -> Tensor:
+    """In float32 at least."""
+    return states.to(torch.promote_types(states.dtype, torch.float32))
+
+
+def _batch_size(model: PreTrainedModel, num_positions: int) -> int:
+    entries = model.config.num_hidden_layers * model.config.num_attention_heads * num_positions**2
+    return max(1, BATCH_ENTRIES // entries)

@@ -1,0 +1,491 @@
+"""Attention sinks: definitions against explicit loops, real models of several families, the command."""
+
+import json
+import math
+from itertools import product
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from sinklm.cli.sinks import sinks
+from sinklm.data import open_store
+from sinklm.eval.sinks import Layer, measure, observe, sequences_of_store, sequences_of_texts, statistics
+from sinklm.eval.sinks.plots import checkpoints_figure, heads_figure, layers_figure, maps_figure
+from sinklm.eval.sinks.report import as_json, massive_table, named_positions, positions_table, shown_positions
+from sinklm.models import load_model, load_tokenizer
+from sinklm.models.export import export_model
+from sinklm.train.checkpoint import CheckpointState
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from ..models.streaming import tiny as families
+from ..models.tiny import plain_twin, text, tiny_model
+from ..models.tiny import sinks as sink_ids
+from ..train.tiny import make_store
+from .checkpoints import small_model, write_checkpoint
+
+EPSILON = 0.15  # of random attention, so that rates are neither 0 nor 1
+
+
+# -- the slow twin: one number at a time, from weights and residual stream ---------------------------------------------
+
+
+def rotated(states: list[float], position: int, num_dims: int, theta: float) -> list[float]:
+    """The first ``num_dims`` turned, each dimension of their first half with its partner in the second."""
+    half = num_dims // 2
+    turned = list(states)
+    for j in range(half):
+        angle = position * theta ** (-2 * j / num_dims)
+        a, b = states[j], states[half + j]
+        turned[j], turned[half + j] = (
+            a * math.cos(angle) - b * math.sin(angle),
+            b * math.cos(angle) + a * math.sin(angle),
+        )
+    return turned
+
+
+def projections(model, layer: int, states: torch.Tensor):
+    """Queries, keys and values ``[head][position]`` from the residual stream ``(T, D)``, not rotated."""
+    config, block = model.config, model.base_model.layers[layer]
+    normed = block.input_layernorm(states)
+    if config.model_type == "gpt_neox":  # the three of a head lie side by side
+        parts = block.attention.query_key_value(normed).view(len(states), config.num_attention_heads, 3, -1)
+        return tuple(parts[:, :, i].transpose(0, 1).tolist() for i in range(3))
+    attention = block.self_attn
+    counts = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    layers = (attention.q_proj, attention.k_proj, attention.v_proj)
+    return tuple(
+        projection(normed).view(len(states), count, -1).transpose(0, 1).tolist()
+        for projection, count in zip(layers, counts, strict=True)
+    )
+
+
+def dot(a, b) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def norm(a) -> float:
+    return math.sqrt(dot(a, a))
+
+
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+@torch.no_grad()
+def by_hand(model, ids: torch.Tensor, epsilon: float) -> dict[str, torch.Tensor]:
+    """Every statistic of ``ids`` ``(N, T)`` in a GPT-NeoX or Llama; see `statistics.Statistics`."""
+    config, num_positions = model.config, ids.shape[1]
+    num_layers, num_heads = config.num_hidden_layers, config.num_attention_heads
+    shapes = {"mass": (num_heads, num_positions + 1), "sink_rate": (num_heads, num_positions + 1)}
+    shapes |= {"maps": (num_heads, num_positions, num_positions), "median_activation": ()}
+    by_position = ["hidden_norm", "key_norm", "value_norm", "key_cosine", "query_cosine", "query_key_cosine"]
+    shapes |= dict.fromkeys([*by_position, "largest_activation"], (num_positions,))
+    sums = {name: torch.zeros(num_layers, *shape, dtype=torch.float64) for name, shape in shapes.items()}
+
+    for row, layer in product(ids, range(num_layers)):
+        states = model(row[None], output_hidden_states=True).hidden_states[layer][0]
+        queries, keys, values = projections(model, layer, states)
+        head_dim = len(queries[0][0])
+        rope = config.rope_parameters
+        rotary = int(head_dim * rope.get("partial_rotary_factor", 1.0)), rope["rope_theta"]
+        queries, keys = (
+            [[rotated(vector, t, *rotary) for t, vector in enumerate(head)] for head in states]
+            for states in (queries, keys)
+        )
+        group = num_heads // len(keys)
+        for head in range(num_heads):
+            columns = [0.0] * num_positions
+            for i in range(num_positions):
+                scores = [dot(queries[head][i], keys[head // group][k]) / math.sqrt(head_dim) for k in range(i + 1)]
+                weights = [math.exp(score - max(scores)) for score in scores]
+                for k, weight in enumerate(weights):
+                    share = weight / sum(weights)
+                    sums["maps"][layer, head, i, k] += share
+                    columns[k] += share
+            for k, column in enumerate(columns):
+                alpha = column / (num_positions - k)
+                sums["mass"][layer, head, k] += alpha
+                sums["sink_rate"][layer, head, k] += alpha > epsilon
+        for t in range(num_positions):
+            hidden = states[t].tolist()
+            sums["hidden_norm"][layer, t] += norm(hidden)
+            sums["largest_activation"][layer, t] += max(abs(h) for h in hidden)
+            sums["key_norm"][layer, t] += mean(norm(head[t]) for head in keys)
+            sums["value_norm"][layer, t] += mean(norm(head[t]) for head in values)
+            sums["key_cosine"][layer, t] += mean(dot(k[t], k[0]) / norm(k[t]) / norm(k[0]) for k in keys)
+            cosines = [
+                [dot(q[i], keys[h // group][t]) / norm(q[i]) / norm(keys[h // group][t]) for i in range(num_positions)]
+                for h, q in enumerate(queries)
+            ]
+            sums["query_key_cosine"][layer, t] += mean(mean(head[t:]) for head in cosines)
+            if t == 0:
+                sums["query_cosine"][layer] += torch.tensor(cosines, dtype=torch.float64).mean(0)
+        magnitudes = sorted(abs(h) for h in states.flatten().tolist())
+        sums["median_activation"][layer] += magnitudes[(len(magnitudes) - 1) // 2]
+    return {name: total / len(ids) for name, total in sums.items()}
+
+
+def assert_equals_loops(measured, expected) -> None:
+    for name, values in expected.items():
+        # transformers' rotary tables stay float32, also in float64 models
+        torch.testing.assert_close(
+            getattr(measured, name), values, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    assert 0 < float(measured.sink_rate.mean()) < 1
+
+
+@pytest.mark.parametrize("num_sinks", [0, 1, 2])
+def test_statistics_of_gpt_neox_are_those_of_explicit_loops(num_sinks, monkeypatch):
+    monkeypatch.setattr(statistics, "BATCH_ENTRIES", 2 * 2 * 4 * 9**2)  # two sequences at a time, of three
+    model, ids = tiny_model(num_sinks, hidden_size=64), text(3, 9 - num_sinks)
+    expected = by_hand(plain_twin(model), torch.cat([sink_ids(model, 3), ids], dim=1), EPSILON)
+    assert_equals_loops(measure(model, ids, epsilon=EPSILON), expected)
+
+
+def test_statistics_of_grouped_heads_are_those_of_explicit_loops():
+    model = families.build(families.config("llama"))
+    ids = families.random_ids(8, batch_size=2)
+    assert_equals_loops(measure(model, ids, epsilon=EPSILON), by_hand(model, ids, EPSILON))
+
+
+# -- attention maps made by hand ---------------------------------------------------------------------------------------
+
+
+def obedient_model(num_sinks: int = 1):
+    """One layer in which every key says in one dimension whether it is the sink's, and every query asks for that."""
+    model = tiny_model(num_sinks, hidden_size=8, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8)
+    attention, embedding = model.gpt_neox.layers[0].attention, model.gpt_neox.embed_in
+    is_sink = torch.zeros(embedding.num_embeddings, dtype=torch.bool)
+    is_sink[model.config.sink_token_ids] = True
+    with torch.no_grad():
+        embedding.weight.zero_()
+        embedding.weight[:, 0] = torch.where(is_sink, 1.0, -1.0)
+        embedding.weight[:, 1] = -embedding.weight[:, 0]  # what a layer norm leaves as it is
+        attention.query_key_value.weight.zero_()
+        attention.query_key_value.bias.zero_()
+        for query in (0, 12):  # rows of each head: 4 of the query, the key, the value; the last is not rotated
+            attention.query_key_value.bias[query + 3] = 1
+            attention.query_key_value.weight[query + 4 + 3, 0] = 400
+    return model
+
+
+def test_a_head_that_puts_everything_on_the_sink_has_rate_1():
+    measured = measure(obedient_model(), text(3, 10), epsilon=0.999)
+    expected = torch.zeros(1, 2, 12, dtype=torch.float64)
+    expected[..., 0] = 1
+    assert torch.equal(measured.sink_rate, expected)
+    torch.testing.assert_close(measured.mass, expected, rtol=0, atol=1e-12)
+
+
+def test_two_equal_sinks_share_the_attention():
+    mass = measure(obedient_model(2), text(2, 8)).mass
+    queries = range(1, 11)  # the first sink's own query sees no other
+    torch.testing.assert_close(mass[0, 0, 0], torch.tensor(sum(1 / min(i, 2) for i in queries) / 10).double())
+    torch.testing.assert_close(mass[0, 0, 1:3], torch.tensor([0.5, 0.0]).double())
+
+
+@pytest.mark.parametrize(("logit", "share"), [(50.0, 1.0), (-50.0, 0.0)])
+def test_attention_to_no_token_is_what_rows_lack(logit, share):
+    """gpt-oss learns a logit for each head that belongs to no token."""
+    small = {"num_key_value_heads": 2, "head_dim": 12, "num_local_experts": 2, "num_experts_per_tok": 1}
+    config = AutoConfig.for_model("gpt_oss", **families.COMMON | small)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.sinks.fill_(logit)
+    measured = measure(model, families.random_ids(10, batch_size=2))
+    torch.testing.assert_close(measured.mass[..., -1], torch.full((2, 4), share).double(), rtol=0, atol=1e-5)
+    assert torch.equal(measured.sink_rate[..., -1], torch.full((2, 4), share).double())
+    report = {"epsilon": 0.3, **as_json(measured, named_positions(0, 0))}
+    names = list(shown_positions(report))
+    assert names == ["first text token", "no token"][: 1 + int(share)]
+    assert len(heads_figure(report).axes) == 2 * len(names) + 1
+    assert len(positions_table(report, "").rows) == 3 + len(names)
+
+
+@st.composite
+def attention_maps(draw) -> torch.Tensor:
+    """``(2, T, T)``: rows that sum to 1 or less, a query seeing no later key."""
+    size, seed = draw(st.integers(1, 12)), draw(st.integers(0, 2**31))
+    generator = torch.Generator().manual_seed(seed)
+    scores = draw(st.floats(0, 8)) * torch.randn(2, size, size + 1, generator=generator, dtype=torch.float64)
+    scores[..., 0] += draw(st.sampled_from([-math.inf, 0.0, 5.0]))  # a column that belongs to no token
+    scores[..., 1:].masked_fill_(~torch.ones(size, size, dtype=torch.bool).tril(), -math.inf)
+    return scores.softmax(-1)[..., 1:]
+
+
+@given(attention_maps())
+@settings(deadline=None)
+def test_mass_is_a_share_and_none_is_lost(attention):
+    mass = statistics.attention_mass(attention)
+    size = attention.shape[-1]
+    assert mass.shape == (2, size + 1)
+    assert ((mass > -1e-12) & (mass < 1 + 1e-12)).all()
+    num_queries = torch.tensor([*range(size, 0, -1), size])  # that see a token, and that may see none
+    torch.testing.assert_close((mass * num_queries).sum(-1), torch.full((2,), size).double())
+
+
+@given(attention_maps(), st.floats(0, 1), st.floats(0, 1))
+@settings(deadline=None)
+def test_a_higher_threshold_never_gives_more_sinks(attention, a, b):
+    states = torch.ones(1, 2, attention.shape[-1], 4, dtype=torch.float64)
+    layer = Layer(states[:, 0], states, states, states, attention[None])
+    low, high = (statistics.of_layer(layer, epsilon)["sink_rate"] for epsilon in sorted((a, b)))
+    assert (low >= high).all()
+
+
+# -- massive activations ----------------------------------------------------------------------------------------------
+
+
+def test_activations_are_massive_by_size_and_by_ratio():
+    states = torch.full((3, 5, 8), 0.125)
+    states[0, 1, 3] = -150.0
+    states[0, 2, 4] = 100.0  # 800 times the median, and not over 100
+    states[1] *= 8
+    states[1, 0, 3] = 999.0  # of a median of 1
+    states[2] = 0.0
+    states[2, 4, 5] = 99.0
+    assert statistics.find_massive(states) == [(1, 3, -150.0, 1200.0)]
+    states[1, 0, 3] = 1000.0
+    states[2, 4, 5] = 101.0  # of a median of 0
+    first, second, third = statistics.find_massive(states.bfloat16())
+    assert (first, second) == ((1, 3, -150.0, 1200.0), (0, 3, 1000.0, 1000.0))
+    assert third[:3] == (4, 5, 101.0)
+    assert math.isfinite(third[3])
+
+
+def test_massive_activations_are_counted_over_sequences(monkeypatch):
+    monkeypatch.setattr(statistics, "BATCH_ENTRIES", 1)
+    model, ids = tiny_model(1), text(4, 6)
+    with torch.no_grad():
+        model.gpt_neox.embed_in.weight[model.config.sink_token_ids[0], 7] = -2000
+        model.gpt_neox.embed_in.weight[ids[0, 0], 5] = 3000
+    ids[1:][ids[1:] == ids[0, 0]] = ids[0, 1]  # once only
+    measured = measure(model, ids)
+    found = {(a.layer, a.position, a.dimension): (a.share, a.value) for a in measured.massive_activations}
+    assert {place: found[place] for place in found if place[0] == 0} == {(0, 0, 7): (1, -2000), (0, 1, 5): (0.25, 3000)}
+    median = float(measured.median_activation[0])
+    sink = next(a for a in measured.massive_activations if (a.layer, a.position) == (0, 0))
+    assert sink.ratio == pytest.approx(2000 / median, rel=0.2)  # a mean of ratios, not a ratio of means
+    table = massive_table({"massive_activations": [vars(a) for a in measured.massive_activations]})
+    assert list(table.columns[1].cells)[:2] == ["7", "5"]
+
+
+def test_the_table_draws_layers_together():
+    facts = {"position": 0, "dimension": 7, "share": 1.0, "value": 200.0, "ratio": 2000.0}
+    table = massive_table({"massive_activations": [facts | {"layer": layer} for layer in (5, 3, 4, 9, 12, 11)]})
+    assert list(table.columns[2].cells) == ["3–5, 9, 11–12"]
+
+
+# -- real models ------------------------------------------------------------------------------------------------------
+
+OTHERS: dict[str, dict] = {
+    "gpt2": {"vocab_size": families.VOCAB, "n_embd": 48, "n_layer": 2, "n_head": 4},
+    "bloom": {"vocab_size": families.VOCAB, "hidden_size": 48, "n_layer": 2, "n_head": 4},
+    "opt": {
+        "vocab_size": families.VOCAB,
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 48,
+    },
+    "starcoder2": families.COMMON | families.GROUPED | {"sliding_window": 5},
+}
+
+
+@pytest.mark.parametrize("name", [*(name for name in families.FAMILIES if name != "falcon:rw"), *OTHERS])
+def test_what_is_observed_is_what_the_model_does(name):
+    """Keys and values of the second layer depend on the attention of the first, computed here by other kernels."""
+    config = AutoConfig.for_model(name, **OTHERS[name]) if name in OTHERS else families.config(name)
+    model, ids = families.build(config, dtype=torch.float32), families.random_ids(12, batch_size=2)
+    implementation, get_interface = model.config._attn_implementation, AttentionInterface.get_interface
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+
+    layers = observe(model, ids)
+
+    assert (model.config._attn_implementation, AttentionInterface.get_interface) == (implementation, get_interface)
+    assert len(layers) == 2
+    window = getattr(config, "sliding_window", None) or 12
+    for layer, cached in zip(layers, cache.layers, strict=True):
+        num_cached = cached.keys.shape[2]
+        torch.testing.assert_close(layer.keys[:, :, -num_cached:], cached.keys, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(layer.values[:, :, -num_cached:], cached.values, rtol=1e-3, atol=1e-4)
+        assert layer.attention.shape == (2, 4, 12, 12)
+        assert layer.hidden_states.shape == (2, 12, 48)
+        assert layer.keys.shape[2] == layer.values.shape[2] == 12
+        assert not layer.attention.triu(1).any()
+        torch.testing.assert_close(layer.attention.sum(-1), torch.ones(2, 4, 12))
+        if num_cached < 12:
+            assert not layer.attention.tril(-window).any()
+        if layer.queries is not None and name in families.FAMILIES:
+            group = 4 // layer.keys.shape[1]
+            scores = layer.queries @ layer.keys.repeat_interleave(group, 1).mT / layer.keys.shape[-1] ** 0.5
+            mask = torch.ones(12, 12, dtype=torch.bool).triu(1)
+            torch.testing.assert_close(scores.masked_fill(mask, -math.inf).softmax(-1), layer.attention)
+    has_queries = layers[0].queries is not None
+    assert has_queries == (config.model_type not in ("gptj", "mpt", "falcon", "bloom"))
+    assert measure(model, ids).query_cosine.isfinite().all() == has_queries
+
+
+def test_models_without_right_maps_are_refused():
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", hidden_size=16, num_hidden_layers=1))
+    with pytest.raises(ValueError, match="'mamba' does not show an attention map"):
+        observe(model, families.random_ids(4))
+    with pytest.raises(ValueError, match="ALiBi biases of Falcon-RW twice"):
+        observe(families.build(families.config("falcon:rw")), families.random_ids(4))
+
+
+def test_sequences_longer_than_the_model_are_refused():
+    with pytest.raises(ValueError, match="--seq-length 130 is more than the model's 128 positions"):
+        measure(tiny_model(2), text(1, 128))
+
+
+def test_sums_in_bfloat16_are_taken_in_float32():
+    model, ids = tiny_model(1, dtype=torch.bfloat16), text(2, 20)
+    layer = observe(model, ids)[0]
+    found = statistics.of_layer(layer, EPSILON)
+    assert found["mass"].dtype == torch.float32
+    torch.testing.assert_close(found["mass"], statistics.attention_mass(layer.attention.float()))
+
+
+# -- what is read -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def book(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("".join(f"{i}. In the morning the sea was calm.\n" for i in range(60)))
+    return path
+
+
+def report_of(folder, book) -> dict:
+    """What the command reports of 4 sequences of 20 positions."""
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    num_sinks = getattr(model.config, "num_sinks", 0)
+    sequences = sequences_of_texts([book], tokenizer, 4, 20 - num_sinks)
+    statistics = measure(model, sequences.ids)
+    return {"epsilon": 0.3, **as_json(statistics, named_positions(num_sinks, sequences.num_prefix))}
+
+
+def test_sequences_lie_evenly_over_the_text(checkpoints, book, tmp_path):
+    tokenizer = load_tokenizer(checkpoints[1])
+    ids = torch.tensor(tokenizer(book.read_text())["input_ids"])
+    sequences = sequences_of_texts([book], tokenizer, 5, 40)
+    stride = len(ids) // 5
+    assert torch.equal(sequences.ids, torch.stack([ids[i * stride : i * stride + 40] for i in range(5)]))
+    assert sequences.num_prefix == 0
+    with pytest.raises(ValueError, match=rf"book\.txt holds {len(ids)} tokens where 500 sequences of 40 are wanted"):
+        sequences_of_texts([book], tokenizer, 500, 40)
+    with pytest.raises(ValueError, match="--seq-length leaves no room"):
+        sequences_of_texts([book], tokenizer, 5, 1)
+
+
+@pytest.mark.parametrize("num_sinks", [1, 2])
+def test_an_export_has_the_sinks_of_its_checkpoint(checkpoints, tmp_path, book, num_sinks):
+    export = export_model(checkpoints[num_sinks], tmp_path / "export")
+    ours, theirs = report_of(checkpoints[num_sinks], book), report_of(export, book)
+    assert next(iter(ours["positions"])).startswith("sink token")
+    assert next(iter(theirs["positions"])).startswith("prefix token")
+    assert list(theirs["positions"].values()) == list(ours["positions"].values()) == [*range(num_sinks + 1), -1]
+    for key in ("sink_rate", "mass"):
+        assert ours["by_position"][key] == pytest.approx(theirs["by_position"][key], abs=1e-5)
+    for name, values in ours["layers"].items():
+        torch.testing.assert_close(torch.tensor(values), torch.tensor(theirs["layers"][name]), rtol=1e-3, atol=1e-4)
+
+
+def test_a_store_is_read_in_its_held_out_split(tmp_path, checkpoints):
+    folder = make_store(tmp_path)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    sequences = sequences_of_store(folder, tokenizer, 3, 20)
+    stream = open_store(folder).split("validation")
+    stride = len(stream) // 3
+    assert sequences.ids.tolist() == [stream.read(i * stride, i * stride + 20).tolist() for i in range(3)]
+    assert sequences.source["split"] == "validation"
+    with pytest.raises(ValueError, match="made with another tokenizer"):
+        sequences_of_store(folder, load_tokenizer(checkpoints[1]), 3, 20)
+    with pytest.raises(ValueError, match=r"the validation split of .* where 999 sequences of 20 are wanted"):
+        sequences_of_store(folder, tokenizer, 999, 20)
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run's folder with checkpoints at three steps, and one that was interrupted."""
+    for step in (0, 4, 8, 12):
+        folder = tmp_path / "run" / "checkpoints" / f"step-{step}"
+        torch.manual_seed(step)
+        write_checkpoint(folder / "model", small_model(1))
+        facts = {"data_fingerprint": "", "world_size": 1, "zero_stage": 1, "precision": "fp32"}
+        (folder / "state.json").write_text(CheckpointState(step=step, positions=100 * step, **facts).model_dump_json())
+        if step < 12:
+            (folder / "COMPLETE").touch()
+    return tmp_path / "run"
+
+
+def test_the_command_writes_table_json_and_pictures(run, book, tmp_path, capsys):
+    sinks(str(run), [book], num_sequences=4, seq_length=20, checkpoints=True, output=tmp_path / "results")
+
+    report = json.loads((tmp_path / "results" / "sinks.json").read_text())
+    assert report["positions"] == {"sink token": 0, "first text token": 1, "no token": -1}
+    assert [(c["step"], c["tokens"]) for c in report["checkpoints"]] == [(0, 0), (4, 400), (8, 800)]
+    newest = report["checkpoints"][-1]
+    assert (newest["sink_rate"], newest["mass"]) == (report["sink_rate"], report["mass"])
+    assert len({json.dumps(c["mass"]) for c in report["checkpoints"]}) == 3
+    for name, k in report["positions"].items():
+        heads = report["heads"][name]["mass"]
+        assert torch.tensor(heads).mean() == pytest.approx(report["mass"][name], abs=1e-5)
+        assert k == -1 or report["by_position"]["mass"][k] == pytest.approx(report["mass"][name], abs=1e-5)
+    for name in ("heads", "maps", "layers", "checkpoints"):
+        assert (tmp_path / "results" / f"sinks-{name}.png").read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert "sink token" in shown
+    assert "no token" not in shown
+    assert f"{100 * report['mass']['sink token']:.2f}" in shown
+
+
+def test_the_pictures_show_the_report(checkpoints, book):
+    report = report_of(checkpoints[1], book)
+    history = [(0, 0.1), (1, 0.2), (2, 0.4)]
+    report["checkpoints"] = [
+        {"step": step, "tokens": 64 * step} | dict.fromkeys(("sink_rate", "mass"), dict.fromkeys(report["mass"], share))
+        for step, share in history
+    ]
+
+    rates, masses, *_ = heads_figure(report, "title").axes
+    assert rates.images[0].get_array().T.tolist() == report["heads"]["sink token"]["sink_rate"]
+    assert masses.images[0].get_array().T.tolist() == report["heads"]["sink token"]["mass"]
+
+    panels = maps_figure(report).axes[:-1]
+    assert len(panels) == len(report["maps"]) == 4  # two layers: over heads, and the strongest
+    assert all(panel.images[0].get_array().shape == (16, 16) for panel in panels)
+
+    hidden, *_ = layers_figure(report).axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in hidden.lines}
+    assert list(lines) == ["other positions", "sink token", "first text token"]
+    assert lines["sink token"] == [positions[0] for positions in report["layers"]["hidden_norm"]]
+
+    rates, masses = checkpoints_figure(report).axes
+    assert [line.get_label() for line in rates.lines] == ["sink token", "first text token"]
+    assert list(masses.lines[0].get_xdata()) == [0, 1, 2]
+    assert list(masses.lines[0].get_ydata()) == [10, 20, 40]
+    assert "64 tokens" in rates.get_xlabel()
+
+
+def test_mistakes_are_named(run, book, tmp_path, checkpoints):
+    model = str(checkpoints[1])
+    with pytest.raises(ValueError, match="either --text or --store"):
+        sinks(model)
+    with pytest.raises(ValueError, match="either --text or --store"):
+        sinks(model, [book], store=tmp_path)
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        sinks(model, [book], checkpoints=True)
+    with pytest.raises(ValueError, match="--seq-length 129 is more than the model's 128 positions"):
+        sinks(model, [book], num_sequences=1, seq_length=129, output=tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        sinks(model, [book], num_sequences=1, seq_length=12, output=tmp_path / "file")
