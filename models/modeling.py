@@ -18,6 +18,7 @@ from transformers.generation.logits_process import SuppressTokensLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from .attention import CausalAttention
 from .config import SinkGPTNeoXConfig
 from .loss import IGNORED, linear_cross_entropy
 
@@ -53,6 +54,14 @@ class SinkGPTNeoXModel(PythiaInitialisation, GPTNeoXModel):
 
     config_class = SinkGPTNeoXConfig
     config: SinkGPTNeoXConfig
+
+    def __init__(self, config: SinkGPTNeoXConfig):
+        super().__init__(config)
+        for layer_idx, layer in enumerate(self.layers):
+            with torch.device("meta"):  # its weights are those that are there
+                attention = CausalAttention(config, layer_idx)
+            attention.query_key_value, attention.dense = layer.attention.query_key_value, layer.attention.dense
+            layer.attention = attention
 
     def forward(self, input_ids=None, inputs_embeds=None, use_cache=None, **kwargs):
         if torch.compiler.is_compiling() and self._is_plainly_causal(use_cache, kwargs):
