@@ -1,4 +1,4 @@
-"""The attention of the arms whose sink is no token (``sink.kind``): a column in the softmax, or a gate behind it.
+"""Attention with a place for each arm (``sink.kind``) whose sink is no token: a column in the softmax, a gate behind it.
 
 ``zero`` is Miller's softmax-off-by-one (2023), ``logit`` that of gpt-oss (OpenAI 2025), ``kv_bias`` the explicit
 attention bias of Sun et al. (2024) and Gu et al. (ICLR 2025), ``gate`` the elementwise gate of Qiu et al. (NeurIPS
@@ -15,7 +15,6 @@ from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_neox.modeling_gpt_neox import (
     GPTNeoXAttention,
-    apply_rotary_pos_emb,
     eager_attention_forward,
 )
 
@@ -23,8 +22,12 @@ from .sink_column import SinkColumn, attention_with_column, explicit_attention
 from .streaming.hook import ATTENTION, streaming_attention
 
 
-class ArmAttention(GPTNeoXAttention):
-    """GPT-NeoX's attention with two places for an arm: `column` before the softmax, `gated` behind it."""
+class SinkAttention(GPTNeoXAttention):
+    """GPT-NeoX's attention with two places for an arm: `column` before the softmax, `gated` behind it.
+
+    Heads stay behind positions, ``(B, T, H, D)``, as the projections write and read them. transformers turns them to
+    ``(B, H, T, D)``, so that a compiled training pass copies the kernel's output and every gradient back.
+    """
 
     def forward(
         self,
@@ -36,10 +39,11 @@ class ArmAttention(GPTNeoXAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """``(B, T, hidden)`` to the same, and the probabilities ``(B, H, T, K)`` if the attention is eager."""
         assert position_embeddings is not None
-        heads = self.query_key_value(hidden_states).unflatten(-1, (-1, 3 * self.head_size)).transpose(1, 2)
-        query, key, value = heads.chunk(3, dim=-1)  # (B, H, T, D)
-        column = self.column(query)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        heads = self.query_key_value(hidden_states).unflatten(-1, (-1, 3 * self.head_size))
+        query, key, value = heads.chunk(3, dim=-1)  # (B, T, H, D)
+        column = self.column(query.transpose(1, 2))
+        query, key = rotated(query, *position_embeddings), rotated(key, *position_embeddings)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_idx)
         out, weights = self.attend(query, key, value, attention_mask, column, **kwargs)
@@ -72,14 +76,14 @@ class ArmAttention(GPTNeoXAttention):
         """Give the arm's own parameters, except for matrices, their first values."""
 
 
-class ZeroSinkAttention(ArmAttention):
+class ZeroSinkAttention(SinkAttention):
     """``exp(x) / (1 + Σ exp(x))``: a column of score 0 and value 0."""
 
     def column(self, query: Tensor) -> SinkColumn:
         return SinkColumn(torch.zeros((), dtype=score_dtype(query), device=query.device))
 
 
-class LogitSinkAttention(ArmAttention):
+class LogitSinkAttention(SinkAttention):
     """A column of a learned score for each head, and value 0."""
 
     def __init__(self, config: GPTNeoXConfig, layer_idx: int | None = None):
@@ -93,7 +97,7 @@ class LogitSinkAttention(ArmAttention):
         init.zeros_(self.sink_logit)
 
 
-class KeyValueSinkAttention(ArmAttention):
+class KeyValueSinkAttention(SinkAttention):
     """A column of a learned key and value for each head.
 
     The key meets the query without its rotary phase, so that its score does not depend on where the query stands.
@@ -114,7 +118,7 @@ class KeyValueSinkAttention(ArmAttention):
         init.zeros_(self.sink_value)
 
 
-class GatedAttention(ArmAttention):
+class GatedAttention(SinkAttention):
     """Each number of a head's output is weighed by ``sigmoid(W x)`` of the layer's normalised input x."""
 
     def __init__(self, config: GPTNeoXConfig, layer_idx: int | None = None):
@@ -123,6 +127,18 @@ class GatedAttention(ArmAttention):
 
     def gated(self, out: Tensor, hidden_states: Tensor) -> Tensor:
         return out * self.gate(hidden_states).sigmoid()
+
+
+def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The first dimensions of ``(B, T, H, D)`` turned by the angles of their positions.
+
+    Args:
+        cos, sin: ``(1 or B, T, rotated dimensions)``, the second half like the first, as transformers makes them.
+    """
+    half = cos.shape[-1] // 2
+    cos, sin = cos[..., None, :half], sin[..., None, :half]
+    first, second, rest = states.split([half, half, states.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
 def score_dtype(query: Tensor) -> torch.dtype:
@@ -145,7 +161,7 @@ WITH_COLUMN: dict[str, Callable] = {
     ATTENTION: streaming_attention,
 }
 
-ARMS: dict[str, type[ArmAttention]] = {
+ARMS: dict[str, type[SinkAttention]] = {
     "zero": ZeroSinkAttention,
     "logit": LogitSinkAttention,
     "kv_bias": KeyValueSinkAttention,

@@ -19,8 +19,9 @@ from transformers.generation.logits_process import SuppressTokensLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .arms import ARM_PARAMETERS, ARMS, ArmAttention
+from .arms import ARM_PARAMETERS, ARMS, SinkAttention
 from .config import SinkGPTNeoXConfig
+from .loss import IGNORED, linear_cross_entropy
 
 
 class PythiaInitialisation:
@@ -34,7 +35,7 @@ class PythiaInitialisation:
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, ArmAttention):
+        if isinstance(module, SinkAttention):
             module.initialise()
             return
         if not isinstance(module, nn.Linear | nn.Embedding):
@@ -60,17 +61,19 @@ class SinkGPTNeoXModel(PythiaInitialisation, GPTNeoXModel):
 
     def __init__(self, config: SinkGPTNeoXConfig):
         super().__init__(config)
+        for layer_idx, layer in enumerate(self.layers):
+            layer.attention = self._attention(layer_idx, layer.attention)
         if config.sink_kind in ARMS:
-            self._install_arm()
+            with torch.random.fork_rng(devices=[]):  # the same seed gives all arms the first weights that they share
+                self.init_weights()
 
-    def _install_arm(self) -> None:
-        """Give the layers the attention of ``sink.kind``."""
-        with torch.random.fork_rng(devices=[]):  # the same seed gives all arms the first weights that they share
-            for layer_idx, layer in enumerate(self.layers):
-                arm = ARMS[self.config.sink_kind](self.config, layer_idx)
-                arm.query_key_value, arm.dense = layer.attention.query_key_value, layer.attention.dense
-                layer.attention = arm
-            self.init_weights()
+    def _attention(self, layer_idx: int, plain: nn.Module) -> SinkAttention:
+        """The attention of ``sink.kind`` with the matrices of transformers' own."""
+        with torch.device("meta"):  # nothing is drawn
+            attention = ARMS.get(self.config.sink_kind, SinkAttention)(self.config, layer_idx)
+        attention.to_empty(device=plain.dense.weight.device)
+        attention.query_key_value, attention.dense = plain.query_key_value, plain.dense
+        return attention
 
     def forward(self, input_ids=None, inputs_embeds=None, use_cache=None, **kwargs):
         if torch.compiler.is_compiling() and self._is_plainly_causal(use_cache, kwargs):
@@ -151,7 +154,7 @@ class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
             past_key_values: the sinks are prepended if it is empty or None.
             labels: ``(B, T)``, label j being token j as everywhere in transformers, or ``(B, T + 1)``, where the last
                 label is the target of the last token. With sinks label 0 counts too: the last sink predicts it.
-            skip_logits: return no logits, only the loss.
+            skip_logits: return no logits, only the loss, and hold no more than a chunk of them at a time.
             num_items_in_batch: divides the summed loss in place of the number of targets here.
         """
         num_new_sinks = 0 if _length(past_key_values) else self.config.num_sinks
@@ -178,7 +181,7 @@ class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
         loss = None
         if labels is not None:
             predictors, targets = _align(hidden_states, labels, num_new_sinks, attention_mask)
-            loss = _cross_entropy(self.lm_head(predictors), targets, num_items_in_batch)
+            loss = self._loss(predictors, targets, num_items_in_batch, in_chunks=skip_logits)
         logits = None if skip_logits else self.lm_head(_keep(hidden_states[:, num_new_sinks:], logits_to_keep))
 
         return CausalLMOutputWithPast(
@@ -188,6 +191,12 @@ class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _loss(self, predictors, targets, num_items_in_batch, *, in_chunks: bool) -> torch.Tensor:
+        targets = targets.flatten().to(predictors.device)
+        if in_chunks:
+            return linear_cross_entropy(predictors.flatten(0, 1), self.lm_head.weight, targets, num_items_in_batch)
+        return _cross_entropy(self.lm_head(predictors).flatten(0, 1), targets, num_items_in_batch)
 
     def _prepend_sinks(self, input_ids, inputs_embeds):
         batch_size = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
@@ -314,9 +323,7 @@ def _align(hidden_states, labels, num_sinks: int, attention_mask) -> tuple[torch
 
 def _cross_entropy(logits, targets, num_items_in_batch) -> torch.Tensor:
     reduction = "mean" if num_items_in_batch is None else "sum"
-    loss = nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten().to(logits.device), ignore_index=-100, reduction=reduction
-    )
+    loss = nn.functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction=reduction)
     return loss if num_items_in_batch is None else loss / num_items_in_batch
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ..models import SinkGPTNeoXConfig
+from ..models.loss import TOKENS_PER_CHUNK
 from .config import TrainingConfig
 
 GIB = 2**30
@@ -96,30 +97,29 @@ def estimate_memory(
     clipped. The first terms of stage 2 and 3 are upper bounds: gradients live until their bucket is reduced, weights
     until their layer is done.
 
-    Activations, in 16 bit: ``36 B T D`` bytes a layer and ``12 B T V`` for the logits, their float32 copy and their
-    gradients; a compiled model keeps 26 and 4, for it computes again what is cheap and never holds float32 logits. A
-    gate keeps 4 more in a layer: its own value, and what it lets through. With activation checkpointing a layer keeps
-    its input alone, and one of them the whole. Float32 doubles all but the copy. (Korthikanti et al. 2022, equation 2,
-    have 34 a layer without the attention matrix, which no kernel stores.)
+    Activations, in 16 bit: ``36 B T D`` bytes a layer, and 4 more for a gate: its own value, and what it lets through.
+    With activation checkpointing a layer keeps its input alone, and one of them the whole. Float32 doubles it.
+    (Korthikanti et al. 2022, equation 2, have 34 a layer without the attention matrix, which no kernel stores.) Logits
+    exist for 8192 tokens at a time (`sinklm.models.loss`), with their gradient, and in an eager model two copies in
+    float32. The head's own gradient is added up in float32.
 
-    Against the peak that PyTorch reports, on one H100 with torch 2.11 under ZeRO-1 in bf16: Pythia-160M, micro-batch
-    32, 60.1 GiB for 60.4 measured, and compiled (which fixed 26 and 4) 29.9 for 29.8; Pythia-410M, micro-batch 16,
-    with checkpointing 28.6 for 27.7.
+    36 was fixed by the peak that PyTorch reports, on one H100 with torch 2.11 under ZeRO-1 in bf16, when logits were
+    still held whole, for 12 (compiled 2) bytes × ``B T V``: Pythia-160M, micro-batch 32, 60.1 GiB for 60.4 measured,
+    compiled 29.5 for 29.8; Pythia-410M, micro-batch 16, with checkpointing 28.6 for 27.7.
     """
     bytes_per_value = 4 if config.train.precision == "fp32" else 2
-    per_layer, per_logit = (26, 4) if is_compiled else (36, 12)
-    if model.sink_kind == "gate":
-        per_layer += 4
     states = count_parameters(model) * _bytes_per_parameter(zero_stage, bytes_per_value, world_size)
 
     positions = config.train.micro_batch_size * config.train.seq_length
-    layer = positions * model.hidden_size * per_layer * bytes_per_value / 2
+    per_value = 36 + (4 if model.sink_kind == "gate" else 0)
+    layer = positions * model.hidden_size * per_value * bytes_per_value / 2
     if config.train.activation_checkpointing:
         kept = model.num_hidden_layers * positions * model.hidden_size * bytes_per_value + layer
     else:
         kept = model.num_hidden_layers * layer
-    logits = positions * model.vocab_size * (per_logit + bytes_per_value - 2)
-    return MemoryEstimate(states=states, activations=kept + logits)
+    per_logit = 2 * bytes_per_value + (8 if bytes_per_value == 2 and not is_compiled else 0)
+    head = model.vocab_size * (min(positions, TOKENS_PER_CHUNK) * per_logit + 4 * model.hidden_size)
+    return MemoryEstimate(states=states, activations=kept + head)
 
 
 def _bytes_per_parameter(zero_stage: int, bytes_per_value: int, world_size: int) -> float:

@@ -1,9 +1,9 @@
 """The DeepSpeed engine: how it is configured, and one training step on it."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -126,17 +126,22 @@ class StepResult:
 
     Attributes:
         loss: mean over all targets of the global batch.
-        grad_norm: of the global batch, before clipping; infinite if the update was skipped.
+        read_grad_norm: gives `grad_norm`, and waits for the device to have it.
         is_skipped: float16 only: the scaled gradients overflowed, so there was no update.
         loss_scale: float16 only.
         is_stop_requested: some rank was told to stop.
     """
 
     loss: float
-    grad_norm: float
+    read_grad_norm: Callable[[], float]
     is_skipped: bool
     loss_scale: float | None
     is_stop_requested: bool
+
+    @property
+    def grad_norm(self) -> float:
+        """Of the global batch, before clipping; infinite if the update was skipped."""
+        return math.inf if self.is_skipped else self.read_grad_norm()
 
 
 def train_step(
@@ -152,7 +157,8 @@ def train_step(
     """Run one optimizer step on the next micro-batches ``(b, tokens_per_sample)``.
 
     Every sample has the same number of targets, so the mean over the global batch is the mean of the micro-batches'.
-    The host waits for the device once before the update, to see that all losses are finite.
+    The host waits for the device once, where the norm of the gradient decides about the update; when this returns, the
+    update may still be under way.
 
     Raises:
         SameOnAllRanks: a loss or the gradient is not finite. The weights are those before the step.
@@ -164,31 +170,55 @@ def train_step(
         samples = next(batches)
         loss = engine(input_ids=samples[:, :-1], labels=samples, skip_logits=True, use_cache=False).loss
         loss_sum += loss.detach()
-        engine.backward(loss)
+        engine.backward(_nan_unless_finite(loss))
         if micro_step < plan.num_accumulation_steps - 1:
             engine.step()  # counts the micro-batch
 
-    local = torch.stack([loss_sum / plan.num_accumulation_steps, loss_sum.new_tensor(float(is_stop_requested))])
-    by_rank = _gather(local, world)
+    is_stopping = loss_sum.new_full((), float(is_stop_requested))
+    read_by_rank = _begin_reading(_gather(torch.stack([loss_sum / plan.num_accumulation_steps, is_stopping]), world))
+    read_grad_norm, is_updated = _update(engine, plan)
+    by_rank = read_by_rank()
     losses = [loss for loss, _ in by_rank]
     _check_losses(losses, step)
-    grad_norm, is_skipped = _update(engine, plan, step)
+    loss_scale = _loss_scale(engine) if plan.config.train.precision == "fp16" else None
+    if not is_updated and (loss_scale is None or loss_scale <= 1):
+        raise _bad_gradient(step)
     return StepResult(
         loss=math.fsum(losses) / len(losses),
-        grad_norm=grad_norm,
-        is_skipped=is_skipped,
-        loss_scale=_loss_scale(engine) if plan.config.train.precision == "fp16" else None,
+        read_grad_norm=read_grad_norm,
+        is_skipped=not is_updated,
+        loss_scale=loss_scale,
         is_stop_requested=any(stop for _, stop in by_rank),
     )
 
 
-def _gather(values: torch.Tensor, world: World) -> list[list[float]]:
-    """The values of every rank."""
+def _nan_unless_finite(loss: torch.Tensor) -> torch.Tensor:
+    """The loss, with NaN for its gradient if it is not finite: so the norm shows it, on all ranks, without a wait."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+
+
+def _gather(values: torch.Tensor, world: World) -> torch.Tensor:
+    """The values of every rank, ``(ranks, …)``."""
     if world.size == 1:
-        return [values.tolist()]
+        return values[None]
     by_rank = [torch.empty_like(values) for _ in range(world.size)]
     dist.all_gather(by_rank, values)
-    return torch.stack(by_rank).tolist()
+    return torch.stack(by_rank)
+
+
+def _begin_reading(values: torch.Tensor) -> Callable[[], Any]:
+    """Copy to the host when the device comes to it. What is returned waits for that, and for nothing queued later."""
+    on_host = values.to("cpu", non_blocking=True)
+    if not values.is_cuda:
+        return on_host.tolist
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> Any:
+        copied.synchronize()
+        return on_host.tolist()
+
+    return read
 
 
 def _check_losses(losses: list[float], step: int) -> None:
@@ -200,32 +230,24 @@ def _check_losses(losses: list[float], step: int) -> None:
         )
 
 
-def _update(engine: "DeepSpeedEngine", plan: Plan, step: int) -> tuple[float, bool]:
-    """Clip and update; DeepSpeed leaves the weights alone if the gradient is not finite. Returns norm and skipped.
-
-    In float16 that is no error until the loss scale has come down to 1.
-    """
+def _update(engine: "DeepSpeedEngine", plan: Plan) -> tuple[Callable[[], float], bool]:
+    """Clip and update, or leave the weights alone if the gradient is not finite. Returns its norm and whether it is."""
     if plan.config.deepspeed.zero_stage == 0:
-        return _update_without_zero(engine, plan, step)
+        return _update_without_zero(engine, plan)
     engine.step()
-    if not engine.optimizer.overflow:
-        return float(engine.get_global_grad_norm()), False
-    if plan.config.train.precision != "fp16" or _loss_scale(engine) <= 1:
-        raise _bad_gradient(step)
-    return math.inf, True
+    return _begin_reading(torch.as_tensor(engine.get_global_grad_norm())), not engine.optimizer.overflow
 
 
-def _update_without_zero(engine: "DeepSpeedEngine", plan: Plan, step: int) -> tuple[float, bool]:
+def _update_without_zero(engine: "DeepSpeedEngine", plan: Plan) -> tuple[Callable[[], float], bool]:
     scaler = engine.torch_autocast_z0_gradscaler  # with float16 only
     if scaler is not None:
         scaler.unscale_(engine.optimizer)
     max_norm = plan.config.optimizer.clip or math.inf
     grad_norm = nn.utils.clip_grad_norm_(engine.module.parameters(), max_norm).item()
     is_finite = math.isfinite(grad_norm)
-    if not is_finite and (scaler is None or _loss_scale(engine) <= 1):
-        raise _bad_gradient(step)
-    engine.step()
-    return grad_norm, not is_finite
+    if is_finite or scaler is not None:  # which skips the update by itself, and lowers its scale
+        engine.step()
+    return lambda: grad_norm, is_finite
 
 
 def _bad_gradient(step: int) -> SameOnAllRanks:

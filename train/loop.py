@@ -1,5 +1,7 @@
 """The loop over steps: train, record, validate, save, stop."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +69,7 @@ class TrainingLoop:
             flops_per_token(plan.model_config, config.train.seq_length),
             peak * world.size if peak else None,
         )
+        self._unrecorded: Callable[[], None] | None = None
         with world.together():
             self._metrics = MetricsFile(self._run_dir / "metrics.jsonl", first_step) if world.is_main else None
             self._wandb = WandbRun(config, self._run_dir, progress.say) if world.is_main else None
@@ -81,6 +84,7 @@ class TrainingLoop:
             with StopRequest() as stop:
                 if self._first_step == 0 and self._saves_after(0):
                     self._save(0)
+                self._speed.start()
                 for step in range(self._first_step, self._num_steps):
                     if self._step(step, stop):
                         return stop.signal_number or StopRequest.SIGNALS[0]
@@ -90,7 +94,6 @@ class TrainingLoop:
 
     def _step(self, step: int, stop: StopRequest) -> bool:
         """Take update ``step`` and what is due after it. Returns whether to stop here."""
-        self._speed.start()
         lr = learning_rate(step, self._num_steps, self._plan.config.optimizer)
         result = train_step(
             self._engine,
@@ -101,23 +104,34 @@ class TrainingLoop:
             lr=lr,
             is_stop_requested=bool(stop.signal_number),
         )
-        num_done = step + 1
-        self._record_step(num_done, lr, result, self._speed.stop())
+        seconds, num_done = self._speed.lap(), step + 1
+        self._record_last()  # the one before: its numbers are there, and the device is busy with this one's update
+        self._unrecorded = partial(self._record, num_done, lr, result, seconds)
         is_last = num_done == self._num_steps
-        if is_every(num_done, self._plan.config.validation.every_steps) or is_last:
-            self._validate(num_done)
-        if self._saves_after(num_done) or result.is_stop_requested:
-            self._save(num_done)
+        validates = is_every(num_done, self._plan.config.validation.every_steps) or is_last
+        saves = self._saves_after(num_done) or result.is_stop_requested
+        if validates or saves or num_done == self._first_step + 1:
+            self._record_last()
+            if validates:
+                self._validate(num_done)
+            if saves:
+                self._save(num_done)
+            self._speed.start()
         return result.is_stop_requested and not is_last
 
-    def _record_step(self, step: int, lr: float, result: StepResult, seconds: float) -> None:
-        if not self._world.is_main:
-            return
+    def _record_last(self) -> None:
+        """Record the step that is not recorded yet, if any."""
+        record, self._unrecorded = self._unrecorded, None
+        if record is not None and self._world.is_main:
+            record()
+
+    def _record(self, step: int, lr: float, result: StepResult, seconds: float) -> None:
+        grad_norm = result.grad_norm
         values: dict[str, Any] = {
             "step": step,
             "loss": result.loss,
             "lr": lr,
-            "grad_norm": result.grad_norm if not result.is_skipped else None,
+            "grad_norm": grad_norm if not result.is_skipped else None,
             "positions": step * self._plan.config.train.batch_size_tokens,
             "seconds": round(seconds, 6),
             "tokens_per_second": round(self._speed.positions_per_second(seconds), 1),
@@ -129,7 +143,7 @@ class TrainingLoop:
             values |= {"loss_scale": result.loss_scale, "is_skipped": result.is_skipped}
         self._write(values)
         is_kept = step in (self._first_step + 1, self._num_steps)
-        self._progress.update(step, {**values, "grad_norm": result.grad_norm}, self._speed, is_kept=is_kept)
+        self._progress.update(step, {**values, "grad_norm": grad_norm}, self._speed, is_kept=is_kept)
 
     def _validate(self, step: int) -> None:
         if self._validation_windows is None:
@@ -154,6 +168,7 @@ class TrainingLoop:
 
     def _close(self) -> None:
         self._batches.close()
+        self._record_last()
         if self._metrics is not None:
             self._metrics.close()
         if self._wandb is not None:

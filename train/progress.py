@@ -31,12 +31,13 @@ class Speedometer:
         self._started = time.perf_counter()
 
     def start(self) -> None:
-        """Begin to time a step."""
+        """Begin to time a step, at the beginning and after a pause."""
         self._started = time.perf_counter()
 
-    def stop(self) -> float:
-        """Seconds since `start`."""
-        seconds = time.perf_counter() - self._started
+    def lap(self) -> float:
+        """A step is done, and the next one begins. Returns the seconds it took."""
+        now = time.perf_counter()
+        seconds, self._started = now - self._started, now
         self._seconds.append(seconds)
         return seconds
 

@@ -267,6 +267,22 @@ def test_the_compiled_training_step_equals_the_eager_one(num_sinks, checkpointin
         torch.testing.assert_close(fast, eager, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("rotary", [0.25, 1.0])
+def test_the_attention_of_the_compiled_pass_equals_transformers_(monkeypatch, rotary):
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": rotary}
+    model = tiny_model(0, rope_parameters=rope)
+    attention, hidden_states = model.gpt_neox.layers[1].attention, torch.randn(2, 9, 48, dtype=torch.float64)
+    angles = model.gpt_neox.rotary_emb(hidden_states, position_ids=torch.arange(9)[None])
+    results = []
+    for is_compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda it=is_compiling: it)
+        given = hidden_states.clone().requires_grad_()
+        output = attention(given, attention_mask=None, position_embeddings=angles)[0]
+        results.append((output, *torch.autograd.grad(output.square().sum(), (given, *attention.parameters()))))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
 def test_a_sink_is_never_sampled():
     model = tiny_model(2, dtype=torch.float32)
     with torch.no_grad():

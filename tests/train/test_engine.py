@@ -101,15 +101,32 @@ def _value(parameter: torch.Tensor) -> torch.Tensor:
         return parameter.detach().clone()
 
 
-def test_a_loss_that_is_not_finite_names_step_and_rank(recipe, world, monkeypatch):
-    plan = plan_of(recipe)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_before_the_update_with_step_and_rank(recipe, world, monkeypatch, stage, value):
+    """Even a loss whose gradient is finite: here a constant is added to it."""
+    plan = plan_of(recipe, f"deepspeed.zero_stage={stage}")
     engine = make_engine(SinkGPTNeoXForCausalLM(plan.model_config), plan, world.device)
-    monkeypatch.setattr(engine_module, "_gather", lambda values, world: [[2.0, 0.0], [math.nan, 0.0]])
+    forward = engine.module.forward
+
+    def diverging(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.loss = output.loss + value
+        return output
+
+    monkeypatch.setattr(engine.module, "forward", diverging)
     batches = iter(torch.randint(0, 300, (100, 2, 32)))
     before = [_value(p) for p in engine.module.parameters()]
-    with pytest.raises(ValueError, match=r"step 3: the loss is nan on rank 1\. Training stopped before the update"):
+    with pytest.raises(
+        ValueError, match=rf"step 3: the loss is {value} on rank 0\. Training stopped before the update"
+    ):
         train_step(engine, batches, plan, world, step=3, lr=0.1)
     assert all(torch.equal(_value(p), b) for p, b in zip(engine.module.parameters(), before, strict=True))
+
+
+def test_the_rank_is_named():
+    with pytest.raises(ValueError, match="step 3: the loss is nan on rank 1, inf on rank 2"):
+        engine_module._check_losses([2.0, math.nan, math.inf], 3)
 
 
 def test_the_run_ends_with_the_message_and_saves_nothing(recipe, tmp_path, monkeypatch):

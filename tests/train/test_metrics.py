@@ -31,7 +31,7 @@ def test_speed_and_mfu_by_hand(monkeypatch):
     speed = Speedometer(positions_per_step=1000, flops_per_position=6.0, peak_flops=12_000.0)
     for expected in (2.0, 2.0, 70.0):  # a step that compiles does not spoil the estimate of what is left
         speed.start()
-        assert speed.stop() == expected
+        assert speed.lap() == expected
     assert speed.seconds_per_step == 2.0
     assert speed.positions_per_second() == 500
     assert speed.mfu() == pytest.approx(500 * 6 / 12_000)
@@ -41,7 +41,7 @@ def test_speed_and_mfu_by_hand(monkeypatch):
 def test_the_line_has_what_one_looks_for(capsys):
     speed = Speedometer(1000, 6.0, 12_000.0)
     speed.start()
-    speed.stop()
+    speed.lap()
     speed._seconds.clear()
     speed._seconds.extend([2.0, 2.0])
     values = {"loss": 3.14159, "lr": 6e-4, "grad_norm": 0.5, "memory_gib": 1.25}

@@ -1,0 +1,227 @@
+"""Training speed and memory beside the field: this project, transformers, litgpt and a loop in nanoGPT's manner.
+
+    python benchmarks/train.py --sizes 160m                                   # on one GPU
+    python benchmarks/train.py --sizes 14m --contestants sinklm,trainer --ranks 2 --seq-length 512 --micro-batch-size 2
+
+Needs what the project needs, and for litgpt `pip install --no-deps litgpt lightning lightning-utilities torchmetrics`
+(its own requirements would take huggingface-hub, and with it transformers, back a long way). A contestant that is not
+installed, runs out of memory or fails otherwise is reported and passed over.
+
+All train the same shape on the same random tokens with the same micro-batch, one process each:
+
+- ``sinklm``: this project's `sinklm train` as it comes (DeepSpeed ZeRO-1, bf16 on a GPU, float32 on a CPU) with one
+  sink token, ``sinklm-none`` without; the mean of the steps that it records in its `metrics.jsonl`;
+- ``transformers``, ``litgpt``, ``nanogpt``: plain loops, see `train_peers.py`, each also with ``-bf16`` behind its name
+  for bfloat16 weights; ``trainer``: transformers' Trainer.
+
+MFU is `sinklm.train.cost.flops_per_token` × tokens/s over the device's dense 16-bit peak. "start" is the time from the
+command to the end of the first step. Results are printed as they come, and written to --output as JSON and Markdown.
+"""
+
+import argparse
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from sinklm.train.config import TrainingConfig
+from sinklm.train.cost import flops_per_token, peak_flops
+from sinklm.train.plan import Plan
+from sinklm.train.recipe import load_config
+from tokenizers import Tokenizer, models
+
+CONTESTANTS = "sinklm,sinklm-none,transformers,litgpt,nanogpt"
+TOKENIZER_SIZE = 50277  # Pythia's
+ROW_LENGTH = 2049  # of pre-shuffled rows, which need no preparation
+
+
+def write_random_store(folder: Path, num_rows: int = 2048) -> Path:
+    """Random tokens as pre-shuffled rows, and a tokenizer that has as many ids as Pythia's."""
+    folder.mkdir()
+    tokens = np.random.default_rng(0).integers(0, TOKENIZER_SIZE, num_rows * ROW_LENGTH, dtype=np.uint16)
+    tokens.tofile(folder / "rows.bin")
+    words = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, TOKENIZER_SIZE)}
+    Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>")).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def launcher(num_ranks: int) -> list[str]:
+    if num_ranks == 1:
+        return [sys.executable]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+
+
+def run_sinklm(contestant: str, recipe: str, store: Path, folder: Path, args: argparse.Namespace) -> dict:
+    """Start the project's own command, and end it when it has recorded the steps wanted, before it would save."""
+    run_dir = folder / "run"
+    config = config_of(recipe, args)
+    overrides = [
+        f"data.path={store}",
+        f"train.run_dir={run_dir}",
+        f"train.seq_length={args.seq_length}",
+        f"train.batch_size_tokens={args.ranks * config.train.micro_batch_size * args.seq_length}",
+        f"train.micro_batch_size={config.train.micro_batch_size}",
+        "train.num_steps=100000",
+        f"train.precision={'bf16' if torch.cuda.is_available() else 'fp32'}",
+        "checkpoint.every_steps=null",
+        "validation.every_steps=null",
+        "wandb.mode=disabled",
+        *(["model.sink.kind=none"] if contestant == "sinklm-none" else []),
+        *args.overrides,
+    ]
+    started, metrics, log = time.time(), run_dir / "metrics.jsonl", folder / "log"
+    command = [*launcher(args.ranks), "-m", "sinklm.train", recipe, *overrides]
+    with open(log, "w", encoding="utf-8") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        first_step_at, _ = wait_for_steps(1, metrics, process, started + args.timeout)
+        _, lines = wait_for_steps(args.num_warmup_steps + args.num_steps, metrics, process, started + args.timeout)
+    except RuntimeError as error:
+        raise RuntimeError(last_words(log.read_text(encoding="utf-8")) or str(error)) from error
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    steady = lines[args.num_warmup_steps :][: args.num_steps]
+    return {
+        "seconds_per_step": sum(line["seconds"] for line in steady) / len(steady),
+        "memory_gib": steady[-1]["memory_gib"],
+        "start": first_step_at - started,
+    }
+
+
+def wait_for_steps(
+    num_steps: int, metrics: Path, process: subprocess.Popen, deadline: float
+) -> tuple[float, list[dict]]:
+    """When so many steps were on record, and they."""
+    while process.poll() is None and time.time() < deadline:
+        recorded = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
+        lines = [json.loads(line) for line in recorded if line.endswith("\n")]
+        if len(lines) >= num_steps:
+            return time.time(), lines
+        time.sleep(0.05)
+    raise RuntimeError(f"`sinklm train` ended or took too long before step {num_steps}")
+
+
+def run_peer(contestant: str, recipe: str, store: Path, folder: Path, args: argparse.Namespace) -> dict:
+    task = {
+        "contestant": contestant,
+        "recipe": recipe,
+        "store": str(store),
+        "seq_length": args.seq_length,
+        "micro_batch_size": config_of(recipe, args).train.micro_batch_size,
+        "num_warmup_steps": args.num_warmup_steps,
+        "num_steps": args.num_steps,
+    }
+    started = time.time()
+    command = [*launcher(args.ranks), str(Path(__file__).with_name("train_peers.py")), json.dumps(task)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout)
+    if done.returncode:
+        raise RuntimeError(last_words(done.stderr))
+    result = json.loads(done.stdout.splitlines()[-1])
+    return {**result, "start": result.pop("first_step_at") - started}
+
+
+def last_words(output: str) -> str:
+    """The line of an error among the last ones of a process."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line or line.startswith("error:")]
+    return (errors or lines or [""])[-1][:300]
+
+
+def config_of(recipe: str, args: argparse.Namespace) -> TrainingConfig:
+    chosen = [f"train.micro_batch_size={args.micro_batch_size}"] if args.micro_batch_size else []
+    return load_config(recipe, [*chosen, "train.activation_checkpointing=false"])
+
+
+def measure(contestant: str, size: str, store: Path, args: argparse.Namespace) -> dict:
+    """One contestant's row, or what it died of."""
+    recipe = f"pythia-{size}"
+    run = run_sinklm if contestant.startswith("sinklm") else run_peer
+    row: dict = {"size": size, "contestant": contestant}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            row |= run(contestant, recipe, store, Path(folder), args)
+        except (RuntimeError, subprocess.TimeoutExpired, ValueError, KeyError, IndexError) as error:
+            return row | {"error": f"{type(error).__name__}: {error}"[:400]}
+    config = config_of(recipe, args)
+    micro_batch_size = config.train.micro_batch_size
+    row |= {"micro_batch_size": micro_batch_size}
+    row["tokens_per_second"] = args.ranks * micro_batch_size * args.seq_length / row["seconds_per_step"]
+    if torch.cuda.is_available() and (peak := peak_flops(torch.device("cuda", 0), "bf16")):
+        operations = flops_per_token(Plan(config, 1, TOKENIZER_SIZE).model_config, args.seq_length)
+        row["mfu"] = row["tokens_per_second"] * operations / (args.ranks * peak)
+    return row
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown; the last column is the first contestant's speed over this one's."""
+    lines = [
+        "| size | contestant | micro-batch | ms/step | tokens/s | MFU | memory, GiB | start, s | first is faster by |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    first: dict[str, float] = {}
+    for row in rows:
+        if "error" in row:
+            lines.append(f"| {row['size']} | {row['contestant']} | | {row['error']} | | | | | |")
+            continue
+        speed = row["tokens_per_second"]
+        first.setdefault(row["size"], speed)
+        mfu = f"{row['mfu']:.1%}" if "mfu" in row else ""
+        lines.append(
+            f"| {row['size']} | {row['contestant']} | {row['micro_batch_size']} | {1e3 * row['seconds_per_step']:.1f} "
+            f"| {speed:,.0f} | {mfu} | {row['memory_gib']:.1f} | {row['start']:.0f} "
+            f"| {first[row['size']] / speed:.2f} × |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def environment(args: argparse.Namespace) -> dict:
+    on_gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if on_gpu else f"CPU, {len(os.sched_getaffinity(0))} cores"
+    settings = {key: value for key, value in vars(args).items() if key != "output"}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    return {"device": device, **versions, "settings": settings}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="160m")
+    parser.add_argument("--contestants", default=CONTESTANTS)
+    parser.add_argument("--seq-length", type=int, default=2048)
+    parser.add_argument("--micro-batch-size", type=int, help="default: the recipe's")
+    parser.add_argument("--num-warmup-steps", type=int, default=10)
+    parser.add_argument("--num-steps", type=int, default=30)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--timeout", type=float, default=240, help="seconds for one contestant")
+    parser.add_argument("--output", type=Path, default=Path("results/train"), help="path without suffix")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for `sinklm train`")
+    args = parser.parse_intermixed_args()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    report = {**environment(args), "rows": []}
+    print(report["device"], flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        store = write_random_store(Path(folder) / "store")
+        for size in args.sizes.split(","):
+            for contestant in args.contestants.split(","):
+                report["rows"].append(measure(contestant, size, store, args))
+                print(table(report["rows"]).splitlines()[-1], flush=True)
+                args.output.with_suffix(".json").write_text(json.dumps(report, indent=1, default=str) + "\n")
+                args.output.with_suffix(".md").write_text(table(report["rows"]))
+    print("\n" + table(report["rows"]))
+
+
+if __name__ == "__main__":
+    main()

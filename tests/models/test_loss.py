@@ -1,0 +1,98 @@
+"""The loss in chunks against its plain twin, which holds all logits."""
+
+import pytest
+import torch
+from sinklm.models import loss as module
+from sinklm.models.loss import linear_cross_entropy
+from torch.nn.functional import cross_entropy, linear
+
+NUM_TOKENS, WIDTH, VOCABULARY = 50, 8, 96
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(module, "TOKENS_PER_CHUNK", 16)  # the last of four chunks is a short one
+
+
+def plain(hidden_states, weight, targets, num_items=None):
+    logits = linear(hidden_states, weight).to(torch.promote_types(weight.dtype, torch.float32))
+    loss = cross_entropy(logits, targets, reduction="mean" if num_items is None else "sum")
+    return loss if num_items is None else loss / num_items
+
+
+def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden_states, weight = torch.randn(NUM_TOKENS, WIDTH), torch.randn(VOCABULARY, WIDTH)
+    targets = torch.randint(0, VOCABULARY, (NUM_TOKENS,))
+    targets[[0, 7]] = -100
+    return hidden_states.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets
+
+
+def results(function, hidden_states, weight, targets, num_items=None) -> list[torch.Tensor]:
+    """The loss and its gradients, from a scaled loss as in float16 training."""
+    loss = function(hidden_states, weight, targets, num_items)
+    return [loss.detach(), *torch.autograd.grad(4 * loss, (hidden_states, weight))]
+
+
+@pytest.mark.parametrize("num_items", [None, 7, torch.tensor(7)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)],
+)
+def test_loss_and_gradients_equal_the_plain_ones(dtype, tolerance, num_items):
+    given = inputs(dtype)
+    ours, expected = results(linear_cross_entropy, *given, num_items), results(plain, *given, num_items)
+    for value, twin in zip(ours, expected, strict=True):
+        assert value.dtype == twin.dtype
+        scale = twin.double().abs().max()
+        torch.testing.assert_close(value.double() / scale, twin.double() / scale, rtol=0, atol=tolerance)
+
+
+@pytest.mark.slow
+def test_compiled_it_is_one_graph_and_the_same():
+    given = inputs(torch.float64)
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    for value, twin in zip(results(compiled, *given), results(plain, *given), strict=True):
+        torch.testing.assert_close(value, twin, rtol=1e-10, atol=1e-12)
+
+
+def test_without_gradients():
+    given = inputs(torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(*given), plain(*given))
+
+
+def test_autocast_lowers_the_matrix_products_alone():
+    given = inputs(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, expected = results(linear_cross_entropy, *given), results(plain, *given)
+    assert [value.dtype for value in ours] == [torch.float32] * 3
+    for value, twin in zip(ours, expected, strict=True):
+        torch.testing.assert_close(value, twin, rtol=0, atol=float(2e-2 * twin.abs().max()))
+
+
+def test_a_weight_s_gradient_is_added_up_in_float32():
+    """Two hundred chunks of the same tokens: in bfloat16 the sum would stop growing at 256 times a summand."""
+    hidden_states, weight, targets = inputs(torch.bfloat16)
+    once = results(linear_cross_entropy, hidden_states[:16].detach().requires_grad_(), weight, targets[:16], 1)
+    hidden_states = hidden_states[:16].detach().repeat(400, 1).requires_grad_()
+    often = results(linear_cross_entropy, hidden_states, weight, targets[:16].repeat(400), 400)
+    torch.testing.assert_close(often[2], once[2], rtol=1e-2, atol=1e-3)
+
+
+def test_the_logits_are_never_there_as_a_whole():
+    """Nothing that is made on the way is larger than a chunk of them."""
+    hidden_states, weight, targets = inputs(torch.float32)
+    largest = 0
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            output = function(*args, **(kwargs or {}))
+            for value in output if isinstance(output, tuple | list) else [output]:
+                if isinstance(value, torch.Tensor):
+                    largest = max(largest, value.numel())
+            return output
+
+    with Largest():
+        results(linear_cross_entropy, hidden_states, weight, targets)
+    assert largest == 16 * VOCABULARY
