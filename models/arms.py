@@ -1,4 +1,4 @@
-"""Attention with a place for each arm (``sink.kind``) whose sink is no token: a column in the softmax, a gate behind it.
+"""Attention with a place for each arm (``sink.kind``) whose sink is no token: a column in the softmax, a gate behind.
 
 ``zero`` is Miller's softmax-off-by-one (2023), ``logit`` that of gpt-oss (OpenAI 2025), ``kv_bias`` the explicit
 attention bias of Sun et al. (2024) and Gu et al. (ICLR 2025), ``gate`` the elementwise gate of Qiu et al. (NeurIPS

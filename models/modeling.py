@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.generation.logits_process import SuppressTokensLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention
 from transformers.utils import can_return_tuple
 
 from .arms import ARM_PARAMETERS, ARMS, SinkAttention
@@ -67,7 +68,7 @@ class SinkGPTNeoXModel(PythiaInitialisation, GPTNeoXModel):
             with torch.random.fork_rng(devices=[]):  # the same seed gives all arms the first weights that they share
                 self.init_weights()
 
-    def _attention(self, layer_idx: int, plain: nn.Module) -> SinkAttention:
+    def _attention(self, layer_idx: int, plain: GPTNeoXAttention) -> SinkAttention:
         """The attention of ``sink.kind`` with the matrices of transformers' own."""
         with torch.device("meta"):  # nothing is drawn
             attention = ARMS.get(self.config.sink_kind, SinkAttention)(self.config, layer_idx)
