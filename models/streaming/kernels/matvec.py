@@ -47,7 +47,7 @@ def matvec(vector: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     block_in = min(MAX_BLOCK_IN, num_in & -num_in)  # a power of 2 that divides it
     if block_in < 64:
         block_in = min(MAX_BLOCK_IN, triton.next_power_of_2(num_in))
-    block_out = TILE // block_in
+    block_out = max(1, TILE // block_in)
     wrap_triton(_matvec_kernel)[triton.cdiv(num_out, block_out),](
         *(vector, weight, vector if bias is None else bias, out),
         NUM_OUT=num_out,

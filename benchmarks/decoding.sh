@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Decoding at the memory limit: every Pythia shape, two caches, two batch sizes, on one GPU.
+#
+#     bash benchmarks/decoding.sh results/decoding
+#
+# A step is compiled for each shape. All of them are first compiled side by side, which fills torch's compile cache; then
+# they are measured one after the other, alone on the GPU.
+set -uo pipefail
+output=${1:-results/decoding}
+recipes=(pythia-160m pythia-1.4b pythia-2.8b pythia-6.9b)
+sizes=(--caches 1024,4096 --batch-sizes 1,8)
+
+for recipe in "${recipes[@]}"; do
+    sinklm bench decode "$recipe" "${sizes[@]}" --num-steps 1 --output "$(mktemp -d)" > /dev/null &
+done
+wait
+for recipe in "${recipes[@]}"; do
+    sinklm bench decode "$recipe" "${sizes[@]}" --output "$output/$recipe"
+done

@@ -1,0 +1,126 @@
+"""The kernels of the decoding step beside what they stand in for, and over their settings. Needs a GPU.
+
+    python benchmarks/decoding_kernels.py [--settings]
+
+Microseconds a call, in a CUDA graph of calls on copies that together exceed the L2 cache, as the layers of a model do.
+The floor is reading weights or cache once, at the copy bandwidth of the same run.
+"""
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from sinklm.eval.decode_speed import copy_bandwidth, milliseconds
+from sinklm.models.streaming import kernels
+from sinklm.models.streaming.contract import StreamShape
+from sinklm.models.streaming.encodings import Rotary
+from sinklm.models.streaming.kernels import attention as attention_kernel
+from sinklm.models.streaming.kernels import matvec as matvec_kernel
+from sinklm.models.streaming.layer import StreamingLayer
+from sinklm.models.streaming.steps import DecodeStep
+from torch.nn import functional as F
+
+# heads, head size, cache, batch: Pythia-160M and 6.9B
+ATTENTION = [(12, 64, 1024, 1), (12, 64, 1024, 8), (32, 128, 4096, 1), (32, 128, 4096, 8)]
+# outputs, inputs: the four matrices of a layer, and the head
+LINEAR = [(2304, 768), (768, 768), (3072, 768), (768, 3072), (50304, 768)]
+LINEAR += [(12288, 4096), (4096, 4096), (16384, 4096), (4096, 16384), (50432, 4096)]
+BYTES_IN_ALL = 400e6
+DTYPE = torch.bfloat16
+
+
+def microseconds(calls: list[Callable[[], object]]) -> float:
+    """Of one of the calls, all captured in one graph."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return milliseconds(graph.replay, 3, 30) / len(calls) * 1e3
+
+
+def attention_calls(heads: int, head_size: int, cache: int, batch: int) -> tuple[list[Callable[[], object]], int]:
+    """Calls of the step's attention on one layer after the other, and the bytes that one reads."""
+    shape, inv_freq = StreamShape(4, cache - 4), torch.ones(head_size // 8, device="cuda")
+    key = torch.randn(batch, heads, 1, head_size, device="cuda", dtype=DTYPE)
+    num_bytes = 2 * key.nbytes * shape.num_slots
+    layers = [StreamingLayer(shape) for _ in range(max(2, int(BYTES_IN_ALL / num_bytes)))]
+    for layer in layers:
+        layer.allocate(key, key)
+    num_seen = torch.full((batch,), 3 * cache, device="cuda")
+    step = DecodeStep(shape, Rotary(lambda: inv_freq), num_seen, num_seen - cache - 5)
+    return [lambda layer=layer: step.attend(layer, key, key, key, 0.1) for layer in layers], num_bytes
+
+
+def linear_calls(num_out: int, num_in: int) -> tuple[list[Callable[[], object]], int]:
+    size = (num_out, num_in)
+    num_bytes = num_out * num_in * DTYPE.itemsize
+    weights = [
+        torch.randn(size, device="cuda", dtype=DTYPE) for _ in range(min(24, max(2, int(BYTES_IN_ALL / num_bytes))))
+    ]
+    states, bias = torch.randn(1, num_in, device="cuda", dtype=DTYPE), torch.randn(num_out, device="cuda", dtype=DTYPE)
+    return [lambda weight=weight: F.linear(states, weight, bias) for weight in weights], num_bytes
+
+
+@contextmanager
+def setting(module, **values) -> Iterator[None]:
+    old = {name: getattr(module, name) for name in values}
+    for name, value in values.items():
+        setattr(module, name, value)
+    yield
+    for name, value in old.items():
+        setattr(module, name, value)
+
+
+def with_matvec(calls: list[Callable[[], object]]) -> float:
+    def run(call: Callable[[], object]) -> None:
+        with kernels.OneRowLinear():
+            call()
+
+    return microseconds([lambda call=call: run(call) for call in calls])
+
+
+def sweep(module, measure: Callable[[], float], **choices: tuple[int, ...]) -> None:
+    """Print the time under each combination of a kernel's settings, the best first."""
+    results = []
+    for values in itertools.product(*choices.values()):
+        named = dict(zip(choices, values, strict=True))
+        with setting(module, **named):
+            results.append((measure(), named))
+    for time, named in sorted(results, key=lambda result: result[0])[:5]:
+        print(f"    {time:8.2f}  {', '.join(f'{name}={value}' for name, value in named.items())}", flush=True)
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", action="store_true", help="try other settings of the kernels")
+    args = parser.parse_args()
+    bandwidth = copy_bandwidth(torch.device("cuda"))
+    print(f"{torch.cuda.get_device_name()}, {bandwidth / 1e12:.2f} TB/s, torch {torch.__version__}")
+    print("attention: heads, head size, cache, batch: floor, SDPA with a mask, ours")
+    for size in ATTENTION:
+        calls, num_bytes = attention_calls(*size)
+        with setting(kernels, is_available=False):
+            plain = microseconds(calls)
+        floor, ours = num_bytes / bandwidth * 1e6, microseconds(calls)
+        print(f"{size!s:>22}: {floor:8.2f} {plain:8.2f} {ours:8.2f}", flush=True)
+        if args.settings:
+            choices = {"BLOCK_BYTES": (4096, 8192, 16384, 32768), "PROGRAMS_PER_PROCESSOR": (1, 2, 4, 6, 8)}
+            sweep(attention_kernel, lambda calls=calls: microseconds(calls), **choices)
+    print("linear layer of one row: outputs, inputs: floor, cuBLAS, ours")
+    for size in LINEAR:
+        calls, num_bytes = linear_calls(*size)
+        floor, plain, ours = num_bytes / bandwidth * 1e6, microseconds(calls), with_matvec(calls)
+        print(f"{size!s:>22}: {floor:8.2f} {plain:8.2f} {ours:8.2f}", flush=True)
+        if args.settings:
+            choices = {"TILE": (1024, 2048, 4096), "MAX_BLOCK_IN": (512, 1024, 2048)}
+            sweep(matvec_kernel, lambda calls=calls: with_matvec(calls), **choices)
+
+
+if __name__ == "__main__":
+    main()
