@@ -108,6 +108,8 @@ def make_engine(
         reasons = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ValueError(f"DeepSpeed refuses a key under deepspeed ({error.title}): {reasons}") from error
     if compiles(config, device):
+        # The loss has a gradient of its own, which keeps torch from caching the traced model without this.
+        torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
         engine.compile(compile_kwargs={"dynamic": False})
     engine.train()
     return engine

@@ -14,7 +14,7 @@ from .engine import StepResult, train_step
 from .launch import StopRequest, World
 from .metrics import MetricsFile, WandbRun
 from .plan import Plan
-from .progress import Progress, Speedometer, peak_memory_gib
+from .progress import Progress, Speedometer, peak_memory_gib, process_age
 from .schedule import is_every, learning_rate, saves_after
 from .validation import validation_loss
 
@@ -110,7 +110,10 @@ class TrainingLoop:
         is_last = num_done == self._num_steps
         validates = is_every(num_done, self._plan.config.validation.every_steps) or is_last
         saves = self._saves_after(num_done) or result.is_stop_requested
-        if validates or saves or num_done == self._first_step + 1:
+        is_first = num_done == self._first_step + 1
+        if is_first:
+            self._progress.say(f"first step done {process_age():.0f} s after the start")
+        if is_first or validates or saves:
             self._record_last()
             if validates:
                 self._validate(num_done)

@@ -4,6 +4,7 @@ import time
 from collections import deque
 from datetime import timedelta
 
+import psutil
 import torch
 from rich.console import Console
 from rich.live import Live
@@ -112,6 +113,11 @@ class Progress:
             left = timedelta(seconds=round((self._num_steps - step) * speed.seconds_per_step))
             parts.append(f"{left} left")
         return "  ".join(parts)
+
+
+def process_age() -> float:
+    """Seconds since this process began."""
+    return time.time() - psutil.Process().create_time()
 
 
 def human(number: float) -> str:

@@ -15,6 +15,7 @@ from ..data import TokenWindows, open_store
 from ..data.store import TokenSource
 from ..models import SinkGPTNeoXForCausalLM
 from .config import TrainingConfig
+from .cost import count_parameters
 from .launch import SameOnAllRanks, World, connected
 from .plan import Plan
 from .progress import Progress
@@ -22,6 +23,7 @@ from .recipe import config_yaml, load_config
 from .summary import describe_run, dry_run
 from .warm_start import load_weights
 
+LARGEST_DRAWN_ON_CPU = 1_000_000_000  # parameters
 RECORDED_PACKAGES = ("torch", "transformers", "deepspeed", "tokenizers", "numpy", "safetensors")
 
 
@@ -41,15 +43,18 @@ def train(recipe: str, overrides: list[str] | tuple[str, ...] = (), *, only_desc
         SystemExit: with status 128 + n if signal n ended the run early, its state saved; with 1 on the ranks that leave
             it to rank 0 to report an error they share.
     """
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
     try:
         config = load_config(recipe, overrides)
         if only_describe:
             dry_run(config)
             return
     except (ValueError, OSError):
-        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))):
+        if rank:
             sys.exit(1)
         raise
+    if rank == 0:
+        print("loading DeepSpeed and looking for the other ranks …", flush=True)
     with connected() as world:
         try:
             signal_number = _train_rank(config, world)
@@ -89,8 +94,10 @@ def _train_rank(config: TrainingConfig, world: World) -> int:
         if first_step >= config.train.num_steps:
             progress.say(f"all {config.train.num_steps:,} steps are done: raise train.num_steps to go on")
             return 0
+        progress.say(f"{'drawing' if config.model.init_from is None else 'reading'} the first weights …")
         with world.together():
-            model = _build_model(plan)
+            model = _build_model(plan, world.device)
+        progress.say("setting up DeepSpeed …")
         is_converted = resume is not None and needs_conversion(resume.state, plan, world)
         engine = make_engine(model, plan, world.device, load_universal=is_converted)
         if resume and is_converted and first_step:  # of step 0 there is no optimizer to convert; the weights are there
@@ -100,7 +107,9 @@ def _train_rank(config: TrainingConfig, world: World) -> int:
         if world.device.type == "cpu" and config.train.precision == "bf16":
             progress.say("hint: on most CPUs train.precision=fp32 is about three times as fast as bf16")
         if compiles(config, world.device):
-            progress.say("compiling the model in the first step, which takes a minute or two …")
+            progress.say(
+                "compiling the model in the first step: a minute or two, less if it was compiled here before …"
+            )
         loop = TrainingLoop(engine, plan, world, store, windows, validation_windows, progress, first_step=first_step)
         signal_number = loop.run()
         _say_goodbye(progress, run_dir, signal_number)
@@ -111,6 +120,8 @@ def _open_store(config: TrainingConfig, world: World) -> TokenSource:
     """Open the data; rank 0 alone checks its content."""
     if config.data.path is None:
         raise ValueError("data.path is not set: give a folder made by `sinklm prepare`, e.g. data.path=stores/pile")
+    if world.is_main:
+        print(f"opening {config.data.path} (the first time here all of it is read, for its checksums) …", flush=True)
     return open_store(config.data.path, verify="auto" if world.is_main else "size")
 
 
@@ -125,12 +136,25 @@ def _windows(store: TokenSource, plan: Plan) -> tuple[TokenWindows, TokenWindows
     return TokenWindows(store, "train", **sizes), validation
 
 
-def _build_model(plan: Plan) -> SinkGPTNeoXForCausalLM:
-    """The model in float32 on the CPU, where the same seed gives the same weights whatever the devices are."""
+def _build_model(plan: Plan, device: torch.device) -> SinkGPTNeoXForCausalLM:
+    """The model in float32, with the first weights of the seed."""
     torch.manual_seed(plan.config.train.seed)
     if plan.config.model.init_from is not None:
         return load_weights(plan.config.model.init_from, plan.model_config)
-    return SinkGPTNeoXForCausalLM(plan.model_config)
+    with _drawing_device(count_parameters(plan.model_config), device):
+        return SinkGPTNeoXForCausalLM(plan.model_config)
+
+
+def _drawing_device(num_parameters: int, device: torch.device) -> torch.device:
+    """Where to draw the first weights.
+
+    On the CPU a seed gives the same ones whatever the devices are. But it takes ten seconds for a billion, and that
+    memory for every rank: larger models are drawn on the GPU, if it can hold them before ZeRO lowers and shares them.
+    """
+    if device.type == "cpu" or num_parameters < LARGEST_DRAWN_ON_CPU:
+        return torch.device("cpu")
+    can_hold = 4 * num_parameters < 0.75 * torch.cuda.get_device_properties(device).total_memory
+    return device if can_hold else torch.device("cpu")
 
 
 def _write_run_files(run_dir: Path, config: TrainingConfig) -> None:
