@@ -3,8 +3,8 @@
     python benchmarks/band_attention.py
 
 Milliseconds for one layer of a chunk of 4096 tokens, and the largest difference of each output from float32 SDPA.
-"masked" and "flex" take both phases of a query side by side (`two_phase_attention`); "flash" computes the band alone, at
-the head's own size, and merges the kept keys in.
+"masked" and "flex" take both phases of a query side by side (`two_phase_attention`); "flash" computes the band alone,
+at the head's own size, and merges the kept keys in.
 """
 
 import argparse
