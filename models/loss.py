@@ -2,8 +2,8 @@
 
 The gradient of a token's loss by its logits, softmax minus one-hot, is known as soon as the logits are. So the forward
 pass forms the gradients of the hidden states and of the head as it goes, and keeps nothing of the size tokens ×
-vocabulary for the backward pass (the idea of Liger Kernel's fused linear cross-entropy, Hsu et al. 2024). In plain
-operations, it compiles to one kernel a chunk between matrix products, which reads logits and writes their gradient.
+vocabulary for the backward pass (the idea of Liger Kernel's fused linear cross-entropy, Hsu et al. 2024). Between the
+matrix products of a chunk stands one kernel, which turns logits into their gradient.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,11 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+
+try:
+    from .loss_kernel import cross_entropy_
+except ImportError:  # Triton comes with torch's CUDA builds
+    cross_entropy_ = None
 
 IGNORED = -100  # a target that does not count, as everywhere in torch
 TOKENS_PER_CHUNK = 8192  # 0.8 GB of 16-bit logits at Pythia's vocabulary; fewer tokens make slower matrix products
@@ -82,7 +87,9 @@ def _exact(values: torch.Tensor) -> torch.Tensor:
 
 
 def _loss_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The summed loss of logits ``(n, V)`` and its gradient by them, in their type."""
+    """The summed loss of logits ``(n, V)`` and its gradient by them, in their type and perhaps in their place."""
+    if cross_entropy_ is not None and logits.is_cuda and logits.dtype != torch.float64:
+        return cross_entropy_(logits, targets, IGNORED).sum(), logits
     counts = (targets != IGNORED)[:, None]
     targets = targets[:, None].masked_fill(~counts, 0)
     log_probabilities = nn.functional.log_softmax(_exact(logits), dim=-1)

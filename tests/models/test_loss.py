@@ -47,6 +47,24 @@ def test_loss_and_gradients_equal_the_plain_ones(dtype, tolerance, num_items):
         torch.testing.assert_close(value.double() / scale, twin.double() / scale, rtol=0, atol=tolerance)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_gpu_it_is_as_near_to_float64_as_the_plain_ones(dtype, compiled, monkeypatch):
+    """With a vocabulary of several blocks, the last a short one; and the same every time."""
+    monkeypatch.setattr(module, "TOKENS_PER_CHUNK", 40)
+    hidden_states, weight = torch.randn(100, 64, device="cuda"), torch.randn(50_304, 64, device="cuda")
+    targets = torch.randint(0, 50_304, (100,), device="cuda")
+    targets[[0, 7]] = module.IGNORED
+    given = [hidden_states.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()]
+    function = torch.compile(linear_cross_entropy, fullgraph=True) if compiled else linear_cross_entropy
+    exact = results(plain, *(states.detach().double().requires_grad_() for states in given), targets)
+    ours, again, rounded = (results(f, *given, targets) for f in (function, function, plain))
+    for value, repeated, twin, true in zip(ours, again, rounded, exact, strict=True):
+        assert torch.equal(value, repeated)
+        assert (value.double() - true).norm() <= 1.5 * (twin.double() - true).norm() + 1e-6 * true.norm()
+
+
 @pytest.mark.slow
 def test_compiled_it_is_one_graph_and_the_same():
     given = inputs(torch.float64)

@@ -1,0 +1,54 @@
+"""The gradient of a loss by its logits, written over them: each row comes from memory once, and goes back once."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+BLOCK = 8192  # logits of a row at a time
+
+
+@triton_op("sinklm::cross_entropy_", mutates_args={"logits"})
+def cross_entropy_(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
+    """Losses ``(n,)``, float32, of logits ``(n, V)``, which turn into the gradient of the losses' sum.
+
+    A row whose target is ``ignored`` has loss 0 and gradient 0.
+    """
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    wrap_triton(_cross_entropy_kernel)[len(logits),](
+        *(logits, targets, losses), VOCABULARY=logits.shape[1], IGNORED=ignored, BLOCK=BLOCK, num_warps=16
+    )
+    return losses
+
+
+@triton.jit
+def _cross_entropy_kernel(
+    logits, targets, losses, VOCABULARY: tl.constexpr, IGNORED: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * VOCABULARY
+    target = tl.load(targets + row)
+    is_counted = target != IGNORED
+    columns = tl.arange(0, BLOCK)
+
+    peaks, totals = tl.full([BLOCK], -float("inf"), tl.float32), tl.zeros([BLOCK], tl.float32)
+    for start in range(0, VOCABULARY, BLOCK):
+        block = tl.load(logits + start + columns, mask=start + columns < VOCABULARY, other=-float("inf"))
+        block = block.to(tl.float32)
+        new_peaks = tl.maximum(peaks, block)
+        shift = tl.where(new_peaks == -float("inf"), 0.0, new_peaks)
+        totals = totals * tl.exp(peaks - shift) + tl.exp(block - shift)
+        peaks = new_peaks
+    peak = tl.max(peaks, axis=0)
+    lse = peak + tl.log(tl.sum(totals * tl.exp(peaks - peak), axis=0))
+    own = tl.load(logits + tl.where(is_counted, target, 0)).to(tl.float32)
+    tl.store(losses + row, tl.where(is_counted, lse - own, 0.0))
+
+    tl.debug_barrier()  # the target's logit is read before it is written over
+    for start in range(0, VOCABULARY, BLOCK):
+        mask = start + columns < VOCABULARY
+        block = tl.load(logits + start + columns, mask=mask, other=0.0).to(tl.float32)
+        gradient = tl.exp(block - lse) - tl.where(start + columns == target, 1.0, 0.0)
+        gradient = tl.where(is_counted, gradient, 0.0)
+        tl.store(logits + start + columns, gradient.to(logits.dtype.element_ty), mask=mask)
