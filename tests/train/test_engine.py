@@ -18,6 +18,8 @@ from sinklm.train.run import train
 from .plain import plain_training
 from .tiny import losses, metrics, weights
 
+OFFLOAD = "deepspeed.zero_optimization.offload_optimizer.device=cpu"
+
 
 def plan_of(recipe: str, *overrides: str) -> Plan:
     return Plan(load_config(recipe, overrides), 1, 300)
@@ -39,6 +41,7 @@ def world() -> Iterator[World]:
         ["deepspeed.zero_stage=1", "model.sink.kind=gate"],
         ["deepspeed.zero_stage=3", "model.sink.kind=kv_bias"],
         ["deepspeed.zero_stage=1", "train.activation_checkpointing=true", "optimizer.clip=0.1"],
+        ["deepspeed.zero_stage=2", OFFLOAD],
     ],
     ids=lambda overrides: " ".join(overrides),
 )
