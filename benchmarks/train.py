@@ -22,14 +22,17 @@ import argparse
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import transformers
 from sinklm.train.config import TrainingConfig
@@ -79,23 +82,33 @@ def run_sinklm(contestant: str, recipe: str, store: Path, folder: Path, args: ar
     ]
     started, metrics, log = time.time(), run_dir / "metrics.jsonl", folder / "log"
     command = [*launcher(args.ranks), "-m", "sinklm.train", recipe, *overrides]
-    with open(log, "w", encoding="utf-8") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        first_step_at, _ = wait_for_steps(1, metrics, process, started + args.timeout)
-        _, lines = wait_for_steps(args.num_warmup_steps + args.num_steps, metrics, process, started + args.timeout)
+        with open(log, "w", encoding="utf-8") as output, running(command, output, subprocess.STDOUT) as process:
+            first_step_at, _ = wait_for_steps(1, metrics, process, started + args.timeout)
+            _, lines = wait_for_steps(args.num_warmup_steps + args.num_steps, metrics, process, started + args.timeout)
     except RuntimeError as error:
         raise RuntimeError(last_words(log.read_text(encoding="utf-8")) or str(error)) from error
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
     steady = lines[args.num_warmup_steps :][: args.num_steps]
     return {
         "seconds_per_step": sum(line["seconds"] for line in steady) / len(steady),
         "memory_gib": steady[-1]["memory_gib"],
         "start": first_step_at - started,
     }
+
+
+@contextmanager
+def running(command: list[str], stdout: Any, stderr: Any) -> Iterator[subprocess.Popen]:
+    """A process that does not outlive the block, nor do the ranks it has started in sessions of their own."""
+    process = subprocess.Popen(command, stdout=stdout, stderr=stderr, text=True)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            started = psutil.Process(process.pid)
+            for one in [*started.children(recursive=True), started]:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+        process.wait()
 
 
 def wait_for_steps(
@@ -123,10 +136,11 @@ def run_peer(contestant: str, recipe: str, store: Path, folder: Path, args: argp
     }
     started = time.time()
     command = [*launcher(args.ranks), str(Path(__file__).with_name("train_peers.py")), json.dumps(task)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout)
-    if done.returncode:
-        raise RuntimeError(last_words(done.stderr))
-    result = json.loads(done.stdout.splitlines()[-1])
+    with running(command, subprocess.PIPE, subprocess.PIPE) as process:
+        stdout, stderr = process.communicate(timeout=args.timeout)
+    if process.returncode:
+        raise RuntimeError(last_words(stderr))
+    result = json.loads(stdout.splitlines()[-1])
     return {**result, "start": result.pop("first_step_at") - started}
 
 
