@@ -65,7 +65,9 @@ class SinkGPTNeoXModel(PythiaInitialisation, GPTNeoXModel):
         for layer_idx, layer in enumerate(self.layers):
             layer.attention = self._attention(layer_idx, layer.attention)
         if config.sink_kind in ARMS:
-            with torch.random.fork_rng(devices=[]):  # the same seed gives all arms the first weights that they share
+            device = self.embed_in.weight.device
+            # The same seed gives all arms the first weights that they share.
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 self.init_weights()
 
     def _attention(self, layer_idx: int, plain: GPTNeoXAttention) -> SinkAttention:
