@@ -27,7 +27,7 @@ def sinks(
     num_sequences: Annotated[int, typer.Option(min=1, help="Sequences, spread evenly over the text.")] = 100,
     seq_length: Annotated[int, typer.Option(min=2, help="Positions of each, sinks included.")] = 64,
     epsilon: Annotated[
-        float, typer.Option(min=0, max=1, help="Mean attention from which on a position is a sink of a head.")
+        float, typer.Option(min=0, max=1, help="Mean attention above which a position is a sink of a head.")
     ] = 0.3,
     checkpoints: Annotated[
         bool, typer.Option("--checkpoints", help="Every checkpoint of a run: when do sinks form?")

@@ -57,6 +57,8 @@ class SinkAttention(GPTNeoXAttention):
             interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         elif implementation in WITH_COLUMN:
             interface, kwargs = WITH_COLUMN[implementation], kwargs | {"column": column}
+            if implementation == "eager":  # asked for as all of transformers' models ask, so that one can listen
+                interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, interface)
         else:
             raise ValueError(
                 f"attn_implementation {implementation!r} has no place for the column of sink.kind "

@@ -89,7 +89,7 @@ def _exact(values: torch.Tensor) -> torch.Tensor:
 def _loss_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The summed loss of logits ``(n, V)`` and its gradient by them, in their type and perhaps in their place."""
     if cross_entropy_ is not None and logits.is_cuda and logits.dtype != torch.float64:
-        return cross_entropy_(logits, targets, IGNORED).sum(), logits
+        return cross_entropy_(logits, targets.contiguous(), IGNORED).sum(), logits
     counts = (targets != IGNORED)[:, None]
     targets = targets[:, None].masked_fill(~counts, 0)
     log_probabilities = nn.functional.log_softmax(_exact(logits), dim=-1)

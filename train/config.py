@@ -95,7 +95,9 @@ class TrainSection(Section):
     activation_checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass: less memory, about a third more time"
     )
-    compile: bool | None = Field(default=None, description="torch.compile; null is yes on a GPU, no on a CPU")
+    compile: bool | None = Field(
+        default=None, description="torch.compile; null is yes on a GPU but with ZeRO-3, no on a CPU"
+    )
 
     @model_validator(mode="after")
     def _whole_samples(self) -> "TrainSection":
@@ -153,6 +155,8 @@ DERIVED_DEEPSPEED_KEYS = {
     "bf16.enabled": "train.precision",
     "fp16.enabled": "train.precision",
     "torch_autocast": "train.precision",
+    "bf16.check_grad_overflow": "nothing: a step that is not finite is never taken",
+    "zero_optimization.compute_grad_norm": "nothing: the norm is watched in every step",
     "data_types.grad_accum_dtype": "nothing: gradients are accumulated in float32",
     "zero_optimization.stage": "deepspeed.zero_stage",
     "checkpoint.load_universal": "nothing: it is found out by itself",

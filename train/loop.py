@@ -1,6 +1,7 @@
 """The loop over steps: train, record, validate, save, stop."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -170,9 +171,9 @@ class TrainingLoop:
             self._wandb.write(values)
 
     def _close(self) -> None:
-        self._batches.close()
-        self._record_last()
-        if self._metrics is not None:
-            self._metrics.close()
-        if self._wandb is not None:
-            self._wandb.close()
+        with ExitStack() as stack:  # all of it, whatever fails
+            for open_one in (self._wandb, self._metrics):
+                if open_one is not None:
+                    stack.callback(open_one.close)
+            stack.callback(self._record_last)
+            stack.callback(self._batches.close)

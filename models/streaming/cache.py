@@ -93,8 +93,9 @@ class StreamingCache(Cache):
     def __deepcopy__(self, memo: dict) -> "StreamingCache":
         """Another cache of the same model that goes on from the same tokens: a prompt read once serves many texts."""
         twin = StreamingCache(self.decoder, self.shape, self.chunk_size)
-        for name in ("state", "num_since_rebase", "is_ragged", "has_failed"):
+        for name in ("state", "num_since_rebase", "is_ragged"):
             setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
+        twin.has_failed = self.is_damaged
         twin.streaming_layers = copy.deepcopy(self.streaming_layers, memo)
         twin.layers = twin.streaming_layers
         return twin
@@ -174,7 +175,11 @@ class StreamingCache(Cache):
         Every pass does it by itself. A pass that was compiled cannot: who runs one calls this before each token.
         """
         if self.num_since_rebase + num_inputs > self.shape.window + 1:
-            self.rebase()
+            try:
+                self.rebase()
+            except BaseException:  # some layers have been moved and some have not
+                self.has_failed = True
+                raise
         self.num_since_rebase += num_inputs
 
     @torch.no_grad()

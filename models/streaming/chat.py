@@ -92,7 +92,7 @@ class Chat:
         self.tokenizer, self.generator = tokenizer, generator
         self.system, self.max_new_tokens = system, max_new_tokens
         self.turns = TemplateTurns(tokenizer) if tokenizer.chat_template else PlainTurns(tokenizer)
-        self.unread: list[int] | None = None  # tokens of the last reply that are not in the cache; None before it
+        self.has_begun = False
         self.end_of_reply = ""
 
     def __call__(self, message: str) -> Iterator[str]:
@@ -102,18 +102,18 @@ class Chat:
         """
         if self.generator.cache.is_damaged:
             self.generator.cache.reset()
-            self.unread = None
-        if self.unread is None:
-            prompt = self.turns.first(message, self.system)
+            self.has_begun = False
+        if self.has_begun:
+            prompt = self.generator.unread + self.turns.next(message, self.end_of_reply)
         else:
-            prompt = self.unread + self.turns.next(message, self.end_of_reply)
-        self.unread, self.end_of_reply = [], ""
+            prompt = self.turns.first(message, self.system)
+        self.has_begun, self.end_of_reply = True, ""
         text = TextStream(self.tokenizer)
         for num_tokens, token in enumerate(self.generator(prompt), start=1):
             if token in self.turns.end_ids:  # the next turn begins with what ends a reply
-                self.unread = []
+                self.generator.unread = []
                 break
-            self.unread, self.end_of_reply = [token], text.push(token)
+            self.end_of_reply = text.push(token)
             yield self.end_of_reply
             if self.turns.ends_reply(self.end_of_reply) or num_tokens == self.max_new_tokens:
                 break

@@ -59,9 +59,11 @@ class StreamingDecoder:
         self.cache.rebase_before(1)
         with self.cache.route.held():
             if self.compiled_for is not state:  # the first step compiles, and warms up what a capture must find warm
-                self.compiled_for, self.captured = state, None
+                self.captured = None
                 gc.collect()  # a dead cache that took its hooks off the model while it is traced would break the trace
-                return self.step(token_ids)
+                logits = self.step(token_ids)
+                self.compiled_for = state
+                return logits
             if not token_ids.is_cuda:
                 return self.step(token_ids)
             if self.captured is None:
@@ -75,7 +77,7 @@ class CapturedStep:
     def __init__(self, step: Callable[[Tensor], Tensor], token_ids: Tensor):
         self.token_ids = token_ids.clone()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.device(token_ids.device), torch.cuda.graph(self.graph):
             self.logits = step(self.token_ids)
 
     def __call__(self, token_ids: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ class Generator:
     ):
         self.cache, self.device = cache, model.device
         self.temperature, self.top_k = temperature, top_k
+        self.unread: list[int] = []  # the last token written, until it has entered the cache
         self.sink_ids = torch.tensor(getattr(model.config, "sink_token_ids", []), dtype=torch.long, device=model.device)
         self.decoder = StreamingDecoder(model, cache)
         self.is_compiled = compile and self.device.type == "cuda"
@@ -60,10 +61,13 @@ class Generator:
         if not prompt_ids:
             raise ValueError("the prompt is empty: give at least one token")
         logits = self.decoder.prefill(torch.tensor([prompt_ids], device=self.device))
+        self.unread = []
         while True:
             token = self.sample(logits[:, -1])
-            yield int(token)
+            self.unread = [int(token)]
+            yield self.unread[0]
             logits = self.read_one(token)
+            self.unread = []
 
     def sample(self, logits: Tensor) -> Tensor:
         """Choose the next token ``(B, 1)`` by its logits ``(B, V)``; never a sink."""

@@ -102,7 +102,7 @@ class StreamingHook:
         self.earlier: list[list] = []  # outputs of the chunks already run, one list for each pass under way
         before = decoder.register_forward_pre_hook(self.before, with_kwargs=True)
         after = decoder.register_forward_hook(self.after, with_kwargs=True, always_call=True)
-        weakref.finalize(cache, _remove, before, after)
+        weakref.finalize(cache, _remove, self.route, before, after)
 
     def __getstate__(self) -> dict:
         """Nothing: a model may be copied or saved whole while it streams, and the copy's hook serves no cache."""
@@ -158,7 +158,9 @@ class StreamingHook:
         return join_outputs([*earlier, output]) if earlier and output is not None else None
 
 
-def _remove(*handles) -> None:
+def _remove(route: AttentionRoute, *handles: Any) -> None:
+    """Leave nothing of a cache that has gone, not even after a pass that Ctrl-C broke off."""
+    route.leave()
     for handle in handles:
         handle.remove()
 

@@ -19,7 +19,7 @@ from sinklm.train.checkpoint import CheckpointState
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ..models.streaming import tiny as families
-from ..models.tiny import plain_twin, text, tiny_model
+from ..models.tiny import plain_twin, text, tiny_arm, tiny_model
 from ..models.tiny import sinks as sink_ids
 from ..train.tiny import make_store
 from .checkpoints import small_model, write_checkpoint
@@ -293,6 +293,15 @@ OTHERS: dict[str, dict] = {
     },
     "starcoder2": families.COMMON | families.GROUPED | {"sliding_window": 5},
 }
+
+
+@pytest.mark.parametrize("kind", ["zero", "logit", "kv_bias", "gate"])
+def test_an_arm_shows_its_queries_and_what_it_leaves_unspent(kind):
+    model = tiny_arm(kind, torch.float32)
+    for layer in observe(model, text(2, 12)):
+        assert layer.queries is not None
+        spent = layer.attention.sum(-1)
+        assert bool((spent < 0.999).any()) == (kind != "gate")
 
 
 @pytest.mark.parametrize("name", [*(name for name in families.FAMILIES if name != "falcon:rw"), *OTHERS])

@@ -89,7 +89,7 @@ def test_autocast_lowers_the_matrix_products_alone():
 
 
 def test_a_weight_s_gradient_is_added_up_in_float32():
-    """Two hundred chunks of the same tokens: in bfloat16 the sum would stop growing at 256 times a summand."""
+    """Four hundred chunks of the same tokens: in bfloat16 the sum would stop growing at 256 times a summand."""
     hidden_states, weight, targets = inputs(torch.bfloat16)
     once = results(linear_cross_entropy, hidden_states[:16].detach().requires_grad_(), weight, targets[:16], 1)
     hidden_states = hidden_states[:16].detach().repeat(400, 1).requires_grad_()

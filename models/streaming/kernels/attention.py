@@ -22,7 +22,8 @@ MIN_TILE = 16  # of a matrix product on tensor cores
 
 def can_fuse(layer: StreamingLayer, query: Tensor) -> bool:
     """The kernel runs on CUDA, in at most 32 bits, for values as wide as keys."""
-    return query.is_cuda and query.dtype != torch.float64 and layer.keys.shape == layer.values.shape
+    has_one_type = query.dtype == layer.keys.dtype == layer.values.dtype != torch.float64
+    return query.is_cuda and has_one_type and layer.keys.shape == layer.values.shape
 
 
 def decode_attention(
@@ -44,7 +45,7 @@ def decode_attention(
     query, key, value = query[:, :, 0], key[:, :, 0], value[:, :, 0]
     buffers = (layer.keys, layer.values, layer.kept_keys, layer.num_arrived)
     out, lse = _decode_attention(
-        *(query, key, value, *buffers, num_seen, base, encoding.inv_freq().float()),
+        *(query, key, value, *buffers, num_seen, base, encoding.inv_freq().to(query.device, torch.float32)),
         *(shape.num_kept, shape.window, encoding.interleaved, scaling),
     )
     return out[:, :, None], lse[:, :, None]
@@ -78,27 +79,28 @@ def _decode_attention(
     part_lse = query.new_empty((batch_size * num_heads, num_splits), dtype=torch.float32)
     out = query.new_empty(query.shape)
     lse = query.new_empty((batch_size, num_heads), dtype=torch.float32)
-    wrap_triton(_decode_kernel)[batch_size * num_groups, num_splits](
-        *(query, key, value, *(stride for state in (query, key, value) for stride in state.stride()[:2])),
-        *(keys, values, kept_keys, num_arrived, num_seen, base, inv_freq, parts, part_lse, out, lse),
-        SCALING=scaling,
-        NUM_KEPT=num_kept,
-        WINDOW=window,
-        NUM_GROUPS=num_groups,
-        HEADS=num_heads // num_groups,
-        BLOCK_HEADS=max(MIN_TILE, triton.next_power_of_2(num_heads // num_groups)),
-        DIM=head_dim,
-        BLOCK_DIM=block_dim,
-        HALF_ROTARY=inv_freq.shape[0],
-        INTERLEAVED=interleaved,
-        BLOCK=block,
-        BLOCK_KEPT=MIN_TILE,
-        BLOCKS_PER_SPLIT=blocks_per_split,
-        NUM_SPLITS=num_splits,
-        BLOCK_SPLITS=triton.next_power_of_2(num_splits),
-        num_warps=4,
-        num_stages=3,
-    )
+    with torch.cuda.device(query.device):
+        wrap_triton(_decode_kernel)[batch_size * num_groups, num_splits](
+            *(query, key, value, *(stride for state in (query, key, value) for stride in state.stride()[:2])),
+            *(keys, values, kept_keys, num_arrived, num_seen, base, inv_freq, parts, part_lse, out, lse),
+            SCALING=scaling,
+            NUM_KEPT=num_kept,
+            WINDOW=window,
+            NUM_GROUPS=num_groups,
+            HEADS=num_heads // num_groups,
+            BLOCK_HEADS=max(MIN_TILE, triton.next_power_of_2(num_heads // num_groups)),
+            DIM=head_dim,
+            BLOCK_DIM=block_dim,
+            HALF_ROTARY=inv_freq.shape[0],
+            INTERLEAVED=interleaved,
+            BLOCK=block,
+            BLOCK_KEPT=MIN_TILE,
+            BLOCKS_PER_SPLIT=blocks_per_split,
+            NUM_SPLITS=num_splits,
+            BLOCK_SPLITS=triton.next_power_of_2(num_splits),
+            num_warps=4,
+            num_stages=3,
+        )
     return out, lse
 
 

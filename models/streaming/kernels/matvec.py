@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
+from torch.nn import Parameter
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -20,14 +21,17 @@ class OneRowLinear(TorchFunctionMode):
     """Within it, a linear layer on CUDA that is given one row runs as `matvec`. `torch.compile` traces it."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.linear and is_one_row(*args[:2]):
-            return linear_one_row(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        return (linear if func is F.linear else func)(*args, **(kwargs or {}))
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return (linear_one_row if is_one_row(input, weight) else F.linear)(input, weight, bias)
 
 
 def is_one_row(states: Tensor, weight: Tensor) -> bool:
     return (
         states.is_cuda
+        and type(weight) in (Tensor, Parameter)  # and no quantised one that looks like it
         and states.numel() == states.shape[-1]
         and states.dtype == weight.dtype != torch.float64
         and weight.is_contiguous()
@@ -48,15 +52,16 @@ def matvec(vector: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if block_in < 64:
         block_in = min(MAX_BLOCK_IN, triton.next_power_of_2(num_in))
     block_out = max(1, TILE // block_in)
-    wrap_triton(_matvec_kernel)[triton.cdiv(num_out, block_out),](
-        *(vector, weight, vector if bias is None else bias, out),
-        NUM_OUT=num_out,
-        NUM_IN=num_in,
-        HAS_BIAS=bias is not None,
-        BLOCK_OUT=block_out,
-        BLOCK_IN=block_in,
-        num_warps=4,
-    )
+    with torch.cuda.device(vector.device):
+        wrap_triton(_matvec_kernel)[triton.cdiv(num_out, block_out),](
+            *(vector, weight, vector if bias is None else bias, out),
+            NUM_OUT=num_out,
+            NUM_IN=num_in,
+            HAS_BIAS=bias is not None,
+            BLOCK_OUT=block_out,
+            BLOCK_IN=block_in,
+            num_warps=4,
+        )
     return out
 
 

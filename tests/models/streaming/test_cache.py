@@ -229,6 +229,38 @@ def test_ctrl_c_during_a_pass_leaves_the_model_well(model, monkeypatch, num_toke
     torch.testing.assert_close(run(model, ids[:, 5:], cache), stream[:, 5:], rtol=0, atol=5e-5)
 
 
+@pytest.mark.parametrize("family", ["gpt_neox", "falcon", "gptj"])
+def test_ctrl_c_and_the_loss_of_the_cache_leave_the_model_well(family, monkeypatch):
+    model, ids = tiny.build(tiny.config(family)), tiny.random_ids(9)
+    expected, cache = model(ids).logits, for_model(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.get_decoder()).__mro__[0], "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, ids, cache)
+    del cache
+    gc.collect()
+    torch.testing.assert_close(model(ids).logits, expected)
+    run(model, ids, for_model(model))
+    torch.testing.assert_close(model(ids).logits, expected)
+
+
+def test_a_copy_of_a_damaged_cache_is_damaged(model, monkeypatch):
+    ids, cache = tiny.random_ids(9), for_model(model)
+    monkeypatch.setattr(type(model.gpt_neox.layers[-1]), "forward", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, ids, cache)
+    assert copy.deepcopy(cache).is_damaged
+
+
+def test_ctrl_c_while_phases_are_moved_damages_the_cache(model, monkeypatch):
+    ids, cache = tiny.random_ids(30), for_model(model)
+    run(model, ids[:, :20], cache)
+    monkeypatch.setattr(type(cache.encoding), "turn", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, ids[:, 20:], cache)
+    assert cache.is_damaged
+
+
 def interrupt(*args, **kwargs):
     raise KeyboardInterrupt
 

@@ -74,7 +74,7 @@ def test_what_is_read_is_the_templates_conversation():
         conversation.append({"role": "assistant", "content": reply})
     *_, last = conversation
     expected = words.apply_chat_template(conversation[:-1], tokenize=False, add_generation_prompt=True)
-    assert words.decode(seen + chat.unread) == expected + last["content"]
+    assert words.decode(seen + chat.generator.unread) == expected + last["content"]
 
 
 def scripted(chat: Chat, text: str, end: bool = False) -> None:
@@ -133,6 +133,21 @@ def test_a_message_broken_off_while_it_is_read_begins_the_conversation_anew(monk
         with pytest.raises(KeyboardInterrupt):
             list(chat(MESSAGES[1]))
     assert list(chat(MESSAGES[2])) == list(fresh(MESSAGES[2]))
+
+
+def test_a_reply_cut_short_between_two_tokens_reads_none_twice(monkeypatch):
+    model = small_model(0, max_position_embeddings=512)
+    chat = start(model, tokenizer(TEMPLATE), max_new_tokens=7)
+    seen, reply = read_ids(chat), chat(MESSAGES[0])
+    next(reply)
+    with monkeypatch.context() as patch:
+        patch.setattr(Generator, "sample", _interrupt)  # after its token has been read
+        with pytest.raises(KeyboardInterrupt):
+            next(reply)
+    num_read, last = len(seen), seen[-1]
+    next(chat(MESSAGES[1]))
+    assert seen[num_read : num_read + 2] != [last, last]
+    assert seen[num_read] != last
 
 
 def _interrupt(*args, **kwargs):
