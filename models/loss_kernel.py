@@ -16,7 +16,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
     A row whose target is ``ignored`` has loss 0 and gradient 0.
     """
     losses = logits.new_empty(len(logits), dtype=torch.float32)
-    with torch.cuda.device(logits.device):
+    with torch.cuda.device_of(logits):
         wrap_triton(_cross_entropy_kernel)[len(logits),](
             *(logits, targets, losses), VOCABULARY=logits.shape[1], IGNORED=ignored, BLOCK=BLOCK, num_warps=16
         )

@@ -105,7 +105,8 @@ def explicit_attention(
         dropout: share of probabilities to drop.
     """
     dtype = column.score.dtype
-    scores = query.to(dtype) @ key.transpose(-1, -2).to(dtype) * scaling
+    with torch.autocast(query.device.type, enabled=False):
+        scores = query.to(dtype) @ key.transpose(-1, -2).to(dtype) * scaling
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     score = column.score.expand(scores.shape[:-1])[..., None]

@@ -24,6 +24,7 @@ def attention(
     ``mask`` is boolean (True is visible) or added, and broadcasts to ``(B, H, T, K)``; nothing hides a sink's column.
     """
     if column is not None:
+        key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
         return explicit_attention(query, key, value, mask, column, scaling)[0]
     (batch_size, num_heads, num_queries, _), num_groups = query.shape, key.shape[1]
     if num_queries == 1 and num_heads > num_groups:  # heads of a group take the place of queries: nothing is repeated

@@ -17,6 +17,7 @@ from ..layer import StreamingLayer
 
 BLOCK_BYTES = 16_384  # of the keys that a program takes at a time
 PROGRAMS_PER_PROCESSOR = 2  # enough to keep the memory busy
+MAX_SPLITS = 32  # whose results the last program holds all at once
 MIN_TILE = 16  # of a matrix product on tensor cores
 
 
@@ -72,14 +73,14 @@ def _decode_attention(
     block_dim = max(MIN_TILE, triton.next_power_of_2(head_dim))
     block = max(MIN_TILE, BLOCK_BYTES // (query.element_size() * block_dim))
     num_blocks = triton.cdiv(window + 1, block)
-    num_splits = max(1, num_programs(query.device) // (batch_size * num_groups))
+    num_splits = min(MAX_SPLITS, max(1, num_programs(query.device) // (batch_size * num_groups)))
     blocks_per_split = triton.cdiv(num_blocks, min(num_blocks, num_splits))
     num_splits = 1 + triton.cdiv(num_blocks, blocks_per_split)  # the first takes the new key and the kept ones
     parts = query.new_empty((batch_size * num_heads, num_splits, head_dim), dtype=torch.float32)
     part_lse = query.new_empty((batch_size * num_heads, num_splits), dtype=torch.float32)
     out = query.new_empty(query.shape)
     lse = query.new_empty((batch_size, num_heads), dtype=torch.float32)
-    with torch.cuda.device(query.device):
+    with torch.cuda.device_of(query):
         wrap_triton(_decode_kernel)[batch_size * num_groups, num_splits](
             *(query, key, value, *(stride for state in (query, key, value) for stride in state.stride()[:2])),
             *(keys, values, kept_keys, num_arrived, num_seen, base, inv_freq, parts, part_lse, out, lse),

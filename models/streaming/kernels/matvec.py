@@ -52,7 +52,7 @@ def matvec(vector: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if block_in < 64:
         block_in = min(MAX_BLOCK_IN, triton.next_power_of_2(num_in))
     block_out = max(1, TILE // block_in)
-    with torch.cuda.device(vector.device):
+    with torch.cuda.device_of(vector):
         wrap_triton(_matvec_kernel)[triton.cdiv(num_out, block_out),](
             *(vector, weight, vector if bias is None else bias, out),
             NUM_OUT=num_out,
