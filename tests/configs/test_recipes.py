@@ -31,14 +31,23 @@ ARMS = {
     "arms/kv-bias": ("kv_bias", 12 * 2 * 768),
     "arms/gate": ("gate", 12 * 768 * 768),
 }
+STUDY = {
+    "study/learnable-sink": ("token", 1),
+    "study/two-sinks": ("token", 2),
+    "study/zero-sink": ("zero", 1),
+    "study/logit": ("logit", 1),
+    "study/kv-bias": ("kv_bias", 1),
+    "study/gate": ("gate", 1),
+}
+STUDY_TOKENIZER_SIZE = 4000
 
 
-def plan_of(name: str, *overrides: str) -> Plan:
-    return Plan(load_config(name, overrides), world_size=1, tokenizer_size=PYTHIA_TOKENIZER_SIZE)
+def plan_of(name: str, *overrides: str, tokenizer_size: int = PYTHIA_TOKENIZER_SIZE) -> Plan:
+    return Plan(load_config(name, overrides), world_size=1, tokenizer_size=tokenizer_size)
 
 
 def test_the_recipes_are_these():
-    others = {"quickstart", "paper/vanilla", *ARMS}
+    others = {"quickstart", "paper/vanilla", *ARMS, "study/vanilla", *STUDY}
     assert set(recipe_names()) == others | {f"pythia-{size}" for size in PYTHIA}
 
 
@@ -86,6 +95,23 @@ def test_an_arm_differs_from_vanilla_by_its_sink_alone(name):
         model = SinkGPTNeoXForCausalLM(model_config)
     assert sum(p.numel() for p in model.parameters()) == PYTHIA["160m"][0] + num_more
     assert count_parameters(model_config) == PYTHIA["160m"][0] + num_more
+
+
+@pytest.mark.parametrize("name", STUDY)
+def test_an_arm_of_the_study_differs_from_its_vanilla_by_its_sink_alone(name):
+    kind, num_tokens = STUDY[name]
+    vanilla, arm = (load_config(recipe).model_dump() for recipe in ("study/vanilla", name))
+    assert arm["model"].pop("sink") == {"kind": kind, "num_tokens": num_tokens}
+    assert vanilla["model"].pop("sink")["kind"] == "none"
+    for config in (vanilla, arm):
+        del config["train"]["run_dir"]
+    assert vanilla == arm
+
+
+def test_two_models_of_the_study_are_small_enough_to_ship():
+    plans = [plan_of(name, tokenizer_size=STUDY_TOKENIZER_SIZE) for name in ("study/vanilla", "study/learnable-sink")]
+    assert [plan.vocab_size for plan in plans] == [4096, 4096]
+    assert sum(2 * count_parameters(plan.model_config) for plan in plans) < 22e6  # bytes in bfloat16
 
 
 def test_an_arm_reads_as_many_positions_with_any_number_of_sinks():

@@ -1,0 +1,37 @@
+"""What losing the first tokens costs, checkpoint by checkpoint: perplexity with 0, 1, 2 and 4 kept tokens.
+
+python examples/study/forming.py study/runs/vanilla --text book.txt --output study/results/vanilla
+"""
+
+import argparse
+from pathlib import Path
+
+from sinklm.eval.report import describe_model, library_versions, write_json
+from sinklm.eval.streaming import configurations, default_caches, measure, read_stream
+from sinklm.models import load_model, load_tokenizer
+from sinklm.train.checkpoint import list_checkpoints, read_state
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--text", type=Path, action="append", required=True)
+    parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+
+    stream = read_stream(arguments.text, load_tokenizer(arguments.run), arguments.tokens)
+    report: dict = {"versions": library_versions(), "num_tokens": arguments.tokens, "text_sha256": stream.sha256}
+    report["checkpoints"] = []
+    for step, path in list_checkpoints(arguments.run).items():
+        model = load_model(path)
+        report["model"] = describe_model(model, arguments.run)
+        chosen = configurations(("window", "streaming"), default_caches(model), model.config.num_sinks)
+        perplexities = {str(c): measure(model, stream, c).perplexity for c in chosen}
+        report["checkpoints"].append({"step": step, "tokens": read_state(path).positions, "perplexity": perplexities})
+        write_json(arguments.output / "forming.json", report)
+        print(step, *(f"{cache}: {perplexity:.2f}" for cache, perplexity in perplexities.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
