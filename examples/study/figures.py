@@ -1,0 +1,137 @@
+"""The pictures of the page of results."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from results import arm_of, vanilla_of
+from sinklm.eval.plots import COLOURS, STYLE, save_figure
+
+Runs = dict[str, dict[str, Any]]
+FIRST_SHOWN = 0.05  # share of training from which on losses are compared; before it they fall too fast
+NUM_STREAMS = 4  # arms in the picture of long streams
+
+
+def draw(runs: Runs, folder: Path) -> None:
+    """Save every picture that there are numbers for as ``paper-….png``."""
+    figures = {"loss": loss_figure, "sinks": sinks_figure, "forming": forming_figure, "streaming": streaming_figure}
+    for name, make in figures.items():
+        with matplotlib.rc_context(STYLE):
+            figure = make(runs)
+        if figure is not None:
+            save_figure(figure, folder / f"paper-{name}.png")
+
+
+def style_of(name: str, runs: Runs) -> dict[str, Any]:
+    """An arm has a colour; its further seeds are dashed."""
+    arms = list(dict.fromkeys(arm_of(run) for run in runs))
+    return {
+        "color": COLOURS[arms.index(arm_of(name)) % len(COLOURS)],
+        "linestyle": "-" if name == arm_of(name) else "--",
+        "label": name,
+    }
+
+
+def loss_figure(runs: Runs) -> Figure:
+    """Validation loss against tokens, and how much above vanilla's of the same seed it is."""
+    figure = Figure(figsize=(8.0, 3.2), layout="constrained")
+    losses, relative = figure.subplots(1, 2)
+    for name, run in runs.items():
+        curve = run["validation_loss"]
+        losses.plot(*_columns(curve), **style_of(name, runs))
+        if name != vanilla_of(name) in runs:
+            theirs = dict(map(tuple, runs[vanilla_of(name)]["validation_loss"]))
+            shown = [
+                [t, 100 * (loss / theirs[t] - 1)]
+                for t, loss in curve
+                if t in theirs and t > FIRST_SHOWN * run["tokens"]
+            ]
+            relative.plot(*_columns(shown), **style_of(name, runs))
+    losses.set_ylabel("Validation loss (nats per token)")
+    losses.set_yscale("log")
+    losses.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    losses.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+    relative.set_ylabel("Above vanilla's (%)")
+    relative.axhline(0, color=COLOURS[0], linewidth=0.8)
+    losses.set_xscale("log")
+    _finish(figure, losses, relative)
+    return figure
+
+
+def sinks_figure(runs: Runs) -> Figure | None:
+    """Sink rate over training: of the sink tokens, of the first text token, and of no token at all."""
+    measured = {name: run["sinks"] for name, run in runs.items() if "sinks" in run}
+    if not measured:
+        return None
+    figure = Figure(figsize=(8.0, 3.0), layout="constrained")
+    panels = figure.subplots(1, 3, sharex=True, sharey=True)
+    for name, report in measured.items():
+        for axes, what in zip(panels, ("sink token", "first text token", "no token"), strict=True):
+            curve = [
+                [checkpoint["tokens"], 100 * sum(v for k, v in checkpoint["sink_rate"].items() if k.startswith(what))]
+                for checkpoint in report["checkpoints"]
+            ]
+            if what == "first text token" or any(rate for _, rate in curve):
+                axes.plot(*_columns(curve), **style_of(name, runs))
+    for axes, title in zip(panels, ("the sink tokens", "the first text token", "no token"), strict=True):
+        axes.set_title(title, fontsize=9)
+    panels[0].set_ylabel(f"Sink rate (%), ε = {report['epsilon']:g}")
+    _finish(figure, *panels, legend_of=panels[1])
+    return figure
+
+
+def forming_figure(runs: Runs) -> Figure | None:
+    """What it costs to lose the first tokens, and to keep one alone, over training."""
+    measured = {name: run["forming"]["checkpoints"] for name, run in runs.items() if "forming" in run}
+    if not measured:
+        return None
+    figure = Figure(figsize=(8.0, 3.2), layout="constrained")
+    panels = figure.subplots(1, 2)
+    caches = list(next(iter(measured.values()))[0]["perplexity"])
+    for axes, cache in zip(panels, caches, strict=False):
+        for name, checkpoints in measured.items():
+            curve = [[c["tokens"], c["perplexity"][cache] / c["perplexity"][caches[-1]]] for c in checkpoints]
+            axes.plot(*_columns(curve), **style_of(name, runs))
+        axes.set_ylabel(f"Perplexity, {cache} over {caches[-1]}")
+    _finish(figure, *panels)
+    return figure
+
+
+def streaming_figure(runs: Runs) -> Figure | None:
+    """Loss against position in one long text, for the first arms."""
+    measured = {name: run["streaming"] for name, run in runs.items() if "streaming" in run and name == arm_of(name)}
+    measured = dict(list(measured.items())[:NUM_STREAMS])
+    if not measured:
+        return None
+    figure = Figure(figsize=(8.0, 2.0 + 1.6 * (len(measured) > 2)), layout="constrained")
+    panels = figure.subplots(-(-len(measured) // 2), 2, sharex=True, sharey=True, squeeze=False).flat
+    for axes, (name, report) in zip(panels, measured.items(), strict=False):
+        edges = report["bin_edges"]
+        centres = [max((a * b) ** 0.5, b / 2) for a, b in pairwise(edges)]
+        for i, (cache, losses) in enumerate(report["binned_losses"].items()):
+            shown = [float("nan") if loss is None else loss for loss in losses]
+            axes.plot(centres, shown, color=COLOURS[i], linestyle="--" if cache == "dense" else "-", label=cache)
+        axes.set_title(name, fontsize=9)
+        axes.set_xscale("log")
+        axes.grid(axis="y", linewidth=0.4, alpha=0.5)
+    figure.supxlabel("Position in the text (tokens, log scale)", fontsize=9)
+    figure.supylabel("Loss (nats per token)", fontsize=9)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", title="cache")
+    return figure
+
+
+def _finish(figure: Figure, *panels: Axes, legend_of: Axes | None = None) -> None:
+    for axes in panels:
+        axes.set_xlabel("Tokens trained on")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e9:g}B" if value >= 1e9 else f"{value / 1e6:g}M")
+        axes.grid(axis="y", linewidth=0.4, alpha=0.5)
+    handles, labels = (legend_of or panels[0]).get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper")
+
+
+def _columns(rows: list[list[float]]) -> tuple[list[float], list[float]]:
+    return [row[0] for row in rows], [row[1] for row in rows]

@@ -1,0 +1,123 @@
+"""The page of results: tables and pictures from what the runs of a folder recorded and their evaluation measured.
+
+    python examples/study/report.py study            # gathers study/ into docs/results/paper.json, then draws from that
+    python examples/study/report.py                  # draws again from docs/results/paper.json alone
+
+Pictures are docs/results/paper-*.png. Each table goes into docs/results/paper.md, in place of the one that stands
+between its marks, `<!-- NAME -->` and `<!-- end -->`; the text around them is written by hand.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from figures import draw
+from results import collect, vanilla_of
+
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
+TASKS = ("arc_challenge", "arc_easy", "hellaswag", "lambada_openai", "openbookqa", "piqa", "winogrande")  # Table 4
+
+Runs = dict[str, dict[str, Any]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--order", type=Path, default=Path(__file__).with_name("arms.yaml"), help="a plan of train.py")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+
+    data = arguments.output / "paper.json"
+    if arguments.folder:
+        data.parent.mkdir(parents=True, exist_ok=True)
+        data.write_text(json.dumps(collect(arguments.folder)) + "\n", encoding="utf-8")
+    found = json.loads(data.read_text(encoding="utf-8"))["runs"]
+    named = re.findall(r"^([\w-]+):", arguments.order.read_text(encoding="utf-8"), re.MULTILINE)
+    runs = {name: found[name] for name in sorted(found, key=lambda name: (*_place(name, named), name))}
+
+    tables = {table.__name__: table(runs) for table in (perplexity, sinks, zero_shot)}
+    for name, table in tables.items():
+        print(f"{name}\n{table}\n")
+    write_page(arguments.output / "paper.md", tables)
+    draw(runs, arguments.output)
+
+
+def _place(name: str, order: list[str]) -> tuple[int]:
+    return (order.index(name) if name in order else len(order),)
+
+
+def write_page(page: Path, tables: dict[str, str]) -> None:
+    """Put each table between its marks; a page that is not there yet begins with nothing but the tables."""
+    marked = {name: f"<!-- {name} -->\n{table}\n<!-- end -->" for name, table in tables.items() if table}
+    text = page.read_text(encoding="utf-8") if page.exists() else "\n\n".join(marked.values()) + "\n"
+    for name, table in marked.items():
+        text = re.sub(rf"<!-- {name} -->.*?<!-- end -->", lambda _, table=table: table, text, flags=re.DOTALL)
+    page.write_text(text, encoding="utf-8")
+
+
+def perplexity(runs: Runs) -> str:
+    """Tables 3 and 10 of the paper in small, and the loss on held-out documents."""
+    runs = {name: run for name, run in runs.items() if "streaming" in run}
+    lines = []
+    for name, run in runs.items():
+        measured = {cache: value for cache, value in run["streaming"]["perplexity"].items() if cache != "dense"}
+        zero, one, *_, most = measured.values()
+        if not lines:
+            first, second, *_, last = measured
+            lines = [
+                _row("", "validation loss", "over vanilla's", *measured, f"{first} / {last}", f"{second} / {last}")
+            ]
+            lines.append(_rule(len(measured) + 4))
+        loss, vanilla = final_loss(run), runs.get(vanilla_of(name))
+        relative = f"{100 * (loss / final_loss(vanilla) - 1):+.2f} %" if vanilla and vanilla is not run else ""
+        cells = map(_number, measured.values())
+        lines.append(_row(name, f"{loss:.4f}", relative, *cells, f"{zero / most:.3f}", f"{one / most:.4f}"))
+    return "\n".join(lines)
+
+
+def sinks(runs: Runs) -> str:
+    """Sink rate and attention at the end of training, in percent."""
+    lines = [_row("", "sink tokens: rate", "attention", "first text token: rate", "attention", "no token"), _rule(5)]
+    for name, run in runs.items():
+        if "sinks" not in run:
+            continue
+        rate, mass = run["sinks"]["sink_rate"], run["sinks"]["mass"]
+        tokens = [position for position in rate if position.startswith("sink token")]
+        cells = [
+            f"{100 * sum(values[position] for position in tokens):.1f}" if tokens else "" for values in (rate, mass)
+        ]
+        cells += [f"{100 * values['first text token']:.1f}" for values in (rate, mass)]
+        lines.append(_row(name, *cells, f"{100 * mass['no token']:.1f}" if mass["no token"] > 1e-3 else ""))
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def zero_shot(runs: Runs) -> str:
+    """Table 4: accuracy and standard error, in percent."""
+    lines = [_row("", *TASKS), _rule(len(TASKS))]
+    for name, run in runs.items():
+        if "zero_shot" in run:
+            scores = [run["zero_shot"]["tasks"][task] for task in TASKS]
+            lines.append(_row(name, *(f"{100 * s['acc']:.1f} ± {100 * s['acc_stderr']:.1f}" for s in scores)))
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def final_loss(run: dict[str, Any]) -> float:
+    return run["validation_loss"][-1][1]
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _rule(num_numbers: int) -> str:
+    return "|---|" + "---:|" * num_numbers
+
+
+def _number(value: float) -> str:
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+if __name__ == "__main__":
+    main()

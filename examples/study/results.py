@@ -1,0 +1,89 @@
+"""What the runs of a folder recorded and what their evaluation measured, in one small dictionary ready for JSON."""
+
+import json
+import re
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import yaml
+
+NUM_LOSS_POINTS = 200  # of a curve of training losses
+NUM_SPEED_STEPS = 1000  # the last ones
+
+
+def collect(folder: Path) -> dict[str, Any]:
+    """Everything that the page of results shows, for each run of ``folder`` that has recorded a step."""
+    runs = sorted(path.parent for path in (folder / "runs").glob("*/metrics.jsonl"))
+    if not runs:
+        raise FileNotFoundError(f"{folder / 'runs'} holds no run with a metrics.jsonl")
+    return {"runs": {run.name: collect_run(run, folder / "results" / run.name) for run in runs}}
+
+
+def collect_run(run: Path, results: Path) -> dict[str, Any]:
+    """One run's settings, curves and results; what is not there (yet) is left out."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [record for record in records if "loss" in record]
+    tokens_per_step = steps[-1]["positions"] // steps[-1]["step"]
+    found: dict[str, Any] = {
+        "config": yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")),
+        "environment": _read(run / "environment.json"),
+        "tokens": steps[-1]["positions"],
+        "tokens_per_second": median(record["tokens_per_second"] for record in steps[-NUM_SPEED_STEPS:]),
+        "loss": _thinned(steps),
+        "validation_loss": [
+            [record["step"] * tokens_per_step, record["validation_loss"]]
+            for record in records
+            if "validation_loss" in record
+        ],
+    }
+    readers = {"streaming": _streaming, "sinks": _sinks, "forming": _forming, "zero_shot": _zero_shot}
+    for name, read in readers.items():
+        if (path := results / f"{name}.json").exists():
+            found[name] = read(_read(path))
+    return found
+
+
+def arm_of(name: str) -> str:
+    """The arm of a run: ``gate`` of ``gate-seed-2``."""
+    return re.sub(r"-seed-\d+$", "", name)
+
+
+def vanilla_of(name: str) -> str:
+    """The plain run of the same seed, which has the same data in the same order."""
+    return "vanilla" + name.removeprefix(arm_of(name))
+
+
+def _thinned(steps: list[dict]) -> list[list[float]]:
+    """Training losses as means over equal stretches: ``[tokens at its end, loss]``."""
+    size = -(-len(steps) // NUM_LOSS_POINTS)
+    stretches = [steps[i : i + size] for i in range(0, len(steps), size)]
+    return [[stretch[-1]["positions"], fmean(record["loss"] for record in stretch)] for stretch in stretches]
+
+
+def _streaming(report: dict) -> dict[str, Any]:
+    return {
+        "num_parameters": report["model"]["num_parameters"],
+        "text_sha256": report["text"]["sha256"],
+        "num_tokens": report["text"]["num_tokens"],
+        "bin_edges": report["bin_edges"],
+        "perplexity": {result["configuration"]: result["perplexity"] for result in report["results"]},
+        "binned_losses": {result["configuration"]: result["binned_losses"] for result in report["results"]},
+    }
+
+
+def _sinks(report: dict) -> dict[str, Any]:
+    keys = ("num_sequences", "seq_length", "epsilon", "sink_rate", "mass", "checkpoints")
+    return {key: report[key] for key in keys}
+
+
+def _forming(report: dict) -> dict[str, Any]:
+    return {key: report[key] for key in ("num_tokens", "checkpoints")}
+
+
+def _zero_shot(report: dict) -> dict[str, Any]:
+    return {key: report[key] for key in ("tasks", "num_samples")}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
