@@ -9,11 +9,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import custom_op
 
 from ..contract import StreamShape
 from ..encodings import Rotary
 from ..layer import StreamingLayer
+from .overlap import LINE_BYTES, begin, can_overlap, fetch, launch_options
 
 BLOCK_BYTES = 16_384  # of the keys that a program takes at a time
 PROGRAMS_PER_PROCESSOR = 2  # enough to keep the memory busy
@@ -52,7 +53,7 @@ def decode_attention(
     return out[:, :, None], lse[:, :, None]
 
 
-@triton_op("sinklm::decode_attention", mutates_args={"keys", "values", "kept_keys", "num_arrived"})
+@custom_op("sinklm::decode_attention", mutates_args=("keys", "values", "kept_keys", "num_arrived"))
 def _decode_attention(
     query: Tensor,
     key: Tensor,
@@ -81,7 +82,7 @@ def _decode_attention(
     out = query.new_empty(query.shape)
     lse = query.new_empty((batch_size, num_heads), dtype=torch.float32)
     with torch.cuda.device_of(query):
-        wrap_triton(_decode_kernel)[batch_size * num_groups, num_splits](
+        _decode_kernel[batch_size * num_groups, num_splits](
             *(query, key, value, *(stride for state in (query, key, value) for stride in state.stride()[:2])),
             *(keys, values, kept_keys, num_arrived, num_seen, base, inv_freq, parts, part_lse, out, lse),
             SCALING=scaling,
@@ -99,10 +100,18 @@ def _decode_attention(
             BLOCKS_PER_SPLIT=blocks_per_split,
             NUM_SPLITS=num_splits,
             BLOCK_SPLITS=triton.next_power_of_2(num_splits),
+            DIMS_PER_LINE=LINE_BYTES // query.element_size(),
+            OVERLAPS=can_overlap(query),
             num_warps=4,
             num_stages=3,
+            **launch_options(query),
         )
     return out, lse
+
+
+@_decode_attention.register_fake
+def _(query: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
 
 
 def num_programs(device: torch.device) -> int:
@@ -177,6 +186,8 @@ def _decode_kernel(
     BLOCKS_PER_SPLIT: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
+    DIMS_PER_LINE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """One program for a group of heads of a row and a part of the keys: the new and the kept ones, or some slots."""
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -189,6 +200,13 @@ def _decode_kernel(
     keys += row_group * NUM_SLOTS * DIM
     values += row_group * NUM_SLOTS * DIM
 
+    first_slot = NUM_KEPT + (split - 1) * BLOCKS_PER_SPLIT * BLOCK
+    if split > 0:
+        early = tl.minimum(first_slot + tl.arange(0, BLOCK), NUM_SLOTS - 1)
+        for line in tl.static_range(0, DIM, DIMS_PER_LINE):  # of the first block; the new token is in none of them yet
+            fetch(keys + early * DIM + line, OVERLAPS)
+            fetch(values + early * DIM + line, OVERLAPS)
+    begin(OVERLAPS)
     token = tl.load(num_seen + row)
     new_slot = tl.where(token < NUM_KEPT, token, NUM_KEPT + (token - NUM_KEPT) % (WINDOW + 1))
     queries = tl.load(
@@ -226,7 +244,6 @@ def _decode_kernel(
                     turned, key_block, value_block, is_visible, peak, total, mixed, SCALING * LOG2E
                 )
     else:
-        first_slot = NUM_KEPT + (split - 1) * BLOCKS_PER_SPLIT * BLOCK
         for block in range(BLOCKS_PER_SPLIT):
             slots = first_slot + block * BLOCK + tl.arange(0, BLOCK)
             offsets, mask = slots[:, None] * DIM + dims[None, :], (slots < NUM_SLOTS)[:, None] & has_dim[None, :]

@@ -1,31 +1,44 @@
 """The linear layers of a step that brings a single token: a matrix times a vector, which reads each weight once.
 
 All the time goes into reading weights, at which cuBLAS does not reach the speed of memory: it splits a product of one
-row over two kernels, or fills too little of the GPU.
+row over two kernels, or fills too little of the GPU. Here a program asks for its first weights while the kernel before
+it is still at work (`overlap`), and the GELU behind a layer is done where its input is made.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import custom_op
 from torch.nn import Parameter
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from .overlap import begin, can_overlap, launch_options
 
 TILE = 1024  # weights that a program takes at a time
 MAX_BLOCK_IN = 1024
 
 
 class OneRowLinear(TorchFunctionMode):
-    """Within it, a linear layer on CUDA that is given one row runs as `matvec`. `torch.compile` traces it."""
+    """Within it, a linear layer on CUDA that is given one row runs as `matvec`, and a GELU that follows runs with it.
+
+    `torch.compile` traces it, and drops the product without the GELU, which nothing uses then.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.newest: tuple[Tensor, tuple] | None = None  # the output of a product, and what it was made of
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return (linear if func is F.linear else func)(*args, **(kwargs or {}))
-
-
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return (linear_one_row if is_one_row(input, weight) else F.linear)(input, weight, bias)
+        kwargs = kwargs or {}
+        if func is F.linear and is_one_row(*args[:2]):
+            out = linear_one_row(*args, **kwargs)
+            self.newest = out, args
+            return out
+        if func is F.gelu and not kwargs and self.newest is not None and args[0] is self.newest[0]:
+            return linear_one_row(*self.newest[1], gelu=True)
+        return func(*args, **kwargs)
 
 
 def is_one_row(states: Tensor, weight: Tensor) -> bool:
@@ -38,31 +51,44 @@ def is_one_row(states: Tensor, weight: Tensor) -> bool:
     )
 
 
-def linear_one_row(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear` of states ``(…, I)`` that are one row."""
-    return matvec(states.reshape(-1), weight, bias).view(*states.shape[:-1], -1)
+def linear_one_row(states: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """`torch.nn.functional.linear` of states ``(…, I)`` that are one row, perhaps with a GELU behind it."""
+    return matvec(states.reshape(-1), weight, bias, gelu).view(*states.shape[:-1], -1)
 
 
-@triton_op("sinklm::matvec", mutates_args={})
-def matvec(vector: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+@custom_op("sinklm::matvec", mutates_args=())  # and no `triton_op`: inductor would launch it without `overlap`
+def matvec(vector: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     """``weight @ vector + bias`` for ``(O, I)``, ``(I,)`` and ``(O,)``, summed in float32."""
     num_out, num_in = weight.shape
     out = vector.new_empty(num_out)
-    block_in = min(MAX_BLOCK_IN, num_in & -num_in)  # a power of 2 that divides it
-    if block_in < 64:
-        block_in = min(MAX_BLOCK_IN, triton.next_power_of_2(num_in))
+    block_in = block_of_inputs(num_in)
     block_out = max(1, TILE // block_in)
     with torch.cuda.device_of(vector):
-        wrap_triton(_matvec_kernel)[triton.cdiv(num_out, block_out),](
+        _matvec_kernel[triton.cdiv(num_out, block_out),](
             *(vector, weight, vector if bias is None else bias, out),
             NUM_OUT=num_out,
             NUM_IN=num_in,
             HAS_BIAS=bias is not None,
+            GELU=gelu,
             BLOCK_OUT=block_out,
             BLOCK_IN=block_in,
+            OVERLAPS=can_overlap(vector),
             num_warps=4,
+            **launch_options(vector),
         )
     return out
+
+
+def block_of_inputs(num_in: int) -> int:
+    """All inputs if they fit, for only the first block is fetched early; else a power of 2 that divides them."""
+    whole = triton.next_power_of_2(num_in)
+    divisor = min(MAX_BLOCK_IN, num_in & -num_in)
+    return whole if whole <= MAX_BLOCK_IN else divisor if divisor >= 64 else MAX_BLOCK_IN
+
+
+@matvec.register_fake
+def _(vector: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    return vector.new_empty(weight.shape[0])
 
 
 @triton.jit
@@ -74,16 +100,20 @@ def _matvec_kernel(
     NUM_OUT: tl.constexpr,
     NUM_IN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    GELU: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """One program for some outputs; products are summed along the inputs only at the end."""
     outputs = tl.program_id(0).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     inputs = tl.arange(0, BLOCK_IN)
     weight += outputs[:, None] * NUM_IN + inputs[None, :]
     is_output = outputs < NUM_OUT
-    products = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
-    for start in tl.range(0, NUM_IN, BLOCK_IN):
+    first = tl.load(weight, mask=is_output[:, None] & (inputs < NUM_IN)[None, :], other=0.0)
+    begin(OVERLAPS)
+    products = first.to(tl.float32) * tl.load(vector + inputs, mask=inputs < NUM_IN, other=0.0).to(tl.float32)[None, :]
+    for start in tl.range(BLOCK_IN, NUM_IN, BLOCK_IN):
         is_input = start + inputs < NUM_IN
         states = tl.load(vector + start + inputs, mask=is_input, other=0.0).to(tl.float32)
         mask = is_output[:, None] & is_input[None, :]
@@ -91,4 +121,6 @@ def _matvec_kernel(
     result = tl.sum(products, axis=1)
     if HAS_BIAS:
         result += tl.load(bias + outputs, mask=is_output, other=0.0).to(tl.float32)
+    if GELU:
+        result = 0.5 * result * (1.0 + tl.erf(result * 0.7071067811865476))
     tl.store(out + outputs, result.to(out.dtype.element_ty), mask=is_output)
