@@ -95,9 +95,7 @@ def _normal(x):
 
 
 @triton.jit
-def _gelu_kernel(
-    states, out, num_rows, num_columns, ROW_BLOCK: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _gelu_kernel(states, out, num_rows, num_columns, ROW_BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None]
     rows = tl.program_id(1) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)[:, None]
     places = rows.to(tl.int64) * num_columns + columns
@@ -130,7 +128,7 @@ def _gelu_backward_kernel(
 
 @triton.jit
 def _turned(source, places, mask, dimension, position, cos, sin, sign, ROTATED: tl.constexpr):
-    """Dimension d of heads at ``places``, turned together with its partner, half a rotation away, by ``sign × angle``."""
+    """Dimension d of heads at ``places``, turned with its partner, half the rotated ones away, by ``sign × angle``."""
     is_first = dimension < ROTATED // 2
     partner = tl.where(is_first, places + ROTATED // 2, places - ROTATED // 2)
     is_turned = mask & (dimension < ROTATED)
@@ -145,7 +143,8 @@ def _turned(source, places, mask, dimension, position, cos, sin, sign, ROTATED: 
 @triton.jit
 def _rotate_kernel(
     heads, query, key, cos, sin, num_rows, num_positions,
-    NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, ROTATED: tl.constexpr, ROW_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+    NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, ROTATED: tl.constexpr,
+    ROW_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head, part = tl.program_id(0), tl.program_id(1)  # part 0 makes queries, 1 keys
     dimension = tl.arange(0, BLOCK)[None]
