@@ -37,13 +37,15 @@ from sinklm.train.recipe import load_config
 from torch.profiler import ProfilerActivity, profile
 
 TOKENIZER_SIZE = 50277  # Pythia's
+# Ranges that the profiler reports beside kernels.
+RANGES = ("ProfilerStep", "Torch-Compiled", "## Call", "nccl:", "Optimizer.", "CompiledFunction", "autograd::")
 # The first pattern found in a kernel's name gives its group. Inductor names its own kernels by what they fuse.
 GROUPS = {
+    "rotary and layout": r"^triton.*(attention|_cat_|_cat$|split)|rotate",  # inductor names what its copies feed
     "attention": r"flash|fmha|sdpa|cudnn.*attention|attention|convert_dq|compute_dot_do_o|mha",
     "matrix products": r"gemm|nvjet|cutlass|cublas|splitK|(^|::)(mm|addmm|bmm)$|mkl",
     "loss": r"cross_entropy|log_softmax|logsumexp",
     "GELU": r"gelu|erf",
-    "rotary and layout": r"rotate|_cat|_split|cat_|unsafe_view.*clone|_transpose",
     "layer norms": r"layer_norm|native_layer_norm|mix_order",
     "embedding": r"embedding|index_put|indexing_backward|sort|radix",
     "communication": r"nccl|gloo|c10d",
@@ -134,8 +136,7 @@ def kernels_of(steps: Steps, num_steps: int) -> tuple[dict[str, list[float]], fl
     spans = []
     for event in profiler.events():
         is_kernel = event.device_type == torch.autograd.DeviceType.CUDA if on_gpu else not event.cpu_children
-        is_mark = event.name.startswith(("ProfilerStep", "Torch-Compiled", "## Call", "nccl:"))  # ranges, not kernels
-        if is_kernel and not is_mark:
+        if is_kernel and not event.name.startswith(RANGES):
             spans.append((event.time_range.start, event.time_range.end))
             kernels.setdefault(event.name, []).append(event.time_range.elapsed_us() / 1e3)
     return kernels, covered(spans) / 1e3 / num_steps
