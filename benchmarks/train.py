@@ -2,20 +2,24 @@
 
     python benchmarks/train.py --sizes 160m                                   # on one GPU
     python benchmarks/train.py --sizes 14m --contestants sinklm,trainer --ranks 2 --seq-length 512 --micro-batch-size 2
+    python benchmarks/train.py --sizes 410m --contestants sinklm --ranks 1,2  # how near to linear two GPUs come
 
 Needs what the project needs, and for litgpt `pip install --no-deps litgpt lightning lightning-utilities torchmetrics`
 (its own requirements would take huggingface-hub, and with it transformers, back a long way). A contestant that is not
 installed, runs out of memory or fails otherwise is reported and passed over.
 
-All train the same shape on the same random tokens with the same micro-batch, one process each:
+All train the same shape on the same random tokens with the same micro-batch on every rank, one run each:
 
 - ``sinklm``: this project's `sinklm train` as it comes (DeepSpeed ZeRO-1, bf16 on a GPU, float32 on a CPU) with one
-  sink token, ``sinklm-none`` without; the mean of the steps that it records in its `metrics.jsonl`;
+  sink token, ``sinklm-none`` without, and so for each ``sink.kind``; the mean of the steps that it records in its
+  `metrics.jsonl`;
 - ``transformers``, ``litgpt``, ``nanogpt``: plain loops, see `train_peers.py`, each also with ``-bf16`` behind its name
   for bfloat16 weights; ``trainer``: transformers' Trainer.
 
 MFU is `sinklm.train.cost.flops_per_token` × tokens/s over the device's dense 16-bit peak. "start" is the time from the
-command to the end of the first step. Results are printed as they come, and written to --output as JSON and Markdown.
+command to the end of the first step. "of linear" is the speed over that of the contestant's first number of ranks,
+divided by how many times more ranks there are. Results are printed as they come, and written to --output as JSON and
+Markdown.
 """
 
 import argparse
@@ -28,6 +32,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -62,26 +67,29 @@ def launcher(num_ranks: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
 
 
-def run_sinklm(contestant: str, recipe: str, store: Path, folder: Path, args: argparse.Namespace) -> dict:
+Settings = argparse.Namespace
+
+
+def run_sinklm(contestant: str, ranks: int, recipe: str, store: Path, folder: Path, args: Settings) -> dict:
     """Start the project's own command, and end it when it has recorded the steps wanted, before it would save."""
     run_dir = folder / "run"
-    config = config_of(recipe, args)
+    config = config_of(contestant, recipe, args)
     overrides = [
         f"data.path={store}",
         f"train.run_dir={run_dir}",
         f"train.seq_length={args.seq_length}",
-        f"train.batch_size_tokens={args.ranks * config.train.micro_batch_size * args.seq_length}",
+        f"train.batch_size_tokens={ranks * config.train.micro_batch_size * args.seq_length}",
         f"train.micro_batch_size={config.train.micro_batch_size}",
         "train.num_steps=100000",
         f"train.precision={'bf16' if torch.cuda.is_available() else 'fp32'}",
         "checkpoint.every_steps=null",
         "validation.every_steps=null",
         "wandb.mode=disabled",
-        *(["model.sink.kind=none"] if contestant == "sinklm-none" else []),
+        *sink_kind(contestant),
         *args.overrides,
     ]
     started, metrics, log = time.time(), run_dir / "metrics.jsonl", folder / "log"
-    command = [*launcher(args.ranks), "-m", "sinklm.train", recipe, *overrides]
+    command = [*launcher(ranks), "-m", "sinklm.train", recipe, *overrides]
     try:
         with open(log, "w", encoding="utf-8") as output, running(command, output, subprocess.STDOUT) as process:
             first_step_at, _ = wait_for_steps(1, metrics, process, started + args.timeout)
@@ -124,18 +132,18 @@ def wait_for_steps(
     raise RuntimeError(f"`sinklm train` ended or took too long before step {num_steps}")
 
 
-def run_peer(contestant: str, recipe: str, store: Path, folder: Path, args: argparse.Namespace) -> dict:
+def run_peer(contestant: str, ranks: int, recipe: str, store: Path, folder: Path, args: Settings) -> dict:
     task = {
         "contestant": contestant,
         "recipe": recipe,
         "store": str(store),
         "seq_length": args.seq_length,
-        "micro_batch_size": config_of(recipe, args).train.micro_batch_size,
+        "micro_batch_size": config_of(contestant, recipe, args).train.micro_batch_size,
         "num_warmup_steps": args.num_warmup_steps,
         "num_steps": args.num_steps,
     }
     started = time.time()
-    command = [*launcher(args.ranks), str(Path(__file__).with_name("train_peers.py")), json.dumps(task)]
+    command = [*launcher(ranks), str(Path(__file__).with_name("train_peers.py")), json.dumps(task)]
     with running(command, subprocess.PIPE, subprocess.PIPE) as process:
         stdout, stderr = process.communicate(timeout=args.timeout)
     if process.returncode:
@@ -151,54 +159,63 @@ def last_words(output: str) -> str:
     return (errors or lines or [""])[-1][:300]
 
 
-def config_of(recipe: str, args: argparse.Namespace) -> TrainingConfig:
+def sink_kind(contestant: str) -> list[str]:
+    name, _, kind = contestant.partition("-")
+    return [f"model.sink.kind={kind}"] if name == "sinklm" and kind else []
+
+
+def config_of(contestant: str, recipe: str, args: Settings) -> TrainingConfig:
     chosen = [f"train.micro_batch_size={args.micro_batch_size}"] if args.micro_batch_size else []
-    return load_config(recipe, [*chosen, "train.activation_checkpointing=false"])
+    return load_config(recipe, [*chosen, *sink_kind(contestant)])
 
 
-def measure(contestant: str, size: str, store: Path, args: argparse.Namespace) -> dict:
+def measure(contestant: str, ranks: int, size: str, store: Path, args: Settings) -> dict:
     """One contestant's row, or what it died of."""
     recipe = f"pythia-{size}"
     run = run_sinklm if contestant.startswith("sinklm") else run_peer
-    row: dict = {"size": size, "contestant": contestant}
+    row: dict = {"size": size, "contestant": contestant, "ranks": ranks}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            row |= run(contestant, recipe, store, Path(folder), args)
-        except (RuntimeError, subprocess.TimeoutExpired, ValueError, KeyError, IndexError) as error:
+            row |= run(contestant, ranks, recipe, store, Path(folder), args)
+            config = config_of(contestant, recipe, args)
+        except Exception as error:  # whatever it is, the others still want their turn
             return row | {"error": f"{type(error).__name__}: {error}"[:400]}
-    config = config_of(recipe, args)
-    micro_batch_size = config.train.micro_batch_size
-    row |= {"micro_batch_size": micro_batch_size}
-    row["tokens_per_second"] = args.ranks * micro_batch_size * args.seq_length / row["seconds_per_step"]
+    row |= {"micro_batch_size": config.train.micro_batch_size}
+    row["tokens_per_second"] = ranks * row["micro_batch_size"] * args.seq_length / row["seconds_per_step"]
     if torch.cuda.is_available() and (peak := peak_flops(torch.device("cuda", 0), "bf16")):
         operations = flops_per_token(Plan(config, 1, TOKENIZER_SIZE).model_config, args.seq_length)
-        row["mfu"] = row["tokens_per_second"] * operations / (args.ranks * peak)
+        row["mfu"] = row["tokens_per_second"] * operations / (ranks * peak)
     return row
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown; the last column is the first contestant's speed over this one's."""
+    """Markdown. Faster than a contestant is the first one of the same size and ranks."""
     lines = [
-        "| size | contestant | micro-batch | ms/step | tokens/s | MFU | memory, GiB | start, s | first is faster by |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| size | contestant | ranks | micro-batch | ms/step | tokens/s | MFU | memory, GiB | start, s "
+        "| first is faster by | of linear |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    first: dict[str, float] = {}
+    first: dict[tuple, float] = {}
+    fewest: dict[tuple, dict] = {}
     for row in rows:
+        begin = f"| {row['size']} | {row['contestant']} | {row['ranks']} "
         if "error" in row:
-            lines.append(f"| {row['size']} | {row['contestant']} | | {row['error']} | | | | | |")
+            lines.append(f"{begin}| | {row['error']} | | | | | | |")
             continue
         speed = row["tokens_per_second"]
-        first.setdefault(row["size"], speed)
+        first.setdefault((row["size"], row["ranks"]), speed)
+        base = fewest.setdefault((row["size"], row["contestant"]), row)
+        linear = base["tokens_per_second"] * row["ranks"] / base["ranks"]
         mfu = f"{row['mfu']:.1%}" if "mfu" in row else ""
         lines.append(
-            f"| {row['size']} | {row['contestant']} | {row['micro_batch_size']} | {1e3 * row['seconds_per_step']:.1f} "
-            f"| {speed:,.0f} | {mfu} | {row['memory_gib']:.1f} | {row['start']:.0f} "
-            f"| {first[row['size']] / speed:.2f} × |"
+            f"{begin}| {row['micro_batch_size']} | {1e3 * row['seconds_per_step']:.1f} | {speed:,.0f} | {mfu} "
+            f"| {row['memory_gib']:.1f} | {row['start']:.0f} | {first[row['size'], row['ranks']] / speed:.2f} × "
+            f"| {f'{speed / linear:.1%}' if row['ranks'] > base['ranks'] else ''} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def environment(args: argparse.Namespace) -> dict:
+def environment(args: Settings) -> dict:
     on_gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {len(os.sched_getaffinity(0))} cores"
     settings = {key: value for key, value in vars(args).items() if key != "output"}
@@ -218,7 +235,7 @@ def main() -> None:
     parser.add_argument("--micro-batch-size", type=int, help="default: the recipe's")
     parser.add_argument("--num-warmup-steps", type=int, default=10)
     parser.add_argument("--num-steps", type=int, default=30)
-    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--ranks", default="1", help="one number or several")
     parser.add_argument("--timeout", type=float, default=240, help="seconds for one contestant")
     parser.add_argument("--output", type=Path, default=Path("results/train"), help="path without suffix")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for `sinklm train`")
@@ -229,8 +246,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = write_random_store(Path(folder) / "store")
         for size in args.sizes.split(","):
-            for contestant in args.contestants.split(","):
-                report["rows"].append(measure(contestant, size, store, args))
+            for contestant, ranks in product(args.contestants.split(","), map(int, args.ranks.split(","))):
+                report["rows"].append(measure(contestant, ranks, size, store, args))
                 print(table(report["rows"]).splitlines()[-1], flush=True)
                 args.output.with_suffix(".json").write_text(json.dumps(report, indent=1, default=str) + "\n")
                 args.output.with_suffix(".md").write_text(table(report["rows"]))

@@ -18,6 +18,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
     eager_attention_forward,
 )
 
+from .fused_layer import RotatedHeads, is_fused, linear_but_bias_gradient
 from .sink_column import SinkColumn, attention_with_column, explicit_attention
 from .streaming.hook import ATTENTION, streaming_attention
 
@@ -29,6 +30,8 @@ class SinkAttention(GPTNeoXAttention):
     ``(B, H, T, D)``, so that a compiled training pass copies the kernel's output and every gradient back.
     """
 
+    column_reads_query = False  # or only its type and device
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -39,15 +42,26 @@ class SinkAttention(GPTNeoXAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """``(B, T, hidden)`` to the same, and the probabilities ``(B, H, T, K)`` if the attention is eager."""
         assert position_embeddings is not None
-        heads = self.query_key_value(hidden_states).unflatten(-1, (-1, 3 * self.head_size))
-        query, key, value = heads.chunk(3, dim=-1)  # (B, T, H, D)
-        column = self.column(query.transpose(1, 2))
-        query, key = rotated(query, *position_embeddings), rotated(key, *position_embeddings)
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        query, key, value, column = self.heads(hidden_states, *position_embeddings)
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_idx)
         out, weights = self.attend(query, key, value, attention_mask, column, **kwargs)
         return self.dense(self.gated(out.flatten(2), hidden_states)), weights
+
+    def heads(
+        self, hidden_states: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, SinkColumn | None]:
+        """Queries and keys with their phases and values, each ``(B, H, T, D)``, and the arm's column."""
+        projection = self.query_key_value
+        if is_fused(hidden_states) and len(cos) == 1 and not self.column_reads_query and projection.bias is not None:
+            heads = linear_but_bias_gradient(projection, hidden_states).unflatten(-1, (-1, 3 * self.head_size))
+            query, key, value = RotatedHeads.apply(heads, projection.bias, cos[0], sin[0])
+            column = self.column(query.transpose(1, 2))
+        else:
+            query, key, value = projection(hidden_states).unflatten(-1, (-1, 3 * self.head_size)).chunk(3, dim=-1)
+            column = self.column(query.transpose(1, 2))
+            query, key = rotated(query, cos, sin), rotated(key, cos, sin)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), column
 
     def attend(self, query, key, value, mask, column: SinkColumn | None, **kwargs) -> tuple[Tensor, Tensor | None]:
         """Attention as the model's ``attn_implementation`` says: ``(B, T, H, D)``."""
@@ -104,6 +118,8 @@ class KeyValueSinkAttention(SinkAttention):
 
     The key meets the query without its rotary phase, so that its score does not depend on where the query stands.
     """
+
+    column_reads_query = True
 
     def __init__(self, config: GPTNeoXConfig, layer_idx: int | None = None):
         super().__init__(config, layer_idx)

@@ -22,6 +22,7 @@ from transformers.utils import can_return_tuple
 
 from .arms import ARM_PARAMETERS, ARMS, SinkAttention
 from .config import SinkGPTNeoXConfig
+from .fused_layer import SinkMLP
 from .loss import IGNORED, linear_cross_entropy
 
 
@@ -64,6 +65,7 @@ class SinkGPTNeoXModel(PythiaInitialisation, GPTNeoXModel):
         super().__init__(config)
         for layer_idx, layer in enumerate(self.layers):
             layer.attention = self._attention(layer_idx, layer.attention)
+            layer.mlp = SinkMLP(layer.mlp, config.hidden_act)
         if config.sink_kind in ARMS:
             device = self.embed_in.weight.device
             # The same seed gives all arms the first weights that they share.

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .config import OptimizerSection, TrainingConfig
+from .fused_update import FusedUpdate, begin_reading, has_fused_update
 from .launch import SameOnAllRanks, World, silent_stdout
 from .plan import Plan
 
@@ -107,6 +108,8 @@ def make_engine(
     except ValidationError as error:
         reasons = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ValueError(f"DeepSpeed refuses a key under deepspeed ({error.title}): {reasons}") from error
+    if has_fused_update(config):
+        engine.fused_update = FusedUpdate(engine, config.optimizer.clip)
     if compiles(config, device):
         # The loss has a gradient of its own, which keeps torch from caching the traced model without this.
         torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
@@ -159,8 +162,8 @@ def train_step(
     """Run one optimizer step on the next micro-batches ``(b, tokens_per_sample)``.
 
     Every sample has the same number of targets, so the mean over the global batch is the mean of the micro-batches'.
-    The host waits for the device once, where the norm of the gradient decides about the update; when this returns, the
-    update may still be under way.
+    The host waits for the device once, for the norm of the gradient; when this returns, the update may still be under
+    way.
 
     Raises:
         SameOnAllRanks: a loss or the gradient is not finite. The weights are those before the step.
@@ -177,12 +180,13 @@ def train_step(
             engine.step()  # counts the micro-batch
 
     is_stopping = loss_sum.new_full((), float(is_stop_requested))
-    read_by_rank = _begin_reading(_gather(torch.stack([loss_sum / plan.num_accumulation_steps, is_stopping]), world))
-    read_grad_norm, is_updated = _update(engine, plan)
+    read_by_rank = begin_reading(_gather(torch.stack([loss_sum / plan.num_accumulation_steps, is_stopping]), world))
+    read_grad_norm, read_is_updated = _update(engine, plan)
     by_rank = read_by_rank()
     losses = [loss for loss, _ in by_rank]
     _check_losses(losses, step)
     loss_scale = _loss_scale(engine) if plan.config.train.precision == "fp16" else None
+    is_updated = read_is_updated()
     if not is_updated and (loss_scale is None or loss_scale <= 1):
         raise _bad_gradient(step)
     return StepResult(
@@ -208,21 +212,6 @@ def _gather(values: torch.Tensor, world: World) -> torch.Tensor:
     return torch.stack(by_rank)
 
 
-def _begin_reading(values: torch.Tensor) -> Callable[[], Any]:
-    """Copy to the host when the device comes to it. What is returned waits for that, and for nothing queued later."""
-    on_host = values.to("cpu", non_blocking=True)
-    if not values.is_cuda:
-        return on_host.tolist
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def read() -> Any:
-        copied.synchronize()
-        return on_host.tolist()
-
-    return read
-
-
 def _check_losses(losses: list[float], step: int) -> None:
     bad = [f"{loss} on rank {rank}" for rank, loss in enumerate(losses) if not math.isfinite(loss)]
     if bad:
@@ -232,15 +221,22 @@ def _check_losses(losses: list[float], step: int) -> None:
         )
 
 
-def _update(engine: "DeepSpeedEngine", plan: Plan) -> tuple[Callable[[], float], bool]:
-    """Clip and update, or leave the weights alone if the gradient is not finite. Returns its norm and whether it is."""
+Update = tuple[Callable[[], float], Callable[[], bool]]  # give the gradient's norm, and whether the weights changed
+
+
+def _update(engine: "DeepSpeedEngine", plan: Plan) -> Update:
+    """Clip and update, or leave the weights alone if the gradient is not finite."""
     if plan.config.deepspeed.zero_stage == 0:
         return _update_without_zero(engine, plan)
     engine.step()
-    return _begin_reading(torch.as_tensor(engine.get_global_grad_norm())), not engine.optimizer.overflow
+    if isinstance(fused := getattr(engine, "fused_update", None), FusedUpdate):
+        read_grad_norm = fused.read_grad_norm
+        return read_grad_norm, lambda: math.isfinite(read_grad_norm())
+    is_updated = not engine.optimizer.overflow
+    return begin_reading(torch.as_tensor(engine.get_global_grad_norm())), lambda: is_updated
 
 
-def _update_without_zero(engine: "DeepSpeedEngine", plan: Plan) -> tuple[Callable[[], float], bool]:
+def _update_without_zero(engine: "DeepSpeedEngine", plan: Plan) -> Update:
     scaler = engine.torch_autocast_z0_gradscaler  # with float16 only
     if scaler is not None:
         scaler.unscale_(engine.optimizer)
@@ -249,7 +245,7 @@ def _update_without_zero(engine: "DeepSpeedEngine", plan: Plan) -> tuple[Callabl
     is_finite = math.isfinite(grad_norm)
     if is_finite or scaler is not None:  # which skips the update by itself, and lowers its scale
         engine.step()
-    return lambda: grad_norm, is_finite
+    return lambda: grad_norm, lambda: is_finite
 
 
 def _bad_gradient(step: int) -> SameOnAllRanks:

@@ -1,0 +1,240 @@
+"""Where a training step's time goes: the kernels of the project's own step, in groups, and what stands between them.
+
+    python benchmarks/training_profile.py pythia-160m
+    python benchmarks/training_profile.py pythia-160m model.sink.kind=logit --without gelu,rotary
+    python benchmarks/training_profile.py pythia-70m --inductor triton.cudagraphs=1 --num-steps 20
+
+Takes steps as `sinklm train` does (`sinklm.train.engine`: DeepSpeed, ZeRO-1, bfloat16 on a GPU) on random tokens, one
+micro-batch a step unless ``train.batch_size_tokens`` says otherwise. First it times steps without a profiler, then it
+profiles some. "gap" is the time of a step in which no kernel ran; "host" is how long the host took to come back from a
+step, which is the whole step unless it runs ahead of the device. --without takes parts of the project out, to see what
+they are worth; --inductor sets options of `torch._inductor.config`.
+
+Recorded results: docs/results/training-speed.md.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._inductor.config
+from sinklm.models import SinkGPTNeoXForCausalLM, arms, fused_layer, loss
+from sinklm.train import engine as engine_module
+from sinklm.train.config import TrainingConfig
+from sinklm.train.cost import flops_per_token, peak_flops
+from sinklm.train.engine import make_engine, train_step
+from sinklm.train.launch import World, connected
+from sinklm.train.plan import Plan
+from sinklm.train.progress import peak_memory_gib
+from sinklm.train.recipe import load_config
+from torch.profiler import ProfilerActivity, profile
+
+TOKENIZER_SIZE = 50277  # Pythia's
+# Ranges that the profiler reports beside kernels.
+RANGES = ("ProfilerStep", "Torch-Compiled", "## Call", "nccl:", "Optimizer.", "CompiledFunction", "autograd::")
+# The first pattern found in a kernel's name gives its group. Inductor names its own kernels by what they fuse.
+GROUPS = {
+    "rotary and layout": r"^triton.*(attention|_cat_|_cat$|split)|rotate",  # inductor names what its copies feed
+    "attention": r"flash|fmha|sdpa|cudnn.*attention|attention|convert_dq|compute_dot_do_o|mha",
+    "matrix products": r"gemm|nvjet|cutlass|cublas|splitK|(^|::)(mm|addmm|bmm)$|mkl",
+    "loss": r"cross_entropy|log_softmax|logsumexp",
+    "GELU": r"gelu|erf",
+    "layer norms": r"layer_norm|native_layer_norm|mix_order",
+    "embedding": r"embedding|index_put|indexing_backward|sort|radix",
+    "communication": r"nccl|gloo|c10d",
+    "optimizer": r"adam|multi_tensor|foreach",
+    "copies and fills": r"memcpy|memset|copy|fill|CatArray",
+}
+WITHOUT = {
+    "gelu": lambda: setattr(fused_layer, "is_fused", _never),
+    "rotary": lambda: setattr(arms, "is_fused", _never),
+    "loss": lambda: setattr(loss, "cross_entropy_", None),
+    "update": lambda: setattr(engine_module, "has_fused_update", _never),
+}
+
+
+def _never(_: Any) -> bool:
+    return False
+
+
+def group_of(name: str) -> str:
+    return next((group for group, pattern in GROUPS.items() if re.search(pattern, name, re.IGNORECASE)), "rest")
+
+
+def recipe_config(args: argparse.Namespace, num_ranks: int) -> TrainingConfig:
+    """The recipe with one micro-batch a step on each rank."""
+    on_gpu = torch.cuda.is_available()
+    first = [f"train.precision={'bf16' if on_gpu else 'fp32'}", *args.overrides]
+    config = load_config(args.recipe, first)
+    if any(override.startswith("train.batch_size_tokens") for override in args.overrides):
+        return config
+    positions = num_ranks * config.train.micro_batch_size * config.train.seq_length
+    return load_config(args.recipe, [*first, f"train.batch_size_tokens={positions}"])
+
+
+def random_batches(plan: Plan, device: torch.device) -> Iterator[torch.Tensor]:
+    """The same few micro-batches again and again, from the device's memory."""
+    shape = (4, plan.config.train.micro_batch_size, plan.tokens_per_sample)
+    batches = torch.randint(0, TOKENIZER_SIZE, shape, device=device)
+    while True:
+        yield from batches
+
+
+class Steps:
+    """Takes training steps, one after the other."""
+
+    def __init__(self, plan: Plan, world: World):
+        torch.manual_seed(plan.config.train.seed)
+        with torch.device(world.device if world.device.type == "cuda" else "cpu"):
+            model = SinkGPTNeoXForCausalLM(plan.model_config)
+        self._plan, self._world = plan, world
+        self._engine = make_engine(model, plan, world.device)
+        self._batches = random_batches(plan, world.device)
+
+    def take(self, num_steps: int) -> list[float]:
+        """Returns the seconds that the host took over each."""
+        seconds = []
+        for _ in range(num_steps):
+            started = time.perf_counter()
+            result = train_step(self._engine, self._batches, self._plan, self._world, step=1, lr=1e-4)
+            seconds.append(time.perf_counter() - started)
+        assert result.loss > 0
+        return seconds
+
+    def time(self, num_steps: int) -> tuple[float, list[float]]:
+        """Seconds a step, measured from an idle device to an idle device, and those of the host."""
+        wait_for_device()
+        started = time.perf_counter()
+        by_host = self.take(num_steps)
+        wait_for_device()
+        return (time.perf_counter() - started) / num_steps, by_host
+
+
+def wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def kernels_of(steps: Steps, num_steps: int) -> tuple[dict[str, list[float]], float]:
+    """Milliseconds of each kernel by name, and of all of a step's time in which at least one ran.
+
+    On a CPU operators play the kernels.
+    """
+    on_gpu = torch.cuda.is_available()
+    activities = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
+    with profile(activities=activities, acc_events=True) as profiler:
+        steps.take(num_steps)
+        wait_for_device()
+    kernels: dict[str, list[float]] = {}
+    spans = []
+    for event in profiler.events():
+        is_kernel = event.device_type == torch.autograd.DeviceType.CUDA if on_gpu else not event.cpu_children
+        if is_kernel and not event.name.startswith(RANGES):
+            spans.append((event.time_range.start, event.time_range.end))
+            kernels.setdefault(event.name, []).append(event.time_range.elapsed_us() / 1e3)
+    return kernels, covered(spans) / 1e3 / num_steps
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """The length of the union of intervals."""
+    length, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        length += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return length
+
+
+def report(args: argparse.Namespace, plan: Plan, world: World) -> dict:
+    steps = Steps(plan, world)
+    started = time.perf_counter()
+    steps.take(1)
+    wait_for_device()
+    first = time.perf_counter() - started
+    steps.take(args.num_warmup_steps)
+    seconds, by_host = steps.time(args.num_steps)
+    positions = plan.config.train.batch_size_tokens
+    peak = peak_flops(world.device, plan.config.train.precision)
+    operations = flops_per_token(plan.model_config, plan.config.train.seq_length) * positions
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "ranks": world.size,
+        "command": [args.recipe, *args.overrides, "without", args.without, "inductor", *args.inductor],
+        "first_step_s": round(first, 1),
+        "ms_per_step": round(1e3 * seconds, 2),
+        "host_ms": round(1e3 * statistics.median(by_host), 2),
+        "tokens_per_second": round(positions / seconds),
+        "mfu": round(operations / seconds / peak / world.size, 4) if peak else None,
+        "memory_gib": round(peak_memory_gib(world.device), 2),
+    }
+    if args.num_profiled_steps:
+        kernels, busy_ms = kernels_of(steps, args.num_profiled_steps)
+        n = args.num_profiled_steps
+        groups: Counter[str] = Counter()
+        for name, times in kernels.items():
+            groups[group_of(name)] += sum(times) / n
+        longest = sorted(kernels.items(), key=lambda item: -sum(item[1]))[: args.num_kernels]
+        result |= {
+            "kernels_ms": round(busy_ms, 2),
+            "gap_ms": round(1e3 * seconds - busy_ms, 2),
+            "num_kernels": round(sum(map(len, kernels.values())) / n),
+            "groups_ms": {group: round(ms, 2) for group, ms in groups.most_common()},
+            "longest": [
+                {"ms": round(sum(times) / n, 3), "times": round(len(times) / n, 1), "kernel": name[:160]}
+                for name, times in longest
+            ],
+        }
+    return result
+
+
+def table(result: dict) -> str:
+    lines = [" ".join(map(str, result["command"]))]
+    lines += [f"  {key:18} {value}" for key, value in result.items() if key not in ("command", "groups_ms", "longest")]
+    lines += [f"  {ms:9.2f} ms  {group}" for group, ms in result.get("groups_ms", {}).items()]
+    lines += [f"  {row['ms']:9.3f} ms {row['times']:7.1f} ×  {row['kernel']}" for row in result.get("longest", [])]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings as for `sinklm train`")
+    parser.add_argument("--without", default="", help=f"of {','.join(WITHOUT)}")
+    parser.add_argument("--inductor", nargs="*", default=[], metavar="option=value", help="value is JSON")
+    parser.add_argument("--num-warmup-steps", type=int, default=5)
+    parser.add_argument("--num-steps", type=int, default=20, help="timed, without the profiler")
+    parser.add_argument("--num-profiled-steps", type=int, default=3)
+    parser.add_argument("--num-kernels", type=int, default=25)
+    parser.add_argument("--output", type=Path, help="a file to add a line of JSON to")
+    args = parser.parse_intermixed_args()
+    for part in filter(None, args.without.split(",")):
+        WITHOUT[part]()
+    for option in args.inductor:
+        name, _, value = option.partition("=")
+        set_option(torch._inductor.config, name, value)
+    with connected() as world:
+        plan = Plan(recipe_config(args, world.size), world.size, TOKENIZER_SIZE)
+        result = report(args, plan, world)
+        if world.is_main:
+            print(table(result), flush=True)
+            if args.output:
+                args.output.parent.mkdir(parents=True, exist_ok=True)
+                with open(args.output, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(result) + "\n")
+
+
+def set_option(config: Any, name: str, value: str) -> None:
+    *path, last = name.split(".")
+    for part in path:
+        config = getattr(config, part)
+    setattr(config, last, json.loads(value))
+
+
+if __name__ == "__main__":
+    main()

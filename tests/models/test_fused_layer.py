@@ -1,0 +1,150 @@
+"""A compiled training pass through the layer's own kernels against transformers' plain pieces."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sinklm.models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM, arms, fused_layer
+from sinklm.models.arms import rotated
+from sinklm.models.fused_layer import BiasedGelu, RotatedHeads, linear_but_bias_gradient
+from torch import nn
+from torch.nn.functional import gelu
+
+KINDS = ["none", "token", "zero", "logit", "kv_bias", "gate"]
+
+
+def plain_gelu_backward(grad, states):
+    grad_states = torch.ops.aten.gelu_backward(grad, states)
+    return grad_states, torch.stack([grad_states[::2].sum(0), grad_states[1::2].sum(0)])
+
+
+def plain_rotate(heads, cos, sin):
+    query, key, _ = heads.chunk(3, dim=-1)
+    return rotated(query, cos[None], sin[None]), rotated(key, cos[None], sin[None])
+
+
+def plain_rotate_backward(grad_query, grad_key, grad_value, cos, sin):
+    query, key = (rotated(grad, cos[None], -sin[None]) for grad in (grad_query, grad_key))
+    grad_heads = torch.cat([query, key, grad_value], dim=-1)
+    return grad_heads, grad_heads.sum(1)
+
+
+PLAIN = SimpleNamespace(
+    gelu=gelu,
+    gelu_backward=plain_gelu_backward,
+    rotate_heads=plain_rotate,
+    rotate_heads_backward=plain_rotate_backward,
+)
+
+
+def tiny_model(kind: str, **settings) -> SinkGPTNeoXForCausalLM:
+    torch.manual_seed(0)
+    config = SinkGPTNeoXConfig(
+        vocab_size=96,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=96,
+        max_position_embeddings=32,
+        attn_implementation="sdpa",
+        sink={"kind": kind, "first_token_id": 90},
+        **settings,
+    )
+    model = SinkGPTNeoXForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # biases begin at 0, where a mistake about them would not show
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.double()
+
+
+def loss_and_gradients(model, ids) -> list[torch.Tensor]:
+    model.zero_grad()
+    loss = model(input_ids=ids[:, :-1], labels=ids, skip_logits=True, use_cache=False).loss
+    loss.backward()
+    return [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_gradient_finds_its_way(kind, monkeypatch):
+    """Above all those of the biases, which go another way. Kernels are played by plain torch."""
+    model, ids = tiny_model(kind), torch.randint(0, 90, (2, 20))
+    expected = loss_and_gradients(model, ids)
+    monkeypatch.setattr(fused_layer, "kernels", PLAIN)
+    used = []
+    for module in (fused_layer, arms):
+        monkeypatch.setattr(module, "is_fused", lambda states, name=module.__name__: used.append(name) or True)
+    ours = loss_and_gradients(model, ids)
+    assert set(used) == {"sinklm.models.fused_layer", "sinklm.models.arms"}
+    for value, twin in zip(ours, expected, strict=True):
+        torch.testing.assert_close(value, twin, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 100, 96), (2, 700, 300)])
+def test_gelu_on_a_gpu(shape, dtype):
+    linear = nn.Linear(32, shape[-1], device="cuda", dtype=dtype)
+    given = torch.randn(*shape[:-1], 32, device="cuda", dtype=dtype)
+    grad = torch.randn(shape, device="cuda", dtype=dtype)
+
+    def fused(linear, given):
+        return BiasedGelu.apply(linear_but_bias_gradient(linear, given), linear.bias)
+
+    assert_near_float64(fused, lambda linear, given: gelu(linear(given)), linear, given, (grad,))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("head_size", "num_rotated"), [(64, 16), (80, 20), (64, 64), (256, 64)])
+def test_rotated_heads_on_a_gpu(head_size, num_rotated, dtype):
+    linear = nn.Linear(32, 3 * 3 * head_size, device="cuda", dtype=dtype)
+    given = torch.randn(2, 150, 32, device="cuda", dtype=dtype)
+    angles = torch.rand(150, num_rotated // 2, device="cuda").repeat(1, 2) * 6
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    grads = tuple(torch.randn(2, 150, 3, head_size, device="cuda", dtype=dtype) for _ in range(3))
+
+    def fused(linear, given):
+        heads = linear_but_bias_gradient(linear, given).unflatten(-1, (3, -1))
+        return RotatedHeads.apply(heads, linear.bias, cos, sin)
+
+    def plain(linear, given):
+        query, key, value = linear(given).unflatten(-1, (3, -1)).chunk(3, dim=-1)
+        its_cos, its_sin = cos[None].to(given.dtype), sin[None].to(given.dtype)
+        return rotated(query, its_cos, its_sin), rotated(key, its_cos, its_sin), value
+
+    assert_near_float64(fused, plain, linear, given, grads)
+
+
+def assert_near_float64(fused, plain, linear, given, grads) -> None:
+    """What the kernels give, and the gradients of all parameters, is as near to float64 as plain torch; every time."""
+
+    def results(function, linear, given, grads):
+        given = given.detach().requires_grad_()
+        out = function(linear, given)
+        out = out if isinstance(out, tuple) else (out,)
+        return [*out, *torch.autograd.grad(out, [given, linear.weight, linear.bias], grads)]
+
+    exact_linear = nn.Linear(linear.in_features, linear.out_features, device="cuda", dtype=torch.float64)
+    exact_linear.load_state_dict(linear.state_dict())
+    exact = results(plain, exact_linear, given.double(), tuple(grad.double() for grad in grads))
+    compiled = torch.compile(fused, fullgraph=True)
+    ours, again, rounded = (results(f, linear, given, grads) for f in (compiled, compiled, plain))
+    for value, repeated, twin, true in zip(ours, again, rounded, exact, strict=True):
+        assert torch.equal(value, repeated)
+        assert (value.double() - true).norm() <= 1.5 * (twin.double() - true).norm() + 1e-6 * true.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_model_on_a_gpu(kind, checkpointing, monkeypatch):
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+    model, ids = tiny_model(kind).float().cuda(), torch.randint(0, 90, (2, 20), device="cuda")
+    expected = loss_and_gradients(model, ids)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train().compile(dynamic=False)
+    for value, twin in zip(loss_and_gradients(model, ids), expected, strict=True):
+        torch.testing.assert_close(value, twin, rtol=2e-3, atol=1e-5)
