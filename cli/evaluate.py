@@ -28,6 +28,9 @@ def zero_shot(
     include_path: Annotated[Path | None, typer.Option(help="A folder with task files of your own.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in the prompt.")] = None,
     batch_size: Annotated[str, typer.Option(help="Requests at a time, or auto.")] = "8",
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Positions of a request, sinks included; the trained length if not given.")
+    ] = None,
     output: Output = None,
 ) -> None:
     """Score a model on benchmarks through lm-eval; the paper's seven tasks if nothing is said."""
@@ -47,6 +50,7 @@ def zero_shot(
         include_path=include_path,
         num_fewshot=num_fewshot,
         batch_size=batch_size if batch_size == "auto" else int(batch_size),
+        max_length=max_length,
     )
     report = {"model": describe_model(loaded, model), "versions": library_versions(), **results}
     path = (output or default_output(model)) / "zero_shot.json"

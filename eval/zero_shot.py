@@ -21,10 +21,19 @@ TASK_FOLDER = Path(__file__).parent / "tasks"
 SEED = 1234
 
 
-def as_lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int | str = 8) -> HFLM:
-    """The model as lm-eval sees it: requests are cut so that the sinks and the text fit the trained length."""
+def as_lm(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int | str = 8,
+    max_length: int | None = None,
+) -> HFLM:
+    """The model as lm-eval sees it: requests are cut so that the sinks and the text fit ``max_length`` positions.
+
+    None is the trained length. lm-eval cuts contexts only: an answer that is longer by itself stops it.
+    """
     ours = isinstance(model.config, SinkGPTNeoXConfig)
-    num_positions = getattr(model.config, "max_position_embeddings", None)
+    num_positions = max_length or getattr(model.config, "max_position_embeddings", None)
     return HFLM(
         pretrained=model,
         tokenizer=tokenizer,
@@ -44,6 +53,7 @@ def evaluate(
     include_path: Path | None = None,
     num_fewshot: int | None = None,
     batch_size: int | str = 8,
+    max_length: int | None = None,
 ) -> dict[str, Any]:
     """Run lm-eval's tasks and return its results, ready for JSON.
 
@@ -53,6 +63,7 @@ def evaluate(
         include_path: a folder of task files; one with a known name replaces lm-eval's own.
         num_fewshot: examples in the prompt; None takes each task's default.
         batch_size: requests at a time, or ``"auto"``.
+        max_length: see :func:`as_lm`.
 
     Returns:
         ``{"tasks": {name: {metric: value, metric_stderr: …}}, "groups": …, "num_samples": …, "versions": …}``.
@@ -65,7 +76,7 @@ def evaluate(
     task_manager = _task_manager(tasks, include_path)
     try:
         output = simple_evaluate(
-            model=as_lm(model, tokenizer, batch_size=batch_size),
+            model=as_lm(model, tokenizer, batch_size=batch_size, max_length=max_length),
             tasks=list(tasks),
             task_manager=task_manager,
             limit=limit,

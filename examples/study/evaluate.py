@@ -13,6 +13,7 @@ from pathlib import Path
 from jobs import SINKLM, Job, JobQueue
 
 KINDS = ("streaming", "sinks", "forming", "zero-shot")
+LONG_ENOUGH = ("--max-length", "512")  # for PIQA's longest answers, 378 tokens of a vocabulary of 4,000
 
 
 def main() -> None:
@@ -42,7 +43,7 @@ def job(kind: str, run: Path, arguments: argparse.Namespace) -> Job:
         "streaming": [*SINKLM, "eval", "streaming", run, *text, "--tokens", arguments.tokens],
         "sinks": [*SINKLM, "eval", "sinks", run, *text, "--checkpoints"],
         "forming": [sys.executable, Path(__file__).with_name("forming.py"), run, *text],
-        "zero-shot": [*SINKLM, "eval", "zero-shot", run, "--batch-size", "64", *include],
+        "zero-shot": [*SINKLM, "eval", "zero-shot", run, "--batch-size", "64", *LONG_ENOUGH, *include],
     }[kind]
     return Job(f"{run.name} {kind}", (*map(str, command), "--output", str(results)), results / f"{kind}.log")
 

@@ -56,6 +56,20 @@ def test_loglikelihoods_equal_those_by_hand(checkpoints, num_sinks, batch_size):
         assert log_likelihood == pytest.approx(by_hand(model, ids, len(target)), abs=1e-4)
 
 
+@pytest.mark.parametrize("num_sinks", [0, 1])
+def test_an_answer_longer_than_the_trained_length_is_scored_where_it_is_allowed(checkpoints, num_sinks):
+    model, tokenizer = load_model(checkpoints[num_sinks]), load_tokenizer(checkpoints[num_sinks])
+    answer = " down to the sea" * model.config.max_position_embeddings
+    ids = [*tokenizer("The old man went")["input_ids"], *tokenizer(answer)["input_ids"]]
+    lm = as_lm(model, tokenizer, max_length=len(ids) + num_sinks)
+
+    ((log_likelihood, _),) = lm.loglikelihood(
+        requests("loglikelihood", [("The old man went", answer)]), disable_tqdm=True
+    )
+
+    assert log_likelihood == pytest.approx(by_hand(model, ids, len(tokenizer(answer)["input_ids"])), rel=1e-5)
+
+
 @pytest.mark.parametrize("kind", ARMS)
 def test_an_arm_is_scored_as_by_hand(kind, checkpoints):
     model, tokenizer = small_model(0, sink={"kind": kind}), load_tokenizer(checkpoints[0])
