@@ -58,10 +58,11 @@ def test_prompts_may_come_in_between_and_the_cache_may_be_reset():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_captured_graph_is_as_near_to_float64_as_eager_steps(dtype):
+def test_a_captured_graph_is_as_near_to_float64_as_eager_steps(dtype, family):
     """Twice, so that the second decoder compiles where the first has been."""
-    model = tiny.build(tiny.config("llama", hidden_size=128), dtype=torch.float64)
+    model = tiny.build(tiny.config(family, hidden_size=128), dtype=torch.float64)
     ids = tiny.random_ids(80)
     exact = oracle.stream_logits(model, ids[0], 4, 24)[8:]
     model, ids = model.to("cuda", dtype), ids.cuda()
