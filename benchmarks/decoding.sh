@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Decoding at the memory limit: every Pythia shape, two caches, two batch sizes, on one GPU.
 #
-#     bash benchmarks/decoding.sh results/decoding
+#     bash benchmarks/decoding.sh results/decoding [options of `sinklm bench decode`]
 #
 # A step is compiled for each shape. All of them are first compiled side by side, which fills torch's compile cache; then
 # they are measured one after the other, alone on the GPU.
 set -uo pipefail
 output=${1:-results/decoding}
+shift
 recipes=(pythia-160m pythia-1.4b pythia-2.8b pythia-6.9b)
 sizes=(--caches 1024,4096 --batch-sizes 1,8)
 
@@ -15,5 +16,5 @@ for recipe in "${recipes[@]}"; do
 done
 wait
 for recipe in "${recipes[@]}"; do
-    sinklm bench decode "$recipe" "${sizes[@]}" --output "$output/$recipe"
+    sinklm bench decode "$recipe" "${sizes[@]}" --output "$output/$recipe" "$@"
 done

@@ -22,8 +22,9 @@ from sinklm.models.streaming.layer import StreamingLayer
 from sinklm.models.streaming.steps import DecodeStep
 from torch.nn import functional as F
 
-# heads, head size, cache, batch: Pythia-160M and 6.9B
-ATTENTION = [(12, 64, 1024, 1), (12, 64, 1024, 8), (32, 128, 4096, 1), (32, 128, 4096, 8)]
+# heads, groups, head size, cache, batch: Pythia-160M and 6.9B, then fewer groups than heads: Llama-3-8B and Falcon-7B
+ATTENTION = [(12, 12, 64, 1024, 1), (12, 12, 64, 1024, 8), (32, 32, 128, 4096, 1), (32, 32, 128, 4096, 8)]
+ATTENTION += [(32, 8, 128, 4096, 1), (32, 8, 128, 4096, 8), (71, 1, 64, 2048, 1), (71, 1, 64, 2048, 8)]
 # outputs, inputs: the four matrices of a layer, and the head
 LINEAR = [(2304, 768), (768, 768), (3072, 768), (768, 3072), (50304, 768)]
 LINEAR += [(12288, 4096), (4096, 4096), (16384, 4096), (4096, 16384), (50432, 4096)]
@@ -43,17 +44,20 @@ def microseconds(calls: list[Callable[[], object]]) -> float:
     return milliseconds(graph.replay, 3, 30) / len(calls) * 1e3
 
 
-def attention_calls(heads: int, head_size: int, cache: int, batch: int) -> tuple[list[Callable[[], object]], int]:
+def attention_calls(
+    heads: int, groups: int, head_size: int, cache: int, batch: int
+) -> tuple[list[Callable[[], object]], int]:
     """Calls of the step's attention on one layer after the other, and the bytes that one reads."""
     shape, inv_freq = StreamShape(4, cache - 4), torch.ones(head_size // 8, device="cuda")
-    key = torch.randn(batch, heads, 1, head_size, device="cuda", dtype=DTYPE)
+    query = torch.randn(batch, heads, 1, head_size, device="cuda", dtype=DTYPE)
+    key = torch.randn(batch, groups, 1, head_size, device="cuda", dtype=DTYPE)
     num_bytes = 2 * key.nbytes * shape.num_slots
     layers = [StreamingLayer(shape) for _ in range(max(2, int(BYTES_IN_ALL / num_bytes)))]
     for layer in layers:
         layer.allocate(key, key)
     num_seen = torch.full((batch,), 3 * cache, device="cuda")
     step = DecodeStep(shape, Rotary(lambda: inv_freq), num_seen, num_seen - cache - 5)
-    return [lambda layer=layer: step.attend(layer, key, key, key, 0.1) for layer in layers], num_bytes
+    return [lambda layer=layer: step.attend(layer, query, key, key, 0.1) for layer in layers], num_bytes
 
 
 def linear_calls(num_out: int, num_in: int) -> tuple[list[Callable[[], object]], int]:
@@ -102,7 +106,7 @@ def main() -> None:
     args = parser.parse_args()
     bandwidth = copy_bandwidth(torch.device("cuda"))
     print(f"{torch.cuda.get_device_name()}, {bandwidth / 1e12:.2f} TB/s, torch {torch.__version__}")
-    print("attention: heads, head size, cache, batch: floor, SDPA with a mask, ours")
+    print("attention: heads, groups, head size, cache, batch: floor, SDPA with a mask, ours")
     for size in ATTENTION:
         calls, num_bytes = attention_calls(*size)
         with setting(kernels, is_available=False):

@@ -14,9 +14,8 @@ from torch.library import custom_op
 from ..contract import StreamShape
 from ..encodings import Rotary
 from ..layer import StreamingLayer
-from .overlap import LINE_BYTES, begin, can_overlap, fetch, launch_options
 
-BLOCK_BYTES = 16_384  # of the keys that a program takes at a time
+BLOCK_BYTES = 8192  # of the keys that a program takes at a time
 PROGRAMS_PER_PROCESSOR = 2  # enough to keep the memory busy
 MAX_SPLITS = 32  # whose results the last program holds all at once
 MIN_TILE = 16  # of a matrix product on tensor cores
@@ -100,11 +99,8 @@ def _decode_attention(
             BLOCKS_PER_SPLIT=blocks_per_split,
             NUM_SPLITS=num_splits,
             BLOCK_SPLITS=triton.next_power_of_2(num_splits),
-            DIMS_PER_LINE=LINE_BYTES // query.element_size(),
-            OVERLAPS=can_overlap(query),
             num_warps=4,
             num_stages=3,
-            **launch_options(query),
         )
     return out, lse
 
@@ -186,8 +182,6 @@ def _decode_kernel(
     BLOCKS_PER_SPLIT: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
-    DIMS_PER_LINE: tl.constexpr,
-    OVERLAPS: tl.constexpr,
 ):
     """One program for a group of heads of a row and a part of the keys: the new and the kept ones, or some slots."""
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -200,13 +194,6 @@ def _decode_kernel(
     keys += row_group * NUM_SLOTS * DIM
     values += row_group * NUM_SLOTS * DIM
 
-    first_slot = NUM_KEPT + (split - 1) * BLOCKS_PER_SPLIT * BLOCK
-    if split > 0:
-        early = tl.minimum(first_slot + tl.arange(0, BLOCK), NUM_SLOTS - 1)
-        for line in tl.static_range(0, DIM, DIMS_PER_LINE):  # of the first block; the new token is in none of them yet
-            fetch(keys + early * DIM + line, OVERLAPS)
-            fetch(values + early * DIM + line, OVERLAPS)
-    begin(OVERLAPS)
     token = tl.load(num_seen + row)
     new_slot = tl.where(token < NUM_KEPT, token, NUM_KEPT + (token - NUM_KEPT) % (WINDOW + 1))
     queries = tl.load(
@@ -244,6 +231,7 @@ def _decode_kernel(
                     turned, key_block, value_block, is_visible, peak, total, mixed, SCALING * LOG2E
                 )
     else:
+        first_slot = NUM_KEPT + (split - 1) * BLOCKS_PER_SPLIT * BLOCK
         for block in range(BLOCKS_PER_SPLIT):
             slots = first_slot + block * BLOCK + tl.arange(0, BLOCK)
             offsets, mask = slots[:, None] * DIM + dims[None, :], (slots < NUM_SLOTS)[:, None] & has_dim[None, :]

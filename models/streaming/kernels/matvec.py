@@ -1,8 +1,7 @@
 """The linear layers of a step that brings a single token: a matrix times a vector, which reads each weight once.
 
 All the time goes into reading weights, at which cuBLAS does not reach the speed of memory: it splits a product of one
-row over two kernels, or fills too little of the GPU. Here a program asks for its first weights while the kernel before
-it is still at work (`overlap`), and the GELU behind a layer is done where its input is made.
+row over two kernels, or fills too little of the GPU. A GELU behind a layer is done where its input is made.
 """
 
 import torch
@@ -13,8 +12,6 @@ from torch.library import custom_op
 from torch.nn import Parameter
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-
-from .overlap import begin, can_overlap, launch_options
 
 TILE = 1024  # weights that a program takes at a time
 MAX_BLOCK_IN = 1024
@@ -32,13 +29,18 @@ class OneRowLinear(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is F.linear and is_one_row(*args[:2]):
-            out = linear_one_row(*args, **kwargs)
-            self.newest = out, args
-            return out
+        if func is F.linear:
+            return self.linear(*args, **kwargs)
         if func is F.gelu and not kwargs and self.newest is not None and args[0] is self.newest[0]:
             return linear_one_row(*self.newest[1], gelu=True)
         return func(*args, **kwargs)
+
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not is_one_row(input, weight):
+            return F.linear(input, weight, bias)
+        out = linear_one_row(input, weight, bias)
+        self.newest = out, (input, weight, bias)
+        return out
 
 
 def is_one_row(states: Tensor, weight: Tensor) -> bool:
@@ -56,7 +58,7 @@ def linear_one_row(states: Tensor, weight: Tensor, bias: Tensor | None = None, g
     return matvec(states.reshape(-1), weight, bias, gelu).view(*states.shape[:-1], -1)
 
 
-@custom_op("sinklm::matvec", mutates_args=())  # and no `triton_op`: inductor would launch it without `overlap`
+@custom_op("sinklm::matvec", mutates_args=())
 def matvec(vector: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     """``weight @ vector + bias`` for ``(O, I)``, ``(I,)`` and ``(O,)``, summed in float32."""
     num_out, num_in = weight.shape
@@ -72,18 +74,15 @@ def matvec(vector: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> T
             GELU=gelu,
             BLOCK_OUT=block_out,
             BLOCK_IN=block_in,
-            OVERLAPS=can_overlap(vector),
             num_warps=4,
-            **launch_options(vector),
         )
     return out
 
 
 def block_of_inputs(num_in: int) -> int:
-    """All inputs if they fit, for only the first block is fetched early; else a power of 2 that divides them."""
-    whole = triton.next_power_of_2(num_in)
-    divisor = min(MAX_BLOCK_IN, num_in & -num_in)
-    return whole if whole <= MAX_BLOCK_IN else divisor if divisor >= 64 else MAX_BLOCK_IN
+    """All inputs if they fit, else a power of 2 that divides them."""
+    whole, divisor = triton.next_power_of_2(num_in), num_in & -num_in
+    return whole if whole <= MAX_BLOCK_IN else min(divisor, MAX_BLOCK_IN) if divisor >= 64 else MAX_BLOCK_IN
 
 
 @matvec.register_fake
@@ -103,17 +102,14 @@ def _matvec_kernel(
     GELU: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
-    OVERLAPS: tl.constexpr,
 ):
     """One program for some outputs; products are summed along the inputs only at the end."""
     outputs = tl.program_id(0).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     inputs = tl.arange(0, BLOCK_IN)
     weight += outputs[:, None] * NUM_IN + inputs[None, :]
     is_output = outputs < NUM_OUT
-    first = tl.load(weight, mask=is_output[:, None] & (inputs < NUM_IN)[None, :], other=0.0)
-    begin(OVERLAPS)
-    products = first.to(tl.float32) * tl.load(vector + inputs, mask=inputs < NUM_IN, other=0.0).to(tl.float32)[None, :]
-    for start in tl.range(BLOCK_IN, NUM_IN, BLOCK_IN):
+    products = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
+    for start in tl.range(0, NUM_IN, BLOCK_IN):
         is_input = start + inputs < NUM_IN
         states = tl.load(vector + start + inputs, mask=is_input, other=0.0).to(tl.float32)
         mask = is_output[:, None] & is_input[None, :]

@@ -90,30 +90,6 @@ def test_a_gelu_is_taken_in_only_where_it_follows_the_product(dtype):
     torch.testing.assert_close(taken_in.double(), exact, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
 
 
-def test_a_chain_of_products_waits_for_each_of_them():
-    """In a graph, where each kernel begins while the one before it is still writing what it will read."""
-    weights = [random_states(4096, 4096) / 64 for _ in range(8)]
-    static = torch.empty(1, 4096, device="cuda")
-
-    def chain(states):
-        for weight in weights:
-            states = F.linear(states, weight)
-        return states
-
-    def captured():
-        with kernels.OneRowLinear():
-            return chain(static)
-
-    captured()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = captured()
-    for _ in range(50):
-        static.copy_(random_states(1, 4096))
-        graph.replay()
-        torch.testing.assert_close(out, chain(static), rtol=1e-3, atol=1e-3)
-
-
 def test_more_rows_are_left_to_cublas():
     weight, states = random_states(64, 32), random_states(2, 1, 32)
     with kernels.OneRowLinear():
