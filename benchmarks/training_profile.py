@@ -6,8 +6,8 @@
 
 Takes steps as `sinklm train` does (`sinklm.train.engine`: DeepSpeed, ZeRO-1, bfloat16 on a GPU) on random tokens, one
 micro-batch a step unless ``train.batch_size_tokens`` says otherwise. First it times steps without a profiler, then it
-profiles some. "gap" is the time of a step in which no kernel ran; "host" is how long the host took to come back from a
-step, which is the whole step unless it runs ahead of the device. --without takes parts of the project out, to see what
+profiles some. "gap" is the time of a step in which no kernel ran; "host" is how long the host took to queue a step, in
+which it may wait for the device. --without takes parts of the project out, to see what
 they are worth; --inductor sets options of `torch._inductor.config`.
 
 Recorded results: docs/results/training-speed.md.
@@ -19,7 +19,7 @@ import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from sinklm.models import SinkGPTNeoXForCausalLM, arms, fused_layer, loss
 from sinklm.train import engine as engine_module
 from sinklm.train.config import TrainingConfig
 from sinklm.train.cost import flops_per_token, peak_flops
-from sinklm.train.engine import make_engine, train_step
+from sinklm.train.engine import StepResult, make_engine, train_step
 from sinklm.train.launch import World, connected
 from sinklm.train.plan import Plan
 from sinklm.train.progress import peak_memory_gib
@@ -99,17 +99,26 @@ class Steps:
         self._batches = random_batches(plan, world.device)
 
     def take(self, num_steps: int) -> list[float]:
-        """Returns the seconds that the host took over each."""
+        """Take them as the project's loop does: each is read when the next one is queued.
+
+        Returns:
+            the seconds that the host took to queue each.
+        """
         seconds = []
+        read: Callable[[], StepResult] | None = None
         for _ in range(num_steps):
             started = time.perf_counter()
-            result = train_step(self._engine, self._batches, self._plan, self._world, step=1, lr=1e-4)
+            read_next = train_step(self._engine, self._batches, self._plan, self._world, step=1, lr=1e-4)
             seconds.append(time.perf_counter() - started)
-        assert result.loss > 0
+            if read is not None:
+                read()
+            read = read_next
+        assert read is not None
+        assert read().loss > 0
         return seconds
 
     def time(self, num_steps: int) -> tuple[float, list[float]]:
-        """Seconds a step, measured from an idle device to an idle device, and those of the host."""
+        """Seconds a step, measured from an idle device to an idle device, and those of the host alone."""
         wait_for_device()
         started = time.perf_counter()
         by_host = self.take(num_steps)

@@ -31,6 +31,7 @@ def deepspeed_config(plan: Plan, *, load_universal: bool = False) -> dict:
         "gradient_clipping": config.optimizer.clip if stage else 0.0,
         "zero_optimization": {"stage": stage},
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on CPUs as well, and needs no compiler
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice in each micro-batch
         "checkpoint": {"tag_validation": "Ignore", "load_universal": load_universal},
         **_precision(config),
     }
@@ -108,7 +109,7 @@ def make_engine(
     except ValidationError as error:
         reasons = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ValueError(f"DeepSpeed refuses a key under deepspeed ({error.title}): {reasons}") from error
-    if has_fused_update(config):
+    if has_fused_update(engine):
         engine.fused_update = FusedUpdate(engine, config.optimizer.clip)
     if compiles(config, device):
         # The loss has a gradient of its own, which keeps torch from caching the traced model without this.
@@ -131,22 +132,17 @@ class StepResult:
 
     Attributes:
         loss: mean over all targets of the global batch.
-        read_grad_norm: gives `grad_norm`, and waits for the device to have it.
+        grad_norm: of the global batch, before clipping; infinite if the update was skipped.
         is_skipped: float16 only: the scaled gradients overflowed, so there was no update.
         loss_scale: float16 only.
         is_stop_requested: some rank was told to stop.
     """
 
     loss: float
-    read_grad_norm: Callable[[], float]
+    grad_norm: float
     is_skipped: bool
     loss_scale: float | None
     is_stop_requested: bool
-
-    @property
-    def grad_norm(self) -> float:
-        """Of the global batch, before clipping; infinite if the update was skipped."""
-        return math.inf if self.is_skipped else self.read_grad_norm()
 
 
 def train_step(
@@ -158,12 +154,15 @@ def train_step(
     step: int,
     lr: float,
     is_stop_requested: bool = False,
-) -> StepResult:
-    """Run one optimizer step on the next micro-batches ``(b, tokens_per_sample)``.
+) -> Callable[[], StepResult]:
+    """Queue one optimizer step on the next micro-batches ``(b, tokens_per_sample)``.
 
     Every sample has the same number of targets, so the mean over the global batch is the mean of the micro-batches'.
-    The host waits for the device once, for the norm of the gradient; when this returns, the update may still be under
-    way.
+    With `FusedUpdate` the host waits for nothing, so a GPU need never wait for it: the next step can be queued before
+    this one's result is read. What is not finite leaves the weights alone, in this step and those queued behind it.
+
+    Returns:
+        reads the result, and waits for the device to have it; it may raise the same.
 
     Raises:
         SameOnAllRanks: a loss or the gradient is not finite. The weights are those before the step.
@@ -181,21 +180,28 @@ def train_step(
 
     is_stopping = loss_sum.new_full((), float(is_stop_requested))
     read_by_rank = begin_reading(_gather(torch.stack([loss_sum / plan.num_accumulation_steps, is_stopping]), world))
-    read_grad_norm, read_is_updated = _update(engine, plan)
-    by_rank = read_by_rank()
-    losses = [loss for loss, _ in by_rank]
-    _check_losses(losses, step)
+    read_grad_norm, is_refused = _update(engine, plan)
     loss_scale = _loss_scale(engine) if plan.config.train.precision == "fp16" else None
-    is_updated = read_is_updated()
-    if not is_updated and (loss_scale is None or loss_scale <= 1):
-        raise _bad_gradient(step)
-    return StepResult(
-        loss=math.fsum(losses) / len(losses),
-        read_grad_norm=read_grad_norm,
-        is_skipped=not is_updated,
-        loss_scale=loss_scale,
-        is_stop_requested=any(stop for _, stop in by_rank),
-    )
+
+    def read() -> StepResult:
+        by_rank = read_by_rank()
+        losses = [loss for loss, _ in by_rank]
+        _check_losses(losses, step)
+        is_skipped = is_refused and loss_scale is not None and loss_scale > 1
+        grad_norm = math.inf if is_refused else read_grad_norm()
+        if not is_skipped and not math.isfinite(grad_norm):
+            raise _bad_gradient(step)
+        return StepResult(
+            loss=math.fsum(losses) / len(losses),
+            grad_norm=grad_norm,
+            is_skipped=is_skipped,
+            loss_scale=loss_scale,
+            is_stop_requested=any(stop for _, stop in by_rank),
+        )
+
+    if is_refused:
+        read()  # raises, but for a float16 overflow, so that no step follows
+    return read
 
 
 def _nan_unless_finite(loss: torch.Tensor) -> torch.Tensor:
@@ -221,7 +227,7 @@ def _check_losses(losses: list[float], step: int) -> None:
         )
 
 
-Update = tuple[Callable[[], float], Callable[[], bool]]  # give the gradient's norm, and whether the weights changed
+Update = tuple[Callable[[], float], bool]  # gives the gradient's norm; whether the host knows there was no update
 
 
 def _update(engine: "DeepSpeedEngine", plan: Plan) -> Update:
@@ -230,10 +236,8 @@ def _update(engine: "DeepSpeedEngine", plan: Plan) -> Update:
         return _update_without_zero(engine, plan)
     engine.step()
     if isinstance(fused := getattr(engine, "fused_update", None), FusedUpdate):
-        read_grad_norm = fused.read_grad_norm
-        return read_grad_norm, lambda: math.isfinite(read_grad_norm())
-    is_updated = not engine.optimizer.overflow
-    return begin_reading(torch.as_tensor(engine.get_global_grad_norm())), lambda: is_updated
+        return fused.read_grad_norm, False
+    return begin_reading(torch.as_tensor(engine.get_global_grad_norm())), engine.optimizer.overflow
 
 
 def _update_without_zero(engine: "DeepSpeedEngine", plan: Plan) -> Update:
@@ -245,7 +249,7 @@ def _update_without_zero(engine: "DeepSpeedEngine", plan: Plan) -> Update:
     is_finite = math.isfinite(grad_norm)
     if is_finite or scaler is not None:  # which skips the update by itself, and lowers its scale
         engine.step()
-    return lambda: grad_norm, lambda: is_finite
+    return lambda: grad_norm, not is_finite
 
 
 def _bad_gradient(step: int) -> SameOnAllRanks:

@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..data import SampleOrder, TokenWindows
 from ..data.store import TokenSource
 from .batches import MicroBatches
@@ -70,7 +72,8 @@ class TrainingLoop:
             flops_per_token(plan.model_config, config.train.seq_length),
             peak * world.size if peak else None,
         )
-        self._unrecorded: Callable[[], None] | None = None
+        self._runs_ahead = runs_ahead(world.device)
+        self._unread: Callable[[], bool] | None = None
         with world.together():
             self._metrics = MetricsFile(self._run_dir / "metrics.jsonl", first_step) if world.is_main else None
             self._wandb = WandbRun(config, self._run_dir, progress.say) if world.is_main else None
@@ -96,7 +99,7 @@ class TrainingLoop:
     def _step(self, step: int, stop: StopRequest) -> bool:
         """Take update ``step`` and what is due after it. Returns whether to stop here."""
         lr = learning_rate(step, self._num_steps, self._plan.config.optimizer)
-        result = train_step(
+        read_result = train_step(
             self._engine,
             self._batches,
             self._plan,
@@ -105,37 +108,42 @@ class TrainingLoop:
             lr=lr,
             is_stop_requested=bool(stop.signal_number),
         )
-        seconds, num_done = self._speed.lap(), step + 1
-        self._record_last()  # the one before: its numbers are there, and the device is busy with this one's update
-        self._unrecorded = partial(self._record, num_done, lr, result, seconds)
-        is_last = num_done == self._num_steps
+        num_done = step + 1
+        stops = self._finish_last()  # the one before, while the device is busy with this one
+        self._unread = partial(self._finish, num_done, lr, read_result)
+        is_first, is_last = num_done == self._first_step + 1, num_done == self._num_steps
         validates = is_every(num_done, self._plan.config.validation.every_steps) or is_last
-        saves = self._saves_after(num_done) or result.is_stop_requested
-        is_first = num_done == self._first_step + 1
+        saves = self._saves_after(num_done)
+        if stops or is_first or validates or saves or not self._runs_ahead:
+            stops = self._finish_last() or stops
         if is_first:
             self._progress.say(f"first step done {process_age():.0f} s after the start")
+        if validates:
+            self._validate(num_done)
+        if saves or stops:
+            self._save(num_done)
         if is_first or validates or saves:
-            self._record_last()
-            if validates:
-                self._validate(num_done)
-            if saves:
-                self._save(num_done)
             self._speed.start()
-        return result.is_stop_requested and not is_last
+        return stops and not is_last
 
-    def _record_last(self) -> None:
-        """Record the step that is not recorded yet, if any."""
-        record, self._unrecorded = self._unrecorded, None
-        if record is not None and self._world.is_main:
-            record()
+    def _finish_last(self) -> bool:
+        """Read and record the step that is not read yet, if any. Returns whether some rank was told to stop in it."""
+        finish, self._unread = self._unread, None
+        return finish is not None and finish()
+
+    def _finish(self, step: int, lr: float, read_result: Callable[[], StepResult]) -> bool:
+        result = read_result()
+        seconds = self._speed.lap()
+        if self._world.is_main:
+            self._record(step, lr, result, seconds)
+        return result.is_stop_requested
 
     def _record(self, step: int, lr: float, result: StepResult, seconds: float) -> None:
-        grad_norm = result.grad_norm
         values: dict[str, Any] = {
             "step": step,
             "loss": result.loss,
             "lr": lr,
-            "grad_norm": grad_norm if not result.is_skipped else None,
+            "grad_norm": result.grad_norm if not result.is_skipped else None,
             "positions": step * self._plan.config.train.batch_size_tokens,
             "seconds": round(seconds, 6),
             "tokens_per_second": round(self._speed.positions_per_second(seconds), 1),
@@ -147,7 +155,7 @@ class TrainingLoop:
             values |= {"loss_scale": result.loss_scale, "is_skipped": result.is_skipped}
         self._write(values)
         is_kept = step in (self._first_step + 1, self._num_steps)
-        self._progress.update(step, {**values, "grad_norm": grad_norm}, self._speed, is_kept=is_kept)
+        self._progress.update(step, {**values, "grad_norm": result.grad_norm}, self._speed, is_kept=is_kept)
 
     def _validate(self, step: int) -> None:
         if self._validation_windows is None:
@@ -175,5 +183,10 @@ class TrainingLoop:
             for open_one in (self._wandb, self._metrics):
                 if open_one is not None:
                     stack.callback(open_one.close)
-            stack.callback(self._record_last)
+            stack.callback(self._finish_last)
             stack.callback(self._batches.close)
+
+
+def runs_ahead(device: torch.device) -> bool:
+    """Whether to queue a step before the one before it is read. A CPU has done a step when the call comes back."""
+    return device.type == "cuda"

@@ -40,7 +40,9 @@ def two_ranks(recipe, one_rank_run, tmp_path_factory) -> Path:
         whole, resumed = folder / f"whole-{stage}", folder / f"resumed-{stage}"
         calls.append({"overrides": settings(whole, stage, precision)})
         calls.append({"overrides": settings(resumed, stage, precision), "copy": [str(whole), 4, str(resumed)]})
-    grown, full, stopped, dead = (folder / name for name in ("grown", "full", "stopped", "dead"))
+    grown, full, stopped, ahead, diverged, dead = (
+        folder / name for name in ("grown", "full", "stopped", "ahead", "diverged", "dead")
+    )
     calls += [
         {"overrides": settings(grown, 3, "fp32"), "copy": [str(one_rank_run), 4, str(grown)]},
         {
@@ -50,6 +52,12 @@ def two_ranks(recipe, one_rank_run, tmp_path_factory) -> Path:
         },
         {"overrides": [f"train.run_dir={folder / 'bad'}", "train.batch_size_tokens=96"]},
         {"overrides": [f"train.run_dir={stopped}", *LONG], "signal": [1, signal.SIGTERM, 3, str(stopped)]},
+        {
+            "overrides": [*settings(ahead, 1, "bf16"), *LONG],
+            "signal": [1, signal.SIGTERM, 3, str(ahead)],
+            "ahead": True,
+        },
+        {"overrides": settings(diverged, 1, "bf16"), "bad_loss": [1, 7, 2], "ahead": True},
         {"overrides": [f"train.run_dir={dead}", *LONG], "signal": [1, signal.SIGKILL, 2, str(dead)]},
     ]
     path = folder / "calls.json"
@@ -118,11 +126,20 @@ def test_a_batch_that_the_ranks_cannot_share_is_reported_once(two_ranks):
     assert other == "exit 1"
 
 
-def test_a_signal_to_one_rank_saves_on_all(two_ranks):
-    assert outcomes(two_ranks, "stopped") == [f"exit {128 + signal.SIGTERM}"] * 2
+@pytest.mark.parametrize("run", ["stopped", "ahead"])
+def test_a_signal_to_one_rank_saves_on_all(two_ranks, run):
+    assert outcomes(two_ranks, run) == [f"exit {128 + signal.SIGTERM}"] * 2
     assert "stopped by SIGTERM" in (two_ranks / "output-0").read_text()
-    (step,) = list_checkpoints(two_ranks / "stopped")
-    assert list(losses(two_ranks / "stopped")) == list(range(1, step + 1))
+    (step,) = list_checkpoints(two_ranks / run)
+    assert list(losses(two_ranks / run)) == list(range(1, step + 1))
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all(two_ranks):
+    message, other = outcomes(two_ranks, "diverged")
+    assert "step 7: the loss is nan on rank 1. Training stopped before the update" in message
+    assert other == "exit 1"
+    assert list(losses(two_ranks / "diverged")) == [1, 2, 3, 4, 5, 6]
+    assert list(list_checkpoints(two_ranks / "diverged")) == [4]
 
 
 def test_a_dead_rank_ends_the_others_with_a_message(two_ranks):

@@ -1,5 +1,6 @@
 """A tiny store, a tiny recipe, and runs of it: in this process, or in several that talk through gloo."""
 
+import itertools
 import json
 import os
 import random
@@ -9,12 +10,18 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file
 from sinklm.data import find_inputs, prepare_store
 from sinklm.data.tokenizer import train_tokenizer
+from sinklm.models import SinkGPTNeoXForCausalLM
+from sinklm.train import loop
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPE = """
@@ -71,6 +78,26 @@ def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
+
+
+@contextmanager
+def bad_loss_in(step: int, num_micro_batches: int) -> Iterator[None]:
+    """A training step of this process, counted from 1, has a loss that is not a number."""
+    forward, calls = SinkGPTNeoXForCausalLM.forward, itertools.count()
+
+    def diverging(self: SinkGPTNeoXForCausalLM, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        if self.training and next(calls) // num_micro_batches == step - 1:
+            output.loss = output.loss * float("nan")
+        return output
+
+    with patch.object(SinkGPTNeoXForCausalLM, "forward", diverging):
+        yield
+
+
+def ahead() -> Any:
+    """A context in which steps are queued before the one before them is read, as on a GPU."""
+    return patch.object(loop, "runs_ahead", lambda _: True)
 
 
 class Ranks:

@@ -4,7 +4,9 @@
 
 - "copy": [run_dir, step, run_dir]: first, a checkpoint is copied;
 - "file_limit": [rank, bytes]: the disk of a rank is full;
-- "signal": [rank, number, step, run_dir]: a rank gets a signal when the run has done that step.
+- "signal": [rank, number, step, run_dir]: a rank gets a signal when the run has done that step;
+- "bad_loss": [rank, step, num_micro_batches]: a rank's loss is not a number in that step;
+- "ahead": true: steps are queued before the one before them is read, as on a GPU.
 
 The outcome of each call is printed as one JSON line.
 """
@@ -14,12 +16,13 @@ import os
 import resource
 import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch.distributed as dist
 from sinklm.train.run import train
 
-from .tiny import copy_checkpoint, wait_for_step
+from .tiny import ahead, bad_loss_in, copy_checkpoint, wait_for_step
 
 
 def main() -> None:
@@ -39,7 +42,12 @@ def make(call: dict, rank: int) -> str:
     if "file_limit" in call and call["file_limit"][0] == rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (call["file_limit"][1], limits[1]))
     try:
-        train(call["recipe"], call["overrides"])
+        with ExitStack() as stack:
+            if call.get("ahead"):
+                stack.enter_context(ahead())
+            if "bad_loss" in call and call["bad_loss"][0] == rank:
+                stack.enter_context(bad_loss_in(*call["bad_loss"][1:]))
+            train(call["recipe"], call["overrides"])
     except (ValueError, OSError) as error:
         return f"{type(error).__name__}: {error}"
     except SystemExit as exit_:
