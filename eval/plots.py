@@ -134,7 +134,8 @@ def decoding_figure(report: dict[str, Any], title: str | None = None) -> Figure:
         low, high = panels[0].get_ylim()
         if high < 30 * low:  # else the powers of ten are enough
             panels[0].yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:g}"[0] in "235" else "")
-        panels[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        lines, labels = panels[0].get_legend_handles_labels()  # the floor is a time and has no memory
+        panels[-1].legend(lines, labels, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         if title:
             panels[0].set_title(title, loc="left", fontsize=10)
     return figure

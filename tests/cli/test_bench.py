@@ -33,6 +33,7 @@ def test_the_command_writes_table_json_and_picture(tmp_path, capsys):
         row["peak_bytes"] = None if row["method"] == "floor" else 10**9
     _, memory = decoding_figure(report).axes
     assert len(memory.lines) == (len(methods) - 1) * 2
+    assert len(memory.get_legend().get_texts()) == len(methods) * 2
 
 
 def test_the_table_says_how_much_faster_than_re_computation():
