@@ -95,7 +95,7 @@ def run_sinklm(contestant: str, ranks: int, recipe: str, store: Path, folder: Pa
             first_step_at, _ = wait_for_steps(1, metrics, process, started + args.timeout)
             _, lines = wait_for_steps(args.num_warmup_steps + args.num_steps, metrics, process, started + args.timeout)
     except RuntimeError as error:
-        raise RuntimeError(last_words(log.read_text(encoding="utf-8")) or str(error)) from error
+        raise RuntimeError(f"{error}: {last_words(log.read_text(encoding='utf-8'))}") from error
     steady = lines[args.num_warmup_steps :][: args.num_steps]
     return {
         "seconds_per_step": sum(line["seconds"] for line in steady) / len(steady),

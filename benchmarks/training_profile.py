@@ -6,9 +6,10 @@
 
 Takes steps as `sinklm train` does (`sinklm.train.engine`: DeepSpeed, ZeRO-1, bfloat16 on a GPU) on random tokens, one
 micro-batch a step unless ``train.batch_size_tokens`` says otherwise. First it times steps without a profiler, then it
-profiles some. "gap" is the time of a step in which no kernel ran; "host" is how long the host took to queue a step, in
-which it may wait for the device. --without takes parts of the project out, to see what
-they are worth; --inductor sets options of `torch._inductor.config`.
+profiles some. "gap" is the time of a step less that of its kernels, "idle" the time in which no kernel ran while
+profiled: a gap longer than that says that kernels took longer without the profiler (a long run is warmer, and its clock
+lower). "host" is how long the host took to queue a step, in which it may wait for the device. --without takes parts of
+the project out, to see what they are worth; --inductor sets options of `torch._inductor.config`.
 
 Recorded results: docs/results/training-speed.md.
 """
@@ -131,8 +132,8 @@ def wait_for_device() -> None:
         torch.cuda.synchronize()
 
 
-def kernels_of(steps: Steps, num_steps: int) -> tuple[dict[str, list[float]], float]:
-    """Milliseconds of each kernel by name, and of all of a step's time in which at least one ran.
+def kernels_of(steps: Steps, num_steps: int) -> tuple[dict[str, list[float]], float, float]:
+    """Milliseconds of each kernel by name; of a step's time in which at least one ran; and in which none did.
 
     On a CPU operators play the kernels.
     """
@@ -148,7 +149,9 @@ def kernels_of(steps: Steps, num_steps: int) -> tuple[dict[str, list[float]], fl
         if is_kernel and not event.name.startswith(RANGES):
             spans.append((event.time_range.start, event.time_range.end))
             kernels.setdefault(event.name, []).append(event.time_range.elapsed_us() / 1e3)
-    return kernels, covered(spans) / 1e3 / num_steps
+    busy = covered(spans)
+    whole = max(end for _, end in spans) - min(start for start, _ in spans)
+    return kernels, busy / 1e3 / num_steps, (whole - busy) / 1e3 / num_steps
 
 
 def covered(spans: list[tuple[float, float]]) -> float:
@@ -183,7 +186,7 @@ def report(args: argparse.Namespace, plan: Plan, world: World) -> dict:
         "memory_gib": round(peak_memory_gib(world.device), 2),
     }
     if args.num_profiled_steps:
-        kernels, busy_ms = kernels_of(steps, args.num_profiled_steps)
+        kernels, busy_ms, idle_ms = kernels_of(steps, args.num_profiled_steps)
         n = args.num_profiled_steps
         groups: Counter[str] = Counter()
         for name, times in kernels.items():
@@ -192,6 +195,7 @@ def report(args: argparse.Namespace, plan: Plan, world: World) -> dict:
         result |= {
             "kernels_ms": round(busy_ms, 2),
             "gap_ms": round(1e3 * seconds - busy_ms, 2),
+            "idle_ms": round(idle_ms, 2),
             "num_kernels": round(sum(map(len, kernels.values())) / n),
             "groups_ms": {group: round(ms, 2) for group, ms in groups.most_common()},
             "longest": [
