@@ -185,4 +185,5 @@ ARMS: dict[str, type[SinkAttention]] = {
     "kv_bias": KeyValueSinkAttention,
     "gate": GatedAttention,
 }
+COLUMN_KINDS = ("zero", "logit", "kv_bias")
 ARM_PARAMETERS = r"attention\.(sink_|gate\.)"  # in the names of those that no other arm has

@@ -96,7 +96,8 @@ class TrainSection(Section):
         default=False, description="recompute activations in the backward pass: less memory, about a third more time"
     )
     compile: bool | None = Field(
-        default=None, description="torch.compile; null is yes on a GPU but with ZeRO-3, no on a CPU"
+        default=None,
+        description="torch.compile; null is yes on a GPU but with ZeRO-3 or the arms zero, logit, kv_bias, no on a CPU",
     )
 
     @model_validator(mode="after")

