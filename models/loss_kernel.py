@@ -33,14 +33,15 @@ def _cross_entropy_kernel(
     is_counted = target != IGNORED
     columns = tl.arange(0, BLOCK)
 
-    peaks, totals = tl.full([BLOCK], -float("inf"), tl.float32), tl.zeros([BLOCK], tl.float32)
+    # Sums of exp(x - peak), column by column; one exponential serves whichever of the two is the larger. A peak begins
+    # below any logit, but finite: two infinities have no difference.
+    peaks, totals = tl.full([BLOCK], -1e38, tl.float32), tl.zeros([BLOCK], tl.float32)
     for start in range(0, VOCABULARY, BLOCK):
         block = tl.load(logits + start + columns, mask=start + columns < VOCABULARY, other=-float("inf"))
-        block = block.to(tl.float32)
-        new_peaks = tl.maximum(peaks, block)
-        shift = tl.where(new_peaks == -float("inf"), 0.0, new_peaks)
-        totals = totals * tl.exp(peaks - shift) + tl.exp(block - shift)
-        peaks = new_peaks
+        above = block.to(tl.float32) - peaks
+        share = tl.exp(-tl.abs(above))
+        totals = tl.where(above > 0, totals * share + 1.0, totals + share)
+        peaks = tl.maximum(peaks, block.to(tl.float32))
     peak = tl.max(peaks, axis=0)
     lse = peak + tl.log(tl.sum(totals * tl.exp(peaks - peak), axis=0))
     own = tl.load(logits + tl.where(is_counted, target, 0)).to(tl.float32)
