@@ -66,20 +66,23 @@ def sinks_figure(runs: Runs) -> Figure | None:
     measured = {name: run["sinks"] for name, run in runs.items() if "sinks" in run}
     if not measured:
         return None
+    named = {position for report in measured.values() for position, rate in report["sink_rate"].items() if rate}
+    named.add("first text token")
+    shown = [what for what in ("sink token", "first text token", "no token") if any(n.startswith(what) for n in named)]
     figure = Figure(figsize=(8.0, 3.0), layout="constrained")
-    panels = figure.subplots(1, 3, sharex=True, sharey=True)
+    panels = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
     for name, report in measured.items():
-        for axes, what in zip(panels, ("sink token", "first text token", "no token"), strict=True):
+        for axes, what in zip(panels, shown, strict=True):
             curve = [
                 [checkpoint["tokens"], 100 * sum(v for k, v in checkpoint["sink_rate"].items() if k.startswith(what))]
                 for checkpoint in report["checkpoints"]
             ]
             if what == "first text token" or any(rate for _, rate in curve):
                 axes.plot(*_columns(curve), **style_of(name, runs))
-    for axes, title in zip(panels, ("the sink tokens", "the first text token", "no token"), strict=True):
-        axes.set_title(title, fontsize=9)
+    for axes, what in zip(panels, shown, strict=True):
+        axes.set_title(what, fontsize=9)
     panels[0].set_ylabel(f"Sink rate (%), ε = {report['epsilon']:g}")
-    _finish(figure, *panels, legend_of=panels[1])
+    _finish(figure, *panels, legend_of=panels[shown.index("first text token")])
     return figure
 
 
@@ -91,11 +94,15 @@ def forming_figure(runs: Runs) -> Figure | None:
     figure = Figure(figsize=(8.0, 3.2), layout="constrained")
     panels = figure.subplots(1, 2)
     caches = list(next(iter(measured.values()))[0]["perplexity"])
-    for axes, cache in zip(panels, caches, strict=False):
+    for i, axes in enumerate(panels):
         for name, checkpoints in measured.items():
-            curve = [[c["tokens"], c["perplexity"][cache] / c["perplexity"][caches[-1]]] for c in checkpoints]
-            axes.plot(*_columns(curve), **style_of(name, runs))
-        axes.set_ylabel(f"Perplexity, {cache} over {caches[-1]}")
+            found = [
+                [c["tokens"], *c["perplexity"].values()] for c in checkpoints
+            ]  # a shorter model has smaller caches
+            axes.plot(
+                *_columns([[tokens, values[i] / values[-1]] for tokens, *values in found]), **style_of(name, runs)
+            )
+        axes.set_ylabel(f"Perplexity, {caches[i]} over {caches[-1]}")
     _finish(figure, *panels)
     return figure
 
