@@ -95,8 +95,8 @@ def summary(seconds: float) -> None:
     print("The two trained models, on a book")
     perplexities("trained/{run}/streaming.json")
     print(
-        "Four tenths of the attention of the model with a sink token goes to the sink. Without it (0+128) it breaks, with\n"
-        "it alone (1+127) nothing is lost. The plain model has only begun to make a sink of the first token of its text.\n"
+        "Four tenths of the attention of the model with a sink token goes to the sink. Without it (0+128) it\n"
+        "breaks, with it alone (1+127) nothing is lost. The plain model has only begun to make a sink of its own.\n"
     )
     print("The two made just now, on held-out source code")
     perplexities("{run}/eval/streaming.json")
