@@ -31,7 +31,7 @@ def main() -> None:
         "0. What a sink token does: two trained models read a book, with and without the first tokens in a cache of 128"
     )
     for model in RUNS:
-        text, output = TRAINED / "pioneer_days.txt", f"trained/{model}"
+        text, output = TRAINED / "book.txt", f"trained/{model}"
         sinklm("eval", "streaming", TRAINED / model, "--text", text, "--tokens", "12000", "--output", output)
 
     say("1. A corpus in the Pile's form: the source of Python's standard library, every 20th module held out")
