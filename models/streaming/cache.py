@@ -66,7 +66,7 @@ class StreamingCache(Cache):
         self.num_since_rebase = 0
         self.is_ragged = False  # rows have seen different numbers of tokens
         self.has_failed = False
-        self.route = StreamingHook(self, decoder, family.adapter).route
+        self.hook = StreamingHook(self, decoder, family.adapter)
 
     @classmethod
     def for_model(

@@ -57,7 +57,7 @@ class StreamingDecoder:
         if state is None:
             raise ValueError("the cache is empty: prefill() a prompt of at least one token first")
         self.cache.rebase_before(1)
-        with self.cache.route.held():
+        with self.cache.hook.held():
             if self.compiled_for is not state:  # the first step compiles, and warms up what a capture must find warm
                 self.captured = None
                 gc.collect()  # a dead cache that took its hooks off the model while it is traced would break the trace

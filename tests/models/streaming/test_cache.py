@@ -244,6 +244,33 @@ def test_ctrl_c_and_the_loss_of_the_cache_leave_the_model_well(family, monkeypat
     torch.testing.assert_close(model(ids).logits, expected)
 
 
+@pytest.mark.parametrize("family", ["gpt_neox", "mpt"])
+@pytest.mark.parametrize("interrupted", [0, 1])
+def test_ctrl_c_in_one_cache_does_not_reach_another(family, interrupted, monkeypatch):
+    model, ids = tiny.build(tiny.config(family)), tiny.random_ids(20)
+    expected, stream = model(ids).logits, run(model, ids, for_model(model), use_cache=True)
+    caches = [for_model(model), for_model(model)]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.get_decoder()).__mro__[0], "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, ids, caches[interrupted], use_cache=True)
+    other = caches[1 - interrupted]
+    torch.testing.assert_close(run(model, ids, other, use_cache=True), stream, rtol=0, atol=5e-5)
+    torch.testing.assert_close(model(ids).logits, expected)
+    assert caches[interrupted].is_damaged
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "mpt"])
+def test_a_model_copied_after_ctrl_c_is_well(family, monkeypatch):
+    model, ids = tiny.build(tiny.config(family)), tiny.random_ids(9)
+    expected, cache = model(ids).logits, for_model(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.get_decoder()).__mro__[0], "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, ids, cache, use_cache=True)
+    torch.testing.assert_close(copy.deepcopy(model)(ids).logits, expected)
+
+
 def test_a_copy_of_a_damaged_cache_is_damaged(model, monkeypatch):
     ids, cache = tiny.random_ids(9), for_model(model)
     monkeypatch.setattr(type(model.gpt_neox.layers[-1]), "forward", interrupt)
