@@ -48,7 +48,7 @@ AttentionInterface.register(ATTENTION, streaming_attention)
 
 
 class AttentionRoute:
-    """Switches a decoder's attention to a cache and back. All caches of a decoder share one, for one passes at a time."""
+    """Switches a decoder's attention to a cache and back. All caches of a decoder share one."""
 
     def __init__(self, config: PreTrainedConfig):
         self.config = config
@@ -144,18 +144,30 @@ class StreamingHook:
         return (cache if cache is not None and cache is self.cache() else None), named
 
     def before(self, decoder: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if decoder is self.decoder() and STEERED not in kwargs:  # else another hook has just entered for this pass
+        if decoder is not self.decoder():
+            return None
+        if STEERED not in kwargs:  # else another hook has just entered for this pass
             self.route.clean_up()
         cache, named = self.cache_in(decoder, args, kwargs)
         if cache is None:
             return None
+        is_users_graph = torch.compiler.is_compiling() and not self.route.is_held
+        return (self.steer_outside_graph if is_users_graph else self.steer)(decoder, cache, named)
+
+    @torch.compiler.disable
+    def steer_outside_graph(self, *call: Any) -> tuple[tuple, dict]:
+        """For a model that the user compiled: a graph can neither look at a mask nor move phases back."""
+        return self.steer(*call)
+
+    def steer(self, decoder: PreTrainedModel, cache: "StreamingCache", named: dict) -> tuple[tuple, dict]:
+        """Run all chunks but the last; the arguments ``named`` as they must be for the last."""
         self.earlier.append([])
         name = "inputs_embeds" if named.get("input_ids") is None else "input_ids"
-        inputs, is_token = named[name], named.get("attention_mask")
+        inputs: Any = named.get(name)
+        is_token = named.get("attention_mask")
         if len(self.earlier) == 1:
+            check_call(self.route, inputs, named)
             is_token = cache.check_inputs(inputs, is_token)
-            if named.get("use_cache") is False:  # then `generate` would feed the whole text again at each step
-                raise ValueError("use_cache is False, yet a StreamingCache is given: pass use_cache=True")
         last = (inputs.shape[1] - 1) // cache.chunk_size * cache.chunk_size  # where the last chunk starts
         try:
             for start in range(0, last, cache.chunk_size):
@@ -167,7 +179,7 @@ class StreamingHook:
             self.earlier.clear()
             raise
         inputs, is_token = inputs[:, last:], None if is_token is None else is_token[:, last:]
-        position_ids = cache.begin_forward(inputs, is_token)
+        position_ids = cache.begin_forward(inputs, is_token, is_rest=bool(self.earlier[-1]))
         self.route.enter(self)
         mask = identity_mask(self.adapter, inputs.shape[0], inputs.device)
         steered = {name: inputs, "attention_mask": mask, "position_ids": position_ids, STEERED: cache}
@@ -181,6 +193,19 @@ class StreamingHook:
         cache.end_forward(succeeded=output is not None)
         earlier = self.earlier.pop() if self.earlier else []
         return join_outputs([*earlier, output]) if earlier and output is not None else None
+
+
+def check_call(route: AttentionRoute, inputs: Tensor | None, named: dict) -> None:
+    """Refuse what a steered pass cannot do."""
+    if inputs is None or inputs.shape[1] == 0:
+        raise ValueError(
+            "no new tokens for this StreamingCache: `generate` wants the whole text so far, what is in the cache "
+            "included, and then the new turn"
+        )
+    if named.get("use_cache") is False:  # then `generate` would feed the whole text again at each step
+        raise ValueError("use_cache is False, yet a StreamingCache is given: pass use_cache=True")
+    if named.get("output_attentions") or getattr(route.config, "output_attentions", False):
+        raise ValueError("a StreamingCache gives no attention weights: leave output_attentions off")
 
 
 def join_outputs(outputs: list) -> Any:
