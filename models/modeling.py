@@ -167,6 +167,10 @@ class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
         if given is None:
             raise ValueError("give input_ids or inputs_embeds")
         num_tokens = given.shape[1]
+        if num_tokens == 0 and _length(past_key_values):
+            raise ValueError(
+                "no new tokens: `generate` with a cache wants the whole text so far, and then the new turn"
+            )
         mask = self._extend_mask(attention_mask, num_tokens, past_key_values)
         position_ids = self._position_ids(position_ids, mask, num_tokens, num_new_sinks)
         if num_new_sinks:

@@ -13,7 +13,7 @@ from .contract import StreamShape
 from .encodings import Rotary
 from .families import family_of
 from .hook import StreamingHook
-from .layer import StreamingLayer, select_rows, static_zeros
+from .layer import StreamingLayer, select_rows, static_copy, static_zeros
 from .steps import ChunkStep, DecodeStep
 
 
@@ -33,8 +33,23 @@ class StreamState:
     def start(cls, batch_size: int, device: torch.device) -> "StreamState":
         return cls(*(static_zeros(shape, torch.long, device) for shape in ((batch_size,), (batch_size,), ())))
 
+    def __deepcopy__(self, memo: dict) -> "StreamState":
+        return StreamState(*(static_copy(tensor) for tensor in (self.num_seen, self.base, self.num_columns)))
+
     def map_rows(self, rows: Tensor) -> None:
         self.num_seen, self.base = select_rows(self.num_seen, rows), select_rows(self.base, rows)
+
+
+class WithoutGradient(torch.autograd.Function):
+    """Says at a backward pass, and only then, that there is none: the past in the buffers has no graph."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *states: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise ValueError("a StreamingCache is for inference and gives no gradients: train without past_key_values")
 
 
 class StreamingCache(Cache):
@@ -66,7 +81,8 @@ class StreamingCache(Cache):
         self.num_since_rebase = 0
         self.is_ragged = False  # rows have seen different numbers of tokens
         self.has_failed = False
-        self.route = StreamingHook(self, decoder, family.adapter).route
+        self.is_partial = False  # were the pass under way to fail now, a part of its tokens would stay
+        self.hook = StreamingHook(self, decoder, family.adapter)
 
     @classmethod
     def for_model(
@@ -100,12 +116,22 @@ class StreamingCache(Cache):
         twin.layers = twin.streaming_layers
         return twin
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ValueError(
+            "a StreamingCache belongs to the model beside it and can be neither saved nor copied by copy.copy: "
+            "copy.deepcopy(cache) makes a cache that goes on from the same tokens"
+        )
+
     # -- a forward pass, as `StreamingHook` drives it ----------------------------------------------------------------
+
+    def check_whole(self) -> None:
+        """Refuse to go on after a pass that was broken off."""
+        if self.is_damaged:
+            raise ValueError("the last forward pass with this StreamingCache failed midway: call reset() first")
 
     def check_inputs(self, inputs: Tensor, mask: Tensor | None) -> Tensor | None:
         """Which of the new inputs ``(B, T, …)`` are tokens ``(B, T)``, None if all; refuses what cannot stream."""
-        if self.is_damaged:
-            raise ValueError("the last forward pass with this StreamingCache failed midway: call reset() first")
+        self.check_whole()
         batch_size, num_inputs = inputs.shape[:2]
         if self.state is not None and self.batch_size != batch_size:
             raise ValueError(
@@ -122,14 +148,16 @@ class StreamingCache(Cache):
         is_token = mask[:, -num_inputs:].bool()
         if torch.compiler.is_compiling() or is_token.all():
             return None
-        if num_inputs > 1 and not is_token[:, -1].all():
+        if (is_token.any(-1) & ~is_token[:, -1]).any():  # a row may have no token at all
             raise ValueError("the batch is padded on the right, where a stream goes on: pad it on the left")
         self.is_ragged = True
         return is_token
 
-    def begin_forward(self, inputs: Tensor, is_token: Tensor | None) -> Tensor:
-        """Prepare one pass over inputs ``(B, T, …)``; returns their position ids ``(B, T)``."""
+    def begin_forward(self, inputs: Tensor, is_token: Tensor | None, *, is_rest: bool = False) -> Tensor:
+        """Prepare one pass over inputs ``(B, T, …)``, ``is_rest`` if chunks before them have been read; returns their
+        position ids ``(B, T)``."""
         batch_size, num_inputs = inputs.shape[:2]
+        self.is_partial = is_rest or num_inputs > 1  # one token that fails is simply overwritten
         if self.state is None:
             self.state = StreamState.start(batch_size, inputs.device)
         if not torch.compiler.is_compiling():
@@ -156,7 +184,11 @@ class StreamingCache(Cache):
         keys and values."""
         assert self.step is not None
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return self.step.attend(self.streaming_layers[layer_idx], query, key, value, scaling, column)
+        out = self.step.attend(self.streaming_layers[layer_idx], query, key, value, scaling, column)
+        if not any(states.requires_grad for states in (query, key, value)):
+            return out
+        with torch.enable_grad():
+            return WithoutGradient.apply(out, query, key, value)
 
     def end_forward(self, *, succeeded: bool) -> None:
         """Count what the pass has brought."""
@@ -166,7 +198,7 @@ class StreamingCache(Cache):
         if succeeded:
             self.state.num_seen += step.num_new
             self.state.num_columns += step.num_inputs
-        elif isinstance(step, ChunkStep):  # some layers have stored the chunk; a failed token is simply overwritten
+        elif self.is_partial:
             self.has_failed = True
 
     def rebase_before(self, num_inputs: int) -> None:
@@ -230,7 +262,7 @@ class StreamingCache(Cache):
     @property
     def is_damaged(self) -> bool:
         """A pass of several tokens was broken off: some layers have read them and some have not. See `reset`."""
-        return self.has_failed or isinstance(self.step, ChunkStep)
+        return self.has_failed or (self.step is not None and self.is_partial)
 
     @property
     def is_compileable(self) -> bool:
@@ -272,16 +304,20 @@ class StreamingCache(Cache):
         """Take back the last tokens, given as a negative number, as long as none has left the cache.
 
         Raises:
-            ValueError: the number is positive, or a token before them has already left the cache.
+            ValueError: the number is positive, a token before them has already left the cache, or there has been
+                padding, which takes no place in the cache, so that rows cannot be cut at the same input.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to take back as a negative number")
         if self.state is None or tokens_to_remove == 0:
             return
+        if self.is_ragged:
+            raise ValueError("cannot take tokens back from a batch that has had padding: call reset() and read it anew")
         if int(self.state.num_seen.max()) > self.shape.num_slots:
             raise ValueError(
                 f"cannot take tokens back: of the {int(self.state.num_seen.max())} seen, the first beyond the "
-                f"{self.shape.num_kept} kept ones have left the cache, and the window cannot be filled up again"
+                f"{self.shape.num_kept} kept ones have left the cache, and the window cannot be filled up again; "
+                "assisted generation and prompt lookup take tokens back: leave them off, or use a larger window"
             )
         if -tokens_to_remove > int(self.state.num_seen.min()):
             raise ValueError(f"crop({tokens_to_remove}): only {int(self.state.num_seen.min())} tokens have been seen")
@@ -297,7 +333,8 @@ class StreamingCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every stream ``repeats`` times."""
-        self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
+        if self.state is not None:
+            self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these streams only."""

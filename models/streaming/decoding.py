@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import kernels
-from .cache import StreamingCache, StreamState
+from .cache import StreamingCache
 
 
 class StreamingDecoder:
@@ -33,7 +33,7 @@ class StreamingDecoder:
     def __init__(self, model: PreTrainedModel, cache: StreamingCache, compile: dict[str, Any] | None = None):
         self.model, self.cache = model, cache
         self.step = torch.compile(self._forward, fullgraph=True, dynamic=False, **(compile or {}))
-        self.compiled_for: StreamState | None = None  # whose tensors the graph reads and writes
+        self.compiled_for: Tensor | None = None  # `num_seen`, which is another when the buffers of the graph are
         self.captured: CapturedStep | None = None
 
     def _forward(self, token_ids: Tensor) -> Tensor:
@@ -51,18 +51,23 @@ class StreamingDecoder:
         """Read one token of each stream ``(B, 1)``; logits ``(B, 1, V)``, on CUDA overwritten by the next call.
 
         Raises:
-            ValueError: no prompt has been read.
+            ValueError: no prompt has been read, the cache is damaged, or it is not one token of each stream.
         """
-        state = self.cache.state
-        if state is None:
+        if self.cache.state is None:
             raise ValueError("the cache is empty: prefill() a prompt of at least one token first")
+        self.cache.check_whole()
+        num_seen = self.cache.state.num_seen
+        if token_ids.shape != (len(num_seen), 1):
+            raise ValueError(
+                f"token_ids have shape {tuple(token_ids.shape)}: give one token of each stream, ({len(num_seen)}, 1)"
+            )
         self.cache.rebase_before(1)
-        with self.cache.route.held():
-            if self.compiled_for is not state:  # the first step compiles, and warms up what a capture must find warm
+        with self.cache.hook.held():
+            if self.compiled_for is not num_seen:  # the first step compiles, and warms up what a capture must find warm
                 self.captured = None
                 gc.collect()  # a dead cache that took its hooks off the model while it is traced would break the trace
                 logits = self.step(token_ids)
-                self.compiled_for = state
+                self.compiled_for = num_seen
                 return logits
             if not token_ids.is_cuda:
                 return self.step(token_ids)

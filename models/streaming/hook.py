@@ -8,22 +8,23 @@ A pass longer than the cache's chunk is run in chunks.
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from ..sink_column import SinkColumn
-from .adapters import Adapter, CacheRef, identity_mask
+from .adapters import Adapter, identity_mask
 
 if TYPE_CHECKING:
     from .cache import StreamingCache
 
 ATTENTION = "sinklm_streaming"
+STEERED = "streaming_cache"  # the argument by which a steered pass tells its layers of the cache
 
 
 def streaming_attention(
@@ -47,39 +48,45 @@ AttentionInterface.register(ATTENTION, streaming_attention)
 
 
 class AttentionRoute:
-    """Switches a decoder's attention to the cache and back."""
+    """Switches a decoder's attention to a cache and back. All caches of a decoder share one."""
 
-    def __init__(self, decoder: PreTrainedModel, adapter: Adapter | None, cache_ref: CacheRef):
-        self.config, self.adapter = decoder.config, adapter
+    def __init__(self, config: PreTrainedConfig):
+        self.config = config
         self.users_choice: str | None = None
+        self.hook: StreamingHook | None = None  # whose pass is under way
         self.is_held = False
-        modules = adapter.modules(decoder) if adapter else []
-        self.substitutes = [(module, partial(adapter.attend, cache_ref, module)) for module in modules if adapter]
 
-    def enter(self) -> None:
+    def enter(self, hook: "StreamingHook") -> None:
         if self.is_held:
             return
-        self.users_choice = self.config._attn_implementation
+        self.hook, self.users_choice = hook, self.config._attn_implementation
         self.config._attn_implementation = ATTENTION  # also keeps the decoder from building masks
-        for module, substitute in self.substitutes:
+        for module, substitute in hook.substitutes:
             module.forward = substitute
 
     def leave(self) -> None:
-        if self.is_held or self.users_choice is None:
+        if self.is_held or self.hook is None:
             return
         self.config._attn_implementation = self.users_choice
-        self.users_choice = None
-        for module, _ in self.substitutes:
+        for module, _ in self.hook.substitutes:
             del module.forward
+        self.hook = self.users_choice = None
 
-    @property
-    def is_entered(self) -> bool:
-        return self.users_choice is not None and not self.is_held
+    def clean_up(self) -> None:
+        """Leave a pass that Ctrl-C broke off, whichever cache it had: torch tells hooks of errors only."""
+        hook = self.hook
+        if hook is None or self.is_held:
+            return
+        self.leave()
+        hook.earlier.clear()
+        if (cache := hook.cache()) is not None:
+            cache.end_forward(succeeded=False)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self, hook: "StreamingHook") -> Iterator[None]:
         """Enter now and leave at the end, and not within: for a pass whose code is traced."""
-        self.enter()
+        self.clean_up()
+        self.enter(hook)
         self.is_held = True
         try:
             yield
@@ -88,49 +95,79 @@ class AttentionRoute:
             self.leave()
 
 
+ROUTES: weakref.WeakKeyDictionary[PreTrainedModel, AttentionRoute] = weakref.WeakKeyDictionary()
+
+
 class StreamingHook:
     """A pair of forward hooks on the decoder of one cache's model."""
 
     cache: Callable[[], "StreamingCache | None"] = staticmethod(lambda: None)
     decoder: Callable[[], PreTrainedModel | None] = staticmethod(lambda: None)
-    parameters: Sequence[str] = ()
 
     def __init__(self, cache: "StreamingCache", decoder: PreTrainedModel, adapter: Adapter | None):
-        self.cache, self.decoder = weakref.ref(cache), weakref.ref(decoder)
-        self.route = AttentionRoute(decoder, adapter, self.cache)  # type: ignore[arg-type]  # alive during its passes
+        self.cache, self.decoder, self.adapter = weakref.ref(cache), weakref.ref(decoder), adapter
+        self.route = ROUTES.setdefault(decoder, AttentionRoute(decoder.config))
+        modules = adapter.modules(decoder) if adapter else []
+        self.substitutes = [(module, partial(adapter.attend, self.cache, module)) for module in modules if adapter]
         self.parameters = list(inspect.signature(type(decoder).forward).parameters)[1:]
         self.earlier: list[list] = []  # outputs of the chunks already run, one list for each pass under way
         before = decoder.register_forward_pre_hook(self.before, with_kwargs=True)
         after = decoder.register_forward_hook(self.after, with_kwargs=True, always_call=True)
-        weakref.finalize(cache, _remove, self.route, before, after)
+        weakref.finalize(cache, self.remove, before, after)
+
+    def remove(self, *handles: Any) -> None:
+        """Leave nothing of a cache that has gone, not even after a pass that Ctrl-C broke off."""
+        if self.route.hook is self:
+            self.route.leave()
+        for handle in handles:
+            handle.remove()
+
+    def held(self) -> AbstractContextManager[None]:
+        """See `AttentionRoute.held`."""
+        return self.route.held(self)
 
     def __getstate__(self) -> dict:
-        """Nothing: a model may be copied or saved whole while it streams, and the copy's hook serves no cache."""
+        """Nothing: a model may be copied or saved whole while it streams, and the copy's hook serves no cache.
+
+        Hooks are copied before the submodules and the configuration, which are set right here.
+        """
+        if self.decoder() is not None:
+            self.route.clean_up()
         return {}
 
     def cache_in(self, decoder: PreTrainedModel, args: tuple, kwargs: dict) -> tuple["StreamingCache | None", dict]:
         """This hook's cache if the call brings it, and all arguments by name."""
+        if decoder is not self.decoder():  # a copy of the model
+            return None, kwargs
         named = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         cache = named.get("past_key_values")
-        is_mine = cache is not None and cache is self.cache() and decoder is self.decoder()  # not a copy of the model
-        return (cache if is_mine else None), named
+        return (cache if cache is not None and cache is self.cache() else None), named
 
     def before(self, decoder: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        own = self.cache()
-        if own is not None and self.route.is_entered:  # Ctrl-C broke a pass off: torch tells hooks of errors only
-            self.route.leave()
-            self.earlier.clear()
-            own.end_forward(succeeded=False)
+        if decoder is not self.decoder():
+            return None
+        if STEERED not in kwargs:  # else another hook has just entered for this pass
+            self.route.clean_up()
         cache, named = self.cache_in(decoder, args, kwargs)
         if cache is None:
             return None
+        is_users_graph = torch.compiler.is_compiling() and not self.route.is_held
+        return (self.steer_outside_graph if is_users_graph else self.steer)(decoder, cache, named)
+
+    @torch.compiler.disable
+    def steer_outside_graph(self, *call: Any) -> tuple[tuple, dict]:
+        """For a model that the user compiled: a graph can neither look at a mask nor move phases back."""
+        return self.steer(*call)
+
+    def steer(self, decoder: PreTrainedModel, cache: "StreamingCache", named: dict) -> tuple[tuple, dict]:
+        """Run all chunks but the last; the arguments ``named`` as they must be for the last."""
         self.earlier.append([])
         name = "inputs_embeds" if named.get("input_ids") is None else "input_ids"
-        inputs, is_token = named[name], named.get("attention_mask")
+        inputs: Any = named.get(name)
+        is_token = named.get("attention_mask")
         if len(self.earlier) == 1:
+            check_call(self.route, inputs, named)
             is_token = cache.check_inputs(inputs, is_token)
-            if named.get("use_cache") is False:  # then `generate` would feed the whole text again at each step
-                raise ValueError("use_cache is False, yet a StreamingCache is given: pass use_cache=True")
         last = (inputs.shape[1] - 1) // cache.chunk_size * cache.chunk_size  # where the last chunk starts
         try:
             for start in range(0, last, cache.chunk_size):
@@ -142,10 +179,10 @@ class StreamingHook:
             self.earlier.clear()
             raise
         inputs, is_token = inputs[:, last:], None if is_token is None else is_token[:, last:]
-        position_ids = cache.begin_forward(inputs, is_token)
-        self.route.enter()
-        mask = identity_mask(self.route.adapter, inputs.shape[0], inputs.device)
-        steered = {name: inputs, "attention_mask": mask, "position_ids": position_ids, "streaming_cache": cache}
+        position_ids = cache.begin_forward(inputs, is_token, is_rest=bool(self.earlier[-1]))
+        self.route.enter(self)
+        mask = identity_mask(self.adapter, inputs.shape[0], inputs.device)
+        steered = {name: inputs, "attention_mask": mask, "position_ids": position_ids, STEERED: cache}
         return (), {**named, **steered}
 
     def after(self, decoder: PreTrainedModel, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -158,11 +195,17 @@ class StreamingHook:
         return join_outputs([*earlier, output]) if earlier and output is not None else None
 
 
-def _remove(route: AttentionRoute, *handles: Any) -> None:
-    """Leave nothing of a cache that has gone, not even after a pass that Ctrl-C broke off."""
-    route.leave()
-    for handle in handles:
-        handle.remove()
+def check_call(route: AttentionRoute, inputs: Tensor | None, named: dict) -> None:
+    """Refuse what a steered pass cannot do."""
+    if inputs is None or inputs.shape[1] == 0:
+        raise ValueError(
+            "no new tokens for this StreamingCache: `generate` wants the whole text so far, what is in the cache "
+            "included, and then the new turn"
+        )
+    if named.get("use_cache") is False:  # then `generate` would feed the whole text again at each step
+        raise ValueError("use_cache is False, yet a StreamingCache is given: pass use_cache=True")
+    if named.get("output_attentions") or getattr(route.config, "output_attentions", False):
+        raise ValueError("a StreamingCache gives no attention weights: leave output_attentions off")
 
 
 def join_outputs(outputs: list) -> Any:

@@ -42,6 +42,14 @@ class StreamingLayer:
             del self.keys, self.values, self.kept_keys, self.num_arrived
             self.is_allocated = False
 
+    def __deepcopy__(self, memo: dict) -> "StreamingLayer":
+        twin = StreamingLayer(self.shape)
+        twin.is_allocated = self.is_allocated
+        if self.is_allocated:
+            twin.keys, twin.values = static_copy(self.keys), static_copy(self.values)
+            twin.kept_keys, twin.num_arrived = static_copy(self.kept_keys), static_copy(self.num_arrived)
+        return twin
+
     def map_rows(self, rows: Tensor) -> None:
         """Put row ``rows[i]`` of the batch in place i; the batch may grow or shrink."""
         if self.is_allocated:
@@ -56,6 +64,7 @@ def zeros_like_heads(states: Tensor, length: int) -> Tensor:
     return static_zeros((*states.shape[:2], length, states.shape[3]), states.dtype, states.device)
 
 
+@torch.compiler.disable
 def static_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A buffer that stays where it is, as a CUDA graph needs; usable outside of `torch.inference_mode` too."""
     with torch.inference_mode(False):
@@ -64,10 +73,16 @@ def static_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
     return buffer
 
 
+def static_copy(states: Tensor) -> Tensor:
+    """A buffer as `static_zeros` makes them, with these contents."""
+    with torch.no_grad():
+        return static_zeros(tuple(states.shape), states.dtype, states.device).copy_(states)
+
+
 def select_rows(buffer: Tensor, rows: Tensor) -> Tensor:
     """Rows of a buffer ``(B, …)``; in place if their number stays, since a captured graph may read it there."""
     selected = buffer.index_select(0, rows.to(buffer.device))
-    return buffer.copy_(selected) if selected.shape == buffer.shape else selected
+    return buffer.copy_(selected) if selected.shape == buffer.shape else static_copy(selected)
 
 
 def gather_columns(states: Tensor, columns: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from sinklm.models.streaming import StreamingCache
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from ..tiny import tiny_model
 from . import tiny
 
 
@@ -154,6 +155,67 @@ def test_crop_takes_back_what_has_evicted_nothing(model):
         cache.crop(-1)
 
 
+def test_crop_is_refused_after_padding(model):
+    """Of the last two inputs one row would lose two tokens and the other one."""
+    cache, ids = for_model(model), tiny.random_ids(5, batch_size=2)
+    run(model, ids[:, :3], cache)
+    run(model, ids[:, 3:], cache, attention_mask=torch.tensor([[1, 1], [0, 1]]))
+    with pytest.raises(ValueError, match="has had padding"):
+        cache.crop(-2)
+
+
+def test_crop_names_who_takes_tokens_back(model):
+    ids, settings = tiny.random_ids(4).repeat(1, 5), {"max_new_tokens": 6, "use_cache": True, "do_sample": False}
+    with pytest.raises(ValueError, match="prompt lookup take tokens back"):
+        model.generate(ids, past_key_values=for_model(model), prompt_lookup_num_tokens=3, **settings)
+
+
+@pytest.mark.parametrize("build", [lambda: tiny.build(tiny.config("llama")), lambda: tiny_model(num_sinks=1)])
+def test_generating_from_the_new_turn_alone_is_refused(build):
+    model, settings = build(), {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "use_cache": True}
+    cache = for_model(model)
+    text = model.generate(tiny.random_ids(9), past_key_values=cache, **settings)
+    turn = tiny.random_ids(4, seed=5)
+    with pytest.raises(ValueError, match="the whole text so far"):
+        model.generate(turn, past_key_values=cache, **settings)
+    cache.reset()
+    text = model.generate(tiny.random_ids(9), past_key_values=cache, **settings)
+    model.generate(torch.cat((text, turn), dim=1), past_key_values=cache, **settings)
+
+
+def test_a_row_may_have_no_token_in_a_turn(model):
+    cache, ids, more = for_model(model), tiny.random_ids(5, batch_size=2), tiny.random_ids(3, batch_size=2, seed=4)
+    run(model, ids, cache)
+    run(model, more, cache, attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]]))
+    last = run(model, more, cache)
+    for row, text in enumerate((torch.cat((ids, more, more), dim=1)[0], torch.cat((ids, more), dim=1)[1])):
+        expected = run(model, text[None], for_model(model))[0, -3:]
+        torch.testing.assert_close(last[row], expected, rtol=0, atol=1e-5)
+
+
+def test_attention_weights_and_saving_are_refused(model, tmp_path):
+    cache = for_model(model)
+    with pytest.raises(ValueError, match="output_attentions"):
+        run(model, tiny.random_ids(4), cache, output_attentions=True)
+    with pytest.raises(ValueError, match="neither saved nor copied"):
+        torch.save(cache, tmp_path / "cache.pt")
+    with pytest.raises(ValueError, match="neither saved nor copied"):
+        copy.copy(cache)
+
+
+def test_a_backward_pass_is_refused(model):
+    ids = tiny.random_ids(6)
+    loss = model(ids, labels=ids, past_key_values=for_model(model)).loss
+    with pytest.raises(ValueError, match="no gradients"):
+        loss.backward()
+
+
+def test_repeating_an_empty_cache_does_nothing(model):
+    cache = for_model(model)
+    cache.batch_repeat_interleave(3)
+    assert cache.get_seq_length() == 0
+
+
 @pytest.mark.parametrize("family", ["gpt_neox", "falcon", "mpt", "gptj"])
 def test_the_model_is_as_it_was(family):
     """Other calls are not disturbed while a cache lives, and nothing of it is left when it has gone."""
@@ -244,6 +306,51 @@ def test_ctrl_c_and_the_loss_of_the_cache_leave_the_model_well(family, monkeypat
     torch.testing.assert_close(model(ids).logits, expected)
 
 
+@pytest.mark.parametrize("family", ["gpt_neox", "mpt"])
+@pytest.mark.parametrize("interrupted", [0, 1])
+def test_ctrl_c_in_one_cache_does_not_reach_another(family, interrupted, monkeypatch):
+    model, ids = tiny.build(tiny.config(family)), tiny.random_ids(20)
+    expected, stream = model(ids).logits, run(model, ids, for_model(model), use_cache=True)
+    caches = [for_model(model), for_model(model)]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.get_decoder()).__mro__[0], "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, ids, caches[interrupted], use_cache=True)
+    other = caches[1 - interrupted]
+    torch.testing.assert_close(run(model, ids, other, use_cache=True), stream, rtol=0, atol=5e-5)
+    torch.testing.assert_close(model(ids).logits, expected)
+    assert caches[interrupted].is_damaged
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "mpt"])
+def test_a_model_copied_after_ctrl_c_is_well(family, monkeypatch):
+    model, ids = tiny.build(tiny.config(family)), tiny.random_ids(9)
+    expected, cache = model(ids).logits, for_model(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.get_decoder()).__mro__[0], "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, ids, cache, use_cache=True)
+    torch.testing.assert_close(copy.deepcopy(model)(ids).logits, expected)
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("piece", [0, 1, 2])
+def test_a_prompt_that_fails_in_any_of_its_chunks_damages_the_cache(model, piece, error):
+    """Seventeen tokens are two chunks and a last one of a single token, which alone would do no harm."""
+    cache, pieces = for_model(model, chunk_size=8), iter(range(3))
+
+    def fail_in_piece(*args):
+        if next(pieces) == piece:
+            raise error
+
+    model.base_model.layers[1].register_forward_pre_hook(fail_in_piece)
+    with pytest.raises(error):
+        run(model, tiny.random_ids(17), cache)
+    assert cache.is_damaged
+    with pytest.raises(ValueError, match="failed midway"):
+        run(model, tiny.random_ids(1), cache)
+
+
 def test_a_copy_of_a_damaged_cache_is_damaged(model, monkeypatch):
     ids, cache = tiny.random_ids(9), for_model(model)
     monkeypatch.setattr(type(model.gpt_neox.layers[-1]), "forward", interrupt)
@@ -283,6 +390,19 @@ def test_inference_mode_and_gradients_may_alternate(model):
         pieces = [model(ids[:, :9], past_key_values=cache).logits]
     pieces += [model(ids[:, 9:15], past_key_values=cache).logits, model(ids[:, 15:], past_key_values=cache).logits]
     torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["repeat", "copy"])
+def test_buffers_made_in_inference_mode_serve_outside_of_it(model, change):
+    cache, ids = for_model(model), tiny.random_ids(5)
+    with torch.inference_mode():
+        model(ids, past_key_values=cache)
+        if change == "repeat":
+            cache.batch_repeat_interleave(2)
+        else:
+            cache = copy.deepcopy(cache)
+    assert not any(buffer.is_inference() for buffer in vars(cache.state).values())
+    model(ids[:, :1].expand(cache.batch_size, -1), past_key_values=cache)
 
 
 def test_hidden_states_of_a_prompt_in_chunks_are_whole(model):

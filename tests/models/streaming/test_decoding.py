@@ -57,6 +57,39 @@ def test_prompts_may_come_in_between_and_the_cache_may_be_reset():
         cache.reset()
 
 
+@torch.no_grad()
+def test_what_a_graph_cannot_see_is_looked_at_before_it_runs():
+    """Other rows bring other buffers, which a captured graph would not read; so the step is made anew."""
+    model, ids = tiny.build(tiny.config("llama")), tiny.random_ids(30, batch_size=2)
+    cache = StreamingCache.for_model(model, num_kept=2, window=9)
+    decoder = StreamingDecoder(model, cache, compile={"backend": "eager"})
+    decoder.prefill(ids[:, :5])
+    decoder(ids[:, 5:6])
+    for wrong in (ids[:, 6:8], ids[:1, 6:7]):
+        with pytest.raises(ValueError, match=r"one token of each stream, \(2, 1\)"):
+            decoder(wrong)
+    cache.batch_select_indices(torch.tensor([1]))
+    assert decoder.compiled_for is not cache.state.num_seen
+    logits = decoder(ids[1:, 6:7])
+    assert decoder.compiled_for is cache.state.num_seen
+    torch.testing.assert_close(logits[0, 0], oracle.stream_logits(model, ids[1, :7], 2, 9)[-1], rtol=0, atol=5e-5)
+    cache.has_failed = True
+    with pytest.raises(ValueError, match="failed midway"):
+        decoder(ids[1:, 7:8])
+
+
+@torch.no_grad()
+def test_a_model_that_the_user_compiled_moves_phases_back_too():
+    model, ids = tiny.build(tiny.config("llama")), tiny.random_ids(40)
+    cache, compiled = StreamingCache.for_model(model, num_kept=2, window=6), torch.compile(model, backend="eager")
+    logits = [compiled(piece, past_key_values=cache).logits for piece in ids.split([12] + [1] * 28, dim=1)]
+    expected = oracle.stream_logits(model, ids[0], 2, 6)
+    torch.testing.assert_close(torch.cat(logits, dim=1)[0], expected, rtol=0, atol=5e-5)
+    assert cache.state.base.item() >= 40 - 2 * cache.shape.num_slots
+    whole = torch.compile(model, backend="eager", fullgraph=True)  # other calls stay one graph while the cache lives
+    torch.testing.assert_close(whole(ids, use_cache=False).logits, model(ids).logits)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
