@@ -27,7 +27,7 @@ def measure_decoding(
 
     ``streaming``: this project's step, compiled and captured on CUDA. ``cropped cache``: transformers' eager loop with
     a `DynamicCache` cut to size after each token. ``re-computation``: the whole window through the model, without a
-    cache. ``floor``: bytes of the weights (but the input embedding) and of the cache over the copy bandwidth.
+    cache. ``floor``: bytes of the weights that a step reads and of the cache over the copy bandwidth.
 
     Args:
         bandwidth: bytes a second, as by `copy_bandwidth`.
@@ -59,8 +59,15 @@ def measure_decoding(
             elapsed = milliseconds(recompute, 2, max(3, num_steps // RECOMPUTE_SHARE))
         yield {"method": METHODS[2], "milliseconds": elapsed, "peak_bytes": peak.get("bytes"), **row}
 
-    weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
-    yield {"method": METHODS[3], "milliseconds": (weights + num_bytes) / bandwidth * 1e3, "peak_bytes": None, **row}
+    elapsed = (bytes_read(model) + num_bytes) / bandwidth * 1e3
+    yield {"method": METHODS[3], "milliseconds": elapsed, "peak_bytes": None, **row}
+
+
+def bytes_read(model: PreTrainedModel) -> int:
+    """Bytes of the weights that a step reads: of an input embedding a few rows, unless it makes the logits too."""
+    embedding, unembedding = model.get_input_embeddings(), model.get_output_embeddings()
+    is_tied = unembedding is not None and unembedding.weight is embedding.weight
+    return sum(p.nbytes for p in model.parameters()) - (0 if is_tied else embedding.weight.nbytes)
 
 
 class CroppedCache:
