@@ -88,7 +88,7 @@ def test_the_next_prompt_ends_the_iterator_before():
     model, prompts = tiny_model(), (text(1, 5)[0].tolist(), text(1, 9)[0].tolist())
     one, other = generator(model), generator(model)
     older = one(prompts[0])
-    expected = [next(other(prompts[0]))] + list(islice(other(prompts[1]), 20))
+    expected = [next(other(prompts[0])), *islice(other(prompts[1]), 20)]
     written = [next(older)]
     newer = one(prompts[1])
     written.append(next(newer))
