@@ -61,6 +61,7 @@ def linear_one_row(states: Tensor, weight: Tensor, bias: Tensor | None = None, g
 @custom_op("sinklm::matvec", mutates_args=())
 def matvec(vector: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     """``weight @ vector + bias`` for ``(O, I)``, ``(I,)`` and ``(O,)``, summed in float32."""
+    vector, bias = vector.contiguous(), None if bias is None else bias.contiguous()
     num_out, num_in = weight.shape
     out = vector.new_empty(num_out)
     block_in = block_of_inputs(num_in)
