@@ -25,7 +25,8 @@ class OneRowLinear(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.newest: tuple[Tensor, tuple] | None = None  # the output of a product, and what it was made of
+        # The output of a product, and what it was made of.
+        self.newest: tuple[Tensor, tuple[Tensor, Tensor, Tensor | None]] | None = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
