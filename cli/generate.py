@@ -1,7 +1,7 @@
 """`sinklm generate`: a prompt goes in, its continuation comes out as it is made."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -112,15 +112,19 @@ def _generate_dense(
     import torch
     from transformers import TextStreamer
 
+    from ..models.streaming.generation import MIN_TEMPERATURE
+
     ids = torch.tensor([prompt_ids], device=model.device)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0} if temperature > 0 else {}
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": max(temperature, MIN_TEMPERATURE), "top_k": top_k or 0}
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new_tokens,
         pad_token_id=model.config.eos_token_id,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-        **{"do_sample": False, **sampling},
+        **sampling,
     )
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,7 @@ def measure_decoding(
 
     ``streaming``: this project's step, compiled and captured on CUDA. ``cropped cache``: transformers' eager loop with
     a `DynamicCache` cut to size after each token. ``re-computation``: the whole window through the model, without a
-    cache. ``floor``: bytes of the weights (but the input embedding) and of the cache over the copy bandwidth.
+    cache. ``floor``: bytes of the weights that a step reads and of the cache over the copy bandwidth.
 
     Args:
         bandwidth: bytes a second, as by `copy_bandwidth`.
@@ -35,32 +36,59 @@ def measure_decoding(
     num_kept = getattr(model.config, "num_sinks", 0) or DEFAULT_NUM_KEPT
     if cache_size <= num_kept:
         raise ValueError(f"a cache of {cache_size} has no room for more than the {num_kept} kept tokens: take a larger")
-    torch._dynamo.reset()  # a shape of its own is compiled for each cache and batch
     ids = torch.randint(1, 256, (batch_size, cache_size + EXTRA_TOKENS), device=model.device)
     row = {"cache_size": cache_size, "batch_size": batch_size, "num_kept": num_kept}
-    with torch.no_grad():
-        cache = StreamingCache.for_model(model, num_kept=num_kept, window=cache_size - num_kept)
-        generator = Generator(model, cache)
-        with peak_memory(model.device) as peak:
-            generator.decoder.prefill(ids)
-            elapsed = milliseconds(partial(generator.read_one, ids[:, :1].clone()), NUM_WARMUP, num_steps)
-        num_bytes = cache.num_bytes
-        del generator, cache
-        yield {"method": METHODS[0], "milliseconds": elapsed, "peak_bytes": peak.get("bytes"), **row}
+    streaming = time_streaming(model, ids, num_kept, cache_size - num_kept, num_steps)
+    yield {"method": METHODS[0], "milliseconds": streaming.milliseconds, "peak_bytes": streaming.peak_bytes, **row}
+    cropped = time_cropped_cache(model, ids[:, :cache_size], num_kept, num_steps)
+    yield {"method": METHODS[1], "milliseconds": cropped.milliseconds, "peak_bytes": cropped.peak_bytes, **row}
+    recomputed = time_recomputation(model, ids[:, :cache_size], max(3, num_steps // RECOMPUTE_SHARE))
+    yield {"method": METHODS[2], "milliseconds": recomputed.milliseconds, "peak_bytes": recomputed.peak_bytes, **row}
+    floor = (bytes_read(model) + streaming.cache_bytes) / bandwidth * 1e3
+    yield {"method": METHODS[3], "milliseconds": floor, "peak_bytes": None, **row}
 
-        with peak_memory(model.device) as peak:
-            cropped = CroppedCache(model, ids[:, :cache_size], num_kept)
-            elapsed = milliseconds(partial(cropped.step, ids[:, :1]), NUM_WARMUP, num_steps)
-        del cropped
-        yield {"method": METHODS[1], "milliseconds": elapsed, "peak_bytes": peak.get("bytes"), **row}
 
-        recompute = partial(model, ids[:, :cache_size], logits_to_keep=1, use_cache=False)
-        with peak_memory(model.device) as peak:
-            elapsed = milliseconds(recompute, 2, max(3, num_steps // RECOMPUTE_SHARE))
-        yield {"method": METHODS[2], "milliseconds": elapsed, "peak_bytes": peak.get("bytes"), **row}
+@dataclass(frozen=True)
+class StepCost:
+    """Mean time of a step, the peak of GPU memory until then (None on a CPU), and what a streaming cache holds."""
 
-    weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
-    yield {"method": METHODS[3], "milliseconds": (weights + num_bytes) / bandwidth * 1e3, "peak_bytes": None, **row}
+    milliseconds: float
+    peak_bytes: int | None
+    cache_bytes: int = 0
+
+
+@torch.no_grad()
+def time_streaming(model: PreTrainedModel, ids: torch.Tensor, num_kept: int, window: int, num_steps: int) -> StepCost:
+    torch._dynamo.reset()  # a shape of its own is compiled for each cache and batch
+    cache = StreamingCache.for_model(model, num_kept=num_kept, window=window)
+    generator = Generator(model, cache)
+    with peak_memory(model.device) as peak:
+        generator.decoder.prefill(ids)
+        elapsed = milliseconds(partial(generator.read_one, ids[:, :1].clone()), NUM_WARMUP, num_steps)
+    return StepCost(elapsed, peak.get("bytes"), cache.num_bytes)
+
+
+@torch.no_grad()
+def time_cropped_cache(model: PreTrainedModel, ids: torch.Tensor, num_kept: int, num_steps: int) -> StepCost:
+    with peak_memory(model.device) as peak:
+        cropped = CroppedCache(model, ids, num_kept)
+        elapsed = milliseconds(partial(cropped.step, ids[:, :1]), NUM_WARMUP, num_steps)
+    return StepCost(elapsed, peak.get("bytes"))
+
+
+@torch.no_grad()
+def time_recomputation(model: PreTrainedModel, ids: torch.Tensor, num_steps: int) -> StepCost:
+    recompute = partial(model, ids, logits_to_keep=1, use_cache=False)
+    with peak_memory(model.device) as peak:
+        elapsed = milliseconds(recompute, 2, num_steps)
+    return StepCost(elapsed, peak.get("bytes"))
+
+
+def bytes_read(model: PreTrainedModel) -> int:
+    """Bytes of the weights that a step reads: of an input embedding a few rows, unless it makes the logits too."""
+    embedding, unembedding = model.get_input_embeddings(), model.get_output_embeddings()
+    is_tied = unembedding is not None and unembedding.weight is embedding.weight
+    return sum(p.nbytes for p in model.parameters()) - (0 if is_tied else embedding.weight.nbytes)
 
 
 class CroppedCache:

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +102,9 @@ def read_stream(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, num_t
 
 def text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer puts in front of a text: a begin-of-text token, an export's sinks, or nothing."""
-    with_special, text = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
-    return with_special[: with_special.index(text[0])]
+    no_text, some_text = tokenizer("")["input_ids"], tokenizer("a")["input_ids"]
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(no_text, some_text, strict=False))
+    return [token_id for token_id, _ in same]  # then comes the text, or what the tokenizer puts at its end
 
 
 def _read_text(path: Path) -> str:

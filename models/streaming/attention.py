@@ -64,8 +64,13 @@ def two_phase_attention(
 
 
 def can_flash(query: Tensor) -> bool:
-    """FlashAttention takes half precision and heads of up to 256 dimensions, on CUDA."""
-    return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256
+    """FlashAttention takes half precision and heads of 8, 16 … 256 dimensions, on CUDA from compute capability 8.0."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] in range(8, 257, 8)
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
 
 
 def flash_two_phase_attention(
@@ -90,7 +95,7 @@ def flash_two_phase_attention(
         return out
     num_heads = query.shape[1]
     kept_key, kept_value = repeat_heads(kept_key, num_heads), repeat_heads(kept_value, num_heads)
-    scores = (turned_query @ kept_key.transpose(-1, -2)).float() * scaling
+    scores = turned_query.float() @ kept_key.float().mT * scaling  # unscaled they need more than float16 can hold
     return merge_kept(out, lse, scores.masked_fill(~kept_visible, float("-inf")), kept_value)
 
 

@@ -56,10 +56,15 @@ class Alibi:
         self.table = table
 
     def bias(self, key_positions: Tensor, visible: Tensor, like: Tensor) -> Tensor:
-        """``(B, H, T, K)`` in the dtype of ``like`` from positions and visibility ``(B, T, K)``; -inf if invisible."""
+        """``(B, H, T, K)`` in the dtype of ``like`` from positions and visibility ``(B, T, K)``; -inf if invisible.
+
+        Biases grow with the position: the largest is that of the query's own key, and is taken off all, so that half
+        precision is sharpest where it matters, among near keys. Far from 0 its steps are wider than a position.
+        """
         last = self.table.shape[1] - 1
-        bias = self.table.to(like)[:, key_positions.clamp(0, last)].transpose(0, 1)
-        return bias.masked_fill(~visible[:, None], float("-inf"))
+        table = self.table.to(like.device, torch.promote_types(like.dtype, torch.float32))
+        bias = table[:, key_positions.clamp(0, last)].transpose(0, 1).masked_fill(~visible[:, None], float("-inf"))
+        return (bias - bias.amax(-1, keepdim=True)).to(like.dtype)
 
 
 Encoding = Rotary | Alibi

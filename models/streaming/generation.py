@@ -1,5 +1,6 @@
 """Writing without end: sample a token, show its text, read it, and so on, in memory that does not grow."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -12,6 +13,7 @@ from .decoding import StreamingDecoder
 DEFAULT_CACHE_SIZE = 1024
 DEFAULT_NUM_KEPT = 4  # of a model without a sink of its own (Xiao et al. 2024, Table 2)
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+MIN_TEMPERATURE = 1e-6  # takes the likeliest token; scores over a smaller one overflow
 MAX_PENDING = 16  # tokens without a whole character, after which what there is counts as whole
 
 
@@ -34,6 +36,9 @@ class Generator:
         compile: False for short texts, which are done before a step is compiled.
         temperature: 0 takes the likeliest token each time.
         top_k: sample among so many of the likeliest tokens; None among all.
+
+    Raises:
+        ValueError: a temperature below 0 or without end, or ``top_k < 1``.
     """
 
     def __init__(
@@ -45,8 +50,13 @@ class Generator:
         top_k: int | None = None,
         compile: bool = True,
     ):
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature is {temperature}: it must be 0 or a positive number")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k is {top_k}: it must be at least 1, or None to sample among all tokens")
         self.cache, self.device = cache, model.device
         self.temperature, self.top_k = temperature, top_k
+        self.turn = 0  # counts the prompts read
         self.unread: list[int] = []  # the last token written, until it has entered the cache
         self.sink_ids = torch.tensor(getattr(model.config, "sink_token_ids", []), dtype=torch.long, device=model.device)
         self.decoder = StreamingDecoder(model, cache)
@@ -57,15 +67,22 @@ class Generator:
         """Read a prompt of at least one token, and write tokens without end.
 
         A token is read when the next one is asked for: the last one taken from the iterator has not entered the cache.
+        The next prompt ends this iterator: there is one cache, and their texts would mix.
         """
         if not prompt_ids:
             raise ValueError("the prompt is empty: give at least one token")
+        self.turn = turn = self.turn + 1
         logits = self.decoder.prefill(torch.tensor([prompt_ids], device=self.device))
         self.unread = []
         while True:
             token = self.sample(logits[:, -1])
             self.unread = [int(token)]
             yield self.unread[0]
+            if self.turn != turn:
+                raise ValueError(
+                    "this Generator has read another prompt since: take tokens from its newest iterator only, or make "
+                    "a Generator with a cache of its own for each text"
+                )
             logits = self.read_one(token)
             self.unread = []
 
@@ -74,10 +91,11 @@ class Generator:
         scores = logits.float().index_fill(-1, self.sink_ids, float("-inf"))
         if self.temperature == 0:
             return scores.argmax(-1, keepdim=True)
+        scores = scores / max(self.temperature, MIN_TEMPERATURE)
         if self.top_k is None or self.top_k >= scores.shape[-1]:
-            return torch.multinomial((scores / self.temperature).softmax(-1), 1)
+            return torch.multinomial(scores.softmax(-1), 1)
         best, ids = scores.topk(self.top_k, dim=-1)
-        return ids.gather(-1, torch.multinomial((best / self.temperature).softmax(-1), 1))
+        return ids.gather(-1, torch.multinomial(best.softmax(-1), 1))
 
 
 class TextStream:

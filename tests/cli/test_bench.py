@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 from sinklm.cli.bench import decode
-from sinklm.eval.decode_speed import CroppedCache, results_table
+from sinklm.eval.decode_speed import CroppedCache, bytes_read, results_table
 from sinklm.eval.plots import decoding_figure
 
 from ..eval.checkpoints import small_model, write_checkpoint
+from ..models.streaming import tiny
 
 
 def test_the_command_writes_table_json_and_picture(tmp_path, capsys):
@@ -34,6 +35,11 @@ def test_the_command_writes_table_json_and_picture(tmp_path, capsys):
     _, memory = decoding_figure(report).axes
     assert len(memory.lines) == (len(methods) - 1) * 2
     assert len(memory.get_legend().get_texts()) == len(methods) * 2
+
+
+def test_the_floor_counts_an_embedding_that_makes_the_logits():
+    apart, tied = (tiny.build(tiny.config("llama", tie_word_embeddings=tie)) for tie in (False, True))
+    assert bytes_read(apart) == bytes_read(tied) == sum(p.nbytes for p in tied.parameters())
 
 
 def test_the_table_says_how_much_faster_than_re_computation():

@@ -35,6 +35,13 @@ def test_while_all_fits_the_cache_it_writes_what_dense_attention_writes(checkpoi
     assert [text.strip() for text in streamed] == [dense.strip()] * 2
 
 
+def test_a_temperature_next_to_0_is_one(checkpoint, capfd):
+    for temperature in (0, 1e-40):
+        generate(checkpoint, "import os", max_new_tokens=25, temperature=temperature)
+    greedy, sampled = capfd.readouterr().out.split("import os")[1:]
+    assert sampled == greedy
+
+
 def test_ctrl_c_ends_the_stream_with_its_speed(checkpoint, capfd, monkeypatch):
     forward = Generator.sample
 

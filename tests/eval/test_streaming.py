@@ -24,9 +24,12 @@ from sinklm.eval.streaming import (
     parse_caches,
     position_bins,
     read_stream,
+    text_prefix,
 )
 from sinklm.models import load_model, load_tokenizer
 from sinklm.models.export import export_model
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from .checkpoints import small_model, write_checkpoint
 
@@ -54,6 +57,27 @@ def test_texts_are_joined_by_a_blank_line_and_cut(checkpoints, tmp_path):
     assert torch.equal(cut.ids, stream.ids)
     assert cut.files == tuple(map(str, files[:2]))  # the third was not needed
     assert cut.sha256 == stream.sha256 != read_stream(files, tokenizer).sha256
+
+
+@pytest.mark.parametrize(
+    ("template", "prefix"),
+    [("$A", []), ("<s> $A", [0]), ("<s> $A </s>", [0]), ("$A </s>", []), ("<s> </s> $A", [0, 1])],
+)
+@pytest.mark.parametrize("marks_the_first_word", [False, True])
+def test_the_prefix_is_what_stands_before_any_text(template, prefix, marks_the_first_word):
+    raw = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2, "▁a": 3}, unk_token="a"))
+    raw.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 0), ("</s>", 1)])
+    if marks_the_first_word:
+        raw.pre_tokenizer = pre_tokenizers.Metaspace()
+    assert text_prefix(PreTrainedTokenizerFast(tokenizer_object=raw)) == prefix
+
+
+def test_a_text_may_begin_otherwise_behind_the_prefix():
+    def tokenizer(text, add_special_tokens=True):
+        words = {"": [], "a": [8] if add_special_tokens else [7]}[text]
+        return {"input_ids": [1, *words] if add_special_tokens else words}
+
+    assert text_prefix(tokenizer) == [1]
 
 
 def test_unreadable_texts_are_named(checkpoints, tmp_path):

@@ -17,7 +17,7 @@ from ..layer import StreamingLayer
 
 BLOCK_BYTES = 8192  # of the keys that a program takes at a time
 PROGRAMS_PER_PROCESSOR = 2  # enough to keep the memory busy
-MAX_SPLITS = 32  # whose results the last program holds all at once
+MAX_SPLITS = 31  # of the band; with that of the kept keys they are a power of 2, all of which the last program holds
 MIN_TILE = 16  # of a matrix product on tensor cores
 
 
@@ -70,6 +70,7 @@ def _decode_attention(
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     (batch_size, num_heads, head_dim), num_groups = query.shape, key.shape[1]
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     block_dim = max(MIN_TILE, triton.next_power_of_2(head_dim))
     block = max(MIN_TILE, BLOCK_BYTES // (query.element_size() * block_dim))
     num_blocks = triton.cdiv(window + 1, block)

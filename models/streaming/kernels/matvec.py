@@ -25,7 +25,8 @@ class OneRowLinear(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.newest: tuple[Tensor, tuple] | None = None  # the output of a product, and what it was made of
+        # The output of a product, and what it was made of.
+        self.newest: tuple[Tensor, tuple[Tensor, Tensor, Tensor | None]] | None = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -61,6 +62,7 @@ def linear_one_row(states: Tensor, weight: Tensor, bias: Tensor | None = None, g
 @custom_op("sinklm::matvec", mutates_args=())
 def matvec(vector: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     """``weight @ vector + bias`` for ``(O, I)``, ``(I,)`` and ``(O,)``, summed in float32."""
+    vector, bias = vector.contiguous(), None if bias is None else bias.contiguous()
     num_out, num_in = weight.shape
     out = vector.new_empty(num_out)
     block_in = block_of_inputs(num_in)

@@ -114,6 +114,24 @@ def test_a_captured_graph_is_as_near_to_float64_as_eager_steps(dtype, family):
 
 
 @pytest.mark.gpu
+def test_a_captured_step_makes_no_copy_of_the_buffers():
+    """It would take longer than the attention. The buffers are larger than what cuBLAS asks for besides."""
+    model, ids = tiny.build(tiny.config("llama", hidden_size=128), dtype=torch.float32).cuda(), tiny.random_ids(16)
+    cache = StreamingCache.for_model(model, num_kept=4, window=2**19)
+    decoder, ids = StreamingDecoder(model, cache), ids.cuda()
+    decoder.prefill(ids[:, :9])
+    layers = cache.streaming_layers
+    places = [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in layers]
+    torch.cuda.reset_peak_memory_stats()
+    memory = torch.cuda.memory_allocated()
+    for t in range(9, 16):
+        decoder(ids[:, t : t + 1])
+    assert decoder.captured is not None
+    assert [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in layers] == places
+    assert torch.cuda.max_memory_allocated() - memory < layers[0].keys.nbytes
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("num_kept", [0, 1, 4])
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
 def test_flash_chunks_are_as_near_to_float64_as_single_tokens(family, num_kept):

@@ -75,6 +75,21 @@ def test_stock_models_differ_by_their_float32_tables_only(family):
         torch.testing.assert_close(streamed(model, ids, cache, sizes)[0], expected, rtol=0, atol=5e-5)
 
 
+@pytest.mark.parametrize("family", ["mpt", "falcon:rw"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_biases_are_as_sharp_in_half_precision_as_those_of_the_stock_model(family, dtype):
+    """In a large cache with few tokens too, where a table that is counted from one end is far from 0."""
+    model, ids = tiny.build(tiny.config(family, max_seq_len=4096)), tiny.random_ids(120)
+    exact = oracle.stream_logits(model, ids[0], 4, 4092)
+    model = model.to(dtype)
+    with torch.no_grad():
+        stock = model(ids, use_cache=False).logits[0]
+    for sizes in ([120], [50] + [1] * 70):
+        cache = StreamingCache.for_model(model, num_kept=4, window=4092)
+        error = (streamed(model, ids, cache, sizes)[0] - exact).norm()
+        assert error <= 1.3 * (stock - exact).norm()
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_the_oracle_is_the_stock_model_as_long_as_nothing_is_evicted(family):
     model = tiny.build(tiny.config(family))

@@ -66,9 +66,35 @@ def test_samples_follow_temperature_and_top_k():
     assert (generator(model).sample(logits) == 0).all()
 
 
-def test_an_empty_prompt_is_refused():
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 1e-320])
+def test_a_temperature_next_to_0_takes_the_likeliest_token(temperature):
+    model, logits = tiny_model(num_sinks=0), torch.tensor([[-90.0, 89.9, 90.0]]).repeat(50, 1)
+    for top_k in (None, 2):
+        assert (generator(model, temperature=temperature, top_k=top_k).sample(logits) == 2).all()
+
+
+def test_what_cannot_be_sampled_or_read_is_refused():
+    model = tiny_model()
+    for temperature in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="temperature is"):
+            generator(model, temperature=temperature)
+    with pytest.raises(ValueError, match="top_k is 0: it must be at least 1"):
+        generator(model, top_k=0)
     with pytest.raises(ValueError, match="prompt is empty"):
-        next(generator(tiny_model())([]))
+        next(generator(model)([]))
+
+
+def test_the_next_prompt_ends_the_iterator_before():
+    model, prompts = tiny_model(), (text(1, 5)[0].tolist(), text(1, 9)[0].tolist())
+    one, other = generator(model), generator(model)
+    older = one(prompts[0])
+    expected = [next(other(prompts[0])), *islice(other(prompts[1]), 20)]
+    written = [next(older)]
+    newer = one(prompts[1])
+    written.append(next(newer))
+    with pytest.raises(ValueError, match="another prompt since"):
+        next(older)
+    assert written + list(islice(newer, 19)) == expected  # the refusal left the newer text alone
 
 
 def test_the_default_cache_fits_the_model():

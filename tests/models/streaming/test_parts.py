@@ -1,9 +1,13 @@
 """The pieces of which streaming is made, each against an obvious twin."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sinklm.models.streaming.attention import attention, merge_kept
+from sinklm.models.streaming import attention as streaming_attention
+from sinklm.models.streaming.attention import attention, can_flash, flash_two_phase_attention, merge_kept
 from sinklm.models.streaming.contract import StreamShape
 from sinklm.models.streaming.encodings import Rotary
 
@@ -50,6 +54,37 @@ def test_merging_kept_keys_is_one_softmax_over_all():
     band, kept = scores[..., 4:], scores[..., :4]
     merged = merge_kept(band.softmax(-1) @ value[:, :, 4:], band.logsumexp(-1), kept, value[:, :, :4])
     torch.testing.assert_close(merged, scores.softmax(-1) @ value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_of_kept_keys_are_not_rounded_before_they_are_scaled(dtype, monkeypatch):
+    """Kept keys are long, as those of sinks are: in float16 their product with a query overflows."""
+
+    def exact_band(query, key, value, window, scaling):
+        scores = query.double() @ key.double().mT * scaling
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:]).tril().logical_not(), float("-inf"))
+        return (scores.softmax(-1) @ value.double()).to(query.dtype), scores.logsumexp(-1).float()
+
+    monkeypatch.setattr(streaming_attention, "flash_band", exact_band)
+    query = (300 + torch.randn(1, 2, 5, 64)).to(dtype)
+    key, value = (100 + torch.randn(1, 2, 8, 64)).to(dtype), torch.randn(1, 2, 8, 64).to(dtype)
+    visible = torch.tensor([[False] * 3, *[[True] * 3] * 4])
+    inputs = (query, query, key[:, :, :3], value[:, :, :3], visible, key[:, :, 3:], value[:, :, 3:], 5, 1e-3)
+    out = flash_two_phase_attention(*inputs)
+    mask = torch.cat((visible, torch.ones(5, 5).tril().bool()), dim=1)
+    exact = attention(query.double(), key.double(), value.double(), mask, 1e-3)
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
+def test_flash_attention_gets_only_what_it_takes(monkeypatch):
+    def takes(head_dim, dtype=torch.bfloat16, capability=(9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        return can_flash(SimpleNamespace(is_cuda=True, device="cuda", dtype=dtype, shape=(1, 2, 3, head_dim)))
+
+    assert [takes(head_dim) for head_dim in (8, 64, 256)] == [True] * 3
+    assert [takes(head_dim) for head_dim in (4, 12, 264)] == [False] * 3
+    assert [takes(64, capability=capability) for capability in ((7, 5), (8, 0), (8, 6))] == [False, True, True]
+    assert not takes(64, dtype=torch.float32)
 
 
 def test_grouped_heads_equal_repeated_heads():
