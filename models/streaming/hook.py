@@ -143,8 +143,8 @@ class StreamingHook:
         cache = named.get("past_key_values")
         return (cache if cache is not None and cache is self.cache() else None), named
 
-    def before(self, decoder: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if decoder is not self.decoder():
+    def before(self, decoder: PreTrainedModel, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
+        if kwargs is None or decoder is not self.decoder():  # none: the cache was collected while torch called hooks
             return None
         if STEERED not in kwargs:  # else another hook has just entered for this pass
             self.route.clean_up()
@@ -185,7 +185,10 @@ class StreamingHook:
         steered = {name: inputs, "attention_mask": mask, "position_ids": position_ids, STEERED: cache}
         return (), {**named, **steered}
 
-    def after(self, decoder: PreTrainedModel, args: tuple, kwargs: dict, output: Any) -> Any:
+    def after(self, decoder: PreTrainedModel, args: tuple, *kwargs_and_output: Any) -> Any:
+        if len(kwargs_and_output) == 1:  # as in `before`
+            return None
+        kwargs, output = kwargs_and_output
         cache, _ = self.cache_in(decoder, args, kwargs)
         if cache is None:
             return None

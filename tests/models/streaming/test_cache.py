@@ -422,3 +422,18 @@ def test_the_decoder_can_be_called_by_position(model):
         by_position = model.base_model(ids, mask, None, None, cache).last_hidden_state
         by_name = model.base_model(ids, past_key_values=for_model(model)).last_hidden_state
     torch.testing.assert_close(by_position, by_name, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("hook", ["register_forward_pre_hook", "register_forward_hook"])
+def test_a_cache_may_be_collected_while_torch_goes_through_the_hooks(hook):
+    model, ids = tiny.build(tiny.config("gpt_neox")), tiny.random_ids(8)
+    expected, caches = model(ids).logits, []
+
+    def collect(*_):
+        caches.clear()
+        gc.collect()
+
+    getattr(model.base_model, hook)(collect)
+    caches.append(StreamingCache.for_model(model, num_kept=1, window=4))
+    assert torch.equal(model(ids).logits, expected)
+    assert len(model.base_model._forward_pre_hooks) == (hook == "register_forward_pre_hook")
