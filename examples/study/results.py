@@ -25,8 +25,11 @@ def collect_run(run: Path, results: Path) -> dict[str, Any]:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [record for record in records if "loss" in record]
     tokens_per_step = steps[-1]["positions"] // steps[-1]["step"]
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    for section, place in (("data", "path"), ("train", "run_dir")):  # where things lay tells a reader nothing
+        config.get(section, {}).pop(place, None)
     found: dict[str, Any] = {
-        "config": yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")),
+        "config": config,
         "environment": _read(run / "environment.json"),
         "tokens": steps[-1]["positions"],
         "tokens_per_second": median(record["tokens_per_second"] for record in steps[-NUM_SPEED_STEPS:]),

@@ -1,5 +1,8 @@
 """Every shipped recipe: it loads, and it is what its source says."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from sinklm.models import SinkGPTNeoXForCausalLM
@@ -40,6 +43,7 @@ STUDY = {
     "study/gate": ("gate", 1),
 }
 STUDY_TOKENIZER_SIZE = 4000
+CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
 
 
 def plan_of(name: str, *overrides: str, tokenizer_size: int = PYTHIA_TOKENIZER_SIZE) -> Plan:
@@ -106,6 +110,17 @@ def test_an_arm_of_the_study_differs_from_its_vanilla_by_its_sink_alone(name):
     for config in (vanilla, arm):
         del config["train"]["run_dir"]
     assert vanilla == arm
+
+
+def test_the_study_is_what_the_shipped_models_were_trained_by():
+    config = load_config("study/vanilla")
+    assert (config.train.num_steps, config.train.batch_size_tokens, config.train.seq_length) == (17631, 32768, 256)
+    assert (config.optimizer.lr, config.optimizer.weight_decay, config.train.seed) == (1.6e-2, 0.25, 1234)
+    for name in ("vanilla", "learnable-sink"):
+        shipped = json.loads((CHECKPOINTS / name / "config.json").read_text(encoding="utf-8"))
+        plan = plan_of(f"study/{name}", tokenizer_size=STUDY_TOKENIZER_SIZE).model_config
+        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "vocab_size"):
+            assert shipped[key] == getattr(plan, key)
 
 
 def test_two_models_of_the_study_are_small_enough_to_ship():
