@@ -29,7 +29,7 @@ def main() -> None:
 
     say("1. What a sink token does: two models trained on 578 M tokens read a book through small caches")
     for run in RUNS:
-        options = ["--text", TRAINED / "book.txt", "--tokens", "16000", "--caches", "0+128,1+127,4+124"]
+        options = ["--text", TRAINED / "book.txt", "--tokens", "8000", "--caches", "0+128,1+127,4+124"]
         sinklm("eval", "streaming", TRAINED / run, *options, "--output", f"trained/{run}")
     say("Perplexity by tokens kept from the beginning + most recent tokens:")
     compare({run: FOLDER / "trained" / run for run in RUNS})
