@@ -1,8 +1,8 @@
-"""What a sink token does, on two small trained models that are shipped, and then the main job in small on any CPU: text
-to tokenizer, token store, two models, evaluation, export and a sample.
+"""What a sink token does, on two small trained models; then the main job in small, from text to a sample, on any CPU.
 
-It runs the same commands as a real job and shows each. The corpus is the source of Python's own standard library, so
-nothing is fetched. Everything it makes lies in the folder ``quickstart``.
+It runs the same commands as a real job and shows each. The models lie in ``examples/checkpoints``; the corpus of the
+main job is the source of Python's own standard library, so nothing is fetched. Everything it makes lies in the folder
+``quickstart``.
 """
 
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "quickstart"
+TRAINED = Path("..", "examples", "checkpoints")  # as seen from FOLDER
 SINKLM = Path(sys.executable).parent / "sinklm"
 TRAINED = ROOT / "examples" / "checkpoints"
 RUNS = {"vanilla": "none", "learnable-sink": "token"}
@@ -27,32 +28,36 @@ def main() -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir()
 
-    say(
-        "0. What a sink token does: two trained models read a book, with and without the first tokens in a cache of 128"
+    say("1. What a sink token does: two models trained on 578 M tokens read a book through small caches")
+    for run in RUNS:
+        options = ["--text", TRAINED / "book.txt", "--tokens", "8000", "--caches", "0+128,1+127,4+124"]
+        sinklm("eval", "streaming", TRAINED / run, *options, "--output", f"trained/{run}")
+    say("Perplexity by tokens kept from the beginning + most recent tokens:")
+    compare({run: FOLDER / "trained" / run for run in RUNS})
+    print(
+        "\nThe model with a sink token breaks when the cache loses it (0+128), and needs nothing but it (1+127). The\n"
+        "plain model has begun to use its first token so. Without a limit (dense) both break beyond 256 tokens."
     )
-    for model in RUNS:
-        text, output = TRAINED / "book.txt", f"trained/{model}"
-        sinklm("eval", "streaming", TRAINED / model, "--text", text, "--tokens", "12000", "--output", output)
 
-    say("1. A corpus in the Pile's form: the source of Python's standard library, every 20th module held out")
+    say("2. A corpus in the Pile's form: the source of Python's standard library, every 20th module held out")
     write_corpus()
     sinklm("tokenizer", "train", "corpus.jsonl", "--vocab-size", "2048", "--output", "tokenizer.json")
 
-    say("2. The token store: the corpus tokenized once, in Megatron's format")
+    say("3. The token store: the corpus tokenized once, in Megatron's format")
     sinklm("prepare", "corpus.jsonl", "--tokenizer", "tokenizer.json", "--output", "store")
 
-    say("3. Two models on the same data in the same order: one plain, one with a learnable sink token (DeepSpeed, CPU)")
+    say("4. Two models on the same data in the same order: one plain, one with a learnable sink token (DeepSpeed, CPU)")
     for run, sink in RUNS.items():
         sinklm("train", "quickstart", "data.path=store", f"train.run_dir={run}", f"model.sink.kind={sink}")
 
-    say("4. Perplexity on held-out source code, eight times as long as the 256 positions they were trained on")
+    say("5. Perplexity on held-out source code, eight times as long as the 256 positions they were trained on")
     for run in RUNS:
         sinklm("eval", "streaming", run, "--text", "heldout.txt", "--tokens", "2048", "--output", f"{run}/eval")
 
-    say("5. Export: a plain GPTNeoXForCausalLM that needs no code of ours")
+    say("6. Export: a plain GPTNeoXForCausalLM that needs no code of ours")
     sinklm("export", "learnable-sink", "export")
 
-    say("6. A sample, streamed through a cache of 1 sink token and 63 recent tokens")
+    say("7. A sample, streamed through a cache of 1 sink token and 63 recent tokens")
     sinklm("generate", "learnable-sink", "def main():", "--max-new-tokens", "100", "--num-kept", "1", "--window", "63")
 
     summary(time.perf_counter() - started)
@@ -90,20 +95,23 @@ def write_corpus() -> None:
     )
 
 
+def compare(results: dict[str, Path]) -> None:
+    """Print the perplexities of each model's evaluation, a line a model and a column a cache."""
+    reports = {run: json.loads((folder / "streaming.json").read_text()) for run, folder in results.items()}
+    caches = [result["configuration"] for result in next(iter(reports.values()))["results"]]
+    print(f"{'':16}" + "".join(f"{cache:>10}" for cache in caches))
+    for run, report in reports.items():
+        print(f"{run:16}" + "".join(f"{result['perplexity']:10.2f}" for result in report["results"]))
+
+
 def summary(seconds: float) -> None:
-    say(f"Done in {seconds / 60:.1f} minutes. Perplexity by tokens kept + window:")
-    print("The two trained models, on a book")
-    perplexities("trained/{run}/streaming.json")
+    say(f"Done in {seconds / 60:.1f} minutes. Perplexity of the two new models on held-out source code:")
+    compare({run: FOLDER / run / "eval" for run in RUNS})
     print(
-        "Four tenths of the attention of the model with a sink token goes to the sink. Without it (0+128) it\n"
-        "breaks, with it alone (1+127) nothing is lost. The plain model has only begun to make a sink of its own.\n"
-    )
-    print("The two made just now, on held-out source code")
-    perplexities("{run}/eval/streaming.json")
-    print(
-        "Two hundred steps are too few for an attention sink to form in either model, so losing the first tokens\n"
-        "costs nothing yet. Sinks form after a thousand steps and more, and hundreds of millions of tokens.\n\n"
-        f"Pictures   {FOLDER}/trained/*/streaming.png, {FOLDER}/*/eval/streaming.png\n"
+        "\nTwo hundred steps are too few for an attention sink to form in either model, so losing the first tokens\n"
+        "(0+128) costs nothing yet. Sinks form after a thousand steps and more, and hundreds of millions of tokens:\n"
+        "step 1 shows them.\n\n"
+        f"Pictures   {FOLDER}/trained/learnable-sink/streaming.png, {FOLDER}/learnable-sink/eval/streaming.png\n"
         f"Runs       {FOLDER}/vanilla, {FOLDER}/learnable-sink (config.yaml, metrics.jsonl, checkpoints)\n"
         f"Export     {FOLDER}/export (README.md says how to load it)"
     )

@@ -15,12 +15,17 @@ FIRST_SHOWN = 0.05  # share of training from which on losses are compared; befor
 NUM_STREAMS = 4  # arms in the picture of long streams
 
 
-def draw(runs: Runs, folder: Path) -> None:
-    """Save every picture that there are numbers for as ``paper-….png``."""
-    figures = {"loss": loss_figure, "sinks": sinks_figure, "forming": forming_figure, "streaming": streaming_figure}
-    for name, make in figures.items():
+def draw(arms: Runs, runs: Runs, folder: Path) -> None:
+    """Save every picture that there are numbers for as ``paper-….png``: of the study's arms, or of all its runs."""
+    figures = {
+        "loss": (loss_figure, arms),
+        "sinks": (sinks_figure, runs),
+        "forming": (forming_figure, runs),
+        "streaming": (streaming_figure, arms),
+    }
+    for name, (make, shown) in figures.items():
         with matplotlib.rc_context(STYLE):
-            figure = make(runs)
+            figure = make(shown)
         if figure is not None:
             save_figure(figure, folder / f"paper-{name}.png")
 
@@ -56,7 +61,6 @@ def loss_figure(runs: Runs) -> Figure:
     losses.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
     relative.set_ylabel("Above vanilla's (%)")
     relative.axhline(0, color=COLOURS[0], linewidth=0.8)
-    losses.set_xscale("log")
     _finish(figure, losses, relative)
     return figure
 
@@ -66,24 +70,30 @@ def sinks_figure(runs: Runs) -> Figure | None:
     measured = {name: run["sinks"] for name, run in runs.items() if "sinks" in run}
     if not measured:
         return None
-    named = {position for report in measured.values() for position, rate in report["sink_rate"].items() if rate}
-    named.add("first text token")
-    shown = [what for what in ("sink token", "first text token", "no token") if any(n.startswith(what) for n in named)]
+    curves = {what: _sink_curves(measured, what) for what in ("sink token", "first text token", "no token")}
+    curves = {what: found for what, found in curves.items() if found}
     figure = Figure(figsize=(8.0, 3.0), layout="constrained")
-    panels = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
-    for name, report in measured.items():
-        for axes, what in zip(panels, shown, strict=True):
-            curve = [
-                [checkpoint["tokens"], 100 * sum(v for k, v in checkpoint["sink_rate"].items() if k.startswith(what))]
-                for checkpoint in report["checkpoints"]
-            ]
-            if what == "first text token" or any(rate for _, rate in curve):
-                axes.plot(*_columns(curve), **style_of(name, runs))
-    for axes, what in zip(panels, shown, strict=True):
+    panels = figure.subplots(1, len(curves), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, (what, found) in zip(panels, curves.items(), strict=True):
+        for name, curve in found.items():
+            axes.plot(*_columns(curve), **style_of(name, runs))
         axes.set_title(what, fontsize=9)
-    panels[0].set_ylabel(f"Sink rate (%), ε = {report['epsilon']:g}")
-    _finish(figure, *panels, legend_of=panels[shown.index("first text token")])
+    epsilon = next(iter(measured.values()))["epsilon"]
+    panels[0].set_ylabel(f"Sink rate (%), ε = {epsilon:g}")
+    _finish(figure, *panels, legend_of=panels[list(curves).index("first text token")])
     return figure
+
+
+def _sink_curves(measured: dict[str, dict[str, Any]], what: str) -> dict[str, list[list[float]]]:
+    """Sink rate on ``what`` over the checkpoints, of the runs that have it: every run has a first text token."""
+    curves = {
+        name: [
+            [checkpoint["tokens"], 100 * sum(v for k, v in checkpoint["sink_rate"].items() if k.startswith(what))]
+            for checkpoint in report["checkpoints"]
+        ]
+        for name, report in measured.items()
+    }
+    return {name: curve for name, curve in curves.items() if what == "first text token" or any(r for _, r in curve)}
 
 
 def forming_figure(runs: Runs) -> Figure | None:
@@ -96,12 +106,9 @@ def forming_figure(runs: Runs) -> Figure | None:
     caches = list(next(iter(measured.values()))[0]["perplexity"])
     for i, axes in enumerate(panels):
         for name, checkpoints in measured.items():
-            found = [
-                [c["tokens"], *c["perplexity"].values()] for c in checkpoints
-            ]  # a shorter model has smaller caches
-            axes.plot(
-                *_columns([[tokens, values[i] / values[-1]] for tokens, *values in found]), **style_of(name, runs)
-            )
+            found = [(c["tokens"], list(c["perplexity"].values())) for c in checkpoints]
+            curve = [[tokens, values[i] / values[-1]] for tokens, values in found]  # a shorter model: smaller caches
+            axes.plot(*_columns(curve), **style_of(name, runs))
         axes.set_ylabel(f"Perplexity, {caches[i]} over {caches[-1]}")
     _finish(figure, *panels)
     return figure
@@ -113,14 +120,18 @@ def streaming_figure(runs: Runs) -> Figure | None:
     measured = dict(list(measured.items())[:NUM_STREAMS])
     if not measured:
         return None
-    figure = Figure(figsize=(8.0, 2.0 + 1.6 * (len(measured) > 2)), layout="constrained")
+    figure = Figure(figsize=(8.0, 2.6 + 1.6 * (len(measured) > 2)), layout="constrained")
     panels = figure.subplots(-(-len(measured) // 2), 2, sharex=True, sharey=True, squeeze=False).flat
     for axes, (name, report) in zip(panels, measured.items(), strict=False):
         edges = report["bin_edges"]
         centres = [max((a * b) ** 0.5, b / 2) for a, b in pairwise(edges)]
         for i, (cache, losses) in enumerate(report["binned_losses"].items()):
             shown = [float("nan") if loss is None else loss for loss in losses]
-            axes.plot(centres, shown, color=COLOURS[i], linestyle="--" if cache == "dense" else "-", label=cache)
+            line = {
+                "linestyle": "--" if cache == "dense" else "-",
+                "linewidth": 2.4 - 0.4 * i,
+            }  # equal ones stay visible
+            axes.plot(centres, shown, color=COLOURS[i], label=cache, **line)
         axes.set_title(name, fontsize=9)
         axes.set_xscale("log")
         axes.grid(axis="y", linewidth=0.4, alpha=0.5)

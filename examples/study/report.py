@@ -3,6 +3,8 @@
     python examples/study/report.py study            # gathers study/ into docs/results/paper.json, then draws from that
     python examples/study/report.py                  # draws again from docs/results/paper.json alone
 
+A run that the plan does not name was tried beside the arms: it is in a table of these and in curves over training.
+
 Pictures are docs/results/paper-*.png. Each table goes into docs/results/paper.md, in place of the one that stands
 between its marks, `<!-- NAME -->` and `<!-- end -->`; the text around them is written by hand.
 """
@@ -37,11 +39,13 @@ def main() -> None:
     named = re.findall(r"^([\w-]+):", arguments.order.read_text(encoding="utf-8"), re.MULTILINE)
     runs = {name: found[name] for name in sorted(found, key=lambda name: (*_place(name, named), name))}
 
-    tables = {table.__name__: table(runs) for table in (perplexity, sinks, zero_shot)}
+    arms = {name: run for name, run in runs.items() if name in named}
+
+    tables = {table.__name__: table(arms) for table in (perplexity, sinks, zero_shot)} | {"tried": tried(runs)}
     for name, table in tables.items():
         print(f"{name}\n{table}\n")
     write_page(arguments.output / "paper.md", tables)
-    draw(runs, arguments.output)
+    draw(arms, runs, arguments.output)
 
 
 def _place(name: str, order: list[str]) -> tuple[int]:
@@ -101,6 +105,27 @@ def zero_shot(runs: Runs) -> str:
             scores = [run["zero_shot"]["tasks"][task] for task in TASKS]
             lines.append(_row(name, *(f"{100 * s['acc']:.1f} ± {100 * s['acc_stderr']:.1f}" for s in scores)))
     return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def tried(runs: Runs) -> str:
+    """Every run with its settings, and what formed in four steps of its training."""
+    lines = [_row("", "positions", "lr", "decay", "validation loss", "sink rate, %", "0+ / 4+", "1+ / 4+"), _rule(7)]
+    for name, run in runs.items():
+        if not {"sinks", "forming"} <= run.keys():
+            continue
+        rates = [f"{100 * sum(c['sink_rate'].values()):.0f}" for c in _quarters(run["sinks"]["checkpoints"])]
+        found = [list(c["perplexity"].values()) for c in _quarters(run["forming"]["checkpoints"])]
+        zero, one = ([f"{values[i] / values[-1]:.3f}" for values in found] for i in (0, 1))
+        config = run["config"]
+        settings = [config["train"]["seq_length"], config["optimizer"]["lr"], config["optimizer"]["weight_decay"]]
+        curves = [" → ".join(curve) for curve in (rates, zero, one)]
+        lines.append(_row(name, *(f"{value:g}" for value in settings), f"{final_loss(run):.4f}", *curves))
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _quarters(checkpoints: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those nearest the ends of the four quarters of training."""
+    return [checkpoints[-(-len(checkpoints) * quarter // 4) - 1] for quarter in (1, 2, 3, 4)]
 
 
 def final_loss(run: dict[str, Any]) -> float:

@@ -89,6 +89,30 @@ def test_a_table_compares_each_run_with_vanilla_of_its_seed(tmp_path):
     assert rows["gate-seed-2"][:3] == ["2.0200", "+1.00 %", "1,200"]
 
 
+def test_what_was_tried_is_shown_at_the_quarters_of_training():
+    from report import tried
+
+    checkpoints = [
+        {"sink_rate": {"first text token": i / 10}, "perplexity": {"0+8": 10 + i, "4+4": 10}} for i in range(8)
+    ]
+    config = {"train": {"seq_length": 256}, "optimizer": {"lr": 0.016, "weight_decay": 0.25}}
+    run = {"config": config, "validation_loss": [[1, 3.5]]}
+    run |= {kind: {"checkpoints": checkpoints} for kind in ("sinks", "forming")}
+    row = tried({"vanilla": run, "not evaluated": {}}).splitlines()[-1]
+    assert row.startswith(
+        "| vanilla | 256 | 0.016 | 0.25 | 3.5000 | 10 → 30 → 50 → 70 | 1.100 → 1.300 → 1.500 → 1.700 |"
+    )
+
+
+def test_places_of_the_machine_are_not_gathered(tmp_path):
+    from results import collect
+
+    write_run(tmp_path, "vanilla", [4.0], [1.0, 1.0, 1.0])
+    config = {"data": {"path": "here"}, "train": {"run_dir": "there", "seed": 1}}
+    (tmp_path / "runs" / "vanilla" / "config.yaml").write_text(yaml.safe_dump(config))
+    assert collect(tmp_path)["runs"]["vanilla"]["config"] == {"data": {}, "train": {"seed": 1}}
+
+
 def test_a_curve_of_losses_is_means_over_stretches(tmp_path):
     from results import NUM_LOSS_POINTS, collect
 
