@@ -17,7 +17,6 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "quickstart"
 TRAINED = Path("..", "examples", "checkpoints")  # as seen from FOLDER
 SINKLM = Path(sys.executable).parent / "sinklm"
-TRAINED = ROOT / "examples" / "checkpoints"
 RUNS = {"vanilla": "none", "learnable-sink": "token"}
 PACKAGES = ["", "asyncio", "collections", "concurrent/futures", "email", "html", "http", "importlib", "json", "logging"]
 PACKAGES += ["multiprocessing", "sqlite3", "unittest", "urllib", "wsgiref", "xml/dom", "xml/sax", "zoneinfo"]
@@ -69,7 +68,7 @@ def say(text: str) -> None:
 
 def sinklm(*arguments: str | Path) -> None:
     print("$ sinklm", *arguments, flush=True)
-    if subprocess.run([SINKLM, *map(str, arguments)], cwd=FOLDER).returncode:
+    if subprocess.run([SINKLM, *arguments], cwd=FOLDER).returncode:
         sys.exit(f"\nquickstart stopped: the command above failed. What it had made lies in {FOLDER}")
 
 
@@ -115,15 +114,6 @@ def summary(seconds: float) -> None:
         f"Runs       {FOLDER}/vanilla, {FOLDER}/learnable-sink (config.yaml, metrics.jsonl, checkpoints)\n"
         f"Export     {FOLDER}/export (README.md says how to load it)"
     )
-
-
-def perplexities(path: str) -> None:
-    """A row for each run, a column for each cache."""
-    reports = {run: json.loads((FOLDER / path.format(run=run)).read_text()) for run in RUNS}
-    caches = [result["configuration"] for result in next(iter(reports.values()))["results"]]
-    print(f"{'':16}" + "".join(f"{cache:>10}" for cache in caches))
-    for run, report in reports.items():
-        print(f"{run:16}" + "".join(f"{result['perplexity']:10.2f}" for result in report["results"]))
 
 
 if __name__ == "__main__":
