@@ -33,6 +33,16 @@ def test_a_stream_of_tokens_is_one_graph(family):
     torch.testing.assert_close(logits, oracle.stream_logits(model, ids[0], 2, 9)[4:], rtol=0, atol=5e-5)
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_default_compiler_makes_the_same_of_it():
+    model, ids = tiny.build(tiny.config("mpt")), tiny.random_ids(30)
+    decoder = StreamingDecoder(model, StreamingCache.for_model(model, num_kept=2, window=9))
+    logits = [decoder.prefill(ids[:, :5]), *(decoder(ids[:, t : t + 1]).clone() for t in range(5, 30))]
+    expected = oracle.stream_logits(model, ids[0], 2, 9)[4:]
+    torch.testing.assert_close(torch.cat(logits, dim=1)[0], expected, rtol=0, atol=1e-9)
+
+
 def test_a_model_with_sinks_is_one_graph_too():
     model, ids = tiny_model(num_sinks=2), torch.randint(1, 300, (1, 30))
     logits, counter = decoded(model, ids, 3, 2, 9)
