@@ -48,7 +48,7 @@ def decode(
         for cache_size in cache_sizes:
             with console.status(f"cache {cache_size}, batch {batch_size}"):
                 rows = measure_decoding(loaded, cache_size, batch_size, num_steps=num_steps, bandwidth=bandwidth)
-                report["results"] += list(rows)
+                report["results"] += rows
             write_json(folder / "decode.json", report)  # what is measured stays, should the next one fail
     plot_decoding(report, folder / "decode.png", title=f"{model}, {report['hardware']}")
     console.print(results_table(report["results"], f"Decoding, milliseconds a token: {model}, {report['hardware']}"))

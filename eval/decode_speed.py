@@ -23,7 +23,7 @@ EXTRA_TOKENS = 8  # of prompt beyond the cache, so that it is full and has evict
 
 def measure_decoding(
     model: PreTrainedModel, cache_size: int, batch_size: int, *, num_steps: int, bandwidth: float
-) -> Iterator[dict[str, Any]]:
+) -> list[dict[str, Any]]:
     """Milliseconds for one more token of each stream, and the peak of GPU memory with the weights, by each method.
 
     ``streaming``: this project's step, compiled and captured on CUDA. ``cropped cache``: transformers' eager loop with
@@ -38,14 +38,16 @@ def measure_decoding(
         raise ValueError(f"a cache of {cache_size} has no room for more than the {num_kept} kept tokens: take a larger")
     ids = torch.randint(1, 256, (batch_size, cache_size + EXTRA_TOKENS), device=model.device)
     row = {"cache_size": cache_size, "batch_size": batch_size, "num_kept": num_kept}
-    streaming = time_streaming(model, ids, num_kept, cache_size - num_kept, num_steps)
-    yield {"method": METHODS[0], "milliseconds": streaming.milliseconds, "peak_bytes": streaming.peak_bytes, **row}
-    cropped = time_cropped_cache(model, ids[:, :cache_size], num_kept, num_steps)
-    yield {"method": METHODS[1], "milliseconds": cropped.milliseconds, "peak_bytes": cropped.peak_bytes, **row}
-    recomputed = time_recomputation(model, ids[:, :cache_size], max(3, num_steps // RECOMPUTE_SHARE))
-    yield {"method": METHODS[2], "milliseconds": recomputed.milliseconds, "peak_bytes": recomputed.peak_bytes, **row}
-    floor = (bytes_read(model) + streaming.cache_bytes) / bandwidth * 1e3
-    yield {"method": METHODS[3], "milliseconds": floor, "peak_bytes": None, **row}
+    costs = [
+        time_streaming(model, ids, num_kept, cache_size - num_kept, num_steps),
+        time_cropped_cache(model, ids[:, :cache_size], num_kept, num_steps),
+        time_recomputation(model, ids[:, :cache_size], max(3, num_steps // RECOMPUTE_SHARE)),
+    ]
+    costs.append(StepCost((bytes_read(model) + costs[0].cache_bytes) / bandwidth * 1e3, None))
+    return [
+        {"method": method, "milliseconds": cost.milliseconds, "peak_bytes": cost.peak_bytes, **row}
+        for method, cost in zip(METHODS, costs, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

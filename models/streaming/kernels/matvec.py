@@ -83,8 +83,11 @@ def matvec(vector: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> T
 
 def block_of_inputs(num_in: int) -> int:
     """All inputs if they fit, else a power of 2 that divides them."""
-    whole, divisor = triton.next_power_of_2(num_in), num_in & -num_in
-    return whole if whole <= MAX_BLOCK_IN else min(divisor, MAX_BLOCK_IN) if divisor >= 64 else MAX_BLOCK_IN
+    whole = triton.next_power_of_2(num_in)
+    if whole <= MAX_BLOCK_IN:
+        return whole
+    divisor = min(num_in & -num_in, MAX_BLOCK_IN)
+    return divisor if divisor >= 64 else MAX_BLOCK_IN  # the rest of the last block is masked
 
 
 @matvec.register_fake
