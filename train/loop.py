@@ -1,5 +1,6 @@
 """The loop over steps: train, record, validate, save, stop."""
 
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -99,6 +100,7 @@ class TrainingLoop:
     def _step(self, step: int, stop: StopRequest) -> bool:
         """Take update ``step`` and what is due after it. Returns whether to stop here."""
         lr = learning_rate(step, self._num_steps, self._plan.config.optimizer)
+        began = time.perf_counter()
         read_result = train_step(
             self._engine,
             self._batches,
@@ -108,9 +110,10 @@ class TrainingLoop:
             lr=lr,
             is_stop_requested=bool(stop.signal_number),
         )
+        host_seconds = time.perf_counter() - began
         num_done = step + 1
         stops = self._finish_last()  # the one before, while the device is busy with this one
-        self._unread = partial(self._finish, num_done, lr, read_result)
+        self._unread = partial(self._finish, num_done, lr, read_result, host_seconds)
         is_first, is_last = num_done == self._first_step + 1, num_done == self._num_steps
         validates = is_every(num_done, self._plan.config.validation.every_steps) or is_last
         saves = self._saves_after(num_done)
@@ -131,9 +134,9 @@ class TrainingLoop:
         finish, self._unread = self._unread, None
         return finish is not None and finish()
 
-    def _finish(self, step: int, lr: float, read_result: Callable[[], StepResult]) -> bool:
+    def _finish(self, step: int, lr: float, read_result: Callable[[], StepResult], host_seconds: float) -> bool:
         result = read_result()
-        seconds = self._speed.lap()
+        seconds = self._speed.lap(at_least=host_seconds)
         if self._world.is_main:
             self._record(step, lr, result, seconds)
         return result.is_stop_requested

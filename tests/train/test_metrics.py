@@ -38,6 +38,13 @@ def test_speed_and_mfu_by_hand(monkeypatch):
     assert Speedometer(1000, 6.0, None).mfu(1.0) is None
 
 
+def test_a_step_found_done_took_what_the_host_needed_for_it():
+    """Before a pause, where the host runs ahead and is the slower: the device has long been waiting."""
+    speed = Speedometer(1000, 6.0, None)
+    assert speed.lap(at_least=20.0) == 20.0
+    assert speed.lap() < 20.0
+
+
 def test_the_line_has_what_one_looks_for(capsys):
     speed = Speedometer(1000, 6.0, 12_000.0)
     speed.start()
