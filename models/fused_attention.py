@@ -14,20 +14,17 @@ from torch.nn import functional as F
 
 aten = torch.ops.aten
 LITTLE_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))  # for FlashAttention's backward pass with large heads
-# What a kernel hands from its forward to its backward pass: on CUDA the lengths of packed rows, of which there are
-# none, and the seed of a dropout that is not done.
-State = tuple[Tensor | None, ...]
 
 
 class Kernel(NamedTuple):
     """Attention without mask and dropout, of one query or, if ``is_causal``, as many queries as keys.
 
-    ``forward(query, key, value, is_causal, scaling)``, each ``(B, H, T, D)``, gives the output ``(B, H, T, D)``, the
-    log-sum-exp of the scores ``(B, H, T)``, float32 or better, and a state.
-    ``backward(grad, query, key, value, output, lse, state, is_causal, scaling)`` gives the gradients of the three.
+    ``forward(query, key, value, is_causal, scaling)``, each ``(B, H, T, D)``, gives the output ``(B, H, T, D)`` and the
+    log-sum-exp of the scores ``(B, H, T)``, float32 or better.
+    ``backward(grad, query, key, value, output, lse, is_causal, scaling)`` gives the gradients of the three.
     """
 
-    forward: Callable[..., tuple[Tensor, Tensor, State]]
+    forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
@@ -49,60 +46,64 @@ def kernel_for(query: Tensor) -> Kernel | None:
 
 
 def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scaling: float):
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, scale=scaling)
-    return out, lse, ()
+    return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, scale=scaling)
 
 
-def _cpu_backward(grad, query, key, value, out, lse, state, is_causal: bool, scaling: float):
+def _cpu_backward(grad, query, key, value, out, lse, is_causal: bool, scaling: float):
     return aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, query, key, value, out, lse, 0.0, is_causal, scale=scaling
     )
 
 
 def _flash_forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scaling: float):
-    out, lse, *state = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scaling)
-    return out, lse, (*state[:2], *state[4:6])
+    out, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scaling)
+    return out, lse
 
 
-def _flash_backward(grad, query, key, value, out, lse, state, is_causal: bool, scaling: float):
-    *cumulated_lengths, seed, offset = state
-    longest = query.shape[2], key.shape[2]
+def _flash_backward(grad, query, key, value, out, lse, is_causal: bool, scaling: float):
+    lengths = None, None, query.shape[2], key.shape[2]
     return aten._scaled_dot_product_flash_attention_backward(
-        *(grad, query, key, value, out, lse, *cumulated_lengths, *longest, 0.0, is_causal, seed, offset), scale=scaling
+        *(grad, query, key, value, out, lse, *lengths, 0.0, is_causal, *_dropout_state(query)), scale=scaling
     )
 
 
 def _cudnn_forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scaling: float):
-    out, lse, *state = aten._scaled_dot_product_cudnn_attention(
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
         query, key, value, None, True, 0.0, is_causal, scale=scaling
     )
-    return out, lse[..., 0], (*state[:2], *state[4:6])
+    return out, lse[..., 0]
 
 
-def _cudnn_backward(grad, query, key, value, out, lse, state, is_causal: bool, scaling: float):
-    *cumulated_lengths, seed, offset = state
-    longest = query.shape[2], key.shape[2]
+def _cudnn_backward(grad, query, key, value, out, lse, is_causal: bool, scaling: float):
+    lengths = None, None, query.shape[2], key.shape[2]
     return aten._scaled_dot_product_cudnn_attention_backward(
-        *(grad, query, key, value, out, lse[..., None], seed, offset, None, *cumulated_lengths, *longest),
-        *(0.0, is_causal),
+        *(grad, query, key, value, out, lse[..., None], *_dropout_state(query), None, *lengths, 0.0, is_causal),
         scale=scaling,
     )
 
 
 def _efficient_forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scaling: float):
-    out, lse, *state = aten._scaled_dot_product_efficient_attention(
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(
         query, key, value, None, True, 0.0, is_causal, scale=scaling
     )
-    return out, lse[..., : query.shape[2]], tuple(state)
+    return out, lse[..., : query.shape[2]]
 
 
-def _efficient_backward(grad, query, key, value, out, lse, state, is_causal: bool, scaling: float):
+def _efficient_backward(grad, query, key, value, out, lse, is_causal: bool, scaling: float):
     padded = F.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))  # as the kernel's own forward pass leaves it
     wanted = (True, True, True, False)
     *grads, _ = aten._scaled_dot_product_efficient_attention_backward(
-        grad, query, key, value, None, out, padded, *state, 0.0, wanted, is_causal, scale=scaling
+        grad, query, key, value, None, out, padded, *_dropout_state(query), 0.0, wanted, is_causal, scale=scaling
     )
     return tuple(grads)
+
+
+def _dropout_state(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Seed and offset of a dropout that is not done.
+
+    Not those that the forward pass gives: they lie on the CPU, and inductor takes them to be on the GPU.
+    """
+    return query.new_zeros((), dtype=torch.long), query.new_zeros((), dtype=torch.long)
 
 
 CPU = Kernel(_cpu_forward, _cpu_backward)

@@ -43,7 +43,11 @@ def linear_cross_entropy(
         hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
     with torch.autocast(device, enabled=False):
         loss_sum = (_SummedLoss.apply if torch.is_grad_enabled() else _summed_loss)(hidden_states, weight, targets)
-    return loss_sum / ((targets != IGNORED).sum() if num_items is None else num_items)
+    if num_items is None:
+        # Not an integer, in whose place a compiled graph may put the seed of a dropout that attention does not do:
+        # inductor (torch 2.11) takes that for a CUDA tensor, as this is one, and it lies on the CPU.
+        num_items = (targets != IGNORED).sum(dtype=torch.float32)
+    return loss_sum / num_items
 
 
 def _summed_loss(hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -51,6 +51,15 @@ def attention_with_column(
     return explicit_attention(query, key, value, mask, column, scaling, dropout)[0]
 
 
+def merge_column(out: Tensor, lse: Tensor, column: SinkColumn) -> tuple[Tensor, Tensor]:
+    """Widen a softmax of output ``(B, H, T, D)`` and log-sum-exp ``(B, H, T)`` by a sink's column: the same of both."""
+    total = torch.logaddexp(lse, column.score)
+    widened = out * (lse - total).exp()[..., None]
+    if column.value is not None:
+        widened = widened + (column.score - total).exp()[..., None] * column.value[:, None]
+    return widened.to(out.dtype), total
+
+
 class FusedAttention(torch.autograd.Function):
     """Causal attention with a column by a fused kernel. In half precision nothing of size D is kept in float32."""
 
@@ -66,18 +75,16 @@ class FusedAttention(torch.autograd.Function):
         kernel: Kernel,
     ) -> Tensor:
         ctx.kernel, ctx.is_causal, ctx.scaling = kernel, query.shape[2] > 1, scaling
-        out, lse, state = kernel.forward(query, key, value, ctx.is_causal, scaling)
-        total = torch.logaddexp(lse, score).contiguous()
-        out.mul_((lse - total).exp()[..., None])
-        if sink_value is not None:
-            out.add_((score - total).exp()[..., None] * sink_value[:, None])
-        ctx.save_for_backward(query, key, value, score, sink_value, out, total, *state)
-        return out
+        column = SinkColumn(score, sink_value)
+        out, total = merge_column(*kernel.forward(query, key, value, ctx.is_causal, scaling), column)
+        total = total.contiguous()
+        ctx.save_for_backward(query, key, value, score, sink_value, out, total)
+        return out.view_as(out)  # torch 2.11 compiles no gradient of what comes from an operation that did nothing
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
-        query, key, value, score, sink_value, out, total, *state = ctx.saved_tensors
-        grads = ctx.kernel.backward(grad, query, key, value, out, total, state, ctx.is_causal, ctx.scaling)
+        query, key, value, score, sink_value, out, total = ctx.saved_tensors
+        grads = ctx.kernel.backward(grad, query, key, value, out, total, ctx.is_causal, ctx.scaling)
         grad_score = grad_value = None
         probability = (score - total).exp()[..., None]  # of the column, (B, H, T, 1)
         if ctx.needs_input_grad[3]:

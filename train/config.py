@@ -96,8 +96,7 @@ class TrainSection(Section):
         default=False, description="recompute activations in the backward pass: less memory, about a third more time"
     )
     compile: bool | None = Field(
-        default=None,
-        description="torch.compile; null is yes on a GPU but with ZeRO-3 or the arms zero, logit, kv_bias, no on a CPU",
+        default=None, description="torch.compile; null is yes on a GPU but with ZeRO-3, no on a CPU"
     )
 
     @model_validator(mode="after")
@@ -240,5 +239,10 @@ class TrainingConfig(Section):
             raise ValueError(
                 f"model.sink.num_tokens {self.model.num_sinks} leaves no room for text in train.seq_length "
                 f"{self.train.seq_length}"
+            )
+        if self.train.compile and self.deepspeed.zero_stage == 3:
+            raise ValueError(
+                "train.compile=true and deepspeed.zero_stage=3 exclude each other: a model is compiled with its weights "
+                "in place; leave train.compile out, or take a lower stage"
             )
         return self

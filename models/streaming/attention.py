@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..sink_column import SinkColumn, explicit_attention
+from ..sink_column import SinkColumn, explicit_attention, merge_column
 
 
 def attention(
@@ -133,15 +133,6 @@ def merge_kept(band_out: Tensor, band_lse: Tensor, scores: Tensor, kept_value: T
     total = torch.logaddexp(band_lse, scores.logsumexp(-1))[..., None]
     kept = (scores - total).exp().to(kept_value.dtype) @ kept_value
     return (band_out * (band_lse[..., None] - total).exp()).to(kept.dtype) + kept
-
-
-def merge_column(out: Tensor, lse: Tensor, column: SinkColumn) -> tuple[Tensor, Tensor]:
-    """Widen a softmax of output ``(B, H, T, D)`` and log-sum-exp ``(B, H, T)`` by a sink's column: the same of both."""
-    total = torch.logaddexp(lse, column.score)
-    widened = out * (lse - total).exp()[..., None]
-    if column.value is not None:
-        widened = widened + (column.score - total).exp()[..., None] * column.value[:, None]
-    return widened.to(out.dtype), total
 
 
 def repeat_heads(states: Tensor, num_heads: int) -> Tensor:

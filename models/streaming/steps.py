@@ -9,9 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..sink_column import SinkColumn
+from ..sink_column import SinkColumn, merge_column
 from . import kernels
-from .attention import attention, can_flash, flash_two_phase_attention, merge_column, two_phase_attention
+from .attention import attention, can_flash, flash_two_phase_attention, two_phase_attention
 from .contract import StreamShape
 from .encodings import Alibi, Encoding, Rotary
 from .layer import StreamingLayer, gather_columns

@@ -139,9 +139,7 @@ def assert_near_float64(fused, plain, linear, given, grads) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_compiled_model_on_a_gpu(kind, checkpointing, request):
-    if kind in arms.COLUMN_KINDS:
-        request.applymarker(pytest.mark.xfail(reason="not found yet; `sinklm.train.engine.compiles` says no to them"))
+def test_a_compiled_model_on_a_gpu(kind, checkpointing):
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
     model, ids = tiny_model(kind).float().cuda(), torch.randint(0, 90, (2, 20), device="cuda")
     expected = loss_and_gradients(model, ids)

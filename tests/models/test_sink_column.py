@@ -119,7 +119,7 @@ def worst_error(attend, inputs, column):
 
 
 def check_accuracy(kernel, dtype, device, score, head_size, num_queries):
-    """A column costs no accuracy: errors are those of the kernel without one, and what float32 makes of its score."""
+    """A column costs no accuracy but that the output is rounded twice, and what float32 makes of its score."""
     inputs = states(num_queries, head_size=head_size, dtype=dtype, device=device)
     column = SinkColumn(torch.tensor(score, device=device), torch.randn(3, head_size, device=device))
     none = SinkColumn(torch.tensor(float("-inf"), device=device))
@@ -127,7 +127,7 @@ def check_accuracy(kernel, dtype, device, score, head_size, num_queries):
         worst_error(lambda *inputs, its=its: FusedAttention.apply(*inputs, *its, SCALING, kernel), inputs, its)
         for its in (column, none)
     )
-    assert ours <= 1.5 * theirs + 2 * abs(score) * torch.finfo(torch.float32).eps
+    assert ours <= 2 * theirs + 2 * abs(score) * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("score", SCORES.values(), ids=SCORES)
@@ -181,9 +181,9 @@ def test_every_shape_finds_a_kernel_or_does_without(num_queries, dtype, head_siz
 def test_cuda_kernels_are_called_as_pytorch_declares_them(kernel):
     """On tensors without data, which need no GPU."""
     query, key, value = states(33, head_size=64, dtype=torch.bfloat16, device="meta")
-    out, lse, state = kernel.forward(query, key, value, True, SCALING)
+    out, lse = kernel.forward(query, key, value, True, SCALING)
     assert (out.shape, lse.shape, lse.dtype) == (query.shape, query.shape[:-1], torch.float32)
-    grads = kernel.backward(torch.empty_like(out), query, key, value, out, lse.clone(), state, True, SCALING)
+    grads = kernel.backward(torch.empty_like(out), query, key, value, out, lse.clone(), True, SCALING)
     assert [x.shape for x in grads] == [query.shape] * 3
 
 

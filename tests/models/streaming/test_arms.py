@@ -5,9 +5,9 @@ from functools import cache as remember
 import pytest
 import torch
 from sinklm.models.arms import ARMS
-from sinklm.models.sink_column import SinkColumn
+from sinklm.models.sink_column import SinkColumn, merge_column
 from sinklm.models.streaming import StreamingCache, StreamingDecoder
-from sinklm.models.streaming.attention import merge_column, merge_kept
+from sinklm.models.streaming.attention import merge_kept
 from torch._dynamo.testing import CompileCounter
 
 from ..tiny import text, tiny_arm, tiny_model
