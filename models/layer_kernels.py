@@ -13,7 +13,7 @@ from torch.library import triton_op, wrap_triton
 
 ROWS = 256  # of one program of a backward pass
 ROW_BLOCK = 16  # at a time
-GELU_COLUMNS = 256
+GELU_COLUMNS = 128
 
 
 @triton_op("sinklm::gelu", mutates_args={})
