@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..models.arms import COLUMN_KINDS
 from .config import OptimizerSection, TrainingConfig
 from .fused_update import FusedUpdate, begin_reading, has_fused_update
 from .launch import SameOnAllRanks, World, silent_stdout
@@ -92,7 +91,9 @@ def make_engine(
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime import torch_autocast
 
-    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False  # of the process: an earlier run's stage 0 would set it for all
+    # Of the process: an earlier run's ZeRO-0 and ZeRO-3 would set these for all.
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
+    nn.functional.linear = torch._C._nn.linear
     config = plan.config
     if config.train.precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise ValueError("train.precision=fp16 is not for this device: set bf16 or fp32")
@@ -121,14 +122,9 @@ def make_engine(
 
 
 def compiles(config: TrainingConfig, device: torch.device) -> bool:
-    """Whether the model runs through torch.compile, where the recipe leaves it open.
-
-    ZeRO-3's fetching of weights breaks the graph in every module. Arms with a column in the softmax failed their test
-    when compiled for a GPU (tests/models/test_arms.py), which they pass eagerly.
-    """
+    """Whether the model runs through torch.compile. Under ZeRO-3 weights are not there when the model is traced."""
     if config.train.compile is None:
-        can_compile = config.deepspeed.zero_stage < 3 and config.model.sink.kind not in COLUMN_KINDS
-        return device.type == "cuda" and can_compile
+        return device.type == "cuda" and config.deepspeed.zero_stage < 3
     return config.train.compile
 
 

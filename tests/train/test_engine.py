@@ -177,6 +177,14 @@ def test_extra_deepspeed_keys_are_passed_through_and_merged(recipe):
     assert theirs["gradient_accumulation_steps"] == 4
 
 
+def test_nothing_of_an_earlier_run_stays_in_the_process(recipe, world):
+    """Where DeepSpeed puts functions of its own into torch, which a run that is compiled must not find."""
+    for stage in (3, 1):
+        plan = plan_of(recipe, f"deepspeed.zero_stage={stage}")
+        make_engine(SinkGPTNeoXForCausalLM(plan.model_config), plan, world.device)
+    assert torch.nn.functional.linear is torch._C._nn.linear
+
+
 def test_a_key_that_deepspeed_refuses_is_named(recipe, world):
     plan = plan_of(recipe, "deepspeed.zero_optimization.overlap=true")
     with pytest.raises(ValueError, match=r"DeepSpeed refuses a key under deepspeed \(DeepSpeedZeroConfig\): overlap: "):

@@ -43,6 +43,7 @@ def test_later_words_win(tmp_path):
         (["model.rotary_pct=0.1"], "rotary_pct 0.1 rotates 3 dimensions"),
         (["train.seq_length=4096"], "train.seq_length 4096 is longer than model.max_position_embeddings 2048"),
         (["train.batch_size_tokens=1000"], "batch_size_tokens 1000 is not a multiple of seq_length 2048"),
+        (["train.compile=true", "deepspeed.zero_stage=3"], "train.compile=true and deepspeed.zero_stage=3 exclude"),
         (["model.sink.num_tokens=3000"], "model.sink.num_tokens 3000 leaves no room"),
         (["deepspeed.gradient_clipping=1"], "gradient_clipping is derived: set optimizer.clip"),
         (["deepspeed.zero_optimization.stage=2"], "zero_optimization.stage is derived: set deepspeed.zero_stage"),
