@@ -242,7 +242,7 @@ class TrainingConfig(Section):
             )
         if self.train.compile and self.deepspeed.zero_stage == 3:
             raise ValueError(
-                "train.compile=true and deepspeed.zero_stage=3 exclude each other: a model is compiled with its weights "
-                "in place; leave train.compile out, or take a lower stage"
+                "train.compile=true and deepspeed.zero_stage=3 exclude each other: compiling needs the weights in "
+                "place; leave train.compile out, or take a lower stage"
             )
         return self
