@@ -15,17 +15,12 @@ FIRST_SHOWN = 0.05  # share of training from which on losses are compared; befor
 NUM_STREAMS = 4  # arms in the picture of long streams
 
 
-def draw(arms: Runs, runs: Runs, folder: Path) -> None:
-    """Save every picture that there are numbers for as ``paper-….png``: of the study's arms, or of all its runs."""
-    figures = {
-        "loss": (loss_figure, arms),
-        "sinks": (sinks_figure, runs),
-        "forming": (forming_figure, runs),
-        "streaming": (streaming_figure, arms),
-    }
-    for name, (make, shown) in figures.items():
+def draw(runs: Runs, folder: Path) -> None:
+    """Save every picture that there are numbers for as ``paper-….png``."""
+    figures = {"loss": loss_figure, "sinks": sinks_figure, "forming": forming_figure, "streaming": streaming_figure}
+    for name, make in figures.items():
         with matplotlib.rc_context(STYLE):
-            figure = make(shown)
+            figure = make(runs)
         if figure is not None:
             save_figure(figure, folder / f"paper-{name}.png")
 
@@ -107,7 +102,7 @@ def forming_figure(runs: Runs) -> Figure | None:
     for i, axes in enumerate(panels):
         for name, checkpoints in measured.items():
             found = [(c["tokens"], list(c["perplexity"].values())) for c in checkpoints]
-            curve = [[tokens, values[i] / values[-1]] for tokens, values in found]  # a shorter model: smaller caches
+            curve = [[tokens, values[i] / values[-1]] for tokens, values in found]
             axes.plot(*_columns(curve), **style_of(name, runs))
         axes.set_ylabel(f"Perplexity, {caches[i]} over {caches[-1]}")
     _finish(figure, *panels)

@@ -3,7 +3,7 @@
     python examples/study/report.py study            # gathers study/ into docs/results/paper.json, then draws from that
     python examples/study/report.py                  # draws again from docs/results/paper.json alone
 
-A run that the plan does not name was tried beside the arms: it is in a table of these and in curves over training.
+A run that the plan does not name was tried beside the arms: it is in a table of these only.
 
 Pictures are docs/results/paper-*.png. Each table goes into docs/results/paper.md, in place of the one that stands
 between its marks, `<!-- NAME -->` and `<!-- end -->`; the text around them is written by hand.
@@ -45,7 +45,7 @@ def main() -> None:
     for name, table in tables.items():
         print(f"{name}\n{table}\n")
     write_page(arguments.output / "paper.md", tables)
-    draw(arms, runs, arguments.output)
+    draw(arms, arguments.output)
 
 
 def _place(name: str, order: list[str]) -> tuple[int]:
@@ -74,10 +74,11 @@ def perplexity(runs: Runs) -> str:
                 _row("", "validation loss", "over vanilla's", *measured, f"{first} / {last}", f"{second} / {last}")
             ]
             lines.append(_rule(len(measured) + 4))
-        loss, vanilla = final_loss(run), runs.get(vanilla_of(name))
-        relative = f"{100 * (loss / final_loss(vanilla) - 1):+.2f} %" if vanilla and vanilla is not run else ""
+        (tokens, loss), vanilla = run["validation_loss"][-1], runs.get(vanilla_of(name))
+        theirs = dict(map(tuple, vanilla["validation_loss"])).get(tokens) if vanilla and vanilla is not run else None
+        relative = f"{100 * (loss / theirs - 1):+.2f} %" if theirs else ""
         cells = map(_number, measured.values())
-        lines.append(_row(name, f"{loss:.4f}", relative, *cells, f"{zero / most:.3f}", f"{one / most:.4f}"))
+        lines.append(_row(label(name, run), f"{loss:.4f}", relative, *cells, f"{zero / most:.3f}", f"{one / most:.4f}"))
     return "\n".join(lines)
 
 
@@ -93,7 +94,7 @@ def sinks(runs: Runs) -> str:
             f"{100 * sum(values[position] for position in tokens):.1f}" if tokens else "" for values in (rate, mass)
         ]
         cells += [f"{100 * values['first text token']:.1f}" for values in (rate, mass)]
-        lines.append(_row(name, *cells, f"{100 * mass['no token']:.1f}" if mass["no token"] > 1e-3 else ""))
+        lines.append(_row(label(name, run), *cells, f"{100 * mass['no token']:.1f}" if mass["no token"] > 1e-3 else ""))
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
@@ -103,7 +104,9 @@ def zero_shot(runs: Runs) -> str:
     for name, run in runs.items():
         if "zero_shot" in run:
             scores = [run["zero_shot"]["tasks"][task] for task in TASKS]
-            lines.append(_row(name, *(f"{100 * s['acc']:.1f} ± {100 * s['acc_stderr']:.1f}" for s in scores)))
+            lines.append(
+                _row(label(name, run), *(f"{100 * s['acc']:.1f} ± {100 * s['acc_stderr']:.1f}" for s in scores))
+            )
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
@@ -119,7 +122,8 @@ def tried(runs: Runs) -> str:
         config = run["config"]
         settings = [config["train"]["seq_length"], config["optimizer"]["lr"], config["optimizer"]["weight_decay"]]
         curves = [" → ".join(curve) for curve in (rates, zero, one)]
-        lines.append(_row(name, *(f"{value:g}" for value in settings), f"{final_loss(run):.4f}", *curves))
+        loss = run["validation_loss"][-1][1]
+        lines.append(_row(label(name, run), *(f"{value:g}" for value in settings), f"{loss:.4f}", *curves))
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
@@ -128,8 +132,10 @@ def _quarters(checkpoints: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [checkpoints[-(-len(checkpoints) * quarter // 4) - 1] for quarter in (1, 2, 3, 4)]
 
 
-def final_loss(run: dict[str, Any]) -> float:
-    return run["validation_loss"][-1][1]
+def label(name: str, run: dict[str, Any]) -> str:
+    """Its name, and how far a run came that was ended early."""
+    planned = run["config"]["train"]["num_steps"] * run["config"]["train"]["batch_size_tokens"]
+    return name if run["tokens"] >= planned else f"{name} ({100 * run['tokens'] / planned:.0f} % of training)"
 
 
 def _row(*cells: str) -> str:

@@ -62,7 +62,8 @@ def write_run(folder: Path, name: str, losses: list[float], perplexities: list[f
     ]
     records.append({"step": len(losses), "validation_loss": losses[-1] + 0.5})
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (run / "config.yaml").write_text(yaml.safe_dump({"train": {"seed": 1}}))
+    planned = {"num_steps": 2, "batch_size_tokens": 512}
+    (run / "config.yaml").write_text(yaml.safe_dump({"train": {"seed": 1, **planned}}))
     (run / "environment.json").write_text("{}")
     measured = [
         {"configuration": cache, "perplexity": value, "binned_losses": [1.0]}
@@ -89,14 +90,26 @@ def test_a_table_compares_each_run_with_vanilla_of_its_seed(tmp_path):
     assert rows["gate-seed-2"][:3] == ["2.0200", "+1.00 %", "1,200"]
 
 
+def test_a_run_that_ended_early_says_so_and_is_compared_with_vanilla_where_it_ended(tmp_path):
+    from report import perplexity
+    from results import collect
+
+    write_run(tmp_path, "vanilla", [4.0, 3.5], [12.0, 11.0, 10.0])
+    write_run(tmp_path, "gate", [4.04], [20.0, 10.0, 10.0])
+    runs = collect(tmp_path)["runs"]
+    runs["vanilla"]["validation_loss"].insert(0, [512, 4.5])
+    assert perplexity(runs).splitlines()[2].startswith("| gate (50 % of training) | 4.5400 | +0.89 % |")
+
+
 def test_what_was_tried_is_shown_at_the_quarters_of_training():
     from report import tried
 
     checkpoints = [
         {"sink_rate": {"first text token": i / 10}, "perplexity": {"0+8": 10 + i, "4+4": 10}} for i in range(8)
     ]
-    config = {"train": {"seq_length": 256}, "optimizer": {"lr": 0.016, "weight_decay": 0.25}}
-    run = {"config": config, "validation_loss": [[1, 3.5]]}
+    train = {"seq_length": 256, "num_steps": 1, "batch_size_tokens": 8}
+    config = {"train": train, "optimizer": {"lr": 0.016, "weight_decay": 0.25}}
+    run = {"config": config, "tokens": 8, "validation_loss": [[1, 3.5]]}
     run |= {kind: {"checkpoints": checkpoints} for kind in ("sinks", "forming")}
     row = tried({"vanilla": run, "not evaluated": {}}).splitlines()[-1]
     assert row.startswith(

@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,7 @@ def test_the_saved_model_is_an_ordinary_folder(whole_run, store):
 def test_the_run_folder_says_what_was_run(whole_run):
     assert "hidden_size: 32" in (whole_run / "config.yaml").read_text()
     environment = json.loads((whole_run / "environment.json").read_text())
-    assert environment["torch"] == torch.__version__
+    assert environment["torch"] == version("torch")
     assert {line["step"] for line in metrics(whole_run) if "validation_loss" in line} == {4, 8}
     state = json.loads((whole_run / "checkpoints" / "step-4" / "state.json").read_text())
     assert (state["step"], state["positions"], state["world_size"]) == (4, 4 * 256, 1)
