@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine  # imported late: it looks for its device as it is imported
 
 
+EVEN_SIZE = 8  # 16-bit numbers that make 16 bytes, which is how cuBLAS likes its arguments aligned
+
+
 def deepspeed_config(plan: Plan, *, load_universal: bool = False) -> dict:
     """DeepSpeed's own configuration, from ours and the keys passed through."""
     config = plan.config
@@ -63,13 +66,18 @@ def _merge(ours: dict, extra: dict) -> dict:
 
 
 def make_optimizer(model: nn.Module, optimizer: OptimizerSection) -> torch.optim.AdamW:
-    """Fused AdamW in two groups: weight decay on matrices, none on biases, layer norms and sinks."""
+    """Fused AdamW in two groups: weight decay on matrices, none on biases, layer norms and sinks.
+
+    ZeRO lays the weights of a group end to end. Those of odd sizes, as a logit for each of twelve heads, come last:
+    behind them biases would not lie where the fastest matrix products want them.
+    """
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_matrix = parameter.ndim >= 2 and name.endswith("weight")  # a sink's key and value for each head is none
             (decayed if is_matrix else others).append(parameter)
+    others.sort(key=lambda parameter: parameter.numel() % EVEN_SIZE != 0)
     groups = [
         {"params": decayed, "weight_decay": optimizer.weight_decay},
         {"params": others, "weight_decay": 0.0},

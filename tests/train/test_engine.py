@@ -169,6 +169,15 @@ def test_weight_decay_is_on_matrices_alone(recipe, kind):
     assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
 
 
+def test_odd_sinks_push_no_other_weights_out_of_alignment(recipe, world):
+    """`sink_logit` holds a number for each head, here two, before which a layer's biases would stand askew."""
+    plan = plan_of(recipe, "model.sink.kind=logit", "train.precision=bf16", "deepspeed.zero_stage=1")
+    model = SinkGPTNeoXForCausalLM(plan.model_config)
+    make_engine(model, plan, world.device)
+    askew = {name.split(".")[-1] for name, p in model.named_parameters() if p.data_ptr() % 16}
+    assert askew == {"sink_logit"}
+
+
 def test_extra_deepspeed_keys_are_passed_through_and_merged(recipe):
     plan = plan_of(recipe, "deepspeed.zero_optimization.overlap_comm=true", "deepspeed.wall_clock_breakdown=true")
     theirs = deepspeed_config(plan)
