@@ -98,10 +98,12 @@ def make_engine(
     import deepspeed
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime import torch_autocast
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
     # Of the process: an earlier run's ZeRO-0 and ZeRO-3 would set these for all.
     torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
-    nn.functional.linear = torch._C._nn.linear
+    if nn.functional.linear is zero3_linear_wrap:
+        nn.functional.linear = torch._C._nn.linear
     config = plan.config
     if config.train.precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise ValueError("train.precision=fp16 is not for this device: set bf16 or fp32")
