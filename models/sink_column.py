@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .fused_attention import Kernel, kernel_for
 
@@ -79,9 +80,10 @@ class FusedAttention(torch.autograd.Function):
         out, total = merge_column(*kernel.forward(query, key, value, ctx.is_causal, scaling), column)
         total = total.contiguous()
         ctx.save_for_backward(query, key, value, score, sink_value, out, total)
-        return out.view_as(out)  # torch 2.11 compiles no gradient of what comes from an operation that did nothing
+        return out.view_as(out)  # torch 2.11 compiles no gradient if the last operation gave back its own input
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor):
         query, key, value, score, sink_value, out, total = ctx.saved_tensors
         grads = ctx.kernel.backward(grad, query, key, value, out, total, ctx.is_causal, ctx.scaling)
