@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from results import arm_of, vanilla_of
+from results import above_vanilla, arm_of
 from sinklm.eval.plots import COLOURS, STYLE, save_figure
 
 Runs = dict[str, dict[str, Any]]
@@ -42,13 +42,7 @@ def loss_figure(runs: Runs) -> Figure:
     for name, run in runs.items():
         curve = run["validation_loss"]
         losses.plot(*_columns(curve), **style_of(name, runs))
-        if name != vanilla_of(name) in runs:
-            theirs = dict(map(tuple, runs[vanilla_of(name)]["validation_loss"]))
-            shown = [
-                [t, 100 * (loss / theirs[t] - 1)]
-                for t, loss in curve
-                if t in theirs and t > FIRST_SHOWN * run["tokens"]
-            ]
+        if shown := [[t, above] for t, above in above_vanilla(name, runs) if t > FIRST_SHOWN * run["tokens"]]:
             relative.plot(*_columns(shown), **style_of(name, runs))
     losses.set_ylabel("Validation loss (nats per token)")
     losses.set_yscale("log")

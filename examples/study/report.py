@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from figures import draw
-from results import collect, vanilla_of
+from results import above_vanilla, collect
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 TASKS = ("arc_challenge", "arc_easy", "hellaswag", "lambada_openai", "openbookqa", "piqa", "winogrande")  # Table 4
@@ -74,9 +74,9 @@ def perplexity(runs: Runs) -> str:
                 _row("", "validation loss", "over vanilla's", *measured, f"{first} / {last}", f"{second} / {last}")
             ]
             lines.append(_rule(len(measured) + 4))
-        (tokens, loss), vanilla = run["validation_loss"][-1], runs.get(vanilla_of(name))
-        theirs = dict(map(tuple, vanilla["validation_loss"])).get(tokens) if vanilla and vanilla is not run else None
-        relative = f"{100 * (loss / theirs - 1):+.2f} %" if theirs else ""
+        tokens, loss = run["validation_loss"][-1]
+        above = dict(map(tuple, above_vanilla(name, runs))).get(tokens)
+        relative = "" if above is None else f"{above:+.2f} %"
         cells = map(_number, measured.values())
         lines.append(_row(label(name, run), f"{loss:.4f}", relative, *cells, f"{zero / most:.3f}", f"{one / most:.4f}"))
     return "\n".join(lines)

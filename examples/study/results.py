@@ -57,6 +57,15 @@ def vanilla_of(name: str) -> str:
     return "vanilla" + name.removeprefix(arm_of(name))
 
 
+def above_vanilla(name: str, runs: dict[str, dict[str, Any]]) -> list[list[float]]:
+    """``[tokens, percent]``: a run's validation losses over those of the plain run of its seed at the same tokens."""
+    vanilla = vanilla_of(name)
+    if name == vanilla or vanilla not in runs:
+        return []
+    theirs = dict(map(tuple, runs[vanilla]["validation_loss"]))
+    return [[t, 100 * (loss / theirs[t] - 1)] for t, loss in runs[name]["validation_loss"] if t in theirs]
+
+
 def _thinned(steps: list[dict]) -> list[list[float]]:
     """Training losses as means over equal stretches: ``[tokens at its end, loss]``."""
     size = -(-len(steps) // NUM_LOSS_POINTS)
