@@ -185,5 +185,4 @@ ARMS: dict[str, type[SinkAttention]] = {
     "kv_bias": KeyValueSinkAttention,
     "gate": GatedAttention,
 }
-COLUMN_KINDS = tuple(kind for kind, attention in ARMS.items() if attention.column is not SinkAttention.column)
 ARM_PARAMETERS = r"attention\.(sink_|gate\.)"  # in the names of those that no other arm has

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from sinklm.models import SinkGPTNeoXForCausalLM, load_model, sink_column
-from sinklm.models.arms import ARMS, COLUMN_KINDS
+from sinklm.models.arms import ARMS, SinkAttention
 from transformers import DynamicCache
 
 from .streaming.oracle import dense_logits
@@ -13,6 +13,7 @@ from .streaming.tiny import use_float64
 from .test_modeling import pad
 from .tiny import plain_twin, text, tiny_arm, tiny_config, tiny_model
 
+COLUMN_KINDS = tuple(kind for kind, attention in ARMS.items() if attention.column is not SinkAttention.column)
 own_parameters = pytest.mark.parametrize(
     ("kind", "names"),
     [

@@ -119,7 +119,10 @@ def worst_error(attend, inputs, column):
 
 
 def check_accuracy(kernel, dtype, device, score, head_size, num_queries):
-    """A column costs no accuracy but that the output is rounded twice, and what float32 makes of its score."""
+    """A column costs no accuracy: errors are those of the kernel without one, and what float32 makes of its score.
+
+    And a little more on a GPU, where the output is rounded once by the kernel and once with the column.
+    """
     inputs = states(num_queries, head_size=head_size, dtype=dtype, device=device)
     column = SinkColumn(torch.tensor(score, device=device), torch.randn(3, head_size, device=device))
     none = SinkColumn(torch.tensor(float("-inf"), device=device))
@@ -127,7 +130,8 @@ def check_accuracy(kernel, dtype, device, score, head_size, num_queries):
         worst_error(lambda *inputs, its=its: FusedAttention.apply(*inputs, *its, SCALING, kernel), inputs, its)
         for its in (column, none)
     )
-    assert ours <= 2 * theirs + 2 * abs(score) * torch.finfo(torch.float32).eps
+    allowance = 2 if device == "cuda" else 1.5
+    assert ours <= allowance * theirs + 2 * abs(score) * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("score", SCORES.values(), ids=SCORES)
