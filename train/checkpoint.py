@@ -7,7 +7,7 @@
         rng/            the random states of every rank
         model/          the weights as a transformers folder (safetensors), for evaluation and export
         config.yaml     the resolved recipe
-        state.json      step, data fingerprint, ranks, ZeRO stage, precision
+        state.json      step, data fingerprint; ranks, ZeRO stage, precision and order of the parameters
         COMPLETE        written last; without it the folder is never loaded
 """
 
@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from ..models.loading import COMPLETE_MARKER, MODEL_FOLDER
 from . import universal
 from .cost import GIB
+from .engine import optimizer_layout
 from .launch import World, silent_stdout
 from .model_files import save_model
 from .plan import Plan
@@ -42,7 +43,7 @@ DEEPSPEED_FOLDER = "deepspeed"
 
 
 class CheckpointState(BaseModel):
-    """``state.json``."""
+    """``state.json``. Of a checkpoint older than the key, ``optimizer_layout`` is None: it is not known."""
 
     format_version: int = 1
     step: int
@@ -51,6 +52,7 @@ class CheckpointState(BaseModel):
     world_size: int
     zero_stage: int
     precision: str
+    optimizer_layout: str | None = None
 
 
 def list_checkpoints(run_dir: Path) -> dict[int, Path]:
@@ -69,12 +71,11 @@ def read_state(checkpoint: Path) -> CheckpointState:
     Raises:
         ValueError: it is damaged.
     """
+    path = checkpoint / "state.json"
     try:
-        return CheckpointState.model_validate_json((checkpoint / "state.json").read_bytes())
+        return CheckpointState.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise ValueError(
-            f"{checkpoint / 'state.json'} is damaged: delete {checkpoint} to go on from an older one"
-        ) from error
+        raise ValueError(f"{path} is damaged: delete {checkpoint} to go on from an older one") from error
 
 
 class CheckpointWriter:
@@ -140,6 +141,7 @@ class CheckpointWriter:
             world_size=self._world.size,
             zero_stage=config.deepspeed.zero_stage,
             precision=config.train.precision,
+            optimizer_layout=optimizer_layout(self._plan),
         )
         (checkpoint / "config.yaml").write_text(config_yaml(config), encoding="utf-8")
         (checkpoint / "state.json").write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -212,9 +214,9 @@ def load_checkpoint(engine: "DeepSpeedEngine", checkpoint: Path, plan: Plan, wor
 
 
 def needs_conversion(state: CheckpointState, plan: Plan, world: World) -> bool:
-    """Whether DeepSpeed's files fit only the ranks, stage and precision that wrote them, which are not ours."""
-    ours = (world.size, plan.config.deepspeed.zero_stage, plan.config.train.precision)
-    return ours != (state.world_size, state.zero_stage, state.precision)
+    """Whether DeepSpeed's files fit only the ranks, stage, precision and parameter order that wrote them, not ours."""
+    ours = (world.size, plan.config.deepspeed.zero_stage, plan.config.train.precision, optimizer_layout(plan))
+    return ours != (state.world_size, state.zero_stage, state.precision, state.optimizer_layout)
 
 
 def _load_converted(

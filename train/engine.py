@@ -1,5 +1,7 @@
 """The DeepSpeed engine: how it is configured, and one training step on it."""
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from pydantic import ValidationError
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..models import SinkGPTNeoXForCausalLM
 from .config import OptimizerSection, TrainingConfig
 from .fused_update import FusedUpdate, begin_reading, has_fused_update
 from .launch import SameOnAllRanks, World, silent_stdout
@@ -65,22 +68,35 @@ def _merge(ours: dict, extra: dict) -> dict:
     return merged
 
 
-def make_optimizer(model: nn.Module, optimizer: OptimizerSection) -> torch.optim.AdamW:
-    """Fused AdamW in two groups: weight decay on matrices, none on biases, layer norms and sinks.
+def parameter_groups(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """Parameters by name, in the optimizer's order: matrices; biases, layer norms and sinks.
 
     ZeRO lays the weights of a group end to end. Those of odd sizes, as a logit for each of twelve heads, come last:
     behind them biases would not lie where the fastest matrix products want them.
     """
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    matrices: dict[str, nn.Parameter] = {}
+    others: dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_matrix = parameter.ndim >= 2 and name.endswith("weight")  # a sink's key and value for each head is none
-            (decayed if is_matrix else others).append(parameter)
-    others.sort(key=lambda parameter: parameter.numel() % EVEN_SIZE != 0)
+            (matrices if is_matrix else others)[name] = parameter
+    return matrices, dict(sorted(others.items(), key=lambda item: item[1].numel() % EVEN_SIZE != 0))
+
+
+def optimizer_layout(plan: Plan) -> str:
+    """sha256 of the names in `parameter_groups`: DeepSpeed's files of an optimizer fit only one of the same order."""
+    with torch.device("meta"):
+        model = SinkGPTNeoXForCausalLM(plan.model_config)
+    names = [list(group) for group in parameter_groups(model)]
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+
+
+def make_optimizer(model: nn.Module, optimizer: OptimizerSection) -> torch.optim.AdamW:
+    """Fused AdamW with weight decay on matrices alone."""
+    matrices, others = parameter_groups(model)
     groups = [
-        {"params": decayed, "weight_decay": optimizer.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": list(matrices.values()), "weight_decay": optimizer.weight_decay},
+        {"params": list(others.values()), "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         groups, lr=optimizer.lr, betas=(optimizer.betas[0], optimizer.betas[1]), eps=optimizer.eps, fused=True

@@ -101,7 +101,7 @@ def _train_rank(config: TrainingConfig, world: World) -> int:
         is_converted = resume is not None and needs_conversion(resume.state, plan, world)
         engine = make_engine(model, plan, world.device, load_universal=is_converted)
         if resume and is_converted and first_step:  # of step 0 there is no optimizer to convert; the weights are there
-            progress.say("converting the checkpoint for other ranks, ZeRO stage or precision …")
+            progress.say("converting the checkpoint for other ranks, ZeRO stage, precision or parameter order …")
         if resume and (first_step or not is_converted):
             load_checkpoint(engine, resume.path, plan, world, scratch=run_dir)
         if world.device.type == "cpu" and config.train.precision == "bf16":

@@ -1,4 +1,4 @@
-"""Checkpoints between numbers of ranks, ZeRO stages and precisions, through DeepSpeed's universal format.
+"""Checkpoints between numbers of ranks, ZeRO stages, precisions and orders of parameters: DeepSpeed's universal format.
 
 ``ds_to_universal`` un-welds a ZeRO checkpoint from the ranks that wrote it: one folder per parameter with its float32
 value and AdamW's moments. What DeepSpeed 0.19 leaves open is closed here: it cannot convert or load stage 0, nor load
@@ -86,7 +86,7 @@ def _run_converter(source: Path, output: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise OSError(f"DeepSpeed could not convert {source} for another number of ranks or ZeRO stage: {reason}")
+        raise OSError(f"DeepSpeed could not convert {source} to its universal format: {reason}")
     (output.parent / "latest_universal").unlink(missing_ok=True)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from sinklm.models import SinkGPTNeoXForCausalLM, load_model, load_tokenizer
+from sinklm.train import engine
 from sinklm.train.checkpoint import list_checkpoints
 from sinklm.train.run import train
 from tokenizers import Tokenizer
@@ -33,6 +34,11 @@ def stopped_run(whole_run, tmp_path) -> Path:
     return tmp_path / "run"
 
 
+def edit_state(checkpoint: Path, **values) -> None:
+    path = checkpoint / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
 def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(recipe, whole_run, stopped_run):
     train(recipe, [f"train.run_dir={stopped_run}"])
     assert losses(stopped_run) == losses(whole_run)
@@ -49,6 +55,26 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(recipe, whole_r
 def test_another_micro_batch_size_is_the_same_run_to_rounding(recipe, whole_run, stopped_run):
     train(recipe, [f"train.run_dir={stopped_run}", "train.micro_batch_size=8"])
     assert list(losses(stopped_run).values()) == pytest.approx(list(losses(whole_run).values()), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "is_recorded"), [(0, "fp32", True), (1, "bf16", True), (1, "fp32", False), (3, "fp32", True)]
+)
+def test_an_optimizer_in_another_order_is_loaded_by_name(
+    recipe, tmp_path, capsys, monkeypatch, stage, precision, is_recorded
+):
+    """`EVEN_SIZE` puts `sink_logit`, two numbers a layer, behind the biases; 1 leaves it among them, as once it was."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    settings = ["model.sink.kind=logit", f"deepspeed.zero_stage={stage}", f"train.precision={precision}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "EVEN_SIZE", 1)
+        train(recipe, [*settings, f"train.run_dir={whole}"])
+    copy_checkpoint(whole, 4, resumed)
+    if not is_recorded:
+        edit_state(resumed / "checkpoints" / "step-4", optimizer_layout=None)
+    train(recipe, [*settings, f"train.run_dir={resumed}"])
+    assert list(losses(resumed).values()) == pytest.approx(list(losses(whole).values()), abs=1e-5)
+    assert "parameter order" in capsys.readouterr().out
 
 
 def test_a_finished_run_stays_finished(recipe, whole_run, tmp_path, capsys):
