@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ DEEPSPEED_FOLDER = "deepspeed"
 class CheckpointState(BaseModel):
     """``state.json``. Of a checkpoint older than the key, ``optimizer_layout`` is None: it is not known."""
 
-    format_version: int = 1
+    format_version: Literal[1] = 1
     step: int
     positions: int
     data_fingerprint: str
@@ -69,12 +69,14 @@ def read_state(checkpoint: Path) -> CheckpointState:
     """What ``state.json`` says.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: it is damaged, or of another version.
     """
     path = checkpoint / "state.json"
     try:
         return CheckpointState.model_validate_json(path.read_bytes())
     except ValidationError as error:
+        if any(detail["loc"] == ("format_version",) for detail in error.errors()):
+            raise ValueError(f"{path} has a format_version that this sinklm cannot read: use a newer one") from error
         raise ValueError(f"{path} is damaged: delete {checkpoint} to go on from an older one") from error
 
 

@@ -145,6 +145,12 @@ def test_a_damaged_checkpoint_is_named(recipe, stopped_run, name):
         train(recipe, [f"train.run_dir={stopped_run}"])
 
 
+def test_a_checkpoint_of_a_later_format_is_refused(recipe, stopped_run):
+    edit_state(stopped_run / "checkpoints" / "step-4", format_version=2)
+    with pytest.raises(ValueError, match=r"state\.json has a format_version that this sinklm cannot read: use a newer"):
+        train(recipe, [f"train.run_dir={stopped_run}"])
+
+
 def test_a_full_disk_leaves_the_older_checkpoint(recipe, whole_run, tmp_path):
     """A limit on the size of files stands for the disk: the weights do not fit, what is smaller does."""
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
