@@ -36,6 +36,7 @@ from sinklm.train.plan import Plan
 from sinklm.train.progress import peak_memory_gib
 from sinklm.train.recipe import load_config
 from torch.profiler import ProfilerActivity, profile
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer, GPTNeoXMLP
 
 TOKENIZER_SIZE = 50277  # Pythia's
 # Ranges that the profiler reports beside kernels.
@@ -47,14 +48,15 @@ GROUPS = {
     "matrix products": r"gemm|nvjet|cutlass|cublas|splitK|(^|::)(mm|addmm|bmm)$|mkl",
     "loss": r"cross_entropy|log_softmax|logsumexp",
     "GELU": r"gelu|erf",
-    "layer norms": r"layer_norm|native_layer_norm|mix_order",
+    "layer norms": r"layer_norm|native_layer_norm|mix_order|norms_backward",
     "embedding": r"embedding|index_put|indexing_backward|sort|radix",
     "communication": r"nccl|gloo|c10d",
     "optimizer": r"adam|multi_tensor|foreach",
     "copies and fills": r"memcpy|memset|copy|fill|CatArray",
 }
 WITHOUT = {
-    "gelu": lambda: setattr(fused_layer, "is_fused", _never),
+    "gelu": lambda: setattr(fused_layer.SinkMLP, "forward", GPTNeoXMLP.forward),
+    "norms": lambda: setattr(fused_layer.SinkLayer, "forward", GPTNeoXLayer.forward),
     "rotary": lambda: setattr(arms, "is_fused", _never),
     "loss": lambda: setattr(loss, "cross_entropy_", None),
     "update": lambda: setattr(engine_module, "has_fused_update", _never),
