@@ -14,7 +14,7 @@ from torch.library import triton_op, wrap_triton
 ROWS = 256  # of one program of a backward pass
 ROW_BLOCK = 16  # at a time
 GELU_COLUMNS = 128
-NORM_ROWS = 64
+NORM_ROWS = 128
 
 
 @triton_op("sinklm::gelu", mutates_args={})
@@ -96,12 +96,13 @@ def norms_backward(
     """
     num_rows, width = states.shape
     num_programs, block = triton.cdiv(num_rows, NORM_ROWS), triton.next_power_of_2(width)
+    num_stages = 3 if block * states.element_size() <= 4096 else 1  # as many rows fit into shared memory
     grad_states = torch.empty_like(states)
     sums = states.new_empty(num_programs, 4, width, dtype=torch.float32)
     wrap_triton(_norms_backward_kernel)[(num_programs,)](
-        *(grad, grad_first, grad_second, states, first, second, grad_states, sums, num_rows, eps),
-        *(width, NORM_ROWS, block),
-        num_warps=max(4, min(block // 256, 16)),
+        *(grad, grad_first, grad_second, states, first, second, grad_states, sums, num_rows),
+        *(eps, width, NORM_ROWS, block, num_stages),
+        num_warps=max(block // 512, 1),
     )
     return grad_states, sums
 
@@ -215,8 +216,8 @@ def _rotate_backward_kernel(
 
 @triton.jit
 def _norms_backward_kernel(
-    grad, grad_first, grad_second, states, first, second, grad_states, sums, num_rows, eps,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    grad, grad_first, grad_second, states, first, second, grad_states, sums, num_rows,
+    EPS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
     is_column = column < WIDTH
@@ -224,7 +225,7 @@ def _norms_backward_kernel(
     second_weight = tl.load(second + column, mask=is_column, other=0.0).to(tl.float32)
     by_first_weight, by_first_bias = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     by_second_weight, by_second_bias = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    for i in range(ROWS):
+    for i in tl.range(ROWS, num_stages=STAGES):
         row = tl.program_id(0) * ROWS + i
         inside = is_column & (row < num_rows)
         place = row.to(tl.int64) * WIDTH + column
@@ -233,7 +234,7 @@ def _norms_backward_kernel(
         two = tl.load(grad_second + place, mask=inside, other=0.0).to(tl.float32)
         direct = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
         x = tl.where(inside, x - tl.sum(x) / WIDTH, 0.0)
-        scale = tl.rsqrt(tl.sum(x * x) / WIDTH + eps)
+        scale = tl.rsqrt(tl.sum(x * x) / WIDTH + EPS)
         x *= scale
         by_first_weight += one * x
         by_first_bias += one
