@@ -12,14 +12,17 @@ between its marks, `<!-- NAME -->` and `<!-- end -->`; the text around them is w
 import argparse
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from figures import draw
-from results import above_vanilla, collect
+from results import above_vanilla, collect, sink_rate
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 TASKS = ("arc_challenge", "arc_easy", "hellaswag", "lambada_openai", "openbookqa", "piqa", "winogrande")  # Table 4
+FAINTEST = 1e-3  # share of attention below which a place has none: rows of an attention map sum to 1 within so much
 
 Runs = dict[str, dict[str, Any]]
 
@@ -41,7 +44,7 @@ def main() -> None:
 
     arms = {name: run for name, run in runs.items() if name in named}
 
-    tables = {table.__name__: table(arms) for table in (perplexity, sinks, zero_shot)} | {"tried": tried(runs)}
+    tables = {table.__name__: table(arms) for table in (perplexity, sinks, activations, zero_shot)} | {"tried": tried(runs)}
     for name, table in tables.items():
         print(f"{name}\n{table}\n")
     write_page(arguments.output / "paper.md", tables)
@@ -74,28 +77,56 @@ def perplexity(runs: Runs) -> str:
                 _row("", "validation loss", "over vanilla's", *measured, f"{first} / {last}", f"{second} / {last}")
             ]
             lines.append(_rule(len(measured) + 4))
-        tokens, loss = run["validation_loss"][-1]
-        above = dict(map(tuple, above_vanilla(name, runs))).get(tokens)
-        relative = "" if above is None else f"{above:+.2f} %"
+        above = dict(map(tuple, above_vanilla(name, runs))).get(run["validation_loss"][-1][0])
+        relative = "" if above is None else _minus(f"{above:+.2f} %")
         cells = map(_number, measured.values())
-        lines.append(_row(label(name, run), f"{loss:.4f}", relative, *cells, f"{zero / most:.3f}", f"{one / most:.4f}"))
+        ratios = f"{zero / most:.3f}", f"{one / most:.4f}"
+        lines.append(_row(label(name, run), last_loss(run), relative, *cells, *ratios))
     return "\n".join(lines)
 
 
 def sinks(runs: Runs) -> str:
     """Sink rate and attention at the end of training, in percent."""
-    lines = [_row("", "sink tokens: rate", "attention", "first text token: rate", "attention", "no token"), _rule(5)]
+    places = ("sink token", "first text token", "no token")
+    headers = [header for place in places for header in (f"{place}: rate", "attention")]
+    lines = [_row("", *headers), _rule(len(headers))]
+    for name, run in runs.items():
+        if "sinks" in run:
+            lines.append(_row(label(name, run), *(cell for place in places for cell in _shares(run["sinks"], place))))
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _shares(report: dict[str, Any], what: str) -> tuple[str, str]:
+    """Sink rate and attention; nothing where a model has no such position, or never attends to it."""
+    mass = sum(value for name, value in report["mass"].items() if name.startswith(what))
+    return (f"{100 * sink_rate(report, what):.1f}", f"{100 * mass:.1f}") if mass > FAINTEST else ("", "")
+
+
+def activations(runs: Runs) -> str:
+    """What stands at the token that has the most attention of the named ones, against other positions."""
+    headers = ("hidden state: norm", "its largest entry", "value: norm", "key: cosine with queries", "other keys: cosine")
+    lines = [_row("", "token", *headers), _rule(1 + len(headers))]
     for name, run in runs.items():
         if "sinks" not in run:
             continue
-        rate, mass = run["sinks"]["sink_rate"], run["sinks"]["mass"]
-        tokens = [position for position in rate if position.startswith("sink token")]
-        cells = [
-            f"{100 * sum(values[position] for position in tokens):.1f}" if tokens else "" for values in (rate, mass)
-        ]
-        cells += [f"{100 * values['first text token']:.1f}" for values in (rate, mass)]
-        lines.append(_row(label(name, run), *cells, f"{100 * mass['no token']:.1f}" if mass["no token"] > 1e-3 else ""))
+        layers, mass = run["sinks"]["layers"], run["sinks"]["mass"]
+        token = max((place for place, k in run["sinks"]["positions"].items() if k >= 0), key=mass.__getitem__)
+        hidden, values = (_ratios(layers[q][token], layers[q]["others"]) for q in ("hidden_norm", "value_norm"))
+        entries = _ratios(layers["largest_activation"][token], layers["median_activation"])
+        cosines = (_minus(f"{fmean(layers['query_key_cosine'][place]):.2f}") for place in (token, "others"))
+        extremes = _at(max, hidden, 1), _at(max, entries, 0), _at(min, values, 2)
+        lines.append(_row(label(name, run), token, *extremes, *cosines))
     return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _ratios(values: list[float], others: list[float]) -> list[float]:
+    return [value / other for value, other in zip(values, others, strict=True)]
+
+
+def _at(extreme: Callable, by_layer: list[float], digits: int) -> str:
+    """The largest or smallest value, and in brackets its layer."""
+    value = extreme(by_layer)
+    return f"{value:.{digits}f} ({by_layer.index(value)})"
 
 
 def zero_shot(runs: Runs) -> str:
@@ -112,18 +143,20 @@ def zero_shot(runs: Runs) -> str:
 
 def tried(runs: Runs) -> str:
     """Every run with its settings, and what formed in four steps of its training."""
-    lines = [_row("", "positions", "lr", "decay", "validation loss", "sink rate, %", "0+ / 4+", "1+ / 4+"), _rule(7)]
+    headers = ("positions", "lr", "decay", "validation loss", "sink", "sink rate, %", "0+ / 4+", "1+ / 4+")
+    lines = [_row("", *headers), _rule(len(headers))]
     for name, run in runs.items():
         if not {"sinks", "forming"} <= run.keys():
             continue
-        rates = [f"{100 * sum(c['sink_rate'].values()):.0f}" for c in _quarters(run["sinks"]["checkpoints"])]
+        checkpoints = run["sinks"]["checkpoints"]
+        sink = max(checkpoints[-1]["sink_rate"], key=checkpoints[-1]["sink_rate"].__getitem__)
+        rates = [f"{100 * c['sink_rate'][sink]:.0f}" for c in _quarters(checkpoints)]
         found = [list(c["perplexity"].values()) for c in _quarters(run["forming"]["checkpoints"])]
         zero, one = ([f"{values[i] / values[-1]:.3f}" for values in found] for i in (0, 1))
         config = run["config"]
         settings = [config["train"]["seq_length"], config["optimizer"]["lr"], config["optimizer"]["weight_decay"]]
         curves = [" → ".join(curve) for curve in (rates, zero, one)]
-        loss = run["validation_loss"][-1][1]
-        lines.append(_row(label(name, run), *(f"{value:g}" for value in settings), f"{loss:.4f}", *curves))
+        lines.append(_row(label(name, run), *(f"{value:g}" for value in settings), last_loss(run), sink, *curves))
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
@@ -135,7 +168,13 @@ def _quarters(checkpoints: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def label(name: str, run: dict[str, Any]) -> str:
     """Its name, and how far a run came that was ended early."""
     planned = run["config"]["train"]["num_steps"] * run["config"]["train"]["batch_size_tokens"]
-    return name if run["tokens"] >= planned else f"{name} ({100 * run['tokens'] / planned:.0f} % of training)"
+    return name if run["tokens"] >= planned else f"{name} ({100 * run['tokens'] // planned} % of training)"
+
+
+def last_loss(run: dict[str, Any]) -> str:
+    """The last validation loss, and where it was measured if the run went on from there."""
+    tokens, loss = run["validation_loss"][-1]
+    return f"{loss:.4f}" if tokens == run["tokens"] else f"{loss:.4f} at {tokens / 1e6:.0f} M"
 
 
 def _row(*cells: str) -> str:
@@ -144,6 +183,10 @@ def _row(*cells: str) -> str:
 
 def _rule(num_numbers: int) -> str:
     return "|---|" + "---:|" * num_numbers
+
+
+def _minus(number: str) -> str:
+    return number.replace("-", "\N{MINUS SIGN}")
 
 
 def _number(value: float) -> str:

@@ -66,6 +66,15 @@ def above_vanilla(name: str, runs: dict[str, dict[str, Any]]) -> list[list[float
     return [[t, 100 * (loss / theirs[t] - 1)] for t, loss in runs[name]["validation_loss"] if t in theirs]
 
 
+def sink_rate(report: dict[str, Any], what: str) -> float:
+    """Share of heads above ε on ``what``; if these are several, of heads whose mean attention on them together is."""
+    names = [name for name in report["sink_rate"] if name.startswith(what)]
+    if len(names) == 1:
+        return report["sink_rate"][names[0]]
+    masses = [[mass for layer in report["heads"][name]["mass"] for mass in layer] for name in names]
+    return fmean(sum(together) > report["epsilon"] for together in zip(*masses, strict=True))
+
+
 def _thinned(steps: list[dict]) -> list[list[float]]:
     """Training losses as means over equal stretches: ``[tokens at its end, loss]``."""
     size = -(-len(steps) // NUM_LOSS_POINTS)
@@ -85,8 +94,19 @@ def _streaming(report: dict) -> dict[str, Any]:
 
 
 def _sinks(report: dict) -> dict[str, Any]:
-    keys = ("num_sequences", "seq_length", "epsilon", "sink_rate", "mass", "checkpoints")
-    return {key: report[key] for key in keys}
+    keys = ("num_sequences", "seq_length", "epsilon", "positions", "sink_rate", "mass", "heads", "massive_activations")
+    return {key: report[key] for key in (*keys, "checkpoints")} | {"layers": _layers(report)}
+
+
+def _layers(report: dict) -> dict[str, Any]:
+    """Each quantity by layer: at the named positions, and the mean over the others."""
+    named = {name: k for name, k in report["positions"].items() if k >= 0}
+    found = {"median_activation": report["layers"]["median_activation"]}
+    for quantity in report["layers"].keys() - found:
+        rows = report["layers"][quantity]  # layer by position
+        others = [fmean(value for k, value in enumerate(row) if k not in named.values()) for row in rows]
+        found[quantity] = {name: [row[k] for row in rows] for name, k in named.items()} | {"others": others}
+    return found
 
 
 def _forming(report: dict) -> dict[str, Any]:
