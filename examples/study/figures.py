@@ -1,6 +1,7 @@
 """The pictures of the page of results."""
 
 from itertools import pairwise
+from math import log2
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from sinklm.eval.plots import COLOURS, STYLE, save_figure
 
 Runs = dict[str, dict[str, Any]]
 FIRST_SHOWN = 0.05  # share of training from which on losses are compared; before it they fall too fast
-NUM_STREAMS = 4  # arms in the picture of long streams
+NUM_COLUMNS = 4  # of panels in the picture of long streams
 
 
 def draw(runs: Runs, folder: Path) -> None:
@@ -55,7 +56,7 @@ def loss_figure(runs: Runs) -> Figure:
 
 
 def sinks_figure(runs: Runs) -> Figure | None:
-    """Sink rate over training: of the sink tokens, of the first text token, and of no token at all."""
+    """Sink rate over training: of the sink token (of two the larger), of the first text token, and of no token."""
     measured = {name: run["sinks"] for name, run in runs.items() if "sinks" in run}
     if not measured:
         return None
@@ -77,12 +78,16 @@ def _sink_curves(measured: dict[str, dict[str, Any]], what: str) -> dict[str, li
     """Sink rate on ``what`` over the checkpoints, of the runs that have it: every run has a first text token."""
     curves = {
         name: [
-            [checkpoint["tokens"], 100 * sum(v for k, v in checkpoint["sink_rate"].items() if k.startswith(what))]
+            [checkpoint["tokens"], 100 * max(_starting(what, checkpoint["sink_rate"]), default=0)]
             for checkpoint in report["checkpoints"]
         ]
         for name, report in measured.items()
     }
     return {name: curve for name, curve in curves.items() if what == "first text token" or any(r for _, r in curve)}
+
+
+def _starting(what: str, rates: dict[str, float]) -> list[float]:
+    return [rate for name, rate in rates.items() if name.startswith(what)]
 
 
 def forming_figure(runs: Runs) -> Figure | None:
@@ -104,31 +109,49 @@ def forming_figure(runs: Runs) -> Figure | None:
 
 
 def streaming_figure(runs: Runs) -> Figure | None:
-    """Loss against position in one long text, for the first arms."""
+    """What each smaller number of kept tokens costs against the largest, by position in one long text."""
     measured = {name: run["streaming"] for name, run in runs.items() if "streaming" in run and name == arm_of(name)}
-    measured = dict(list(measured.items())[:NUM_STREAMS])
     if not measured:
         return None
-    figure = Figure(figsize=(8.0, 2.6 + 1.6 * (len(measured) > 2)), layout="constrained")
-    panels = figure.subplots(-(-len(measured) // 2), 2, sharex=True, sharey=True, squeeze=False).flat
+    num_rows = -(-len(measured) // NUM_COLUMNS)
+    figure = Figure(figsize=(8.0, 0.8 + 1.6 * num_rows), layout="constrained")
+    panels = figure.subplots(num_rows, NUM_COLUMNS, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, (name, report) in zip(panels, measured.items(), strict=False):
-        edges = report["bin_edges"]
-        centres = [max((a * b) ** 0.5, b / 2) for a, b in pairwise(edges)]
-        for i, (cache, losses) in enumerate(report["binned_losses"].items()):
-            shown = [float("nan") if loss is None else loss for loss in losses]
-            line = {
-                "linestyle": "--" if cache == "dense" else "-",
-                "linewidth": 2.4 - 0.4 * i,
-            }  # equal ones stay visible
-            axes.plot(centres, shown, color=COLOURS[i], label=cache, **line)
-        axes.set_title(name, fontsize=9)
         axes.set_xscale("log")
+        axes.set_yscale("symlog", linthresh=0.01)
+        *smaller, largest = (cache for cache in report["binned_losses"] if cache != "dense")
+        for i, cache in enumerate(smaller, start=1):
+            curve = _columns(cost_by_position(report, cache, largest))
+            axes.plot(
+                *curve, color=COLOURS[i], label=f"cache {cache}", linewidth=2.8 - 0.6 * i
+            )  # equal ones stay visible
+        axes.set_title(name, fontsize=9)
+        axes.axhline(0, color="0.5", linewidth=0.8, zorder=0)
         axes.grid(axis="y", linewidth=0.4, alpha=0.5)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("-", "\N{MINUS SIGN}"))
+    for i, axes in enumerate(panels):
+        axes.tick_params(labelbottom=i + NUM_COLUMNS >= len(measured))
+        axes.set_visible(i < len(measured))
     figure.supxlabel("Position in the text (tokens, log scale)", fontsize=9)
-    figure.supylabel("Loss (nats per token)", fontsize=9)
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", title="cache")
+    figure.supylabel(f"Loss above {largest}'s (nats per token)", fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
+
+
+def cost_by_position(report: dict[str, Any], cache: str, largest: str) -> list[list[float]]:
+    """``[position, loss of cache over that of largest]`` from where a cache is full on: a mean for each doubling."""
+    size = sum(map(int, largest.split("+")))
+    octaves: dict[int, list[tuple[int, int, float]]] = {}
+    losses, lowest = (report["binned_losses"][name] for name in (cache, largest))
+    for (start, end), loss, low in zip(pairwise(report["bin_edges"]), losses, lowest, strict=True):
+        if start >= size:
+            octaves.setdefault(int(log2(start / size)), []).append((start, end, loss - low))
+    return [[(bins[0][0] * bins[-1][1]) ** 0.5, _mean(bins)] for bins in octaves.values()]
+
+
+def _mean(bins: list[tuple[int, int, float]]) -> float:
+    """Over all positions of bins ``(start, end, mean)``."""
+    return sum((end - start) * mean for start, end, mean in bins) / (bins[-1][1] - bins[0][0])
 
 
 def _finish(figure: Figure, *panels: Axes, legend_of: Axes | None = None) -> None:

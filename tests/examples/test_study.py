@@ -101,19 +101,120 @@ def test_a_run_that_ended_early_says_so_and_is_compared_with_vanilla_where_it_en
     assert perplexity(runs).splitlines()[2].startswith("| gate (50 % of training) | 4.5400 | +0.89 % |")
 
 
+def test_a_run_that_went_on_from_its_last_validation_says_where_that_was(tmp_path):
+    from report import perplexity
+    from results import collect
+
+    write_run(tmp_path, "vanilla", [4.0, 3.5], [12.0, 11.0, 10.0])
+    write_run(tmp_path, "gate", [4.0, 3.5], [12.0, 11.0, 10.0])
+    runs = collect(tmp_path)["runs"]
+    runs["vanilla"]["validation_loss"].insert(0, [512, 4.5])
+    runs["gate"]["validation_loss"] = [[512, 4.41]]
+    assert perplexity(runs).splitlines()[2].startswith("| gate | 4.4100 at 0 M | \N{MINUS SIGN}2.00 % |")
+
+
+@pytest.mark.parametrize(("tokens", "shown"), [(996, "gate (99 % of training)"), (1000, "gate"), (1024, "gate")])
+def test_a_run_is_whole_only_if_it_is(tokens, shown):
+    from report import label
+
+    planned = {"num_steps": 10, "batch_size_tokens": 100}
+    assert label("gate", {"config": {"train": planned}, "tokens": tokens}) == shown
+
+
+def sinks_report(**masses: list[list[float]]) -> dict:
+    """Of two layers of two heads, with one sequence."""
+    heads = {name.replace("_", " "): mass for name, mass in masses.items()}
+    flat = {name: [*mass[0], *mass[1]] for name, mass in heads.items()}
+    return {
+        "epsilon": 0.3,
+        "positions": {name: -1 if name == "no token" else i for i, name in enumerate(heads)},
+        "heads": {name: {"mass": mass} for name, mass in heads.items()},
+        "sink_rate": {name: sum(mass > 0.3 for mass in values) / 4 for name, values in flat.items()},
+        "mass": {name: sum(values) / 4 for name, values in flat.items()},
+    }
+
+
+def test_a_head_that_attends_to_both_sink_tokens_counts_once():
+    from results import sink_rate
+
+    first, second = [[0.4, 0.2], [0.0, 0.1]], [[0.4, 0.2], [0.5, 0.1]]
+    report = sinks_report(sink_token_1=first, sink_token_2=second, first_text_token=[[0.0, 0.0], [0.0, 0.4]])
+    assert sum(report["sink_rate"][f"sink token {i}"] for i in (1, 2)) == 0.75
+    assert sink_rate(report, "sink token") == 0.75  # the first head once, the second for both together
+    report["heads"]["sink token 2"]["mass"][1][0] = 0.1
+    assert sink_rate(report, "sink token") == 0.5
+    assert sink_rate(report, "first text token") == 0.25
+
+
+def test_a_place_that_has_no_attention_is_left_empty():
+    from report import sinks
+
+    planned = {"num_steps": 1, "batch_size_tokens": 8}
+    report = sinks_report(first_text_token=[[0.5, 0.5], [0.1, 0.1]], no_token=[[1e-6, -1e-6], [0.0, 0.0]])
+    row = sinks({"vanilla": {"config": {"train": planned}, "tokens": 8, "sinks": report}}).splitlines()[-1]
+    assert row == "| vanilla |  |  | 50.0 | 30.0 |  |  |"
+
+
+def test_layers_are_gathered_at_the_named_positions_and_over_the_others():
+    from results import _layers
+
+    layers = {"hidden_norm": [[8.0, 5.0, 1.0, 3.0], [9.0, 5.0, 2.0, 2.0]], "median_activation": [0.5, 0.6]}
+    positions = {"sink token": 0, "first text token": 1, "no token": -1}
+    norms = {"sink token": [8.0, 9.0], "first text token": [5.0, 5.0], "others": [2.0, 2.0]}
+    assert _layers({"layers": layers, "positions": positions}) == {
+        "hidden_norm": norms,
+        "median_activation": [0.5, 0.6],
+    }
+
+
+def test_activations_are_those_of_the_token_with_the_most_attention():
+    from report import activations
+
+    report = sinks_report(
+        sink_token=[[0.5, 0.5], [0.5, 0.5]], first_text_token=[[0.1] * 2] * 2, no_token=[[0.9] * 2] * 2
+    )
+    places = {"first text token": [1.0, 1.0], "others": [2.0, 4.0]}
+    report["layers"] = {
+        "hidden_norm": {"sink token": [4.0, 40.0], **places},
+        "value_norm": {"sink token": [0.2, 0.8], **places},
+        "largest_activation": {"sink token": [10.0, 60.0], **places},
+        "median_activation": [0.5, 0.5],
+        "query_key_cosine": {"sink token": [0.25, 0.5], "first text token": [1.0, 1.0], "others": [-0.5, -0.25]},
+    }
+    planned = {"num_steps": 1, "batch_size_tokens": 8}
+    row = activations({"gate": {"config": {"train": planned}, "tokens": 8, "sinks": report}}).splitlines()[-1]
+    assert row == "| gate | sink token | 10.0 (1) | 120 (1) | 0.10 (0) | 0.38 | \N{MINUS SIGN}0.38 |"
+
+
+def test_what_a_cache_costs_is_a_mean_for_each_doubling_from_where_it_is_full():
+    from figures import cost_by_position
+
+    report = {
+        "bin_edges": [0, 2, 4, 8, 10, 16, 32],
+        "binned_losses": {"0+4": [9.0, 9.0, 2.0, 5.0, 1.0, 3.0], "2+2": [0.0, 0.0, 1.0, 1.0, 1.0, 5.0]},
+    }
+    costs = cost_by_position(report, "0+4", "2+2")
+    assert [cost for _, cost in costs] == [1.0, 1.0, -2.0]
+    assert costs[0][0] == 32**0.5
+
+
 def test_what_was_tried_is_shown_at_the_quarters_of_training():
     from report import tried
 
     checkpoints = [
-        {"sink_rate": {"first text token": i / 10}, "perplexity": {"0+8": 10 + i, "4+4": 10}} for i in range(8)
+        {
+            "sink_rate": {"sink token 1": i / 10, "sink token 2": (i > 5) / 2, "no token": 0.6 - i / 10},
+            "perplexity": {"0+8": 10 + i, "4+4": 10},
+        }
+        for i in range(8)
     ]
     train = {"seq_length": 256, "num_steps": 1, "batch_size_tokens": 8}
     config = {"train": train, "optimizer": {"lr": 0.016, "weight_decay": 0.25}}
-    run = {"config": config, "tokens": 8, "validation_loss": [[1, 3.5]]}
+    run = {"config": config, "tokens": 8, "validation_loss": [[8, 3.5]]}
     run |= {kind: {"checkpoints": checkpoints} for kind in ("sinks", "forming")}
     row = tried({"vanilla": run, "not evaluated": {}}).splitlines()[-1]
     assert row.startswith(
-        "| vanilla | 256 | 0.016 | 0.25 | 3.5000 | 10 → 30 → 50 → 70 | 1.100 → 1.300 → 1.500 → 1.700 |"
+        "| vanilla | 256 | 0.016 | 0.25 | 3.5000 | sink token 1 | 10 → 30 → 50 → 70 | 1.100 → 1.300 → 1.500 → 1.700 |"
     )
 
 
@@ -124,6 +225,17 @@ def test_places_of_the_machine_are_not_gathered(tmp_path):
     config = {"data": {"path": "here"}, "train": {"run_dir": "there", "seed": 1}}
     (tmp_path / "runs" / "vanilla" / "config.yaml").write_text(yaml.safe_dump(config))
     assert collect(tmp_path)["runs"]["vanilla"]["config"] == {"data": {}, "train": {"seed": 1}}
+
+
+def test_the_data_a_run_was_trained_on_can_be_told(tmp_path):
+    from results import collect
+
+    write_run(tmp_path, "vanilla", [4.0], [1.0, 1.0, 1.0])
+    assert "data_fingerprint" not in collect(tmp_path)["runs"]["vanilla"]
+    checkpoint = tmp_path / "runs" / "vanilla" / "checkpoints" / "step-1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text('{"data_fingerprint": "ab12"}')
+    assert collect(tmp_path)["runs"]["vanilla"]["data_fingerprint"] == "ab12"
 
 
 def test_a_curve_of_losses_is_means_over_stretches(tmp_path):
