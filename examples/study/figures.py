@@ -14,6 +14,7 @@ from sinklm.eval.plots import COLOURS, STYLE, save_figure
 Runs = dict[str, dict[str, Any]]
 FIRST_SHOWN = 0.05  # share of training from which on losses are compared; before it they fall too fast
 NUM_COLUMNS = 4  # of panels in the picture of long streams
+LARGEST_LINEAR = 0.01  # loss in that picture up to which the scale is linear
 
 
 def draw(runs: Runs, folder: Path) -> None:
@@ -117,17 +118,8 @@ def streaming_figure(runs: Runs) -> Figure | None:
     figure = Figure(figsize=(8.0, 0.8 + 1.6 * num_rows), layout="constrained")
     panels = figure.subplots(num_rows, NUM_COLUMNS, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, (name, report) in zip(panels, measured.items(), strict=False):
-        axes.set_xscale("log")
-        axes.set_yscale("symlog", linthresh=0.01)
-        *smaller, largest = (cache for cache in report["binned_losses"] if cache != "dense")
-        for i, cache in enumerate(smaller, start=1):
-            curve = _columns(cost_by_position(report, cache, largest))
-            axes.plot(
-                *curve, color=COLOURS[i], label=f"cache {cache}", linewidth=2.8 - 0.6 * i
-            )  # equal ones stay visible
         axes.set_title(name, fontsize=9)
-        axes.axhline(0, color="0.5", linewidth=0.8, zorder=0)
-        axes.grid(axis="y", linewidth=0.4, alpha=0.5)
+        largest = _draw_costs(axes, report)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("-", "\N{MINUS SIGN}"))
     for i, axes in enumerate(panels):
         axes.tick_params(labelbottom=i + NUM_COLUMNS >= len(measured))
@@ -136,6 +128,20 @@ def streaming_figure(runs: Runs) -> Figure | None:
     figure.supylabel(f"Loss above {largest}'s (nats per token)", fontsize=9)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
+
+
+def _draw_costs(axes: Axes, report: dict[str, Any]) -> str:
+    """A line for each cache but the one with the most kept tokens, whose name is returned."""
+    axes.set_xscale("log")
+    axes.set_yscale("symlog", linthresh=LARGEST_LINEAR)
+    *smaller, largest = (cache for cache in report["binned_losses"] if cache != "dense")
+    for i, cache in enumerate(smaller, start=1):
+        curve = _columns(cost_by_position(report, cache, largest))
+        width = 2.8 - 0.6 * i  # equal ones stay visible
+        axes.plot(*curve, color=COLOURS[i], linewidth=width, label=f"cache {cache}")
+    axes.axhline(0, color="0.5", linewidth=0.8, zorder=0)
+    axes.grid(axis="y", linewidth=0.4, alpha=0.5)
+    return largest
 
 
 def cost_by_position(report: dict[str, Any], cache: str, largest: str) -> list[list[float]]:

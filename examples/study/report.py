@@ -44,9 +44,8 @@ def main() -> None:
 
     arms = {name: run for name, run in runs.items() if name in named}
 
-    tables = {table.__name__: table(arms) for table in (perplexity, sinks, activations, zero_shot)} | {
-        "tried": tried(runs)
-    }
+    tables = {table.__name__: table(arms) for table in (perplexity, sinks, activations, zero_shot)}
+    tables["tried"] = tried(runs)
     for name, table in tables.items():
         print(f"{name}\n{table}\n")
     write_page(arguments.output / "paper.md", tables)
@@ -106,14 +105,8 @@ def _shares(report: dict[str, Any], what: str) -> tuple[str, str]:
 
 def activations(runs: Runs) -> str:
     """What stands at the token that has the most attention of the named ones, against other positions."""
-    headers = (
-        "hidden state: norm",
-        "its largest entry",
-        "value: norm",
-        "key: cosine with queries",
-        "other keys: cosine",
-    )
-    lines = [_row("", "token", *headers), _rule(1 + len(headers))]
+    headers = ("token", "hidden state: norm", "its largest entry", "value: norm", "key: cosine", "other keys: cosine")
+    lines = [_row("", *headers), _rule(len(headers))]
     for name, run in runs.items():
         if "sinks" not in run:
             continue
