@@ -103,9 +103,9 @@ def _sinks(report: dict) -> dict[str, Any]:
 def _layers(report: dict) -> dict[str, Any]:
     """Each quantity by layer: at the named positions, and the mean over the others."""
     named = {name: k for name, k in report["positions"].items() if k >= 0}
-    found = {"median_activation": report["layers"]["median_activation"]}
-    for quantity in report["layers"].keys() - found:
-        rows = report["layers"][quantity]  # layer by position
+    by_position = dict(report["layers"])  # layer by position
+    found: dict[str, Any] = {"median_activation": by_position.pop("median_activation")}
+    for quantity, rows in by_position.items():
         others = [fmean(value for k, value in enumerate(row) if k not in named.values()) for row in rows]
         found[quantity] = {name: [row[k] for row in rows] for name, k in named.items()} | {"others": others}
     return found
