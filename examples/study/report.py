@@ -144,18 +144,19 @@ def zero_shot(runs: Runs) -> str:
 
 def tried(runs: Runs) -> str:
     """Every run with its settings, and what formed in four steps of its training."""
-    headers = ("positions", "lr", "decay", "validation loss", "sink", "sink rate, %", "0+ / 4+", "1+ / 4+")
+    headers = ("M tokens", "positions", "lr", "decay", "validation loss", "sink", "sink rate, %", "0+ / 4+", "1+ / 4+")
     lines = [_row("", *headers), _rule(len(headers))]
     for name, run in runs.items():
-        if not {"sinks", "forming"} <= run.keys():
+        if "sinks" not in run:
             continue
         checkpoints = run["sinks"]["checkpoints"]
         sink = max(checkpoints[-1]["sink_rate"], key=checkpoints[-1]["sink_rate"].__getitem__)
         rates = [f"{100 * c['sink_rate'][sink]:.0f}" for c in _quarters(checkpoints)]
-        found = [list(c["perplexity"].values()) for c in _quarters(run["forming"]["checkpoints"])]
+        forming = _quarters(run["forming"]["checkpoints"]) if "forming" in run else []
+        found = [list(checkpoint["perplexity"].values()) for checkpoint in forming]
         zero, one = ([f"{values[i] / values[-1]:.3f}" for values in found] for i in (0, 1))
-        config = run["config"]
-        settings = [config["train"]["seq_length"], config["optimizer"]["lr"], config["optimizer"]["weight_decay"]]
+        train, optimizer = run["config"]["train"], run["config"]["optimizer"]
+        settings = round(run["tokens"] / 1e6), train["seq_length"], optimizer["lr"], optimizer["weight_decay"]
         curves = [" → ".join(curve) for curve in (rates, zero, one)]
         lines.append(_row(label(name, run), *(f"{value:g}" for value in settings), last_loss(run), sink, *curves))
     return "\n".join(lines) if len(lines) > 2 else ""
