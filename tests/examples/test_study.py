@@ -210,12 +210,15 @@ def test_what_was_tried_is_shown_at_the_quarters_of_training():
     ]
     train = {"seq_length": 256, "num_steps": 1, "batch_size_tokens": 8}
     config = {"train": train, "optimizer": {"lr": 0.016, "weight_decay": 0.25}}
-    run = {"config": config, "tokens": 8, "validation_loss": [[8, 3.5]]}
-    run |= {kind: {"checkpoints": checkpoints} for kind in ("sinks", "forming")}
-    row = tried({"vanilla": run, "not evaluated": {}}).splitlines()[-1]
+    run = {"config": config, "tokens": 8_600_000, "validation_loss": [[8_600_000, 3.5]]}
+    run |= {"sinks": {"checkpoints": checkpoints}}
+    whole = run | {"forming": {"checkpoints": checkpoints}}
+    row, without = tried({"vanilla": whole, "not evaluated": {}, "rates alone": run}).splitlines()[-2:]
     assert row.startswith(
-        "| vanilla | 256 | 0.016 | 0.25 | 3.5000 | sink token 1 | 10 → 30 → 50 → 70 | 1.100 → 1.300 → 1.500 → 1.700 |"
+        "| vanilla | 9 | 256 | 0.016 | 0.25 | 3.5000 | sink token 1 | 10 → 30 → 50 → 70 "
+        "| 1.100 → 1.300 → 1.500 → 1.700 |"
     )
+    assert without.endswith("| 10 → 30 → 50 → 70 |  |  |")
 
 
 def test_places_of_the_machine_are_not_gathered(tmp_path):
