@@ -159,6 +159,7 @@ DERIVED_DEEPSPEED_KEYS = {
     "zero_optimization.compute_grad_norm": "nothing: the norm is watched in every step",
     "data_types.grad_accum_dtype": "nothing: gradients are accumulated in float32",
     "zero_optimization.stage": "deepspeed.zero_stage",
+    "zero_optimization.round_robin_gradients": "nothing: DeepSpeed could not go on from its checkpoints on other ranks",
     "checkpoint.load_universal": "nothing: it is found out by itself",
 }
 

@@ -84,11 +84,12 @@ def parameter_groups(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[st
 
 
 def optimizer_layout(plan: Plan) -> str:
-    """sha256 of the names in `parameter_groups`: DeepSpeed's files of an optimizer fit only one of the same order."""
+    """sha256 of what the order in DeepSpeed's files of an optimizer depends on: they fit only one of the same."""
     with torch.device("meta"):
         model = SinkGPTNeoXForCausalLM(plan.model_config)
     names = [list(group) for group in parameter_groups(model)]
-    return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+    sub_groups = deepspeed_config(plan)["zero_optimization"].get("sub_group_size")  # in which ZeRO-3 saves them
+    return hashlib.sha256(json.dumps([names, sub_groups]).encode()).hexdigest()
 
 
 def make_optimizer(model: nn.Module, optimizer: OptimizerSection) -> torch.optim.AdamW:

@@ -49,6 +49,7 @@ def test_later_words_win(tmp_path):
         (["deepspeed.zero_optimization.stage=2"], "zero_optimization.stage is derived: set deepspeed.zero_stage"),
         (["deepspeed.zero_optimisation.overlap_comm=true"], "zero_optimisation: did you mean zero_optimization?"),
         (["deepspeed.zero_stages=2"], "unknown key zero_stages: did you mean zero_stage?"),
+        (["deepspeed.zero_optimization.round_robin_gradients=true"], "round_robin_gradients is derived: set nothing"),
         (["deepspeed.bf16.enabled=false"], "bf16.enabled is derived: set train.precision"),
         (["deepspeed.zero_stage=4"], "deepspeed.zero_stage is 4: it should be 0, 1, 2 or 3"),
         (["train.num_steps"], "'train.num_steps' is not an override: write section.key=value"),

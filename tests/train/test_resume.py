@@ -77,6 +77,15 @@ def test_an_optimizer_in_another_order_is_loaded_by_name(
     assert "parameter order" in capsys.readouterr().out
 
 
+def test_zero_3_goes_on_in_sub_groups_of_another_size(recipe, tmp_path):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    settings = ["deepspeed.zero_stage=3", "train.precision=fp32"]
+    train(recipe, [*settings, f"train.run_dir={whole}", "deepspeed.zero_optimization.sub_group_size=3000"])
+    copy_checkpoint(whole, 4, resumed)
+    train(recipe, [*settings, f"train.run_dir={resumed}"])
+    assert list(losses(resumed).values()) == pytest.approx(list(losses(whole).values()), abs=1e-5)
+
+
 def test_a_finished_run_stays_finished(recipe, whole_run, tmp_path, capsys):
     copy_checkpoint(whole_run, 8, tmp_path)
     train(recipe, [f"train.run_dir={tmp_path}"])
