@@ -2,7 +2,7 @@
 
     python benchmarks/training_profile.py pythia-160m
     python benchmarks/training_profile.py pythia-160m model.sink.kind=logit --without gelu,rotary
-    python benchmarks/training_profile.py pythia-70m --inductor triton.cudagraphs=1 --num-steps 20
+    python benchmarks/training_profile.py pythia-70m --inductor triton.cudagraphs=true --num-steps 20
 
 Takes steps as `sinklm train` does (`sinklm.train.engine`: DeepSpeed, ZeRO-1, bfloat16 on a GPU) on random tokens, one
 micro-batch a step unless ``train.batch_size_tokens`` says otherwise. First it times steps without a profiler, then it
@@ -248,7 +248,10 @@ def set_option(config: Any, name: str, value: str) -> None:
     *path, last = name.split(".")
     for part in path:
         config = getattr(config, part)
-    setattr(config, last, json.loads(value))
+    before, after = getattr(config, last), json.loads(value)
+    if isinstance(before, bool) and not isinstance(after, bool):  # torch fails much later on a 1
+        raise SystemExit(f"--inductor {name}={value}: write true or false")
+    setattr(config, last, after)
 
 
 if __name__ == "__main__":
