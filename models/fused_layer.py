@@ -32,7 +32,7 @@ def linear_but_bias_gradient(linear: nn.Linear, states: Tensor) -> Tensor:
 class SinkLayer(GPTNeoXLayer):
     """GPT-NeoX's layer. Where attention and MLP read the same states, one backward pass goes through both norms.
 
-    Takes norms and settings from one of transformers' own.
+    Takes norms and settings from one of transformers' own. Compiled in training, it calls neither norm's hooks.
     """
 
     def __init__(self, plain: GPTNeoXLayer, attention: nn.Module, mlp: nn.Module):
@@ -42,16 +42,16 @@ class SinkLayer(GPTNeoXLayer):
         self.post_attention_dropout, self.post_mlp_dropout = plain.post_attention_dropout, plain.post_mlp_dropout
         self.attention, self.mlp = attention, mlp
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """``(B, T, hidden)`` to the same; further arguments as transformers'."""
         has_dropout = self.training and self.post_mlp_dropout.p > 0
         if not self.use_parallel_residual or has_dropout or not is_fused(hidden_states):
-            return super().forward(hidden_states, *args, **kwargs)
+            return super().forward(hidden_states, **kwargs)
         first, second = self.input_layernorm, self.post_attention_layernorm
         hidden_states, for_attention, for_mlp = ParallelNorms.apply(
             hidden_states, first.weight, first.bias, second.weight, second.bias, first.eps
         )
-        attended, _ = self.attention(for_attention, *args, **kwargs)
+        attended, _ = self.attention(for_attention, **kwargs)
         return self.mlp(for_mlp) + attended + hidden_states
 
 

@@ -1,8 +1,8 @@
 """What stands between a layer's matrix products in training: each value comes from memory once, and goes back once.
 
 All backward passes add up columns on the way. Those sums are the gradients of the bias that was added in front, or of
-the norms' own parameters, for which all would otherwise be read once more. A program sums ``ROWS`` rows, and what is
-returned still has to be summed over programs.
+the norms' own parameters, for which all would otherwise be read once more. A program sums some hundred rows, and what
+is returned still has to be summed over programs.
 """
 
 import torch
@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-ROWS = 256  # of one program of a backward pass
+ROWS = 256  # of one program of a backward pass, but for the norms'
 ROW_BLOCK = 16  # at a time
 GELU_COLUMNS = 128
 NORM_ROWS = 128
@@ -235,7 +235,7 @@ def _norms_backward_kernel(
         direct = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
         x = tl.where(inside, x - tl.sum(x) / WIDTH, 0.0)
         scale = tl.rsqrt(tl.sum(x * x) / WIDTH + EPS)
-        x *= scale
+        x = tl.where(inside, x * scale, 0.0)  # behind the last row the scale may be infinite
         by_first_weight += one * x
         by_first_bias += one
         by_second_weight += two * x

@@ -76,7 +76,8 @@ def read_state(checkpoint: Path) -> CheckpointState:
         return CheckpointState.model_validate_json(path.read_bytes())
     except ValidationError as error:
         if any(detail["loc"] == ("format_version",) for detail in error.errors()):
-            raise ValueError(f"{path} has a format_version that this sinklm cannot read: use a newer one") from error
+            reason = "has a format_version that this sinklm cannot read: use the version that wrote it"
+            raise ValueError(f"{path} {reason}") from error
         raise ValueError(f"{path} is damaged: delete {checkpoint} to go on from an older one") from error
 
 

@@ -12,7 +12,7 @@ from .config import TrainingConfig
 
 # A change of these makes it another run: the order of the data, or the model itself.
 FIXED_KEYS = ("model", "train.seed", "train.seq_length", "train.batch_size_tokens")
-FREE_MODEL_KEYS = ("model.init_from",)
+FREE_MODEL_KEYS = ("model.init_from",)  # but at step 0, whose weights are made anew where they are not loaded
 # Where things lie and how they are watched says nothing about the run.
 SILENT_KEYS = ("data.path", "train.run_dir", "checkpoint", "wandb", "validation", "deepspeed", "train.micro_batch_size")
 
@@ -99,7 +99,8 @@ def _compare(path: Path, state: CheckpointState, config: TrainingConfig, fingerp
         before, after = then.get(key), now.get(key)
         if before == after:
             continue
-        if _is_in(key, FIXED_KEYS) and not _is_in(key, FREE_MODEL_KEYS):
+        is_free = state.step > 0 and _is_in(key, FREE_MODEL_KEYS)
+        if _is_in(key, FIXED_KEYS) and not is_free:
             raise ValueError(
                 f"{key} is {after!r}, but {path} was trained with {before!r}: set it back, or start a new run with "
                 "another train.run_dir"

@@ -150,14 +150,14 @@ def cost_by_position(report: dict[str, Any], cache: str, largest: str) -> list[l
     octaves: dict[int, list[tuple[int, int, float]]] = {}
     losses, lowest = (report["binned_losses"][name] for name in (cache, largest))
     for (start, end), loss, low in zip(pairwise(report["bin_edges"]), losses, lowest, strict=True):
-        if start >= size:
+        if start >= size and loss is not None and low is not None:
             octaves.setdefault(int(log2(start / size)), []).append((start, end, loss - low))
     return [[(bins[0][0] * bins[-1][1]) ** 0.5, _mean(bins)] for bins in octaves.values()]
 
 
 def _mean(bins: list[tuple[int, int, float]]) -> float:
     """Over all positions of bins ``(start, end, mean)``."""
-    return sum((end - start) * mean for start, end, mean in bins) / (bins[-1][1] - bins[0][0])
+    return sum((end - start) * mean for start, end, mean in bins) / sum(end - start for start, end, _ in bins)
 
 
 def _finish(figure: Figure, *panels: Axes, legend_of: Axes | None = None) -> None:

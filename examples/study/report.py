@@ -164,7 +164,8 @@ def tried(runs: Runs) -> str:
 
 def _quarters(checkpoints: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those nearest the ends of the four quarters of training."""
-    return [checkpoints[-(-len(checkpoints) * quarter // 4) - 1] for quarter in (1, 2, 3, 4)]
+    ends = [checkpoints[-1]["tokens"] * quarter / 4 for quarter in (1, 2, 3, 4)]
+    return [min(checkpoints, key=lambda checkpoint: abs(checkpoint["tokens"] - end)) for end in ends]
 
 
 def label(name: str, run: dict[str, Any]) -> str:

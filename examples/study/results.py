@@ -40,8 +40,8 @@ def collect_run(run: Path, results: Path) -> dict[str, Any]:
             if "validation_loss" in record
         ],
     }
-    if states := sorted((run / "checkpoints").glob("step-*/state.json")):
-        found["data_fingerprint"] = _read(states[-1])["data_fingerprint"]  # all have the same
+    for complete in list((run / "checkpoints").glob("step-*/COMPLETE"))[:1]:  # all have the same data
+        found["data_fingerprint"] = _read(complete.with_name("state.json"))["data_fingerprint"]
     readers = {"streaming": _streaming, "sinks": _sinks, "forming": _forming, "zero_shot": _zero_shot}
     for name, read in readers.items():
         if (path := results / f"{name}.json").exists():

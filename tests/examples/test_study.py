@@ -190,8 +190,8 @@ def test_what_a_cache_costs_is_a_mean_for_each_doubling_from_where_it_is_full():
     from figures import cost_by_position
 
     report = {
-        "bin_edges": [0, 2, 4, 8, 10, 16, 32],
-        "binned_losses": {"0+4": [9.0, 9.0, 2.0, 5.0, 1.0, 3.0], "2+2": [0.0, 0.0, 1.0, 1.0, 1.0, 5.0]},
+        "bin_edges": [0, 2, 4, 8, 10, 16, 32, 64],
+        "binned_losses": {"0+4": [9.0, 9.0, 2.0, 5.0, 1.0, 3.0, None], "2+2": [0.0, 0.0, 1.0, 1.0, 1.0, 5.0, None]},
     }
     costs = cost_by_position(report, "0+4", "2+2")
     assert [cost for _, cost in costs] == [1.0, 1.0, -2.0]
@@ -205,6 +205,7 @@ def test_what_was_tried_is_shown_at_the_quarters_of_training():
         {
             "sink_rate": {"sink token 1": i / 10, "sink token 2": (i > 5) / 2, "no token": 0.6 - i / 10},
             "perplexity": {"0+8": 10 + i, "4+4": 10},
+            "tokens": i + 1,
         }
         for i in range(8)
     ]
@@ -238,6 +239,8 @@ def test_the_data_a_run_was_trained_on_can_be_told(tmp_path):
     checkpoint = tmp_path / "runs" / "vanilla" / "checkpoints" / "step-1"
     checkpoint.mkdir(parents=True)
     (checkpoint / "state.json").write_text('{"data_fingerprint": "ab12"}')
+    assert "data_fingerprint" not in collect(tmp_path)["runs"]["vanilla"]  # the checkpoint is not complete
+    (checkpoint / "COMPLETE").touch()
     assert collect(tmp_path)["runs"]["vanilla"]["data_fingerprint"] == "ab12"
 
 

@@ -156,8 +156,18 @@ def test_a_damaged_checkpoint_is_named(recipe, stopped_run, name):
 
 def test_a_checkpoint_of_a_later_format_is_refused(recipe, stopped_run):
     edit_state(stopped_run / "checkpoints" / "step-4", format_version=2)
-    with pytest.raises(ValueError, match=r"state\.json has a format_version that this sinklm cannot read: use a newer"):
+    with pytest.raises(ValueError, match=r"state\.json has a format_version that this sinklm cannot read"):
         train(recipe, [f"train.run_dir={stopped_run}"])
+
+
+def test_where_the_first_weights_came_from_stays_until_there_are_others(recipe, whole_run, tmp_path):
+    began = [f"train.run_dir={tmp_path}", "checkpoint.pythia_steps=true", "train.num_steps=2"]
+    train(recipe, [*began, f"model.init_from={whole_run}"])
+    for step in list_checkpoints(tmp_path):
+        if step:
+            shutil.rmtree(tmp_path / "checkpoints" / f"step-{step}")
+    with pytest.raises(ValueError, match=r"model\.init_from is None, but .*step-0 was trained with .*: set it back"):
+        train(recipe, began)
 
 
 def test_a_full_disk_leaves_the_older_checkpoint(recipe, whole_run, tmp_path):
