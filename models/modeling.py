@@ -64,10 +64,9 @@ class SinkGPTNeoXModel(PythiaInitialisation, GPTNeoXModel):
 
     def __init__(self, config: SinkGPTNeoXConfig):
         super().__init__(config)
-        self.layers = nn.ModuleList(
-            SinkLayer(layer, self._attention(i, layer.attention), SinkMLP(layer.mlp, config.hidden_act))
-            for i, layer in enumerate(self.layers)
-        )
+        for i, layer in enumerate(self.layers):
+            mlp = SinkMLP(layer.mlp, config.hidden_act)
+            self.layers[i] = SinkLayer(layer, self._attention(i, layer.attention), mlp)
         if config.sink_kind in ARMS:
             device = self.embed_in.weight.device
             # The same seed gives all arms the first weights that they share.

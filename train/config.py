@@ -50,7 +50,9 @@ class ModelSection(Section):
     rotary_pct: Ratio = Field(default=0.25, description="share of each head's dimensions that are rotated")
     rope_theta: float = Field(default=10_000.0, gt=0)
     parallel_residual: bool = True
-    max_position_embeddings: Count = Field(default=2048, description="longest sequence, sinks included")
+    max_position_embeddings: Count | None = Field(
+        default=None, description="longest sequence, sinks included; null is `train.seq_length`"
+    )
     init_from: str | None = Field(
         default=None,
         description="start from these weights: a run, checkpoint or transformers folder, or a Hub name; null is random",
@@ -231,7 +233,7 @@ class TrainingConfig(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainingConfig":
         longest = self.model.max_position_embeddings
-        if self.train.seq_length > longest:
+        if longest is not None and self.train.seq_length > longest:
             raise ValueError(
                 f"train.seq_length {self.train.seq_length} is longer than model.max_position_embeddings {longest}: "
                 "lower the first or raise the second"

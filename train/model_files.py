@@ -51,7 +51,7 @@ def write_tokenizer(folder: Path, plan: Plan, tokenizer_path: Path) -> None:
         "eos_token": end_of_document,
         "unk_token": end_of_document,
         "add_bos_token": False,
-        "model_max_length": plan.config.model.max_position_embeddings - plan.num_sinks,
+        "model_max_length": plan.model_config.max_position_embeddings - plan.num_sinks,
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")

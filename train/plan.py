@@ -89,7 +89,7 @@ class Plan:
             num_hidden_layers=model.num_hidden_layers,
             num_attention_heads=model.num_attention_heads,
             intermediate_size=model.intermediate_size or 4 * model.hidden_size,
-            max_position_embeddings=model.max_position_embeddings,
+            max_position_embeddings=model.max_position_embeddings or self.config.train.seq_length,
             use_parallel_residual=model.parallel_residual,
             rope_parameters={
                 "rope_type": "default",

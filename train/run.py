@@ -1,5 +1,6 @@
 """A training run from recipe to last checkpoint: what `sinklm train` does."""
 
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -7,6 +8,8 @@ import platform
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -21,9 +24,10 @@ from .plan import Plan
 from .progress import Progress
 from .recipe import config_yaml, load_config
 from .summary import describe_run, dry_run
-from .warm_start import load_weights
+from .warm_start import check_tokenizer, load_weights
 
 LARGEST_DRAWN_ON_CPU = 1_000_000_000  # parameters
+LOCK_NAME = "lock"
 RECORDED_PACKAGES = ("torch", "transformers", "deepspeed", "tokenizers", "numpy", "safetensors")
 
 
@@ -68,19 +72,50 @@ def train(recipe: str, overrides: list[str] | tuple[str, ...] = (), *, only_desc
         sys.exit(128 + signal_number)
 
 
+@contextmanager
+def claimed(run_dir: Path) -> Iterator[None]:
+    """Keep other trainings out of a run's folder: each would take the other's files for its own.
+
+    Raises:
+        ValueError: another one has it.
+        OSError: it cannot be written.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / LOCK_NAME, "w")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise OSError(f"cannot write in {run_dir}: {error}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"train.run_dir={run_dir} is in use by another training: wait, or set another") from None
+        yield
+
+
 def _train_rank(config: TrainingConfig, world: World) -> int:
     """One rank's part. Returns the number of the signal that ended it early, or 0."""
+    run_dir = Path(config.train.run_dir or "")
+    with world.together():
+        store = _open_store(config, world)
+        plan = Plan(config, world.size, store.tokenizer_size, store.eod_id)
+    with ExitStack() as held:
+        with world.together():
+            if world.is_main:
+                held.enter_context(claimed(run_dir))
+        return _train_claimed(run_dir, plan, world, store)
+
+
+def _train_claimed(run_dir: Path, plan: Plan, world: World, store: TokenSource) -> int:
     from .checkpoint import load_checkpoint, needs_conversion
     from .engine import compiles, make_engine
     from .loop import TrainingLoop
     from .resume import find_resume, interrupted_checkpoints
 
+    config = plan.config
     with world.together():
-        store = _open_store(config, world)
-        plan = Plan(config, world.size, store.tokenizer_size, store.eod_id)
         windows, validation_windows = _windows(store, plan)
         resume = find_resume(config, store.fingerprint)
-    run_dir = Path(config.train.run_dir or "")
     with world.together(f"cannot write in {run_dir}: "):
         if world.is_main:
             _write_run_files(run_dir, config)
@@ -96,7 +131,7 @@ def _train_rank(config: TrainingConfig, world: World) -> int:
             return 0
         progress.say(f"{'drawing' if config.model.init_from is None else 'reading'} the first weights …")
         with world.together():
-            model = _build_model(plan, world.device)
+            model = _build_model(plan, world.device, store.tokenizer_path)
         progress.say("setting up DeepSpeed …")
         is_converted = resume is not None and needs_conversion(resume.state, plan, world)
         engine = make_engine(model, plan, world.device, load_universal=is_converted)
@@ -132,14 +167,15 @@ def _windows(store: TokenSource, plan: Plan) -> tuple[TokenWindows, TokenWindows
         try:
             validation = TokenWindows(store, "validation", **sizes)
         except ValueError as error:
-            raise ValueError(f"{error}; or set validation.every_steps=null") from None
+            raise ValueError(f"{error} (to go without: validation.every_steps=null)") from None
     return TokenWindows(store, "train", **sizes), validation
 
 
-def _build_model(plan: Plan, device: torch.device) -> SinkGPTNeoXForCausalLM:
+def _build_model(plan: Plan, device: torch.device, tokenizer_path: Path) -> SinkGPTNeoXForCausalLM:
     """The model in float32, with the first weights of the seed."""
     torch.manual_seed(plan.config.train.seed)
     if plan.config.model.init_from is not None:
+        check_tokenizer(plan.config.model.init_from, tokenizer_path)
         return load_weights(plan.config.model.init_from, plan.model_config)
     with _drawing_device(count_parameters(plan.model_config), device):
         return SinkGPTNeoXForCausalLM(plan.model_config)
@@ -158,7 +194,6 @@ def _drawing_device(num_parameters: int, device: torch.device) -> torch.device:
 
 
 def _write_run_files(run_dir: Path, config: TrainingConfig) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(config_yaml(config), encoding="utf-8")
     environment = {
         "python": platform.python_version(),

@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoConfig, GPTNeoXConfig
+from transformers.utils import cached_file
 
 from ..models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM
 from ..models.loading import resolve_model_folder
@@ -27,6 +29,30 @@ def architecture(config: GPTNeoXConfig) -> dict[str, Any]:
         "rotary_pct": rope.get("partial_rotary_factor", 1.0),
         "rope_theta": float(rope.get("rope_theta", 10_000)),
     }
+
+
+def check_tokenizer(name_or_path: str | Path, tokenizer_path: Path) -> None:
+    """Compare a model's tokenizer, if it comes with one, with that of the data.
+
+    Raises:
+        ValueError: some id is another token there.
+    """
+    found = cached_file(
+        resolve_model_folder(name_or_path),
+        "tokenizer.json",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if found is None:
+        return
+    theirs, ours = Tokenizer.from_file(found), Tokenizer.from_file(str(tokenizer_path))
+    for i in range(min(theirs.get_vocab_size(), ours.get_vocab_size())):
+        if theirs.id_to_token(i) != ours.id_to_token(i):
+            raise ValueError(
+                f"model.init_from={name_or_path} was trained with another tokenizer: token {i} is "
+                f"{theirs.id_to_token(i)!r} there, and {ours.id_to_token(i)!r} in {tokenizer_path}. Prepare the data "
+                f"with the model's: sinklm prepare … --tokenizer {found}"
+            )
 
 
 def load_weights(name_or_path: str | Path, config: SinkGPTNeoXConfig) -> SinkGPTNeoXForCausalLM:

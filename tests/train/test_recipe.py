@@ -41,7 +41,10 @@ def test_later_words_win(tmp_path):
         (["model.sink.kind=magic"], "model.sink.kind is 'magic': choose one of none, token"),
         (["model.num_attention_heads=5"], "hidden_size 128 is not a multiple of num_attention_heads 5"),
         (["model.rotary_pct=0.1"], "rotary_pct 0.1 rotates 3 dimensions"),
-        (["train.seq_length=4096"], "train.seq_length 4096 is longer than model.max_position_embeddings 2048"),
+        (
+            ["train.seq_length=4096", "model.max_position_embeddings=2048"],
+            "train.seq_length 4096 is longer than model.max_position_embeddings 2048",
+        ),
         (["train.batch_size_tokens=1000"], "batch_size_tokens 1000 is not a multiple of seq_length 2048"),
         (["train.compile=true", "deepspeed.zero_stage=3"], "train.compile=true and deepspeed.zero_stage=3 exclude"),
         (["model.sink.num_tokens=3000"], "model.sink.num_tokens 3000 leaves no room"),

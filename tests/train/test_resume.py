@@ -13,7 +13,7 @@ import torch
 from sinklm.models import SinkGPTNeoXForCausalLM, load_model, load_tokenizer
 from sinklm.train import engine
 from sinklm.train.checkpoint import list_checkpoints
-from sinklm.train.run import train
+from sinklm.train.run import claimed, train
 from tokenizers import Tokenizer
 
 from .tiny import assert_same_weights, copy_checkpoint, losses, make_store, metrics, weights
@@ -260,16 +260,24 @@ def test_going_back_in_time_does_not_mix_two_runs(recipe, whole_run):
             [
                 "validation.every_steps=1",
                 "train.seq_length=5000",
-                "model.max_position_embeddings=5000",
+                "model.max_position_embeddings=null",
                 "train.batch_size_tokens=10000",
             ],
-            "or set validation.every_steps=null",
+            "(to go without: validation.every_steps=null)",
         ),
     ],
 )
 def test_a_run_that_cannot_start_says_why(recipe, tmp_path, overrides, message):
     with pytest.raises((ValueError, OSError), match=re.escape(message)):
         train(recipe, [f"train.run_dir={tmp_path / 'run'}", *overrides])
+
+
+def test_two_trainings_do_not_share_a_folder(recipe, stopped_run):
+    before = metrics(stopped_run)
+    with claimed(stopped_run), pytest.raises(ValueError, match=rf"train.run_dir={stopped_run} is in use by another"):
+        train(recipe, [f"train.run_dir={stopped_run}"])
+    assert metrics(stopped_run) == before
+    train(recipe, [f"train.run_dir={stopped_run}"])
 
 
 def test_a_damaged_store_is_refused(recipe, store, tmp_path):
@@ -295,6 +303,12 @@ def test_a_warm_start_begins_where_the_other_run_ended(recipe, whole_run, tmp_pa
 def test_a_warm_start_from_another_size_is_refused(recipe, whole_run, tmp_path):
     with pytest.raises(ValueError, match=r"model\.num_hidden_layers is 1, but model\.init_from=.* has 2"):
         train(recipe, [f"train.run_dir={tmp_path}", f"model.init_from={whole_run}", "model.num_hidden_layers=1"])
+
+
+def test_a_warm_start_from_another_tokenizer_is_refused(recipe, whole_run, tmp_path):
+    store = make_store(tmp_path, seed=1)
+    with pytest.raises(ValueError, match=r"model\.init_from=.* was trained with another tokenizer: token \d+ is '"):
+        train(recipe, [f"train.run_dir={tmp_path / 'run'}", f"model.init_from={whole_run}", f"data.path={store}"])
 
 
 def test_an_arm_starts_from_a_model_without_one_and_resumes(recipe, whole_run, tmp_path):
