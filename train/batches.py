@@ -8,8 +8,26 @@ import numpy as np
 import torch
 
 from ..data import SampleOrder, TokenWindows, batch_indices
+from ..data.store import TokenSource
+from .plan import Plan
 
 NUM_READ_AHEAD = 8  # micro-batches
+
+
+def open_windows(store: TokenSource, plan: Plan) -> tuple[TokenWindows, TokenWindows | None]:
+    """The samples for training, and for validation if the recipe has any.
+
+    Raises:
+        ValueError: a split is missing, or has not even one sample.
+    """
+    sizes = {"tokens_per_sample": plan.tokens_per_sample, "stride": plan.stride}
+    validation = None
+    if plan.config.validation.every_steps is not None:
+        try:
+            validation = TokenWindows(store, "validation", **sizes)
+        except ValueError as error:
+            raise ValueError(f"{error} (to go without: validation.every_steps=null)") from None
+    return TokenWindows(store, "train", **sizes), validation
 
 
 class MicroBatches:

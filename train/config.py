@@ -28,6 +28,12 @@ class SinkSection(Section):
     )
     num_tokens: Count = Field(default=1, description="how many sink tokens (`kind: token` only)")
 
+    @model_validator(mode="after")
+    def _tokens_are_of_their_kind(self) -> "SinkSection":
+        if self.kind != "token" and self.num_tokens != 1:
+            raise ValueError(f"num_tokens is {self.num_tokens}, but kind {self.kind} has no tokens: leave it out")
+        return self
+
     @field_validator("kind")
     @classmethod
     def _known(cls, kind: str) -> str:

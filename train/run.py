@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
-from ..data import TokenWindows, open_store
+from ..data import open_store
 from ..data.store import TokenSource
 from ..models import SinkGPTNeoXForCausalLM
+from .batches import open_windows
 from .config import TrainingConfig
 from .cost import count_parameters
 from .launch import SameOnAllRanks, World, connected
@@ -114,7 +115,7 @@ def _train_claimed(run_dir: Path, plan: Plan, world: World, store: TokenSource) 
 
     config = plan.config
     with world.together():
-        windows, validation_windows = _windows(store, plan)
+        windows, validation_windows = open_windows(store, plan)
         resume = find_resume(config, store.fingerprint)
     with world.together(f"cannot write in {run_dir}: "):
         if world.is_main:
@@ -158,17 +159,6 @@ def _open_store(config: TrainingConfig, world: World) -> TokenSource:
     if world.is_main:
         print(f"opening {config.data.path} (the first time here all of it is read, for its checksums) …", flush=True)
     return open_store(config.data.path, verify="auto" if world.is_main else "size")
-
-
-def _windows(store: TokenSource, plan: Plan) -> tuple[TokenWindows, TokenWindows | None]:
-    sizes = {"tokens_per_sample": plan.tokens_per_sample, "stride": plan.stride}
-    validation = None
-    if plan.config.validation.every_steps is not None:
-        try:
-            validation = TokenWindows(store, "validation", **sizes)
-        except ValueError as error:
-            raise ValueError(f"{error} (to go without: validation.every_steps=null)") from None
-    return TokenWindows(store, "train", **sizes), validation
 
 
 def _build_model(plan: Plan, device: torch.device, tokenizer_path: Path) -> SinkGPTNeoXForCausalLM:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from ..data import TokenWindows, open_store
 from ..data.store import TokenSource
+from .batches import open_windows
 from .config import TrainingConfig
 from .cost import GIB, count_parameters, estimate_memory, flops_per_token
 from .plan import Plan
@@ -84,7 +85,7 @@ def _facts(plan: Plan, store: TokenSource | None) -> dict[str, str]:
     if store is None:
         facts["data"] = f"data.path is not set; Pythia's tokenizer of {PYTHIA_TOKENIZER_SIZE:,} ids is assumed"
     else:
-        windows = TokenWindows(store, "train", tokens_per_sample=plan.tokens_per_sample, stride=plan.stride)
+        windows, _ = open_windows(store, plan)
         facts["data"] = f"{len(windows):,} samples in {store.path}, seen for {epochs(plan, windows)}"
     return facts
 

@@ -272,6 +272,16 @@ def test_a_run_that_cannot_start_says_why(recipe, tmp_path, overrides, message):
         train(recipe, [f"train.run_dir={tmp_path / 'run'}", *overrides])
 
 
+def test_a_dry_run_finds_what_the_data_lacks(recipe, store, tmp_path):
+    without = tmp_path / "store"
+    shutil.copytree(store, without)
+    manifest = json.loads((without / "manifest.json").read_text())
+    del manifest["splits"]["validation"]
+    (without / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"no split 'validation'.*to go without: validation\.every_steps=null"):
+        train(recipe, [f"data.path={without}"], only_describe=True)
+
+
 def test_two_trainings_do_not_share_a_folder(recipe, stopped_run):
     before = metrics(stopped_run)
     with claimed(stopped_run), pytest.raises(ValueError, match=rf"train.run_dir={stopped_run} is in use by another"):
