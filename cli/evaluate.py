@@ -36,12 +36,14 @@ def zero_shot(
     """Score a model on benchmarks through lm-eval; the paper's seven tasks if nothing is said."""
     if batch_size != "auto" and (not batch_size.isdecimal() or int(batch_size) < 1):
         raise ValueError(f"--batch-size is {batch_size!r}: it must be a positive number or auto")
-    from ..eval.report import default_output, describe_model, library_versions, write_json
+    from ..eval.report import default_output, describe_model, library_versions, refuse_unwritable, write_json
     from ..eval.zero_shot import evaluate, results_table
     from ..models import load_model, load_tokenizer
 
     console = Console()
     loaded, tokenizer = load_model(model), load_tokenizer(model)
+    path = (output or default_output(model)) / "zero_shot.json"
+    refuse_unwritable(path)
     results = evaluate(
         loaded,
         tokenizer,
@@ -53,7 +55,6 @@ def zero_shot(
         max_length=max_length,
     )
     report = {"model": describe_model(loaded, model), "versions": library_versions(), **results}
-    path = (output or default_output(model)) / "zero_shot.json"
     write_json(path, report)
     console.print(results_table(results, f"Zero-shot: {model}" + (f", first {limit} examples" if limit else "")))
     console.print(f"Results: {path}")
@@ -82,7 +83,14 @@ def streaming(
 ) -> None:
     """Perplexity on long text under dense attention, a sliding window, kept tokens + window, and re-computation."""
     from ..eval.plots import plot_streaming
-    from ..eval.report import default_output, describe_model, library_versions, write_json
+    from ..eval.report import (
+        default_output,
+        describe_model,
+        library_versions,
+        refuse_unwritable,
+        write_finished,
+        write_unfinished,
+    )
     from ..eval.streaming import (
         as_json,
         configurations,
@@ -104,19 +112,21 @@ def streaming(
         num_sinks=getattr(loaded.config, "num_sinks", 0),
     )
     folder = output or default_output(model)
+    path = folder / "streaming.json"
+    refuse_unwritable(path)
     report: dict[str, Any] = {"model": describe_model(loaded, model), "versions": library_versions()}
     report["recompute_every"] = recompute_every
-    write_json(folder / "streaming.json", report)  # a folder that cannot be written shows before the work
 
     results = []
     for result in _measure_all(console, loaded, stream, chosen, recompute_every):
         results.append(result)
         report |= as_json(results, stream)
-        write_json(folder / "streaming.json", report)  # what is measured stays, should the next one fail
+        write_unfinished(path, report)
+    write_finished(path, report)
     plot_streaming(report, folder / "streaming.png", title=model)
     console.print(results_table(results, f"Perplexity on {report['text']['num_tokens']:,} tokens: {model}"))
     _explain_unscored(console, results, stream, recompute_every, report["model"]["max_position_embeddings"])
-    console.print(f"Results: {folder / 'streaming.json'}, {folder / 'streaming.png'}")
+    console.print(f"Results: {path}, {folder / 'streaming.png'}")
 
 
 def stream_eval(
@@ -136,7 +146,14 @@ def stream_eval(
 ) -> None:
     """StreamEval: recall of numbered lines, against how many lines ago they were read."""
     from ..eval.plots import plot_stream_eval
-    from ..eval.report import default_output, describe_model, library_versions, write_json
+    from ..eval.report import (
+        default_output,
+        describe_model,
+        library_versions,
+        refuse_unwritable,
+        write_finished,
+        write_unfinished,
+    )
     from ..eval.stream_eval import check_distances, make_records, results_table, tokens_per_line
     from ..eval.streaming import default_caches, parse_caches, refuse_small_caches
     from ..models import load_model, load_tokenizer
@@ -149,18 +166,20 @@ def stream_eval(
     refuse_small_caches(shapes, getattr(loaded.config, "num_sinks", 0))
     records = make_records(num_samples, num_lines, seed)
     folder = output or default_output(model)
+    path = folder / "stream_eval.json"
+    refuse_unwritable(path)
     report: dict[str, Any] = {"model": describe_model(loaded, model), "versions": library_versions()}
     report |= {"num_samples": num_samples, "num_lines": num_lines, "seed": seed, "results": []}
     report["tokens_per_line"] = tokens_per_line(tokenizer, records[0])
-    write_json(folder / "stream_eval.json", report)  # a folder that cannot be written shows before the work
 
     for result in _ask_all(console, loaded, tokenizer, records, shapes, chosen_distances, batch_size):
         report["results"].append(result)
-        write_json(folder / "stream_eval.json", report)  # what is measured stays, should the next one fail
+        write_unfinished(path, report)
+    write_finished(path, report)
     plot_stream_eval(report, folder / "stream_eval.png", title=model)
     console.print(results_table(report["results"], f"StreamEval, accuracy in percent by distance: {model}"))
     console.print(f"One line is {report['tokens_per_line']:.1f} tokens.")
-    console.print(f"Results: {folder / 'stream_eval.json'}, {folder / 'stream_eval.png'}")
+    console.print(f"Results: {path}, {folder / 'stream_eval.png'}")
 
 
 def whole_numbers(option: str, text: str) -> list[int]:

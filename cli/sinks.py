@@ -37,7 +37,14 @@ def sinks(
     """Sink rates, attention maps, norms and massive activations: where a model puts its surplus attention."""
     if bool(text) == bool(store):
         raise ValueError("give either --text or --store: what the model is to read")
-    from ..eval.report import default_output, describe_model, library_versions, write_json
+    from ..eval.report import (
+        default_output,
+        describe_model,
+        library_versions,
+        refuse_unwritable,
+        write_finished,
+        write_unfinished,
+    )
     from ..eval.sinks import sequences_of_store, sequences_of_texts
     from ..eval.sinks.plots import plot_sinks
     from ..eval.sinks.report import as_json, heads_table, massive_table, named_positions, positions_table, summary
@@ -51,24 +58,25 @@ def sinks(
     sequences = sequences_of_store(store, *wanted) if store else sequences_of_texts(text or [], *wanted)
     positions = named_positions(num_sinks, sequences.num_prefix)
     folder = output or default_output(model)
+    path = folder / "sinks.json"
+    refuse_unwritable(path)
     report: dict[str, Any] = {"model": describe_model(loaded, model), "versions": library_versions()}
     report |= {"text": sequences.source, "num_sequences": num_sequences, "seq_length": seq_length, "epsilon": epsilon}
-    write_json(folder / "sinks.json", report)  # a folder that cannot be written shows before the work
 
     if run:
         report["checkpoints"] = []
         for state, statistics in _measure_run(console, run, sequences, epsilon):
             report["checkpoints"].append(state | summary(statistics, positions))
-            write_json(folder / "sinks.json", report)  # what is measured stays, should the next one fail
+            write_unfinished(path, report)
     else:
         statistics = _measure(console, loaded, sequences, epsilon, name="sequences")
     report |= as_json(statistics, positions)
-    write_json(folder / "sinks.json", report)
+    write_finished(path, report)
     pictures = plot_sinks(report, folder, title=model)
     console.print(positions_table(report, f"Attention sinks: {model}"))
     console.print(heads_table(report))
     console.print(massive_table(report) if report["massive_activations"] else "No massive activations.")
-    console.print(f"Results: {', '.join(str(path) for path in [folder / 'sinks.json', *pictures])}")
+    console.print(f"Results: {', '.join(map(str, [path, *pictures]))}")
 
 
 def _checkpoints_of(run: str) -> dict[int, Path]:

@@ -5,6 +5,8 @@ import json
 import os
 import platform
 import re
+import tempfile
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,31 @@ def default_output(name_or_path: str | Path) -> Path:
     return Path("results") / (re.sub(r"[^\w.]+", "-", str(name_or_path)).strip("-.") or "model")
 
 
+def refuse_unwritable(path: Path) -> None:
+    """Shows before the work, not after it, that ``path`` cannot be written; a file that is there stays as it is.
+
+    Raises:
+        OSError: names the file that cannot be written.
+    """
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+
+
+def write_unfinished(path: Path, value: dict[str, Any]) -> None:
+    """Keep what is measured so far, should the rest fail, beside the whole results of an earlier run at ``path``."""
+    write_json(unfinished(path), value)
+
+
+def write_finished(path: Path, value: dict[str, Any]) -> None:
+    write_json(path, value)
+    unfinished(path).unlink(missing_ok=True)
+
+
+def unfinished(path: Path) -> Path:
+    return path.with_suffix(f".unfinished{path.suffix}")
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write ``value`` so that the file is either the old one or the complete new one.
 
@@ -48,11 +75,18 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(value, indent=2, default=str, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror}") from error
+        with _naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(value, indent=2, default=str, allow_nan=False) + "\n", encoding="utf-8")
+            os.replace(partial, path)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror}") from error

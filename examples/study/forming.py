@@ -6,7 +6,7 @@ python examples/study/forming.py study/runs/vanilla --text book.txt --output stu
 import argparse
 from pathlib import Path
 
-from sinklm.eval.report import describe_model, library_versions, write_json
+from sinklm.eval.report import describe_model, library_versions, write_finished, write_unfinished
 from sinklm.eval.streaming import configurations, default_caches, measure, read_stream
 from sinklm.models import load_model, load_tokenizer
 from sinklm.train.checkpoint import list_checkpoints, read_state
@@ -23,14 +23,16 @@ def main() -> None:
     stream = read_stream(arguments.text, load_tokenizer(arguments.run), arguments.tokens)
     report: dict = {"versions": library_versions(), "num_tokens": arguments.tokens, "text_sha256": stream.sha256}
     report["checkpoints"] = []
+    path = arguments.output / "forming.json"
     for step, path in list_checkpoints(arguments.run).items():
         model = load_model(path)
         report["model"] = describe_model(model, arguments.run)
         chosen = configurations(("window", "streaming"), default_caches(model), model.config.num_sinks)
         perplexities = {str(c): measure(model, stream, c).perplexity for c in chosen}
         report["checkpoints"].append({"step": step, "tokens": read_state(path).positions, "perplexity": perplexities})
-        write_json(arguments.output / "forming.json", report)
+        write_unfinished(path, report)
         print(step, *(f"{cache}: {perplexity:.2f}" for cache, perplexity in perplexities.items()), flush=True)
+    write_finished(path, report)
 
 
 if __name__ == "__main__":

@@ -224,11 +224,19 @@ def test_what_was_measured_stays_when_a_later_configuration_fails(checkpoints, t
     def fails(*arguments, **keywords):
         raise RuntimeError("out of memory")
 
+    streaming(str(checkpoints[1]), [book], tokens=100, caches="0+16", output=tmp_path)
+    before = (tmp_path / "streaming.json").read_bytes()
+
     monkeypatch.setattr("sinklm.eval.streaming.stream_losses", fails)
     with pytest.raises(RuntimeError, match="out of memory"):
         streaming(str(checkpoints[1]), [book], tokens=100, caches="0+16", methods="dense,window", output=tmp_path)
-    report = json.loads((tmp_path / "streaming.json").read_text())
+    assert (tmp_path / "streaming.json").read_bytes() == before
+    report = json.loads((tmp_path / "streaming.unfinished.json").read_text())
     assert [r["configuration"] for r in report["results"]] == ["dense"]
+
+    monkeypatch.undo()
+    streaming(str(checkpoints[1]), [book], tokens=100, caches="0+16", output=tmp_path)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".png", ".txt"]
 
 
 def test_a_folder_that_cannot_be_written_shows_before_the_work(checkpoints, tmp_path, book, monkeypatch):
