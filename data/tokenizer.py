@@ -23,11 +23,14 @@ def find_tokenizer_file(name_or_path: str | os.PathLike) -> Path:
     """
     path = Path(name_or_path)
     if path.is_dir():
-        path = path / "tokenizer.json"
+        if not (path / "tokenizer.json").is_file():
+            raise FileNotFoundError(f"{path} has no tokenizer.json: pass --tokenizer with another folder or a Hub name")
+        return path / "tokenizer.json"
     if path.is_file():
         return path
     name = str(name_or_path)
-    if name.endswith(".json") or not HUB_NAME.fullmatch(name):
+    is_local = len(path.parts) > 1 and path.parent.is_dir()
+    if is_local or name.endswith(".json") or not HUB_NAME.fullmatch(name):
         raise FileNotFoundError(f"{path}: no such tokenizer file")
     from huggingface_hub import hf_hub_download
 
