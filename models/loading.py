@@ -27,7 +27,8 @@ def load_model(
 
     Raises:
         FileNotFoundError: if the folder holds no complete checkpoint, or the name no model that can be reached.
-        ValueError: if the weights are damaged, or not those of the model that its configuration names.
+        ValueError: if the weights are damaged, or not those of the model that its configuration names, or if that
+            is no causal language model.
     """
     folder = resolve_model_folder(name_or_path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -38,6 +39,12 @@ def load_model(
         raise FileNotFoundError(f"no model can be loaded from {str(name_or_path)!r}: {error}") from error
     except SafetensorError as error:
         raise ValueError(f"the weights in {folder} are damaged ({error}): copy them again, or take others") from error
+    except ValueError as error:
+        if not str(error).startswith("Unrecognized configuration class"):  # then comes a list of all that there are
+            raise
+        raise ValueError(
+            f"{name_or_path} is no causal language model: take one that predicts each next token"
+        ) from None
     if info["missing_keys"]:
         raise ValueError(f"the weights in {folder} lack {sorted(info['missing_keys'])[0]}: take others")
     return model.to(device).eval()
@@ -47,21 +54,31 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model; see `load_model` for what ``name_or_path`` may be.
 
     Raises:
-        FileNotFoundError: if there is none, or a damaged one.
+        FileNotFoundError: if there is none, or a damaged one; transformers would make up one without a vocabulary.
     """
     folder = resolve_model_folder(name_or_path)
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"no tokenizer can be loaded from {str(name_or_path)!r}: {error}") from error
+    if Path(folder).is_dir() and _is_made_up(tokenizer, Path(folder)):
+        raise FileNotFoundError(f"{folder} has no tokenizer.json: copy there the one that the model was trained with")
+    return tokenizer
+
+
+def _is_made_up(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
+    """Where its files are missing transformers makes a tokenizer of special tokens alone."""
+    files = set(tokenizer.vocab_files_names.values())  # empty where there is no vocabulary: one of bytes
+    known = files | {"tokenizer.json", "tokenizer.model", "tekken.json"}
+    return bool(files) and not any((folder / name).exists() for name in known)
 
 
 def resolve_model_folder(name_or_path: str | Path) -> str:
     """The transformers folder that ``name_or_path`` stands for, or the name itself if it is not a local path."""
     path = Path(name_or_path)
     if not path.exists():
-        if path.is_absolute() or str(name_or_path).startswith(".") or str(name_or_path).count("/") > 1:
-            raise FileNotFoundError(f"{path} does not exist")
+        if is_local(name_or_path) or str(name_or_path).count("/") > 1:
+            raise FileNotFoundError(f"{path}: no such folder")
         return str(name_or_path)
     if (path / "config.json").exists():
         return str(path)
@@ -74,6 +91,12 @@ def resolve_model_folder(name_or_path: str | Path) -> str:
             )
         return str(path / MODEL_FOLDER)
     raise FileNotFoundError(f"{path} holds neither a transformers model (config.json) nor a training checkpoint")
+
+
+def is_local(name_or_path: str | Path) -> bool:
+    """Whether a name that may be one on the Hub is a path: it says so, or begins with a folder that is here."""
+    path = Path(name_or_path)
+    return path.is_absolute() or str(name_or_path).startswith(".") or (len(path.parts) > 1 and path.parent.is_dir())
 
 
 def newest_checkpoint(folder: Path) -> Path:

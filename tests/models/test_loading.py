@@ -2,6 +2,7 @@ import pytest
 import torch
 from sinklm.models import load_model, load_tokenizer
 from sinklm.models.loading import resolve_model_folder
+from transformers import GPTNeoXConfig, T5Config
 
 from .tiny import tiny_model
 
@@ -34,10 +35,29 @@ def test_what_is_no_model_is_named(run_folder, tmp_path):
         load_model(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match="neither a transformers model"):
         load_model(tmp_path / "empty" / "checkpoints")
-    with pytest.raises(FileNotFoundError, match="does not exist"):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         load_model("./nowhere")
     with pytest.raises(FileNotFoundError, match="no model can be loaded from 'nobody/nothing'"):
         load_model("nobody/nothing")
+
+
+def test_a_path_whose_parent_is_here_does_not_go_to_the_hub(run_folder, monkeypatch):
+    monkeypatch.chdir(run_folder)
+    with pytest.raises(FileNotFoundError, match="checkpoints/step-3: no such folder"):
+        load_model("checkpoints/step-3")
+
+
+def test_a_folder_without_a_tokenizer_says_so(tmp_path):
+    plain = GPTNeoXConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=1)
+    plain.save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"has no tokenizer\.json: copy there the one"):
+        load_tokenizer(tmp_path)
+
+
+def test_an_encoder_and_decoder_is_refused_in_one_line(tmp_path):
+    T5Config(vocab_size=64, d_model=16, d_ff=16, num_layers=1, num_heads=1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"is no causal language model: take one that predicts the next token$"):
+        load_model(tmp_path)
 
 
 def test_damaged_files_are_named(run_folder):

@@ -255,7 +255,7 @@ def test_going_back_in_time_does_not_mix_two_runs(recipe, whole_run):
         (["data.path=/nowhere"], "/nowhere: not a token store"),
         (["checkpoint.resume=/nowhere"], "checkpoint.resume=/nowhere: no such folder"),
         (["model.vocab_size=200"], "model.vocab_size 200 is too small for a tokenizer"),
-        (["model.init_from=/nowhere"], "/nowhere does not exist"),
+        (["model.init_from=/nowhere"], "/nowhere: no such folder"),
         (
             [
                 "validation.every_steps=1",
