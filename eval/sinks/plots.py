@@ -117,25 +117,36 @@ def checkpoints_figure(report: dict[str, Any], title: str | None = None) -> Figu
     checkpoints = report["checkpoints"]
     steps = [checkpoint["step"] for checkpoint in checkpoints]
     last = checkpoints[-1]
-    tokens_per_step = f"; a step is {last['tokens'] / last['step']:,.0f} tokens" if last["step"] else ""
+    has_log_scale = _num_log_ticks(steps) > 1
+    notes = ["log scale"] if has_log_scale else []
+    notes += [f"a step is {last['tokens'] / last['step']:,.0f} tokens"] if last["step"] else []
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.0, 3.2), layout="constrained")
         rates, masses = figure.subplots(1, 2)
         for i, name in enumerate(shown_positions(report)):
             style = {"color": COLOURS[1 + i % (len(COLOURS) - 1)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
             for axes, key in ((rates, "sink_rate"), (masses, "mass")):
-                axes.plot(steps, [100 * checkpoint[key][name] for checkpoint in checkpoints], label=name, **style)
+                shares = [100 * checkpoint[key][name] for checkpoint in checkpoints]
+                axes.plot(steps, shares, label=name, clip_on=False, **style)  # whole markers at the edges
         rates.set_ylabel(f"Sink rate (%), ε = {report['epsilon']:g}")
         masses.set_ylabel("Attention (%)")
         for axes in (rates, masses):
-            axes.set_xscale("symlog", linthresh=1)
+            if has_log_scale:
+                axes.set_xscale("symlog", linthresh=1)
+            else:
+                axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-            axes.set_xlabel(f"Step (log scale{tokens_per_step})")
+            axes.set_xlabel(f"Step ({'; '.join(notes)})" if notes else "Step")
             axes.set_ylim(bottom=0)
             axes.grid(axis="y", linewidth=0.4, alpha=0.5)
         masses.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
         _set_title(figure, title)
     return figure
+
+
+def _num_log_ticks(steps: list[int]) -> int:
+    """Step 0 and powers of ten from the first to the last step."""
+    return sum(steps[0] <= tick <= steps[-1] for tick in (0, *(10**k for k in range(len(str(steps[-1]))))))
 
 
 def _draw_positions(axes: Axes, values: np.ndarray, positions: dict[str, int]) -> None:
