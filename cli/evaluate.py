@@ -36,12 +36,13 @@ def zero_shot(
     """Score a model on benchmarks through lm-eval; the paper's seven tasks if nothing is said."""
     if batch_size != "auto" and (not batch_size.isdecimal() or int(batch_size) < 1):
         raise ValueError(f"--batch-size is {batch_size!r}: it must be a positive number or auto")
+    from ..eval.loading import load_causal_model
     from ..eval.report import default_output, describe_model, library_versions, refuse_unwritable, write_json
     from ..eval.zero_shot import evaluate, results_table
-    from ..models import load_model, load_tokenizer
+    from ..models import load_tokenizer
 
     console = Console()
-    loaded, tokenizer = load_model(model), load_tokenizer(model)
+    loaded, tokenizer = load_causal_model(model), load_tokenizer(model)
     path = (output or default_output(model)) / "zero_shot.json"
     refuse_unwritable(path)
     results = evaluate(
@@ -82,6 +83,7 @@ def streaming(
     output: Output = None,
 ) -> None:
     """Perplexity on long text under dense attention, a sliding window, kept tokens + window, and re-computation."""
+    from ..eval.loading import load_causal_model
     from ..eval.plots import plot_streaming
     from ..eval.report import (
         default_output,
@@ -98,19 +100,21 @@ def streaming(
         default_methods,
         parse_caches,
         read_stream,
+        refuse_unstreamable,
         results_table,
     )
-    from ..models import load_model, load_tokenizer
+    from ..models import load_tokenizer
 
     console = Console()
     stream = read_stream(text, load_tokenizer(model), tokens)
-    loaded = load_model(model)
+    loaded = load_causal_model(model)
     shapes = parse_caches(caches) if caches else default_caches(loaded)
     chosen = configurations(
         [name.strip() for name in methods.split(",")] if methods else default_methods(shapes),
         shapes,
         num_sinks=getattr(loaded.config, "num_sinks", 0),
     )
+    refuse_unstreamable(loaded, chosen)
     folder = output or default_output(model)
     path = folder / "streaming.json"
     refuse_unwritable(path)
@@ -145,6 +149,7 @@ def stream_eval(
     output: Output = None,
 ) -> None:
     """StreamEval: recall of numbered lines, against how many lines ago they were read."""
+    from ..eval.loading import load_causal_model
     from ..eval.plots import plot_stream_eval
     from ..eval.report import (
         default_output,
@@ -156,12 +161,12 @@ def stream_eval(
     )
     from ..eval.stream_eval import check_distances, make_records, results_table, tokens_per_line
     from ..eval.streaming import default_caches, parse_caches, refuse_small_caches
-    from ..models import load_model, load_tokenizer
+    from ..models import load_tokenizer
 
     console = Console()
     chosen_distances = whole_numbers("--distances", distances)
     check_distances(chosen_distances, num_lines)
-    loaded, tokenizer = load_model(model), load_tokenizer(model)
+    loaded, tokenizer = load_causal_model(model), load_tokenizer(model)
     shapes = parse_caches(caches) if caches else default_caches(loaded)
     refuse_small_caches(shapes, getattr(loaded.config, "num_sinks", 0))
     records = make_records(num_samples, num_lines, seed)

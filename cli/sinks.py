@@ -37,6 +37,7 @@ def sinks(
     """Sink rates, attention maps, norms and massive activations: where a model puts its surplus attention."""
     if bool(text) == bool(store):
         raise ValueError("give either --text or --store: what the model is to read")
+    from ..eval.loading import load_causal_model
     from ..eval.report import (
         default_output,
         describe_model,
@@ -48,11 +49,11 @@ def sinks(
     from ..eval.sinks import sequences_of_store, sequences_of_texts
     from ..eval.sinks.plots import plot_sinks
     from ..eval.sinks.report import as_json, heads_table, massive_table, named_positions, positions_table, summary
-    from ..models import load_model, load_tokenizer
+    from ..models import load_tokenizer
 
     console = Console()
     run = _checkpoints_of(model) if checkpoints else {}
-    loaded, tokenizer = load_model(model), load_tokenizer(model)
+    loaded, tokenizer = load_causal_model(model), load_tokenizer(model)
     num_sinks = getattr(loaded.config, "num_sinks", 0)
     wanted = (tokenizer, num_sequences, seq_length - num_sinks)
     sequences = sequences_of_store(store, *wanted) if store else sequences_of_texts(text or [], *wanted)

@@ -14,6 +14,7 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..models import StreamingCache
 from .losses import Progress, dense_losses, recompute_losses, stream_losses
 
 METHODS = ("dense", "window", "streaming", "recompute")
@@ -112,6 +113,8 @@ def _read_text(path: Path) -> str:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise type(error)(f"--text {path} cannot be read: {error.strerror}") from error
 
 
 def parse_caches(text: str) -> list[tuple[int, int]]:
@@ -171,6 +174,13 @@ def refuse_small_caches(caches: Iterable[tuple[int, int]], num_sinks: int) -> No
     for num_kept, window in caches:
         if num_kept + window < num_sinks:
             raise ValueError(f"the cache {num_kept}+{window} is smaller than the model's {num_sinks} sink tokens")
+
+
+def refuse_unstreamable(model: PreTrainedModel, chosen: Iterable[Configuration]) -> None:
+    """Raises ValueError, before anything is measured, if the model cannot stream under one of the configurations."""
+    for configuration in chosen:
+        if configuration.method in ("window", "streaming"):
+            StreamingCache.for_model(model, num_kept=configuration.num_kept, window=configuration.window)
 
 
 def measure(

@@ -42,9 +42,7 @@ def load_model(
     except ValueError as error:
         if not str(error).startswith("Unrecognized configuration class"):  # then comes a list of all that there are
             raise
-        raise ValueError(
-            f"{name_or_path} is no causal language model: take one that predicts each next token"
-        ) from None
+        raise ValueError(f"{name_or_path} is no causal language model: take one that predicts the next token") from None
     if info["missing_keys"]:
         raise ValueError(f"the weights in {folder} lack {sorted(info['missing_keys'])[0]}: take others")
     return model.to(device).eval()

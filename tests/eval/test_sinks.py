@@ -3,6 +3,7 @@
 import json
 import math
 from itertools import product
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
@@ -482,7 +483,18 @@ def test_the_pictures_show_the_report(checkpoints, book):
     assert [line.get_label() for line in rates.lines] == ["sink token", "first text token"]
     assert list(masses.lines[0].get_xdata()) == [0, 1, 2]
     assert list(masses.lines[0].get_ydata()) == [10, 20, 40]
-    assert "64 tokens" in rates.get_xlabel()
+    assert rates.get_xlabel() == "Step (log scale; a step is 64 tokens)"
+    assert not any(line.get_clip_on() for line in rates.lines)
+
+
+def test_checkpoints_close_to_each_other_have_ticks(checkpoints, book):
+    report = report_of(checkpoints[1], book)
+    shares = {key: dict.fromkeys(report["mass"], 0.0) for key in ("sink_rate", "mass")}
+    report["checkpoints"] = [{"step": step, "tokens": 64 * step, **shares} for step in (100, 109, 200)]
+    rates, _ = checkpoints_figure(report).axes
+    low, high = rates.get_xlim()
+    assert sum(low <= tick <= high for tick in rates.get_xticks()) > 2
+    assert rates.get_xlabel() == "Step (a step is 64 tokens)"
 
 
 def test_mistakes_are_named(run, book, tmp_path, checkpoints):
@@ -493,6 +505,8 @@ def test_mistakes_are_named(run, book, tmp_path, checkpoints):
         sinks(model, [book], store=tmp_path)
     with pytest.raises(ValueError, match="holds no complete checkpoint"):
         sinks(model, [book], checkpoints=True)
+    with pytest.raises(FileNotFoundError, match=r"--text nobook\.txt cannot be read: No such file"):
+        sinks(model, [Path("nobook.txt")])
     with pytest.raises(ValueError, match="--seq-length 129 is more than the model's 128 positions"):
         sinks(model, [book], num_sequences=1, seq_length=129, output=tmp_path)
     (tmp_path / "file").touch()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from sinklm.cli.evaluate import streaming
+from sinklm.eval.loading import is_causal
 from sinklm.eval.plots import streaming_figure
 from sinklm.eval.streaming import (
     MIN_BIN_TOKENS,
@@ -29,7 +30,7 @@ from sinklm.eval.streaming import (
 from sinklm.models import load_model, load_tokenizer
 from sinklm.models.export import export_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from .checkpoints import small_model, write_checkpoint
 
@@ -244,3 +245,23 @@ def test_a_folder_that_cannot_be_written_shows_before_the_work(checkpoints, tmp_
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         streaming(str(checkpoints[1]), [book], tokens=100, methods="dense", output=tmp_path / "file")
+
+
+def test_a_model_that_cannot_stream_is_refused_before_the_work(tmp_path, book, monkeypatch):
+    monkeypatch.setattr("sinklm.eval.streaming.dense_losses", lambda *arguments: pytest.fail("worked in vain"))
+    folder = write_checkpoint(tmp_path / "gpt2", GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=1)))
+    with pytest.raises(ValueError, match="cannot stream a model of type 'gpt2'"):
+        streaming(str(folder), [book], tokens=100, output=tmp_path)
+
+
+def test_a_model_that_looks_ahead_is_refused(tmp_path, book):
+    config = BertConfig(vocab_size=500, hidden_size=16, num_hidden_layers=1, num_attention_heads=1)
+    folder = write_checkpoint(tmp_path / "bert", BertLMHeadModel(config))
+    with pytest.raises(ValueError, match="bert is not causal"):
+        streaming(str(folder), [book], tokens=100, output=tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_sinks", [0, 2])
+def test_our_models_are_causal(num_sinks, dtype):
+    assert is_causal(small_model(num_sinks, dtype))
