@@ -44,15 +44,13 @@ def prepare(
     from ..data.prepare import NOTES_NAME, prepare_store
 
     console = Console()
-    if (output / MANIFEST_NAME).exists():
-        console.print(f"{output} is complete already; there is nothing to do.", soft_wrap=True)
-    elif (output / NOTES_NAME).exists():
-        console.print(f"Going on with the interrupted work in {output}.", soft_wrap=True)
+    was_complete, was_begun = (output / MANIFEST_NAME).exists(), (output / NOTES_NAME).exists()
     found = find_inputs(inputs)
     if found.num_ignored:
         kinds = ", ".join(f"{count} × {kind}" for kind, count in found.num_ignored.most_common(8))
         console.print(f"Left out of the folders: {kinds}")
-    with ProgressDisplay(console) as display:
+    going_on = f"Going on with the interrupted work in {output}." if was_begun else None
+    with ProgressDisplay(console, opening=going_on) as display:
         manifest = prepare_store(
             found.shards,
             output,
@@ -61,16 +59,18 @@ def prepare(
             num_processes=processes,
             report=display.show,
         )
+    if was_complete:
+        console.print(f"{output} is complete already; there is nothing to do.", soft_wrap=True)
     print_summary(console, manifest, output)
 
 
 class ProgressDisplay:
-    """A bar on a terminal, and a line now and then where there is none (a log file)."""
+    """A bar on a terminal, and a line now and then where there is none (a log file); ``opening`` before the first."""
 
-    def __init__(self, console: "Console"):
+    def __init__(self, console: "Console", opening: str | None = None):
         from rich import progress
 
-        self.console = console
+        self.console, self.opening = console, opening
         self.bar = progress.Progress(
             progress.TextColumn("{task.fields[shard]}"),
             progress.BarColumn(bar_width=20),
@@ -97,6 +97,8 @@ class ProgressDisplay:
         now = time.monotonic()
         if self.first is None:
             self.first = (now, progress)
+            if self.opening:
+                self.console.print(self.opening, soft_wrap=True)
         text = describe(progress, self.first[1], now - self.first[0])
         self.bar.update(
             self.task,

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from sinklm.cli.prepare import describe, print_summary
+from sinklm.cli.prepare import prepare as prepare_command
 from sinklm.data import TokenStore, find_inputs, prepare_store, tokenizing
 from sinklm.data import prepare as prepare_module
 from sinklm.data.inputs import read_documents
@@ -245,6 +246,24 @@ def test_a_killed_process_leaves_no_helpers_and_a_store_that_goes_on(
     prepare(corpus, tmp_path / "store", tokenizer_file)
     prepare(corpus, tmp_path / "whole", tokenizer_file)
     assert content(tmp_path / "store") == content(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("in_process")
+def test_the_command_says_that_it_goes_on_only_if_it_does(
+    corpus: list[str], tmp_path: Path, tokenizer_file: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def crash(progress: Progress) -> None:
+        raise Crash
+
+    store, settings = tmp_path / "store", {"tokenizer": str(tokenizer_file), "processes": 2}
+    with pytest.raises(Crash):
+        prepare(corpus, store, tokenizer_file, report=crash)
+    for said in ("Going on with the interrupted work", "is complete already; there is nothing to do"):
+        with pytest.raises(ValueError, match="other settings"):
+            prepare_command(corpus, store, validation_fraction=0.2, **settings)
+        assert capsys.readouterr().out == ""
+        prepare_command(corpus, store, validation_fraction=0.3, **settings)
+        assert said in capsys.readouterr().out
 
 
 def run_command(*arguments: object, limit: int | None = None) -> subprocess.CompletedProcess:
