@@ -28,9 +28,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="end then")
     arguments = parser.parse_args()
 
-    runs = sorted(path for path in (arguments.folder / "runs").iterdir() if (path / "checkpoints").is_dir())
+    runs = [path.parent for path in sorted((arguments.folder / "runs").glob("*/checkpoints"))]
     if arguments.only:
         runs = [run for run in runs if run.name in arguments.only.split(",")]
+    if not runs:
+        sys.exit(f"error: {arguments.folder / 'runs'} holds no such run with checkpoints: train it with train.py")
+    if unknown := set(arguments.kinds.split(",")) - set(KINDS):
+        sys.exit(f"error: --kinds has {', '.join(sorted(unknown))}: choose from {', '.join(KINDS)}")
     jobs = [job(kind, run, arguments) for kind in arguments.kinds.split(",") for run in runs]
     sys.exit(not JobQueue(jobs, per_gpu=arguments.per_gpu, minutes=arguments.minutes).run())
 

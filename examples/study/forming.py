@@ -4,6 +4,7 @@ python examples/study/forming.py study/runs/vanilla --text book.txt --output stu
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from sinklm.eval.report import describe_model, library_versions, write_finished, write_unfinished
@@ -20,11 +21,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
 
+    if not (checkpoints := list_checkpoints(arguments.run)):
+        raise ValueError(f"{arguments.run} holds no complete checkpoint: give the folder of a training run")
     stream = read_stream(arguments.text, load_tokenizer(arguments.run), arguments.tokens)
     report: dict = {"versions": library_versions(), "num_tokens": arguments.tokens, "text_sha256": stream.sha256}
     report["checkpoints"] = []
     path = arguments.output / "forming.json"
-    for step, path in list_checkpoints(arguments.run).items():
+    for step, path in checkpoints.items():
         model = load_model(path)
         report["model"] = describe_model(model, arguments.run)
         chosen = configurations(("window", "streaming"), default_caches(model), model.config.num_sinks)
@@ -36,4 +39,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -12,6 +12,7 @@ between its marks, `<!-- NAME -->` and `<!-- end -->`; the text around them is w
 import argparse
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -197,4 +198,7 @@ def _number(value: float) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

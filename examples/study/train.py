@@ -1,7 +1,7 @@
 """Train the models of a plan side by side, one or more on each GPU.
 
     python examples/study/train.py examples/study/arms.yaml study data.path=study/store
-    python examples/study/train.py examples/study/probe.yaml probe data.path=study/store --per-gpu 4 --minutes 9
+    python examples/study/train.py examples/study/tried.yaml tried data.path=study/store --per-gpu 4 --minutes 9
 
 A plan is YAML, a line a run: its name, and what `sinklm train` is to be given. Settings on the command line hold for
 all runs. The runs lie in FOLDER/runs; given again, the same command goes on where they were.
@@ -25,12 +25,22 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="stop then, with all saved")
     arguments = parser.parse_intermixed_args()
 
-    plan = yaml.safe_load(arguments.plan.read_text(encoding="utf-8"))
-    jobs = [
-        job(name, plan[name].split(), arguments.settings, arguments.folder / "runs" / name)
-        for name in (arguments.only.split(",") if arguments.only else plan)
-    ]
+    plan = read_plan(arguments.plan)
+    chosen = arguments.only.split(",") if arguments.only else plan
+    if unknown := set(chosen) - set(plan):
+        sys.exit(f"error: --only names {', '.join(sorted(unknown))}, which {arguments.plan} does not have")
+    jobs = [job(name, plan[name].split(), arguments.settings, arguments.folder / "runs" / name) for name in chosen]
     sys.exit(not JobQueue(jobs, per_gpu=arguments.per_gpu, minutes=arguments.minutes).run())
+
+
+def read_plan(path: Path) -> dict[str, str]:
+    try:
+        plan = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        sys.exit(f"error: the plan {path} cannot be read: {' '.join(str(error).split())}")
+    if not isinstance(plan, dict) or not all(isinstance(recipe, str) for recipe in plan.values()):
+        sys.exit(f"error: {path} is no plan: write a line a run, its name and what sinklm train is to be given")
+    return {str(name): recipe for name, recipe in plan.items()}
 
 
 def job(name: str, recipe: list[str], settings: list[str], run: Path) -> Job:

@@ -1,6 +1,8 @@
 """The scripts of the small-scale study: their queue of jobs, and the tables made of what runs leave behind."""
 
 import json
+import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -262,3 +264,28 @@ def test_a_table_replaces_the_one_between_its_marks(tmp_path):
     page.write_text("# By hand\n\n" + page.read_text() + "\nmore by hand\n")
     write_page(page, {"sinks": r"| \1 |"})
     assert page.read_text() == "# By hand\n\n<!-- sinks -->\n| \\1 |\n<!-- end -->\n\nmore by hand\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("train", ["nope.yaml", "study"], r"the plan nope\.yaml cannot be read"),
+        ("train", ["list.yaml", "study"], r"list\.yaml is no plan"),
+        ("train", [str(FOLDER / "arms.yaml"), "study", "--only", "vanila"], "--only names vanila"),
+        ("evaluate", ["nope", "--text", "book.txt"], "nope/runs holds no such run"),
+        ("forming", ["nope", "--text", "book.txt", "--output", "out"], "nope holds no complete checkpoint"),
+        ("report", ["nope", "--output", "out"], "nope/runs holds no run"),
+    ],
+)
+def test_mistakes_are_one_line(script, arguments, message, tmp_path, monkeypatch):
+    (tmp_path / "list.yaml").write_text("- vanilla")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        runpy.run_path(str(FOLDER / f"{script}.py"), run_name="__main__")
+
+
+def test_the_plans_that_scripts_name_are_there():
+    for script in FOLDER.glob("*.py"):
+        for plan in re.findall(r"examples/study/[\w-]+\.yaml", script.read_text(encoding="utf-8")):
+            assert (FOLDER.parents[1] / plan).exists()
