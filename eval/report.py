@@ -43,14 +43,14 @@ def default_output(name_or_path: str | Path) -> Path:
 
 
 def refuse_unwritable(path: Path) -> None:
-    """Shows before the work, not after it, that ``path`` cannot be written; a file that is there stays as it is.
+    """Shows before the work, not after it, that ``path`` cannot be written; nothing is made or changed.
 
     Raises:
         OSError: names the file that cannot be written.
     """
     with _naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 def write_unfinished(path: Path, value: dict[str, Any]) -> None:

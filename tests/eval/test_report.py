@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from sinklm.eval.report import write_json
+from sinklm.eval.report import refuse_unwritable, write_json
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
@@ -20,3 +20,10 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"file/results\.json cannot be written"):
         write_json(tmp_path / "file" / "results.json", {})
+    with pytest.raises(OSError, match=r"file/results\.json cannot be written"):
+        refuse_unwritable(tmp_path / "file" / "results.json")
+
+
+def test_to_ask_whether_a_file_can_be_written_leaves_no_trace(tmp_path: Path) -> None:
+    refuse_unwritable(tmp_path / "results" / "model" / "streaming.json")
+    assert not list(tmp_path.iterdir())
