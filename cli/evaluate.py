@@ -100,7 +100,7 @@ def streaming(
         default_methods,
         parse_caches,
         read_stream,
-        refuse_unstreamable,
+        refuse_unmeasurable,
         results_table,
     )
     from ..models import load_tokenizer
@@ -114,7 +114,7 @@ def streaming(
         shapes,
         num_sinks=getattr(loaded.config, "num_sinks", 0),
     )
-    refuse_unstreamable(loaded, chosen)
+    refuse_unmeasurable(loaded, stream, chosen)
     folder = output or default_output(model)
     path = folder / "streaming.json"
     refuse_unwritable(path)

@@ -15,6 +15,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models import StreamingCache
+from ..models.streaming.families import ABSOLUTE, REFUSED
 from .losses import Progress, dense_losses, recompute_losses, stream_losses
 
 METHODS = ("dense", "window", "streaming", "recompute")
@@ -176,11 +177,15 @@ def refuse_small_caches(caches: Iterable[tuple[int, int]], num_sinks: int) -> No
             raise ValueError(f"the cache {num_kept}+{window} is smaller than the model's {num_sinks} sink tokens")
 
 
-def refuse_unstreamable(model: PreTrainedModel, chosen: Iterable[Configuration]) -> None:
-    """Raises ValueError, before anything is measured, if the model cannot stream under one of the configurations."""
+def refuse_unmeasurable(model: PreTrainedModel, stream: Stream, chosen: Sequence[Configuration]) -> None:
+    """Raises ValueError, before anything is measured, if the model cannot run under one of the configurations."""
     for configuration in chosen:
         if configuration.method in ("window", "streaming"):
             StreamingCache.for_model(model, num_kept=configuration.num_kept, window=configuration.window)
+    num_positions = getattr(model.config, "max_position_embeddings", None)
+    is_bounded = num_positions and REFUSED.get(model.config.model_type) == ABSOLUTE
+    if is_bounded and Configuration("dense") in chosen and len(stream.ids) - 1 > num_positions:
+        raise ValueError(f"this model has no more than {num_positions} positions for dense attention: lower --tokens")
 
 
 def measure(

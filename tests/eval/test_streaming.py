@@ -249,9 +249,13 @@ def test_a_folder_that_cannot_be_written_shows_before_the_work(checkpoints, tmp_
 
 def test_a_model_that_cannot_stream_is_refused_before_the_work(tmp_path, book, monkeypatch):
     monkeypatch.setattr("sinklm.eval.streaming.dense_losses", lambda *arguments: pytest.fail("worked in vain"))
-    folder = write_checkpoint(tmp_path / "gpt2", GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=1)))
+    folder = write_checkpoint(
+        tmp_path / "gpt2", GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=1, n_positions=64))
+    )
     with pytest.raises(ValueError, match="cannot stream a model of type 'gpt2'"):
         streaming(str(folder), [book], tokens=100, output=tmp_path)
+    with pytest.raises(ValueError, match="no more than 64 positions for dense attention: lower --tokens"):
+        streaming(str(folder), [book], tokens=100, methods="dense", output=tmp_path)
 
 
 def test_a_model_that_looks_ahead_is_refused(tmp_path, book):
