@@ -183,8 +183,8 @@ def refuse_unmeasurable(model: PreTrainedModel, stream: Stream, chosen: Sequence
         if configuration.method in ("window", "streaming"):
             StreamingCache.for_model(model, num_kept=configuration.num_kept, window=configuration.window)
     num_positions = getattr(model.config, "max_position_embeddings", None)
-    is_bounded = num_positions and REFUSED.get(model.config.model_type) == ABSOLUTE
-    if is_bounded and Configuration("dense") in chosen and len(stream.ids) - 1 > num_positions:
+    is_bounded = REFUSED.get(model.config.model_type) == ABSOLUTE and Configuration("dense") in chosen
+    if is_bounded and num_positions and len(stream.ids) - 1 > num_positions:
         raise ValueError(f"this model has no more than {num_positions} positions for dense attention: lower --tokens")
 
 
