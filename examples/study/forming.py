@@ -27,12 +27,13 @@ def main() -> None:
     report: dict = {"versions": library_versions(), "num_tokens": arguments.tokens, "text_sha256": stream.sha256}
     report["checkpoints"] = []
     path = arguments.output / "forming.json"
-    for step, path in checkpoints.items():
-        model = load_model(path)
+    for step, checkpoint in checkpoints.items():
+        model = load_model(checkpoint)
         report["model"] = describe_model(model, arguments.run)
         chosen = configurations(("window", "streaming"), default_caches(model), model.config.num_sinks)
         perplexities = {str(c): measure(model, stream, c).perplexity for c in chosen}
-        report["checkpoints"].append({"step": step, "tokens": read_state(path).positions, "perplexity": perplexities})
+        tokens = read_state(checkpoint).positions
+        report["checkpoints"].append({"step": step, "tokens": tokens, "perplexity": perplexities})
         write_unfinished(path, report)
         print(step, *(f"{cache}: {perplexity:.2f}" for cache, perplexity in perplexities.items()), flush=True)
     write_finished(path, report)
