@@ -285,6 +285,25 @@ def test_mistakes_are_one_line(script, arguments, message, tmp_path, monkeypatch
         runpy.run_path(str(FOLDER / f"{script}.py"), run_name="__main__")
 
 
+def test_what_forms_is_measured_at_each_checkpoint(tmp_path, monkeypatch):
+    shipped = FOLDER.parents[1] / "examples" / "checkpoints"
+    facts = {"data_fingerprint": "", "world_size": 1, "zero_stage": 1, "precision": "fp32"}
+    for step in (1, 2):
+        checkpoint = tmp_path / "run" / "checkpoints" / f"step-{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "model").symlink_to(shipped / "vanilla")
+        (checkpoint / "state.json").write_text(json.dumps({"step": step, "positions": 8 * step, **facts}))
+        (checkpoint / "COMPLETE").touch()
+    arguments = ["run", "--text", str(shipped / "book.txt"), "--tokens", "150", "--output", "results"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["forming", *arguments])
+    runpy.run_path(str(FOLDER / "forming.py"), run_name="__main__")
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["forming.json"]
+    checkpoints = json.loads((tmp_path / "results" / "forming.json").read_text())["checkpoints"]
+    assert [checkpoint["tokens"] for checkpoint in checkpoints] == [8, 16]
+    assert list(checkpoints[0]["perplexity"]) == ["0+128", "1+127", "2+126", "4+124"]
+
+
 def test_the_plans_that_scripts_name_are_there():
     for script in FOLDER.glob("*.py"):
         for plan in re.findall(r"examples/study/[\w-]+\.yaml", script.read_text(encoding="utf-8")):
