@@ -30,7 +30,7 @@ def main() -> None:
     for step, checkpoint in checkpoints.items():
         model = load_model(checkpoint)
         report["model"] = describe_model(model, arguments.run)
-        chosen = configurations(("window", "streaming"), default_caches(model), model.config.num_sinks)
+        chosen = configurations(("window", "streaming"), default_caches(model), getattr(model.config, "num_sinks", 0))
         perplexities = {str(c): measure(model, stream, c).perplexity for c in chosen}
         tokens = read_state(checkpoint).positions
         report["checkpoints"].append({"step": step, "tokens": tokens, "perplexity": perplexities})
