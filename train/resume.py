@@ -94,6 +94,10 @@ def _compare(path: Path, state: CheckpointState, config: TrainingConfig, fingerp
         )
     then = flatten(OmegaConf.to_container(OmegaConf.load(path / "config.yaml")))
     now = flatten(config.model_dump())
+    for settings in (then, now):  # null stands for it
+        settings["model.max_position_embeddings"] = (
+            settings.get("model.max_position_embeddings") or settings["train.seq_length"]
+        )
     changes = []
     for key in sorted(then.keys() | now.keys()):
         before, after = then.get(key), now.get(key)

@@ -86,6 +86,11 @@ def test_zero_3_goes_on_in_sub_groups_of_another_size(recipe, tmp_path):
     assert list(losses(resumed).values()) == pytest.approx(list(losses(whole).values()), abs=1e-5)
 
 
+def test_the_longest_sequence_is_the_same_whether_it_is_named_or_not(recipe, whole_run, stopped_run):
+    train(recipe, [f"train.run_dir={stopped_run}", "model.max_position_embeddings=null"])
+    assert losses(stopped_run) == losses(whole_run)
+
+
 def test_a_finished_run_stays_finished(recipe, whole_run, tmp_path, capsys):
     copy_checkpoint(whole_run, 8, tmp_path)
     train(recipe, [f"train.run_dir={tmp_path}"])
