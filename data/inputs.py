@@ -53,16 +53,11 @@ def find_inputs(names: list[str]) -> Inputs:
             _add_files(shards, [path], seen, set_name=stem(path))
         elif glob.has_magic(name):
             _add_files(shards, _files_of_pattern(name, num_ignored), seen, set_name=_fixed_folder(name).name)
-        elif HUB_NAME.fullmatch(name) and not _is_path(name):
+        elif HUB_NAME.fullmatch(name) and not name.endswith((*FOLDER_SUFFIXES, *ARCHIVES)):
             shards.extend(hub_shards(name))
         else:
             raise FileNotFoundError(f"{name}: no such file or folder")
     return Inputs(shards, num_ignored)
-
-
-def _is_path(name: str) -> bool:
-    """Whether a mistyped name was meant for a file here and not for a data set on the Hub."""
-    return Path(name).parent.is_dir() or name.endswith((*FOLDER_SUFFIXES, *ARCHIVES))
 
 
 def _files_of_folder(folder: Path, num_ignored: Counter[str]) -> list[Path]:

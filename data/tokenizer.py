@@ -29,8 +29,7 @@ def find_tokenizer_file(name_or_path: str | os.PathLike) -> Path:
     if path.is_file():
         return path
     name = str(name_or_path)
-    is_local = len(path.parts) > 1 and path.parent.is_dir()
-    if is_local or name.endswith(".json") or not HUB_NAME.fullmatch(name):
+    if name.endswith(".json") or not HUB_NAME.fullmatch(name):
         raise FileNotFoundError(f"{path}: no such tokenizer file")
     from huggingface_hub import hf_hub_download
 

@@ -1,6 +1,7 @@
 """What a result needs to be worth keeping: which model, which library versions, written whole or not at all."""
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -49,6 +50,8 @@ def refuse_unwritable(path: Path) -> None:
         OSError: names the file that cannot be written.
     """
     with _naming(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         tempfile.TemporaryFile(dir=folder).close()
 

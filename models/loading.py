@@ -92,9 +92,10 @@ def resolve_model_folder(name_or_path: str | Path) -> str:
 
 
 def is_local(name_or_path: str | Path) -> bool:
-    """Whether a name that may be one on the Hub is a path: it says so, or begins with a folder that is here."""
+    """Whether a name that may be one on the Hub is a path: it says so, or begins with a folder of training runs."""
     path = Path(name_or_path)
-    return path.is_absolute() or str(name_or_path).startswith(".") or (len(path.parts) > 1 and path.parent.is_dir())
+    is_beside_runs = len(path.parts) > 1 and any(path.parent.glob("*/checkpoints"))
+    return path.is_absolute() or str(name_or_path).startswith(".") or is_beside_runs
 
 
 def newest_checkpoint(folder: Path) -> Path:

@@ -31,7 +31,7 @@ class SinkSection(Section):
     @model_validator(mode="after")
     def _tokens_are_of_their_kind(self) -> "SinkSection":
         if self.kind != "token" and self.num_tokens != 1:
-            raise ValueError(f"num_tokens is {self.num_tokens}, but kind {self.kind} has no tokens: leave it out")
+            raise ValueError(f"num_tokens is {self.num_tokens}, but kind {self.kind} has no tokens: set it to 1")
         return self
 
     @field_validator("kind")

@@ -12,7 +12,8 @@ from .config import TrainingConfig
 
 # A change of these makes it another run: the order of the data, or the model itself.
 FIXED_KEYS = ("model", "train.seed", "train.seq_length", "train.batch_size_tokens")
-FREE_MODEL_KEYS = ("model.init_from",)  # but at step 0, whose weights are made anew where they are not loaded
+FREE_MODEL_KEYS = ("model.max_position_embeddings",)  # positions are rotary: no weight depends on it
+INIT_KEY = "model.init_from"  # free as well, but at step 0, whose weights are made anew where they are not loaded
 # Where things lie and how they are watched says nothing about the run.
 SILENT_KEYS = ("data.path", "train.run_dir", "checkpoint", "wandb", "validation", "deepspeed", "train.micro_batch_size")
 
@@ -94,16 +95,14 @@ def _compare(path: Path, state: CheckpointState, config: TrainingConfig, fingerp
         )
     then = flatten(OmegaConf.to_container(OmegaConf.load(path / "config.yaml")))
     now = flatten(config.model_dump())
-    for settings in (then, now):  # null stands for it
-        settings["model.max_position_embeddings"] = (
-            settings.get("model.max_position_embeddings") or settings["train.seq_length"]
-        )
+    for settings in (then, now):
+        _resolve(settings)
     changes = []
     for key in sorted(then.keys() | now.keys()):
         before, after = then.get(key), now.get(key)
         if before == after:
             continue
-        is_free = state.step > 0 and _is_in(key, FREE_MODEL_KEYS)
+        is_free = key in FREE_MODEL_KEYS or (key == INIT_KEY and state.step > 0)
         if _is_in(key, FIXED_KEYS) and not is_free:
             raise ValueError(
                 f"{key} is {after!r}, but {path} was trained with {before!r}: set it back, or start a new run with "
@@ -112,6 +111,15 @@ def _compare(path: Path, state: CheckpointState, config: TrainingConfig, fingerp
         if not _is_in(key, SILENT_KEYS):
             changes.append(f"{key}: {before} → {after}")
     return changes
+
+
+def _resolve(settings: dict[str, Any]) -> None:
+    """Write out what a setting stands for, so that two ways to say the same are no change."""
+    settings["model.max_position_embeddings"] = (
+        settings.get("model.max_position_embeddings") or settings["train.seq_length"]
+    )
+    if settings["model.sink.kind"] != "token":
+        settings["model.sink.num_tokens"] = 1
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:

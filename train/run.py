@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ..data import open_store
+from ..data import TokenWindows, open_store
 from ..data.store import TokenSource
 from ..models import SinkGPTNeoXForCausalLM
 from .batches import open_windows
@@ -91,6 +91,8 @@ def claimed(run_dir: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"train.run_dir={run_dir} is in use by another training: wait, or set another") from None
+        except OSError:
+            pass  # a file system without locks: there nothing keeps others out
         yield
 
 
@@ -100,14 +102,22 @@ def _train_rank(config: TrainingConfig, world: World) -> int:
     with world.together():
         store = _open_store(config, world)
         plan = Plan(config, world.size, store.tokenizer_size, store.eod_id)
+        windows = open_windows(store, plan)
     with ExitStack() as held:
         with world.together():
             if world.is_main:
                 held.enter_context(claimed(run_dir))
-        return _train_claimed(run_dir, plan, world, store)
+        return _train_claimed(run_dir, plan, world, store, *windows)
 
 
-def _train_claimed(run_dir: Path, plan: Plan, world: World, store: TokenSource) -> int:
+def _train_claimed(
+    run_dir: Path,
+    plan: Plan,
+    world: World,
+    store: TokenSource,
+    windows: TokenWindows,
+    validation_windows: TokenWindows | None,
+) -> int:
     from .checkpoint import load_checkpoint, needs_conversion
     from .engine import compiles, make_engine
     from .loop import TrainingLoop
@@ -115,8 +125,9 @@ def _train_claimed(run_dir: Path, plan: Plan, world: World, store: TokenSource) 
 
     config = plan.config
     with world.together():
-        windows, validation_windows = open_windows(store, plan)
         resume = find_resume(config, store.fingerprint)
+        if resume is None and config.model.init_from is not None:
+            check_tokenizer(config.model.init_from, store.tokenizer_path)
     with world.together(f"cannot write in {run_dir}: "):
         if world.is_main:
             _write_run_files(run_dir, config)
@@ -132,7 +143,7 @@ def _train_claimed(run_dir: Path, plan: Plan, world: World, store: TokenSource) 
             return 0
         progress.say(f"{'drawing' if config.model.init_from is None else 'reading'} the first weights …")
         with world.together():
-            model = _build_model(plan, world.device, store.tokenizer_path)
+            model = _build_model(plan, world.device)
         progress.say("setting up DeepSpeed …")
         is_converted = resume is not None and needs_conversion(resume.state, plan, world)
         engine = make_engine(model, plan, world.device, load_universal=is_converted)
@@ -161,11 +172,10 @@ def _open_store(config: TrainingConfig, world: World) -> TokenSource:
     return open_store(config.data.path, verify="auto" if world.is_main else "size")
 
 
-def _build_model(plan: Plan, device: torch.device, tokenizer_path: Path) -> SinkGPTNeoXForCausalLM:
+def _build_model(plan: Plan, device: torch.device) -> SinkGPTNeoXForCausalLM:
     """The model in float32, with the first weights of the seed."""
     torch.manual_seed(plan.config.train.seed)
     if plan.config.model.init_from is not None:
-        check_tokenizer(plan.config.model.init_from, tokenizer_path)
         return load_weights(plan.config.model.init_from, plan.model_config)
     with _drawing_device(count_parameters(plan.model_config), device):
         return SinkGPTNeoXForCausalLM(plan.model_config)

@@ -131,7 +131,9 @@ def checkpoints_figure(report: dict[str, Any], title: str | None = None) -> Figu
         rates.set_ylabel(f"Sink rate (%), ε = {report['epsilon']:g}")
         masses.set_ylabel("Attention (%)")
         for axes in (rates, masses):
-            if has_log_scale:
+            if len(steps) == 1:
+                axes.set_xticks(steps)
+            elif has_log_scale:
                 axes.set_xscale("symlog", linthresh=1)
             else:
                 axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from sinklm.models import load_model, load_tokenizer
-from sinklm.models.loading import resolve_model_folder
+from sinklm.models.loading import is_local, resolve_model_folder
 from transformers import GPTNeoXConfig, T5Config
 
 from .tiny import tiny_model
@@ -41,10 +41,13 @@ def test_what_is_no_model_is_named(run_folder, tmp_path):
         load_model("nobody/nothing")
 
 
-def test_a_path_whose_parent_is_here_does_not_go_to_the_hub(run_folder, monkeypatch):
-    monkeypatch.chdir(run_folder)
-    with pytest.raises(FileNotFoundError, match="checkpoints/step-3: no such folder"):
-        load_model("checkpoints/step-3")
+def test_a_path_beside_runs_does_not_go_to_the_hub(run_folder, monkeypatch):
+    monkeypatch.chdir(run_folder.parent.parent)
+    name = f"{run_folder.parent.name}/nope"
+    with pytest.raises(FileNotFoundError, match=f"{name}: no such folder"):
+        load_model(name)
+    assert not is_local("EleutherAI/pythia-160m")
+    assert not is_local("gpt2")
 
 
 def test_a_folder_without_a_tokenizer_says_so(tmp_path):

@@ -47,7 +47,10 @@ def test_later_words_win(tmp_path):
         ),
         (["train.batch_size_tokens=1000"], "batch_size_tokens 1000 is not a multiple of seq_length 2048"),
         (["train.compile=true", "deepspeed.zero_stage=3"], "train.compile=true and deepspeed.zero_stage=3 exclude"),
-        (["model.sink.kind=zero", "model.sink.num_tokens=2"], "num_tokens is 2, but kind zero has no tokens"),
+        (
+            ["model.sink.kind=zero", "model.sink.num_tokens=2"],
+            "but kind zero has no tokens: set it to 1",
+        ),
         (["model.sink.num_tokens=3000"], "model.sink.num_tokens 3000 leaves no room"),
         (["deepspeed.gradient_clipping=1"], "gradient_clipping is derived: set optimizer.clip"),
         (["deepspeed.zero_optimization.stage=2"], "zero_optimization.stage is derived: set deepspeed.zero_stage"),

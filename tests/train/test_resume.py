@@ -1,5 +1,6 @@
 """Stop and go on: bit for bit the run that never stopped; and what is never mixed up or lost."""
 
+import errno
 import json
 import os
 import re
@@ -89,6 +90,12 @@ def test_zero_3_goes_on_in_sub_groups_of_another_size(recipe, tmp_path):
 def test_the_longest_sequence_is_the_same_whether_it_is_named_or_not(recipe, whole_run, stopped_run):
     train(recipe, [f"train.run_dir={stopped_run}", "model.max_position_embeddings=null"])
     assert losses(stopped_run) == losses(whole_run)
+
+
+def test_a_longer_longest_sequence_changes_no_weight(recipe, whole_run, stopped_run, capsys):
+    train(recipe, [f"train.run_dir={stopped_run}", "model.max_position_embeddings=64"])
+    assert losses(stopped_run) == losses(whole_run)
+    assert "model.max_position_embeddings: 32 → 64" in capsys.readouterr().out
 
 
 def test_a_finished_run_stays_finished(recipe, whole_run, tmp_path, capsys):
@@ -293,6 +300,15 @@ def test_two_trainings_do_not_share_a_folder(recipe, stopped_run):
         train(recipe, [f"train.run_dir={stopped_run}"])
     assert metrics(stopped_run) == before
     train(recipe, [f"train.run_dir={stopped_run}"])
+
+
+def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with claimed(tmp_path), claimed(tmp_path):
+        pass
 
 
 def test_a_damaged_store_is_refused(recipe, store, tmp_path):
