@@ -32,7 +32,7 @@ def decode(
     """Time and memory of a token against the size of the cache: streaming, re-computation, and what lies between."""
     from ..eval.decode_speed import copy_bandwidth, measure_decoding, results_table
     from ..eval.plots import plot_decoding
-    from ..eval.report import default_output, library_versions, refuse_unwritable, write_finished, write_unfinished
+    from ..eval.report import ReportFile, default_output, library_versions
 
     console = Console()
     cache_sizes, batches = whole_numbers("--caches", caches), whole_numbers("--batch-sizes", batch_sizes)
@@ -41,8 +41,7 @@ def decode(
     loaded, description = _load(model)
     bandwidth = copy_bandwidth(loaded.device)
     folder = output or default_output(model)
-    path = folder / "decode.json"
-    refuse_unwritable(path)
+    file = ReportFile(folder / "decode.json")
     report: dict[str, Any] = {"model": description, "versions": library_versions(), "num_steps": num_steps}
     report |= {"hardware": _hardware(loaded), "copy_bytes_per_second": bandwidth, "results": []}
     for batch_size in batches:
@@ -50,11 +49,11 @@ def decode(
             with console.status(f"cache {cache_size}, batch {batch_size}"):
                 rows = measure_decoding(loaded, cache_size, batch_size, num_steps=num_steps, bandwidth=bandwidth)
                 report["results"] += rows
-            write_unfinished(path, report)
-    write_finished(path, report)
+            file.keep(report)
+    file.finish(report)
     plot_decoding(report, folder / "decode.png", title=f"{model}, {report['hardware']}")
     console.print(results_table(report["results"], f"Decoding, milliseconds a token: {model}, {report['hardware']}"))
-    console.print(f"Results: {path}, {folder / 'decode.png'}")
+    console.print(f"Results: {file.path}, {folder / 'decode.png'}")
 
 
 def _load(name: str) -> tuple["PreTrainedModel", dict[str, Any]]:

@@ -37,14 +37,13 @@ def zero_shot(
     if batch_size != "auto" and (not batch_size.isdecimal() or int(batch_size) < 1):
         raise ValueError(f"--batch-size is {batch_size!r}: it must be a positive number or auto")
     from ..eval.loading import load_causal_model
-    from ..eval.report import default_output, describe_model, library_versions, refuse_unwritable, write_json
+    from ..eval.report import ReportFile, default_output, describe_model, library_versions
     from ..eval.zero_shot import evaluate, results_table
     from ..models import load_tokenizer
 
     console = Console()
     loaded, tokenizer = load_causal_model(model), load_tokenizer(model)
-    path = (output or default_output(model)) / "zero_shot.json"
-    refuse_unwritable(path)
+    file = ReportFile((output or default_output(model)) / "zero_shot.json")
     results = evaluate(
         loaded,
         tokenizer,
@@ -56,9 +55,9 @@ def zero_shot(
         max_length=max_length,
     )
     report = {"model": describe_model(loaded, model), "versions": library_versions(), **results}
-    write_json(path, report)
+    file.finish(report)
     console.print(results_table(results, f"Zero-shot: {model}" + (f", first {limit} examples" if limit else "")))
-    console.print(f"Results: {path}")
+    console.print(f"Results: {file.path}")
 
 
 def streaming(
@@ -85,14 +84,7 @@ def streaming(
     """Perplexity on long text under dense attention, a sliding window, kept tokens + window, and re-computation."""
     from ..eval.loading import load_causal_model
     from ..eval.plots import plot_streaming
-    from ..eval.report import (
-        default_output,
-        describe_model,
-        library_versions,
-        refuse_unwritable,
-        write_finished,
-        write_unfinished,
-    )
+    from ..eval.report import ReportFile, default_output, describe_model, library_versions
     from ..eval.streaming import (
         as_json,
         configurations,
@@ -116,8 +108,7 @@ def streaming(
     )
     refuse_unmeasurable(loaded, stream, chosen)
     folder = output or default_output(model)
-    path = folder / "streaming.json"
-    refuse_unwritable(path)
+    file = ReportFile(folder / "streaming.json")
     report: dict[str, Any] = {"model": describe_model(loaded, model), "versions": library_versions()}
     report["recompute_every"] = recompute_every
 
@@ -125,12 +116,12 @@ def streaming(
     for result in _measure_all(console, loaded, stream, chosen, recompute_every):
         results.append(result)
         report |= as_json(results, stream)
-        write_unfinished(path, report)
-    write_finished(path, report)
+        file.keep(report)
+    file.finish(report)
     plot_streaming(report, folder / "streaming.png", title=model)
     console.print(results_table(results, f"Perplexity on {report['text']['num_tokens']:,} tokens: {model}"))
     _explain_unscored(console, results, stream, recompute_every, report["model"]["max_position_embeddings"])
-    console.print(f"Results: {path}, {folder / 'streaming.png'}")
+    console.print(f"Results: {file.path}, {folder / 'streaming.png'}")
 
 
 def stream_eval(
@@ -151,14 +142,7 @@ def stream_eval(
     """StreamEval: recall of numbered lines, against how many lines ago they were read."""
     from ..eval.loading import load_causal_model
     from ..eval.plots import plot_stream_eval
-    from ..eval.report import (
-        default_output,
-        describe_model,
-        library_versions,
-        refuse_unwritable,
-        write_finished,
-        write_unfinished,
-    )
+    from ..eval.report import ReportFile, default_output, describe_model, library_versions
     from ..eval.stream_eval import check_distances, make_records, results_table, tokens_per_line
     from ..eval.streaming import default_caches, parse_caches, refuse_small_caches
     from ..models import load_tokenizer
@@ -171,20 +155,19 @@ def stream_eval(
     refuse_small_caches(shapes, getattr(loaded.config, "num_sinks", 0))
     records = make_records(num_samples, num_lines, seed)
     folder = output or default_output(model)
-    path = folder / "stream_eval.json"
-    refuse_unwritable(path)
+    file = ReportFile(folder / "stream_eval.json")
     report: dict[str, Any] = {"model": describe_model(loaded, model), "versions": library_versions()}
     report |= {"num_samples": num_samples, "num_lines": num_lines, "seed": seed, "results": []}
     report["tokens_per_line"] = tokens_per_line(tokenizer, records[0])
 
     for result in _ask_all(console, loaded, tokenizer, records, shapes, chosen_distances, batch_size):
         report["results"].append(result)
-        write_unfinished(path, report)
-    write_finished(path, report)
+        file.keep(report)
+    file.finish(report)
     plot_stream_eval(report, folder / "stream_eval.png", title=model)
     console.print(results_table(report["results"], f"StreamEval, accuracy in percent by distance: {model}"))
     console.print(f"One line is {report['tokens_per_line']:.1f} tokens.")
-    console.print(f"Results: {path}, {folder / 'stream_eval.png'}")
+    console.print(f"Results: {file.path}, {folder / 'stream_eval.png'}")
 
 
 def whole_numbers(option: str, text: str) -> list[int]:

@@ -38,14 +38,7 @@ def sinks(
     if bool(text) == bool(store):
         raise ValueError("give either --text or --store: what the model is to read")
     from ..eval.loading import load_causal_model
-    from ..eval.report import (
-        default_output,
-        describe_model,
-        library_versions,
-        refuse_unwritable,
-        write_finished,
-        write_unfinished,
-    )
+    from ..eval.report import ReportFile, default_output, describe_model, library_versions
     from ..eval.sinks import sequences_of_store, sequences_of_texts
     from ..eval.sinks.plots import plot_sinks
     from ..eval.sinks.report import as_json, heads_table, massive_table, named_positions, positions_table, summary
@@ -59,8 +52,7 @@ def sinks(
     sequences = sequences_of_store(store, *wanted) if store else sequences_of_texts(text or [], *wanted)
     positions = named_positions(num_sinks, sequences.num_prefix)
     folder = output or default_output(model)
-    path = folder / "sinks.json"
-    refuse_unwritable(path)
+    file = ReportFile(folder / "sinks.json")
     report: dict[str, Any] = {"model": describe_model(loaded, model), "versions": library_versions()}
     report |= {"text": sequences.source, "num_sequences": num_sequences, "seq_length": seq_length, "epsilon": epsilon}
 
@@ -68,16 +60,16 @@ def sinks(
         report["checkpoints"] = []
         for state, statistics in _measure_run(console, run, sequences, epsilon):
             report["checkpoints"].append(state | summary(statistics, positions))
-            write_unfinished(path, report)
+            file.keep(report)
     else:
         statistics = _measure(console, loaded, sequences, epsilon, name="sequences")
     report |= as_json(statistics, positions)
-    write_finished(path, report)
+    file.finish(report)
     pictures = plot_sinks(report, folder, title=model)
     console.print(positions_table(report, f"Attention sinks: {model}"))
     console.print(heads_table(report))
     console.print(massive_table(report) if report["massive_activations"] else "No massive activations.")
-    console.print(f"Results: {', '.join(map(str, [path, *pictures]))}")
+    console.print(f"Results: {', '.join(map(str, [file.path, *pictures]))}")
 
 
 def _checkpoints_of(run: str) -> dict[int, Path]:

@@ -43,31 +43,28 @@ def default_output(name_or_path: str | Path) -> Path:
     return Path("results") / (re.sub(r"[^\w.]+", "-", str(name_or_path)).strip("-.") or "model")
 
 
-def refuse_unwritable(path: Path) -> None:
-    """Shows before the work, not after it, that ``path`` cannot be written; nothing is made or changed.
+class ReportFile:
+    """A report that is measured bit by bit. What an earlier one left at ``path`` stays until this one is whole.
 
     Raises:
-        OSError: names the file that cannot be written.
+        OSError: ``path`` cannot be written, which shows before the work, not after it; nothing is made or changed.
     """
-    with _naming(path):
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        folder = next(parent for parent in path.absolute().parents if parent.exists())
-        tempfile.TemporaryFile(dir=folder).close()
 
+    def __init__(self, path: Path):
+        self.path, self._unfinished = path, path.with_suffix(f".unfinished{path.suffix}")
+        with _naming(path):
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            folder = next(parent for parent in path.absolute().parents if parent.exists())
+            tempfile.TemporaryFile(dir=folder).close()
 
-def write_unfinished(path: Path, value: dict[str, Any]) -> None:
-    """Keep what is measured so far, should the rest fail, beside the whole results of an earlier run at ``path``."""
-    write_json(unfinished(path), value)
+    def keep(self, report: dict[str, Any]) -> None:
+        """Write what is measured so far beside it, should the rest fail."""
+        write_json(self._unfinished, report)
 
-
-def write_finished(path: Path, value: dict[str, Any]) -> None:
-    write_json(path, value)
-    unfinished(path).unlink(missing_ok=True)
-
-
-def unfinished(path: Path) -> Path:
-    return path.with_suffix(f".unfinished{path.suffix}")
+    def finish(self, report: dict[str, Any]) -> None:
+        write_json(self.path, report)
+        self._unfinished.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sinklm.eval.report import describe_model, library_versions, write_finished, write_unfinished
+from sinklm.eval.report import ReportFile, describe_model, library_versions
 from sinklm.eval.streaming import configurations, default_caches, measure, read_stream
 from sinklm.models import load_model, load_tokenizer
 from sinklm.train.checkpoint import list_checkpoints, read_state
@@ -26,7 +26,7 @@ def main() -> None:
     stream = read_stream(arguments.text, load_tokenizer(arguments.run), arguments.tokens)
     report: dict = {"versions": library_versions(), "num_tokens": arguments.tokens, "text_sha256": stream.sha256}
     report["checkpoints"] = []
-    path = arguments.output / "forming.json"
+    file = ReportFile(arguments.output / "forming.json")
     for step, checkpoint in checkpoints.items():
         model = load_model(checkpoint)
         report["model"] = describe_model(model, arguments.run)
@@ -34,9 +34,9 @@ def main() -> None:
         perplexities = {str(c): measure(model, stream, c).perplexity for c in chosen}
         tokens = read_state(checkpoint).positions
         report["checkpoints"].append({"step": step, "tokens": tokens, "perplexity": perplexities})
-        write_unfinished(path, report)
+        file.keep(report)
         print(step, *(f"{cache}: {perplexity:.2f}" for cache, perplexity in perplexities.items()), flush=True)
-    write_finished(path, report)
+    file.finish(report)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from sinklm.eval.report import refuse_unwritable, write_json
+from sinklm.eval.report import ReportFile, write_json
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
@@ -21,9 +21,9 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"file/results\.json cannot be written"):
         write_json(tmp_path / "file" / "results.json", {})
     with pytest.raises(OSError, match=r"file/results\.json cannot be written"):
-        refuse_unwritable(tmp_path / "file" / "results.json")
+        ReportFile(tmp_path / "file" / "results.json")
 
 
 def test_to_ask_whether_a_file_can_be_written_leaves_no_trace(tmp_path: Path) -> None:
-    refuse_unwritable(tmp_path / "results" / "model" / "streaming.json")
+    ReportFile(tmp_path / "results" / "model" / "streaming.json")
     assert not list(tmp_path.iterdir())
