@@ -75,7 +75,7 @@ def resolve_model_folder(name_or_path: str | Path) -> str:
     """The transformers folder that ``name_or_path`` stands for, or the name itself if it is not a local path."""
     path = Path(name_or_path)
     if not path.exists():
-        if is_local(name_or_path) or str(name_or_path).count("/") > 1:
+        if is_local(name_or_path):
             raise FileNotFoundError(f"{path}: no such folder")
         return str(name_or_path)
     if (path / "config.json").exists():
@@ -94,8 +94,8 @@ def resolve_model_folder(name_or_path: str | Path) -> str:
 def is_local(name_or_path: str | Path) -> bool:
     """Whether a name that may be one on the Hub is a path: it says so, or begins with a folder of training runs."""
     path = Path(name_or_path)
-    is_beside_runs = len(path.parts) > 1 and any(path.parent.glob("*/checkpoints"))
-    return path.is_absolute() or str(name_or_path).startswith(".") or is_beside_runs
+    says_so = path.is_absolute() or str(name_or_path).startswith(".") or str(name_or_path).count("/") > 1
+    return says_so or (len(path.parts) > 1 and any(path.parent.glob("*/checkpoints")))
 
 
 def newest_checkpoint(folder: Path) -> Path:

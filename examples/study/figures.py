@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from results import above_vanilla, arm_of
+from results import above_vanilla, arm_of, at_place
 from sinklm.eval.plots import COLOURS, STYLE, save_figure
 
 Runs = dict[str, dict[str, Any]]
@@ -79,16 +79,12 @@ def _sink_curves(measured: dict[str, dict[str, Any]], what: str) -> dict[str, li
     """Sink rate on ``what`` over the checkpoints, of the runs that have it: every run has a first text token."""
     curves = {
         name: [
-            [checkpoint["tokens"], 100 * max(_starting(what, checkpoint["sink_rate"]), default=0)]
+            [checkpoint["tokens"], 100 * max(at_place(checkpoint["sink_rate"], what), default=0)]
             for checkpoint in report["checkpoints"]
         ]
         for name, report in measured.items()
     }
     return {name: curve for name, curve in curves.items() if what == "first text token" or any(r for _, r in curve)}
-
-
-def _starting(what: str, rates: dict[str, float]) -> list[float]:
-    return [rate for name, rate in rates.items() if name.startswith(what)]
 
 
 def forming_figure(runs: Runs) -> Figure | None:

@@ -19,7 +19,7 @@ from statistics import fmean
 from typing import Any
 
 from figures import draw
-from results import above_vanilla, collect, sink_rate
+from results import above_vanilla, at_place, collect, sink_rate
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 TASKS = ("arc_challenge", "arc_easy", "hellaswag", "lambada_openai", "openbookqa", "piqa", "winogrande")  # Table 4
@@ -100,7 +100,7 @@ def sinks(runs: Runs) -> str:
 
 def _shares(report: dict[str, Any], what: str) -> tuple[str, str]:
     """Sink rate and attention; nothing where a model has no such position, or never attends to it."""
-    mass = sum(value for name, value in report["mass"].items() if name.startswith(what))
+    mass = sum(at_place(report["mass"], what))
     return (f"{100 * sink_rate(report, what):.1f}", f"{100 * mass:.1f}") if mass > FAINTEST else ("", "")
 
 

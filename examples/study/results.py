@@ -68,12 +68,17 @@ def above_vanilla(name: str, runs: dict[str, dict[str, Any]]) -> list[list[float
     return [[t, 100 * (loss / theirs[t] - 1)] for t, loss in runs[name]["validation_loss"] if t in theirs]
 
 
+def at_place(values: dict[str, Any], what: str) -> list[Any]:
+    """Those of the named positions that are ``what``: one, or one for each of several sink tokens."""
+    return [value for name, value in values.items() if name.startswith(what)]
+
+
 def sink_rate(report: dict[str, Any], what: str) -> float:
     """Share of heads above ε on ``what``; if these are several, of heads whose mean attention on them together is."""
-    names = [name for name in report["sink_rate"] if name.startswith(what)]
-    if len(names) == 1:
-        return report["sink_rate"][names[0]]
-    masses = [[mass for layer in report["heads"][name]["mass"] for mass in layer] for name in names]
+    rates = at_place(report["sink_rate"], what)
+    if len(rates) == 1:
+        return rates[0]
+    masses = [[mass for layer in heads["mass"] for mass in layer] for heads in at_place(report["heads"], what)]
     return fmean(sum(together) > report["epsilon"] for together in zip(*masses, strict=True))
 
 
