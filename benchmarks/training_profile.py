@@ -36,7 +36,7 @@ from sinklm.train.plan import Plan
 from sinklm.train.progress import peak_memory_gib
 from sinklm.train.recipe import load_config
 from torch.profiler import ProfilerActivity, profile
-from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer, GPTNeoXMLP
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXMLP
 
 TOKENIZER_SIZE = 50277  # Pythia's
 # Ranges that the profiler reports beside kernels.
@@ -48,7 +48,7 @@ GROUPS = {
     "matrix products": r"gemm|nvjet|cutlass|cublas|splitK|(^|::)(mm|addmm|bmm)$|mkl",
     "loss": r"cross_entropy|log_softmax|logsumexp",
     "GELU": r"gelu|erf",
-    "layer norms": r"layer_norm|native_layer_norm|mix_order|norms_backward",
+    "layer norms": r"layer_norm|native_layer_norm|mix_order",
     "embedding": r"embedding|index_put|indexing_backward|sort|radix",
     "communication": r"nccl|gloo|c10d",
     "optimizer": r"adam|multi_tensor|foreach",
@@ -56,7 +56,6 @@ GROUPS = {
 }
 WITHOUT = {
     "gelu": lambda: setattr(fused_layer.SinkMLP, "forward", GPTNeoXMLP.forward),
-    "norms": lambda: setattr(fused_layer.SinkLayer, "forward", GPTNeoXLayer.forward),
     "rotary": lambda: setattr(arms, "is_fused", _never),
     "loss": lambda: setattr(loss, "cross_entropy_", None),
     "update": lambda: setattr(engine_module, "has_fused_update", _never),

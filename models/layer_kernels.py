@@ -1,8 +1,8 @@
 """What stands between a layer's matrix products in training: each value comes from memory once, and goes back once.
 
-All backward passes add up columns on the way. Those sums are the gradients of the bias that was added in front, or of
-the norms' own parameters, for which all would otherwise be read once more. A program sums some hundred rows, and what
-is returned still has to be summed over programs.
+Both backward passes add up columns on the way. Those sums are the gradient of the bias that was added in front, for
+which all would otherwise be read once more. A program sums some hundred rows, and what is returned still has to be
+summed over programs.
 """
 
 import torch
@@ -11,10 +11,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-ROWS = 256  # of one program of a backward pass, but for the norms'
+ROWS = 256  # of one program of a backward pass
 ROW_BLOCK = 16  # at a time
 GELU_COLUMNS = 128
-NORM_ROWS = 128
 
 
 @triton_op("sinklm::gelu", mutates_args={})
@@ -79,32 +78,6 @@ def rotate_heads_backward(
         *(num_heads, head_size, cos.shape[-1], ROWS, ROW_BLOCK, block),
     )
     return grad_heads, sums
-
-
-@triton_op("sinklm::norms_backward", mutates_args={})
-def norms_backward(
-    grad: Tensor, grad_first: Tensor, grad_second: Tensor, states: Tensor, first: Tensor, second: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """The gradient by states ``(N, C)`` that two layer norms read, and the sums for their parameters.
-
-    Args:
-        grad: by the states themselves; ``grad_first`` and ``grad_second`` by what the two norms gave.
-        first, second: the norms' weights ``(C,)``.
-
-    Returns:
-        the gradient, and float32 ``(programs, 4, C)``: by the first weight and bias, by the second weight and bias.
-    """
-    num_rows, width = states.shape
-    num_programs, block = triton.cdiv(num_rows, NORM_ROWS), triton.next_power_of_2(width)
-    num_stages = 3 if block * states.element_size() <= 4096 else 1  # as many rows fit into shared memory
-    grad_states = torch.empty_like(states)
-    sums = states.new_empty(num_programs, 4, width, dtype=torch.float32)
-    wrap_triton(_norms_backward_kernel)[(num_programs,)](
-        *(grad, grad_first, grad_second, states, first, second, grad_states, sums, num_rows),
-        *(eps, width, NORM_ROWS, block, num_stages),
-        num_warps=max(block // 512, 1),
-    )
-    return grad_states, sums
 
 
 @triton.jit
@@ -212,40 +185,3 @@ def _rotate_backward_kernel(
         total += turned
     places = (program.to(tl.int64) * NUM_HEADS + head) * 3 * HEAD_SIZE + part * HEAD_SIZE + dimension
     tl.store(sums + places, tl.sum(total, axis=0), mask=dimension < HEAD_SIZE)
-
-
-@triton.jit
-def _norms_backward_kernel(
-    grad, grad_first, grad_second, states, first, second, grad_states, sums, num_rows,
-    EPS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    column = tl.arange(0, BLOCK)
-    is_column = column < WIDTH
-    first_weight = tl.load(first + column, mask=is_column, other=0.0).to(tl.float32)
-    second_weight = tl.load(second + column, mask=is_column, other=0.0).to(tl.float32)
-    by_first_weight, by_first_bias = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    by_second_weight, by_second_bias = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    for i in tl.range(ROWS, num_stages=STAGES):
-        row = tl.program_id(0) * ROWS + i
-        inside = is_column & (row < num_rows)
-        place = row.to(tl.int64) * WIDTH + column
-        x = tl.load(states + place, mask=inside, other=0.0).to(tl.float32)
-        one = tl.load(grad_first + place, mask=inside, other=0.0).to(tl.float32)
-        two = tl.load(grad_second + place, mask=inside, other=0.0).to(tl.float32)
-        direct = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
-        x = tl.where(inside, x - tl.sum(x) / WIDTH, 0.0)
-        scale = tl.rsqrt(tl.sum(x * x) / WIDTH + EPS)
-        x = tl.where(inside, x * scale, 0.0)  # behind the last row the scale may be infinite
-        by_first_weight += one * x
-        by_first_bias += one
-        by_second_weight += two * x
-        by_second_bias += two
-        through = one * first_weight + two * second_weight
-        through -= tl.sum(through) / WIDTH + x * (tl.sum(through * x) / WIDTH)
-        total = direct + scale * through
-        tl.store(grad_states + place, total.to(grad_states.dtype.element_ty), mask=inside)
-    place = tl.program_id(0).to(tl.int64) * 4 * WIDTH + column
-    tl.store(sums + place, by_first_weight, mask=is_column)
-    tl.store(sums + place + WIDTH, by_first_bias, mask=is_column)
-    tl.store(sums + place + 2 * WIDTH, by_second_weight, mask=is_column)
-    tl.store(sums + place + 3 * WIDTH, by_second_bias, mask=is_column)

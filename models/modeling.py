@@ -22,7 +22,7 @@ from transformers.utils import can_return_tuple
 
 from .arms import ARM_PARAMETERS, ARMS, SinkAttention
 from .config import SinkGPTNeoXConfig
-from .fused_layer import SinkLayer, SinkMLP
+from .fused_layer import SinkMLP
 from .loss import IGNORED, linear_cross_entropy
 
 
@@ -59,14 +59,13 @@ class SinkGPTNeoXModel(PythiaInitialisation, GPTNeoXModel):
     """The decoder without its head. It does not prepend: it takes positions as they come."""
 
     config_class = SinkGPTNeoXConfig
-    _no_split_modules = ("SinkLayer",)
     config: SinkGPTNeoXConfig
 
     def __init__(self, config: SinkGPTNeoXConfig):
         super().__init__(config)
-        for i, layer in enumerate(self.layers):
-            mlp = SinkMLP(layer.mlp, config.hidden_act)
-            self.layers[i] = SinkLayer(layer, self._attention(i, layer.attention), mlp)
+        for layer_idx, layer in enumerate(self.layers):
+            layer.attention = self._attention(layer_idx, layer.attention)
+            layer.mlp = SinkMLP(layer.mlp, config.hidden_act)
         if config.sink_kind in ARMS:
             device = self.embed_in.weight.device
             # The same seed gives all arms the first weights that they share.
@@ -112,7 +111,6 @@ class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
     """
 
     config_class = SinkGPTNeoXConfig
-    _no_split_modules = ("SinkLayer",)
     config: SinkGPTNeoXConfig
 
     def __init__(self, config: SinkGPTNeoXConfig):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sinklm.models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM, arms, fused_layer
 from sinklm.models.arms import rotated
-from sinklm.models.fused_layer import BiasedGelu, ParallelNorms, RotatedHeads, linear_but_bias_gradient
+from sinklm.models.fused_layer import BiasedGelu, RotatedHeads, linear_but_bias_gradient
 from torch import nn
 from torch.nn.functional import gelu
 
@@ -30,19 +30,8 @@ def plain_rotate_backward(grad_query, grad_key, grad_value, cos, sin):
     return grad_heads, grad_heads.sum(1)
 
 
-def plain_norms_backward(grad, grad_first, grad_second, states, first, second, eps):
-    centred = states - states.mean(-1, keepdim=True)
-    scale = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
-    normed = centred * scale
-    through = grad_first * first + grad_second * second
-    through = through - through.mean(-1, keepdim=True) - normed * (through * normed).mean(-1, keepdim=True)
-    sums = torch.stack([grad_first * normed, grad_first, grad_second * normed, grad_second], dim=1)
-    return grad + scale * through, torch.stack([sums[::2].sum(0), sums[1::2].sum(0)])
-
-
 PLAIN = SimpleNamespace(
     gelu=gelu,
-    norms_backward=plain_norms_backward,
     gelu_backward=plain_gelu_backward,
     rotate_heads=plain_rotate,
     rotate_heads_backward=plain_rotate_backward,
@@ -130,24 +119,6 @@ def test_rotated_heads_on_a_gpu(head_size, num_rotated, dtype):
         return rotated(query, its_cos, its_sin), rotated(key, its_cos, its_sin), value
 
     assert_near_float64(fused, plain, linear, given, grads)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("num_rows", "width"), [(3, 48), (150, 768), (65, 2048), (130, 5120)])
-def test_parallel_norms_on_a_gpu(num_rows, width, dtype):
-    norms = nn.ModuleList(nn.LayerNorm(width, device="cuda", dtype=dtype) for _ in range(2))
-    with torch.no_grad():
-        for parameter in norms.parameters():
-            parameter.add_(torch.randn_like(parameter))
-    given = 2 * torch.randn(2, num_rows, width, device="cuda", dtype=dtype) + 1
-    grads = tuple(torch.randn_like(given) for _ in range(3))
-
-    def fused(norms, given):
-        one, two = norms
-        return ParallelNorms.apply(given, one.weight, one.bias, two.weight, two.bias, one.eps)
-
-    assert_near_float64(fused, lambda norms, given: (given * 1, norms[0](given), norms[1](given)), norms, given, grads)
 
 
 def assert_near_float64(fused, plain, module, given, grads) -> None:
