@@ -1,5 +1,6 @@
 """The pictures of the page of results."""
 
+from collections.abc import Callable
 from itertools import pairwise
 from math import log2
 from pathlib import Path
@@ -17,10 +18,17 @@ NUM_COLUMNS = 4  # of panels in the picture of long streams
 LARGEST_LINEAR = 0.01  # loss in that picture up to which the scale is linear
 
 
-def draw(runs: Runs, folder: Path) -> None:
+def draw(arms: Runs, deeper: Runs, folder: Path) -> None:
     """Save every picture that there are numbers for as ``paper-….png``."""
-    figures = {"loss": loss_figure, "sinks": sinks_figure, "forming": forming_figure, "streaming": streaming_figure}
-    for name, make in figures.items():
+    plain = {name: run for name, run in (arms | deeper).items() if name.startswith("vanilla")}
+    figures: dict[str, tuple[Callable[[Runs], Figure | None], Runs]] = {
+        "loss": (loss_figure, arms),
+        "sinks": (sinks_figure, arms),
+        "forming": (forming_figure, arms),
+        "streaming": (streaming_figure, arms),
+        "depth": (forming_figure, plain),
+    }
+    for name, (make, runs) in figures.items():
         with matplotlib.rc_context(STYLE):
             figure = make(runs)
         if figure is not None:

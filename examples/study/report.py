@@ -3,7 +3,8 @@
     python examples/study/report.py study            # gathers study/ into docs/results/paper.json, then draws from that
     python examples/study/report.py                  # draws again from docs/results/paper.json alone
 
-A run that the plan does not name was tried beside the arms: it is in a table of these only.
+The arms are in all tables and pictures, the deeper models in two of their own; every run is in the table of what was
+tried.
 
 Pictures are docs/results/paper-*.png. Each table goes into docs/results/paper.md, in place of the one that stands
 between its marks, `<!-- NAME -->` and `<!-- end -->`; the text around them is written by hand.
@@ -18,6 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import yaml
 from figures import draw
 from results import above_vanilla, at_place, collect, sink_rate
 
@@ -31,7 +33,6 @@ Runs = dict[str, dict[str, Any]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?")
-    parser.add_argument("--order", type=Path, default=Path(__file__).with_name("arms.yaml"), help="a plan of train.py")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
 
@@ -40,21 +41,20 @@ def main() -> None:
         data.parent.mkdir(parents=True, exist_ok=True)
         data.write_text(json.dumps(collect(arguments.folder)) + "\n", encoding="utf-8")
     found = json.loads(data.read_text(encoding="utf-8"))["runs"]
-    named = re.findall(r"^([\w-]+):", arguments.order.read_text(encoding="utf-8"), re.MULTILINE)
-    runs = {name: found[name] for name in sorted(found, key=lambda name: (*_place(name, named), name))}
-
-    arms = {name: run for name, run in runs.items() if name in named}
+    arms, deeper = (in_order_of(plan, found) for plan in ("arms.yaml", "deeper.yaml"))
 
     tables = {table.__name__: table(arms) for table in (perplexity, sinks, activations, zero_shot)}
-    tables["tried"] = tried(runs)
+    tables |= {"deeper": perplexity(deeper), "tried": tried(arms | deeper | dict(sorted(found.items())))}
     for name, table in tables.items():
         print(f"{name}\n{table}\n")
     write_page(arguments.output / "paper.md", tables)
-    draw(arms, arguments.output)
+    draw(arms, deeper, arguments.output)
 
 
-def _place(name: str, order: list[str]) -> tuple[int]:
-    return (order.index(name) if name in order else len(order),)
+def in_order_of(plan: str, found: Runs) -> Runs:
+    """The runs that a plan of this folder names."""
+    named = yaml.safe_load(Path(__file__).with_name(plan).read_text(encoding="utf-8"))
+    return {name: found[name] for name in named if name in found}
 
 
 def write_page(page: Path, tables: dict[str, str]) -> None:
@@ -67,22 +67,20 @@ def write_page(page: Path, tables: dict[str, str]) -> None:
 
 
 def perplexity(runs: Runs) -> str:
-    """Tables 3 and 10 of the paper in small, and the loss on held-out documents."""
+    """Tables 3 and 10 of the paper in small, and the loss on held-out documents; nothing where a cache was not run."""
     runs = {name: run for name, run in runs.items() if "streaming" in run}
-    lines = []
+    if not runs:
+        return ""
+    caches = [cache for cache in next(iter(runs.values()))["streaming"]["perplexity"] if cache != "dense"]
+    zero, one, most = caches[0], caches[1], caches[-1]
+    headers = ("", "validation loss", "over vanilla's", *caches, f"{zero} / {most}", f"{one} / {most}")
+    lines = [_row(*headers), _rule(len(headers) - 1)]
     for name, run in runs.items():
-        measured = {cache: value for cache, value in run["streaming"]["perplexity"].items() if cache != "dense"}
-        zero, one, *_, most = measured.values()
-        if not lines:
-            first, second, *_, last = measured
-            lines = [
-                _row("", "validation loss", "over vanilla's", *measured, f"{first} / {last}", f"{second} / {last}")
-            ]
-            lines.append(_rule(len(measured) + 4))
+        found = run["streaming"]["perplexity"]
         above = dict(map(tuple, above_vanilla(name, runs))).get(run["validation_loss"][-1][0])
         relative = "" if above is None else _minus(f"{above:+.2f} %")
-        cells = map(_number, measured.values())
-        ratios = f"{zero / most:.3f}", f"{one / most:.4f}"
+        cells = (_number(found[cache]) if cache in found else "" for cache in caches)
+        ratios = (f"{found[zero] / found[most]:.3f}", f"{found[one] / found[most]:.4f}") if most in found else ("", "")
         lines.append(_row(label(name, run), last_loss(run), relative, *cells, *ratios))
     return "\n".join(lines)
 
@@ -152,8 +150,8 @@ def tried(runs: Runs) -> str:
             continue
         checkpoints = run["sinks"]["checkpoints"]
         sink = max(checkpoints[-1]["sink_rate"], key=checkpoints[-1]["sink_rate"].__getitem__)
-        rates = [f"{100 * c['sink_rate'][sink]:.0f}" for c in _quarters(checkpoints)]
-        forming = _quarters(run["forming"]["checkpoints"]) if "forming" in run else []
+        rates = [f"{100 * c['sink_rate'][sink]:.0f}" for c in _quarters(checkpoints, run["tokens"])]
+        forming = _quarters(run["forming"]["checkpoints"], run["tokens"]) if "forming" in run else []
         found = [list(checkpoint["perplexity"].values()) for checkpoint in forming]
         zero, one = ([f"{values[i] / values[-1]:.3f}" for values in found] for i in (0, 1))
         train, optimizer = run["config"]["train"], run["config"]["optimizer"]
@@ -163,9 +161,9 @@ def tried(runs: Runs) -> str:
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
-def _quarters(checkpoints: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _quarters(checkpoints: list[dict[str, Any]], tokens: int) -> list[dict[str, Any]]:
     """Those nearest the ends of the four quarters of training."""
-    ends = [checkpoints[-1]["tokens"] * quarter / 4 for quarter in (1, 2, 3, 4)]
+    ends = [tokens * quarter / 4 for quarter in (1, 2, 3, 4)]
     return [min(checkpoints, key=lambda checkpoint: abs(checkpoint["tokens"] - end)) for end in ends]
 
 

@@ -55,8 +55,9 @@ def arm_of(name: str) -> str:
 
 
 def vanilla_of(name: str) -> str:
-    """The plain run of the same seed, which has the same data in the same order."""
-    return "vanilla" + name.removeprefix(arm_of(name))
+    """The plain run of the same size and seed, which has the same data in the same order."""
+    size_and_seed = re.search(r"(-\d+x\d+)?(-seed-\d+)?$", name)
+    return "vanilla" + size_and_seed.group()  # type: ignore[union-attr]  # of nothing at least
 
 
 def above_vanilla(name: str, runs: dict[str, dict[str, Any]]) -> list[list[float]]:

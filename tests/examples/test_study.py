@@ -115,6 +115,27 @@ def test_a_run_that_went_on_from_its_last_validation_says_where_that_was(tmp_pat
     assert perplexity(runs).splitlines()[2].startswith("| gate | 4.4100 at 0 M | \N{MINUS SIGN}2.00 % |")
 
 
+def test_a_cache_that_was_not_run_is_left_empty(tmp_path):
+    from report import perplexity
+    from results import collect
+
+    write_run(tmp_path, "vanilla-12x64", [4.0, 3.5], [12.0, 11.0, 10.0])
+    write_run(tmp_path, "vanilla-16x64", [4.0, 3.5], [12.0, 11.0, 10.0])
+    runs = collect(tmp_path)["runs"]
+    del runs["vanilla-16x64"]["streaming"]["perplexity"]["4+28"]
+    assert perplexity(runs).splitlines()[-1] == "| vanilla-16x64 | 4.0000 |  | 12.00 | 11.00 |  |  |  |"
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [("gate", "vanilla"), ("two-sinks-seed-2", "vanilla-seed-2"), ("gate-12x64-seed-3", "vanilla-12x64-seed-3")],
+)
+def test_the_plain_run_to_compare_with_has_the_same_size_and_seed(name, plain):
+    from results import vanilla_of
+
+    assert vanilla_of(name) == vanilla_of(plain) == plain
+
+
 @pytest.mark.parametrize(("tokens", "shown"), [(996, "gate (99 % of training)"), (1000, "gate"), (1024, "gate")])
 def test_a_run_is_whole_only_if_it_is(tokens, shown):
     from report import label
@@ -207,7 +228,7 @@ def test_what_was_tried_is_shown_at_the_quarters_of_training():
         {
             "sink_rate": {"sink token 1": i / 10, "sink token 2": (i > 5) / 2, "no token": 0.6 - i / 10},
             "perplexity": {"0+8": 10 + i, "4+4": 10},
-            "tokens": i + 1,
+            "tokens": 1_075_000 * (i + 1),
         }
         for i in range(8)
     ]
