@@ -88,6 +88,13 @@ def make_generator(
     if num_kept is None or window is None:
         num_kept, window = default_cache(model)
     cache = StreamingCache.for_model(model, num_kept=num_kept, window=window)
+    trained_length = getattr(model.config, "max_position_embeddings", None)
+    if trained_length and num_kept + window >= trained_length:
+        typer.echo(
+            f"The cache {num_kept}+{window} does not fit into the {trained_length} positions that the model was "
+            "trained on: its text may fall apart.",
+            err=True,
+        )
     generator = Generator(model, cache, temperature=temperature, top_k=top_k, compile=compile)
     if generator.is_compiled:
         typer.echo("The second token waits until its step is compiled.", err=True)
@@ -112,8 +119,15 @@ def _generate_dense(
     import torch
     from transformers import TextStreamer
 
+    from ..models.streaming.families import num_embedded_positions
     from ..models.streaming.generation import MIN_TEMPERATURE
 
+    num_positions = num_embedded_positions(model.config)
+    if num_positions and len(prompt_ids) + max_new_tokens > num_positions:
+        raise ValueError(
+            f"the prompt's {len(prompt_ids)} tokens and {max_new_tokens} more are beyond the {num_positions} positions "
+            "that this model has: lower --max-new-tokens"
+        )
     ids = torch.tensor([prompt_ids], device=model.device)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:

@@ -15,7 +15,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models import StreamingCache
-from ..models.streaming.families import ABSOLUTE, REFUSED
+from ..models.streaming.families import num_embedded_positions
 from .losses import Progress, dense_losses, recompute_losses, stream_losses
 
 METHODS = ("dense", "window", "streaming", "recompute")
@@ -182,9 +182,8 @@ def refuse_unmeasurable(model: PreTrainedModel, stream: Stream, chosen: Sequence
     for configuration in chosen:
         if configuration.method in ("window", "streaming"):
             StreamingCache.for_model(model, num_kept=configuration.num_kept, window=configuration.window)
-    num_positions = getattr(model.config, "max_position_embeddings", None)
-    is_bounded = REFUSED.get(model.config.model_type) == ABSOLUTE and Configuration("dense") in chosen
-    if is_bounded and num_positions and len(stream.ids) - 1 > num_positions:
+    num_positions = num_embedded_positions(model.config)
+    if num_positions and Configuration("dense") in chosen and len(stream.ids) - 1 > num_positions:
         raise ValueError(f"this model has no more than {num_positions} positions for dense attention: lower --tokens")
 
 

@@ -91,6 +91,12 @@ REFUSED: dict[str, str] = {
 }
 
 
+def num_embedded_positions(config: PreTrainedConfig) -> int | None:
+    """How many positions a model has that learns an embedding for each; None for the others, which have no end."""
+    is_absolute = REFUSED.get(config.model_type) == ABSOLUTE
+    return getattr(config, "max_position_embeddings", None) if is_absolute else None
+
+
 def family_of(config: PreTrainedConfig, shape: StreamShape) -> Family:
     """The family of a model.
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from sinklm.cli.generate import generate
-from sinklm.models import load_tokenizer
+from sinklm.models import load_model, load_tokenizer
 from sinklm.models.streaming import Generator
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from ..eval.checkpoints import small_model, write_checkpoint
 
@@ -71,3 +72,19 @@ def test_half_a_cache_and_an_empty_prompt_are_refused(checkpoint):
         generate(checkpoint, "a", num_kept=4)
     with pytest.raises(ValueError, match="prompt is empty"):
         generate(checkpoint, "")
+
+
+def test_a_cache_of_more_positions_than_were_trained_on_is_pointed_out(checkpoint, capfd):
+    trained = load_model(checkpoint).config.max_position_embeddings
+    for window in (trained - 2, trained - 1):
+        generate(checkpoint, "a", stream=True, max_new_tokens=2, num_kept=1, window=window)
+    assert capfd.readouterr().err.count("does not fit") == 1
+
+
+def test_more_text_than_a_model_has_positions_for_is_refused(tmp_path, capfd):
+    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=1, n_positions=12))
+    folder = str(write_checkpoint(tmp_path / "gpt2", model))
+    num_tokens = len(load_tokenizer(folder)("import os")["input_ids"])
+    generate(folder, "import os", max_new_tokens=12 - num_tokens)
+    with pytest.raises(ValueError, match="beyond the 12 positions that this model has: lower --max-new-tokens"):
+        generate(folder, "import os", max_new_tokens=13 - num_tokens)
