@@ -25,6 +25,7 @@ from results import above_vanilla, at_place, collect, sink_rate
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 TASKS = ("arc_challenge", "arc_easy", "hellaswag", "lambada_openai", "openbookqa", "piqa", "winogrande")  # Table 4
+NEAR = 0.1  # of training: a checkpoint that is so near to a quarter's end stands for it
 FAINTEST = 1e-3  # share of attention below which a place has none: rows of an attention map sum to 1 within so much
 
 Runs = dict[str, dict[str, Any]]
@@ -150,21 +151,28 @@ def tried(runs: Runs) -> str:
             continue
         checkpoints = run["sinks"]["checkpoints"]
         sink = max(checkpoints[-1]["sink_rate"], key=checkpoints[-1]["sink_rate"].__getitem__)
-        rates = [f"{100 * c['sink_rate'][sink]:.0f}" for c in _quarters(checkpoints, run["tokens"])]
-        forming = _quarters(run["forming"]["checkpoints"], run["tokens"]) if "forming" in run else []
-        found = [list(checkpoint["perplexity"].values()) for checkpoint in forming]
-        zero, one = ([f"{values[i] / values[-1]:.3f}" for values in found] for i in (0, 1))
+        forming = run.get("forming", {"checkpoints": []})["checkpoints"]
+        curves = [
+            _at_quarters(checkpoints, run["tokens"], lambda c, sink=sink: f"{100 * c['sink_rate'][sink]:.0f}"),
+            *(_at_quarters(forming, run["tokens"], lambda c, i=i: _against_last(c["perplexity"], i)) for i in (0, 1)),
+        ]
         train, optimizer = run["config"]["train"], run["config"]["optimizer"]
         settings = round(run["tokens"] / 1e6), train["seq_length"], optimizer["lr"], optimizer["weight_decay"]
-        curves = [" → ".join(curve) for curve in (rates, zero, one)]
         lines.append(_row(label(name, run), *(f"{value:g}" for value in settings), last_loss(run), sink, *curves))
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
-def _quarters(checkpoints: list[dict[str, Any]], tokens: int) -> list[dict[str, Any]]:
-    """Those nearest the ends of the four quarters of training."""
-    ends = [tokens * quarter / 4 for quarter in (1, 2, 3, 4)]
-    return [min(checkpoints, key=lambda checkpoint: abs(checkpoint["tokens"] - end)) for end in ends]
+def _at_quarters(checkpoints: list[dict[str, Any]], tokens: int, show: Callable[[dict[str, Any]], str]) -> str:
+    """What is shown of those nearest the ends of the four quarters of training; a dash where none is near."""
+    ends = [tokens * quarter / 4 for quarter in (1, 2, 3, 4)] if checkpoints else []
+    nearest = [min(checkpoints, key=lambda checkpoint: abs(checkpoint["tokens"] - end)) for end in ends]
+    is_near = [abs(found["tokens"] - end) <= NEAR * tokens for found, end in zip(nearest, ends, strict=True)]
+    return " → ".join(show(found) if near else "–" for found, near in zip(nearest, is_near, strict=True))
+
+
+def _against_last(perplexity: dict[str, float], i: int) -> str:
+    values = list(perplexity.values())
+    return f"{values[i] / values[-1]:.3f}"
 
 
 def label(name: str, run: dict[str, Any]) -> str:

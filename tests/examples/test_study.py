@@ -243,6 +243,8 @@ def test_what_was_tried_is_shown_at_the_quarters_of_training():
         "| 1.100 → 1.300 → 1.500 → 1.700 |"
     )
     assert without.endswith("| 10 → 30 → 50 → 70 |  |  |")
+    unfinished = run | {"forming": {"checkpoints": checkpoints[:-1]}}
+    assert " 1.100 → 1.300 → 1.500 → – |" in tried({"vanilla": unfinished}).splitlines()[-1]
 
 
 def test_places_of_the_machine_are_not_gathered(tmp_path):
