@@ -15,12 +15,13 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import yaml
 from figures import draw
+from plan import read_plan
 from results import above_vanilla, at_place, collect, sink_rate
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
@@ -54,8 +55,7 @@ def main() -> None:
 
 def in_order_of(plan: str, found: Runs) -> Runs:
     """The runs that a plan of this folder names."""
-    named = yaml.safe_load(Path(__file__).with_name(plan).read_text(encoding="utf-8"))
-    return {name: found[name] for name in named if name in found}
+    return {name: found[name] for name in read_plan(Path(__file__).with_name(plan)) if name in found}
 
 
 def write_page(page: Path, tables: dict[str, str]) -> None:
@@ -151,28 +151,24 @@ def tried(runs: Runs) -> str:
             continue
         checkpoints = run["sinks"]["checkpoints"]
         sink = max(checkpoints[-1]["sink_rate"], key=checkpoints[-1]["sink_rate"].__getitem__)
-        forming = run.get("forming", {"checkpoints": []})["checkpoints"]
-        curves = [
-            _at_quarters(checkpoints, run["tokens"], lambda c, sink=sink: f"{100 * c['sink_rate'][sink]:.0f}"),
-            *(_at_quarters(forming, run["tokens"], lambda c, i=i: _against_last(c["perplexity"], i)) for i in (0, 1)),
-        ]
+        rates = [(c["tokens"], f"{100 * c['sink_rate'][sink]:.0f}") for c in checkpoints]
+        forming = run["forming"]["checkpoints"] if "forming" in run else []
+        found = [(c["tokens"], list(c["perplexity"].values())) for c in forming]
+        zero, one = ([(tokens, f"{values[i] / values[-1]:.3f}") for tokens, values in found] for i in (0, 1))
+        curves = [_at_quarters(curve, run["tokens"]) for curve in (rates, zero, one)]
         train, optimizer = run["config"]["train"], run["config"]["optimizer"]
         settings = round(run["tokens"] / 1e6), train["seq_length"], optimizer["lr"], optimizer["weight_decay"]
         lines.append(_row(label(name, run), *(f"{value:g}" for value in settings), last_loss(run), sink, *curves))
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
-def _at_quarters(checkpoints: list[dict[str, Any]], tokens: int, show: Callable[[dict[str, Any]], str]) -> str:
-    """What is shown of those nearest the ends of the four quarters of training; a dash where none is near."""
-    ends = [tokens * quarter / 4 for quarter in (1, 2, 3, 4)] if checkpoints else []
-    nearest = [min(checkpoints, key=lambda checkpoint: abs(checkpoint["tokens"] - end)) for end in ends]
-    is_near = [abs(found["tokens"] - end) <= NEAR * tokens for found, end in zip(nearest, ends, strict=True)]
-    return " → ".join(show(found) if near else "–" for found, near in zip(nearest, is_near, strict=True))
-
-
-def _against_last(perplexity: dict[str, float], i: int) -> str:
-    values = list(perplexity.values())
-    return f"{values[i] / values[-1]:.3f}"
+def _at_quarters(curve: list[tuple[int, str]], tokens: int) -> str:
+    """What a curve shows nearest the ends of the four quarters of training; a dash where it shows nothing near."""
+    shown = []
+    for end in (tokens * quarter / 4 for quarter in (1, 2, 3, 4) if curve):
+        distance, value = min(((abs(at - end), value) for at, value in curve), key=itemgetter(0))
+        shown.append(value if distance <= NEAR * tokens else "–")
+    return " → ".join(shown)
 
 
 def label(name: str, run: dict[str, Any]) -> str:

@@ -11,8 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-import yaml
 from jobs import SINKLM, Job, JobQueue
+from plan import read_plan
 
 
 def main() -> None:
@@ -31,16 +31,6 @@ def main() -> None:
         sys.exit(f"error: --only names {', '.join(sorted(unknown))}, which {arguments.plan} does not have")
     jobs = [job(name, plan[name].split(), arguments.settings, arguments.folder / "runs" / name) for name in chosen]
     sys.exit(not JobQueue(jobs, per_gpu=arguments.per_gpu, minutes=arguments.minutes).run())
-
-
-def read_plan(path: Path) -> dict[str, str]:
-    try:
-        plan = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        sys.exit(f"error: the plan {path} cannot be read: {' '.join(str(error).split())}")
-    if not isinstance(plan, dict) or not all(isinstance(recipe, str) for recipe in plan.values()):
-        sys.exit(f"error: {path} is no plan: write a line a run, its name and what sinklm train is to be given")
-    return {str(name): recipe for name, recipe in plan.items()}
 
 
 def job(name: str, recipe: list[str], settings: list[str], run: Path) -> Job:
