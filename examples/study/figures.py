@@ -20,13 +20,12 @@ LARGEST_LINEAR = 0.01  # loss in that picture up to which the scale is linear
 
 def draw(arms: Runs, deeper: Runs, folder: Path) -> None:
     """Save every picture that there are numbers for as ``paper-….png``."""
-    plain = {name: run for name, run in (arms | deeper).items() if name.startswith("vanilla")}
     figures: dict[str, tuple[Callable[[Runs], Figure | None], Runs]] = {
         "loss": (loss_figure, arms),
         "sinks": (sinks_figure, arms),
         "forming": (forming_figure, arms),
         "streaming": (streaming_figure, arms),
-        "depth": (forming_figure, plain),
+        "depth": (depth_figure, arms | deeper),
     }
     for name, (make, runs) in figures.items():
         with matplotlib.rc_context(STYLE):
@@ -97,18 +96,43 @@ def _sink_curves(measured: dict[str, dict[str, Any]], what: str) -> dict[str, li
 
 def forming_figure(runs: Runs) -> Figure | None:
     """What it costs to lose the first tokens, and to keep one alone, over training."""
-    measured = {name: run["forming"]["checkpoints"] for name, run in runs.items() if "forming" in run}
+    measured = {name: run for name, run in runs.items() if "forming" in run}
     if not measured:
         return None
     figure = Figure(figsize=(8.0, 3.2), layout="constrained")
     panels = figure.subplots(1, 2)
-    caches = list(next(iter(measured.values()))[0]["perplexity"])
+    caches = list(next(iter(measured.values()))["forming"]["checkpoints"][0]["perplexity"])
     for i, axes in enumerate(panels):
-        for name, checkpoints in measured.items():
-            found = [(c["tokens"], list(c["perplexity"].values())) for c in checkpoints]
-            curve = [[tokens, values[i] / values[-1]] for tokens, values in found]
-            axes.plot(*_columns(curve), **style_of(name, runs))
+        for name, run in measured.items():
+            axes.plot(*_columns(cost_over_training(run, i)), **style_of(name, runs))
         axes.set_ylabel(f"Perplexity, {caches[i]} over {caches[-1]}")
+    _finish(figure, *panels)
+    return figure
+
+
+def cost_over_training(run: dict[str, Any], cache: int) -> list[list[float]]:
+    """``[tokens, perplexity with a cache over that with the most kept tokens]`` of a run's checkpoints."""
+    found = [(c["tokens"], list(c["perplexity"].values())) for c in run["forming"]["checkpoints"]]
+    return [[tokens, perplexities[cache] / perplexities[-1]] for tokens, perplexities in found]
+
+
+def depth_figure(runs: Runs) -> Figure | None:
+    """What it costs to lose the first tokens, over training, by number of layers: plain, and with a sink token."""
+    measured = {name: run for name, run in runs.items() if "forming" in run}
+    layers = {name: run["config"]["model"]["num_hidden_layers"] for name, run in measured.items()}
+    depths = sorted(set(layers.values()))
+    if len(depths) < 2:
+        return None
+    figure = Figure(figsize=(8.0, 3.2), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, arm in zip(panels, ("vanilla", "learnable-sink"), strict=True):
+        for name in (name for name in measured if name.startswith(arm)):
+            style = style_of(name, runs) | {"color": COLOURS[depths.index(layers[name])]}
+            style["label"] = f"{layers[name]} layers" + (", second seed" if style["linestyle"] == "--" else "")
+            axes.plot(*_columns(cost_over_training(measured[name], 0)), **style)
+        axes.set_title(arm, fontsize=9)
+    caches = list(next(iter(measured.values()))["forming"]["checkpoints"][0]["perplexity"])
+    panels[0].set_ylabel(f"Perplexity, {caches[0]} over {caches[-1]}")
     _finish(figure, *panels)
     return figure
 

@@ -3,7 +3,7 @@
     python examples/study/report.py study            # gathers study/ into docs/results/paper.json, then draws from that
     python examples/study/report.py                  # draws again from docs/results/paper.json alone
 
-The arms are in all tables and pictures, the deeper models in two of their own; every run is in the table of what was
+The arms are in all tables and pictures, the deeper models in some of their own; every run is in the table of what was
 tried.
 
 Pictures are docs/results/paper-*.png. Each table goes into docs/results/paper.md, in place of the one that stands
@@ -46,7 +46,8 @@ def main() -> None:
     arms, deeper = (in_order_of(plan, found) for plan in ("arms.yaml", "deeper.yaml"))
 
     tables = {table.__name__: table(arms) for table in (perplexity, sinks, activations, zero_shot)}
-    tables |= {"deeper": perplexity(deeper), "tried": tried(arms | deeper | dict(sorted(found.items())))}
+    tables |= {f"deeper_{table.__name__}": table(deeper) for table in (perplexity, sinks, activations)}
+    tables["tried"] = tried(arms | deeper | dict(sorted(found.items())))
     for name, table in tables.items():
         print(f"{name}\n{table}\n")
     write_page(arguments.output / "paper.md", tables)
