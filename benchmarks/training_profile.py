@@ -28,6 +28,7 @@ import torch
 import torch._inductor.config
 from sinklm.models import SinkGPTNeoXForCausalLM, arms, fused_layer, loss
 from sinklm.train import engine as engine_module
+from sinklm.train import fused_update
 from sinklm.train.config import TrainingConfig
 from sinklm.train.cost import flops_per_token, peak_flops
 from sinklm.train.engine import StepResult, make_engine, train_step
@@ -58,6 +59,7 @@ WITHOUT = {
     "gelu": lambda: setattr(fused_layer.SinkMLP, "forward", GPTNeoXMLP.forward),
     "rotary": lambda: setattr(arms, "is_fused", _never),
     "loss": lambda: setattr(loss, "cross_entropy_", None),
+    "adamw": lambda: setattr(fused_update, "has_kernel", _never),
     "update": lambda: setattr(engine_module, "has_fused_update", _never),
 }
 

@@ -45,7 +45,7 @@ def deepspeed_config(plan: Plan, *, load_universal: bool = False) -> dict:
 
 
 def _precision(config: TrainingConfig) -> dict:
-    """Keys for the compute type. Gradients are accumulated in float32 in every case.
+    """Keys for the compute type. Gradients are added up in float32 in every case.
 
     With ZeRO the weights are 16-bit, with float32 copies in the optimizer. Without it, DeepSpeed can only accumulate
     16-bit weights' gradients in 16 bit; there the weights stay float32 and autocast lowers the matrix products.

@@ -1,10 +1,10 @@
-"""DeepSpeed's update for bfloat16 and ZeRO-1, on its own buffers, in a dozen kernels and without a wait of the host.
+"""DeepSpeed's update for bfloat16 and ZeRO-1, on its own buffers, in a few kernels and without a wait of the host.
 
 Its own way (`BF16_Optimizer`, 0.19.8) passes over the gradients a dozen times, rounds their sum to bfloat16 to reduce
 it, starts several kernels for each parameter, and makes the host wait three times for the norm; with one micro-batch a
-step that costs a small model 5 to 10 % of its time. Here gradients go once into the float32 buffer, each rank gets the
-sum of its own part alone, and AdamW's kernel does the rest: it divides by ``grad_scale``, which clips, and does nothing
-where ``found_inf`` is 1, as for a `torch.amp.GradScaler`.
+step that costs a small model 5 to 10 % of its time. Here gradients go once into a buffer, each rank gets the sum of its
+own part alone, and one kernel updates: `adamw_kernel` on a GPU, torch's fused AdamW elsewhere. It divides by
+``grad_scale``, which clips, and does nothing where ``found_inf`` is 1, as for a `torch.amp.GradScaler`.
 """
 
 import math
@@ -18,13 +18,17 @@ import torch.distributed as dist
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+try:
+    from . import adamw_kernel as kernel
+except ImportError:  # Triton comes with torch's CUDA builds
+    kernel = None  # type: ignore[assignment]
+
 # What is used of `BF16_Optimizer`, none of it public.
 NAMES = (
     "dp_process_group",
     "bf16_groups",
-    "fp32_groups_gradients",
+    "bf16_partitioned_groups",
     "fp32_groups_gradients_flat",
-    "fp32_groups_gradient_flat_partition",
     "fp32_groups_flat_partition",
     "update_hp_grads",
     "clear_hp_grads",
@@ -65,20 +69,33 @@ class FusedUpdate:
     read_grad_norm: Callable[[], float]
 
     def __init__(self, engine: "DeepSpeedEngine", max_norm: float):
-        self._zero, self._max_norm = engine.optimizer, max_norm or math.inf
-        self._group = self._zero.dp_process_group
-        self._parameters = [p for group in self._zero.bf16_groups for p in group]
-        self._sums = [gradient for group in self._zero.fp32_groups_gradients for gradient in group]
+        zero = engine.optimizer
+        self._zero, self._max_norm, self._group = zero, max_norm or math.inf, zero.dp_process_group
+        self._num_ranks, rank = dist.get_world_size(self._group), dist.get_rank(self._group)
+        self._has_kernel = has_kernel(engine.device)
+        self._parameters = [p for group in zero.bf16_groups for p in group]
+        self._wholes: list[torch.Tensor] = zero.fp32_groups_gradients_flat
+        if self._has_kernel and self._num_ranks * engine.gradient_accumulation_steps() == 1:
+            # Nothing is added to a gradient, so it stays in 16 bits: in half of its place, where DeepSpeed's own
+            # float32 views of it (`safe_get_full_grad`) then show nothing of use.
+            self._wholes = [whole.view(torch.bfloat16)[: whole.numel()] for whole in self._wholes]
+        self._parts = [whole.chunk(self._num_ranks)[rank] for whole in self._wholes]
+        self._copies = [parts[rank] for parts in zero.bf16_partitioned_groups]
+        self._sums = [
+            gradient
+            for group, whole in zip(zero.bf16_groups, self._wholes, strict=True)
+            for gradient in whole[: sum(p.numel() for p in group)].split([p.numel() for p in group])
+        ]
         self._is_first = True
-        self._zero.optimizer.found_inf = torch.zeros((), device=engine.device)
+        zero.optimizer.found_inf = torch.zeros((), device=engine.device)
         engine.enable_backward_allreduce = False
-        self._zero.update_hp_grads = self._accumulate
-        self._zero.clear_hp_grads = self._begin_again
-        self._zero.step = self._step
+        zero.update_hp_grads = self._accumulate
+        zero.clear_hp_grads = self._begin_again
+        zero.step = self._step
 
     @torch.no_grad()
     def _accumulate(self, clear_lp_grads: bool = False) -> None:
-        """Add a micro-batch's gradients to the float32 sums, or begin with them."""
+        """Add a micro-batch's gradients to the sums, or begin with them."""
         gradients = [p.grad.view(-1) for p in self._parameters]
         (torch._foreach_copy_ if self._is_first else torch._foreach_add_)(self._sums, gradients)
         self._is_first = False
@@ -91,34 +108,59 @@ class FusedUpdate:
     @torch.no_grad()
     def _step(self, closure: Any = None) -> None:
         zero = self._zero
-        parts = zero.fp32_groups_gradient_flat_partition
-        grad_norm = self._reduce(parts, zero.fp32_groups_gradients_flat)
+        grad_norm = self._reduce()
         self.read_grad_norm = begin_reading(grad_norm)
-        for weights, part in zip(zero.fp32_groups_flat_partition, parts, strict=True):
-            weights.grad = part
-        zero.optimizer.step()
+        if self._has_kernel:
+            self._update_in_one_pass()
+        else:
+            for weights, part in zip(zero.fp32_groups_flat_partition, self._parts, strict=True):
+                weights.grad = part
+            zero.optimizer.step()
+        if not self._has_kernel or self._num_ranks > 1:
+            zero.update_lp_params()  # gathers the ranks' parts
         zero._lazy_init_hp_params_optimizer_state()
-        zero.update_lp_params()
         self._begin_again()
 
-    def _reduce(self, parts: list[torch.Tensor], wholes: list[torch.Tensor]) -> torch.Tensor:
-        """Add up the ranks' gradients, each rank its own part, and tell AdamW's kernel what to divide them by.
+    def _reduce(self) -> torch.Tensor:
+        """Add up the ranks' gradients, each rank its own part, and tell AdamW what to divide them by.
 
         Returns:
             the norm of the ranks' mean.
         """
-        num_ranks = dist.get_world_size(self._group)
-        if num_ranks > 1:
-            for part, whole in zip(parts, wholes, strict=True):
+        if self._num_ranks > 1:
+            for part, whole in zip(self._parts, self._wholes, strict=True):
                 dist.reduce_scatter_tensor(part, whole, group=self._group)
-        square = torch.stack([torch.linalg.vector_norm(part) for part in parts]).square().sum()
-        if num_ranks > 1:
+        norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in self._parts]
+        square = torch.stack(norms).square().sum()
+        if self._num_ranks > 1:
             dist.all_reduce(square, group=self._group)
-        grad_norm = square.sqrt() / num_ranks
-        self._zero.optimizer.grad_scale = num_ranks * (grad_norm / self._max_norm).clamp(min=1.0)
+        grad_norm = square.sqrt() / self._num_ranks
+        optimizer = self._zero.optimizer
+        optimizer.grad_scale = self._num_ranks * (grad_norm / self._max_norm).clamp(min=1.0)
         is_bad = 1.0 - grad_norm.isfinite().float()
-        self._zero.optimizer.found_inf = torch.maximum(self._zero.optimizer.found_inf, is_bad)
+        optimizer.found_inf = torch.maximum(optimizer.found_inf, is_bad)
         return grad_norm
+
+    def _update_in_one_pass(self) -> None:
+        """What AdamW would do to its weights and state, and the model's weights with them."""
+        optimizer = self._zero.optimizer
+        for group, copy, part in zip(optimizer.param_groups, self._copies, self._parts, strict=True):
+            (weights,) = group["params"]
+            state = optimizer.state[weights]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=weights.device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weights), torch.zeros_like(weights)
+            kernel.adamw_(
+                *(weights, copy, part, state["exp_avg"], state["exp_avg_sq"], state["step"]),
+                **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")},
+                grad_scale=optimizer.grad_scale,
+                found_inf=optimizer.found_inf,
+            )
+
+
+def has_kernel(device: torch.device) -> bool:
+    """Whether AdamW goes through memory once, by our own kernel."""
+    return kernel is not None and device.type == "cuda"
 
 
 def begin_reading(values: torch.Tensor) -> Callable[[], Any]:

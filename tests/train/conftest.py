@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from .plain import play_kernel
 from .tiny import RECIPE, make_store
 
 
@@ -18,3 +19,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, store: Path) -> str:
     path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
     path.write_text(f"{RECIPE}\ndata: {{path: {store}}}\n")
     return str(path)
+
+
+@pytest.fixture(params=["no kernel", "kernel"])
+def update_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused update without its kernel, as on a CPU, and with it, played by plain torch."""
+    if request.param == "kernel":
+        play_kernel(monkeypatch.setattr)

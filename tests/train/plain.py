@@ -1,8 +1,11 @@
 """Training without DeepSpeed, without a loader and on one rank: slow and obvious, what the real one must equal."""
 
+from types import SimpleNamespace
+
 import torch
 from sinklm.data import SampleOrder, TokenStore, TokenWindows
 from sinklm.models import SinkGPTNeoXForCausalLM
+from sinklm.train import fused_update
 from sinklm.train.plan import Plan
 from sinklm.train.schedule import learning_rate
 from torch import nn
@@ -47,3 +50,20 @@ def plain_training(plan: Plan, num_steps: int) -> tuple[list[float], list[float]
 def plain_logits(model: SinkGPTNeoXForCausalLM, ids: torch.Tensor) -> torch.Tensor:
     """Logits where the sinks are fed by hand."""
     return model.lm_head(model.gpt_neox(ids).last_hidden_state)
+
+
+def plain_adamw_(weights, copy, gradient, exp_avg, exp_avg_sq, step, *, grad_scale, found_inf, **settings) -> None:
+    """The kernel's twin: torch's AdamW on the same state."""
+    weights = weights.detach()
+    weights.grad = gradient.float().clone()
+    optimizer = torch.optim.AdamW([weights], fused=True, **settings)
+    optimizer.state[weights] = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "step": step}
+    optimizer.grad_scale, optimizer.found_inf = grad_scale, found_inf
+    optimizer.step()
+    copy.copy_(weights)
+
+
+def play_kernel(replace=setattr) -> None:
+    """On a CPU, by plain torch."""
+    replace(fused_update, "kernel", SimpleNamespace(adamw_=plain_adamw_))
+    replace(fused_update, "has_kernel", lambda device: True)

@@ -61,7 +61,7 @@ def test_training_equals_a_plain_loop(recipe, tmp_path, overrides):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_gradients_accumulate_in_float32(recipe, world, stage):
+def test_gradients_accumulate_in_float32(recipe, world, stage, update_kernel):
     """32 micro-batches in bfloat16. Adding them up in bfloat16 would lose what is less than 1/256 of the sum."""
     norms = {}
     for num_micro_batches in (1, 32):  # of the same sample: the mean of equal gradients is that gradient
@@ -81,7 +81,7 @@ def test_gradients_accumulate_in_float32(recipe, world, stage):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_what_is_not_finite_stops_before_the_update(recipe, world, monkeypatch, stage, precision):
+def test_what_is_not_finite_stops_before_the_update(recipe, world, monkeypatch, stage, precision, update_kernel):
     plan = plan_of(recipe, f"deepspeed.zero_stage={stage}", f"train.precision={precision}")
     engine = make_engine(SinkGPTNeoXForCausalLM(plan.model_config), plan, world.device)
     batches = iter(torch.randint(0, 300, (100, 2, 32)))
@@ -127,7 +127,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_with_step_and_rank(re
     assert all(torch.equal(_value(p), b) for p, b in zip(engine.module.parameters(), before, strict=True))
 
 
-def test_a_bad_step_holds_back_those_queued_behind_it(recipe, world):
+def test_a_bad_step_holds_back_those_queued_behind_it(recipe, world, update_kernel):
     plan = plan_of(recipe, "train.precision=bf16")
     engine = make_engine(SinkGPTNeoXForCausalLM(plan.model_config), plan, world.device)
     batches = iter(torch.randint(0, 300, (100, 2, 32)))

@@ -1,25 +1,28 @@
-"""The fused update against DeepSpeed's own, on one rank and on two."""
+"""The fused update against DeepSpeed's own, on one rank and on two, and its kernel against torch's AdamW."""
 
 import math
 import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from sinklm.models import SinkGPTNeoXForCausalLM
 from sinklm.train import engine as engine_module
+from sinklm.train import fused_update
 from sinklm.train.engine import make_engine
 from sinklm.train.fused_update import FusedUpdate, has_fused_update
 from sinklm.train.launch import World, connected
 from sinklm.train.plan import Plan
 from sinklm.train.recipe import load_config
 
+from .plain import plain_adamw_, play_kernel
 from .tiny import Ranks
 
-NUM_STEPS, NUM_MICRO_BATCHES = 4, 2
+NUM_STEPS = 4
 
 
-def plan_of(recipe: str, world_size: int) -> Plan:
-    batch = NUM_MICRO_BATCHES * world_size * 2 * 32
+def plan_of(recipe: str, world_size: int, num_micro_batches: int = 2) -> Plan:
+    batch = num_micro_batches * world_size * 2 * 32
     overrides = ["train.precision=bf16", f"train.batch_size_tokens={batch}", "optimizer.clip=0.5"]
     return Plan(load_config(recipe, overrides), world_size, 300)
 
@@ -40,7 +43,7 @@ def trained(plan: Plan, world: World, *, is_fused: bool) -> tuple[list[torch.Ten
     assert isinstance(getattr(engine, "fused_update", None), FusedUpdate) == is_fused
     norms = []
     for step in range(NUM_STEPS):
-        for _ in range(NUM_MICRO_BATCHES):
+        for _ in range(plan.num_accumulation_steps):
             tokens = torch.zeros(2, 32, dtype=torch.int64)
             used = engine(input_ids=tokens, labels=tokens, skip_logits=True, use_cache=False).loss * 0.0
             scale = (0.01, 10.0)[step % 2]  # below the clip, and above it
@@ -51,14 +54,16 @@ def trained(plan: Plan, world: World, *, is_fused: bool) -> tuple[list[torch.Ten
             engine.step()
         norms.append(engine.fused_update.read_grad_norm() if is_fused else float(engine.get_global_grad_norm()))
     zero = engine.optimizer
-    for flat, own in zip(zero.bf16_partitioned_groups, zero.fp32_groups_flat_partition, strict=True):
-        assert torch.equal(flat[world.rank].float(), own.to(torch.bfloat16).float())  # the model got the new weights
+    for flat, own in zip(zero.bf16_groups_flat, zero.fp32_groups_flat_partition, strict=True):
+        parts = [torch.empty_like(own) for _ in range(world.size)]
+        dist.all_gather(parts, own.detach())
+        assert torch.equal(flat, torch.cat(parts).to(torch.bfloat16))  # the model got the new weights of all ranks
     return [own.detach().clone() for own in zero.fp32_groups_flat_partition], norms
 
 
-def compare(recipe: str, world: World) -> None:
+def compare(recipe: str, world: World, num_micro_batches: int) -> None:
     """Equal but for the bfloat16 to which DeepSpeed rounds the gradient before it reduces it."""
-    plan = plan_of(recipe, world.size)
+    plan = plan_of(recipe, world.size, num_micro_batches)
     lr = plan.config.optimizer.lr
     own, own_norms = trained(plan, world, is_fused=True)
     theirs, their_norms = trained(plan, world, is_fused=False)
@@ -71,15 +76,40 @@ def compare(recipe: str, world: World) -> None:
         assert (off > 0.05).float().mean() < (0.01 if world.size > 1 else 1e-9)
 
 
-def test_on_one_rank(recipe):
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
+def test_on_one_rank(recipe, num_micro_batches, update_kernel):
     with connected() as world:
-        compare(recipe, world)
+        compare(recipe, world, num_micro_batches)
 
 
 @pytest.mark.slow
-def test_on_two_ranks(recipe):
-    for status, output in Ranks(["-m", "tests.train.test_fused_update", recipe], world_size=2).wait():
+@pytest.mark.parametrize("kernel", ["none", "played"])
+def test_on_two_ranks(recipe, kernel):
+    for status, output in Ranks(["-m", "tests.train.test_fused_update", recipe, kernel], world_size=2).wait():
         assert status == 0, output
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_weights", [5, 100_000])
+def test_the_kernel_on_a_gpu(num_weights, dtype):
+    ours, theirs = ([torch.ones(num_weights, device="cuda")] for _ in range(2))
+    for tensors in (ours, theirs):
+        tensors.append(torch.zeros(num_weights, device="cuda", dtype=torch.bfloat16))
+        tensors.extend([torch.zeros(num_weights, device="cuda") for _ in range(2)] + [torch.zeros((), device="cuda")])
+    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    for found_inf in (1.0, 0.0, 0.0, 1.0, 0.0):
+        gradient = torch.randn(num_weights, device="cuda").to(dtype) / (1 - found_inf)
+        gradient[::3], gradient[1::3] = 0, gradient[1::3] * 1e-8  # where eps counts
+        scalars = {"grad_scale": torch.rand((), device="cuda") + 1, "found_inf": torch.full((), found_inf).cuda()}
+        for adamw_, (weights, copy, *state) in ((fused_update.kernel.adamw_, ours), (plain_adamw_, theirs)):
+            adamw_(weights, copy, gradient, *state, **settings, **scalars)
+        weights, copy, *_ = ours
+        if found_inf:
+            continue  # torch's twin copies all the same
+        assert torch.equal(copy, weights.to(torch.bfloat16))
+        for value, twin in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(value, twin, rtol=1e-2 if value is copy else 1e-5, atol=1e-6)
 
 
 def test_a_deepspeed_without_the_names_it_needs_updates_by_itself(recipe, monkeypatch):
@@ -95,5 +125,8 @@ def test_a_deepspeed_without_the_names_it_needs_updates_by_itself(recipe, monkey
 
 
 if __name__ == "__main__":
+    if sys.argv[2] == "played":
+        play_kernel()
     with connected() as joined:
-        compare(sys.argv[1], joined)
+        for number in (1, 2):
+            compare(sys.argv[1], joined, number)

@@ -1,0 +1,67 @@
+"""AdamW on flat weights: what it reads and writes passes through memory once, the weights' 16-bit copy with it."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 2048
+
+
+@torch.no_grad()
+def adamw_(
+    weights: Tensor,
+    copy: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    grad_scale: Tensor,
+    found_inf: Tensor,
+) -> None:
+    """One step of `torch.optim.AdamW` (Loshchilov & Hutter 2019) on float32 ``weights (N,)``, in place.
+
+    All are contiguous and of the same size, but for the scalars.
+
+    Args:
+        copy: the same weights in another type, only written.
+        gradient: of any floating type, ``grad_scale`` times too large.
+        exp_avg, exp_avg_sq, step: AdamW's state, as torch keeps it.
+        grad_scale, found_inf: scalars on the device. If the latter is 1, nothing changes.
+    """
+    step += 1 - found_inf
+    logarithms = (math.log(beta) if beta > 0 else -math.inf for beta in betas)
+    _adamw_kernel[triton.cdiv(weights.numel(), BLOCK),](
+        *(weights, copy, gradient, exp_avg, exp_avg_sq, step, grad_scale, found_inf, weights.numel()),
+        *(lr, lr * weight_decay, eps, 1 - betas[0], 1 - betas[1], *logarithms, BLOCK),
+    )
+
+
+@triton.jit
+def _adamw_kernel(
+    weights, copy, gradient, exp_avg, exp_avg_sq, step, grad_scale, found_inf, num_weights,
+    lr, decay, eps, first_rate, second_rate, log_first, log_second, BLOCK: tl.constexpr,
+):  # fmt: skip
+    scale, count = tl.load(grad_scale), tl.load(step).to(tl.float64)
+    step_size = lr / (1.0 - tl.exp(count * log_first)).to(tl.float32)  # over the correction of the moment's bias
+    correction = tl.sqrt((1.0 - tl.exp(count * log_second)).to(tl.float32))
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = place < tl.where(tl.load(found_inf) == 0.0, num_weights, 0)
+    x = tl.load(weights + place, mask=mask, other=0.0)
+    g = tl.load(gradient + place, mask=mask, other=0.0).to(tl.float32) / scale
+    first = tl.load(exp_avg + place, mask=mask, other=0.0)
+    second = tl.load(exp_avg_sq + place, mask=mask, other=0.0)
+    first += first_rate * (g - first)
+    second += second_rate * (g * g - second)
+    x -= decay * x + step_size * first / (tl.sqrt(second) / correction + eps)
+    tl.store(weights + place, x, mask=mask)
+    tl.store(copy + place, x.to(copy.dtype.element_ty), mask=mask)
+    tl.store(exp_avg + place, first, mask=mask)
+    tl.store(exp_avg_sq + place, second, mask=mask)
