@@ -26,9 +26,9 @@ def adamw_(
     grad_scale: Tensor,
     found_inf: Tensor,
 ) -> None:
-    """One step of `torch.optim.AdamW` (Loshchilov & Hutter 2019) on float32 ``weights (N,)``, in place.
+    """One step of `torch.optim.AdamW` (Loshchilov & Hutter 2019) on float32 ``weights (N,)``, in place, to rounding.
 
-    All are contiguous and of the same size, but for the scalars.
+    All are contiguous and of the same size, but for the scalars. Of torch's options `amsgrad` and `maximize` are left out.
 
     Args:
         copy: the same weights in another type, only written.
@@ -37,10 +37,17 @@ def adamw_(
         grad_scale, found_inf: scalars on the device. If the latter is 1, nothing changes.
     """
     step += 1 - found_inf
-    logarithms = (math.log(beta) if beta > 0 else -math.inf for beta in betas)
+    log_first, log_second = (math.log(beta) if beta > 0 else -math.inf for beta in betas)  # a power of 0 is 0
     _adamw_kernel[triton.cdiv(weights.numel(), BLOCK),](
         *(weights, copy, gradient, exp_avg, exp_avg_sq, step, grad_scale, found_inf, weights.numel()),
-        *(lr, lr * weight_decay, eps, 1 - betas[0], 1 - betas[1], *logarithms, BLOCK),
+        lr=lr,
+        decay=lr * weight_decay,
+        eps=eps,
+        first_rate=1 - betas[0],
+        second_rate=1 - betas[1],
+        log_first=log_first,
+        log_second=log_second,
+        BLOCK=BLOCK,
     )
 
 

@@ -76,8 +76,8 @@ class FusedUpdate:
         self._parameters = [p for group in zero.bf16_groups for p in group]
         self._wholes: list[torch.Tensor] = zero.fp32_groups_gradients_flat
         if self._has_kernel and self._num_ranks * engine.gradient_accumulation_steps() == 1:
-            # Nothing is added to a gradient, so it stays in 16 bits: in half of its place, where DeepSpeed's own
-            # float32 views of it (`safe_get_full_grad`) then show nothing of use.
+            # Nothing is added to a gradient, so it stays in 16 bits: in half of its float32 place, where DeepSpeed's
+            # own views of it (`safe_get_full_grad`) then show nothing of use.
             self._wholes = [whole.view(torch.bfloat16)[: whole.numel()] for whole in self._wholes]
         self._parts = [whole.chunk(self._num_ranks)[rank] for whole in self._wholes]
         self._copies = [parts[rank] for parts in zero.bf16_partitioned_groups]
@@ -117,7 +117,7 @@ class FusedUpdate:
                 weights.grad = part
             zero.optimizer.step()
         if not self._has_kernel or self._num_ranks > 1:
-            zero.update_lp_params()  # gathers the ranks' parts
+            zero.update_lp_params()  # copies this rank's part, and gathers those of all
         zero._lazy_init_hp_params_optimizer_state()
         self._begin_again()
 
