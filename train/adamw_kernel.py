@@ -28,7 +28,7 @@ def adamw_(
 ) -> None:
     """One step of `torch.optim.AdamW` (Loshchilov & Hutter 2019) on float32 ``weights (N,)``, in place, to rounding.
 
-    All are contiguous and of the same size, but for the scalars. Of torch's options `amsgrad` and `maximize` are left out.
+    All are contiguous and of the same size, but for the scalars. There is no `amsgrad` and no `maximize`.
 
     Args:
         copy: the same weights in another type, only written.
