@@ -36,7 +36,7 @@ from .megatron import token_dtype
 from .readers import Record, Shard
 from .store import TokenStore, note_verified
 from .tokenizer import DEFAULT_TOKENIZER, eod_id, find_tokenizer_file, load_tokenizer_file, tokenizer_size
-from .tokenizing import TokenizedBatch, start_process, tokenize
+from .tokenizing import TokenizedBatch, start_process, take_answer, tokenize
 
 NOTES_NAME = ".prepare"  # folder of the unfinished work in the output folder
 BATCH_BYTES = 2**18
@@ -107,7 +107,7 @@ def prepare_store(
         dtype = token_dtype(info.size)
         jobs = [ShardJob(store, notes, i, shard, dtype) for i, shard in enumerate(shards)]
         start = (str(tokenizer_file), info.eod_id, dtype, validation_fraction)
-        _run(jobs, num_processes or num_processors(), start, report)
+        _run(jobs, notes, num_processes or num_processors(), start, report)
         manifest = _manifest(store, info, dtype, validation_fraction, jobs)
         write_json(store / MANIFEST_NAME, manifest.model_dump())
         note_verified(store, manifest.files)
@@ -164,9 +164,11 @@ def _claim(store: Path, settings: Settings) -> Iterator[Path]:
         except BlockingIOError:
             raise ValueError(f"{store}: another `sinklm prepare` is at work on it") from None
         path = notes / "settings.json"
-        if path.exists():
+        if any(notes.glob("[0-9]*.json")):  # work that was saved
             _check_same(store, Settings.model_validate_json(path.read_bytes()), settings)
         else:
+            for split in SPLITS:
+                shutil.rmtree(store / split, ignore_errors=True)
             write_json(path, settings.model_dump())
         yield notes
 
@@ -184,7 +186,9 @@ def _explain_full_disk(store: Path) -> Iterator[None]:
         ) from error
 
 
-def _run(jobs: list[ShardJob], num_processes: int, start: tuple, report: Callable[[Progress], None]) -> None:
+def _run(
+    jobs: list[ShardJob], notes: Path, num_processes: int, start: tuple, report: Callable[[Progress], None]
+) -> None:
     """Work off the unfinished jobs in their order."""
     for job in jobs:
         job.shard.position = job.shard.num_bytes or 0 if job.state.is_finished else 0
@@ -198,7 +202,7 @@ def _run(jobs: list[ShardJob], num_processes: int, start: tuple, report: Callabl
     committed_at = time.monotonic()
     pool = ProcessPoolExecutor(num_processes, get_context("spawn"), start_process, start)
     try:
-        for job, batch in _tokenized(pool, open_jobs, max_waiting=2 * num_processes + 2):
+        for job, batch in _tokenized(pool, open_jobs, notes, max_waiting=2 * num_processes + 2):
             if batch is None:
                 job.finish()
                 continue
@@ -221,23 +225,24 @@ def _run(jobs: list[ShardJob], num_processes: int, start: tuple, report: Callabl
 
 
 def _tokenized(
-    pool: ProcessPoolExecutor, jobs: list[ShardJob], max_waiting: int
+    pool: ProcessPoolExecutor, jobs: list[ShardJob], notes: Path, max_waiting: int
 ) -> Iterator[tuple[ShardJob, TokenizedBatch | None]]:
     """Tokenized batches of all jobs in their order, None at the end of each job; at most ``max_waiting`` are ahead.
 
     What goes wrong while reading is raised in its turn, when the batches before it have been given out.
     """
     waiting: deque[tuple[ShardJob, Future | Exception | None]] = deque()
+    answers = (notes / f"answer-{number}" for number in itertools.count())
     work = _work(jobs)
     while True:
         for job, item in itertools.islice(work, max_waiting - len(waiting)):
-            waiting.append((job, pool.submit(tokenize, item) if isinstance(item, list) else item))
+            waiting.append((job, pool.submit(tokenize, item, next(answers)) if isinstance(item, list) else item))
         if not waiting:
             return
         job, result = waiting.popleft()
         if isinstance(result, Exception):
             raise result
-        yield job, result.result() if result else None
+        yield job, take_answer(result.result()) if result else None
 
 
 def _work(jobs: list[ShardJob]) -> Iterator[tuple[ShardJob, list[Record] | Exception | None]]:

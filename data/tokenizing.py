@@ -3,9 +3,11 @@
 import hashlib
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -118,7 +120,18 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def tokenize(records: list[Record]) -> TokenizedBatch:
-    """:class:`DocumentTokenizer` of this process."""
+def tokenize(records: list[Record], answer: Path) -> Path:
+    """Leave what :class:`DocumentTokenizer` makes of a batch in the file ``answer``, for :func:`take_answer`.
+
+    Not in the pipe to the main process: a process that is killed in the middle of an answer larger than a pipe takes at
+    once leaves `ProcessPoolExecutor` waiting for the rest for ever.
+    """
     assert _work is not None
-    return _work(records)
+    answer.write_bytes(pickle.dumps(_work(records)))
+    return answer
+
+
+def take_answer(answer: Path) -> TokenizedBatch:
+    batch = pickle.loads(answer.read_bytes())
+    answer.unlink()
+    return batch

@@ -14,10 +14,10 @@ class InProcessPool:
         tokenizer_file, *others = arguments
         tokenizing._work = tokenizing.DocumentTokenizer(load_tokenizer_file(tokenizer_file), *others)
 
-    def submit(self, function: Callable, argument: object) -> Future:
+    def submit(self, function: Callable, *arguments: object) -> Future:
         future: Future = Future()
         try:
-            future.set_result(function(argument))
+            future.set_result(function(*arguments))
         except Exception as error:
             future.set_exception(error)
         return future

@@ -358,6 +358,19 @@ def test_an_output_made_with_other_settings_is_refused(
 
 
 @pytest.mark.usefixtures("in_process")
+def test_a_command_that_saved_no_work_binds_no_later_one(
+    corpus: list[str], tmp_path: Path, tokenizer_file: Path
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{}\n")
+    with pytest.raises(ValueError, match="a record with no text"):
+        prepare([str(bad)], tmp_path / "store", tokenizer_file)
+    prepare(corpus, tmp_path / "store", tokenizer_file, validation_fraction=0.2)
+    prepare(corpus, tmp_path / "whole", tokenizer_file, validation_fraction=0.2)
+    assert content(tmp_path / "store") == content(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("in_process")
 def test_a_changed_input_is_done_again_or_refused(corpus: list[str], tmp_path: Path, tokenizer_file: Path) -> None:
     def stop_late(progress: Progress) -> None:
         if progress.shard_name == "second.jsonl":
@@ -428,7 +441,7 @@ def test_reading_is_never_further_ahead_than_the_limit(tmp_path: Path, tokenizer
     shard = EndlessShard()
     job = ShardJob(tmp_path, tmp_path, 0, shard, np.dtype(np.uint16))
     pool = InProcessPool(1, None, None, (tokenizer_file, 0, np.dtype(np.uint16), 0.0))
-    results = prepare_module._tokenized(pool, [job], max_waiting=4)  # type: ignore[arg-type]
+    results = prepare_module._tokenized(pool, [job], tmp_path, max_waiting=4)  # type: ignore[arg-type]
     for num_results in range(1, 20):
         next(results)
         assert shard.num_read <= num_results + 4
