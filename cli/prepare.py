@@ -41,10 +41,10 @@ def prepare(
 
     from ..data.inputs import find_inputs
     from ..data.manifest import MANIFEST_NAME
-    from ..data.prepare import NOTES_NAME, prepare_store
+    from ..data.prepare import has_saved_work, prepare_store
 
     console = Console()
-    was_complete, was_begun = (output / MANIFEST_NAME).exists(), (output / NOTES_NAME).exists()
+    was_complete, was_begun = (output / MANIFEST_NAME).exists(), has_saved_work(output)
     found = find_inputs(inputs)
     if found.num_ignored:
         kinds = ", ".join(f"{count} × {kind}" for kind, count in found.num_ignored.most_common(8))

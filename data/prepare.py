@@ -115,6 +115,11 @@ def prepare_store(
     return manifest
 
 
+def has_saved_work(store: Path) -> bool:
+    """Whether an unfinished preparation has left something that the same one can go on from."""
+    return any((store / NOTES_NAME).glob("[0-9]*.json"))
+
+
 def num_processors() -> int:
     """Processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -155,6 +160,8 @@ def _brief(value: object) -> str:
 def _claim(store: Path, settings: Settings) -> Iterator[Path]:
     """Make or take over the output folder, for this process alone; gives the folder of the notes."""
     notes = store / NOTES_NAME
+    if store.is_file():
+        raise ValueError(f"{store}: is a file; --output must be a folder")
     if store.exists() and not notes.exists() and any(store.iterdir()):
         raise ValueError(f"{store}: is not empty and not a token store; choose another --output")
     notes.mkdir(parents=True, exist_ok=True)
@@ -164,7 +171,7 @@ def _claim(store: Path, settings: Settings) -> Iterator[Path]:
         except BlockingIOError:
             raise ValueError(f"{store}: another `sinklm prepare` is at work on it") from None
         path = notes / "settings.json"
-        if any(notes.glob("[0-9]*.json")):  # work that was saved
+        if has_saved_work(store):
             _check_same(store, Settings.model_validate_json(path.read_bytes()), settings)
         else:
             for split in SPLITS:
