@@ -2,7 +2,7 @@
 
 All functions take a stream ``ids`` ``(T,)`` and return float64 ``(T,)``: entry t is the negative log-likelihood, in
 nats, of token t. What was not scored is NaN: among it token 0 of a model without sinks of its own, for nothing
-predicts it.
+predicts it. A model whose losses are NaN is refused with a ValueError.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from ..models import streaming
+from ..models.loading import refuse_nan
 
 CHUNK = 512  # tokens at a time: bounds the logits and a dense mask, not the result
 GPU_STREAM_CHUNK = 4096  # fills a GPU, at 1.6 GB of logits
@@ -36,7 +37,7 @@ def stream_losses(
     end = 1
     for chunk in streaming.stream_losses(model, ids[None], num_kept=num_kept, window=window, chunk_size=size):
         start, end = end, end + chunk.shape[1]
-        losses[start:end] = chunk[0].to("cpu", torch.float64)
+        losses[start:end] = refuse_nan(chunk[0].to("cpu", torch.float64))
         _advance(progress, end - start)
     return losses
 
@@ -113,7 +114,7 @@ def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Logits ``(N, V)``, of which at most as many as there are ``targets`` ``(M,)`` count, as losses ``(M,)``."""
     logits = logits[: len(targets)].to(torch.promote_types(logits.dtype, torch.float32))
     losses = nn.functional.cross_entropy(logits, targets.to(logits.device), reduction="none")
-    return losses.to("cpu", torch.float64)
+    return refuse_nan(losses.to("cpu", torch.float64))
 
 
 def _batch(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.readers import TextFile
 from ..models import StreamingCache
 from ..models.streaming.families import num_embedded_positions
 from .losses import Progress, dense_losses, recompute_losses, stream_losses
@@ -49,7 +50,10 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Stream:
-    """A text as the model reads it: ``ids`` ``(T,)``, of which the first ``num_prefix`` are not text."""
+    """A text as the model reads it: ``ids`` ``(T,)``, of which the first ``num_prefix`` are not text.
+
+    ``sha256`` is of the joined text in UTF-8, without byte order marks.
+    """
 
     ids: torch.Tensor
     num_prefix: int
@@ -80,7 +84,7 @@ def read_stream(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, num_t
 
     Raises:
         FileNotFoundError: for a file that does not exist.
-        ValueError: if the texts hold fewer than 2 tokens, or fewer than ``num_tokens``, or are not UTF-8.
+        ValueError: if the texts hold fewer than 2 tokens, or fewer than ``num_tokens``, or are no UTF-8 text.
     """
     digest = hashlib.sha256()
     text_ids: list[int] = []
@@ -93,10 +97,8 @@ def read_stream(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, num_t
         if num_tokens and len(text_ids) >= num_tokens:
             break
     if len(text_ids) < (num_tokens or 2):
-        raise ValueError(
-            f"{', '.join(used)} holds {len(text_ids)} tokens where {num_tokens or 2} are wanted: "
-            f"add a --text or lower --tokens"
-        )
+        remedy = "add a --text or lower --tokens" if num_tokens else "add a --text"
+        raise ValueError(f"{', '.join(used)} holds {len(text_ids)} tokens where {num_tokens or 2} are wanted: {remedy}")
     prefix = text_prefix(tokenizer)
     ids = torch.tensor(prefix + text_ids[:num_tokens])
     return Stream(ids=ids, num_prefix=len(prefix), sha256=digest.hexdigest(), files=tuple(used))
@@ -110,12 +112,13 @@ def text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _read_text(path: Path) -> str:
+    """As `sinklm prepare` reads it."""
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+        content = Path(path).read_bytes()
     except OSError as error:
         raise type(error)(f"--text {path} cannot be read: {error.strerror}") from error
+    document = TextFile(str(path), "", content).document()
+    return document.text if document else ""
 
 
 def parse_caches(text: str) -> list[tuple[int, int]]:

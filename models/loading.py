@@ -48,6 +48,17 @@ def load_model(
     return model.to(device).eval()
 
 
+def refuse_nan(outputs: torch.Tensor) -> torch.Tensor:
+    """What a model gave, logits or losses, as it is.
+
+    Raises:
+        ValueError: some of it is NaN.
+    """
+    if outputs.isnan().any():
+        raise ValueError("the model's outputs are not numbers: this checkpoint is damaged, or its training diverged")
+    return outputs
+
+
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model; see `load_model` for what ``name_or_path`` may be.
 

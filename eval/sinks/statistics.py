@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 from transformers import PreTrainedModel
 
+from ...models.loading import refuse_nan
 from .observation import Layer, observe
 
 EPSILON = 0.3
@@ -114,7 +115,7 @@ def measure(
         progress: is called with the number of sequences done since the last call.
 
     Raises:
-        ValueError: the sequences are longer than the model allows, or it has no attention maps.
+        ValueError: the sequences are longer than the model allows, it has no attention maps, or they are NaN.
     """
     num_positions = ids.shape[1] + getattr(model.config, "num_sinks", 0)
     longest = getattr(model.config, "max_position_embeddings", None)
@@ -125,6 +126,7 @@ def measure(
     for batch in ids.split(_batch_size(model, num_positions)):
         layers = observe(model, batch)
         found = [of_layer(layer, epsilon) for layer in layers]
+        refuse_nan(found[-1]["mass"])
         for name in found[0]:
             total = torch.stack([values[name].sum(0, dtype=torch.float64).cpu() for values in found])  # (L, …)
             sums[name] = total + sums.get(name, 0)

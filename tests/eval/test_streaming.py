@@ -13,6 +13,7 @@ from sinklm.cli.evaluate import streaming
 from sinklm.eval.loading import is_causal
 from sinklm.eval.plots import streaming_figure
 from sinklm.eval.streaming import (
+    METHODS,
     MIN_BIN_TOKENS,
     Configuration,
     Result,
@@ -32,7 +33,7 @@ from sinklm.models.export import export_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from .checkpoints import small_model, write_checkpoint
+from .checkpoints import small_model, small_tokenizer, write_checkpoint
 
 WORDS = "In the morning the sea was calm, and the boats went out one after the other. "
 
@@ -81,17 +82,36 @@ def test_a_text_may_begin_otherwise_behind_the_prefix():
     assert text_prefix(tokenizer) == [1]
 
 
+def test_a_text_is_read_as_it_is_prepared(checkpoints, tmp_path):
+    tokenizer, file = load_tokenizer(checkpoints[1]), tmp_path / "a.txt"
+    file.write_bytes(b"\xef\xbb\xbffirst line\r\nsecond line\r\n")  # of Windows, as many books of Project Gutenberg
+    assert tokenizer.decode(read_stream([file], tokenizer).ids) == "first line\r\nsecond line\r\n"
+    file.write_bytes(b"zero\0byte")
+    with pytest.raises(ValueError, match=r"a\.txt: holds zero bytes"):
+        read_stream([file], tokenizer)
+
+
 def test_unreadable_texts_are_named(checkpoints, tmp_path):
     tokenizer = load_tokenizer(checkpoints[1])
     short, binary = tmp_path / "short.txt", tmp_path / "binary.txt"
     short.write_text("few words")
-    binary.write_bytes(b"\xff\xfe\x00")
+    binary.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"short\.txt holds \d+ tokens where 100"):
         read_stream([short], tokenizer, num_tokens=100)
-    with pytest.raises(ValueError, match=r"binary\.txt is not UTF-8"):
+    with pytest.raises(ValueError, match=r"binary\.txt: not UTF-8"):
         read_stream([binary], tokenizer)
     with pytest.raises(FileNotFoundError, match="missing"):
         read_stream([tmp_path / "missing.txt"], tokenizer)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_that_gives_no_numbers_is_refused(book, method):
+    model = small_model(1)
+    with torch.no_grad():
+        model.lm_head.weight[5, 0] = float("nan")
+    stream = read_stream([book], PreTrainedTokenizerFast(tokenizer_object=small_tokenizer()))
+    with pytest.raises(ValueError, match="outputs are not numbers: this checkpoint is damaged"):
+        measure(model, stream, Configuration(method, int(method == "streaming"), 15))
 
 
 def test_caches_are_read_and_refused():
