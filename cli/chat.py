@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -45,6 +46,8 @@ def chat(
 
 def _messages() -> Iterator[str]:
     """Lines of stdin, empty ones left out, until it ends."""
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a slip of the keyboard ends no conversation
     asks = sys.stdin.isatty()
     while True:
         try:

@@ -10,7 +10,10 @@ REPLY = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for a reply in a rendered t
 
 
 class PlainTurns:
-    """Turns as lines ``User: …`` and ``Assistant: …``, for a tokenizer without a chat template; a reply is one line."""
+    """Turns as lines ``User: …`` and ``Assistant: …``, for a tokenizer without a chat template.
+
+    A reply is one line; empty ones before it do not count.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
@@ -108,13 +111,14 @@ class Chat:
         else:
             prompt = self.turns.first(message, self.system)
         self.has_begun, self.end_of_reply = True, ""
-        text = TextStream(self.tokenizer)
+        text, says_something = TextStream(self.tokenizer), False
         for num_tokens, token in enumerate(self.generator(prompt), start=1):
             if token in self.turns.end_ids:  # the next turn begins with what ends a reply
                 self.generator.unread = []
                 break
             self.end_of_reply = text.push(token)
             yield self.end_of_reply
-            if self.turns.ends_reply(self.end_of_reply) or num_tokens == self.max_new_tokens:
+            says_something = says_something or bool(self.end_of_reply.strip())
+            if (says_something and self.turns.ends_reply(self.end_of_reply)) or num_tokens == self.max_new_tokens:
                 break
         yield text.flush()

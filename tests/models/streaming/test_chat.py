@@ -106,11 +106,11 @@ def test_without_a_template_turns_are_lines():
     assert "".join(chat("Which way?")).strip() == "North."
     scripted(chat, " Home.", end=True)  # the end of the text ends a line too
     assert "".join(chat("And then?")).strip() == "Home."
-    scripted(chat, " Far\n")
-    "".join(chat("Is it far?"))
+    scripted(chat, "\n\n Far\n and more")  # empty lines before a reply are none
+    assert "".join(chat("Is it far?")).strip() == "Far"
     assert words.decode(seen) == (
         "Two friends talk.\n\nUser: Which way?\nAssistant: North.\nUser: And then?\nAssistant: Home.\n"
-        "User: Is it far?\nAssistant: Far"
+        "User: Is it far?\nAssistant:\n\n Far"
     )
 
 
