@@ -70,24 +70,18 @@ def _load(name: str) -> tuple["PreTrainedModel", dict[str, Any]]:
 
 
 def _random_model(recipe: str) -> "PreTrainedModel":
-    """GPT-NeoX of a recipe's sizes: bfloat16 on a GPU, float32 on a CPU."""
+    """The model that a recipe trains, with random weights: bfloat16 on a GPU, float32 on a CPU."""
     import torch
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+    from ..models import SinkGPTNeoXForCausalLM
+    from ..train.plan import Plan
     from ..train.recipe import load_config
+    from ..train.summary import PYTHIA_TOKENIZER_SIZE
 
-    sizes = load_config(recipe).model
-    config = GPTNeoXConfig(
-        vocab_size=sizes.vocab_size or 50304,
-        hidden_size=sizes.hidden_size,
-        num_hidden_layers=sizes.num_hidden_layers,
-        num_attention_heads=sizes.num_attention_heads,
-        intermediate_size=sizes.intermediate_size or 4 * sizes.hidden_size,
-        use_parallel_residual=sizes.parallel_residual,
-    )
+    config = Plan(load_config(recipe), 1, PYTHIA_TOKENIZER_SIZE).model_config
     on_gpu = torch.cuda.is_available()
     with torch.device("cuda" if on_gpu else "cpu"):
-        return GPTNeoXForCausalLM._from_config(config, dtype=torch.bfloat16 if on_gpu else torch.float32).eval()
+        return SinkGPTNeoXForCausalLM._from_config(config, dtype=torch.bfloat16 if on_gpu else torch.float32).eval()
 
 
 def _hardware(model: "PreTrainedModel") -> str:

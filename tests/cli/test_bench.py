@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from sinklm.cli.bench import decode
+from sinklm.cli.bench import _random_model, decode
 from sinklm.eval.decode_speed import CroppedCache, bytes_read, results_table
 from sinklm.eval.plots import decoding_figure
 
@@ -61,6 +61,12 @@ def test_the_loop_by_hand_keeps_its_size(num_sinks):
     assert keys.shape == first.shape
     assert torch.equal(keys[:, :, :4], first[:, :, :4])
     assert torch.equal(keys[:, :, 4:-5], first[:, :, 9:])
+
+
+def test_a_recipe_is_measured_with_its_sink():
+    gate, token = (_random_model(recipe) for recipe in ("arms/gate", "pythia-14m"))
+    assert gate.config.sink_kind == "gate"
+    assert token.config.num_sinks == 1
 
 
 def test_counts_are_checked(tmp_path):
