@@ -15,9 +15,16 @@ Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest
 TopK = Annotated[int | None, typer.Option(min=1, help="Sample among so many of the likeliest tokens; else among all.")]
 NumKept = Annotated[
     int | None,
-    typer.Option(min=0, help="Tokens that the cache keeps from the start, sinks included.", show_default=False),
+    typer.Option(
+        min=0,
+        help="Tokens that the cache keeps from the start, sinks included; goes with --window.",
+        show_default=False,
+    ),
 ]
-Window = Annotated[int | None, typer.Option(min=1, help="Recent tokens that the cache keeps.", show_default=False)]
+Window = Annotated[
+    int | None,
+    typer.Option(min=1, help="Recent tokens that the cache keeps; goes with --num-kept.", show_default=False),
+]
 Seed = Annotated[int, typer.Option(help="Of the sampling.")]
 
 LONG_TEXT = 1000  # tokens, from which compiling a step on a GPU pays
@@ -25,13 +32,13 @@ LONG_TEXT = 1000  # tokens, from which compiling a step on a GPU pays
 
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
     stream: Annotated[
         bool,
         typer.Option(
             "--stream",
-            help="Write until Ctrl-C. The cache is 4+1020, or 1+1023 if the model has a sink, unless --num-kept and "
-            "--window say otherwise.",
+            help="Write until Ctrl-C. Unless --num-kept and --window say otherwise, the cache keeps 4 tokens, or the "
+            "model's sinks, and 1024 in all, or one less than it was trained on.",
         ),
     ] = False,
     max_new_tokens: Annotated[
@@ -52,8 +59,9 @@ def generate(
     from ..models import load_model, load_tokenizer
 
     check_cache_options(num_kept, window)
+    prompt = _read_prompt(prompt)
     language_model, tokenizer = load_model(model), load_tokenizer(model)
-    ids = tokenizer(prompt)["input_ids"]
+    ids = tokenizer(prompt, verbose=False)["input_ids"]
     if not ids:
         raise ValueError("the prompt is empty: give at least one character")
     torch.manual_seed(seed)
@@ -65,6 +73,17 @@ def generate(
     generator = make_generator(language_model, num_kept, window, temperature, top_k, compile=is_long)
     end_ids = set() if stream else end_of_text_ids(language_model, tokenizer)
     _print_stream(tokenizer, generator, prompt, ids, limit, end_ids)
+
+
+def _read_prompt(prompt: str) -> str:
+    import sys
+
+    try:
+        prompt = sys.stdin.read() if prompt == "-" else prompt
+        prompt.encode()  # an argument of the command line can be anything
+    except UnicodeError as error:
+        raise ValueError(f"the prompt is not UTF-8: {error}") from error
+    return prompt
 
 
 def check_cache_options(num_kept: int | None, window: int | None) -> None:
@@ -117,8 +136,9 @@ def _generate_dense(
     top_k: int | None,
 ) -> None:
     import torch
-    from transformers import TextStreamer
+    from transformers import LogitsProcessorList, TextStreamer
 
+    from ..models.loading import refuse_nan
     from ..models.streaming.families import num_embedded_positions
     from ..models.streaming.generation import MIN_TEMPERATURE
 
@@ -136,7 +156,8 @@ def _generate_dense(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new_tokens,
-        pad_token_id=model.config.eos_token_id,
+        pad_token_id=min(end_of_text_ids(model, tokenizer), default=None),
+        logits_processor=LogitsProcessorList([lambda _, logits: refuse_nan(logits)]),
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
         **sampling,
     )

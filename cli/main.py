@@ -2,6 +2,8 @@
 
 import os
 import sys
+from importlib import metadata
+from typing import Annotated
 
 import typer
 
@@ -27,6 +29,23 @@ eval_app = typer.Typer(
     no_args_is_help=True, help="Evaluate: zero-shot benchmarks, streaming perplexity and recall, attention sinks."
 )
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed and memory.")
+
+
+def _show_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(metadata.version("sinklm"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
@@ -50,7 +69,14 @@ def main() -> None:
     """
     try:
         app()
-    except (ValueError, OSError) as error:
-        if os.environ.get("SINKLM_DEBUG"):
+    except Exception as error:
+        hint = "out of memory; a smaller cache or batch takes less: " if _is_lack_of_memory(error) else ""
+        if os.environ.get("SINKLM_DEBUG") or not (hint or isinstance(error, ValueError | OSError)):
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {hint}{error}")
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Of torch on a GPU, of torch on a CPU, or of numpy; without importing them."""
+    is_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return is_torch or isinstance(error, MemoryError)

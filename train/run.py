@@ -69,6 +69,11 @@ def train(recipe: str, overrides: list[str] | tuple[str, ...] = (), *, only_desc
             sys.exit(1)
         except KeyboardInterrupt:
             sys.exit(128 + signal.SIGINT)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"rank {world.rank} is out of GPU memory: lower train.micro_batch_size, or set "
+                f"train.activation_checkpointing=true ({error})"
+            ) from error
     if signal_number:
         sys.exit(128 + signal_number)
 

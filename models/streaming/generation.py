@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..loading import refuse_nan
 from .cache import StreamingCache
 from .decoding import StreamingDecoder
 
@@ -68,11 +69,14 @@ class Generator:
 
         A token is read when the next one is asked for: the last one taken from the iterator has not entered the cache.
         The next prompt ends this iterator: there is one cache, and their texts would mix.
+
+        Raises:
+            ValueError: the prompt is empty, another one was read since, or the model's outputs are NaN.
         """
         if not prompt_ids:
             raise ValueError("the prompt is empty: give at least one token")
         self.turn = turn = self.turn + 1
-        logits = self.decoder.prefill(torch.tensor([prompt_ids], device=self.device))
+        logits = refuse_nan(self.decoder.prefill(torch.tensor([prompt_ids], device=self.device)))
         self.unread = []
         while True:
             token = self.sample(logits[:, -1])

@@ -1,5 +1,7 @@
 """`sinklm generate`: where the text and the speed go, and where it ends."""
 
+import io
+
 import pytest
 import torch
 from sinklm.cli.generate import generate
@@ -72,6 +74,32 @@ def test_half_a_cache_and_an_empty_prompt_are_refused(checkpoint):
         generate(checkpoint, "a", num_kept=4)
     with pytest.raises(ValueError, match="prompt is empty"):
         generate(checkpoint, "")
+
+
+def test_a_model_may_have_several_ends_of_a_text(checkpoint, capfd, monkeypatch):
+    model = load_model(checkpoint)
+    model.config.eos_token_id = model.generation_config.eos_token_id = [0, 5]
+    monkeypatch.setattr("sinklm.models.load_model", lambda name: model)
+    generate(checkpoint, "import os", max_new_tokens=5)
+    assert capfd.readouterr().out.startswith("import os")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_that_gives_no_numbers_is_refused(checkpoint, monkeypatch, stream):
+    model = load_model(checkpoint)
+    with torch.no_grad():
+        model.lm_head.weight[5, 0] = float("nan")
+    monkeypatch.setattr("sinklm.models.load_model", lambda name: model)
+    with pytest.raises(ValueError, match="outputs are not numbers"):
+        generate(checkpoint, "import os", stream=stream)
+
+
+def test_a_prompt_can_come_from_standard_input(checkpoint, capfd, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("import os\n" * 100))
+    generate(checkpoint, "-", stream=True, max_new_tokens=1)
+    assert capfd.readouterr().out.startswith("import os\n" * 100)
+    with pytest.raises(ValueError, match="the prompt is not UTF-8"):
+        generate(checkpoint, "a\udcff")
 
 
 def test_a_cache_of_more_positions_than_were_trained_on_is_pointed_out(checkpoint, capfd):

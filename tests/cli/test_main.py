@@ -1,0 +1,36 @@
+"""The command as a whole: how it ends."""
+
+import pytest
+import torch
+from sinklm.cli import main as module
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("no such key"), "error: no such key"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "error: out of memory; .* takes less: CUDA out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "error: out of memory; .* can't allocate memory"),
+        (MemoryError("Unable to allocate 8 TiB"), "error: out of memory; .* 8 TiB"),
+    ],
+)
+def test_a_mistake_ends_in_one_line(monkeypatch, error, line):
+    monkeypatch.setattr(module, "app", raising(error))
+    with pytest.raises(SystemExit, match=f"^{line}$"):
+        module.main()
+    monkeypatch.setenv("SINKLM_DEBUG", "1")
+    with pytest.raises(type(error)):
+        module.main()
+
+
+def test_a_mistake_of_ours_shows_where_it_is(monkeypatch):
+    monkeypatch.setattr(module, "app", raising(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        module.main()
+
+
+def raising(error: Exception):
+    def app():
+        raise error
+
+    return app
