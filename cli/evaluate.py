@@ -100,9 +100,9 @@ def streaming(
     console = Console()
     stream = read_stream(text, load_tokenizer(model), tokens)
     loaded = load_causal_model(model)
-    shapes = parse_caches(caches) if caches else default_caches(loaded)
+    shapes = default_caches(loaded) if caches is None else parse_caches(caches)
     chosen = configurations(
-        [name.strip() for name in methods.split(",")] if methods else default_methods(shapes),
+        default_methods(shapes) if methods is None else [name.strip() for name in methods.split(",")],
         shapes,
         num_sinks=getattr(loaded.config, "num_sinks", 0),
     )
@@ -151,7 +151,7 @@ def stream_eval(
     chosen_distances = whole_numbers("--distances", distances)
     check_distances(chosen_distances, num_lines)
     loaded, tokenizer = load_causal_model(model), load_tokenizer(model)
-    shapes = parse_caches(caches) if caches else default_caches(loaded)
+    shapes = default_caches(loaded) if caches is None else parse_caches(caches)
     refuse_small_caches(shapes, getattr(loaded.config, "num_sinks", 0))
     records = make_records(num_samples, num_lines, seed)
     folder = output or default_output(model)
@@ -246,6 +246,6 @@ def _explain_unscored(
             reason = f"{DENSE_LENGTHS} × the trained length" if is_long else "its cache would not fit the free memory"
             console.print(f"dense: stopped after {result.num_scored:,} tokens, {reason}")
         elif missing > 1 and result.configuration.method == "recompute":
-            console.print(f"{result.configuration}: one token in {recompute_every} is scored")
+            console.print(f"{result.configuration}: behind the first window, one token in {recompute_every} is scored")
     if any(num_tokens - result.num_scored == 1 for result in results):
         console.print("The first token is not scored: nothing stands before it.")

@@ -27,7 +27,8 @@ def prepare(
     output: Annotated[Path, typer.Option(help="Folder of the token store.")],
     tokenizer: Annotated[str, typer.Option(help="Hub name, or path of a tokenizer.json.")] = "EleutherAI/gpt-neox-20b",
     validation_fraction: Annotated[
-        float, typer.Option(help="Share of documents, chosen by a hash of their text, that is held out.")
+        float,
+        typer.Option(min=0, help="Share of documents, below 1, that is held out; chosen by a hash of their text."),
     ] = 0.01,
     processes: Annotated[
         int | None, typer.Option(min=1, help="Tokenizing processes.", show_default="all processors")

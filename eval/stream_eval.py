@@ -171,9 +171,12 @@ def ask(
 
 
 def check_distances(distances: Sequence[int], num_lines: int) -> None:
+    """Raises ValueError for a distance that no question of a stream can have."""
     last = (num_lines - 1) // LINES_PER_QUESTION * LINES_PER_QUESTION
     for distance in distances:
-        if not 0 <= distance <= last:
+        if distance < 0:
+            raise ValueError(f"--distances has {distance}: it is how many lines back to ask about, at least 0")
+        if distance > last:
             raise ValueError(
                 f"--distances has {distance}, but the last question comes after line {last} of {num_lines}: "
                 f"raise --num-lines above {distance} or leave it out"

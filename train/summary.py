@@ -54,15 +54,14 @@ def epochs(plan: Plan, windows: TokenWindows) -> str:
 
 def dry_run(config: TrainingConfig) -> None:
     """Print the resolved configuration, sizes, steps and memory. Reads the store's sizes, if one is named."""
-    console = Console(highlight=False)
-    console.print(Syntax(config_yaml(config), "yaml", background_color="default"))
     store = open_store(config.data.path, verify="size") if config.data.path else None
-    tokenizer_size = store.tokenizer_size if store else PYTHIA_TOKENIZER_SIZE
-    plan = Plan(config, 1, tokenizer_size)
-
+    plan = Plan(config, 1, store.tokenizer_size if store else PYTHIA_TOKENIZER_SIZE)
     table = Table(box=box.SIMPLE, show_header=False, title="The run", title_justify="left")
     for name, value in _facts(plan, store).items():
         table.add_row(name, value)
+
+    console = Console(highlight=False)
+    console.print(Syntax(config_yaml(config), "yaml", background_color="default"))
     console.print(table)
     console.print(_memory_table(plan))
     console.print(
