@@ -70,7 +70,7 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        hint = "out of memory; a smaller cache or batch takes less: " if _is_lack_of_memory(error) else ""
+        hint = "out of memory; hold less at a time (a cache, a batch, processes): " if _is_lack_of_memory(error) else ""
         if os.environ.get("SINKLM_DEBUG") or not (hint or isinstance(error, ValueError | OSError)):
             raise
         sys.exit(f"error: {hint}{error}")
@@ -78,5 +78,5 @@ def main() -> None:
 
 def _is_lack_of_memory(error: Exception) -> bool:
     """Of torch on a GPU, of torch on a CPU, or of numpy; without importing them."""
-    is_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-    return is_torch or isinstance(error, MemoryError)
+    signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)

@@ -92,7 +92,7 @@ class ProgressDisplay:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.bar.stop()
         if kind is KeyboardInterrupt:
-            self.console.print("Interrupted. The same command goes on from here.")
+            self.console.print("Interrupted. The same command goes on from what was saved.")
 
     def show(self, progress: "Progress") -> None:
         now = time.monotonic()

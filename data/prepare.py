@@ -80,7 +80,7 @@ def prepare_store(
     finished store it does nothing. ``num_processes`` changes the speed alone; None takes every processor.
 
     Args:
-        output: folder of the store; it must be new, empty, or an earlier run's.
+        output: folder of the store; it must be new, empty, or an earlier run's. One that saved no work binds nothing.
         tokenizer: Hub name, or path of a ``tokenizer.json`` or of its folder.
         validation_fraction: share of documents, chosen by their hash, in the validation split.
         report: called after each batch.
@@ -174,8 +174,6 @@ def _claim(store: Path, settings: Settings) -> Iterator[Path]:
         if has_saved_work(store):
             _check_same(store, Settings.model_validate_json(path.read_bytes()), settings)
         else:
-            for split in SPLITS:
-                shutil.rmtree(store / split, ignore_errors=True)
             write_json(path, settings.model_dump())
         yield notes
 

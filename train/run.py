@@ -70,9 +70,10 @@ def train(recipe: str, overrides: list[str] | tuple[str, ...] = (), *, only_desc
         except KeyboardInterrupt:
             sys.exit(128 + signal.SIGINT)
         except torch.OutOfMemoryError as error:
+            less = "" if config.train.activation_checkpointing else ", set train.activation_checkpointing=true"
             raise ValueError(
-                f"rank {world.rank} is out of GPU memory: lower train.micro_batch_size, or set "
-                f"train.activation_checkpointing=true ({error})"
+                f"rank {world.rank} is out of GPU memory: lower train.micro_batch_size{less}, or raise "
+                f"deepspeed.zero_stage with more GPUs or an offloaded optimizer ({error})"
             ) from error
     if signal_number:
         sys.exit(128 + signal_number)

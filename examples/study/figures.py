@@ -127,13 +127,13 @@ def depth_figure(runs: Runs) -> Figure | None:
     panels = figure.subplots(1, 2)
     for axes, arm in zip(panels, ("vanilla", "learnable-sink"), strict=True):
         for name in (name for name in measured if name.startswith(arm)):
-            style = style_of(name, runs) | {"color": COLOURS[depths.index(layers[name])]}
+            style = style_of(name, runs) | {"color": COLOURS[depths.index(layers[name]) % len(COLOURS)]}
             style["label"] = f"{layers[name]} layers" + (", second seed" if style["linestyle"] == "--" else "")
             axes.plot(*_columns(cost_over_training(measured[name], 0)), **style)
         axes.set_title(arm, fontsize=9)
     caches = list(next(iter(measured.values()))["forming"]["checkpoints"][0]["perplexity"])
     panels[0].set_ylabel(f"Perplexity, {caches[0]} over {caches[-1]}")
-    _finish(figure, *panels)
+    _finish(figure, *panels, legend_of=max(panels, key=lambda axes: len(axes.lines)))
     return figure
 
 

@@ -118,7 +118,8 @@ class Chat:
                 break
             self.end_of_reply = text.push(token)
             yield self.end_of_reply
-            says_something = says_something or bool(self.end_of_reply.strip())
-            if (says_something and self.turns.ends_reply(self.end_of_reply)) or num_tokens == self.max_new_tokens:
+            said = self.end_of_reply if says_something else self.end_of_reply.lstrip()
+            says_something = bool(said) or says_something
+            if self.turns.ends_reply(said) or num_tokens == self.max_new_tokens:
                 break
         yield text.flush()

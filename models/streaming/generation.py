@@ -71,7 +71,7 @@ class Generator:
         The next prompt ends this iterator: there is one cache, and their texts would mix.
 
         Raises:
-            ValueError: the prompt is empty, another one was read since, or the model's outputs are NaN.
+            ValueError: the prompt is empty, another one was read since, or its logits are NaN.
         """
         if not prompt_ids:
             raise ValueError("the prompt is empty: give at least one token")

@@ -9,7 +9,8 @@ from sinklm.cli import main as module
     ("error", "line"),
     [
         (ValueError("no such key"), "error: no such key"),
-        (torch.OutOfMemoryError("CUDA out of memory"), "error: out of memory; .* takes less: CUDA out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "error: out of memory; .*: CUDA out of memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), "error: out of memory; .*_ALLOC_FAILED"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "error: out of memory; .* can't allocate memory"),
         (MemoryError("Unable to allocate 8 TiB"), "error: out of memory; .* 8 TiB"),
     ],

@@ -24,7 +24,7 @@ from sinklm.data import prepare as prepare_module
 from sinklm.data.inputs import read_documents
 from sinklm.data.job import ShardJob
 from sinklm.data.manifest import Counts, Manifest
-from sinklm.data.prepare import Progress
+from sinklm.data.prepare import Progress, has_saved_work
 from sinklm.data.readers import JsonLine, Record, Shard
 from sinklm.data.tokenizer import load_tokenizer_file
 from sinklm.data.tokenizing import DocumentTokenizer, is_held_out
@@ -322,6 +322,16 @@ def test_what_was_read_before_a_truncated_file_is_kept(corpus: list[str], tmp_pa
     assert content(tmp_path / "store") == content(tmp_path / "whole")
 
 
+def test_an_answer_goes_through_a_file(tmp_path: Path, tokenizer_file: Path) -> None:
+    """Through the pipe to the main process one that is broken off would be waited for for ever."""
+    InProcessPool(1, None, None, (tokenizer_file, 0, np.dtype(np.uint16), 0.0))
+    lines = [JsonLine("a", "a", json.dumps(row).encode()) for row in records(4, 30)]
+    answer = tokenizing.tokenize(lines, tmp_path / "answer")
+    assert answer == tmp_path / "answer"
+    assert tokenizing.take_answer(answer).num_records == 30
+    assert not answer.exists()
+
+
 def test_a_killed_tokenizing_process_is_an_error(corpus: list[str], tmp_path: Path, tokenizer_file: Path) -> None:
     def kill_helper(progress: Progress) -> None:
         for process in multiprocessing.active_children():
@@ -365,6 +375,7 @@ def test_a_command_that_saved_no_work_binds_no_later_one(
     bad.write_text("{}\n")
     with pytest.raises(ValueError, match="a record with no text"):
         prepare([str(bad)], tmp_path / "store", tokenizer_file)
+    assert not has_saved_work(tmp_path / "store")
     prepare(corpus, tmp_path / "store", tokenizer_file, validation_fraction=0.2)
     prepare(corpus, tmp_path / "whole", tokenizer_file, validation_fraction=0.2)
     assert content(tmp_path / "store") == content(tmp_path / "whole")
