@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from results import above_vanilla, arm_of, at_place
+from results import above_vanilla, arm_of, at_place, cost_over_training
 from sinklm.eval.plots import COLOURS, STYLE, save_figure
 
 Runs = dict[str, dict[str, Any]]
@@ -101,19 +101,12 @@ def forming_figure(runs: Runs) -> Figure | None:
         return None
     figure = Figure(figsize=(8.0, 3.2), layout="constrained")
     panels = figure.subplots(1, 2)
-    caches = list(next(iter(measured.values()))["forming"]["checkpoints"][0]["perplexity"])
     for i, axes in enumerate(panels):
         for name, run in measured.items():
             axes.plot(*_columns(cost_over_training(run, i)), **style_of(name, runs))
-        axes.set_ylabel(f"Perplexity, {caches[i]} over {caches[-1]}")
+        axes.set_ylabel(_cost_label(measured, i))
     _finish(figure, *panels)
     return figure
-
-
-def cost_over_training(run: dict[str, Any], cache: int) -> list[list[float]]:
-    """``[tokens, perplexity with a cache over that with the most kept tokens]`` of a run's checkpoints."""
-    found = [(c["tokens"], list(c["perplexity"].values())) for c in run["forming"]["checkpoints"]]
-    return [[tokens, perplexities[cache] / perplexities[-1]] for tokens, perplexities in found]
 
 
 def depth_figure(runs: Runs) -> Figure | None:
@@ -131,10 +124,14 @@ def depth_figure(runs: Runs) -> Figure | None:
             style["label"] = f"{layers[name]} layers" + (", second seed" if style["linestyle"] == "--" else "")
             axes.plot(*_columns(cost_over_training(measured[name], 0)), **style)
         axes.set_title(arm, fontsize=9)
-    caches = list(next(iter(measured.values()))["forming"]["checkpoints"][0]["perplexity"])
-    panels[0].set_ylabel(f"Perplexity, {caches[0]} over {caches[-1]}")
+    panels[0].set_ylabel(_cost_label(measured, 0))
     _finish(figure, *panels, legend_of=max(panels, key=lambda axes: len(axes.lines)))
     return figure
+
+
+def _cost_label(runs: Runs, cache: int) -> str:
+    caches = list(next(iter(runs.values()))["forming"]["checkpoints"][0]["perplexity"])
+    return f"Perplexity, {caches[cache]} over {caches[-1]}"
 
 
 def streaming_figure(runs: Runs) -> Figure | None:

@@ -22,7 +22,7 @@ from typing import Any
 
 from figures import draw
 from plan import read_plan
-from results import above_vanilla, at_place, collect, sink_rate
+from results import above_vanilla, at_place, collect, cost_over_training, sink_rate
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 TASKS = ("arc_challenge", "arc_easy", "hellaswag", "lambada_openai", "openbookqa", "piqa", "winogrande")  # Table 4
@@ -153,9 +153,7 @@ def tried(runs: Runs) -> str:
         checkpoints = run["sinks"]["checkpoints"]
         sink = max(checkpoints[-1]["sink_rate"], key=checkpoints[-1]["sink_rate"].__getitem__)
         rates = [(c["tokens"], f"{100 * c['sink_rate'][sink]:.0f}") for c in checkpoints]
-        forming = run["forming"]["checkpoints"] if "forming" in run else []
-        found = [(c["tokens"], list(c["perplexity"].values())) for c in forming]
-        zero, one = ([(tokens, f"{values[i] / values[-1]:.3f}") for tokens, values in found] for i in (0, 1))
+        zero, one = ([(tokens, f"{cost:.3f}") for tokens, cost in cost_over_training(run, i)] for i in (0, 1))
         curves = [_at_quarters(curve, run["tokens"]) for curve in (rates, zero, one)]
         train, optimizer = run["config"]["train"], run["config"]["optimizer"]
         settings = round(run["tokens"] / 1e6), train["seq_length"], optimizer["lr"], optimizer["weight_decay"]

@@ -69,6 +69,13 @@ def above_vanilla(name: str, runs: dict[str, dict[str, Any]]) -> list[list[float
     return [[t, 100 * (loss / theirs[t] - 1)] for t, loss in runs[name]["validation_loss"] if t in theirs]
 
 
+def cost_over_training(run: dict[str, Any], cache: int) -> list[list[float]]:
+    """``[tokens, perplexity with a cache over that with the most kept tokens]`` of a run's checkpoints."""
+    checkpoints = run["forming"]["checkpoints"] if "forming" in run else []
+    found = [(c["tokens"], list(c["perplexity"].values())) for c in checkpoints]
+    return [[tokens, perplexities[cache] / perplexities[-1]] for tokens, perplexities in found]
+
+
 def at_place(values: dict[str, Any], what: str) -> list[Any]:
     """Those of the named positions that are ``what``: one, or one for each of several sink tokens."""
     return [value for name, value in values.items() if name.startswith(what)]
