@@ -70,9 +70,10 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        hint = "out of memory; hold less at a time (a cache, a batch, processes): " if _is_lack_of_memory(error) else ""
-        if os.environ.get("SINKLM_DEBUG") or not (hint or isinstance(error, ValueError | OSError)):
+        says_it_itself = isinstance(error, ValueError | OSError)
+        if os.environ.get("SINKLM_DEBUG") or not (says_it_itself or _is_lack_of_memory(error)):
             raise
+        hint = "" if says_it_itself else "out of memory; hold less at a time (a cache, a batch, processes): "
         sys.exit(f"error: {hint}{error}")
 
 

@@ -9,6 +9,7 @@ from sinklm.cli import main as module
     ("error", "line"),
     [
         (ValueError("no such key"), "error: no such key"),
+        (ValueError("rank 0 is out of memory: lower it"), "error: rank 0 is out of memory: lower it"),
         (torch.OutOfMemoryError("CUDA out of memory"), "error: out of memory; .*: CUDA out of memory"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), "error: out of memory; .*_ALLOC_FAILED"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "error: out of memory; .* can't allocate memory"),
