@@ -132,6 +132,7 @@ def tokenize(records: list[Record], answer: Path) -> Path:
 
 
 def take_answer(answer: Path) -> TokenizedBatch:
+    """Read what :func:`tokenize` left, and delete it."""
     batch = pickle.loads(answer.read_bytes())
     answer.unlink()
     return batch

@@ -81,10 +81,11 @@ class FusedUpdate:
             self._wholes = [whole.view(torch.bfloat16)[: whole.numel()] for whole in self._wholes]
         self._parts = [whole.chunk(self._num_ranks)[rank] for whole in self._wholes]
         self._copies = [parts[rank] for parts in zero.bf16_partitioned_groups]
+        sizes = [[p.numel() for p in group] for group in zero.bf16_groups]
         self._sums = [
             gradient
-            for group, whole in zip(zero.bf16_groups, self._wholes, strict=True)
-            for gradient in whole[: sum(p.numel() for p in group)].split([p.numel() for p in group])
+            for group, whole in zip(sizes, self._wholes, strict=True)
+            for gradient in whole[: sum(group)].split(group)
         ]
         self._is_first = True
         zero.optimizer.found_inf = torch.zeros((), device=engine.device)
