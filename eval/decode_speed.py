@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 from transformers import DynamicCache, PreTrainedModel
 
+from ..models.cache_argument import CACHE
 from ..models.streaming import Generator, StreamingCache
 from ..models.streaming.generation import DEFAULT_NUM_KEPT
 
@@ -102,11 +103,11 @@ class CroppedCache:
     def __init__(self, model: PreTrainedModel, ids: torch.Tensor, num_kept: int):
         self.model, self.num_kept = model, num_kept
         self.cache = DynamicCache(config=model.config)
-        model(ids, past_key_values=self.cache, logits_to_keep=1, use_cache=True)
+        model(ids, logits_to_keep=1, use_cache=True, **{CACHE: self.cache})
         self.size = self.cache.get_seq_length()
 
     def step(self, token: torch.Tensor) -> torch.Tensor:
-        logits = self.model(token, past_key_values=self.cache, use_cache=True).logits
+        logits = self.model(token, use_cache=True, **{CACHE: self.cache}).logits
         for layer in self.cache.layers:
             layer.keys, layer.values = self._crop(layer.keys), self._crop(layer.values)
         return logits

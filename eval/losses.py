@@ -13,6 +13,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from ..models import streaming
+from ..models.cache_argument import CACHE
 from ..models.loading import refuse_nan
 
 CHUNK = 512  # tokens at a time: bounds the logits and a dense mask, not the result
@@ -56,7 +57,7 @@ def dense_losses(model: PreTrainedModel, ids: torch.Tensor, progress: Progress |
     losses[0] = _first_loss(model, ids)
     for start in range(0, last, CHUNK):
         end = min(start + CHUNK, last)
-        logits = model(_batch(model, ids[start:end]), past_key_values=cache, use_cache=True).logits[0]
+        logits = model(_batch(model, ids[start:end]), use_cache=True, **{CACHE: cache}).logits[0]
         losses[start + 1 : end + 1] = _nll(logits, ids[start + 1 : end + 1])
         _advance(progress, end - start)
         if _num_bytes(cache) > _free_memory(model.device):

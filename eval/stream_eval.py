@@ -16,6 +16,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models import StreamingCache
+from ..models.cache_argument import CACHE
 from .streaming import text_prefix
 
 PREAMBLE = "Below is a record of lines I want you to remember.\n"
@@ -109,9 +110,9 @@ class Streams:
         return self.model(
             ids,
             attention_mask=torch.cat((past, is_token), dim=1),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=logits_to_keep,
+            **{CACHE: cache},
         ).logits
 
 

@@ -20,7 +20,6 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
 
 from .fused_layer import RotatedHeads, is_fused, linear_but_bias_gradient
 from .sink_column import SinkColumn, attention_with_column, explicit_attention
-from .streaming.hook import ATTENTION, streaming_attention
 
 
 class SinkAttention(GPTNeoXAttention):
@@ -69,10 +68,8 @@ class SinkAttention(GPTNeoXAttention):
         kwargs |= {"scaling": self.scaling, "dropout": self.attention_dropout if self.training else 0.0}
         if column is None:
             interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        elif implementation in WITH_COLUMN:
-            interface, kwargs = WITH_COLUMN[implementation], kwargs | {"column": column}
-            if implementation == "eager":  # asked for as all of transformers' models ask, so that one can listen
-                interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, interface)
+        elif implementation in COLUMN_ATTENTION:
+            interface, kwargs = COLUMN_ATTENTION[implementation], kwargs | {"column": column}
         else:
             raise ValueError(
                 f"attn_implementation {implementation!r} has no place for the column of sink.kind "
@@ -173,11 +170,15 @@ def sdpa_with_column(module, query, key, value, mask, *, column, scaling, dropou
     return attention_with_column(query, key, value, mask, column, scaling, dropout).transpose(1, 2), None
 
 
-WITH_COLUMN: dict[str, Callable] = {
-    "eager": eager_with_column,
-    "sdpa": sdpa_with_column,
-    ATTENTION: streaming_attention,
-}
+# Attention functions that take a sink's column, by ``attn_implementation``. Other parts of the project add theirs.
+COLUMN_ATTENTION: dict[str, Callable] = {"eager": eager_with_column, "sdpa": sdpa_with_column}
+
+
+def register_column_attention(name: str, function: Callable) -> None:
+    """Let ``attn_implementation=name`` serve arms with a column: ``function`` as in transformers' `AttentionInterface`,
+    with the column as the keyword ``column``."""
+    COLUMN_ATTENTION[name] = function
+
 
 ARMS: dict[str, type[SinkAttention]] = {
     "zero": ZeroSinkAttention,

@@ -43,7 +43,7 @@ def export_model(checkpoint: str | Path, output: str | Path) -> Path:
     """
     output = Path(output)
     _check_replaceable(output)
-    model = load_model(checkpoint, device="cpu")
+    model = load_model(checkpoint, device="cpu", dtype="auto")
     config = _exportable_config(model, checkpoint)
     partial = output.absolute().with_name(f".{output.absolute().name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

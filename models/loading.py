@@ -15,15 +15,16 @@ MODEL_FOLDER = "model"
 
 
 def load_model(
-    name_or_path: str | Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str | None = None
+    name_or_path: str | Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode.
 
     Args:
         name_or_path: a run folder (its newest complete checkpoint is taken), a checkpoint folder, a transformers
             folder, or a name on the Hub.
-        dtype: of the weights; ``"auto"`` is that of the file.
-        device: where to put it; a GPU if there is one and nothing is said.
+        dtype: data type of the weights; ``"auto"`` is that of the file. The default is that of the file too, but
+            float32 on a CPU without instructions for it (`has_instructions_for`), where it would be slower.
+        device: where to put the model; by default a GPU if there is one.
 
     Raises:
         FileNotFoundError: if the folder holds no complete checkpoint, or the name no model that can be reached.
@@ -31,10 +32,12 @@ def load_model(
             is no causal language model.
     """
     folder = resolve_model_folder(name_or_path)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         with no_progress_bars() if Path(folder).is_dir() else nullcontext():
-            model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, dtype="auto" if dtype is None else dtype, output_loading_info=True
+            )
     except OSError as error:
         raise FileNotFoundError(f"no model can be loaded from {str(name_or_path)!r}: {error}") from error
     except SafetensorError as error:
@@ -45,7 +48,22 @@ def load_model(
         raise ValueError(f"{name_or_path} is no causal language model: take one that predicts the next token") from None
     if info["missing_keys"]:
         raise ValueError(f"the weights in {folder} lack {sorted(info['missing_keys'])[0]}: take others")
+    if dtype is None and device.type == "cpu" and not has_instructions_for(model.dtype):
+        model = model.float()
     return model.to(device).eval()
+
+
+# Names of CPU instructions for 16-bit matrix products, on x86 and ARM, in `torch.cpu.get_capabilities`.
+HALF_PRECISION_INSTRUCTIONS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
+}
+
+
+def has_instructions_for(dtype: torch.dtype) -> bool:
+    """Whether this CPU computes matrix products of a data type natively. 16-bit types are emulated on many."""
+    names = HALF_PRECISION_INSTRUCTIONS.get(dtype)
+    return names is None or any(map(torch.cpu.get_capabilities().get, names))
 
 
 def refuse_nan(outputs: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention
 from transformers.utils import can_return_tuple
 
 from .arms import ARM_PARAMETERS, ARMS, SinkAttention
+from .cache_argument import CACHE, single_cache
 from .config import SinkGPTNeoXConfig
 from .fused_layer import SinkMLP
 from .loss import IGNORED, linear_cross_entropy
@@ -148,6 +149,7 @@ class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits ``(B, T, V)`` for the T tokens given, and the mean loss over the targets if ``labels`` are given.
@@ -156,22 +158,24 @@ class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
             input_ids: ``(B, T)`` text, without sinks (or ``inputs_embeds`` ``(B, T, D)``).
             attention_mask: ``(B, T)``, or ``(B, tokens seen + T)`` with a cache; 0 marks padding, on either side.
             position_ids: ``(B, T)``, counted from the first text token; the sinks' positions are added here.
-            past_key_values: the sinks are prepended if it is empty or None.
+            past_key_values, cache: two names of one argument (`cache_argument`); the sinks are prepended if the cache
+                is empty or None.
             labels: ``(B, T)``, label j being token j as everywhere in transformers, or ``(B, T + 1)``, where the last
                 label is the target of the last token. With sinks label 0 counts too: the last sink predicts it.
             skip_logits: return no logits, only the loss, and hold no more than a chunk of them at a time.
             num_items_in_batch: divides the summed loss in place of the number of targets here.
         """
-        num_new_sinks = 0 if _length(past_key_values) else self.config.num_sinks
+        cache = single_cache(cache, past_key_values, kwargs)
+        num_new_sinks = 0 if _length(cache) else self.config.num_sinks
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None:
             raise ValueError("give input_ids or inputs_embeds")
         num_tokens = given.shape[1]
-        if num_tokens == 0 and _length(past_key_values):
+        if num_tokens == 0 and _length(cache):
             raise ValueError(
                 "no new tokens: `generate` with a cache wants the whole text so far, and then the new turn"
             )
-        mask = self._extend_mask(attention_mask, num_tokens, past_key_values)
+        mask = self._extend_mask(attention_mask, num_tokens, cache)
         position_ids = self._position_ids(position_ids, mask, num_tokens, num_new_sinks)
         if num_new_sinks:
             input_ids, inputs_embeds = self._prepend_sinks(input_ids, inputs_embeds)
@@ -181,8 +185,8 @@ class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
             attention_mask=mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            **{CACHE: cache},
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state  # (B, sinks + T, D)
@@ -196,9 +200,9 @@ class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def _loss(self, predictors, targets, num_items_in_batch, *, in_chunks: bool) -> torch.Tensor:
@@ -269,16 +273,18 @@ class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
         past_key_values=None,
         inputs_embeds=None,  # named, for `generate` refuses embeddings where this signature does not name them
         is_first_iteration=False,
+        cache=None,
         **kwargs,
     ):
-        if is_first_iteration and next_sequence_length is not None and _length(past_key_values):
+        cache = single_cache(cache, past_key_values, kwargs)
+        if is_first_iteration and next_sequence_length is not None and _length(cache):
             next_sequence_length += self.config.num_sinks
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
+            **{CACHE: cache},
             **kwargs,
         )
         if self.config.num_sinks:

@@ -1,13 +1,20 @@
 """One forward pass, layer by layer: what enters it, its queries, keys, values and attention maps."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+from ...models.arms import COLUMN_ATTENTION, register_column_attention
+from ...models.cache_argument import CACHE
 
 
 @dataclass(frozen=True)
@@ -34,48 +41,78 @@ def observe(model: PreTrainedModel, ids: Tensor) -> list[Layer]:
     """
     if model.config.model_type == "falcon" and model.config.alibi:
         raise ValueError("transformers adds the ALiBi biases of Falcon-RW twice where it shows attention maps")
-    cache = DynamicCache()  # without a config: layers with a window of their own keep all keys too
-    with _eager_attention(model) as queries:
+    cache = _full_cache(model)
+    with _observed_attention(model) as queries:
         outputs: Any = model(
             ids.to(model.device),
-            past_key_values=cache,
             use_cache=True,
             output_attentions=True,
             output_hidden_states=True,
             logits_to_keep=1,
+            **{CACHE: cache},
         )
     maps = getattr(outputs, "attentions", None) or ()
     if not maps or any(attention is None for attention in maps) or len(maps) != len(cache.layers):
-        raise ValueError(f"a model of type {model.config.model_type!r} does not show an attention map for each layer")
-    if len(queries) != len(maps):
-        queries = [None] * len(maps)
+        raise no_maps(model)
     states = outputs.hidden_states[: len(maps)]  # without the last, which is normalised and enters no layer
     return [
         Layer(hidden_states, query, cached.keys, cached.values, attention)
-        for hidden_states, query, cached, attention in zip(states, queries, cache.layers, maps, strict=True)
+        for hidden_states, query, cached, attention in zip(
+            states, queries or [None] * len(maps), cache.layers, maps, strict=True
+        )
     ]
 
 
+def observed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """The eager attention of the module's own family, which returns the attention map; records the queries."""
+    _queries.get().append(query)
+    eager = COLUMN_ATTENTION["eager"] if "column" in kwargs else eager_attention_of(type(module))
+    return eager(module, query, key, value, attention_mask, **kwargs)
+
+
+def eager_attention_of(attention: type[nn.Module]) -> Callable:
+    """``eager_attention_forward`` of the module in which transformers defines this class or a base of it."""
+    modules = (sys.modules[base.__module__] for base in attention.__mro__)
+    return next(
+        vars(module)["eager_attention_forward"] for module in modules if "eager_attention_forward" in vars(module)
+    )
+
+
+OBSERVED = "sinklm_observed"  # as ``attn_implementation``
+_queries: ContextVar[list[Tensor]] = ContextVar("queries")
+AttentionInterface.register(OBSERVED, observed_attention)
+AttentionMaskInterface.register(OBSERVED, eager_mask)
+register_column_attention(OBSERVED, observed_attention)
+
+
 @contextmanager
-def _eager_attention(model: PreTrainedModel) -> Iterator[list[Tensor | None]]:
-    """Let a model compute its attention maps, and collect the queries with which it does, layer after layer.
-
-    A family's own eager attention is known only to whoever asks `AttentionInterface` for another one: so listen there.
-    """
-    queries: list[Tensor | None] = []
-
-    def get_interface(interface: AttentionInterface, name: str, eager: Callable) -> Callable:
-        def attention(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-            queries.append(query)
-            return eager(module, query, *args, **kwargs)
-
-        return attention
-
-    users_choice, original = model.config._attn_implementation, AttentionInterface.get_interface
-    model.config._attn_implementation = "eager"
-    AttentionInterface.get_interface = get_interface
+def _observed_attention(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Let a model compute attention maps, and collect its queries, layer by layer, where it uses the interface."""
+    queries: list[Tensor] = []
+    users_choice = model.config._attn_implementation
+    model.config._attn_implementation = OBSERVED
+    token = _queries.set(queries)
     try:
         yield queries
     finally:
-        AttentionInterface.get_interface = original
+        _queries.reset(token)
         model.config._attn_implementation = users_choice
+
+
+def _full_cache(model: PreTrainedModel) -> DynamicCache:
+    """A cache that keeps all keys, also for layers with a sliding window.
+
+    Raises:
+        ValueError: some layers have no keys (linear attention, state spaces).
+    """
+    cache = DynamicCache(config=model.config)
+    if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+        raise no_maps(model)
+    cache.layers = [DynamicLayer() for _ in cache.layers]
+    return cache
+
+
+def no_maps(model: PreTrainedModel) -> ValueError:
+    return ValueError(f"a model of type {model.config.model_type!r} does not show an attention map for each layer")

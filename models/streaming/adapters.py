@@ -31,11 +31,14 @@ class Adapter:
         attend: ``(cache_ref, module, hidden_states (B, T, D), **kwargs)`` to ``(output (B, T, D), None)``; the cache
             is held weakly, for modules outlive it.
         mask_shape: of the mask of ones that the decoder is given, for it insists on some.
+        takes_positions_from_cache: the decoder is given zeros, because it looks positions up in a table that a stream
+            can outgrow.
     """
 
     module_name: str
     attend: Callable[..., tuple[Tensor, None]]
     mask_shape: tuple[int, ...] | None = None
+    takes_positions_from_cache: bool = False
 
     def modules(self, decoder: nn.Module) -> list[nn.Module]:
         return [module for name, module in decoder.named_modules() if name.endswith("." + self.module_name)]
@@ -80,14 +83,15 @@ def mpt_attend(cache_ref: CacheRef, module: MptAttention, hidden_states: Tensor,
 
 
 def gptj_attend(
-    cache_ref: CacheRef, module: GPTJAttention, hidden_states: Tensor, position_ids: Tensor, **kwargs: Any
+    cache_ref: CacheRef, module: GPTJAttention, hidden_states: Tensor, **kwargs: Any
 ) -> tuple[Tensor, None]:
     projections = (module.q_proj, module.k_proj, module.v_proj)
     query, key, value = (split_heads(proj(hidden_states), module.num_attention_heads) for proj in projections)
     cache = cache_ref()
     rotary = cache.encoding
     assert isinstance(rotary, Rotary)
-    phases = rotary.phases(position_ids, query)
+    assert cache.step is not None
+    phases = rotary.phases(cache.step.position_ids, query)
     query, key = rotary.turn(query, phases), rotary.turn(key, phases)
     out = cache.attend(module.layer_idx, query, key, value, module.head_dim**-0.5)
     return module.resid_dropout(module.out_proj(merge_heads(out))), None
@@ -95,7 +99,7 @@ def gptj_attend(
 
 FALCON = Adapter("self_attention", falcon_attend, mask_shape=(1, 1))
 MPT = Adapter("attn", mpt_attend, mask_shape=(1, 1, 1, 1))
-GPTJ = Adapter("attn", gptj_attend)
+GPTJ = Adapter("attn", gptj_attend, takes_positions_from_cache=True)
 
 
 def identity_mask(adapter: Adapter | None, batch_size: int, device: torch.device) -> Tensor | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..cache_argument import CACHE
 from . import kernels
 from .cache import StreamingCache
 
@@ -38,13 +39,13 @@ class StreamingDecoder:
 
     def _forward(self, token_ids: Tensor) -> Tensor:
         with kernels.OneRowLinear() if kernels.is_available else nullcontext():
-            return self.model(token_ids, past_key_values=self.cache, use_cache=True).logits
+            return self.model(token_ids, use_cache=True, **{CACHE: self.cache}).logits
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Read a prompt ``(B, T)`` of any length, at any time; logits ``(B, 1, V)`` of what follows it."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        return self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        return self.model(**inputs, use_cache=True, logits_to_keep=1, **{CACHE: self.cache}).logits
 
     @torch.no_grad()
     def __call__(self, token_ids: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
+from ..arms import register_column_attention
 from ..sink_column import SinkColumn
 from .adapters import Adapter, identity_mask
 
@@ -45,6 +46,7 @@ def streaming_attention(
 
 
 AttentionInterface.register(ATTENTION, streaming_attention)
+register_column_attention(ATTENTION, streaming_attention)
 
 
 class AttentionRoute:
@@ -140,8 +142,9 @@ class StreamingHook:
         if decoder is not self.decoder():  # a copy of the model
             return None, kwargs
         named = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        cache = named.get("past_key_values")
-        return (cache if cache is not None and cache is self.cache() else None), named
+        cache = self.cache()
+        is_given = cache is not None and any(value is cache for value in named.values())  # under any name
+        return (cache if is_given else None), named
 
     def before(self, decoder: PreTrainedModel, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
         if kwargs is None or decoder is not self.decoder():  # none: the cache was collected while torch called hooks
@@ -182,6 +185,8 @@ class StreamingHook:
         position_ids = cache.begin_forward(inputs, is_token, is_rest=bool(self.earlier[-1]))
         self.route.enter(self)
         mask = identity_mask(self.adapter, inputs.shape[0], inputs.device)
+        if self.adapter is not None and self.adapter.takes_positions_from_cache:
+            position_ids = torch.zeros_like(position_ids)
         steered = {name: inputs, "attention_mask": mask, "position_ids": position_ids, STEERED: cache}
         return (), {**named, **steered}
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ..cache_argument import CACHE
 from .cache import StreamingCache
 
 
@@ -25,7 +26,7 @@ def stream_logits(
     cache = StreamingCache.for_model(model, num_kept=num_kept, window=window, chunk_size=chunk_size)
     for chunk in token_ids.split(chunk_size, dim=1):
         with torch.inference_mode():
-            yield model(chunk.to(model.device, torch.long), past_key_values=cache, use_cache=True).logits
+            yield model(chunk.to(model.device, torch.long), use_cache=True, **{CACHE: cache}).logits
 
 
 def stream_losses(

@@ -180,7 +180,8 @@ def test_a_checkpoint_has_the_names_of_gpt_neox_and_its_arms_own(kind, names, tm
     assert arm == plain | {f"gpt_neox.layers.{layer}.attention.{name}" for layer in layers for name in names}
     again, ids = load_model(tmp_path / "arm"), text(1, 5)
     assert isinstance(again, SinkGPTNeoXForCausalLM)
-    assert torch.equal(again(ids).logits, model(ids).logits)
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in again.state_dict().items())
 
 
 @every_arm
@@ -241,5 +242,6 @@ def test_the_first_values_of_an_arm(kind, names):
 def test_the_zero_sink_is_a_learned_logit_or_key_that_has_learnt_nothing():
     ids = text(1, 9)
     logits = [seeded(SinkGPTNeoXForCausalLM, tiny_config(0, sink={"kind": kind}))(ids).logits for kind in COLUMN_KINDS]
-    assert torch.equal(logits[0], logits[1])
-    assert torch.equal(logits[0], logits[2])
+    # Not bit for bit: the rounding of MKL's products depends on where their operands lie in memory.
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits[2], logits[0], rtol=1e-5, atol=1e-6)

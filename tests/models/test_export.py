@@ -38,7 +38,7 @@ for folder in sys.argv[1:]:
     inputs = AutoTokenizer.from_pretrained(folder)("TEXT", return_tensors="pt")
     with torch.no_grad():
         logits = model(inputs["input_ids"]).logits
-    generated = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+    generated = model.generate(**inputs, max_new_tokens=200, do_sample=False)
     new = generated[0, inputs["input_ids"].shape[1] :]
     torch.save({"ids": inputs["input_ids"], "logits": logits, "generated": new}, f"{folder}/stock.pt")
 """
@@ -65,7 +65,7 @@ def test_transformers_alone_computes_the_same_logits_and_text(tmp_path):
         model, inputs = load_model(checkpoint, device="cpu"), load_tokenizer(checkpoint)(TEXT, return_tensors="pt")
         with torch.no_grad():
             logits = model(inputs["input_ids"]).logits
-        generated = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        generated = model.generate(**inputs, max_new_tokens=200, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         stock = torch.load(folder / "stock.pt")
         num_sinks = model.config.num_sinks
         assert stock["ids"][0].tolist() == [*model.config.sink_token_ids, *inputs["input_ids"][0].tolist()]

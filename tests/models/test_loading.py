@@ -1,6 +1,6 @@
 import pytest
 import torch
-from sinklm.models import load_model, load_tokenizer
+from sinklm.models import load_model, load_tokenizer, loading
 from sinklm.models.loading import is_local, resolve_model_folder
 from transformers import GPTNeoXConfig, T5Config
 
@@ -25,6 +25,17 @@ def test_a_run_folder_gives_its_newest_complete_checkpoint(run_folder):
     assert load_model(run_folder / "checkpoints" / "step-2", device="cpu").gpt_neox.final_layer_norm.bias[0] == 2
     assert resolve_model_folder(run_folder / "checkpoints/step-2/model").endswith("step-2/model")
     assert resolve_model_folder("EleutherAI/pythia-160m") == "EleutherAI/pythia-160m"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("is_native", [True, False])
+def test_a_cpu_gets_the_type_that_it_has_instructions_for(dtype, is_native, tmp_path, monkeypatch):
+    tiny_model(1, dtype=dtype).save_pretrained(tmp_path)
+    names = [name for names in loading.HALF_PRECISION_INSTRUCTIONS.values() for name in names]
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, is_native))
+    assert load_model(tmp_path, device="cpu").dtype == (dtype if is_native else torch.float32)
+    assert load_model(tmp_path, device="cpu", dtype="auto").dtype == dtype
+    assert load_model(tmp_path, device="cpu", dtype=torch.float64).dtype == torch.float64
 
 
 def test_what_is_no_model_is_named(run_folder, tmp_path):

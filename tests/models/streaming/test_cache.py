@@ -135,7 +135,7 @@ def test_reset_begins_a_new_stream(model):
     first = run(model, ids, cache)
     cache.reset()
     assert cache.get_seq_length() == 0
-    torch.testing.assert_close(run(model, ids, cache), first, rtol=0, atol=0)
+    torch.testing.assert_close(run(model, ids, cache), first, rtol=0, atol=1e-12)
 
 
 def test_crop_takes_back_what_has_evicted_nothing(model):
@@ -166,7 +166,8 @@ def test_crop_is_refused_after_padding(model):
 
 def test_crop_names_who_takes_tokens_back(model):
     ids, settings = tiny.random_ids(4).repeat(1, 5), {"max_new_tokens": 6, "use_cache": True, "do_sample": False}
-    with pytest.raises(ValueError, match="prompt lookup take tokens back"):
+    transformers_own = "Assisted decoding requires a cache that can be cropped"  # from 5.24 on
+    with pytest.raises(ValueError, match=f"prompt lookup take tokens back|{transformers_own}"):
         model.generate(ids, past_key_values=for_model(model), prompt_lookup_num_tokens=3, **settings)
 
 
@@ -226,7 +227,7 @@ def test_the_model_is_as_it_was(family):
     cache = for_model(model)
     run(model, ids, cache)
     assert model.config._attn_implementation == implementation
-    torch.testing.assert_close(run(model, ids, None), before, rtol=0, atol=0)
+    torch.testing.assert_close(run(model, ids, None), before, rtol=0, atol=1e-12)
     torch.testing.assert_close(run(model, ids, DynamicCache(config=model.config)), before, rtol=0, atol=1e-12)
     del cache
     gc.collect()
@@ -421,7 +422,7 @@ def test_the_decoder_can_be_called_by_position(model):
     with torch.no_grad():
         by_position = model.base_model(ids, mask, None, None, cache).last_hidden_state
         by_name = model.base_model(ids, past_key_values=for_model(model)).last_hidden_state
-    torch.testing.assert_close(by_position, by_name, rtol=0, atol=0)
+    torch.testing.assert_close(by_position, by_name, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("hook", ["register_forward_pre_hook", "register_forward_hook"])
@@ -435,5 +436,5 @@ def test_a_cache_may_be_collected_while_torch_goes_through_the_hooks(hook):
 
     getattr(model.base_model, hook)(collect)
     caches.append(StreamingCache.for_model(model, num_kept=1, window=4))
-    assert torch.equal(model(ids).logits, expected)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-12)
     assert len(model.base_model._forward_pre_hooks) == (hook == "register_forward_pre_hook")

@@ -52,7 +52,16 @@ VARIANTS: dict[str, dict[str, dict]] = {
     "olmo": {"": GROUPED},
     "olmo2": {"": GROUPED},
     "phi": {"": {"partial_rotary_factor": 0.5}},
-    "gptj": {"": {"rotary_dim": 8, "n_inner": 96, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}},
+    "gptj": {
+        "": {
+            "rotary_dim": 8,
+            "n_positions": 24,
+            "n_inner": 96,
+            "attn_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+        }
+    },
     "mpt": {"": {"max_seq_len": 32}},
     "falcon": {
         "": {"multi_query": True, "parallel_attn": True, "new_decoder_architecture": False},  # 7B
@@ -77,7 +86,7 @@ def build(cfg, seed: int = 0, dtype=torch.float64):
 def use_float64(model) -> None:
     """Let the test's own model work in float64 throughout, where transformers insists on float32."""
     rotary = getattr(model.base_model, "rotary_emb", None)
-    if rotary is not None:
+    if hasattr(rotary, "inv_freq"):
         rotary.inv_freq = inverse_frequencies(model.config)
         rotary.forward = partial(float64_tables, rotary)
     for module in model.modules():
