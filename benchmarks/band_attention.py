@@ -10,11 +10,12 @@ at the head's own size, and merges the kept keys in.
 import argparse
 
 import torch
-from sinklm.eval.decode_speed import milliseconds
-from sinklm.models.streaming.attention import can_flash, flash_two_phase_attention, two_phase_attention
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import pad
+
+from sinklm.eval.decode_speed import milliseconds
+from sinklm.models.banded_attention import can_flash, flash_two_phase_attention, two_phase_attention
 
 NUM_KEPT = 4
 # heads, groups, head size, rotary dimensions, window: SmolLM2-135M, Pythia-160M and 6.9B

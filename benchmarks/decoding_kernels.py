@@ -12,15 +12,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from sinklm.eval.decode_speed import copy_bandwidth, milliseconds
-from sinklm.models.streaming import kernels
-from sinklm.models.streaming.contract import StreamShape
-from sinklm.models.streaming.encodings import Rotary
-from sinklm.models.streaming.kernels import attention as attention_kernel
-from sinklm.models.streaming.kernels import matvec as matvec_kernel
-from sinklm.models.streaming.layer import StreamingLayer
-from sinklm.models.streaming.steps import DecodeStep
 from torch.nn import functional as F
+
+from sinklm.eval.decode_speed import copy_bandwidth, milliseconds
+from sinklm.streaming import kernels
+from sinklm.streaming.buffers import StreamingLayer
+from sinklm.streaming.encodings import Rotary
+from sinklm.streaming.kernels import attention as attention_kernel
+from sinklm.streaming.kernels import matvec as matvec_kernel
+from sinklm.streaming.rule import StreamShape
+from sinklm.streaming.steps import DecodeStep
 
 # heads, groups, head size, cache, batch: Pythia-160M and 6.9B, then fewer groups than heads: Llama-3-8B and Falcon-7B
 ATTENTION = [(12, 12, 64, 1024, 1), (12, 12, 64, 1024, 8), (32, 32, 128, 4096, 1), (32, 32, 128, 4096, 8)]

@@ -16,9 +16,10 @@ import time
 import numpy as np
 import torch
 import transformers
-from sinklm.eval.decode_speed import milliseconds, synchronize
-from sinklm.models.streaming import StreamingCache, stream_losses
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from sinklm.eval.decode_speed import milliseconds, synchronize
+from sinklm.streaming import StreamingCache, stream_losses
 
 
 def environment() -> dict:

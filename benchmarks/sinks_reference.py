@@ -16,9 +16,10 @@ import eval_activations_open_source as their_activations
 import eval_sink_open_source as their_sinks
 import torch
 import transformers
-from sinklm.eval.sinks import Statistics, measure, sequences_of_texts
-from sinklm.models import load_model, load_tokenizer
 from transformers import BatchEncoding, PreTrainedModel
+
+from sinklm.checkpoints import load_model, load_tokenizer
+from sinklm.eval.sinks import Statistics, measure, sequences_of_texts
 
 
 def measure_theirs(model: PreTrainedModel, ids: torch.Tensor, epsilon: float) -> dict[str, torch.Tensor]:

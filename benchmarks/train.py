@@ -40,11 +40,12 @@ import numpy as np
 import psutil
 import torch
 import transformers
+from tokenizers import Tokenizer, models
+
 from sinklm.train.config import TrainingConfig
 from sinklm.train.cost import flops_per_token, peak_flops
 from sinklm.train.plan import Plan
 from sinklm.train.recipe import load_config
-from tokenizers import Tokenizer, models
 
 CONTESTANTS = "sinklm,sinklm-none,transformers,litgpt,nanogpt"
 TOKENIZER_SIZE = 50277  # Pythia's

@@ -21,14 +21,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
 from sinklm.data import open_store
 from sinklm.models import SinkGPTNeoXConfig
 from sinklm.train.plan import Plan
 from sinklm.train.progress import peak_memory_gib
 from sinklm.train.recipe import load_config
-from torch import nn
-from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 Loss = Callable[[torch.Tensor], torch.Tensor]  # of samples (B, T + 1)
 

@@ -26,6 +26,9 @@ from typing import Any
 
 import torch
 import torch._inductor.config
+from torch.profiler import ProfilerActivity, profile
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXMLP
+
 from sinklm.models import SinkGPTNeoXForCausalLM, arms, fused_layer, loss
 from sinklm.train import engine as engine_module
 from sinklm.train import fused_update
@@ -36,8 +39,6 @@ from sinklm.train.launch import World, connected
 from sinklm.train.plan import Plan
 from sinklm.train.progress import peak_memory_gib
 from sinklm.train.recipe import load_config
-from torch.profiler import ProfilerActivity, profile
-from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXMLP
 
 TOKENIZER_SIZE = 50277  # Pythia's
 # Ranges that the profiler reports beside kernels.

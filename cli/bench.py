@@ -58,8 +58,8 @@ def decode(
 
 def _load(name: str) -> tuple["PreTrainedModel", dict[str, Any]]:
     """A model and its description; the one of a recipe with random weights."""
+    from ..checkpoints import load_model
     from ..eval.report import describe_model
-    from ..models import load_model
 
     if not (files(CONFIGS_PACKAGE) / f"{name}.yaml").is_file() or Path(name).exists():
         loaded = load_model(name)

@@ -10,7 +10,7 @@ import typer
 from .generate import Model, NumKept, Seed, Temperature, TopK, Window, check_cache_options, describe_cache
 
 if TYPE_CHECKING:
-    from ..models.streaming import Chat
+    from ..streaming import Chat
 
 
 def chat(
@@ -30,8 +30,8 @@ def chat(
     """
     import torch
 
-    from ..models import load_model, load_tokenizer
-    from ..models.streaming import Chat
+    from ..checkpoints import load_model, load_tokenizer
+    from ..streaming import Chat
     from .generate import make_generator
 
     check_cache_options(num_kept, window)

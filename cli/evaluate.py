@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..eval.streaming import Configuration, Result, Stream
+    from ..eval.perplexity import Configuration, Result, Stream
 
 MODEL_HELP = "A training run, a checkpoint, an export, any transformers folder, or a name on the Hub."
 OUTPUT_HELP = "Folder for the results; results/<model> if not given."
@@ -36,10 +36,10 @@ def zero_shot(
     """Score a model on benchmarks through lm-eval; the paper's seven tasks if nothing is said."""
     if batch_size != "auto" and (not batch_size.isdecimal() or int(batch_size) < 1):
         raise ValueError(f"--batch-size is {batch_size!r}: it must be a positive number or auto")
+    from ..checkpoints import load_tokenizer
     from ..eval.loading import load_causal_model
     from ..eval.report import ReportFile, default_output, describe_model, library_versions
     from ..eval.zero_shot import evaluate, results_table
-    from ..models import load_tokenizer
 
     console = Console()
     loaded, tokenizer = load_causal_model(model), load_tokenizer(model)
@@ -82,10 +82,9 @@ def streaming(
     output: Output = None,
 ) -> None:
     """Perplexity on long text under dense attention, a sliding window, kept tokens + window, and re-computation."""
+    from ..checkpoints import load_tokenizer
     from ..eval.loading import load_causal_model
-    from ..eval.plots import plot_streaming
-    from ..eval.report import ReportFile, default_output, describe_model, library_versions
-    from ..eval.streaming import (
+    from ..eval.perplexity import (
         as_json,
         configurations,
         default_caches,
@@ -95,7 +94,8 @@ def streaming(
         refuse_unmeasurable,
         results_table,
     )
-    from ..models import load_tokenizer
+    from ..eval.plots import plot_streaming
+    from ..eval.report import ReportFile, default_output, describe_model, library_versions
 
     console = Console()
     stream = read_stream(text, load_tokenizer(model), tokens)
@@ -140,12 +140,12 @@ def stream_eval(
     output: Output = None,
 ) -> None:
     """StreamEval: recall of numbered lines, against how many lines ago they were read."""
+    from ..checkpoints import load_tokenizer
     from ..eval.loading import load_causal_model
+    from ..eval.perplexity import default_caches, parse_caches, refuse_small_caches
     from ..eval.plots import plot_stream_eval
     from ..eval.report import ReportFile, default_output, describe_model, library_versions
     from ..eval.stream_eval import check_distances, make_records, results_table, tokens_per_line
-    from ..eval.streaming import default_caches, parse_caches, refuse_small_caches
-    from ..models import load_tokenizer
 
     console = Console()
     chosen_distances = whole_numbers("--distances", distances)
@@ -218,7 +218,7 @@ def _measure_all(
     console: Console, model: "PreTrainedModel", stream: "Stream", chosen: list["Configuration"], recompute_every: int
 ) -> Iterator["Result"]:
     """Run one configuration after the other, each with a bar of its own."""
-    from ..eval.streaming import measure
+    from ..eval.perplexity import measure
 
     with progress_bars(console) as bars:
         for configuration in chosen:

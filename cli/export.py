@@ -12,7 +12,7 @@ def export(
     output: Annotated[Path, typer.Argument(help="The folder to make.", show_default=False)],
 ) -> None:
     """Turn a checkpoint into a plain GPT-NeoX folder that transformers runs without sinklm."""
-    from ..models.export import export_model
+    from ..checkpoints.export import export_model
     from ..train.launch import quieten_libraries
 
     quieten_libraries()

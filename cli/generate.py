@@ -8,7 +8,7 @@ import typer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..models.streaming import Generator, StreamingCache
+    from ..streaming import Generator, StreamingCache
 
 Model = Annotated[str, typer.Argument(help="Run folder, checkpoint, transformers folder, or name on the Hub.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")]
@@ -56,7 +56,7 @@ def generate(
     """
     import torch
 
-    from ..models import load_model, load_tokenizer
+    from ..checkpoints import load_model, load_tokenizer
 
     check_cache_options(num_kept, window)
     prompt = _read_prompt(prompt)
@@ -101,8 +101,7 @@ def make_generator(
     compile: bool = True,
 ) -> "Generator":
     """With an empty cache of the size asked for, or the model's default."""
-    from ..models import StreamingCache
-    from ..models.streaming import Generator, default_cache
+    from ..streaming import Generator, StreamingCache, default_cache
 
     if num_kept is None or window is None:
         num_kept, window = default_cache(model)
@@ -138,9 +137,9 @@ def _generate_dense(
     import torch
     from transformers import LogitsProcessorList, TextStreamer
 
-    from ..models.loading import refuse_nan
-    from ..models.streaming.families import num_embedded_positions
-    from ..models.streaming.generation import MIN_TEMPERATURE
+    from ..streaming.families import num_embedded_positions
+    from ..streaming.generation import MIN_TEMPERATURE
+    from ..streaming.scoring import refuse_nan
 
     num_positions = num_embedded_positions(model.config)
     if num_positions and len(prompt_ids) + max_new_tokens > num_positions:
@@ -174,7 +173,7 @@ def _print_stream(
     """Write the text to stdout, and the speed to stderr where it is not part of the text."""
     from itertools import islice, takewhile
 
-    from ..models.streaming import TextStream
+    from ..streaming import TextStream
 
     speed = Speed()
     text = TextStream(tokenizer)

@@ -37,12 +37,12 @@ def sinks(
     """Sink rates, attention maps, norms and massive activations: where a model puts its surplus attention."""
     if bool(text) == bool(store):
         raise ValueError("give either --text or --store: what the model is to read")
+    from ..checkpoints import load_tokenizer
     from ..eval.loading import load_causal_model
     from ..eval.report import ReportFile, default_output, describe_model, library_versions
     from ..eval.sinks import sequences_of_store, sequences_of_texts
     from ..eval.sinks.plots import plot_sinks
     from ..eval.sinks.report import as_json, heads_table, massive_table, named_positions, positions_table, summary
-    from ..models import load_tokenizer
 
     console = Console()
     run = _checkpoints_of(model) if checkpoints else {}
@@ -86,7 +86,7 @@ def _measure_run(
     console: Console, run: dict[int, Path], sequences: "Sequences", epsilon: float
 ) -> Iterator[tuple[dict[str, int], "Statistics"]]:
     """One checkpoint after the other, with its step and the tokens trained on, sinks included."""
-    from ..models import load_model
+    from ..checkpoints import load_model
     from ..train.checkpoint import read_state
 
     for step, checkpoint in run.items():

@@ -13,8 +13,8 @@ from rich.table import Table
 from transformers import DynamicCache, PreTrainedModel
 
 from ..models.cache_argument import CACHE
-from ..models.streaming import Generator, StreamingCache
-from ..models.streaming.generation import DEFAULT_NUM_KEPT
+from ..streaming import Generator, StreamingCache
+from ..streaming.generation import DEFAULT_NUM_KEPT
 
 METHODS = ("streaming", "cropped cache", "re-computation", "floor")
 NUM_WARMUP = 5

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from ..models import load_model
+from ..checkpoints import load_model
 
 
 def load_causal_model(name_or_path: str | Path) -> PreTrainedModel:

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from ..models import streaming
+from .. import streaming
 from ..models.cache_argument import CACHE
-from ..models.loading import refuse_nan
+from ..streaming.scoring import refuse_nan
 
 CHUNK = 512  # tokens at a time: bounds the logits and a dense mask, not the result
 GPU_STREAM_CHUNK = 4096  # fills a GPU, at 1.6 GB of logits

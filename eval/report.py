@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..models.loading import resolve_model_folder
+from ..checkpoints.loading import resolve_model_folder
 
 LIBRARIES = ("sinklm", "torch", "transformers", "tokenizers", "lm-eval", "datasets", "numpy")
 

@@ -15,9 +15,9 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models import StreamingCache
 from ..models.cache_argument import CACHE
-from .streaming import text_prefix
+from ..streaming import StreamingCache
+from .perplexity import text_prefix
 
 PREAMBLE = "Below is a record of lines I want you to remember.\n"
 LINES_PER_QUESTION = 10

@@ -1,33 +1,50 @@
-"""Which folder may import which: the direction of dependencies between the parts."""
+"""Which part may import which: the direction of dependencies, without circles."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOT_MODULES = {path.stem for path in (ROOT / "sinklm").glob("*.py")} - {"__init__"}  # any folder may import them
-MAY_IMPORT = {
+PACKAGE = ROOT / "src" / "sinklm"
+ROOT_MODULES = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}  # every part may import these
+MAY_IMPORT: dict[str, set[str]] = {
     "models": set(),
+    "streaming": {"models"},
+    "checkpoints": {"models"},
     "data": set(),
     "configs": set(),
-    "train": {"models", "data", "configs"},
-    "eval": {"models", "data"},
-    "cli": {"models", "data", "train", "eval", "configs"},
+    "train": {"models", "checkpoints", "data", "configs"},
+    "eval": {"models", "streaming", "checkpoints", "data"},
+    "cli": {"models", "streaming", "checkpoints", "data", "train", "eval", "configs"},
 }
 
 
-@pytest.mark.parametrize("folder", MAY_IMPORT)
-def test_imports_go_one_way(folder):
-    for path in (ROOT / folder).rglob("*.py"):
-        for part in imported_parts(path):
-            allowed = {folder} | MAY_IMPORT[folder] | ROOT_MODULES
-            assert part in allowed, f"{path.relative_to(ROOT)} imports sinklm.{part}"
+def test_every_part_is_a_link_to_a_folder_of_the_repository():
+    parts = {path.name for path in PACKAGE.iterdir() if path.is_symlink()}
+    assert parts == set(MAY_IMPORT)
+    for part in parts:
+        assert (PACKAGE / part).resolve() == ROOT / part
 
 
-def imported_parts(path: Path) -> set[str]:
+@pytest.mark.parametrize("part", MAY_IMPORT)
+def test_imports_go_one_way(part):
+    for path in (ROOT / part).rglob("*.py"):
+        for imported in imported_parts(path):
+            allowed = {part} | MAY_IMPORT[part] | ROOT_MODULES
+            assert imported in allowed, f"{path.relative_to(ROOT)} imports sinklm.{imported}"
+
+
+def test_the_root_modules_import_no_part():
+    for name in ROOT_MODULES:
+        assert not imported_parts(PACKAGE / f"{name}.py", folder=PACKAGE) - ROOT_MODULES
+
+
+def imported_parts(path: Path, folder: Path = ROOT) -> set[str]:
     """The parts of sinklm that a file imports, relatively or by name, at any depth of nesting."""
-    package = ("sinklm", *path.relative_to(ROOT).with_suffix("").parts[:-1])
+    package = ("sinklm", *path.relative_to(folder).with_suffix("").parts[:-1])
     names = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -38,11 +55,59 @@ def imported_parts(path: Path) -> set[str]:
     return {name.split(".")[1] for name in names if name.startswith("sinklm.")}
 
 
-def test_the_check_sees_every_form_of_import(tmp_path, monkeypatch):
-    monkeypatch.setattr("tests.test_imports.ROOT", tmp_path)
+def test_the_check_sees_every_form_of_import(tmp_path):
     (tmp_path / "models" / "inner").mkdir(parents=True)
     path = tmp_path / "models" / "inner" / "x.py"
     path.write_text(
         "def f():\n    from ...train import loop\nimport sinklm.eval.plots\nfrom ... import cli\nfrom ..config import y"
     )
-    assert imported_parts(path) == {"train", "eval", "cli", "models"}
+    assert imported_parts(path, tmp_path) == {"train", "eval", "cli", "models"}
+
+
+@pytest.mark.parametrize("part", MAY_IMPORT)
+def test_modules_of_a_part_import_each_other_without_circles(part):
+    modules = {path.relative_to(ROOT): path for path in (ROOT / part).rglob("*.py")}
+    names = {".".join(("sinklm", *path.with_suffix("").parts)): path for path in modules}
+    edges = {path: {names[n] for n in top_level_imports(path) if n in names} - {path} for path in modules}
+    done: set[Path] = set()
+    while ready := {path for path in edges if path not in done and edges[path] <= done}:
+        done |= ready
+    assert done == set(edges), f"circular imports among {sorted(map(str, set(edges) - done))}"
+
+
+def top_level_imports(path: Path) -> set[str]:
+    """Modules that are imported when a file is, by their full names."""
+    package = ("sinklm", *path.parts[:-1])
+    names: set[str] = set()
+    nodes: list[ast.AST] = list(ast.parse((ROOT / path).read_text()).body)
+    for node in nodes:
+        if isinstance(node, ast.Try):
+            nodes += node.body
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            base = ".".join(package[: len(package) - node.level + 1])
+            module = f"{base}.{node.module}" if node.module else base
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def test_import_sinklm_loads_nothing():
+    code = "import sys, sinklm; print([m for m in sys.modules if m.startswith(('sinklm.', 'torch', 'transformers'))])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+HEAVY = ("deepspeed", "lm_eval", "wandb", "datasets", "matplotlib", "pydantic", "omegaconf")
+
+
+@pytest.mark.parametrize(
+    ("module", "foreign"),
+    [
+        ("sinklm.streaming", ("sinklm.train", "sinklm.eval", "sinklm.data", "sinklm.checkpoints", *HEAVY)),
+        ("sinklm.checkpoints", ("sinklm.train", "sinklm.eval", "sinklm.data", "sinklm.streaming", *HEAVY)),
+        ("sinklm.train.run", ("sinklm.streaming", "sinklm.eval")),
+    ],
+)
+def test_a_part_loads_no_other(module, foreign):
+    code = f"import sys, {module}; print(*(m for m in sys.modules if m.startswith({foreign!r})))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not result.stdout.strip()

@@ -26,7 +26,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 
-from ..models.loading import COMPLETE_MARKER, MODEL_FOLDER
+from ..checkpoints.loading import COMPLETE_MARKER, MODEL_FOLDER
 from . import universal
 from .cost import GIB
 from .engine import optimizer_layout

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from tokenizers import Tokenizer
 
-from ..models.export import name_sinks
+from ..checkpoints.export import name_sinks
 from .launch import World
 from .plan import Plan
 

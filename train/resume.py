@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ..models.loading import COMPLETE_MARKER
+from ..checkpoints.loading import COMPLETE_MARKER
 from .checkpoint import CheckpointState, list_checkpoints, read_state
 from .config import TrainingConfig
 

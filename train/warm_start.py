@@ -7,9 +7,9 @@ import torch
 from transformers import AutoConfig, GPTNeoXConfig
 from transformers.utils import cached_file
 
+from ..checkpoints.loading import resolve_model_folder
 from ..data.tokenizer import load_tokenizer_file
 from ..models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM
-from ..models.loading import resolve_model_folder
 
 SIZES = (
     "hidden_size",

@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import save_file
-from sinklm.models.streaming import StreamingCache, stream_losses
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedModel
+
+from sinklm.streaming import StreamingCache, stream_losses
 
 
 def random_gpt_neox(vocab_size: int) -> PreTrainedModel:

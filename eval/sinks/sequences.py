@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ...data import open_store
-from ..streaming import read_stream, text_prefix
+from ..perplexity import read_stream, text_prefix
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 from transformers import PreTrainedModel
 
-from ...models.loading import refuse_nan
+from ...streaming.scoring import refuse_nan
 from .observation import Layer, observe
 
 EPSILON = 0.3

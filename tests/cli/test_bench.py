@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
+
 from sinklm.cli.bench import _random_model, decode
 from sinklm.eval.decode_speed import CroppedCache, bytes_read, results_table
 from sinklm.eval.plots import decoding_figure
 
 from ..eval.checkpoints import small_model, write_checkpoint
-from ..models.streaming import tiny
+from ..streaming import tiny
 
 
 def test_the_command_writes_table_json_and_picture(tmp_path, capsys):

@@ -4,10 +4,11 @@ import io
 
 import pytest
 import torch
-from sinklm.cli.generate import generate
-from sinklm.models import load_model, load_tokenizer
-from sinklm.models.streaming import Generator
 from transformers import GPT2Config, GPT2LMHeadModel
+
+from sinklm.checkpoints import load_model, load_tokenizer
+from sinklm.cli.generate import generate
+from sinklm.streaming import Generator
 
 from ..eval.checkpoints import small_model, write_checkpoint
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from sinklm.cli import main as module
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from sinklm.models import SinkGPTNeoXForCausalLM
 from sinklm.train.cost import count_parameters, flops_per_token
 from sinklm.train.plan import Plan

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
 from sinklm.data.tokenizer import train_tokenizer
 
 from .corpora import random_text

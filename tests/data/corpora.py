@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import zstandard
+from tokenizers import Tokenizer
+
 from sinklm.data import MegatronReader
 from sinklm.data.manifest import Manifest
-from tokenizers import Tokenizer
 
 WORDS = ["sink", "token", "window", "the", "a", "of", "cache", "naïve", "漢字", "🙂", "\n", "  ", "def f(x):", "3.14"]
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from sinklm.data import MegatronReader, MegatronWriter
 from sinklm.data.megatron import token_dtype
 

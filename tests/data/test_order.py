@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sinklm.data import SampleOrder, batch_indices
 from sinklm.data.order import NUM_ROUNDS
 

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+
 from sinklm.cli.prepare import describe, print_summary
 from sinklm.cli.prepare import prepare as prepare_command
 from sinklm.data import TokenStore, find_inputs, prepare_store, tokenizing

@@ -9,6 +9,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
+
 from sinklm.data import find_inputs
 from sinklm.data.inputs import hub_shards, read_documents
 from sinklm.data.readers import Document, _lines

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from sinklm.data import PreshuffledStore, TokenStore, TokenWindows, find_inputs, open_store, prepare_store
 from sinklm.data.manifest import MANIFEST_NAME
 from sinklm.data.store import VERIFIED_NAME

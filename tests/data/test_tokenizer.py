@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from typer.testing import CliRunner
+
 from sinklm.cli.main import app
 from sinklm.data.tokenizer import (
     SAFE_CUT,
@@ -16,8 +19,6 @@ from sinklm.data.tokenizer import (
     tokenizer_size,
     train_tokenizer,
 )
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from typer.testing import CliRunner
 
 from .corpora import random_text
 

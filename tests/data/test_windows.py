@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from sinklm.data import TokenWindows
 from sinklm.data.store import TokenStream
 

@@ -7,9 +7,10 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
+
 from sinklm.data.tokenizer import tokenizer_size, train_tokenizer
 from sinklm.models import SinkGPTNeoXForCausalLM
-from tokenizers import Tokenizer
 
 from ..models.tiny import draw_sinks, sharpen, tiny_config
 

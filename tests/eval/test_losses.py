@@ -4,12 +4,13 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from sinklm.eval import losses
-from sinklm.models.arms import ARMS
 from torch import nn
 
-from ..models.streaming.oracle import stream_logits
+from sinklm.eval import losses
+from sinklm.models.arms import ARMS
+
 from ..models.tiny import plain_twin, sinks, text, tiny_arm, tiny_model
+from ..streaming.oracle import stream_logits
 
 NUM_TOKENS = 40
 

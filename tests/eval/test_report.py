@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+
 from sinklm.eval.report import ReportFile, write_json
 
 

@@ -10,20 +10,21 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from sinklm.checkpoints import load_model, load_tokenizer
+from sinklm.checkpoints.export import export_model
 from sinklm.cli.sinks import sinks
 from sinklm.data import open_store
 from sinklm.eval.sinks import Layer, measure, observe, sequences_of_store, sequences_of_texts, statistics
 from sinklm.eval.sinks.plots import checkpoints_figure, heads_figure, layers_figure, maps_figure
 from sinklm.eval.sinks.report import as_json, massive_table, named_positions, positions_table, shown_positions
-from sinklm.models import load_model, load_tokenizer
 from sinklm.models.cache_argument import CACHE
-from sinklm.models.export import export_model
 from sinklm.train.checkpoint import CheckpointState
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from ..models.streaming import tiny as families
 from ..models.tiny import plain_twin, text, tiny_arm, tiny_model
 from ..models.tiny import sinks as sink_ids
+from ..streaming import tiny as families
 from ..train.tiny import make_store
 from .checkpoints import small_model, write_checkpoint
 

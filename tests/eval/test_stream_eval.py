@@ -7,6 +7,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from transformers import PreTrainedTokenizerFast
+
 from sinklm.cli.evaluate import stream_eval
 from sinklm.eval.plots import stream_eval_figure
 from sinklm.eval.stream_eval import (
@@ -20,7 +22,6 @@ from sinklm.eval.stream_eval import (
     summarize,
     tokens_per_line,
 )
-from transformers import PreTrainedTokenizerFast
 
 from .checkpoints import small_model, small_tokenizer
 

@@ -9,14 +9,15 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
+
+from sinklm.checkpoints import load_model, load_tokenizer
+from sinklm.checkpoints.export import export_model
 from sinklm.cli.evaluate import zero_shot
 from sinklm.eval.zero_shot import TASK_FOLDER, as_lm, evaluate, results_table
-from sinklm.models import load_model, load_tokenizer
 from sinklm.models.arms import ARMS
-from sinklm.models.export import export_model
 
-from ..models.streaming.oracle import dense_logits
 from ..models.tiny import plain_twin
+from ..streaming.oracle import dense_logits
 from .checkpoints import small_model
 
 PAPER_TASKS = {"arc_challenge", "arc_easy", "hellaswag", "lambada_openai", "openbookqa", "piqa", "winogrande"}

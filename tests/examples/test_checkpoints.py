@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
-from sinklm.eval.streaming import configurations, measure, read_stream
-from sinklm.models import load_model, load_tokenizer
 from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
+
+from sinklm.checkpoints import load_model, load_tokenizer
+from sinklm.eval.perplexity import configurations, measure, read_stream
 
 CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
 NUM_TOKENS = 2000

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
-from sinklm.models import SinkGPTNeoXForCausalLM, load_model, sink_column
-from sinklm.models.arms import ARMS, SinkAttention
 from transformers import DynamicCache
+
+from sinklm.checkpoints import load_model
+from sinklm.models import SinkGPTNeoXForCausalLM, sink_column
+from sinklm.models.arms import ARMS, SinkAttention
 
 from .streaming.oracle import dense_logits
 from .streaming.tiny import use_float64

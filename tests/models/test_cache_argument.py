@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from sinklm.models.cache_argument import CACHE, NAMES
-from sinklm.models.streaming import StreamingCache
 from transformers import Cache, DynamicCache
 
-from .streaming import tiny
+from sinklm.models.cache_argument import CACHE, NAMES
+from sinklm.streaming import StreamingCache
+
+from ..streaming import tiny
 from .tiny import text, tiny_model
 
 CACHES = {

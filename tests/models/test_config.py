@@ -1,4 +1,5 @@
 import pytest
+
 from sinklm.models import SinkGPTNeoXConfig
 
 

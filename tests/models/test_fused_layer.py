@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.functional import gelu
+
 from sinklm.models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM, arms, fused_layer
 from sinklm.models.arms import rotated
 from sinklm.models.fused_layer import BiasedGelu, RotatedHeads, linear_but_bias_gradient
-from torch import nn
-from torch.nn.functional import gelu
 
 KINDS = ["none", "token", "zero", "logit", "kv_bias", "gate"]
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy, linear
+
 from sinklm.models import loss as module
 from sinklm.models.loss import linear_cross_entropy
-from torch.nn.functional import cross_entropy, linear
 
 NUM_TOKENS, WIDTH, VOCABULARY = 50, 8, 96
 

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from sinklm.models import SinkGPTNeoXForCausalLM, tokens_per_sample
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, DynamicCache, GPTNeoXForCausalLM
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention
+
+from sinklm.models import SinkGPTNeoXForCausalLM, tokens_per_sample
 
 from .tiny import FIRST_SINK, plain_twin, sinks, text, tiny_config, tiny_model
 

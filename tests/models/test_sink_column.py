@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from sinklm.models.fused_attention import CPU, CUDNN, EFFICIENT, FLASH, kernel_for
 from sinklm.models.sink_column import FusedAttention, SinkColumn, attention_with_column, explicit_attention
 

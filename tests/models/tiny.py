@@ -1,8 +1,9 @@
 """Small models with attention that is far from uniform, and their plain twins."""
 
 import torch
-from sinklm.models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
+
+from sinklm.models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM
 
 VOCABULARY = 320
 FIRST_SINK = 300

@@ -3,12 +3,13 @@
 from types import SimpleNamespace
 
 import torch
+from torch import nn
+
 from sinklm.data import SampleOrder, TokenStore, TokenWindows
 from sinklm.models import SinkGPTNeoXForCausalLM
 from sinklm.train import fused_update
 from sinklm.train.plan import Plan
 from sinklm.train.schedule import learning_rate
-from torch import nn
 
 
 def plain_training(plan: Plan, num_steps: int) -> tuple[list[float], list[float], SinkGPTNeoXForCausalLM]:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from sinklm.data import SampleOrder, TokenStore, TokenWindows
 from sinklm.train.batches import MicroBatches, read_samples
 

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from sinklm.train.run import train
 
 from .tiny import assert_same_weights, copy_checkpoint, losses, metrics, weights

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+
 from sinklm.train.checkpoint import list_checkpoints
 from sinklm.train.run import train
 

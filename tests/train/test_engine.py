@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from sinklm.models import SinkGPTNeoXForCausalLM
 from sinklm.models.config import SINK_KINDS
 from sinklm.train import engine as engine_module

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+
 from sinklm.models import SinkGPTNeoXForCausalLM
 from sinklm.train import engine as engine_module
 from sinklm.train import fused_update

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+
 from sinklm.train.run import train
 
 from .tiny import RECIPE, losses, make_store

@@ -4,6 +4,7 @@ import os
 import signal
 
 import pytest
+
 from sinklm.train.launch import SameOnAllRanks, StopRequest, World, fill_environment, first_host
 
 

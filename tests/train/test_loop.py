@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from sinklm.train import loop
 from sinklm.train.checkpoint import list_checkpoints
 from sinklm.train.engine import train_step

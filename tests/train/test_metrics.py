@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from sinklm.train.metrics import MetricsFile, WandbRun, is_logged_in
 from sinklm.train.progress import Progress, Speedometer, human
 from sinklm.train.recipe import load_config

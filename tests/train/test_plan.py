@@ -4,11 +4,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
 from sinklm.models import SinkGPTNeoXForCausalLM
 from sinklm.train.cost import estimate_memory, flops_per_token
 from sinklm.train.plan import Plan
 from sinklm.train.recipe import load_config
-from torch.utils.flop_counter import FlopCounterMode
 
 
 def plan(*overrides: str, world_size: int = 1, tokenizer_size: int = 300) -> Plan:

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from sinklm.train.config import TrainingConfig
 from sinklm.train.recipe import config_yaml, dotted_keys, load_config
 

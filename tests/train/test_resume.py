@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from sinklm.models import SinkGPTNeoXForCausalLM, load_model, load_tokenizer
+from tokenizers import Tokenizer
+
+from sinklm.checkpoints import load_model, load_tokenizer
+from sinklm.models import SinkGPTNeoXForCausalLM
 from sinklm.train import engine
 from sinklm.train.checkpoint import list_checkpoints
 from sinklm.train.run import claimed, train
-from tokenizers import Tokenizer
 
 from .tiny import assert_same_weights, copy_checkpoint, losses, make_store, metrics, weights
 

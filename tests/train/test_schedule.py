@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sinklm.train.config import CheckpointSection, OptimizerSection
 from sinklm.train.schedule import is_pythia_step, learning_rate, saves_after
 

@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file
+
 from sinklm.data import find_inputs, prepare_store
 from sinklm.data.tokenizer import train_tokenizer
 from sinklm.models import SinkGPTNeoXForCausalLM

@@ -20,6 +20,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch.distributed as dist
+
 from sinklm.train.run import train
 
 from .tiny import ahead, bad_loss_in, copy_checkpoint, wait_for_step

@@ -1,0 +1,151 @@
+"""The README of an exported model: what it is, how it was trained, how to load and stream it."""
+
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PreTrainedModel
+
+TEMPLATE = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- gpt_neox
+- attention-sink
+- streaming
+---
+
+# {name}
+
+A Pythia-style (GPT-NeoX) language model of {num_parameters:,} parameters, pre-trained with \
+sinklm {with_sinks}.
+
+| | |
+|---|---|
+{facts}
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}")
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_special_tokens=True))
+```
+
+{notes}## Stream
+
+Text without end, in constant memory: the cache keeps {num_kept_words} and the {window} most recent tokens.
+
+```python
+from sinklm import StreamingCache
+
+cache = StreamingCache.for_model(model, num_kept={num_kept}, window={window})
+model.generate(**inputs, past_key_values=cache, max_new_tokens=10_000)
+```
+
+## Licence
+
+Whoever publishes this model chooses its licence. The texts it was trained on have licences of their own.
+"""
+
+SINK_NOTES = """\
+The model was trained with {names} in front of every text, as a place for surplus attention. The tokenizer puts it there
+by itself; keep it in fine-tuning (no `add_special_tokens=False`) and wherever long texts are cut on the left. It is
+never generated (`suppress_tokens` in `generation_config.json`).
+
+"""
+
+
+def model_card(model: PreTrainedModel, folder: Path, name: str, sink_names: list[str]) -> str:
+    """Markdown for a model that was loaded from ``folder``; facts of the run are in it if the run folder is around."""
+    num_sinks = len(sink_names)
+    num_kept = num_sinks or 4
+    window = model.config.max_position_embeddings // 2 - num_kept
+    if num_sinks:
+        notes = SINK_NOTES.format(names=f"`{''.join(sink_names)}`")
+        with_sinks = "with a learnable sink token" if num_sinks == 1 else f"with {num_sinks} learnable sink tokens"
+    else:
+        notes, with_sinks = "", "without a sink token"
+    facts = architecture_facts(model) | run_facts(folder)
+    return TEMPLATE.format(
+        name=name,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        with_sinks=with_sinks,
+        facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
+        notes=notes,
+        num_kept=num_kept,
+        num_kept_words="the sink" if num_sinks == 1 else f"the first {num_kept} tokens",
+        window=max(window, 1),
+    )
+
+
+def architecture_facts(model: PreTrainedModel) -> dict[str, str]:
+    config = model.config
+    return {
+        "Layers, width, heads": f"{config.num_hidden_layers}, {config.hidden_size}, {config.num_attention_heads}",
+        "Longest sequence": f"{config.max_position_embeddings:,} positions, sinks included",
+        "Vocabulary": f"{config.vocab_size:,} rows",
+        "Sink token ids": ", ".join(map(str, config.sink_token_ids)) or "none",
+        "Weights": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def run_facts(folder: Path) -> dict[str, str]:
+    """How the model in ``<run>/checkpoints/step-<N>/model`` was trained, as far as files beside it tell."""
+    checkpoint, run = folder.absolute().parent, folder.absolute().parents[2]
+    if not (checkpoint / "state.json").exists():
+        return {"Exported by": f"sinklm {metadata.version('sinklm')}"}
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    config = yaml.safe_load((checkpoint / "config.yaml").read_text(encoding="utf-8"))
+    train = config["train"]
+    facts = {
+        "Steps": f"{state['step']:,} of {train['num_steps']:,}",
+        "Positions seen": f"{state['positions']:,} ({train['batch_size_tokens']:,} a step)",
+        "Sequence length": f"{train['seq_length']:,}",
+        "Highest learning rate": f"{config['optimizer']['lr']:g}",
+        "Precision": state["precision"],
+        "Seed": str(train["seed"]),
+    }
+    facts |= _loss_facts(run / "metrics.jsonl", state["step"])
+    facts |= _data_facts(Path(config["data"]["path"] or ""))
+    return facts | _version_facts(run / "environment.json")
+
+
+def _loss_facts(metrics: Path, num_steps: int) -> dict[str, str]:
+    """The newest training and validation loss that were logged up to the checkpoint's step."""
+    if not metrics.exists():
+        return {}
+    newest: dict[str, Any] = {}
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if record["step"] <= num_steps:
+            newest |= record
+    names = {"loss": "Training loss", "validation_loss": "Validation loss"}
+    return {name: f"{newest[key]:.4f} nats per token" for key, name in names.items() if newest.get(key) is not None}
+
+
+def _data_facts(store: Path) -> dict[str, str]:
+    """The sets of the token store that the run read, with their share of its training tokens."""
+    if not (store / "manifest.json").exists():
+        return {}
+    train = json.loads((store / "manifest.json").read_text(encoding="utf-8"))["splits"]["train"]
+    total = train["total"]["tokens"]
+    largest_first = sorted(train["sets"].items(), key=lambda item: -item[1]["tokens"])
+    sets = ", ".join(f"{name} {counts['tokens'] / max(total, 1):.1%}" for name, counts in largest_first)
+    return {"Training data": f"{total:,} tokens: {sets}"}
+
+
+def _version_facts(environment: Path) -> dict[str, str]:
+    if not environment.exists():
+        return {}
+    recorded = json.loads(environment.read_text(encoding="utf-8"))
+    versions = {"sinklm": recorded["sinklm"]["version"]} | {
+        name: version for name, version in recorded.items() if isinstance(version, str) and name != "devices"
+    }
+    return {"Trained with": ", ".join(f"{name} {version}" for name, version in versions.items())}

@@ -1,0 +1,280 @@
+"""Perplexity on long text under cache configurations: the grid of the paper's Table 3, the curves of its Figure 3."""
+
+import hashlib
+import math
+import re
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.readers import TextFile
+from ..streaming import StreamingCache
+from ..streaming.families import num_embedded_positions
+from .losses import Progress, dense_losses, recompute_losses, stream_losses
+
+METHODS = ("dense", "window", "streaming", "recompute")
+KEPT_TOKENS = (0, 1, 2, 4)  # the columns of Table 3
+BINS_PER_OCTAVE = 4
+MIN_BIN_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A way of attending to a long text; ``num_kept + window`` tokens are in the cache."""
+
+    method: str
+    num_kept: int = 0
+    window: int = 0
+
+    @property
+    def cache_size(self) -> int:
+        return self.num_kept + self.window
+
+    @property
+    def cache(self) -> str:
+        """As it stands in a table: ``4+1020``; ``1024`` where no token is kept but all are computed anew."""
+        if self.method == "dense":
+            return "all"
+        return str(self.cache_size) if self.method == "recompute" else f"{self.num_kept}+{self.window}"
+
+    def __str__(self) -> str:
+        return {"dense": "dense", "recompute": f"recompute {self.cache}"}.get(self.method, self.cache)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A text as the model reads it: ``ids`` ``(T,)``, of which the first ``num_prefix`` are not text.
+
+    ``sha256`` is of the joined text in UTF-8, without byte order marks.
+    """
+
+    ids: torch.Tensor
+    num_prefix: int
+    sha256: str
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    configuration: Configuration
+    losses: torch.Tensor  # (T,) nats, NaN where a token was not scored
+    seconds: float
+
+    @property
+    def num_scored(self) -> int:
+        return int(self.losses.isfinite().sum())
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(float(self.losses.nanmean()), 700.0))
+
+
+def read_stream(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, num_tokens: int | None = None) -> Stream:
+    """Join text files by a blank line and tokenize them, with what the tokenizer puts before a text at the front.
+
+    Args:
+        num_tokens: stop after so many tokens of text; None reads all.
+
+    Raises:
+        FileNotFoundError: for a file that does not exist.
+        ValueError: if the texts hold fewer than 2 tokens, or fewer than ``num_tokens``, or are no UTF-8 text.
+    """
+    digest = hashlib.sha256()
+    text_ids: list[int] = []
+    used: list[str] = []
+    for path in files:
+        text = _read_text(path) if not used else "\n\n" + _read_text(path)
+        digest.update(text.encode())
+        text_ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        used.append(str(path))
+        if num_tokens and len(text_ids) >= num_tokens:
+            break
+    if len(text_ids) < (num_tokens or 2):
+        remedy = "add a --text or lower --tokens" if num_tokens else "add a --text"
+        raise ValueError(f"{', '.join(used)} holds {len(text_ids)} tokens where {num_tokens or 2} are wanted: {remedy}")
+    prefix = text_prefix(tokenizer)
+    ids = torch.tensor(prefix + text_ids[:num_tokens])
+    return Stream(ids=ids, num_prefix=len(prefix), sha256=digest.hexdigest(), files=tuple(used))
+
+
+def text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts in front of a text: a begin-of-text token, an export's sinks, or nothing."""
+    no_text, some_text = tokenizer("")["input_ids"], tokenizer("a")["input_ids"]
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(no_text, some_text, strict=False))
+    return [token_id for token_id, _ in same]  # then comes the text, or what the tokenizer puts at its end
+
+
+def _read_text(path: Path) -> str:
+    """As `sinklm prepare` reads it."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise type(error)(f"--text {path} cannot be read: {error.strerror}") from error
+    document = TextFile(str(path), "", content).document()
+    return document.text if document else ""
+
+
+def parse_caches(text: str) -> list[tuple[int, int]]:
+    """``"0+1024,4+1020"`` as ``[(0, 1024), (4, 1020)]``."""
+    caches = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\+(\d+)\s*", part)
+        if not match or int(match[2]) < 1:
+            raise ValueError(
+                f"--caches has {part!r}: write kept tokens + window, such as 4+1020, separated by commas; the window "
+                f"is at least 1"
+            )
+        caches.append((int(match[1]), int(match[2])))
+    return caches
+
+
+def default_caches(model: PreTrainedModel) -> list[tuple[int, int]]:
+    """Table 3's columns, with a cache of half the trained length: 0+1024, 1+1023, 2+1022, 4+1020 for 2048."""
+    num_positions = getattr(model.config, "max_position_embeddings", None)
+    if not num_positions or num_positions < 16:
+        raise ValueError("this model names no trained length: say which caches to compare with --caches")
+    return [(num_kept, num_positions // 2 - num_kept) for num_kept in KEPT_TOKENS]
+
+
+def configurations(methods: Sequence[str], caches: Sequence[tuple[int, int]], num_sinks: int) -> list[Configuration]:
+    """What to run: ``dense`` once, ``window`` and ``streaming`` for the caches they cover, ``recompute`` for each size.
+
+    Raises:
+        ValueError: for an unknown method, one that no cache belongs to, or a cache smaller than the model's sinks.
+    """
+    chosen: list[Configuration] = []
+    for method in methods:
+        if method not in METHODS:
+            raise ValueError(f"--methods has {method!r}: choose from {', '.join(METHODS)}")
+        if method == "dense":
+            found = [Configuration("dense")]
+        elif method == "recompute":
+            found = [Configuration("recompute", 0, size) for size in dict.fromkeys(kept + w for kept, w in caches)]
+        else:
+            found = [Configuration(method, kept, w) for kept, w in caches if (kept == 0) == (method == "window")]
+        if not found:
+            example = "0+1024" if method == "window" else "4+1020"
+            raise ValueError(f"--methods has {method} but --caches has none for it, such as {example}")
+        chosen += found
+    refuse_small_caches([(c.num_kept, c.window) for c in chosen if c.method != "dense"], num_sinks)
+    return list(dict.fromkeys(chosen))
+
+
+def default_methods(caches: Sequence[tuple[int, int]]) -> list[str]:
+    """Dense attention, and what the caches are: windows, streams with kept tokens, or both."""
+    kinds = {"window" if num_kept == 0 else "streaming" for num_kept, _ in caches}
+    return [method for method in METHODS if method in {"dense", *kinds}]
+
+
+def refuse_small_caches(caches: Iterable[tuple[int, int]], num_sinks: int) -> None:
+    """Raises ValueError for a cache that is smaller than the model's sinks."""
+    for num_kept, window in caches:
+        if num_kept + window < num_sinks:
+            raise ValueError(f"the cache {num_kept}+{window} is smaller than the model's {num_sinks} sink tokens")
+
+
+def refuse_unmeasurable(model: PreTrainedModel, stream: Stream, chosen: Sequence[Configuration]) -> None:
+    """Raises ValueError, before anything is measured, if the model cannot run under one of the configurations."""
+    for configuration in chosen:
+        if configuration.method in ("window", "streaming"):
+            StreamingCache.for_model(model, num_kept=configuration.num_kept, window=configuration.window)
+    num_positions = num_embedded_positions(model.config)
+    if num_positions and Configuration("dense") in chosen and len(stream.ids) - 1 > num_positions:
+        raise ValueError(f"this model has no more than {num_positions} positions for dense attention: lower --tokens")
+
+
+def measure(
+    model: PreTrainedModel,
+    stream: Stream,
+    configuration: Configuration,
+    *,
+    recompute_every: int = 1,
+    progress: Progress | None = None,
+) -> Result:
+    """Score the stream's text under one configuration."""
+    started = time.perf_counter()
+    if configuration.method == "dense":
+        losses = dense_losses(model, stream.ids, progress)
+    elif configuration.method == "recompute":
+        losses = recompute_losses(
+            model,
+            stream.ids,
+            configuration.cache_size + 1,  # as many keys as the other methods give a query
+            num_prefix=stream.num_prefix,
+            every=recompute_every,
+            progress=progress,
+        )
+    else:
+        losses = stream_losses(model, stream.ids, configuration.num_kept, configuration.window, progress)
+    return Result(configuration, losses[stream.num_prefix :], time.perf_counter() - started)
+
+
+def position_bins(num_tokens: int) -> list[int]:
+    """Edges that cut ``[0, num_tokens)`` into bins of equal width on a log scale, none under `MIN_BIN_TOKENS`."""
+    edges = [0]
+    while (last := edges[-1]) < num_tokens:
+        edges.append(max(last + MIN_BIN_TOKENS, round(last * 2 ** (1 / BINS_PER_OCTAVE))))
+    edges[-1] = num_tokens
+    if len(edges) > 2 and edges[-1] - edges[-2] < MIN_BIN_TOKENS:
+        del edges[-2]
+    return edges
+
+
+def binned_losses(losses: torch.Tensor, edges: Sequence[int]) -> list[float | None]:
+    """The mean loss in each bin of positions; None where none of its tokens was scored."""
+    means = (float(losses[a:b].nanmean()) for a, b in pairwise(edges))
+    return [None if math.isnan(mean) else mean for mean in means]
+
+
+def as_json(results: Iterable[Result], stream: Stream) -> dict[str, Any]:
+    """Everything that a table or picture shows, in numbers."""
+    results = list(results)
+    edges = position_bins(len(stream.ids) - stream.num_prefix)
+    return {
+        "text": {
+            "files": list(stream.files),
+            "sha256": stream.sha256,
+            "num_tokens": len(stream.ids) - stream.num_prefix,
+            "num_prefix_tokens": stream.num_prefix,
+        },
+        "bin_edges": edges,
+        "results": [
+            {
+                "configuration": str(result.configuration),
+                "method": result.configuration.method,
+                "num_kept": result.configuration.num_kept,
+                "window": result.configuration.window,
+                "perplexity": result.perplexity,
+                "loss": float(result.losses.nanmean()),
+                "num_scored": result.num_scored,
+                "binned_losses": binned_losses(result.losses, edges),
+                "seconds": round(result.seconds, 3),
+            }
+            for result in results
+        ],
+    }
+
+
+def results_table(results: Iterable[Result], title: str) -> Table:
+    table = Table(title=title)
+    table.add_column("Method")
+    table.add_column("Cache")
+    for header in ("Perplexity", "Loss (nats)", "Tokens scored", "Tokens/s"):
+        table.add_column(header, justify="right")
+    for result in results:
+        table.add_row(
+            result.configuration.method,
+            result.configuration.cache,
+            f"{result.perplexity:,.2f}",
+            f"{float(result.losses.nanmean()):.4f}",
+            f"{result.num_scored:,}",
+            f"{result.num_scored / max(result.seconds, 1e-9):,.0f}",
+        )
+    return table

@@ -1,0 +1,92 @@
+"""Decoding through one graph: a step of static shapes, compiled once and, on CUDA, captured and replayed."""
+
+import gc
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..models.cache_argument import CACHE
+from . import kernels
+from .cache import StreamingCache
+
+
+class StreamingDecoder:
+    """Feeds a stream token by token through a compiled forward pass of its model.
+
+    ::
+
+        decoder = StreamingDecoder(model, cache)
+        logits = decoder.prefill(prompt)
+        while True:
+            logits = decoder(logits.argmax(-1))
+
+    A streaming cache changes neither shapes nor addresses from one token to the next, so that the step is one graph
+    without breaks. What has no place in a graph, moving phases back once a window, happens between the steps.
+
+    Args:
+        compile: further settings of `torch.compile`, such as ``{"mode": "max-autotune-no-cudagraphs"}``.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: StreamingCache, compile: dict[str, Any] | None = None):
+        self.model, self.cache = model, cache
+        self.step = torch.compile(self._forward, fullgraph=True, dynamic=False, **(compile or {}))
+        self.compiled_for: Tensor | None = None  # `num_seen`, which is another when the buffers of the graph are
+        self.captured: CapturedStep | None = None
+
+    def _forward(self, token_ids: Tensor) -> Tensor:
+        with kernels.OneRowLinear() if kernels.is_available else nullcontext():
+            return self.model(token_ids, use_cache=True, **{CACHE: self.cache}).logits
+
+    @torch.no_grad()
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Read a prompt ``(B, T)`` of any length, at any time; logits ``(B, 1, V)`` of what follows it."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return self.model(**inputs, use_cache=True, logits_to_keep=1, **{CACHE: self.cache}).logits
+
+    @torch.no_grad()
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """Read one token of each stream ``(B, 1)``; logits ``(B, 1, V)``, on CUDA overwritten by the next call.
+
+        Raises:
+            ValueError: no prompt has been read, the cache is damaged, or it is not one token of each stream.
+        """
+        if self.cache.state is None:
+            raise ValueError("the cache is empty: prefill() a prompt of at least one token first")
+        self.cache.check_whole()
+        num_seen = self.cache.state.num_seen
+        if token_ids.shape != (len(num_seen), 1):
+            raise ValueError(
+                f"token_ids have shape {tuple(token_ids.shape)}: give one token of each stream, ({len(num_seen)}, 1)"
+            )
+        self.cache.rebase_before(1)
+        with self.cache.hook.held():
+            if self.compiled_for is not num_seen:  # the first step compiles, and warms up what a capture must find warm
+                self.captured = None
+                gc.collect()  # a dead cache that took its hooks off the model while it is traced would break the trace
+                logits = self.step(token_ids)
+                self.compiled_for = num_seen
+                return logits
+            if not token_ids.is_cuda:
+                return self.step(token_ids)
+            if self.captured is None:
+                self.captured = CapturedStep(self.step, token_ids)
+        return self.captured(token_ids)
+
+
+class CapturedStep:
+    """A CUDA graph of a step. Capturing does not run it."""
+
+    def __init__(self, step: Callable[[Tensor], Tensor], token_ids: Tensor):
+        self.token_ids = token_ids.clone()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(token_ids.device), torch.cuda.graph(self.graph):
+            self.logits = step(self.token_ids)
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        self.token_ids.copy_(token_ids)
+        self.graph.replay()
+        return self.logits

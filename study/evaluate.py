@@ -1,0 +1,56 @@
+"""Evaluate every run of a folder, side by side: streaming perplexity, sinks over the checkpoints, zero-shot benchmarks.
+
+    python study/evaluate.py runs/study --text book.txt --tokens 1000000
+    python study/evaluate.py runs/study --text book.txt --only vanilla --include-path tasks/ --kinds zero-shot
+
+The results lie in FOLDER/results; what is there is not measured again. `zero-shot` needs the network or --include-path.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from jobs import SINKLM, Job, JobQueue
+
+KINDS = ("streaming", "sinks", "forming", "zero-shot")
+LONG_ENOUGH = ("--max-length", "512")  # for PIQA's longest answers, 378 tokens of a vocabulary of 4,000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--text", action="append", required=True, help="a text that no model has read; repeat to join")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="of the text, for streaming perplexity")
+    parser.add_argument("--include-path", help="lm-eval task files of your own")
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--only", help="names of runs, with commas between")
+    parser.add_argument("--per-gpu", type=int, default=4, help="evaluations that share a GPU")
+    parser.add_argument("--minutes", type=float, help="end then")
+    arguments = parser.parse_args()
+
+    runs = [path.parent for path in sorted((arguments.folder / "runs").glob("*/checkpoints"))]
+    if arguments.only:
+        runs = [run for run in runs if run.name in arguments.only.split(",")]
+    if not runs:
+        sys.exit(f"error: {arguments.folder / 'runs'} holds no such run with checkpoints: train it with train.py")
+    if unknown := set(arguments.kinds.split(",")) - set(KINDS):
+        sys.exit(f"error: --kinds has {', '.join(sorted(unknown))}: choose from {', '.join(KINDS)}")
+    jobs = [job(kind, run, arguments) for kind in arguments.kinds.split(",") for run in runs]
+    sys.exit(not JobQueue(jobs, per_gpu=arguments.per_gpu, minutes=arguments.minutes).run())
+
+
+def job(kind: str, run: Path, arguments: argparse.Namespace) -> Job:
+    results = arguments.folder / "results" / run.name
+    text = [part for path in arguments.text for part in ("--text", path)]
+    include = ["--include-path", arguments.include_path] if arguments.include_path else []
+    command = {
+        "streaming": [*SINKLM, "eval", "streaming", run, *text, "--tokens", arguments.tokens],
+        "sinks": [*SINKLM, "eval", "sinks", run, *text, "--checkpoints"],
+        "forming": [sys.executable, Path(__file__).with_name("forming.py"), run, *text],
+        "zero-shot": [*SINKLM, "eval", "zero-shot", run, "--batch-size", "64", *LONG_ENOUGH, *include],
+    }[kind]
+    return Job(f"{run.name} {kind}", (*map(str, command), "--output", str(results)), results / f"{kind}.log")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""The page of results: tables and pictures from what the runs of a folder recorded and their evaluation measured.
+
+    python study/report.py runs/study            # gathers runs/study into docs/results/paper.json, then draws from that
+    python study/report.py                  # draws again from docs/results/paper.json alone
+
+The arms are in all tables and pictures, the deeper models in some of their own; every run is in the table of what was
+tried.
+
+Pictures are docs/results/paper-*.png. Each table goes into docs/results/paper.md, in place of the one that stands
+between its marks, `<!-- NAME -->` and `<!-- end -->`; the text around them is written by hand.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from operator import itemgetter
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from figures import draw
+from plan import read_plan
+from results import above_vanilla, at_place, collect, cost_over_training, sink_rate
+
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+TASKS = ("arc_challenge", "arc_easy", "hellaswag", "lambada_openai", "openbookqa", "piqa", "winogrande")  # Table 4
+NEAR = 0.1  # of training: a checkpoint that is so near to a quarter's end stands for it
+FAINTEST = 1e-3  # share of attention below which a place has none: rows of an attention map sum to 1 within so much
+
+Runs = dict[str, dict[str, Any]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+
+    data = arguments.output / "paper.json"
+    if arguments.folder:
+        data.parent.mkdir(parents=True, exist_ok=True)
+        data.write_text(json.dumps(collect(arguments.folder)) + "\n", encoding="utf-8")
+    found = json.loads(data.read_text(encoding="utf-8"))["runs"]
+    arms, deeper = (in_order_of(plan, found) for plan in ("arms.yaml", "deeper.yaml"))
+
+    tables = {table.__name__: table(arms) for table in (perplexity, sinks, activations, zero_shot)}
+    tables |= {f"deeper_{table.__name__}": table(deeper) for table in (perplexity, sinks, activations)}
+    tables["tried"] = tried(arms | deeper | dict(sorted(found.items())))
+    for name, table in tables.items():
+        print(f"{name}\n{table}\n")
+    write_page(arguments.output / "paper.md", tables)
+    draw(arms, deeper, arguments.output)
+
+
+def in_order_of(plan: str, found: Runs) -> Runs:
+    """The runs that a plan of this folder names."""
+    return {name: found[name] for name in read_plan(Path(__file__).with_name(plan)) if name in found}
+
+
+def write_page(page: Path, tables: dict[str, str]) -> None:
+    """Put each table between its marks; a page that is not there yet begins with nothing but the tables."""
+    marked = {name: f"<!-- {name} -->\n{table}\n<!-- end -->" for name, table in tables.items() if table}
+    text = page.read_text(encoding="utf-8") if page.exists() else "\n\n".join(marked.values()) + "\n"
+    for name, table in marked.items():
+        text = re.sub(rf"<!-- {name} -->.*?<!-- end -->", lambda _, table=table: table, text, flags=re.DOTALL)
+    page.write_text(text, encoding="utf-8")
+
+
+def perplexity(runs: Runs) -> str:
+    """Tables 3 and 10 of the paper in small, and the loss on held-out documents; nothing where a cache was not run."""
+    runs = {name: run for name, run in runs.items() if "streaming" in run}
+    if not runs:
+        return ""
+    caches = [cache for cache in next(iter(runs.values()))["streaming"]["perplexity"] if cache != "dense"]
+    zero, one, most = caches[0], caches[1], caches[-1]
+    headers = ("", "validation loss", "over vanilla's", *caches, f"{zero} / {most}", f"{one} / {most}")
+    lines = [_row(*headers), _rule(len(headers) - 1)]
+    for name, run in runs.items():
+        found = run["streaming"]["perplexity"]
+        above = dict(map(tuple, above_vanilla(name, runs))).get(run["validation_loss"][-1][0])
+        relative = "" if above is None else _minus(f"{above:+.2f} %")
+        cells = (_number(found[cache]) if cache in found else "" for cache in caches)
+        ratios = (f"{found[zero] / found[most]:.3f}", f"{found[one] / found[most]:.4f}") if most in found else ("", "")
+        lines.append(_row(label(name, run), last_loss(run), relative, *cells, *ratios))
+    return "\n".join(lines)
+
+
+def sinks(runs: Runs) -> str:
+    """Sink rate and attention at the end of training, in percent."""
+    places = ("sink token", "first text token", "no token")
+    headers = [header for place in places for header in (f"{place}: rate", "attention")]
+    lines = [_row("", *headers), _rule(len(headers))]
+    for name, run in runs.items():
+        if "sinks" in run:
+            lines.append(_row(label(name, run), *(cell for place in places for cell in _shares(run["sinks"], place))))
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _shares(report: dict[str, Any], what: str) -> tuple[str, str]:
+    """Sink rate and attention; nothing where a model has no such position, or never attends to it."""
+    mass = sum(at_place(report["mass"], what))
+    return (f"{100 * sink_rate(report, what):.1f}", f"{100 * mass:.1f}") if mass > FAINTEST else ("", "")
+
+
+def activations(runs: Runs) -> str:
+    """What stands at the token that has the most attention of the named ones, against other positions."""
+    headers = ("token", "hidden state: norm", "its largest entry", "value: norm", "key: cosine", "other keys: cosine")
+    lines = [_row("", *headers), _rule(len(headers))]
+    for name, run in runs.items():
+        if "sinks" not in run:
+            continue
+        layers, mass = run["sinks"]["layers"], run["sinks"]["mass"]
+        token = max((place for place, k in run["sinks"]["positions"].items() if k >= 0), key=mass.__getitem__)
+        hidden, values = (_ratios(layers[q][token], layers[q]["others"]) for q in ("hidden_norm", "value_norm"))
+        entries = _ratios(layers["largest_activation"][token], layers["median_activation"])
+        cosines = (_minus(f"{fmean(layers['query_key_cosine'][place]):.2f}") for place in (token, "others"))
+        extremes = _at(max, hidden, 1), _at(max, entries, 0), _at(min, values, 2)
+        lines.append(_row(label(name, run), token, *extremes, *cosines))
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _ratios(values: list[float], others: list[float]) -> list[float]:
+    return [value / other for value, other in zip(values, others, strict=True)]
+
+
+def _at(extreme: Callable, by_layer: list[float], digits: int) -> str:
+    """The largest or smallest value, and in brackets its layer."""
+    value = extreme(by_layer)
+    return f"{value:.{digits}f} ({by_layer.index(value)})"
+
+
+def zero_shot(runs: Runs) -> str:
+    """Table 4: accuracy and standard error, in percent."""
+    lines = [_row("", *TASKS), _rule(len(TASKS))]
+    for name, run in runs.items():
+        if "zero_shot" in run:
+            scores = [run["zero_shot"]["tasks"][task] for task in TASKS]
+            lines.append(
+                _row(label(name, run), *(f"{100 * s['acc']:.1f} ± {100 * s['acc_stderr']:.1f}" for s in scores))
+            )
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def tried(runs: Runs) -> str:
+    """Every run with its settings, and what formed in four steps of its training."""
+    headers = ("M tokens", "positions", "lr", "decay", "validation loss", "sink", "sink rate, %", "0+ / 4+", "1+ / 4+")
+    lines = [_row("", *headers), _rule(len(headers))]
+    for name, run in runs.items():
+        if "sinks" not in run:
+            continue
+        checkpoints = run["sinks"]["checkpoints"]
+        sink = max(checkpoints[-1]["sink_rate"], key=checkpoints[-1]["sink_rate"].__getitem__)
+        rates = [(c["tokens"], f"{100 * c['sink_rate'][sink]:.0f}") for c in checkpoints]
+        zero, one = ([(tokens, f"{cost:.3f}") for tokens, cost in cost_over_training(run, i)] for i in (0, 1))
+        curves = [_at_quarters(curve, run["tokens"]) for curve in (rates, zero, one)]
+        train, optimizer = run["config"]["train"], run["config"]["optimizer"]
+        settings = round(run["tokens"] / 1e6), train["seq_length"], optimizer["lr"], optimizer["weight_decay"]
+        lines.append(_row(label(name, run), *(f"{value:g}" for value in settings), last_loss(run), sink, *curves))
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _at_quarters(curve: list[tuple[int, str]], tokens: int) -> str:
+    """What a curve shows nearest the ends of the four quarters of training; a dash where it shows nothing near."""
+    shown = []
+    for end in (tokens * quarter / 4 for quarter in (1, 2, 3, 4) if curve):
+        distance, value = min(((abs(at - end), value) for at, value in curve), key=itemgetter(0))
+        shown.append(value if distance <= NEAR * tokens else "–")
+    return " → ".join(shown)
+
+
+def label(name: str, run: dict[str, Any]) -> str:
+    """Its name, and how far a run came that was ended early."""
+    planned = run["config"]["train"]["num_steps"] * run["config"]["train"]["batch_size_tokens"]
+    return name if run["tokens"] >= planned else f"{name} ({100 * run['tokens'] // planned} % of training)"
+
+
+def last_loss(run: dict[str, Any]) -> str:
+    """The last validation loss, and where it was measured if the run went on from there."""
+    tokens, loss = run["validation_loss"][-1]
+    return f"{loss:.4f}" if tokens == run["tokens"] else f"{loss:.4f} at {tokens / 1e6:.0f} M"
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _rule(num_numbers: int) -> str:
+    return "|---|" + "---:|" * num_numbers
+
+
+def _minus(number: str) -> str:
+    return number.replace("-", "\N{MINUS SIGN}")
+
+
+def _number(value: float) -> str:
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

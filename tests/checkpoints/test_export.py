@@ -1,0 +1,261 @@
+"""An export is the same model to anyone who has transformers alone, and never half of one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, GPTNeoXForCausalLM
+
+from sinklm.checkpoints import load_model, load_tokenizer
+from sinklm.checkpoints.export import export_model, is_export, sink_names
+from sinklm.cli.export import export
+from sinklm.models.arms import ARMS
+from sinklm.train.checkpoint import CheckpointState
+from sinklm.train.recipe import config_yaml, load_config
+
+from ..eval.checkpoints import END_OF_TEXT, small_model, small_tokenizer, write_checkpoint
+
+TEXT = "The old man went down to the sea"
+KINDS = [(0, torch.float32), (1, torch.float32), (1, torch.bfloat16), (2, torch.float32), (2, torch.bfloat16)]
+
+# What somebody without sinklm does with the folder.
+STOCK = """
+import sys, torch
+sys.modules["sinklm"] = None  # any import of it fails
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+torch.set_num_threads(1)
+for folder in sys.argv[1:]:
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    assert type(model).__name__ == "GPTNeoXForCausalLM" and not any(info.values()), info
+    inputs = AutoTokenizer.from_pretrained(folder)("TEXT", return_tensors="pt")
+    with torch.no_grad():
+        logits = model(inputs["input_ids"]).logits
+    generated = model.generate(**inputs, max_new_tokens=200, do_sample=False)
+    new = generated[0, inputs["input_ids"].shape[1] :]
+    torch.save({"ids": inputs["input_ids"], "logits": logits, "generated": new}, f"{folder}/stock.pt")
+"""
+
+
+def make_checkpoint(folder: Path, num_sinks: int = 1, dtype: torch.dtype = torch.float32) -> Path:
+    return write_checkpoint(folder, small_model(num_sinks, dtype))
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    return make_checkpoint(tmp_path / "checkpoint")
+
+
+@pytest.mark.slow
+def test_transformers_alone_computes_the_same_logits_and_text(tmp_path):
+    folders = {}
+    for i, (num_sinks, dtype) in enumerate(KINDS):
+        checkpoint = make_checkpoint(tmp_path / f"trained-{i}", num_sinks, dtype)
+        folders[checkpoint] = export_model(checkpoint, tmp_path / f"export-{i}")
+    subprocess.run([sys.executable, "-c", STOCK.replace("TEXT", TEXT), *map(str, folders.values())], check=True)
+
+    for checkpoint, folder in folders.items():
+        model, inputs = load_model(checkpoint, device="cpu"), load_tokenizer(checkpoint)(TEXT, return_tensors="pt")
+        with torch.no_grad():
+            logits = model(inputs["input_ids"]).logits
+        generated = model.generate(**inputs, max_new_tokens=200, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        stock = torch.load(folder / "stock.pt")
+        num_sinks = model.config.num_sinks
+        assert stock["ids"][0].tolist() == [*model.config.sink_token_ids, *inputs["input_ids"][0].tolist()]
+        assert stock["logits"].dtype == logits.dtype
+        torch.testing.assert_close(stock["logits"][:, num_sinks:], logits, rtol=0, atol=1e-5)
+        assert torch.equal(stock["generated"], generated)
+
+
+@pytest.mark.parametrize(("num_sinks", "dtype"), KINDS)
+def test_weights_keep_names_values_and_type(tmp_path, num_sinks, dtype):
+    folder = export_model(make_checkpoint(tmp_path / "checkpoint", num_sinks, dtype), tmp_path / "export")
+    trained = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    exported = load_file(folder / "model.safetensors")
+    assert "embed_out.weight" in exported  # as every Pythia on disk
+    assert trained.keys() == exported.keys()
+    for name, weight in trained.items():
+        assert exported[name].dtype == dtype
+        assert torch.equal(exported[name], weight)
+
+
+@pytest.mark.parametrize("num_sinks", [0, 1, 2])
+def test_configuration_is_in_the_old_and_the_new_form(tmp_path, num_sinks):
+    folder = export_model(make_checkpoint(tmp_path / "checkpoint", num_sinks), tmp_path / "export")
+    config = json.loads((folder / "config.json").read_text())
+    generation = json.loads((folder / "generation_config.json").read_text())
+    sink_ids = small_model(num_sinks).config.sink_token_ids
+
+    assert config["model_type"] == "gpt_neox"
+    assert config["architectures"] == ["GPTNeoXForCausalLM"]
+    assert config["rotary_pct"] == config["rope_parameters"]["partial_rotary_factor"] == 0.25
+    assert config["rotary_emb_base"] == config["rope_parameters"]["rope_theta"] == 10_000
+    assert config["dtype"] == config["torch_dtype"] == "float32"
+    assert config["bos_token_id"] == generation["bos_token_id"] == (sink_ids[0] if num_sinks else 0)
+    assert config["eos_token_id"] == generation["eos_token_id"] == 0
+    assert generation.get("suppress_tokens", []) == sink_ids
+
+
+@pytest.mark.parametrize("num_sinks", [0, 1, 2])
+def test_tokenizer_puts_the_sinks_first_and_changes_nothing_else(tmp_path, num_sinks):
+    folder = export_model(make_checkpoint(tmp_path / "checkpoint", num_sinks), tmp_path / "export")
+    trained, exported = load_tokenizer(tmp_path / "checkpoint"), AutoTokenizer.from_pretrained(folder)
+    sinks, ids = small_model(num_sinks).config.sink_token_ids, trained(TEXT)["input_ids"]
+
+    assert exported(TEXT)["input_ids"] == sinks + ids
+    assert exported(TEXT, add_special_tokens=False)["input_ids"] == ids
+    assert exported.decode(exported(TEXT)["input_ids"], skip_special_tokens=True) == TEXT
+    assert exported.convert_ids_to_tokens(sinks) == sink_names(num_sinks)
+    assert exported.eos_token == END_OF_TEXT
+    assert exported.bos_token == (sink_names(num_sinks)[0] if num_sinks else END_OF_TEXT)
+    padded = exported(["a", TEXT], padding=True, padding_side="left", return_tensors="pt")
+    first_real = int(padded["attention_mask"][0].argmax())
+    assert padded["input_ids"][0, first_real : first_real + num_sinks].tolist() == sinks
+
+
+def test_export_loads_as_a_plain_model(checkpoint, tmp_path):
+    folder = export_model(checkpoint, tmp_path / "export")
+    assert type(load_model(folder)) is GPTNeoXForCausalLM
+    with pytest.raises(ValueError, match="GPTNeoXForCausalLM, not a model trained by sinklm"):
+        export_model(folder, tmp_path / "again")
+
+
+@pytest.mark.parametrize("kind", ARMS)
+def test_an_arm_that_plain_gpt_neox_cannot_compute_is_refused(tmp_path, kind):
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", small_model(0, sink={"kind": kind}))
+    with pytest.raises(ValueError, match=rf"checkpoint has sink\.kind '{kind}'.*only the kinds none and token"):
+        export_model(checkpoint, tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+
+
+def test_only_an_empty_folder_or_an_older_export_is_replaced(checkpoint, tmp_path):
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    export_model(checkpoint, foreign)  # empty
+    (foreign / "notes.txt").write_text("of the older export")
+    export_model(make_checkpoint(tmp_path / "other", num_sinks=2), foreign)
+    assert json.loads((foreign / "config.json").read_text())["sink"]["num_tokens"] == 2
+    assert not (foreign / "notes.txt").exists()
+
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="precious exists and is not an export"):
+        export_model(checkpoint, precious)
+    with pytest.raises(FileExistsError, match="is not an export"):
+        export_model(checkpoint, checkpoint)  # a checkpoint is no export either
+    assert (precious / "thesis.txt").read_text() == "years of work"
+    assert hidden_files(tmp_path) == []
+
+
+def test_a_failure_midway_leaves_the_older_export_and_nothing_else(checkpoint, tmp_path, monkeypatch):
+    folder = export_model(checkpoint, tmp_path / "export")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fails(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sinklm.checkpoints.export._write_tokenizer", fails)
+    with pytest.raises(OSError, match=rf"the export cannot be written below {tmp_path}: .*No space left"):
+        export_model(checkpoint, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert hidden_files(tmp_path) == []
+
+
+def test_what_a_killed_export_left_is_cleared_away(checkpoint, tmp_path):
+    stale = tmp_path / ".export.partial"
+    stale.mkdir()
+    (stale / "junk").write_text("half a model")
+    folder = export_model(checkpoint, tmp_path / "export")
+    assert is_export(folder)
+    assert not (folder / "junk").exists()
+    assert hidden_files(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_clear_error(checkpoint, tmp_path):
+    """A limit on the size of files stands for the disk: the weights do not fit, the configuration does."""
+    program = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000));"
+        "from sinklm.cli.main import main; main()"
+    )
+    command = [sys.executable, "-c", program, "export", str(checkpoint), str(tmp_path / "export")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: the export cannot be written below")
+    assert not (tmp_path / "export").exists()
+    assert hidden_files(tmp_path) == []
+
+
+def test_a_tokenizer_of_another_model_is_refused(checkpoint, tmp_path):
+    tokenizer = small_tokenizer().from_str(small_tokenizer().to_str())
+    tokenizer.add_tokens(["one", "more"])
+    tokenizer.save(str(checkpoint / "tokenizer.json"))
+    with pytest.raises(ValueError, match="not the tokenizer that the model was trained with"):
+        export_model(checkpoint, tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+
+
+@given(st.integers(0, 50))
+def test_sinks_have_different_names(num_sinks):
+    assert len(set(sink_names(num_sinks))) == num_sinks
+
+
+def test_the_model_card_has_the_facts_of_the_run(tmp_path, capsys):
+    places = [f"data.path={tmp_path / 'store'}", f"train.run_dir={tmp_path / 'run'}"]
+    sizes = ["train.num_steps=300", "train.seq_length=256", "train.batch_size_tokens=4096"]
+    config = load_config("quickstart", places + sizes)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-200"
+    make_checkpoint(checkpoint / "model")
+    state = {"data_fingerprint": "", "world_size": 1, "zero_stage": 1, "precision": "fp32"}
+    (checkpoint / "state.json").write_text(CheckpointState(step=200, positions=819_200, **state).model_dump_json())
+    (checkpoint / "config.yaml").write_text(config_yaml(config))
+    (checkpoint / "COMPLETE").touch()
+    records = [{"step": 190, "loss": 3.5}, {"step": 200, "validation_loss": 3.25}, {"step": 210, "loss": 0.5}]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    environment = {
+        "python": "3.11",
+        "sinklm": {"version": "0.1.0", "commit": None},
+        "torch": "2.13.0",
+        "devices": "cpu",
+    }
+    (tmp_path / "run" / "environment.json").write_text(json.dumps(environment))
+    (tmp_path / "store").mkdir()
+    sets = {"Books": {"tokens": 750}, "Code": {"tokens": 250}}
+    manifest = {"splits": {"train": {"total": {"tokens": 1000}, "sets": sets}}}
+    (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest))
+
+    export(str(tmp_path / "run"), tmp_path / "my-model")
+
+    card = (tmp_path / "my-model" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
+    for fact in (
+        "# my-model",
+        "| Steps | 200 of 300 |",
+        "| Positions seen | 819,200 (4,096 a step) |",
+        "| Training loss | 3.5000",
+        "| Validation loss | 3.2500",
+        "1,000 tokens: Books 75.0%, Code 25.0%",
+        "torch 2.13.0",
+        "with a learnable sink token",
+        "window=63",
+    ):
+        assert fact in card
+    assert str(tmp_path) not in card  # paths of the machine are nobody's business
+    said = "".join(capsys.readouterr().out.split())  # lines are broken wherever the folder's name ends
+    assert "my-modelisaplainGPTNeoXForCausalLM" in said
+
+
+def hidden_files(folder: Path) -> list[Path]:
+    return list(folder.glob(".*"))

@@ -1,0 +1,441 @@
+"""The cache as an object: what it refuses, what it leaves behind, how it is emptied and cut back."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from sinklm.streaming import StreamingCache
+
+from ..models.tiny import tiny_model
+from . import tiny
+
+
+@pytest.fixture
+def model():
+    return tiny.build(tiny.config("gpt_neox"))
+
+
+def for_model(model, **settings):
+    return StreamingCache.for_model(model, **{"num_kept": 2, "window": 6} | settings)
+
+
+@torch.no_grad()
+def run(model, ids, cache, **kwargs):
+    return model(ids, past_key_values=cache, **kwargs).logits
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"window": 0}, "window is 0"),
+        ({"window": -3}, "window is -3"),
+        ({"num_kept": -1}, "num_kept is -1"),
+        ({"chunk_size": 0}, "chunk_size is 0"),
+    ],
+)
+def test_impossible_sizes_are_refused(model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        for_model(model, **settings)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("gpt2", "absolute embeddings"),
+        ("opt", "absolute embeddings"),
+        ("mamba", "no keys to keep"),
+        ("gemma2", "sliding window"),
+        ("bloom", "nobody has checked"),
+    ],
+)
+def test_models_whose_positions_cannot_be_moved_are_refused_by_name(model_type, message):
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+    if model_type == "opt":
+        small |= {"ffn_dim": 16, "word_embed_proj_dim": 16}
+    other = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **small))
+    with pytest.raises(ValueError, match=f"'{model_type}'.*{message}"):
+        for_model(other)
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_frequencies_that_change_with_length_are_refused(rope_type):
+    rope = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 64}
+    if rope_type == "longrope":
+        rope |= {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+    other = tiny.build(tiny.config("llama", rope_parameters=rope))
+    with pytest.raises(ValueError, match=f"rope_type '{rope_type}'"):
+        for_model(other)
+
+
+def test_a_cache_wider_than_the_models_own_window_is_refused():
+    other = tiny.build(tiny.config("mistral:sliding"))
+    for_model(other, num_kept=4, window=9)
+    with pytest.raises(ValueError, match="num_kept \\+ window must be at most 13"):
+        for_model(other, num_kept=4, window=10)
+
+
+def test_a_model_on_several_devices_is_refused(model):
+    model.gpt_neox.layers[1].to("meta")
+    with pytest.raises(ValueError, match=r"several devices \(cpu, meta\)"):
+        for_model(model)
+
+
+def test_a_model_can_be_saved_whole_while_it_streams(model, tmp_path):
+    ids = tiny.random_ids(9)
+    cache = for_model(model)
+    run(model, ids, cache)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    torch.testing.assert_close(run(loaded, ids, for_model(loaded)), run(model, ids, for_model(model)))
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "falcon", "mpt", "gptj"])
+@pytest.mark.parametrize("num_tokens", [1, 5])
+def test_a_cache_of_another_model_is_refused(model, family, num_tokens):
+    cache = for_model(model)
+    run(model, tiny.random_ids(4), cache)
+    other = tiny.build(tiny.config(family))
+    for stranger in (other, copy.deepcopy(model)):
+        with pytest.raises(ValueError, match="made for another model"):
+            run(stranger, tiny.random_ids(num_tokens), cache)
+
+
+def test_right_padding_and_other_masks_are_refused(model):
+    ids = tiny.random_ids(4, batch_size=2)
+    with pytest.raises(ValueError, match="padded on the right"):
+        run(model, ids, for_model(model), attention_mask=torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]))
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        run(model, ids, for_model(model), attention_mask=torch.ones(2, 1, 4, 4))
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        run(model, ids, for_model(model), attention_mask=torch.ones(2, 3))
+
+
+def test_generating_without_use_cache_is_refused():
+    """MPT's configuration says so unless told otherwise, and would feed the whole text again at each step."""
+    other = tiny.build(tiny.config("mpt"))
+    with pytest.raises(ValueError, match="pass use_cache=True"):
+        other.generate(tiny.random_ids(3), past_key_values=for_model(other), max_new_tokens=3)
+
+
+def test_another_batch_size_is_refused_until_reset(model):
+    cache = for_model(model)
+    run(model, tiny.random_ids(4, batch_size=2), cache)
+    with pytest.raises(ValueError, match="holds 2 streams and the batch has 3 rows"):
+        run(model, tiny.random_ids(1, batch_size=3), cache)
+    cache.reset()
+    run(model, tiny.random_ids(1, batch_size=3), cache)
+    assert cache.batch_size == 3
+
+
+def test_reset_begins_a_new_stream(model):
+    cache, ids = for_model(model), tiny.random_ids(30)
+    first = run(model, ids, cache)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    torch.testing.assert_close(run(model, ids, cache), first, rtol=0, atol=1e-12)
+
+
+def test_crop_takes_back_what_has_evicted_nothing(model):
+    cache, ids = for_model(model), tiny.random_ids(9)
+    expected = run(model, ids, for_model(model))
+    run(model, ids[:, :5], cache)
+    run(model, tiny.random_ids(4, seed=9), cache)
+    cache.crop(-4)
+    assert cache.get_seq_length() == 5
+    torch.testing.assert_close(run(model, ids[:, 5:], cache), expected[:, 5:], rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="only 9 tokens"):
+        cache.crop(-10)
+    with pytest.raises(ValueError, match="negative"):
+        cache.crop(3)
+    run(model, ids[:, :1], cache)
+    with pytest.raises(ValueError, match="have left the cache"):
+        cache.crop(-1)
+
+
+def test_crop_is_refused_after_padding(model):
+    """Of the last two inputs one row would lose two tokens and the other one."""
+    cache, ids = for_model(model), tiny.random_ids(5, batch_size=2)
+    run(model, ids[:, :3], cache)
+    run(model, ids[:, 3:], cache, attention_mask=torch.tensor([[1, 1], [0, 1]]))
+    with pytest.raises(ValueError, match="has had padding"):
+        cache.crop(-2)
+
+
+def test_crop_names_who_takes_tokens_back(model):
+    ids, settings = tiny.random_ids(4).repeat(1, 5), {"max_new_tokens": 6, "use_cache": True, "do_sample": False}
+    transformers_own = "Assisted decoding requires a cache that can be cropped"  # from 5.24 on
+    with pytest.raises(ValueError, match=f"prompt lookup take tokens back|{transformers_own}"):
+        model.generate(ids, past_key_values=for_model(model), prompt_lookup_num_tokens=3, **settings)
+
+
+@pytest.mark.parametrize("build", [lambda: tiny.build(tiny.config("llama")), lambda: tiny_model(num_sinks=1)])
+def test_generating_from_the_new_turn_alone_is_refused(build):
+    model, settings = build(), {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "use_cache": True}
+    cache = for_model(model)
+    text = model.generate(tiny.random_ids(9), past_key_values=cache, **settings)
+    turn = tiny.random_ids(4, seed=5)
+    with pytest.raises(ValueError, match="the whole text so far"):
+        model.generate(turn, past_key_values=cache, **settings)
+    cache.reset()
+    text = model.generate(tiny.random_ids(9), past_key_values=cache, **settings)
+    model.generate(torch.cat((text, turn), dim=1), past_key_values=cache, **settings)
+
+
+def test_a_row_may_have_no_token_in_a_turn(model):
+    cache, ids, more = for_model(model), tiny.random_ids(5, batch_size=2), tiny.random_ids(3, batch_size=2, seed=4)
+    run(model, ids, cache)
+    run(model, more, cache, attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]]))
+    last = run(model, more, cache)
+    for row, text in enumerate((torch.cat((ids, more, more), dim=1)[0], torch.cat((ids, more), dim=1)[1])):
+        expected = run(model, text[None], for_model(model))[0, -3:]
+        torch.testing.assert_close(last[row], expected, rtol=0, atol=1e-5)
+
+
+def test_attention_weights_and_saving_are_refused(model, tmp_path):
+    cache = for_model(model)
+    with pytest.raises(ValueError, match="output_attentions"):
+        run(model, tiny.random_ids(4), cache, output_attentions=True)
+    with pytest.raises(ValueError, match="neither saved nor copied"):
+        torch.save(cache, tmp_path / "cache.pt")
+    with pytest.raises(ValueError, match="neither saved nor copied"):
+        copy.copy(cache)
+
+
+def test_a_backward_pass_is_refused(model):
+    ids = tiny.random_ids(6)
+    loss = model(ids, labels=ids, past_key_values=for_model(model)).loss
+    with pytest.raises(ValueError, match="no gradients"):
+        loss.backward()
+
+
+def test_repeating_an_empty_cache_does_nothing(model):
+    cache = for_model(model)
+    cache.batch_repeat_interleave(3)
+    assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "falcon", "mpt", "gptj"])
+def test_the_model_is_as_it_was(family):
+    """Other calls are not disturbed while a cache lives, and nothing of it is left when it has gone."""
+    model = tiny.build(tiny.config(family))
+    ids = tiny.random_ids(12)
+    before = run(model, ids, None)
+    implementation = model.config._attn_implementation
+    cache = for_model(model)
+    run(model, ids, cache)
+    assert model.config._attn_implementation == implementation
+    torch.testing.assert_close(run(model, ids, None), before, rtol=0, atol=1e-12)
+    torch.testing.assert_close(run(model, ids, DynamicCache(config=model.config)), before, rtol=0, atol=1e-12)
+    del cache
+    gc.collect()
+    assert not model.base_model._forward_pre_hooks
+    assert not model.base_model._forward_hooks
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_copy_goes_on_by_itself(model):
+    """A prompt is read once and continued twice; the model is not copied along."""
+    cache, prompt, ids = for_model(model), tiny.random_ids(17), tiny.random_ids(9, seed=3)
+    run(model, prompt, cache)
+    twin = copy.deepcopy(cache)
+    assert twin.decoder is cache.decoder
+    run(model, tiny.random_ids(5, seed=4), cache)
+    fresh = for_model(model)
+    run(model, prompt, fresh)
+    torch.testing.assert_close(run(model, ids, twin), run(model, ids, fresh), rtol=0, atol=1e-9)
+
+
+def test_two_caches_of_one_model_do_not_mix(model):
+    ids, others = tiny.random_ids(24), tiny.random_ids(24, seed=5)
+    alone = run(model, ids, for_model(model))
+    one, two = for_model(model), for_model(model, num_kept=0, window=3)
+    pieces = []
+    for piece, other in zip(ids.split(5, dim=1), others.split(5, dim=1), strict=True):
+        pieces.append(run(model, piece, one))
+        run(model, other, two)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), alone, rtol=0, atol=1e-5)
+
+
+def test_a_pass_that_fails_midway_leaves_the_model_well_and_the_cache_marked(model):
+    cache, ids = for_model(model, chunk_size=8), tiny.random_ids(20)
+    implementation = model.config._attn_implementation
+    handle = model.base_model.layers[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(OSError("no")))
+    with pytest.raises(OSError, match="no"):
+        run(model, ids, cache)
+    handle.remove()
+    assert model.config._attn_implementation == implementation
+    with pytest.raises(ValueError, match="call reset"):
+        run(model, ids, cache)
+    cache.reset()
+    torch.testing.assert_close(run(model, ids, cache), run(model, ids, for_model(model)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 30])
+def test_ctrl_c_during_a_pass_leaves_the_model_well(model, monkeypatch, num_tokens):
+    ids = tiny.random_ids(45)
+    expected, stream = model(ids).logits, run(model, ids, for_model(model))
+    cache = for_model(model, chunk_size=8)
+    run(model, ids[:, :5], cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.gpt_neox.layers[-1]), "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, ids[:, 5 : 5 + num_tokens], cache)
+    torch.testing.assert_close(model(ids).logits, expected)
+    if num_tokens > 1:
+        with pytest.raises(ValueError, match="failed midway"):
+            run(model, ids[:, 5:], cache)
+        cache.reset()
+        run(model, ids[:, :5], cache)
+    torch.testing.assert_close(run(model, ids[:, 5:], cache), stream[:, 5:], rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "falcon", "gptj"])
+def test_ctrl_c_and_the_loss_of_the_cache_leave_the_model_well(family, monkeypatch):
+    model, ids = tiny.build(tiny.config(family)), tiny.random_ids(9)
+    expected, cache = model(ids).logits, for_model(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.get_decoder()).__mro__[0], "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, ids, cache)
+    del cache
+    gc.collect()
+    torch.testing.assert_close(model(ids).logits, expected)
+    run(model, ids, for_model(model))
+    torch.testing.assert_close(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "mpt"])
+@pytest.mark.parametrize("interrupted", [0, 1])
+def test_ctrl_c_in_one_cache_does_not_reach_another(family, interrupted, monkeypatch):
+    model, ids = tiny.build(tiny.config(family)), tiny.random_ids(20)
+    expected, stream = model(ids).logits, run(model, ids, for_model(model), use_cache=True)
+    caches = [for_model(model), for_model(model)]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.get_decoder()).__mro__[0], "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, ids, caches[interrupted], use_cache=True)
+    other = caches[1 - interrupted]
+    torch.testing.assert_close(run(model, ids, other, use_cache=True), stream, rtol=0, atol=5e-5)
+    torch.testing.assert_close(model(ids).logits, expected)
+    assert caches[interrupted].is_damaged
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "mpt"])
+def test_a_model_copied_after_ctrl_c_is_well(family, monkeypatch):
+    model, ids = tiny.build(tiny.config(family)), tiny.random_ids(9)
+    expected, cache = model(ids).logits, for_model(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.get_decoder()).__mro__[0], "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, ids, cache, use_cache=True)
+    torch.testing.assert_close(copy.deepcopy(model)(ids).logits, expected)
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("piece", [0, 1, 2])
+def test_a_prompt_that_fails_in_any_of_its_chunks_damages_the_cache(model, piece, error):
+    """Seventeen tokens are two chunks and a last one of a single token, which alone would do no harm."""
+    cache, pieces = for_model(model, chunk_size=8), iter(range(3))
+
+    def fail_in_piece(*args):
+        if next(pieces) == piece:
+            raise error
+
+    model.base_model.layers[1].register_forward_pre_hook(fail_in_piece)
+    with pytest.raises(error):
+        run(model, tiny.random_ids(17), cache)
+    assert cache.is_damaged
+    with pytest.raises(ValueError, match="failed midway"):
+        run(model, tiny.random_ids(1), cache)
+
+
+def test_a_copy_of_a_damaged_cache_is_damaged(model, monkeypatch):
+    ids, cache = tiny.random_ids(9), for_model(model)
+    monkeypatch.setattr(type(model.gpt_neox.layers[-1]), "forward", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, ids, cache)
+    assert copy.deepcopy(cache).is_damaged
+
+
+def test_ctrl_c_while_phases_are_moved_damages_the_cache(model, monkeypatch):
+    ids, cache = tiny.random_ids(30), for_model(model)
+    run(model, ids[:, :20], cache)
+    monkeypatch.setattr(type(cache.encoding), "turn", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, ids[:, 20:], cache)
+    assert cache.is_damaged
+
+
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def test_memory_is_allocated_once_and_written_in_place(model):
+    cache = for_model(model)
+    run(model, tiny.random_ids(3), cache)
+    layer = cache.streaming_layers[0]
+    addresses = [buffer.data_ptr() for buffer in (layer.keys, layer.values, layer.kept_keys, cache.state.num_seen)]
+    for num_tokens in (1, 40, 1, 1, 7):
+        run(model, tiny.random_ids(num_tokens), cache)
+    assert layer.keys.shape == (1, 4, 9, 12)
+    assert addresses == [b.data_ptr() for b in (layer.keys, layer.values, layer.kept_keys, cache.state.num_seen)]
+
+
+def test_inference_mode_and_gradients_may_alternate(model):
+    cache, ids = for_model(model), tiny.random_ids(20)
+    expected = run(model, ids, for_model(model))
+    with torch.inference_mode():
+        pieces = [model(ids[:, :9], past_key_values=cache).logits]
+    pieces += [model(ids[:, 9:15], past_key_values=cache).logits, model(ids[:, 15:], past_key_values=cache).logits]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["repeat", "copy"])
+def test_buffers_made_in_inference_mode_serve_outside_of_it(model, change):
+    cache, ids = for_model(model), tiny.random_ids(5)
+    with torch.inference_mode():
+        model(ids, past_key_values=cache)
+        if change == "repeat":
+            cache.batch_repeat_interleave(2)
+        else:
+            cache = copy.deepcopy(cache)
+    assert not any(buffer.is_inference() for buffer in vars(cache.state).values())
+    model(ids[:, :1].expand(cache.batch_size, -1), past_key_values=cache)
+
+
+def test_hidden_states_of_a_prompt_in_chunks_are_whole(model):
+    ids = tiny.random_ids(20)
+    with torch.no_grad():
+        whole = model(ids, past_key_values=for_model(model), output_hidden_states=True)
+        parts = model(ids, past_key_values=for_model(model, chunk_size=6), output_hidden_states=True)
+    for a, b in zip(whole.hidden_states, parts.hidden_states, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_the_decoder_can_be_called_by_position(model):
+    ids = tiny.random_ids(12)
+    mask = torch.ones_like(ids)
+    cache = for_model(model)
+    with torch.no_grad():
+        by_position = model.base_model(ids, mask, None, None, cache).last_hidden_state
+        by_name = model.base_model(ids, past_key_values=for_model(model)).last_hidden_state
+    torch.testing.assert_close(by_position, by_name, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("hook", ["register_forward_pre_hook", "register_forward_hook"])
+def test_a_cache_may_be_collected_while_torch_goes_through_the_hooks(hook):
+    model, ids = tiny.build(tiny.config("gpt_neox")), tiny.random_ids(8)
+    expected, caches = model(ids).logits, []
+
+    def collect(*_):
+        caches.clear()
+        gc.collect()
+
+    getattr(model.base_model, hook)(collect)
+    caches.append(StreamingCache.for_model(model, num_kept=1, window=4))
+    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-12)
+    assert len(model.base_model._forward_pre_hooks) == (hook == "register_forward_pre_hook")

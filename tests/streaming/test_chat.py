@@ -1,0 +1,160 @@
+"""Turns in one cache against the whole conversation read anew."""
+
+import copy
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from sinklm.streaming import Chat, Generator, StreamingCache
+
+from ..eval.checkpoints import small_model, small_tokenizer
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|endoftext|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+MESSAGES = ["Which way?", "And then?", "Is it far?"]
+
+
+def tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=copy.deepcopy(small_tokenizer()), eos_token="<|endoftext|>", clean_up_tokenization_spaces=False
+    )
+    made.chat_template = template
+    return made
+
+
+def start(model, tokenizer, num_kept=1, window=400, **options) -> Chat:
+    cache = StreamingCache.for_model(model, num_kept=num_kept, window=window)
+    return Chat(tokenizer, Generator(model, cache), **options)
+
+
+def read_ids(chat: Chat) -> list[int]:
+    """Record what the chat's model reads, from now on."""
+    seen: list[int] = []
+    prefill = chat.generator.decoder.prefill
+    chat.generator.decoder.prefill = lambda ids: (seen.extend(ids.flatten().tolist()), prefill(ids))[1]
+    chat.generator.read_one = chat.generator.decoder.prefill
+    return seen
+
+
+@pytest.mark.parametrize("num_sinks", [0, 1])
+def test_each_reply_is_what_the_whole_conversation_read_anew_gives(num_sinks, monkeypatch):
+    sampled: list[int] = []
+    choose = Generator.sample
+
+    def recorded(self, logits):
+        token = choose(self, logits)
+        sampled.append(int(token))
+        return token
+
+    monkeypatch.setattr(Generator, "sample", recorded)
+    model = small_model(num_sinks, max_position_embeddings=512)
+    chat = start(model, tokenizer(TEMPLATE), max_new_tokens=7)
+    seen = read_ids(chat)
+    for message in MESSAGES:
+        sampled.clear()
+        list(chat(message))
+        prompt = seen[: len(seen) - (len(sampled) - 1)]  # the last token sampled has not been read
+        ids = torch.tensor([prompt])
+        again = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(sampled), do_sample=False, eos_token_id=None
+        )
+        assert again[0, len(prompt) :].tolist() == sampled
+
+
+def test_what_is_read_is_the_templates_conversation():
+    words = tokenizer(TEMPLATE)
+    chat = start(small_model(1), words, system="Be brief.", max_new_tokens=5)
+    seen = read_ids(chat)
+    conversation = [{"role": "system", "content": "Be brief."}]
+    for message in MESSAGES:
+        conversation.append({"role": "user", "content": message})
+        reply = "".join(chat(message))
+        conversation.append({"role": "assistant", "content": reply})
+    *_, last = conversation
+    expected = words.apply_chat_template(conversation[:-1], tokenize=False, add_generation_prompt=True)
+    assert words.decode(seen + chat.generator.unread) == expected + last["content"]
+
+
+def scripted(chat: Chat, text: str, end: bool = False) -> None:
+    """Let the model say this, whatever it reads."""
+    ids = chat.tokenizer(text)["input_ids"] + [chat.tokenizer.eos_token_id] * end
+    replies = iter(ids)
+    chat.generator.sample = lambda logits: torch.tensor([[next(replies)]])
+
+
+def test_a_reply_ends_with_the_template_and_the_next_turn_closes_it_once():
+    words = tokenizer(TEMPLATE)
+    chat = start(small_model(1), words)
+    seen = read_ids(chat)
+    scripted(chat, "North.", end=True)
+    assert "".join(chat("Which way?")) == "North."
+    scripted(chat, "Home.", end=True)
+    assert "".join(chat("And then?")) == "Home."
+    assert words.decode(seen) == (
+        "<|user|>Which way?<|endoftext|>\n<|assistant|>North.<|endoftext|>\n"
+        "<|user|>And then?<|endoftext|>\n<|assistant|>Home."
+    )
+
+
+def test_without_a_template_turns_are_lines():
+    words = tokenizer()
+    chat = start(small_model(1), words, system="Two friends talk.")
+    seen = read_ids(chat)
+    scripted(chat, " North.\nUser: I made this up")
+    assert "".join(chat("Which way?")).strip() == "North."
+    scripted(chat, " Home.", end=True)  # the end of the text ends a line too
+    assert "".join(chat("And then?")).strip() == "Home."
+    scripted(chat, "\n\n Far\n and more")  # empty lines before a reply are none
+    assert "".join(chat("Is it far?")).strip() == "Far"
+    assert words.decode(seen) == (
+        "Two friends talk.\n\nUser: Which way?\nAssistant: North.\nUser: And then?\nAssistant: Home.\n"
+        "User: Is it far?\nAssistant:\n\n Far"
+    )
+
+
+def test_memory_stays_however_many_turns():
+    chat = start(small_model(1), tokenizer(TEMPLATE), num_kept=1, window=15, max_new_tokens=5)
+    sizes = set()
+    for turn in range(12):
+        list(chat(f"This is message {turn}"))
+        sizes.add(chat.generator.cache.num_bytes)
+    assert len(sizes) == 1
+    assert chat.generator.cache.get_seq_length() > 12 * 16
+
+
+def test_a_message_broken_off_while_it_is_read_begins_the_conversation_anew(monkeypatch):
+    model = small_model(0, max_position_embeddings=512)
+    chat, fresh = (start(model, tokenizer(), max_new_tokens=4) for _ in range(2))
+    list(chat(MESSAGES[0]))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.get_decoder().layers[-1]), "forward", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            list(chat(MESSAGES[1]))
+    assert list(chat(MESSAGES[2])) == list(fresh(MESSAGES[2]))
+
+
+def test_a_reply_cut_short_between_two_tokens_reads_none_twice(monkeypatch):
+    model = small_model(0, max_position_embeddings=512)
+    chat = start(model, tokenizer(TEMPLATE), max_new_tokens=7)
+    seen, reply = read_ids(chat), chat(MESSAGES[0])
+    next(reply)
+    with monkeypatch.context() as patch:
+        patch.setattr(Generator, "sample", _interrupt)  # after its token has been read
+        with pytest.raises(KeyboardInterrupt):
+            next(reply)
+    num_read, last = len(seen), seen[-1]
+    next(chat(MESSAGES[1]))
+    assert seen[num_read : num_read + 2] != [last, last]
+    assert seen[num_read] != last
+
+
+def _interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def test_a_template_without_the_replies_is_refused():
+    with pytest.raises(ValueError, match="chat template leaves out earlier replies"):
+        start(small_model(0), tokenizer("{{ messages[-1].role }}"))

@@ -1,0 +1,162 @@
+"""The compiled step: one graph, and the same numbers."""
+
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from sinklm.streaming import StreamingCache, StreamingDecoder
+
+from ..models.tiny import plain_twin, sinks, tiny_model
+from . import oracle, tiny
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def decoded(model, ids, prompt_length, num_kept, window):
+    """Logits ``(T - prompt_length + 1, V)`` after the prompt and each further token, and the compiler's counter."""
+    counter = CompileCounter()
+    cache = StreamingCache.for_model(model, num_kept=num_kept, window=window)
+    decoder = StreamingDecoder(model, cache, compile={"backend": counter})
+    logits = [decoder.prefill(ids[:, :prompt_length])]
+    logits += [decoder(ids[:, t : t + 1]) for t in range(prompt_length, ids.shape[1])]
+    return torch.cat(logits, dim=1)[0], counter
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "falcon", "falcon:rw", "mpt", "gptj"])
+def test_a_stream_of_tokens_is_one_graph(family):
+    model, ids = tiny.build(tiny.config(family)), tiny.random_ids(40)
+    logits, counter = decoded(model, ids, 5, 2, 9)
+    assert counter.frame_count == 1
+    torch.testing.assert_close(logits, oracle.stream_logits(model, ids[0], 2, 9)[4:], rtol=0, atol=5e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@torch.no_grad()
+def test_the_default_compiler_makes_the_same_of_it():
+    model, ids = tiny.build(tiny.config("mpt")), tiny.random_ids(30)
+    decoder = StreamingDecoder(model, StreamingCache.for_model(model, num_kept=2, window=9))
+    logits = [decoder.prefill(ids[:, :5]), *(decoder(ids[:, t : t + 1]).clone() for t in range(5, 30))]
+    expected = oracle.stream_logits(model, ids[0], 2, 9)[4:]
+    torch.testing.assert_close(torch.cat(logits, dim=1)[0], expected, rtol=0, atol=1e-9)
+
+
+def test_a_model_with_sinks_is_one_graph_too():
+    model, ids = tiny_model(num_sinks=2), torch.randint(1, 300, (1, 30))
+    logits, counter = decoded(model, ids, 3, 2, 9)
+    assert counter.frame_count == 1
+    with_sinks = torch.cat((sinks(model, 1), ids), dim=1)[0]
+    torch.testing.assert_close(logits, oracle.stream_logits(plain_twin(model), with_sinks, 2, 9)[4:], rtol=0, atol=5e-5)
+
+
+def test_prompts_may_come_in_between_and_the_cache_may_be_reset():
+    model, ids = tiny.build(tiny.config("gpt_neox")), tiny.random_ids(60)
+    cache = StreamingCache.for_model(model, num_kept=2, window=9)
+    decoder = StreamingDecoder(model, cache, compile={"backend": "eager"})
+    expected = oracle.stream_logits(model, ids[0], 2, 9)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="prefill"):
+            decoder(ids[:, :1])
+        end = 0
+        for size in (3, 1, 1, 25, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 12, 1, 1):
+            piece, end = ids[:, end : end + size], end + size
+            logits = decoder(piece) if size == 1 else decoder.prefill(piece)
+            torch.testing.assert_close(logits[0, -1], expected[end - 1], rtol=0, atol=5e-5)
+        cache.reset()
+
+
+@torch.no_grad()
+def test_what_a_graph_cannot_see_is_looked_at_before_it_runs():
+    """Other rows bring other buffers, which a captured graph would not read; so the step is made anew."""
+    model, ids = tiny.build(tiny.config("llama")), tiny.random_ids(30, batch_size=2)
+    cache = StreamingCache.for_model(model, num_kept=2, window=9)
+    decoder = StreamingDecoder(model, cache, compile={"backend": "eager"})
+    decoder.prefill(ids[:, :5])
+    decoder(ids[:, 5:6])
+    for wrong in (ids[:, 6:8], ids[:1, 6:7]):
+        with pytest.raises(ValueError, match=r"one token of each stream, \(2, 1\)"):
+            decoder(wrong)
+    cache.batch_select_indices(torch.tensor([1]))
+    assert decoder.compiled_for is not cache.state.num_seen
+    logits = decoder(ids[1:, 6:7])
+    assert decoder.compiled_for is cache.state.num_seen
+    torch.testing.assert_close(logits[0, 0], oracle.stream_logits(model, ids[1, :7], 2, 9)[-1], rtol=0, atol=5e-5)
+    cache.has_failed = True
+    with pytest.raises(ValueError, match="failed midway"):
+        decoder(ids[1:, 7:8])
+
+
+@torch.no_grad()
+def test_a_model_that_the_user_compiled_moves_phases_back_too():
+    model, ids = tiny.build(tiny.config("llama")), tiny.random_ids(40)
+    cache, compiled = StreamingCache.for_model(model, num_kept=2, window=6), torch.compile(model, backend="eager")
+    logits = [compiled(piece, past_key_values=cache).logits for piece in ids.split([12] + [1] * 28, dim=1)]
+    expected = oracle.stream_logits(model, ids[0], 2, 6)
+    torch.testing.assert_close(torch.cat(logits, dim=1)[0], expected, rtol=0, atol=5e-5)
+    assert cache.state.base.item() >= 40 - 2 * cache.shape.num_slots
+    whole = torch.compile(model, backend="eager", fullgraph=True)  # other calls stay one graph while the cache lives
+    torch.testing.assert_close(whole(ids, use_cache=False).logits, model(ids).logits)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_captured_graph_is_as_near_to_float64_as_eager_steps(dtype, family):
+    """Twice, so that the second decoder compiles where the first has been."""
+    model = tiny.build(tiny.config(family, hidden_size=128), dtype=torch.float64)
+    ids = tiny.random_ids(80)
+    exact = oracle.stream_logits(model, ids[0], 4, 24)[8:]
+    model, ids = model.to("cuda", dtype), ids.cuda()
+    for _ in range(2):
+        decoder = StreamingDecoder(model, StreamingCache.for_model(model, num_kept=4, window=24))
+        eager = StreamingCache.for_model(model, num_kept=4, window=24)
+        captured, stepped = [decoder.prefill(ids[:, :9])], []
+        with torch.no_grad():
+            stepped.append(model(ids[:, :9], past_key_values=eager).logits[:, -1:])
+            for t in range(9, 80):
+                captured.append(decoder(ids[:, t : t + 1]).clone())
+                stepped.append(model(ids[:, t : t + 1], past_key_values=eager).logits)
+        assert decoder.captured is not None
+        errors = [(torch.cat(logits, dim=1)[0].cpu().double() - exact).norm() for logits in (captured, stepped)]
+        assert errors[0] <= 1.5 * errors[1] + 1e-4 * exact.norm()
+
+
+@pytest.mark.gpu
+def test_a_captured_step_makes_no_copy_of_the_buffers():
+    """It would take longer than the attention. The buffers are larger than what cuBLAS asks for besides."""
+    model, ids = tiny.build(tiny.config("llama", hidden_size=128), dtype=torch.float32).cuda(), tiny.random_ids(16)
+    cache = StreamingCache.for_model(model, num_kept=4, window=2**19)
+    decoder, ids = StreamingDecoder(model, cache), ids.cuda()
+    decoder.prefill(ids[:, :9])
+    layers = cache.streaming_layers
+    places = [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in layers]
+    torch.cuda.reset_peak_memory_stats()
+    memory = torch.cuda.memory_allocated()
+    for t in range(9, 16):
+        decoder(ids[:, t : t + 1])
+    assert decoder.captured is not None
+    assert [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in layers] == places
+    assert torch.cuda.max_memory_allocated() - memory < layers[0].keys.nbytes
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_kept", [0, 1, 4])
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+def test_flash_chunks_are_as_near_to_float64_as_single_tokens(family, num_kept):
+    model = tiny.build(tiny.config(family, hidden_size=128), dtype=torch.float64)
+    ids = tiny.random_ids(90)
+    exact = oracle.stream_logits(model, ids[0], num_kept, 24)
+    model, ids = model.to("cuda", torch.bfloat16), ids.cuda()
+    errors = []
+    for sizes in ([90], [7, 40, 1, 42], [1] * 90):
+        cache = StreamingCache.for_model(model, num_kept=num_kept, window=24)
+        with torch.no_grad():
+            logits = [model(piece, past_key_values=cache).logits for piece in ids.split(sizes, dim=1)]
+        errors.append((torch.cat(logits, dim=1)[0].cpu().double() - exact).norm())
+    assert max(errors[:2]) <= 1.5 * errors[2]

@@ -1,0 +1,87 @@
+"""A stream has no end: neither error nor memory grows with it."""
+
+import pytest
+import torch
+
+from sinklm.streaming import StreamingCache, stream_logits, stream_losses
+
+from . import oracle, tiny
+
+NUM_KEPT, WINDOW = 2, 9
+
+
+def error_after(model, num_tokens):
+    """How far the last logits are from the oracle's after ``num_tokens``, in a model of one layer.
+
+    With one layer a token's logits depend on the kept tokens and its own window alone, so the oracle can start there.
+    """
+    head, tail = tiny.random_ids(NUM_KEPT), tiny.random_ids(40, seed=2)
+    filler = tiny.random_ids(num_tokens - NUM_KEPT - 40, seed=3)
+    cache = StreamingCache.for_model(model, num_kept=NUM_KEPT, window=WINDOW, chunk_size=512)
+    with torch.no_grad():
+        model.base_model(torch.cat((head, filler), dim=1), past_key_values=cache)
+        logits = torch.cat([model(tail[:, t : t + 1], past_key_values=cache).logits for t in range(40)], dim=1)
+    expected = oracle.stream_logits(model, torch.cat((head, tail), dim=1)[0], NUM_KEPT, WINDOW)
+    assert cache.get_seq_length() == num_tokens
+    return (logits[0, 20:] - expected[NUM_KEPT + 20 :]).abs().max().item()
+
+
+@pytest.mark.slow
+def test_the_error_after_a_million_tokens_is_that_after_a_thousand():
+    model = tiny.build(tiny.config("gpt_neox", num_hidden_layers=1, hidden_size=16, num_attention_heads=1))
+    early, late = error_after(model, 1_000), error_after(model, 1_000_000)
+    assert early < 5e-6
+    assert late < 2 * early
+
+
+def test_phases_stay_within_twice_the_cache():
+    model = tiny.build(tiny.config("llama"))
+    cache = StreamingCache.for_model(model, num_kept=NUM_KEPT, window=WINDOW)
+    positions = []
+    model.base_model.rotary_emb.register_forward_pre_hook(
+        lambda module, args, kwargs: positions.append([*args, *kwargs.values()][1]), with_kwargs=True
+    )
+    with torch.no_grad():
+        for size in [1] * 60 + [30] + [1] * 30:
+            model(tiny.random_ids(size), past_key_values=cache)
+    assert all(int(p.min()) >= 0 for p in positions)
+    assert max(int(p.max()) for p in positions if p.shape[-1] == 1) <= 2 * (NUM_KEPT + WINDOW + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_half_precision_does_not_drift(dtype):
+    """Turned keys are rounded once, so that bfloat16 streams are as near to the oracle late as they are early."""
+    model = tiny.build(tiny.config("gpt_neox", num_hidden_layers=1), dtype=dtype)
+    ids = tiny.random_ids(300)
+    cache = StreamingCache.for_model(model, num_kept=NUM_KEPT, window=WINDOW)
+    with torch.no_grad():
+        logits = torch.cat([model(i, past_key_values=cache).logits for i in ids.split(1, dim=1)], dim=1)[0].double()
+    expected = oracle.stream_logits(model.double(), ids[0], NUM_KEPT, WINDOW)
+    error = (logits - expected).abs().amax(-1)
+    assert error[200:].mean() < 1.5 * error[12:100].mean()
+
+
+def test_losses_over_a_large_vocabulary_are_accurate():
+    """Summed over another dimension than the last, float32 exponentials were off by 7e-6 here, 3e-4 in a real model."""
+    model = tiny.build(tiny.config("gpt_neox", num_hidden_layers=1, vocab_size=50_000), dtype=torch.float32)
+    ids = tiny.random_ids(20)
+    settings = {"num_kept": 1, "window": 5}
+    losses = torch.cat(list(stream_losses(model, ids, **settings)), dim=1)
+    logits = torch.cat(list(stream_logits(model, ids, **settings)), dim=1).double()
+    expected = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none")
+    torch.testing.assert_close(losses[0].double(), expected, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("chunk_size", [7, 16, 64])
+def test_losses_of_a_long_text_are_those_of_the_oracle(chunk_size):
+    model = tiny.build(tiny.config("llama"))
+    ids = torch.cat((tiny.random_ids(50), tiny.random_ids(50, seed=2)))
+    settings = {"num_kept": 4, "window": 9, "chunk_size": chunk_size}
+    losses = torch.cat(list(stream_losses(model, ids, **settings)), dim=1)
+    logits = torch.cat(list(stream_logits(model, ids, **settings)), dim=1)
+    assert losses.shape == (2, 49)
+    for b in range(2):
+        expected = oracle.stream_logits(model, ids[b], 4, 9)
+        torch.testing.assert_close(logits[b], expected, rtol=0, atol=5e-5)
+        by_oracle = torch.nn.functional.cross_entropy(expected[:-1], ids[b, 1:], reduction="none")
+        torch.testing.assert_close(losses[b].double(), by_oracle, rtol=0, atol=5e-5)

@@ -1,0 +1,80 @@
+"""`generate(past_key_values=cache)`: every greedy token is the oracle's, for stock models and for ours."""
+
+import pytest
+import torch
+
+from sinklm.streaming import StreamingCache
+
+from ..models.tiny import plain_twin, sinks, tiny_model
+from . import oracle, tiny
+
+SETTINGS = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "use_cache": True}
+
+
+def assert_greedy(model, text, num_new, num_kept, window, forbidden=()):
+    """Each of the last ``num_new`` tokens of ``(T,)`` is the most probable one after those before it."""
+    logits = oracle.stream_logits(model, text, num_kept, window)
+    logits[:, list(forbidden)] = float("-inf")
+    assert text[-num_new:].tolist() == logits[-num_new - 1 : -1].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama:llama3", "falcon:40b", "mpt", "gptj"])
+@pytest.mark.parametrize("prompt_length", [1, 6, 11, 25])
+def test_greedy_text_is_the_oracles(family, prompt_length):
+    model = tiny.build(tiny.config(family))
+    cache = StreamingCache.for_model(model, num_kept=2, window=8)
+    text = model.generate(tiny.random_ids(prompt_length), past_key_values=cache, max_new_tokens=20, **SETTINGS)
+    assert_greedy(model, text[0], 20, 2, 8)
+
+
+@pytest.mark.parametrize("prompt_length", [1, 25])
+def test_greedy_text_of_a_model_with_sinks(prompt_length):
+    model = tiny_model(num_sinks=2)
+    cache = StreamingCache.for_model(model, num_kept=3, window=8)
+    prompt = torch.randint(1, 300, (1, prompt_length))
+    text = model.generate(prompt, past_key_values=cache, max_new_tokens=15, **SETTINGS)
+    with_sinks = torch.cat((sinks(model, 1), text), dim=1)[0]
+    assert_greedy(plain_twin(model), with_sinks, 15, 3, 8, forbidden=model.config.sink_token_ids)
+
+
+def test_a_chat_keeps_one_cache_through_its_turns():
+    model = tiny.build(tiny.config("llama"))
+    cache = StreamingCache.for_model(model, num_kept=2, window=8)
+    conversation = tiny.random_ids(9)
+    for turn in range(4):
+        conversation = torch.cat((conversation, tiny.random_ids(3 + 6 * turn, seed=turn)), dim=1)
+        conversation = model.generate(conversation, past_key_values=cache, max_new_tokens=6, **SETTINGS)
+        assert_greedy(model, conversation[0], 6, 2, 8)
+    assert cache.get_seq_length() == conversation.shape[1] - 1  # the last token has not been read yet
+
+
+def test_beams_find_the_same_text_as_without_eviction():
+    """A cache that is never full must give the beams of the stock cache; a full one must still follow its rows."""
+    model = tiny.build(tiny.config("gpt_neox"))
+    prompt, beams = tiny.random_ids(6), SETTINGS | {"num_beams": 3, "max_new_tokens": 20}
+    roomy = StreamingCache.for_model(model, num_kept=2, window=50)
+    assert model.generate(prompt, past_key_values=roomy, **beams).tolist() == model.generate(prompt, **beams).tolist()
+
+
+def test_beams_of_a_full_cache_follow_their_rows():
+    model = tiny.build(tiny.config("gpt_neox"))
+    prompt = tiny.random_ids(12)
+    cache = StreamingCache.for_model(model, num_kept=2, window=6)
+    settings = SETTINGS | {"num_beams": 3, "return_dict_in_generate": True, "output_scores": True}
+    result = model.generate(prompt, past_key_values=cache, max_new_tokens=10, length_penalty=0.0, **settings)
+    text = result.sequences[0]
+    log_probs = oracle.stream_logits(model, text, 2, 6).log_softmax(-1)
+    by_oracle = sum(log_probs[t - 1, text[t]] for t in range(12, 22))
+    torch.testing.assert_close(result.sequences_scores[0].double(), by_oracle, rtol=0, atol=1e-4)
+
+
+def test_left_padded_prompts_continue_as_they_would_alone():
+    model = tiny.build(tiny.config("llama"))
+    lengths = [23, 9, 4, 1]
+    prompts = [tiny.random_ids(n, seed=n)[0] for n in lengths]
+    ids = torch.stack([torch.nn.functional.pad(p, (23 - len(p), 0)) for p in prompts])
+    mask = torch.tensor([[0] * (23 - n) + [1] * n for n in lengths])
+    cache = StreamingCache.for_model(model, num_kept=2, window=8)
+    text = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=15, **SETTINGS)
+    for row, n in zip(text, lengths, strict=True):
+        assert_greedy(model, row[23 - n :], 15, 2, 8)

@@ -1,0 +1,144 @@
+"""The generation loop against `generate`, sampling, and text that comes token by token."""
+
+from itertools import islice
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from transformers import PreTrainedTokenizerFast
+
+from sinklm.streaming import Generator, StreamingCache, TextStream, default_cache
+from sinklm.streaming.generation import MAX_PENDING
+
+from ..eval.checkpoints import small_tokenizer
+from ..models.tiny import FIRST_SINK, text, tiny_model
+
+TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=small_tokenizer(), eos_token="<|endoftext|>")
+
+
+def generator(model, num_kept=2, window=9, **sampling) -> Generator:
+    return Generator(model, StreamingCache.for_model(model, num_kept=num_kept, window=window), **sampling)
+
+
+@pytest.mark.parametrize("num_sinks", [0, 2])
+@pytest.mark.parametrize("prompt_length", [1, 5, 30])
+def test_the_loop_writes_what_generate_writes(num_sinks, prompt_length):
+    model, ids = tiny_model(num_sinks), text(1, prompt_length)
+    cache = StreamingCache.for_model(model, num_kept=2, window=9)
+    expected = model.generate(
+        ids, past_key_values=cache, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    written = list(islice(generator(model)(ids[0].tolist()), 40))
+    assert written == expected[0, prompt_length:].tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_on_a_gpu_the_captured_step_writes_the_same():
+    model, ids = tiny_model(num_sinks=1).cuda(), text(1, 30)[0].tolist()
+    eager, captured = (list(islice(generator(model, compile=compile)(ids), 60)) for compile in (False, True))
+    assert captured == eager
+
+
+def test_a_sink_is_never_sampled():
+    model = tiny_model(num_sinks=2)
+    with torch.no_grad():
+        model.lm_head.weight[FIRST_SINK : FIRST_SINK + 2] *= 0
+        model.lm_head.weight[FIRST_SINK : FIRST_SINK + 2] += model.lm_head.weight.abs().max() * 100
+    logits = torch.randn(400, model.config.vocab_size)
+    logits[:, FIRST_SINK : FIRST_SINK + 2] = 50.0
+    for sampling in ({}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3}):
+        chosen = generator(model, **sampling).sample(logits)
+        assert not ((chosen >= FIRST_SINK) & (chosen < FIRST_SINK + 2)).any()
+    plain = generator(tiny_model(num_sinks=0)).sample(logits)
+    assert ((plain >= FIRST_SINK) & (plain < FIRST_SINK + 2)).all()  # the ids are ordinary where there is no sink
+
+
+def test_samples_follow_temperature_and_top_k():
+    torch.manual_seed(0)
+    model, logits = tiny_model(num_sinks=0), torch.tensor([3.0, 2.0, 1.0, 0.0, -30.0]).repeat(20_000, 1)
+    for temperature, top_k, num_left in ((1.0, None, 5), (2.0, None, 5), (0.5, 2, 2), (1.0, 9, 5)):
+        chosen = generator(model, temperature=temperature, top_k=top_k).sample(logits)
+        expected = torch.zeros(5)
+        expected[:num_left] = (logits[0, :num_left] / temperature).softmax(-1)
+        shares = chosen.flatten().bincount(minlength=5) / len(chosen)
+        torch.testing.assert_close(shares, expected, rtol=0, atol=0.015)
+    assert (generator(model).sample(logits) == 0).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 1e-320])
+def test_a_temperature_next_to_0_takes_the_likeliest_token(temperature):
+    model, logits = tiny_model(num_sinks=0), torch.tensor([[-90.0, 89.9, 90.0]]).repeat(50, 1)
+    for top_k in (None, 2):
+        assert (generator(model, temperature=temperature, top_k=top_k).sample(logits) == 2).all()
+
+
+def test_what_cannot_be_sampled_or_read_is_refused():
+    model = tiny_model()
+    for temperature in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="temperature is"):
+            generator(model, temperature=temperature)
+    with pytest.raises(ValueError, match="top_k is 0: it must be at least 1"):
+        generator(model, top_k=0)
+    with pytest.raises(ValueError, match="prompt is empty"):
+        next(generator(model)([]))
+
+
+def test_the_next_prompt_ends_the_iterator_before():
+    model, prompts = tiny_model(), (text(1, 5)[0].tolist(), text(1, 9)[0].tolist())
+    one, other = generator(model), generator(model)
+    older = one(prompts[0])
+    expected = [next(other(prompts[0])), *islice(other(prompts[1]), 20)]
+    written = [next(older)]
+    newer = one(prompts[1])
+    written.append(next(newer))
+    with pytest.raises(ValueError, match="another prompt since"):
+        next(older)
+    assert written + list(islice(newer, 19)) == expected  # the refusal left the newer text alone
+
+
+def test_the_default_cache_fits_the_model():
+    assert default_cache(tiny_model(0, max_position_embeddings=2048)) == (4, 1020)
+    assert default_cache(tiny_model(1, max_position_embeddings=2048)) == (1, 1023)
+    assert default_cache(tiny_model(2, max_position_embeddings=2048)) == (2, 1022)
+    assert default_cache(tiny_model(1, max_position_embeddings=128)) == (1, 126)
+
+
+@given(st.text(max_size=60))
+@settings(deadline=None)
+def test_pieces_of_text_are_the_text(original):
+    ids = TOKENIZER(original)["input_ids"]
+    stream = TextStream(TOKENIZER)
+    pieces = [stream.push(token_id) for token_id in ids]
+    assert "".join(pieces) + stream.flush() == TOKENIZER.decode(ids, skip_special_tokens=True)
+    if "\N{REPLACEMENT CHARACTER}" not in original:
+        assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)  # no character was shown in halves
+
+
+@given(st.lists(st.integers(0, len(TOKENIZER) - 1), min_size=200, max_size=400))
+@settings(deadline=None, max_examples=30)
+def test_a_stream_of_any_tokens_looks_at_a_few_only(ids):
+    stream = TextStream(TOKENIZER)
+    for token_id in ids:
+        stream.push(token_id)
+        assert len(stream.ids) <= 2 * MAX_PENDING
+
+
+def test_a_character_appears_with_its_last_byte():
+    ids = TOKENIZER("a€")["input_ids"]
+    assert len(ids) == 4  # "a" and three bytes
+    stream = TextStream(TOKENIZER)
+    assert [stream.push(token_id) for token_id in ids] == ["a", "", "", "€"]
+
+
+def test_spaces_stay_where_a_tokenizer_cuts_them_off_the_first_token():
+    """As with Llama's tokenizer, whose decoder drops the space in front of a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    words = {"▁one": 0, "▁two": 1, "▁three": 2}
+    raw = Tokenizer(models.WordLevel(words, unk_token="▁one"))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace()
+    raw.decoder = decoders.Metaspace()
+    stream = TextStream(PreTrainedTokenizerFast(tokenizer_object=raw))
+    assert "".join(stream.push(i) for i in [0, 1, 2, 0]) == "one two three one"

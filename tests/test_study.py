@@ -1,0 +1,347 @@
+"""The scripts of the small-scale study: their queue of jobs, and the tables made of what runs leave behind."""
+
+import json
+import re
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+FOLDER = Path(__file__).parents[1] / "study"
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+
+
+def job(name: str, folder: Path, code: str):
+    from jobs import Job
+
+    return Job(name, (sys.executable, "-c", code), folder / f"{name}.log")
+
+
+def test_jobs_run_on_their_gpus_and_a_failure_stops_no_other(tmp_path, capsys):
+    from jobs import JobQueue
+
+    show = "import os; print('GPU', os.environ['CUDA_VISIBLE_DEVICES'])"
+    jobs = [job("bad", tmp_path, "raise SystemExit('no data')"), *(job(f"good{i}", tmp_path, show) for i in range(3))]
+    assert not JobQueue(jobs).run()
+    assert [j.is_done for j in jobs] == [False, True, True, True]
+    assert {j.log.read_text() for j in jobs[1:]} <= {"GPU 0\n", "GPU 1\n"}
+    assert "bad: FAILED with status 1: no data" in capsys.readouterr().out
+
+
+def test_what_is_done_is_not_run_again(tmp_path, capsys):
+    from jobs import JobQueue
+
+    jobs = [job("once", tmp_path, f"open({str(tmp_path / 'count')!r}, 'a').write('x')")]
+    assert JobQueue(jobs).run()
+    assert JobQueue(jobs).run()
+    assert (tmp_path / "count").read_text() == "x"
+
+
+def test_time_ends_what_runs_and_starts_nothing_more(tmp_path, capsys):
+    from jobs import JobQueue
+
+    code = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit('saved')); print('up'); time.sleep(60)"
+    jobs = [job(name, tmp_path, code) for name in ("first", "second", "third")]
+    assert not JobQueue(jobs, minutes=1 / 60).run()
+    assert "first: stopped: saved" in capsys.readouterr().out
+    assert not jobs[2].unfinished_log.exists()
+
+
+def write_run(folder: Path, name: str, losses: list[float], perplexities: list[float]) -> None:
+    run, results = folder / "runs" / name, folder / "results" / name
+    run.mkdir(parents=True)
+    results.mkdir(parents=True)
+    records = [
+        {"step": i + 1, "loss": loss, "positions": 512 * (i + 1), "tokens_per_second": 100.0 * (i + 1)}
+        for i, loss in enumerate(losses)
+    ]
+    records.append({"step": len(losses), "validation_loss": losses[-1] + 0.5})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    planned = {"num_steps": 2, "batch_size_tokens": 512}
+    (run / "config.yaml").write_text(yaml.safe_dump({"train": {"seed": 1, **planned}}))
+    (run / "environment.json").write_text("{}")
+    measured = [
+        {"configuration": cache, "perplexity": value, "binned_losses": [1.0]}
+        for cache, value in zip(("dense", "0+32", "1+31", "4+28"), [99.0, *perplexities], strict=True)
+    ]
+    report = {"model": {"num_parameters": 7}, "text": {"sha256": "", "num_tokens": 64}, "bin_edges": [0, 64]}
+    (results / "streaming.json").write_text(json.dumps({**report, "results": measured}))
+
+
+def test_a_table_compares_each_run_with_vanilla_of_its_seed(tmp_path):
+    from report import perplexity
+    from results import collect
+
+    write_run(tmp_path, "vanilla", [4.0, 3.5], [12.0, 11.0, 10.0])
+    write_run(tmp_path, "gate", [4.0, 3.54], [20.0, 10.0, 10.0])
+    write_run(tmp_path, "vanilla-seed-2", [4.0, 1.5], [12.0, 11.0, 10.0])
+    write_run(tmp_path, "gate-seed-2", [4.0, 1.52], [1200.0, 10.0, 10.0])
+    rows = {
+        row.split(" | ")[0].strip("| "): row.split(" | ")[1:]
+        for row in perplexity(collect(tmp_path)["runs"]).splitlines()
+    }
+    assert rows["vanilla"] == ["4.0000", "", "12.00", "11.00", "10.00", "1.200", "1.1000 |"]
+    assert rows["gate"] == ["4.0400", "+1.00 %", "20.00", "10.00", "10.00", "2.000", "1.0000 |"]
+    assert rows["gate-seed-2"][:3] == ["2.0200", "+1.00 %", "1,200"]
+
+
+def test_a_run_that_ended_early_says_so_and_is_compared_with_vanilla_where_it_ended(tmp_path):
+    from report import perplexity
+    from results import collect
+
+    write_run(tmp_path, "vanilla", [4.0, 3.5], [12.0, 11.0, 10.0])
+    write_run(tmp_path, "gate", [4.04], [20.0, 10.0, 10.0])
+    runs = collect(tmp_path)["runs"]
+    runs["vanilla"]["validation_loss"].insert(0, [512, 4.5])
+    assert perplexity(runs).splitlines()[2].startswith("| gate (50 % of training) | 4.5400 | +0.89 % |")
+
+
+def test_a_run_that_went_on_from_its_last_validation_says_where_that_was(tmp_path):
+    from report import perplexity
+    from results import collect
+
+    write_run(tmp_path, "vanilla", [4.0, 3.5], [12.0, 11.0, 10.0])
+    write_run(tmp_path, "gate", [4.0, 3.5], [12.0, 11.0, 10.0])
+    runs = collect(tmp_path)["runs"]
+    runs["vanilla"]["validation_loss"].insert(0, [512, 4.5])
+    runs["gate"]["validation_loss"] = [[512, 4.41]]
+    assert perplexity(runs).splitlines()[2].startswith("| gate | 4.4100 at 0 M | \N{MINUS SIGN}2.00 % |")
+
+
+def test_a_cache_that_was_not_run_is_left_empty(tmp_path):
+    from report import perplexity
+    from results import collect
+
+    write_run(tmp_path, "vanilla-12x64", [4.0, 3.5], [12.0, 11.0, 10.0])
+    write_run(tmp_path, "vanilla-16x64", [4.0, 3.5], [12.0, 11.0, 10.0])
+    runs = collect(tmp_path)["runs"]
+    del runs["vanilla-16x64"]["streaming"]["perplexity"]["4+28"]
+    assert perplexity(runs).splitlines()[-1] == "| vanilla-16x64 | 4.0000 |  | 12.00 | 11.00 |  |  |  |"
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [("gate", "vanilla"), ("two-sinks-seed-2", "vanilla-seed-2"), ("gate-12x64-seed-3", "vanilla-12x64-seed-3")],
+)
+def test_the_plain_run_to_compare_with_has_the_same_size_and_seed(name, plain):
+    from results import vanilla_of
+
+    assert vanilla_of(name) == vanilla_of(plain) == plain
+
+
+@pytest.mark.parametrize(("tokens", "shown"), [(996, "gate (99 % of training)"), (1000, "gate"), (1024, "gate")])
+def test_a_run_is_whole_only_if_it_is(tokens, shown):
+    from report import label
+
+    planned = {"num_steps": 10, "batch_size_tokens": 100}
+    assert label("gate", {"config": {"train": planned}, "tokens": tokens}) == shown
+
+
+def sinks_report(**masses: list[list[float]]) -> dict:
+    """Of two layers of two heads, with one sequence."""
+    heads = {name.replace("_", " "): mass for name, mass in masses.items()}
+    flat = {name: [*mass[0], *mass[1]] for name, mass in heads.items()}
+    return {
+        "epsilon": 0.3,
+        "positions": {name: -1 if name == "no token" else i for i, name in enumerate(heads)},
+        "heads": {name: {"mass": mass} for name, mass in heads.items()},
+        "sink_rate": {name: sum(mass > 0.3 for mass in values) / 4 for name, values in flat.items()},
+        "mass": {name: sum(values) / 4 for name, values in flat.items()},
+    }
+
+
+def test_a_head_that_attends_to_both_sink_tokens_counts_once():
+    from results import sink_rate
+
+    first, second = [[0.4, 0.2], [0.0, 0.1]], [[0.4, 0.2], [0.5, 0.1]]
+    report = sinks_report(sink_token_1=first, sink_token_2=second, first_text_token=[[0.0, 0.0], [0.0, 0.4]])
+    assert sum(report["sink_rate"][f"sink token {i}"] for i in (1, 2)) == 0.75
+    assert sink_rate(report, "sink token") == 0.75  # the first head once, the second for both together
+    report["heads"]["sink token 2"]["mass"][1][0] = 0.1
+    assert sink_rate(report, "sink token") == 0.5
+    assert sink_rate(report, "first text token") == 0.25
+
+
+def test_a_place_that_has_no_attention_is_left_empty():
+    from report import sinks
+
+    planned = {"num_steps": 1, "batch_size_tokens": 8}
+    report = sinks_report(first_text_token=[[0.5, 0.5], [0.1, 0.1]], no_token=[[1e-6, -1e-6], [0.0, 0.0]])
+    row = sinks({"vanilla": {"config": {"train": planned}, "tokens": 8, "sinks": report}}).splitlines()[-1]
+    assert row == "| vanilla |  |  | 50.0 | 30.0 |  |  |"
+
+
+def test_layers_are_gathered_at_the_named_positions_and_over_the_others():
+    from results import _layers
+
+    layers = {"hidden_norm": [[8.0, 5.0, 1.0, 3.0], [9.0, 5.0, 2.0, 2.0]], "median_activation": [0.5, 0.6]}
+    positions = {"sink token": 0, "first text token": 1, "no token": -1}
+    norms = {"sink token": [8.0, 9.0], "first text token": [5.0, 5.0], "others": [2.0, 2.0]}
+    assert _layers({"layers": layers, "positions": positions}) == {
+        "hidden_norm": norms,
+        "median_activation": [0.5, 0.6],
+    }
+
+
+def test_activations_are_those_of_the_token_with_the_most_attention():
+    from report import activations
+
+    report = sinks_report(
+        sink_token=[[0.5, 0.5], [0.5, 0.5]], first_text_token=[[0.1] * 2] * 2, no_token=[[0.9] * 2] * 2
+    )
+    places = {"first text token": [1.0, 1.0], "others": [2.0, 4.0]}
+    report["layers"] = {
+        "hidden_norm": {"sink token": [4.0, 40.0], **places},
+        "value_norm": {"sink token": [0.2, 0.8], **places},
+        "largest_activation": {"sink token": [10.0, 60.0], **places},
+        "median_activation": [0.5, 0.5],
+        "query_key_cosine": {"sink token": [0.25, 0.5], "first text token": [1.0, 1.0], "others": [-0.5, -0.25]},
+    }
+    planned = {"num_steps": 1, "batch_size_tokens": 8}
+    row = activations({"gate": {"config": {"train": planned}, "tokens": 8, "sinks": report}}).splitlines()[-1]
+    assert row == "| gate | sink token | 10.0 (1) | 120 (1) | 0.10 (0) | 0.38 | \N{MINUS SIGN}0.38 |"
+
+
+def test_what_a_cache_costs_is_a_mean_for_each_doubling_from_where_it_is_full():
+    from figures import cost_by_position
+
+    report = {
+        "bin_edges": [0, 2, 4, 8, 10, 16, 32, 64],
+        "binned_losses": {"0+4": [9.0, 9.0, 2.0, 5.0, 1.0, 3.0, None], "2+2": [0.0, 0.0, 1.0, 1.0, 1.0, 5.0, None]},
+    }
+    costs = cost_by_position(report, "0+4", "2+2")
+    assert [cost for _, cost in costs] == [1.0, 1.0, -2.0]
+    assert costs[0][0] == 32**0.5
+
+
+def test_what_was_tried_is_shown_at_the_quarters_of_training():
+    from report import tried
+
+    checkpoints = [
+        {
+            "sink_rate": {"sink token 1": i / 10, "sink token 2": (i > 5) / 2, "no token": 0.6 - i / 10},
+            "perplexity": {"0+8": 10 + i, "4+4": 10},
+            "tokens": 1_075_000 * (i + 1),
+        }
+        for i in range(8)
+    ]
+    train = {"seq_length": 256, "num_steps": 1, "batch_size_tokens": 8}
+    config = {"train": train, "optimizer": {"lr": 0.016, "weight_decay": 0.25}}
+    run = {"config": config, "tokens": 8_600_000, "validation_loss": [[8_600_000, 3.5]]}
+    run |= {"sinks": {"checkpoints": checkpoints}}
+    whole = run | {"forming": {"checkpoints": checkpoints}}
+    row, without = tried({"vanilla": whole, "not evaluated": {}, "rates alone": run}).splitlines()[-2:]
+    assert row.startswith(
+        "| vanilla | 9 | 256 | 0.016 | 0.25 | 3.5000 | sink token 1 | 10 → 30 → 50 → 70 "
+        "| 1.100 → 1.300 → 1.500 → 1.700 |"
+    )
+    assert without.endswith("| 10 → 30 → 50 → 70 |  |  |")
+    unfinished = run | {"forming": {"checkpoints": checkpoints[:-1]}}
+    assert " 1.100 → 1.300 → 1.500 → – |" in tried({"vanilla": unfinished}).splitlines()[-1]
+
+
+def test_places_of_the_machine_are_not_gathered(tmp_path):
+    from results import collect
+
+    write_run(tmp_path, "vanilla", [4.0], [1.0, 1.0, 1.0])
+    config = {"data": {"path": "here"}, "train": {"run_dir": "there", "seed": 1}}
+    (tmp_path / "runs" / "vanilla" / "config.yaml").write_text(yaml.safe_dump(config))
+    assert collect(tmp_path)["runs"]["vanilla"]["config"] == {"data": {}, "train": {"seed": 1}}
+
+
+def test_the_data_a_run_was_trained_on_can_be_told(tmp_path):
+    from results import collect
+
+    write_run(tmp_path, "vanilla", [4.0], [1.0, 1.0, 1.0])
+    assert "data_fingerprint" not in collect(tmp_path)["runs"]["vanilla"]
+    checkpoint = tmp_path / "runs" / "vanilla" / "checkpoints" / "step-1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text('{"data_fingerprint": "ab12"}')
+    assert "data_fingerprint" not in collect(tmp_path)["runs"]["vanilla"]  # the checkpoint is not complete
+    (checkpoint / "COMPLETE").touch()
+    assert collect(tmp_path)["runs"]["vanilla"]["data_fingerprint"] == "ab12"
+
+
+def test_a_curve_of_losses_is_means_over_stretches(tmp_path):
+    from results import NUM_LOSS_POINTS, collect
+
+    losses = [1.0, 3.0] * NUM_LOSS_POINTS
+    write_run(tmp_path, "vanilla", losses, [1.0, 1.0, 1.0])
+    run = collect(tmp_path)["runs"]["vanilla"]
+    assert run["loss"] == [[1024 * (i + 1), 2.0] for i in range(NUM_LOSS_POINTS)]
+    assert run["validation_loss"] == [[512 * len(losses), 3.5]]
+
+
+def test_a_table_replaces_the_one_between_its_marks(tmp_path):
+    from report import write_page
+
+    page = tmp_path / "paper.md"
+    write_page(page, {"sinks": "| a |", "zero_shot": ""})
+    page.write_text("# By hand\n\n" + page.read_text() + "\nmore by hand\n")
+    write_page(page, {"sinks": r"| \1 |"})
+    assert page.read_text() == "# By hand\n\n<!-- sinks -->\n| \\1 |\n<!-- end -->\n\nmore by hand\n"
+
+
+def test_the_page_of_results_is_made_from_its_data(tmp_path, monkeypatch):
+    from report import RESULTS, main
+
+    for name in ("paper.json", "paper.md"):
+        shutil.copy(RESULTS / name, tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report.py", "--output", str(tmp_path)])
+    main()
+    page = (tmp_path / "paper.md").read_text(encoding="utf-8")
+    assert page == (RESULTS / "paper.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"\]\((paper-[a-z]+\.png)\)", page))
+    assert shown == {picture.name for picture in tmp_path.glob("*.png")}
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("train", ["nope.yaml", "study"], r"the plan nope\.yaml cannot be read"),
+        ("train", ["list.yaml", "study"], r"list\.yaml is no plan"),
+        ("train", [str(FOLDER / "arms.yaml"), "study", "--only", "vanila"], "--only names vanila"),
+        ("evaluate", ["nope", "--text", "book.txt"], "nope/runs holds no such run"),
+        ("forming", ["nope", "--text", "book.txt", "--output", "out"], "nope holds no complete checkpoint"),
+        ("report", ["nope", "--output", "out"], "nope/runs holds no run"),
+    ],
+)
+def test_mistakes_are_one_line(script, arguments, message, tmp_path, monkeypatch):
+    (tmp_path / "list.yaml").write_text("- vanilla")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        runpy.run_path(str(FOLDER / f"{script}.py"), run_name="__main__")
+
+
+def test_what_forms_is_measured_at_each_checkpoint(tmp_path, monkeypatch):
+    shipped = FOLDER.parent / "examples" / "checkpoints"
+    facts = {"data_fingerprint": "", "world_size": 1, "zero_stage": 1, "precision": "fp32"}
+    for step in (1, 2):
+        checkpoint = tmp_path / "run" / "checkpoints" / f"step-{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "model").symlink_to(shipped / "vanilla")
+        (checkpoint / "state.json").write_text(json.dumps({"step": step, "positions": 8 * step, **facts}))
+        (checkpoint / "COMPLETE").touch()
+    arguments = ["run", "--text", str(shipped / "book.txt"), "--tokens", "150", "--output", "results"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["forming", *arguments])
+    runpy.run_path(str(FOLDER / "forming.py"), run_name="__main__")
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["forming.json"]
+    checkpoints = json.loads((tmp_path / "results" / "forming.json").read_text())["checkpoints"]
+    assert [checkpoint["tokens"] for checkpoint in checkpoints] == [8, 16]
+    assert list(checkpoints[0]["perplexity"]) == ["0+128", "1+127", "2+126", "4+124"]
+
+
+def test_the_plans_that_scripts_name_are_there():
+    for script in FOLDER.glob("*.py"):
+        for plan in re.findall(r"\bstudy/[\w-]+\.yaml", script.read_text(encoding="utf-8")):
+            assert (FOLDER.parent / plan).exists()
