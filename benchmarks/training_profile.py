@@ -29,7 +29,7 @@ import torch._inductor.config
 from torch.profiler import ProfilerActivity, profile
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXMLP
 
-from sinklm.models import SinkGPTNeoXForCausalLM, arms, fused_layer, loss
+from sinklm.models import SinkGPTNeoXForCausalLM, attention, layer, loss
 from sinklm.train import engine as engine_module
 from sinklm.train import fused_update
 from sinklm.train.config import TrainingConfig
@@ -57,8 +57,8 @@ GROUPS = {
     "copies and fills": r"memcpy|memset|copy|fill|CatArray",
 }
 WITHOUT = {
-    "gelu": lambda: setattr(fused_layer.SinkMLP, "forward", GPTNeoXMLP.forward),
-    "rotary": lambda: setattr(arms, "is_fused", _never),
+    "gelu": lambda: setattr(layer.SinkMLP, "forward", GPTNeoXMLP.forward),
+    "rotary": lambda: setattr(attention, "is_fused", _never),
     "loss": lambda: setattr(loss, "cross_entropy_", None),
     "adamw": lambda: setattr(fused_update, "has_kernel", _never),
     "update": lambda: setattr(engine_module, "has_fused_update", _never),

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXMLP
 
 try:
     from . import layer_kernels as kernels
@@ -27,22 +26,6 @@ def is_fused(states: Tensor) -> bool:
 def linear_but_bias_gradient(linear: nn.Linear, states: Tensor) -> Tensor:
     """The linear map, through which no gradient reaches its bias."""
     return nn.functional.linear(states, linear.weight, linear.bias.detach())
-
-
-class SinkMLP(GPTNeoXMLP):
-    """GPT-NeoX's MLP with the parameters of one of transformers' own."""
-
-    def __init__(self, plain: GPTNeoXMLP, hidden_act: str):
-        nn.Module.__init__(self)
-        self.dense_h_to_4h, self.dense_4h_to_h, self.act = plain.dense_h_to_4h, plain.dense_4h_to_h, plain.act
-        self.is_gelu = hidden_act == "gelu"
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """``(B, T, hidden)`` to the same."""
-        if not (self.is_gelu and is_fused(hidden_states)):
-            return super().forward(hidden_states)
-        inner = linear_but_bias_gradient(self.dense_h_to_4h, hidden_states)
-        return self.dense_4h_to_h(BiasedGelu.apply(inner, self.dense_h_to_4h.bias))
 
 
 class BiasedGelu(torch.autograd.Function):

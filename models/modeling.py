@@ -8,6 +8,7 @@ empty and strips their positions from the logits, so that callers never see them
 import math
 import re
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -17,13 +18,14 @@ from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.generation.logits_process import SuppressTokensLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 from transformers.utils import can_return_tuple
 
-from .arms import ARM_PARAMETERS, ARMS, SinkAttention
+from .arms import ARM_PARAMETERS, Gate
+from .attention import SinkAttention
 from .cache_argument import CACHE, single_cache
 from .config import SinkGPTNeoXConfig
-from .fused_layer import SinkMLP
+from .layer import SinkGPTNeoXLayer
 from .loss import IGNORED, linear_cross_entropy
 
 
@@ -38,7 +40,7 @@ class PythiaInitialisation:
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, SinkAttention):
+        if isinstance(module, SinkAttention | Gate):
             module.initialise()
             return
         if not isinstance(module, nn.Linear | nn.Embedding):
@@ -62,24 +64,17 @@ class SinkGPTNeoXModel(PythiaInitialisation, GPTNeoXModel):
     config_class = SinkGPTNeoXConfig
     config: SinkGPTNeoXConfig
 
-    def __init__(self, config: SinkGPTNeoXConfig):
-        super().__init__(config)
-        for layer_idx, layer in enumerate(self.layers):
-            layer.attention = self._attention(layer_idx, layer.attention)
-            layer.mlp = SinkMLP(layer.mlp, config.hidden_act)
-        if config.sink_kind in ARMS:
-            device = self.embed_in.weight.device
-            # The same seed gives all arms the first weights that they share.
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                self.init_weights()
+    _no_split_modules: ClassVar[list[str]] = ["SinkGPTNeoXLayer"]
 
-    def _attention(self, layer_idx: int, plain: GPTNeoXAttention) -> SinkAttention:
-        """The attention of ``sink.kind`` with the matrices of transformers' own."""
-        with torch.device("meta"):  # nothing is drawn
-            attention = ARMS.get(self.config.sink_kind, SinkAttention)(self.config, layer_idx)
-        attention.to_empty(device=plain.dense.weight.device)
-        attention.query_key_value, attention.dense = plain.query_key_value, plain.dense
-        return attention
+    def __init__(self, config: SinkGPTNeoXConfig):
+        super(GPTNeoXModel, self).__init__(config)
+        self.embed_in = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.emb_dropout = nn.Dropout(config.hidden_dropout)
+        self.layers = nn.ModuleList(SinkGPTNeoXLayer(config, i) for i in range(config.num_hidden_layers))
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.rotary_emb = GPTNeoXRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
 
     def forward(self, input_ids=None, inputs_embeds=None, use_cache=None, **kwargs):
         if torch.compiler.is_compiling() and self._is_plainly_causal(use_cache, kwargs):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
-from ..models.arms import register_column_attention
+from ..models.attention import register_column_attention
 from ..models.sink_column import SinkColumn
 from .adapters import Adapter, identity_mask
 

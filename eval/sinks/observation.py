@@ -13,7 +13,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from ...models.arms import COLUMN_ATTENTION, register_column_attention
+from ...models.attention import COLUMN_ATTENTION, register_column_attention
 from ...models.cache_argument import CACHE
 
 

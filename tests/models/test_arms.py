@@ -8,10 +8,11 @@ from transformers import DynamicCache
 
 from sinklm.checkpoints import load_model
 from sinklm.models import SinkGPTNeoXForCausalLM, sink_column
-from sinklm.models.arms import ARMS, SinkAttention
+from sinklm.models.arms import ARMS
+from sinklm.models.attention import SinkAttention
 
-from .streaming.oracle import dense_logits
-from .streaming.tiny import use_float64
+from ..streaming.oracle import dense_logits
+from ..streaming.tiny import use_float64
 from .test_modeling import pad
 from .tiny import plain_twin, text, tiny_arm, tiny_config, tiny_model
 

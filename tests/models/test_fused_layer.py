@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn.functional import gelu
 
-from sinklm.models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM, arms, fused_layer
-from sinklm.models.arms import rotated
+from sinklm.models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM, attention, fused_layer, layer
+from sinklm.models.attention import rotated
 from sinklm.models.fused_layer import BiasedGelu, RotatedHeads, linear_but_bias_gradient
 
 KINDS = ["none", "token", "zero", "logit", "kv_bias", "gate"]
@@ -78,10 +78,10 @@ def test_every_gradient_finds_its_way(kind, settings, monkeypatch):
     expected = loss_and_gradients(model, ids)
     monkeypatch.setattr(fused_layer, "kernels", PLAIN)
     used = []
-    for module in (fused_layer, arms):
+    for module in (layer, attention):
         monkeypatch.setattr(module, "is_fused", lambda states, name=module.__name__: used.append(name) or True)
     ours = loss_and_gradients(model, ids)
-    assert set(used) == {"sinklm.models.fused_layer", "sinklm.models.arms"}
+    assert set(used) == {"sinklm.models.layer", "sinklm.models.attention"}
     for value, twin in zip(ours, expected, strict=True):
         torch.testing.assert_close(value, twin, rtol=1e-10, atol=1e-12)
 

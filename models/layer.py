@@ -1,0 +1,39 @@
+"""A layer of the model: that of GPT-NeoX, with the attention of the configured ``sink.kind`` and fused kernels."""
+
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer, GPTNeoXMLP
+
+from .arms import ARMS
+from .attention import SinkAttention
+from .config import SinkGPTNeoXConfig
+from .fused_layer import BiasedGelu, is_fused, linear_but_bias_gradient
+
+
+class SinkGPTNeoXLayer(GPTNeoXLayer):
+    """``(B, T, hidden)`` to the same. The forward pass, residuals and norms are transformers' own."""
+
+    def __init__(self, config: SinkGPTNeoXConfig, layer_idx: int):
+        GradientCheckpointingLayer.__init__(self)
+        self.use_parallel_residual = config.use_parallel_residual
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_attention_dropout = nn.Dropout(config.hidden_dropout)
+        self.post_mlp_dropout = nn.Dropout(config.hidden_dropout)
+        self.attention = ARMS.get(config.sink_kind, SinkAttention)(config, layer_idx)
+        self.mlp = SinkMLP(config)
+
+
+class SinkMLP(GPTNeoXMLP):
+    """GPT-NeoX's MLP. In compiled training on a GPU, GELU and the gradient of the bias before it are one kernel."""
+
+    def __init__(self, config: SinkGPTNeoXConfig):
+        super().__init__(config)
+        self.is_gelu = config.hidden_act == "gelu"
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """``(B, T, hidden)`` to the same."""
+        if not (self.is_gelu and is_fused(hidden_states)):
+            return super().forward(hidden_states)
+        inner = linear_but_bias_gradient(self.dense_h_to_4h, hidden_states)
+        return self.dense_4h_to_h(BiasedGelu.apply(inner, self.dense_h_to_4h.bias))
