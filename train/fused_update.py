@@ -9,11 +9,12 @@ own part alone, and one kernel updates: `adamw_kernel` on a GPU, torch's fused A
 
 import math
 import warnings
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+
+from .host_copy import HostCopy
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -61,12 +62,12 @@ class FusedUpdate:
     """Takes the place of some methods of an engine's `BF16_Optimizer`.
 
     Attributes:
-        read_grad_norm: gives that of the last step's gradient, before clipping, and waits for the device to have it,
-            which it has before the update. If it is not finite the weights stayed as they were, and stay so: steps may
-            be queued behind this one before the host knows.
+        grad_norm: norm of the last step's gradient, before clipping. The device has it before the
+            update. If it is not finite, this update and those of all steps that are queued behind
+            it leave the weights unchanged.
     """
 
-    read_grad_norm: Callable[[], float]
+    grad_norm: HostCopy
 
     def __init__(self, engine: "DeepSpeedEngine", max_norm: float):
         zero = engine.optimizer
@@ -110,7 +111,7 @@ class FusedUpdate:
     def _step(self, closure: Any = None) -> None:
         zero = self._zero
         grad_norm = self._reduce()
-        self.read_grad_norm = begin_reading(grad_norm)
+        self.grad_norm = HostCopy(grad_norm)
         if self._has_kernel:
             self._update_in_one_pass()
         else:
@@ -162,18 +163,3 @@ class FusedUpdate:
 def has_kernel(device: torch.device) -> bool:
     """Whether AdamW goes through memory once, by our own kernel."""
     return kernel is not None and device.type == "cuda"
-
-
-def begin_reading(values: torch.Tensor) -> Callable[[], Any]:
-    """Copy to the host when the device comes to it. What is returned waits for that, and for nothing queued later."""
-    on_host = values.to("cpu", non_blocking=True)
-    if not values.is_cuda:
-        return on_host.tolist
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def read() -> Any:
-        copied.synchronize()
-        return on_host.tolist()
-
-    return read

@@ -40,7 +40,7 @@ def trained(plan: Plan, world: World, *, is_fused: bool) -> tuple[list[torch.Ten
         engine = make_engine(SinkGPTNeoXForCausalLM(plan.model_config), plan, world.device)
     finally:
         engine_module.has_fused_update = has_fused_update
-    assert isinstance(getattr(engine, "fused_update", None), FusedUpdate) == is_fused
+    assert isinstance(engine.fused_update, FusedUpdate) == is_fused
     norms = []
     for step in range(NUM_STEPS):
         for _ in range(plan.num_accumulation_steps):
@@ -52,7 +52,7 @@ def trained(plan: Plan, world: World, *, is_fused: bool) -> tuple[list[torch.Ten
                 used = used + (parameter * noise * (scale / math.sqrt(parameter.numel()))).sum()
             engine.backward(used)
             engine.step()
-        norms.append(engine.fused_update.read_grad_norm() if is_fused else float(engine.get_global_grad_norm()))
+        norms.append(engine.fused_update.grad_norm.read() if is_fused else float(engine.get_global_grad_norm()))
     zero = engine.optimizer
     for flat, own in zip(zero.bf16_groups_flat, zero.fp32_groups_flat_partition, strict=True):
         parts = [torch.empty_like(own) for _ in range(world.size)]
