@@ -27,7 +27,7 @@ from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 
 from ..models.loading import COMPLETE_MARKER, MODEL_FOLDER
-from . import universal
+from . import deepspeed_patches, universal
 from .cost import GIB
 from .engine import optimizer_layout
 from .launch import World, silent_stdout
@@ -128,12 +128,9 @@ class CheckpointWriter:
         if self._plan.config.deepspeed.zero_stage == 0:
             names = universal.parameter_names(engine.module, engine.basic_optimizer)
             client_state["optimizer_parameter_names"] = names
-        try:
-            engine.save_checkpoint(checkpoint, tag=DEEPSPEED_FOLDER, client_state=client_state, save_latest=False)
-        except (OSError, RuntimeError):
-            if self._world.size > 1:  # the barrier at the end of save_checkpoint, where the others wait
-                torch.distributed.barrier()
-            raise
+        deepspeed_patches.save_on_all_ranks(
+            engine, checkpoint, tag=DEEPSPEED_FOLDER, client_state=client_state, save_latest=False
+        )
 
     def _save_description(self, checkpoint: Path, step: int) -> None:
         config = self._plan.config
@@ -210,7 +207,7 @@ def load_checkpoint(engine: "DeepSpeedEngine", checkpoint: Path, plan: Plan, wor
             _load_deepspeed(engine, checkpoint, DEEPSPEED_FOLDER)
     else:
         _load_converted(engine, checkpoint, state, plan, world, scratch)
-    _restore_settings(engine, plan)
+    deepspeed_patches.restore_settings(engine, plan.config.optimizer, zero_stage=plan.config.deepspeed.zero_stage)
     if state.world_size == world.size:
         with world.together(), _damage(checkpoint):
             _restore_rank_state(engine, torch.load(_rank_path(checkpoint, world.rank), weights_only=True))
@@ -248,23 +245,6 @@ def _load_deepspeed(engine: "DeepSpeedEngine", folder: Path, tag: str) -> None:
         path, _ = engine.load_checkpoint(folder, tag=tag, load_lr_scheduler_states=False)
     if path is None:
         raise OSError(f"DeepSpeed found no checkpoint in {folder / tag}")
-
-
-def _restore_settings(engine: "DeepSpeedEngine", plan: Plan) -> None:
-    """Undo what DeepSpeed's loading does to settings: the recipe decides about them, not the checkpoint.
-
-    From a universal checkpoint ZeRO-3 gives every group the first one's weight decay, and all parameters one and the
-    same step counter, which would then be advanced once for each of them.
-    """
-    settings = plan.config.optimizer
-    optimizer = engine.basic_optimizer
-    for group, weight_decay in zip(optimizer.param_groups, (settings.weight_decay, 0.0), strict=True):
-        group.update(betas=tuple(settings.betas), eps=settings.eps, weight_decay=weight_decay)
-    for parameter, state in optimizer.state.items():
-        if "step" in state:  # fused AdamW wants it beside the weights
-            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device).clone()
-    if plan.config.deepspeed.zero_stage:
-        engine.optimizer.clip_grad = settings.clip
 
 
 def _rank_path(checkpoint: Path, rank: int) -> Path:

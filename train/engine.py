@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..models import SinkGPTNeoXForCausalLM
+from . import deepspeed_patches
 from .config import OptimizerSection, TrainingConfig
-from .fused_update import FusedUpdate, has_fused_update
 from .launch import silent_stdout
 from .plan import Plan
 
@@ -106,18 +106,13 @@ def make_engine(
     """Hand the model over to DeepSpeed, which moves, casts, splits and perhaps compiles it.
 
     Raises:
-        ValueError: the device does not support the recipe's precision, or DeepSpeed refuses a key
-            passed through.
+        ValueError: the device does not support the recipe's precision, DeepSpeed refuses a key
+            passed through, or this version of DeepSpeed cannot make a second engine in a process.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
-    from deepspeed.runtime import torch_autocast
-    from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
-    # Of the process: an earlier run's ZeRO-0 and ZeRO-3 would set these for all.
-    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
-    if nn.functional.linear is zero3_linear_wrap:
-        nn.functional.linear = torch._C._nn.linear
+    deepspeed_patches.reset_process()
     config = plan.config
     if config.train.precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise ValueError("train.precision=fp16 is not for this device: set bf16 or fp32")
@@ -135,7 +130,7 @@ def make_engine(
     except ValidationError as error:
         reasons = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ValueError(f"DeepSpeed refuses a key under deepspeed ({error.title}): {reasons}") from error
-    engine.fused_update = FusedUpdate(engine, config.optimizer.clip) if has_fused_update(engine) else None
+    engine.fused_update = deepspeed_patches.fused_update(engine, config)
     if compiles(config, device):
         # The loss has a gradient of its own, which keeps torch from caching the traced model without this.
         torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True

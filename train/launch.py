@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from . import deepspeed_patches
+
 STEP_TIMEOUT = timedelta(minutes=10)  # a rank that is silent for so long within a step is dead
 PATIENT_TIMEOUT = timedelta(hours=6)  # checkpoints of large models take their time to write and convert
 SECOND_INTERRUPT_AFTER = 3.0  # seconds; launchers send several signals for one Ctrl-C
@@ -84,25 +86,28 @@ class World:
 
 
 @contextmanager
-def connected() -> Iterator[World]:
+def connected(*, patches: bool = True) -> Iterator[World]:
     """Join the other ranks that a launcher started (``deepspeed``, ``torchrun``, ``srun``), or be the only one.
+
+    Args:
+        patches: the recipe's ``deepspeed.patches``.
 
     Raises:
         ConnectionError: another rank died or fell silent.
     """
     quieten_libraries()
     with _restored_environment():
-        yield from _join()
+        yield from _join(patches)
 
 
-def _join() -> Iterator[World]:
+def _join(patches: bool) -> Iterator[World]:
     import deepspeed
 
     fill_environment(os.environ)
     rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = _claim_device(local_rank)
-    # DeepSpeed would compile a shared-memory all-reduce for CPUs (40 s and a C++ compiler); gloo does the same work.
-    deepspeed.ops.__compatible_ops__ = {}
+    if patches and device.type == "cpu":
+        deepspeed_patches.skip_op_build(is_main=rank == 0)
     try:
         if not dist.is_initialized():  # DeepSpeed keeps its process groups, so a second run in a process shares them
             backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)

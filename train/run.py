@@ -60,7 +60,7 @@ def train(recipe: str, overrides: list[str] | tuple[str, ...] = (), *, only_desc
         raise
     if rank == 0:
         print("loading DeepSpeed and looking for the other ranks …", flush=True)
-    with connected() as world:
+    with connected(patches=config.deepspeed.patches) as world:
         try:
             signal_number = _train_rank(config, world)
         except SameOnAllRanks:
