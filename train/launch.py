@@ -60,10 +60,6 @@ class World:
         dist.all_gather_object(values, value, group=self.patient_group)
         return values
 
-    def wait(self) -> None:
-        """Until every rank is here."""
-        self.gather(None)
-
     @contextmanager
     def together(self, prefix: str = "") -> Iterator[None]:
         """A part of the work in which all ranks fail if one does: they wait for each other at its end.
