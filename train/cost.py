@@ -72,10 +72,6 @@ class MemoryEstimate:
     states: float
     activations: float
 
-    @property
-    def total(self) -> float:
-        return self.states + self.activations
-
 
 def estimate_memory(
     config: TrainingConfig, model: SinkGPTNeoXConfig, *, zero_stage: int, world_size: int, is_compiled: bool = False

@@ -129,15 +129,13 @@ def _join(patches: bool) -> Iterator[World]:
 @contextmanager
 def _restored_environment() -> Iterator[None]:
     """Take back the variables of the rendezvous: whatever this process starts later is no rank of this run."""
-    before = {name: os.environ.get(name) for name in RENDEZVOUS}
+    before = {name: os.environ[name] for name in RENDEZVOUS if name in os.environ}
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in RENDEZVOUS:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 def _leave() -> None:

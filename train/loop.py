@@ -73,8 +73,10 @@ class TrainingLoop:
         self._runs_ahead = runs_ahead(world.device)
         self._pending: PendingStep | None = None
         with world.together():
-            self._metrics = MetricsFile(self._run_dir / "metrics.jsonl", first_step) if world.is_main else None
-            self._wandb = WandbRun(config, self._run_dir, progress.say) if world.is_main else None
+            self._records: list[MetricsFile | WandbRun] = []
+            if world.is_main:
+                self._records.append(MetricsFile(self._run_dir / "metrics.jsonl", first_step))
+                self._records.append(WandbRun(config, self._run_dir, progress.say))
 
     def run(self) -> int:
         """Train to the last step.
@@ -169,16 +171,13 @@ class TrainingLoop:
         self._progress.say(f"step {step:,}: saved {path}")
 
     def _write(self, values: dict[str, Any]) -> None:
-        assert self._metrics is not None
-        self._metrics.write(values)
-        if self._wandb is not None:
-            self._wandb.write(values)
+        for record in self._records:
+            record.write(values)
 
     def _close(self) -> None:
         with ExitStack() as stack:  # all of it, whatever fails
-            for open_one in (self._wandb, self._metrics):
-                if open_one is not None:
-                    stack.callback(open_one.close)
+            for record in reversed(self._records):
+                stack.callback(record.close)
             stack.callback(self._read_pending)
             stack.callback(self._batches.close)
 
