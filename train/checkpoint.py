@@ -24,9 +24,9 @@ from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 
 from ..models.loading import COMPLETE_MARKER, MODEL_FOLDER
-from . import deepspeed_patches, universal
+from . import deepspeed_patches
 from .cost import GIB
-from .engine import optimizer_layout
+from .engine import optimizer_layout, parameter_groups
 from .launch import World
 from .model_files import save_model
 from .plan import Plan
@@ -129,8 +129,8 @@ class CheckpointWriter:
     def _save_deepspeed(self, engine: "DeepSpeedEngine", checkpoint: Path) -> None:
         client_state: dict = {"universal_checkpoint_info": {}}  # `ds_to_universal` wants it
         if self._plan.config.deepspeed.zero_stage == 0:
-            names = universal.parameter_names(engine.module, engine.basic_optimizer)
-            client_state["optimizer_parameter_names"] = names
+            # In the order in which the optimizer's `state_dict` numbers them.
+            client_state["optimizer_parameter_names"] = [n for group in parameter_groups(engine.module) for n in group]
         deepspeed_patches.save_on_all_ranks(
             engine, checkpoint, tag=DEEPSPEED_FOLDER, client_state=client_state, save_latest=False
         )
