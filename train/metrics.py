@@ -81,7 +81,10 @@ class WandbRun:
         except Exception as error:
             self._say(f"wandb failed and is left alone from here on ({type(error).__name__}: {error})")
             self._run = None
-            _tear_down_wandb()
+            with contextlib.suppress(Exception):
+                import wandb
+
+                wandb.teardown()  # it must not try again, and complain, when Python exits
 
 
 def _start_wandb(config: TrainingConfig, run_dir: Path) -> Any:
@@ -107,14 +110,6 @@ def _start_wandb(config: TrainingConfig, run_dir: Path) -> Any:
         config=config.model_dump(),
         settings=wandb.Settings(silent=True),
     )
-
-
-def _tear_down_wandb() -> None:
-    """Have wandb not try, and complain, once more when Python exits."""
-    import wandb
-
-    with contextlib.suppress(Exception):
-        wandb.teardown()
 
 
 def is_logged_in() -> bool:

@@ -60,7 +60,7 @@ def train(recipe: str, overrides: list[str] | tuple[str, ...] = (), *, only_desc
         raise
     if rank == 0:
         print("loading DeepSpeed and looking for the other ranks …", flush=True)
-    with connected() as world:
+    with connected(patches=config.deepspeed.patches) as world:
         try:
             signal_number = _train_rank(config, world)
         except SameOnAllRanks:
@@ -124,14 +124,14 @@ def _train_claimed(
     windows: TokenWindows,
     validation_windows: TokenWindows | None,
 ) -> int:
-    from .checkpoint import load_checkpoint, needs_conversion
+    from .checkpoint import interrupted_checkpoints
     from .engine import compiles, make_engine
     from .loop import TrainingLoop
-    from .resume import find_resume, interrupted_checkpoints
+    from .resume import find_resume
 
     config = plan.config
     with world.together():
-        resume = find_resume(config, store.fingerprint)
+        resume = find_resume(plan, store.fingerprint)
         if resume is None and config.model.init_from is not None:
             check_tokenizer(config.model.init_from, store.tokenizer_path)
     with world.together(f"cannot write in {run_dir}: "):
@@ -143,7 +143,7 @@ def _train_claimed(
             progress.say(line)
         for path in interrupted_checkpoints(run_dir):
             progress.say(f"{path} was interrupted while it was written, and is not used")
-        first_step = resume.state.step if resume else 0
+        first_step = resume.step if resume else 0
         if first_step >= config.train.num_steps:
             progress.say(f"all {config.train.num_steps:,} steps are done: raise train.num_steps to go on")
             return 0
@@ -151,12 +151,12 @@ def _train_claimed(
         with world.together():
             model = _build_model(plan, world.device)
         progress.say("setting up DeepSpeed …")
-        is_converted = resume is not None and needs_conversion(resume.state, plan, world)
+        is_converted = resume is not None and resume.is_converted
         engine = make_engine(model, plan, world.device, load_universal=is_converted)
-        if resume and is_converted and first_step:  # of step 0 there is no optimizer to convert; the weights are there
-            progress.say("converting the checkpoint for other ranks, ZeRO stage, precision or parameter order …")
-        if resume and (first_step or not is_converted):
-            load_checkpoint(engine, resume.path, plan, world, scratch=run_dir)
+        if resume is not None:
+            if is_converted:
+                progress.say(f"converting the checkpoint, which differs in {', '.join(resume.mismatches)} …")
+            resume.restore(engine, plan, world, scratch=run_dir)
         if world.device.type == "cpu" and config.train.precision == "bf16":
             progress.say("hint: on most CPUs train.precision=fp32 is about three times as fast as bf16")
         if compiles(config, world.device):
