@@ -18,7 +18,8 @@ from transformers.utils import cached_file
 
 from ..files import replace_folder, write_json
 from ..models.config import SinkGPTNeoXConfig
-from .loading import load_model, load_tokenizer, no_progress_bars, resolve_model_folder
+from .folders import resolve_model_folder
+from .loading import load_model, load_tokenizer, no_progress_bars
 from .model_card import model_card
 
 EXPORTABLE_KINDS = ("none", "token")

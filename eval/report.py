@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..checkpoints.loading import resolve_model_folder
+from ..checkpoints.folders import resolve_model_folder
 from ..files import named_errors, write_json
 
 JSON_OPTIONS: dict[str, Any] = {"default": str, "allow_nan": False}

@@ -1,29 +1,27 @@
-"""Checkpoints: what is in one, when one counts as complete, and how it is written.
+"""Writing checkpoints: `checkpoints.folders` describes what is in one. A marker, written last, completes it."""
 
-::
-
-    checkpoints/step-<N>/
-        deepspeed/      weights, optimizer and counters, in DeepSpeed's own format
-        rng/            the random states of every rank
-        model/          the weights as a transformers folder (safetensors), for evaluation and export
-        config.yaml     the resolved recipe
-        state.json      step, data fingerprint; ranks, ZeRO stage, precision and order of the parameters
-        COMPLETE        written last; without it the folder is never loaded
-"""
-
-import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
-from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 
-from ..checkpoints.loading import COMPLETE_MARKER, MODEL_FOLDER
+from ..checkpoints.folders import (
+    CHECKPOINTS_FOLDER,
+    COMPLETE_MARKER,
+    CONFIG_FILE,
+    DEEPSPEED_FOLDER,
+    MODEL_FOLDER,
+    RANDOM_STATES_FOLDER,
+    STATE_FILE,
+    CheckpointState,
+    list_checkpoints,
+)
+from ..files import sync_files
 from . import deepspeed_patches
 from .cost import GIB
 from .engine import optimizer_layout, parameter_groups
@@ -37,52 +35,6 @@ from .schedule import is_pythia_step
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-DEEPSPEED_FOLDER = "deepspeed"
-
-
-class CheckpointState(BaseModel):
-    """``state.json``. Of a checkpoint older than the key, ``optimizer_layout`` is None: it is not known."""
-
-    format_version: Literal[1] = 1
-    step: int
-    positions: int
-    data_fingerprint: str
-    world_size: int
-    zero_stage: int
-    precision: str
-    optimizer_layout: str | None = None
-
-
-def list_checkpoints(run_dir: Path) -> dict[int, Path]:
-    """The run's complete checkpoints by their step, ascending."""
-    found = {
-        int(match[1]): path
-        for path in (run_dir / "checkpoints").glob("step-*")
-        if (match := re.fullmatch(r"step-(\d+)", path.name)) and (path / COMPLETE_MARKER).exists()
-    }
-    return dict(sorted(found.items()))
-
-
-def interrupted_checkpoints(run_dir: Path) -> list[Path]:
-    """Folders of checkpoints that were never completed."""
-    return sorted(path for path in (run_dir / "checkpoints").glob("step-*") if not (path / COMPLETE_MARKER).exists())
-
-
-def read_state(checkpoint: Path) -> CheckpointState:
-    """What ``state.json`` says.
-
-    Raises:
-        ValueError: it is damaged, or of another version.
-    """
-    path = checkpoint / "state.json"
-    try:
-        return CheckpointState.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        if any(detail["loc"] == ("format_version",) for detail in error.errors()):
-            reason = "has a format_version that this sinklm cannot read: use the version that wrote it"
-            raise ValueError(f"{path} {reason}") from error
-        raise ValueError(f"{path} is damaged: delete {checkpoint} to go on from an older one") from error
-
 
 class CheckpointWriter:
     """Writes a run's checkpoints, and deletes the oldest once a newer one is complete.
@@ -94,7 +46,7 @@ class CheckpointWriter:
     """
 
     def __init__(self, run_dir: Path, plan: Plan, world: World, *, fingerprint: str, tokenizer_path: Path):
-        self.folder = run_dir / "checkpoints"
+        self.folder = run_dir / CHECKPOINTS_FOLDER
         self._run_dir, self._plan, self._world = run_dir, plan, world
         self._fingerprint, self._tokenizer_path = fingerprint, tokenizer_path
 
@@ -110,7 +62,7 @@ class CheckpointWriter:
         with together(failed):
             if self._world.is_main:
                 shutil.rmtree(checkpoint, ignore_errors=True)  # an interrupted one; a complete one is not saved again
-                for name in (DEEPSPEED_FOLDER, "rng"):
+                for name in (DEEPSPEED_FOLDER, RANDOM_STATES_FOLDER):
                     (checkpoint / name).mkdir(parents=True)
         with together(failed), _disk_errors(checkpoint):
             self._save_deepspeed(engine, checkpoint)
@@ -121,7 +73,7 @@ class CheckpointWriter:
                 self._save_description(checkpoint, step)
         with together(failed):
             if self._world.is_main:
-                _flush(checkpoint)
+                sync_files(checkpoint)
                 (checkpoint / COMPLETE_MARKER).touch()
                 self._delete_old()
         return checkpoint
@@ -146,8 +98,8 @@ class CheckpointWriter:
             precision=config.train.precision,
             optimizer_layout=optimizer_layout(self._plan),
         )
-        (checkpoint / "config.yaml").write_text(config_yaml(config), encoding="utf-8")
-        (checkpoint / "state.json").write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (checkpoint / CONFIG_FILE).write_text(config_yaml(config), encoding="utf-8")
+        (checkpoint / STATE_FILE).write_text(state.to_json(), encoding="utf-8")
 
     def _delete_old(self) -> None:
         section = self._plan.config.checkpoint
@@ -170,11 +122,3 @@ def _disk_errors(folder: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(folder).free / GIB
         raise OSError(f"writing failed with {free:.2f} GiB free on its disk ({error})") from error
-
-
-def _flush(folder: Path) -> None:
-    """Have the system put every file of a folder on disk, so that the marker is never there before them."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())

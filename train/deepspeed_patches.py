@@ -1,6 +1,6 @@
 """Everything that this package replaces in DeepSpeed, or works around in it: one function each.
 
-The patches use names that are not public, and are tested with `TESTED_VERSIONS`. `skip_op_build`
+The patches use names that are not public, and are tested with the versions in `versions.TESTED`. `skip_op_build`
 and `fused_update` save time. The recipe key ``deepspeed.patches`` switches them, and they turn
 themselves off, with a RuntimeWarning, under other versions or if a name is missing. The others,
 `reset_process`, `save_on_all_ranks` and `restore_settings`, keep runs correct, so they are on under
@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import nn
 
+from ..versions import TESTED, is_tested, tested_range
 from .config import OptimizerSection, TrainingConfig
 from .fused_update import NAMES, FusedUpdate
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-TESTED_VERSIONS = ("0.19.8",)
+NEWEST_TESTED = TESTED["deepspeed"][1]
 _has_made_engine = False
 
 
@@ -49,7 +50,7 @@ def fused_update(engine: "DeepSpeedEngine", config: TrainingConfig) -> FusedUpda
     if not isinstance(zero, BF16_Optimizer) or zero.immediate_grad_update:
         return None
     if missing := [name for name in NAMES if not hasattr(zero, name)]:
-        _warn(f"has no BF16_Optimizer.{missing[0]}, as {TESTED_VERSIONS[-1]} had. {cost}", is_main)
+        _warn(f"has no BF16_Optimizer.{missing[0]}, as {NEWEST_TESTED} had. {cost}", is_main)
         return None
     return FusedUpdate(engine, config.optimizer.clip)
 
@@ -133,11 +134,11 @@ def restore_settings(engine: "DeepSpeedEngine", settings: OptimizerSection, *, z
 
 def _is_tested(cost: str, is_main: bool) -> bool:
     """Whether this is a tested version. If not, warn that an optional patch is off."""
-    is_tested = importlib.metadata.version("deepspeed").partition("+")[0] in TESTED_VERSIONS
-    if not is_tested:
-        silence = "deepspeed.patches=false turns this warning off"
-        _warn(f"was not tested with sinklm, {' and '.join(TESTED_VERSIONS)} was. {cost} ({silence})", is_main)
-    return is_tested
+    if is_tested("deepspeed", importlib.metadata.version("deepspeed")):
+        return True
+    silence = "deepspeed.patches=false turns this warning off"
+    _warn(f"was not tested with sinklm, only {tested_range('deepspeed')}. {cost} ({silence})", is_main)
+    return False
 
 
 def _warn(message: str, is_main: bool) -> None:
@@ -148,4 +149,4 @@ def _warn(message: str, is_main: bool) -> None:
 
 def _fail(name_and_remedy: str) -> NoReturn:
     version = importlib.metadata.version("deepspeed")
-    raise ValueError(f"DeepSpeed {version} has no {name_and_remedy}install deepspeed=={TESTED_VERSIONS[-1]}")
+    raise ValueError(f"DeepSpeed {version} has no {name_and_remedy}install deepspeed=={NEWEST_TESTED}")

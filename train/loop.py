@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..checkpoints.folders import METRICS_FILE, list_checkpoints
 from ..data import SampleOrder, TokenWindows
 from ..data.store import TokenSource
 from .batches import MicroBatches
-from .checkpoint import CheckpointWriter, list_checkpoints
+from .checkpoint import CheckpointWriter
 from .cost import flops_per_token, peak_flops
 from .launch import StopRequest, World
 from .metrics import MetricsFile, WandbRun
@@ -75,7 +76,7 @@ class TrainingLoop:
         with world.together():
             self._records: list[MetricsFile | WandbRun] = []
             if world.is_main:
-                self._records.append(MetricsFile(self._run_dir / "metrics.jsonl", first_step))
+                self._records.append(MetricsFile(self._run_dir / METRICS_FILE, first_step))
                 self._records.append(WandbRun(config, self._run_dir, progress.say))
 
     def run(self) -> int:

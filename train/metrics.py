@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from ..files import write_text
 from .config import TrainingConfig
 
 
@@ -25,9 +26,7 @@ class MetricsFile:
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if _step_of(line) <= first_step]
-            partial = path.with_name(f"{path.name}.partial")
-            partial.write_text("".join(kept), encoding="utf-8")
-            os.replace(partial, path)
+            write_text(path, "".join(kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
 
     def write(self, values: dict[str, Any]) -> None:

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..checkpoints.folders import RANDOM_STATES_FOLDER
+
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
 def rank_path(checkpoint: Path, rank: int) -> Path:
-    return checkpoint / "rng" / f"rank-{rank:05d}.pt"
+    return checkpoint / RANDOM_STATES_FOLDER / f"rank-{rank:05d}.pt"
 
 
 def rank_state(engine: "DeepSpeedEngine") -> dict:

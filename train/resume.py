@@ -10,9 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from omegaconf import OmegaConf
 
-from ..checkpoints.loading import COMPLETE_MARKER
+from ..checkpoints.folders import (
+    COMPLETE_MARKER,
+    CONFIG_FILE,
+    DEEPSPEED_FOLDER,
+    STATE_FILE,
+    CheckpointState,
+    list_checkpoints,
+    read_state,
+)
 from . import deepspeed_patches, universal
-from .checkpoint import DEEPSPEED_FOLDER, CheckpointState, list_checkpoints, read_state
 from .config import TrainingConfig
 from .engine import optimizer_layout
 from .launch import World, silent_stdout
@@ -153,7 +160,7 @@ def _named_checkpoint(path: Path) -> Path:
         raise FileNotFoundError(f"checkpoint.resume={path}: no such folder (or write auto or never)")
     if existing := list_checkpoints(path):  # a run's folder
         return existing[max(existing)]
-    if not (path / "state.json").exists() and not path.name.startswith("step-"):
+    if not (path / STATE_FILE).exists() and not path.name.startswith("step-"):
         raise FileNotFoundError(f"checkpoint.resume={path}: not a checkpoint (there is no state.json)")
     if not (path / COMPLETE_MARKER).exists():
         raise FileNotFoundError(
@@ -170,7 +177,7 @@ def _compare(path: Path, state: CheckpointState, config: TrainingConfig, fingerp
             f"{fingerprint[:12]} instead of {state.data_fingerprint[:12]}): set data.path to the store of the first "
             "start, or start a new run with another train.run_dir"
         )
-    then = flatten(OmegaConf.to_container(OmegaConf.load(path / "config.yaml")))
+    then = flatten(OmegaConf.to_container(OmegaConf.load(path / CONFIG_FILE)))
     now = flatten(config.model_dump())
     for settings in (then, now):
         _resolve(settings)

@@ -1,8 +1,6 @@
 """A training run from recipe to last checkpoint: what `sinklm train` does."""
 
-import fcntl
 import importlib.metadata
-import json
 import os
 import platform
 import signal
@@ -14,8 +12,10 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoints.folders import CONFIG_FILE, ENVIRONMENT_FILE, interrupted_checkpoints
 from ..data import TokenWindows, open_store
 from ..data.store import TokenSource
+from ..files import locked, write_json
 from ..models import SinkGPTNeoXForCausalLM
 from .batches import open_windows
 from .config import TrainingConfig
@@ -80,25 +80,20 @@ def train(recipe: str, overrides: list[str] | tuple[str, ...] = (), *, only_desc
 
 
 @contextmanager
-def claimed(run_dir: Path) -> Iterator[None]:
+def locked_run(run_dir: Path) -> Iterator[None]:
     """Keep other trainings out of a run's folder: each would take the other's files for its own.
 
     Raises:
-        ValueError: another one has it.
+        ValueError: another training uses it.
         OSError: it cannot be written.
     """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / LOCK_NAME, "w")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise OSError(f"cannot write in {run_dir}: {error}") from error
-    with lock:
+    busy = f"train.run_dir={run_dir} is in use by another training: wait, or set another"
+    with ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"train.run_dir={run_dir} is in use by another training: wait, or set another") from None
-        except OSError:
-            pass  # a file system without locks: there nothing keeps others out
+            run_dir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(run_dir / LOCK_NAME, busy))
+        except OSError as error:
+            raise OSError(f"cannot write in {run_dir}: {error}") from error
         yield
 
 
@@ -112,11 +107,11 @@ def _train_rank(config: TrainingConfig, world: World) -> int:
     with ExitStack() as held:
         with world.together():
             if world.is_main:
-                held.enter_context(claimed(run_dir))
-        return _train_claimed(run_dir, plan, world, store, *windows)
+                held.enter_context(locked_run(run_dir))
+        return _train_locked(run_dir, plan, world, store, *windows)
 
 
-def _train_claimed(
+def _train_locked(
     run_dir: Path,
     plan: Plan,
     world: World,
@@ -124,7 +119,6 @@ def _train_claimed(
     windows: TokenWindows,
     validation_windows: TokenWindows | None,
 ) -> int:
-    from .checkpoint import interrupted_checkpoints
     from .engine import compiles, make_engine
     from .loop import TrainingLoop
     from .resume import find_resume
@@ -200,14 +194,14 @@ def _drawing_device(num_parameters: int, device: torch.device) -> torch.device:
 
 
 def _write_run_files(run_dir: Path, config: TrainingConfig) -> None:
-    (run_dir / "config.yaml").write_text(config_yaml(config), encoding="utf-8")
+    (run_dir / CONFIG_FILE).write_text(config_yaml(config), encoding="utf-8")
     environment = {
         "python": platform.python_version(),
         "sinklm": {"version": importlib.metadata.version("sinklm"), "commit": _commit()},
         **{name: importlib.metadata.version(name) for name in RECORDED_PACKAGES},
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or platform.processor(),
     }
-    (run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+    write_json(run_dir / ENVIRONMENT_FILE, environment)
 
 
 def _commit() -> str | None:

@@ -15,6 +15,7 @@ from sinklm.train.launch import connected
 from sinklm.train.plan import Plan
 from sinklm.train.recipe import load_config
 from sinklm.train.run import train
+from sinklm.versions import TESTED
 
 from .tiny import losses
 
@@ -31,7 +32,7 @@ def _connected() -> None:
 @pytest.fixture
 def untested(monkeypatch) -> None:
     """A version of DeepSpeed that the patches were not tested with."""
-    monkeypatch.setattr(deepspeed_patches, "TESTED_VERSIONS", ("0.1.2",))
+    monkeypatch.setitem(TESTED, "deepspeed", ("0.1.2", "0.1.2"))
 
 
 def fused_update_of(recipe: str, *overrides: str):

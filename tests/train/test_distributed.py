@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sinklm.train.checkpoint import list_checkpoints
+from sinklm.checkpoints.folders import list_checkpoints
 from sinklm.train.run import train
 
 from .tiny import Ranks, assert_same_weights, copy_checkpoint, losses, metrics, wait_for_step, weights

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from sinklm.checkpoints.folders import list_checkpoints
 from sinklm.train import loop
-from sinklm.train.checkpoint import list_checkpoints
 from sinklm.train.run import train
 from sinklm.train.step import PendingStep, StepResult, train_step
 
