@@ -175,15 +175,7 @@ class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
         """
         cache = single_cache(cache, past_key_values, kwargs)
         num_new_sinks = 0 if _length(cache) else self.config.num_sinks
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        if given is None:
-            raise ValueError("give input_ids or inputs_embeds")
-        num_tokens = given.shape[1]
-        if num_tokens == 0 and _length(cache):
-            raise ValueError(
-                "no new tokens: with a cache, pass the full sequence to `generate`, including the tokens that are "
-                "already in the cache, followed by the new turn"
-            )
+        num_tokens = _count_tokens(input_ids if inputs_embeds is None else inputs_embeds, cache)
         mask = self._extend_mask(attention_mask, num_tokens, cache)
         position_ids = self._position_ids(position_ids, mask, num_tokens, num_new_sinks)
         if num_new_sinks:
@@ -319,6 +311,17 @@ class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
 
 def _length(cache: Cache | None) -> int:
     return 0 if cache is None else cache.get_seq_length()
+
+
+def _count_tokens(inputs: torch.Tensor | None, cache: Cache | None) -> int:
+    if inputs is None:
+        raise ValueError("give input_ids or inputs_embeds")
+    if inputs.shape[1] == 0 and _length(cache):
+        raise ValueError(
+            "no new tokens: with a cache, pass the full sequence to `generate`, including the tokens that are already "
+            "in the cache, followed by the new turn"
+        )
+    return inputs.shape[1]
 
 
 def _keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ BLOCK_BYTES = 8192  # of the keys that a program takes at a time
 PROGRAMS_PER_PROCESSOR = 2  # enough to keep the memory busy
 MAX_SPLITS = 31  # of the band; with that of the kept keys they are a power of 2, all of which the last program holds
 MIN_TILE = 16  # of a matrix product on tensor cores
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 def can_fuse(layer: StreamingLayer, query: Tensor) -> bool:
@@ -147,61 +148,86 @@ def _attend(queries, key_block, value_block, is_visible, peak, total, mixed, SCA
 
 
 @triton.jit
+def _attend_kept(
+    turned, kept_keys, values, num_visible, dims, has_dim, peak, total, mixed,
+    SCALE: tl.constexpr, NUM_KEPT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Widen a softmax by the kept keys, for queries that were turned for them."""
+    for start in range(0, NUM_KEPT, BLOCK):
+        slots = start + tl.arange(0, BLOCK)
+        is_visible = slots < num_visible
+        offsets, mask = slots[:, None] * DIM + dims[None, :], is_visible[:, None] & has_dim[None, :]
+        key_block = tl.load(kept_keys + offsets, mask=mask, other=0.0)
+        value_block = tl.load(values + offsets, mask=mask, other=0.0)
+        peak, total, mixed = _attend(turned, key_block, value_block, is_visible, peak, total, mixed, SCALE)
+    return peak, total, mixed
+
+
+@triton.jit
+def _attend_band(
+    queries, keys, values, first_slot, num_filled, new_slot, dims, has_dim, peak, total, mixed,
+    SCALE: tl.constexpr, NUM_SLOTS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Widen a softmax by a part of the ring, without the slot that is being written."""
+    for block in range(NUM_BLOCKS):
+        slots = first_slot + block * BLOCK + tl.arange(0, BLOCK)
+        offsets, mask = slots[:, None] * DIM + dims[None, :], (slots < NUM_SLOTS)[:, None] & has_dim[None, :]
+        key_block = tl.load(keys + offsets, mask=mask, other=0.0)
+        value_block = tl.load(values + offsets, mask=mask, other=0.0)
+        is_visible = (slots < num_filled) & (slots != new_slot)
+        peak, total, mixed = _attend(queries, key_block, value_block, is_visible, peak, total, mixed, SCALE)
+    return peak, total, mixed
+
+
+@triton.jit
+def _merge_parts(
+    row_group, parts, part_lse, out, lse, dims, has_dim,
+    HEADS: tl.constexpr, DIM: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Put the parts of a group of heads together: the last program to arrive does it."""
+    splits = tl.arange(0, BLOCK_SPLITS)
+    is_split = splits < NUM_SPLITS
+    for head in range(HEADS):
+        head_parts = (row_group * HEADS + head) * NUM_SPLITS + splits
+        head_lse = tl.load(part_lse + head_parts, mask=is_split, other=-float("inf"), cache_modifier=".cg")
+        head_mixed = tl.load(
+            parts + head_parts[:, None] * DIM + dims[None, :],
+            mask=is_split[:, None] & has_dim[None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        top = tl.max(head_lse, axis=0)
+        weights = tl.exp2(head_lse - top)
+        weight_sum = tl.sum(weights, axis=0)
+        result = tl.sum(weights[:, None] * head_mixed, axis=0) / weight_sum
+        tl.store(out + (row_group * HEADS + head) * DIM + dims, result.to(out.dtype.element_ty), mask=has_dim)
+        tl.store(lse + row_group * HEADS + head, (top + tl.log2(weight_sum)) / LOG2E)
+
+
+@triton.jit
 def _decode_kernel(
-    query,
-    key,
-    value,
-    query_row_stride,
-    query_head_stride,
-    key_row_stride,
-    key_head_stride,
-    value_row_stride,
-    value_head_stride,
-    keys,
-    values,
-    kept_keys,
-    num_arrived,
-    num_seen,
-    base,
-    inv_freq,
-    parts,
-    part_lse,
-    out,
-    lse,
-    SCALING: tl.constexpr,
-    NUM_KEPT: tl.constexpr,
-    WINDOW: tl.constexpr,
-    NUM_GROUPS: tl.constexpr,
-    HEADS: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    HALF_ROTARY: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_KEPT: tl.constexpr,
-    BLOCKS_PER_SPLIT: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-):
+    query, key, value,
+    query_row_stride, query_head_stride, key_row_stride, key_head_stride, value_row_stride, value_head_stride,
+    keys, values, kept_keys, num_arrived, num_seen, base, inv_freq, parts, part_lse, out, lse,
+    SCALING: tl.constexpr, NUM_KEPT: tl.constexpr, WINDOW: tl.constexpr, NUM_GROUPS: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    HALF_ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_KEPT: tl.constexpr,
+    BLOCKS_PER_SPLIT: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+):  # fmt: skip
     """One program for a group of heads of a row and a part of the keys: the new and the kept ones, or some slots."""
-    LOG2E: tl.constexpr = 1.4426950408889634
+    SCALE: tl.constexpr = SCALING * LOG2E
     NUM_SLOTS: tl.constexpr = NUM_KEPT + WINDOW + 1
     row_group, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, group = row_group // NUM_GROUPS, row_group % NUM_GROUPS
     dims, heads = tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_HEADS)
     has_dim, has_head = dims < DIM, heads < HEADS
+    head_mask = has_head[:, None] & has_dim[None, :]
     query += row * query_row_stride + group * HEADS * query_head_stride
-    keys += row_group * NUM_SLOTS * DIM
-    values += row_group * NUM_SLOTS * DIM
+    keys, values = keys + row_group * NUM_SLOTS * DIM, values + row_group * NUM_SLOTS * DIM
 
     token = tl.load(num_seen + row)
     new_slot = tl.where(token < NUM_KEPT, token, NUM_KEPT + (token - NUM_KEPT) % (WINDOW + 1))
-    queries = tl.load(
-        query + heads[:, None] * query_head_stride + dims[None, :],
-        mask=has_head[:, None] & has_dim[None, :],
-        other=0.0,
-    )
+    queries = tl.load(query + heads[:, None] * query_head_stride + dims[None, :], mask=head_mask, other=0.0)
     peak = tl.full([BLOCK_HEADS], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_HEADS], tl.float32)
     mixed = tl.zeros([BLOCK_HEADS, BLOCK_DIM], tl.float32)
@@ -214,58 +240,28 @@ def _decode_kernel(
         tl.store(values + new_slot * DIM + dims, new_value, mask=has_dim)
         tl.store(kept_keys + tl.minimum(token, NUM_KEPT) * DIM + dims, new_key, mask=has_dim)
         own = tl.sum(queries.to(tl.float32) * new_key.to(tl.float32)[None, :], axis=1)
-        peak, total = own * (SCALING * LOG2E), total + 1.0
+        peak, total = own * SCALE, total + 1.0
         mixed += new_value.to(tl.float32)[None, :]
         if NUM_KEPT > 0:
             steps = tl.minimum(token, NUM_KEPT + WINDOW) - (token - tl.load(base + row))
             turned = _turned(
                 query, query_head_stride, heads, has_head, inv_freq, steps, DIM, dims, HALF_ROTARY, INTERLEAVED
             )
-            turned = turned.to(queries.dtype)
-            for start in range(0, NUM_KEPT, BLOCK_KEPT):
-                slots = start + tl.arange(0, BLOCK_KEPT)
-                is_visible = slots < tl.minimum(token, NUM_KEPT)
-                offsets, mask = slots[:, None] * DIM + dims[None, :], is_visible[:, None] & has_dim[None, :]
-                key_block = tl.load(kept_keys + offsets, mask=mask, other=0.0)
-                value_block = tl.load(values + offsets, mask=mask, other=0.0)
-                peak, total, mixed = _attend(
-                    turned, key_block, value_block, is_visible, peak, total, mixed, SCALING * LOG2E
-                )
+            peak, total, mixed = _attend_kept(
+                turned.to(queries.dtype), kept_keys, values, tl.minimum(token, NUM_KEPT), dims, has_dim,
+                peak, total, mixed, SCALE, NUM_KEPT, DIM, BLOCK_KEPT,
+            )  # fmt: skip
     else:
-        first_slot = NUM_KEPT + (split - 1) * BLOCKS_PER_SPLIT * BLOCK
-        for block in range(BLOCKS_PER_SPLIT):
-            slots = first_slot + block * BLOCK + tl.arange(0, BLOCK)
-            offsets, mask = slots[:, None] * DIM + dims[None, :], (slots < NUM_SLOTS)[:, None] & has_dim[None, :]
-            key_block = tl.load(keys + offsets, mask=mask, other=0.0)
-            value_block = tl.load(values + offsets, mask=mask, other=0.0)
-            is_visible = (slots < tl.minimum(token, NUM_SLOTS)) & (slots != new_slot)
-            peak, total, mixed = _attend(
-                queries, key_block, value_block, is_visible, peak, total, mixed, SCALING * LOG2E
-            )
+        peak, total, mixed = _attend_band(
+            queries, keys, values, NUM_KEPT + (split - 1) * BLOCKS_PER_SPLIT * BLOCK, tl.minimum(token, NUM_SLOTS),
+            new_slot, dims, has_dim, peak, total, mixed, SCALE, NUM_SLOTS, DIM, BLOCK, BLOCKS_PER_SPLIT,
+        )  # fmt: skip
 
     safe_total = tl.where(total == 0.0, 1.0, total)
     rows = (row_group * HEADS + heads) * NUM_SPLITS + split
     tl.store(part_lse + rows, peak + tl.log2(safe_total), mask=has_head)
-    part_mask = has_head[:, None] & has_dim[None, :]
-    tl.store(parts + rows[:, None] * DIM + dims[None, :], mixed / safe_total[:, None], mask=part_mask)
-
+    tl.store(parts + rows[:, None] * DIM + dims[None, :], mixed / safe_total[:, None], mask=head_mask)
     tl.debug_barrier()  # all of this program's part is written before it says so
     if tl.atomic_add(num_arrived + row_group, 1, sem="acq_rel") == NUM_SPLITS - 1:
         tl.store(num_arrived + row_group, 0)
-        splits = tl.arange(0, BLOCK_SPLITS)
-        is_split = splits < NUM_SPLITS
-        for head in range(HEADS):
-            head_parts = (row_group * HEADS + head) * NUM_SPLITS + splits
-            head_lse = tl.load(part_lse + head_parts, mask=is_split, other=-float("inf"), cache_modifier=".cg")
-            head_mixed = tl.load(
-                parts + head_parts[:, None] * DIM + dims[None, :],
-                mask=is_split[:, None] & has_dim[None, :],
-                other=0.0,
-                cache_modifier=".cg",
-            )
-            top = tl.max(head_lse, axis=0)
-            weights = tl.exp2(head_lse - top)
-            weight_sum = tl.sum(weights, axis=0)
-            result = tl.sum(weights[:, None] * head_mixed, axis=0) / weight_sum
-            tl.store(out + (row_group * HEADS + head) * DIM + dims, result.to(out.dtype.element_ty), mask=has_dim)
-            tl.store(lse + row_group * HEADS + head, (top + tl.log2(weight_sum)) / LOG2E)
+        _merge_parts(row_group, parts, part_lse, out, lse, dims, has_dim, HEADS, DIM, NUM_SPLITS, BLOCK_SPLITS)
