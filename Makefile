@@ -15,11 +15,8 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-# mypy follows folders, not the package-dir mapping: show it the import name as a tree of links.
 types: $(VENV)/installed
-	@rm -rf build/types && mkdir -p build/types/sinklm
-	@for folder in models data train eval cli configs; do ln -s ../../../$$folder build/types/sinklm/$$folder; done
-	MYPYPATH=build/types $(BIN)/mypy --namespace-packages -p sinklm
+	$(BIN)/mypy -p sinklm
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
