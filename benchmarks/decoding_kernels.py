@@ -57,8 +57,8 @@ def attention_calls(
     for layer in layers:
         layer.allocate(key, key)
     num_seen = torch.full((batch,), 3 * cache, device="cuda")
-    step = DecodeStep(shape, Rotary(lambda: inv_freq), num_seen, num_seen - cache - 5)
-    return [lambda layer=layer: step.attend(layer, query, key, key, 0.1) for layer in layers], num_bytes
+    step = DecodeStep(layers, shape, Rotary(lambda: inv_freq), num_seen, num_seen - cache - 5)
+    return [lambda i=i: step.attend(i, query, key, key, 0.1) for i in range(len(layers))], num_bytes
 
 
 def linear_calls(num_out: int, num_in: int) -> tuple[list[Callable[[], object]], int]:

@@ -20,7 +20,7 @@ import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,15 @@ from torch.profiler import ProfilerActivity, profile
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXMLP
 
 from sinklm.models import SinkGPTNeoXForCausalLM, attention, layer, loss
-from sinklm.train import engine as engine_module
-from sinklm.train import fused_update
+from sinklm.train import deepspeed_patches, fused_update
 from sinklm.train.config import TrainingConfig
 from sinklm.train.cost import flops_per_token, peak_flops
-from sinklm.train.engine import StepResult, make_engine, train_step
+from sinklm.train.engine import make_engine
 from sinklm.train.launch import World, connected
 from sinklm.train.plan import Plan
 from sinklm.train.progress import peak_memory_gib
 from sinklm.train.recipe import load_config
+from sinklm.train.step import PendingStep, train_step
 
 TOKENIZER_SIZE = 50277  # Pythia's
 # Ranges that the profiler reports beside kernels.
@@ -61,7 +61,7 @@ WITHOUT = {
     "rotary": lambda: setattr(attention, "is_fused", _never),
     "loss": lambda: setattr(loss, "cross_entropy_", None),
     "adamw": lambda: setattr(fused_update, "has_kernel", _never),
-    "update": lambda: setattr(engine_module, "has_fused_update", _never),
+    "update": lambda: setattr(deepspeed_patches, "fused_update", lambda *_: None),
 }
 
 
@@ -110,16 +110,15 @@ class Steps:
             the seconds that the host took to queue each.
         """
         seconds = []
-        read: Callable[[], StepResult] | None = None
+        pending: PendingStep | None = None
         for _ in range(num_steps):
-            started = time.perf_counter()
-            read_next = train_step(self._engine, self._batches, self._plan, self._world, step=1, lr=1e-4)
-            seconds.append(time.perf_counter() - started)
-            if read is not None:
-                read()
-            read = read_next
-        assert read is not None
-        assert read().loss > 0
+            queued = train_step(self._engine, self._batches, self._plan, self._world, step=1, lr=1e-4)
+            seconds.append(queued.host_seconds)
+            if pending is not None:
+                pending.result()
+            pending = queued
+        assert pending is not None
+        assert pending.result().loss > 0
         return seconds
 
     def time(self, num_steps: int) -> tuple[float, list[float]]:

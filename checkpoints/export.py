@@ -5,7 +5,6 @@ tokenizer, which puts the sinks in front of every text where our model did so by
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,10 @@ from tokenizers.processors import Sequence, TemplateProcessing
 from transformers import GenerationConfig, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
+from ..files import replace_folder, write_json
 from ..models.config import SinkGPTNeoXConfig
-from .loading import load_model, load_tokenizer, no_progress_bars, resolve_model_folder
+from .folders import resolve_model_folder
+from .loading import load_model, load_tokenizer, no_progress_bars
 from .model_card import model_card
 
 EXPORTABLE_KINDS = ("none", "token")
@@ -55,7 +56,7 @@ def export_model(checkpoint: str | Path, output: str | Path) -> Path:
             model, Path(resolve_model_folder(checkpoint)), output.absolute().name, sink_names(config.num_sinks)
         )
         (partial / "README.md").write_text(card, encoding="utf-8")
-        _swap_in(partial, output)
+        replace_folder(partial, output)
     except FileNotFoundError:  # the checkpoint has no tokenizer
         raise
     except (SafetensorError, OSError) as error:
@@ -117,7 +118,7 @@ def _write_model(model: PreTrainedModel, config: SinkGPTNeoXConfig, folder: Path
     for weights in folder.glob("*.safetensors"):  # safetensors makes them readable by their owner alone
         shutil.copymode(path, weights)
     written = json.loads(path.read_text(encoding="utf-8"))
-    _write_json(path, written | _older_keys(plain_config) | {"sink": config.sink})
+    write_json(path, written | _older_keys(plain_config) | {"sink": config.sink}, sort_keys=True)
 
 
 def _plain_config(config: SinkGPTNeoXConfig) -> GPTNeoXConfig:
@@ -164,7 +165,7 @@ def _write_tokenizer(checkpoint: str | Path, config: SinkGPTNeoXConfig, folder: 
     }
     if len(names) == 1:  # with more, transformers 5 would take it as leave to replace the template by one token
         settings["add_bos_token"] = True
-    _write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "tokenizer_config.json", settings, sort_keys=True)
 
 
 def name_sinks(backend: Tokenizer, token_ids: list[int]) -> list[str]:
@@ -190,23 +191,3 @@ def _put_sinks_first(backend: Tokenizer, names: list[str], token_ids: list[int])
         single=f"{prefix} $A", pair=f"{prefix} $A $B:1", special_tokens=list(zip(names, token_ids, strict=True))
     )
     backend.post_processor = Sequence([backend.post_processor, template]) if backend.post_processor else template
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _swap_in(partial: Path, output: Path) -> None:
-    """Give the finished folder its name; an older one steps aside first and goes when the new one is in place."""
-    if not output.exists():
-        os.rename(partial, output)
-        return
-    old = partial.with_suffix(".old")
-    shutil.rmtree(old, ignore_errors=True)
-    os.rename(output, old)
-    try:
-        os.rename(partial, output)
-    except OSError:
-        os.rename(old, output)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -1,6 +1,5 @@
 """Find and load a model or tokenizer: from a training run, a checkpoint, any transformers folder, or the Hub."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -10,8 +9,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-COMPLETE_MARKER = "COMPLETE"
-MODEL_FOLDER = "model"
+from .folders import resolve_model_folder
 
 
 def load_model(
@@ -87,46 +85,6 @@ def _is_made_up(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
     files = set(tokenizer.vocab_files_names.values())  # empty where there is no vocabulary: one of bytes
     known = files | {"tokenizer.json", "tokenizer.model", "tekken.json"}
     return bool(files) and not any((folder / name).exists() for name in known)
-
-
-def resolve_model_folder(name_or_path: str | Path) -> str:
-    """The transformers folder that ``name_or_path`` stands for, or the name itself if it is not a local path."""
-    path = Path(name_or_path)
-    if not path.exists():
-        if is_local(name_or_path):
-            raise FileNotFoundError(f"{path}: no such folder")
-        return str(name_or_path)
-    if (path / "config.json").exists():
-        return str(path)
-    if (path / "checkpoints").is_dir():
-        path = newest_checkpoint(path / "checkpoints")
-    if (path / MODEL_FOLDER / "config.json").exists():
-        if not (path / COMPLETE_MARKER).exists():
-            raise FileNotFoundError(
-                f"{path} is an interrupted checkpoint (it has no {COMPLETE_MARKER} file): take an older one"
-            )
-        return str(path / MODEL_FOLDER)
-    raise FileNotFoundError(f"{path} holds neither a transformers model (config.json) nor a training checkpoint")
-
-
-def is_local(name_or_path: str | Path) -> bool:
-    """Whether a name that may be one on the Hub is a path: it says so, or begins with a folder of training runs."""
-    path = Path(name_or_path)
-    says_so = path.is_absolute() or str(name_or_path).startswith(".") or str(name_or_path).count("/") > 1
-    return says_so or (len(path.parts) > 1 and any(path.parent.glob("*/checkpoints")))
-
-
-def newest_checkpoint(folder: Path) -> Path:
-    """The complete ``step-<N>`` folder with the largest N.
-
-    Raises:
-        FileNotFoundError: if there is none.
-    """
-    steps = {int(m[1]): p for p in folder.iterdir() if (m := re.fullmatch(r"step-(\d+)", p.name))}
-    complete = [step for step, path in steps.items() if (path / COMPLETE_MARKER).exists()]
-    if not complete:
-        raise FileNotFoundError(f"{folder} holds no complete checkpoint")
-    return steps[max(complete)]
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel
 
+from .folders import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, STATE_FILE, read_state
+
 TEMPLATE = """\
 ---
 library_name: transformers
@@ -99,22 +101,22 @@ def architecture_facts(model: PreTrainedModel) -> dict[str, str]:
 def run_facts(folder: Path) -> dict[str, str]:
     """How the model in ``<run>/checkpoints/step-<N>/model`` was trained, as far as files beside it tell."""
     checkpoint, run = folder.absolute().parent, folder.absolute().parents[2]
-    if not (checkpoint / "state.json").exists():
+    if not (checkpoint / STATE_FILE).exists():
         return {"Exported by": f"sinklm {metadata.version('sinklm')}"}
-    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    config = yaml.safe_load((checkpoint / "config.yaml").read_text(encoding="utf-8"))
+    state = read_state(checkpoint)
+    config = yaml.safe_load((checkpoint / CONFIG_FILE).read_text(encoding="utf-8"))
     train = config["train"]
     facts = {
-        "Steps": f"{state['step']:,} of {train['num_steps']:,}",
-        "Positions seen": f"{state['positions']:,} ({train['batch_size_tokens']:,} a step)",
+        "Steps": f"{state.step:,} of {train['num_steps']:,}",
+        "Positions seen": f"{state.positions:,} ({train['batch_size_tokens']:,} a step)",
         "Sequence length": f"{train['seq_length']:,}",
         "Highest learning rate": f"{config['optimizer']['lr']:g}",
-        "Precision": state["precision"],
+        "Precision": state.precision,
         "Seed": str(train["seed"]),
     }
-    facts |= _loss_facts(run / "metrics.jsonl", state["step"])
+    facts |= _loss_facts(run / METRICS_FILE, state.step)
     facts |= _data_facts(Path(config["data"]["path"] or ""))
-    return facts | _version_facts(run / "environment.json")
+    return facts | _version_facts(run / ENVIRONMENT_FILE)
 
 
 def _loss_facts(metrics: Path, num_steps: int) -> dict[str, str]:

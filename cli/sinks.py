@@ -74,7 +74,7 @@ def sinks(
 
 def _checkpoints_of(run: str) -> dict[int, Path]:
     """All complete checkpoints of a training run by their step."""
-    from ..train.checkpoint import list_checkpoints
+    from ..checkpoints.folders import list_checkpoints
 
     found = list_checkpoints(Path(run))
     if not found:
@@ -87,7 +87,7 @@ def _measure_run(
 ) -> Iterator[tuple[dict[str, int], "Statistics"]]:
     """One checkpoint after the other, with its step and the tokens trained on, sinks included."""
     from ..checkpoints import load_model
-    from ..train.checkpoint import read_state
+    from ..checkpoints.folders import read_state
 
     for step, checkpoint in run.items():
         tokens = read_state(checkpoint).positions

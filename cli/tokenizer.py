@@ -1,6 +1,5 @@
 """``sinklm tokenizer``: making tokenizers."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +20,7 @@ def train(
     from ..data.inputs import find_inputs, read_documents
     from ..data.manifest import Counts
     from ..data.tokenizer import train_tokenizer
+    from ..files import write_text
 
     console, counts = Console(), Counts()
 
@@ -31,14 +31,7 @@ def train(
 
     with console.status(f"Training a tokenizer of {vocab_size:,} tokens"):
         tokenizer = train_tokenizer(texts(), vocab_size)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(output.name + ".partial")
-    try:
-        partial.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")  # `save` raises what is no OSError
-        os.replace(partial, output)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(f"{output} cannot be written: {error.strerror}") from error
+    write_text(output, tokenizer.to_str(pretty=True))  # `Tokenizer.save` raises what is no OSError
     size = tokenizer.get_vocab_size()
     console.print(f"{output}: {size:,} tokens from {counts.documents:,} documents, {counts.bytes / 1e6:,.1f} MB")
     if size < vocab_size:

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
+from ..files import write_json
 from .inputs import no_document
-from .manifest import SPLITS, Counts, FileInfo, sha256_of, write_json
+from .manifest import SPLITS, Counts, FileInfo, sha256_of
 from .megatron import MegatronWriter
 from .readers import Shard
 from .tokenizing import TokenizedBatch
@@ -105,7 +106,7 @@ class ShardJob:
         """Make all that was added safe against a crash."""
         for writer in self._writers.values():
             writer.commit()
-        write_json(self.note_path, self.state.model_dump())
+        write_json(self.note_path, self.state.model_dump(), ensure_ascii=False)
 
     def finish(self) -> None:
         """Complete the shard's files.
@@ -123,7 +124,7 @@ class ShardJob:
                     files[name] = FileInfo(bytes=path.stat().st_size, sha256=sha256_of(path))
         self._writers.clear()
         self.state.files = files
-        write_json(self.note_path, self.state.model_dump())
+        write_json(self.note_path, self.state.model_dump(), ensure_ascii=False)
 
     def close(self) -> None:
         """Let go of the files of an unfinished shard."""

@@ -1,7 +1,6 @@
 """The manifest of a token store: what the store was made from, what it holds, and the checksum of every file."""
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -97,17 +96,6 @@ def read_manifest(store: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole file"
         raise ValueError(f"{path}: not a manifest this version can read ({where}: {first['msg']})") from None
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write JSON so that ``path`` holds either its old content or all of the new, even through a power cut."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def sha256_of(path: str | os.PathLike) -> str:

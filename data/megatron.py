@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import atomic_file
+
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, number of sequences, length of the document index
@@ -168,12 +170,8 @@ def _write_index(path: Path, dtype: np.dtype, lengths: np.ndarray) -> None:
     pointers = np.zeros(len(lengths), np.int64)
     np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
     pointers *= dtype.itemsize
-    partial = Path(f"{path}.partial")
-    with open(partial, "wb") as file:
+    with atomic_file(path, binary=True) as file:
         file.write(HEADER.pack(MAGIC, VERSION, DTYPE_CODES[dtype], len(lengths), len(lengths) + 1))
         file.write(lengths.astype(np.int32).data)
         file.write(pointers.data)
         file.write(np.arange(len(lengths) + 1, dtype=np.int64).data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

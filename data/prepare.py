@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import itertools
 import os
 import shutil
@@ -18,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from pydantic import BaseModel
 
+from ..files import locked, write_json
 from .job import ShardJob
 from .manifest import (
     MANIFEST_NAME,
@@ -30,7 +30,6 @@ from .manifest import (
     Split,
     TokenizerInfo,
     sha256_of,
-    write_json,
 )
 from .megatron import token_dtype
 from .readers import Record, Shard
@@ -109,7 +108,7 @@ def prepare_store(
         start = (str(tokenizer_file), info.eod_id, dtype, validation_fraction)
         _run(jobs, notes, num_processes or num_processors(), start, report)
         manifest = _manifest(store, info, dtype, validation_fraction, jobs)
-        write_json(store / MANIFEST_NAME, manifest.model_dump())
+        write_json(store / MANIFEST_NAME, manifest.model_dump(), ensure_ascii=False)
         note_verified(store, manifest.files)
         shutil.rmtree(notes)
     return manifest
@@ -165,16 +164,12 @@ def _claim(store: Path, settings: Settings) -> Iterator[Path]:
     if store.exists() and not notes.exists() and any(store.iterdir()):
         raise ValueError(f"{store}: is not empty and not a token store; choose another --output")
     notes.mkdir(parents=True, exist_ok=True)
-    with open(notes / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{store}: another `sinklm prepare` is at work on it") from None
+    with locked(notes / "lock", busy=f"{store}: another `sinklm prepare` is at work on it"):
         path = notes / "settings.json"
         if has_saved_work(store):
             _check_same(store, Settings.model_validate_json(path.read_bytes()), settings)
         else:
-            write_json(path, settings.model_dump())
+            write_json(path, settings.model_dump(), ensure_ascii=False)
         yield notes
 
 

@@ -1,5 +1,6 @@
 """The token store: tokenized documents as Megatron pairs, with a manifest that says what they are."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -7,7 +8,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from .manifest import MANIFEST_NAME, TOKENIZER_NAME, FileInfo, read_manifest, sha256_of_all, write_json
+from ..files import write_json
+from .manifest import MANIFEST_NAME, TOKENIZER_NAME, FileInfo, read_manifest, sha256_of_all
 from .megatron import map_tokens
 
 VERIFIED_NAME = ".verified.json"
@@ -140,10 +142,8 @@ def check_hashes(store: Path, files: dict[str, FileInfo], *, trust_note: bool) -
 
 def note_verified(store: Path, files: dict[str, FileInfo]) -> None:
     """Remember that these files are intact. On a store that cannot be written they are read again next time."""
-    try:
+    with contextlib.suppress(OSError):
         write_json(store / VERIFIED_NAME, _stamps(store, files))
-    except OSError:
-        (store / f"{VERIFIED_NAME}.partial").unlink(missing_ok=True)
 
 
 def _read_note(store: Path) -> dict[str, list]:

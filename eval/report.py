@@ -1,21 +1,20 @@
 """What a result needs to be worth keeping: which model, which library versions, written whole or not at all."""
 
-import contextlib
 import errno
-import json
 import os
 import platform
 import re
 import tempfile
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..checkpoints.loading import resolve_model_folder
+from ..checkpoints.folders import resolve_model_folder
+from ..files import named_errors, write_json
 
+JSON_OPTIONS: dict[str, Any] = {"default": str, "allow_nan": False}
 LIBRARIES = ("sinklm", "torch", "transformers", "tokenizers", "lm-eval", "datasets", "numpy")
 
 
@@ -52,7 +51,7 @@ class ReportFile:
 
     def __init__(self, path: Path):
         self.path, self._unfinished = path, path.with_suffix(f".unfinished{path.suffix}")
-        with _naming(path):
+        with named_errors(path):
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             folder = next(parent for parent in path.absolute().parents if parent.exists())
@@ -60,33 +59,8 @@ class ReportFile:
 
     def keep(self, report: dict[str, Any]) -> None:
         """Write what is measured so far beside it, should the rest fail."""
-        write_json(self._unfinished, report)
+        write_json(self._unfinished, report, **JSON_OPTIONS)
 
     def finish(self, report: dict[str, Any]) -> None:
-        write_json(self.path, report)
+        write_json(self.path, report, **JSON_OPTIONS)
         self._unfinished.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write ``value`` so that the file is either the old one or the complete new one.
-
-    Raises:
-        OSError: names the file that cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with _naming(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(value, indent=2, default=str, allow_nan=False) + "\n", encoding="utf-8")
-            os.replace(partial, path)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror}") from error

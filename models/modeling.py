@@ -76,14 +76,27 @@ class SinkGPTNeoXModel(PythiaInitialisation, GPTNeoXModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def forward(self, input_ids=None, inputs_embeds=None, use_cache=None, **kwargs):
-        if torch.compiler.is_compiling() and self._is_plainly_causal(use_cache, kwargs):
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        past_key_values=None,
+        use_cache=None,
+        cache=None,
+        **kwargs,
+    ):
+        cache = past_key_values if cache is None else cache
+        is_plain = all(value is None for value in (attention_mask, position_ids, cache, *kwargs.values()))
+        if is_plain and use_cache is False and self._has_causal_forward():
             return self._causal_forward(self.embed_in(input_ids) if inputs_embeds is None else inputs_embeds)
-        return super().forward(input_ids, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)
+        return super().forward(
+            input_ids, attention_mask, position_ids, inputs_embeds, cache, use_cache=use_cache, **kwargs
+        )
 
-    def _is_plainly_causal(self, use_cache: bool | None, kwargs: dict) -> bool:
-        nothing_else = not any(value is not None for value in kwargs.values())
-        return nothing_else and use_cache is False and self.config._attn_implementation == "sdpa"
+    def _has_causal_forward(self) -> bool:
+        return torch.compiler.is_compiling() and self.config._attn_implementation == "sdpa"
 
     def _causal_forward(self, inputs_embeds: torch.Tensor) -> BaseModelOutputWithPast:
         """The same computation without a mask tensor.
@@ -168,7 +181,8 @@ class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
         num_tokens = given.shape[1]
         if num_tokens == 0 and _length(cache):
             raise ValueError(
-                "no new tokens: `generate` with a cache wants the whole text so far, and then the new turn"
+                "no new tokens: with a cache, pass the full sequence to `generate`, including the tokens that are "
+                "already in the cache, followed by the new turn"
             )
         mask = self._extend_mask(attention_mask, num_tokens, cache)
         position_ids = self._position_ids(position_ids, mask, num_tokens, num_new_sinks)

@@ -1,7 +1,7 @@
 """StreamingLLM for today's transformers: a cache of constant size, and the banded attention that equals it.
 
 Read in this order: `rule` (the rule as arithmetic), `encodings` (how phases are moved), `steps` (what one forward
-pass does with both), `cache` and `hook` (how transformers' models come to use it), `families` (which models can).
+pass does with both), `cache` and `steering` (how transformers' models come to use it), `families` (which models can).
 """
 
 from .cache import StreamingCache

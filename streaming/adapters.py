@@ -15,6 +15,7 @@ from transformers.models.gptj.modeling_gptj import GPTJAttention
 from transformers.models.mpt.modeling_mpt import MptAttention
 
 from .encodings import Rotary
+from .steps import Step
 
 if TYPE_CHECKING:
     from .cache import StreamingCache
@@ -44,6 +45,13 @@ class Adapter:
         return [module for name, module in decoder.named_modules() if name.endswith("." + self.module_name)]
 
 
+def step_of(cache_ref: CacheRef) -> Step:
+    """The pass under way."""
+    step = cache_ref().step
+    assert step is not None
+    return step
+
+
 def split_heads(states: Tensor, num_heads: int) -> Tensor:
     """``(B, T, H * D)`` to ``(B, H, T, D)``."""
     return states.unflatten(-1, (num_heads, -1)).transpose(1, 2)
@@ -54,7 +62,7 @@ def merge_heads(states: Tensor) -> Tensor:
     return states.transpose(1, 2).flatten(2)
 
 
-def falcon_attend(
+def falcon_attention(
     cache_ref: CacheRef,
     module: FalconAttention,
     hidden_states: Tensor,
@@ -69,37 +77,38 @@ def falcon_attend(
         key, value = key[:, ::repeats], value[:, ::repeats]
     if alibi is None and position_embeddings is not None:
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-    out = cache_ref().attend(module.layer_idx, query, key, value, module.inv_norm_factor)
+    out = step_of(cache_ref).attend(module.layer_idx, query, key, value, module.inv_norm_factor)
     return module.dense(merge_heads(out)), None
 
 
-def mpt_attend(cache_ref: CacheRef, module: MptAttention, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+def mpt_attention(
+    cache_ref: CacheRef, module: MptAttention, hidden_states: Tensor, **kwargs: Any
+) -> tuple[Tensor, None]:
     qkv = module.Wqkv(hidden_states)
     if module.clip_qkv:
         qkv = qkv.clamp(min=-module.clip_qkv, max=module.clip_qkv)
     query, key, value = (split_heads(states, module.n_heads) for states in qkv.chunk(3, dim=-1))
-    out = cache_ref().attend(module.layer_idx or 0, query, key, value, module.softmax_scale)
+    out = step_of(cache_ref).attend(module.layer_idx or 0, query, key, value, module.softmax_scale)
     return module.out_proj(merge_heads(out)), None
 
 
-def gptj_attend(
+def gptj_attention(
     cache_ref: CacheRef, module: GPTJAttention, hidden_states: Tensor, **kwargs: Any
 ) -> tuple[Tensor, None]:
     projections = (module.q_proj, module.k_proj, module.v_proj)
     query, key, value = (split_heads(proj(hidden_states), module.num_attention_heads) for proj in projections)
-    cache = cache_ref()
-    rotary = cache.encoding
+    step = step_of(cache_ref)
+    rotary = step.encoding
     assert isinstance(rotary, Rotary)
-    assert cache.step is not None
-    phases = rotary.phases(cache.step.position_ids, query)
+    phases = rotary.phases(step.position_ids, query)
     query, key = rotary.turn(query, phases), rotary.turn(key, phases)
-    out = cache.attend(module.layer_idx, query, key, value, module.head_dim**-0.5)
+    out = step.attend(module.layer_idx, query, key, value, module.head_dim**-0.5)
     return module.resid_dropout(module.out_proj(merge_heads(out))), None
 
 
-FALCON = Adapter("self_attention", falcon_attend, mask_shape=(1, 1))
-MPT = Adapter("attn", mpt_attend, mask_shape=(1, 1, 1, 1))
-GPTJ = Adapter("attn", gptj_attend, takes_positions_from_cache=True)
+FALCON = Adapter("self_attention", falcon_attention, mask_shape=(1, 1))
+MPT = Adapter("attn", mpt_attention, mask_shape=(1, 1, 1, 1))
+GPTJ = Adapter("attn", gptj_attention, takes_positions_from_cache=True)
 
 
 def identity_mask(adapter: Adapter | None, batch_size: int, device: torch.device) -> Tensor | None:

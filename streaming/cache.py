@@ -1,19 +1,22 @@
 """`StreamingCache`: a transformers cache that holds S initial and W recent tokens, whatever the length of the text."""
 
 import copy
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from ..models.sink_column import SinkColumn
 from .buffers import StreamingLayer, select_rows, static_copy, static_zeros
 from .encodings import Rotary
 from .families import family_of
-from .hook import StreamingHook
 from .rule import StreamShape
+from .steering import SteeredForward
 from .steps import ChunkStep, DecodeStep
 
 
@@ -38,18 +41,6 @@ class StreamState:
 
     def map_rows(self, rows: Tensor) -> None:
         self.num_seen, self.base = select_rows(self.num_seen, rows), select_rows(self.base, rows)
-
-
-class WithoutGradient(torch.autograd.Function):
-    """Says at a backward pass, and only then, that there is none: the past in the buffers has no graph."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, *states: Tensor) -> Tensor:
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise ValueError("a StreamingCache is for inference and gives no gradients: train without past_key_values")
 
 
 class StreamingCache(Cache):
@@ -77,12 +68,15 @@ class StreamingCache(Cache):
         self.decoder, self.shape, self.chunk_size = decoder, shape, chunk_size
         self.encoding = family.encoding(decoder, shape)
         self.state: StreamState | None = None
-        self.step: DecodeStep | ChunkStep | None = None
+        self.step: DecodeStep | ChunkStep | None = None  # the pass under way
         self.num_since_rebase = 0
         self.is_ragged = False  # rows have seen different numbers of tokens
-        self.has_failed = False
-        self.is_partial = False  # were the pass under way to fail now, a part of its tokens would stay
-        self.hook = StreamingHook(self, decoder, family.adapter)
+        self.is_damaged = False  # a pass was broken off: some layers have read its tokens and some have not
+        self.adapter = family.adapter
+        modules = family.adapter.modules(decoder) if family.adapter else []
+        attend = family.adapter.attend if family.adapter else None
+        self.substitutes = [(module, partial(attend, weakref.ref(self), module)) for module in modules if attend]
+        self.steering = SteeredForward.of(self, decoder)
 
     @classmethod
     def for_model(
@@ -109,9 +103,8 @@ class StreamingCache(Cache):
     def __deepcopy__(self, memo: dict) -> "StreamingCache":
         """Another cache of the same model that goes on from the same tokens: a prompt read once serves many texts."""
         twin = StreamingCache(self.decoder, self.shape, self.chunk_size)
-        for name in ("state", "num_since_rebase", "is_ragged"):
+        for name in ("state", "num_since_rebase", "is_ragged", "is_damaged"):
             setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
-        twin.has_failed = self.is_damaged
         twin.streaming_layers = copy.deepcopy(self.streaming_layers, memo)
         twin.layers = twin.streaming_layers
         return twin
@@ -122,13 +115,14 @@ class StreamingCache(Cache):
             "copy.deepcopy(cache) makes a cache that goes on from the same tokens"
         )
 
-    # -- a forward pass, as `StreamingHook` drives it ----------------------------------------------------------------
+    # -- a forward pass, as `SteeredForward` drives it ---------------------------------------------------------------
 
     def check_whole(self) -> None:
-        """Refuse to go on after a pass that was broken off."""
+        """Refuse to continue after a pass that was broken off."""
         if self.is_damaged:
             raise ValueError("the last forward pass with this StreamingCache failed midway: call reset() first")
 
+    @torch.compiler.disable
     def check_inputs(self, inputs: Tensor, mask: Tensor | None) -> Tensor | None:
         """Which of the new inputs ``(B, T, …)`` are tokens ``(B, T)``, None if all; refuses what cannot stream."""
         self.check_whole()
@@ -146,60 +140,59 @@ class StreamingCache(Cache):
                 f"covers at least the {num_inputs} new tokens of {batch_size} rows"
             )
         is_token = mask[:, -num_inputs:].bool()
-        if torch.compiler.is_compiling() or is_token.all():
+        if is_token.all():
             return None
         if (is_token.any(-1) & ~is_token[:, -1]).any():  # a row may have no token at all
-            raise ValueError("the batch is padded on the right, where a stream goes on: pad it on the left")
+            raise ValueError("the batch is padded on the right, where a stream continues: pad it on the left")
         self.is_ragged = True
         return is_token
 
-    def begin_forward(self, inputs: Tensor, is_token: Tensor | None, *, is_rest: bool = False) -> Tensor:
-        """Prepare one pass over inputs ``(B, T, …)``, ``is_rest`` if chunks before them have been read; returns their
-        position ids ``(B, T)``."""
+    @contextmanager
+    def damaged_by_failure(self, num_inputs: int) -> Iterator[None]:
+        """Mark the cache if a pass over so many inputs fails. A single token that fails is overwritten by the next."""
+        try:
+            yield
+        except BaseException:
+            self.is_damaged |= num_inputs > 1
+            raise
+        finally:
+            self.step = None
+
+    @torch.compiler.disable
+    def begin_chunk(self, inputs: Tensor, is_token: Tensor | None) -> Tensor:
+        """`begin_pass`, after moving phases back if that is due, which a graph cannot do."""
+        self.rebase_before(inputs.shape[1])
+        return self.begin_pass(inputs, is_token)
+
+    @torch.compiler.disable
+    def end_chunk(self) -> None:
+        self.end_pass()
+
+    def begin_pass(self, inputs: Tensor, is_token: Tensor | None) -> Tensor:
+        """Prepare a pass over inputs ``(B, T, …)``, of which ``is_token`` ``(B, T)`` are no padding.
+
+        Returns:
+            their position ids ``(B, T)``.
+        """
         batch_size, num_inputs = inputs.shape[:2]
-        self.is_partial = is_rest or num_inputs > 1  # one token that fails is simply overwritten
         if self.state is None:
             self.state = StreamState.start(batch_size, inputs.device)
-        if not torch.compiler.is_compiling():
-            self.rebase_before(num_inputs)
         num_seen, base = self.state.num_seen, self.state.base
+        context = (self.streaming_layers, self.shape, self.encoding)
         if num_inputs == 1:
-            self.step = DecodeStep(self.shape, self.encoding, num_seen, base, is_token)
+            self.step = DecodeStep(*context, num_seen, base, is_token)
         else:
             rows = slice(None) if self.is_ragged else slice(1)
-            self.step = ChunkStep(self.shape, self.encoding, num_seen[rows], base[rows], num_inputs, is_token)
+            self.step = ChunkStep(*context, num_seen[rows], base[rows], num_inputs, is_token)
         return self.step.position_ids.expand(batch_size, -1)
 
-    @torch.no_grad()
-    def attend(
-        self,
-        layer_idx: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float | None,
-        column: SinkColumn | None = None,
-    ) -> Tensor:
-        """Attention of one layer ``(B, H, T, D)`` over the stream, and the sink's column if it has one; stores the new
-        keys and values."""
-        assert self.step is not None
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out = self.step.attend(self.streaming_layers[layer_idx], query, key, value, scaling, column)
-        if not any(states.requires_grad for states in (query, key, value)):
-            return out
-        with torch.enable_grad():
-            return WithoutGradient.apply(out, query, key, value)
-
-    def end_forward(self, *, succeeded: bool) -> None:
-        """Count what the pass has brought."""
+    def end_pass(self) -> None:
+        """Count the tokens that the pass has read."""
         step, self.step = self.step, None
-        if step is None or self.state is None:
-            return
-        if succeeded:
-            self.state.num_seen += step.num_new
-            self.state.num_columns += step.num_inputs
-        elif self.is_partial:
-            self.has_failed = True
+        assert step is not None
+        assert self.state is not None
+        self.state.num_seen += step.num_new
+        self.state.num_columns += step.num_inputs
 
     def rebase_before(self, num_inputs: int) -> None:
         """Count inputs to come, and `rebase` first if it is due.
@@ -210,7 +203,7 @@ class StreamingCache(Cache):
             try:
                 self.rebase()
             except BaseException:  # some layers have been moved and some have not
-                self.has_failed = True
+                self.is_damaged = True
                 raise
         self.num_since_rebase += num_inputs
 
@@ -260,11 +253,6 @@ class StreamingCache(Cache):
         return self.get_seq_length() + query_length, 0
 
     @property
-    def is_damaged(self) -> bool:
-        """A pass of several tokens was broken off: some layers have read them and some have not. See `reset`."""
-        return self.has_failed or (self.step is not None and self.is_partial)
-
-    @property
     def is_compileable(self) -> bool:
         """False: `generate` shall not compile on its own account."""
         return False
@@ -295,7 +283,7 @@ class StreamingCache(Cache):
     def reset(self) -> None:
         """Forget the streams; the next forward pass begins new ones, of any batch size."""
         self.state = self.step = None
-        self.is_ragged = self.has_failed = False
+        self.is_ragged = self.is_damaged = False
         self.num_since_rebase = 0
         for layer in self.streaming_layers:
             layer.free()

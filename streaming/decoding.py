@@ -63,7 +63,7 @@ class StreamingDecoder:
                 f"token_ids have shape {tuple(token_ids.shape)}: give one token of each stream, ({len(num_seen)}, 1)"
             )
         self.cache.rebase_before(1)
-        with self.cache.hook.held():
+        with self.cache.steering.in_graph(self.cache):
             if self.compiled_for is not num_seen:  # the first step compiles, and warms up what a capture must find warm
                 self.captured = None
                 gc.collect()  # a dead cache that took its hooks off the model while it is traced would break the trace

@@ -1,10 +1,11 @@
-"""One forward pass of a stream: what all its layers share, worked out once, and the attention of each layer.
+"""One forward pass of a stream: what all its layers share, computed once, and the attention of each layer.
 
 `DecodeStep` takes one token a row and works in place on static shapes. `ChunkStep` takes any number of tokens as a
 banded attention. Both give the same numbers.
 """
 
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,73 @@ from .encodings import Alibi, Encoding, Rotary
 from .rule import StreamShape
 
 
-class DecodeStep:
-    """One new token in every row: write it over the slot that leaves the window, then look at all slots.
+class Step:
+    """The pass under way: its layers' buffers, and the attention over them.
+
+    Attributes:
+        position_ids: ``(B or 1, T)`` positions of the inputs.
+        num_inputs: T, with padding.
+        num_new: how many of the inputs are tokens, ``(B,)`` or the same number for all rows.
+    """
+
+    position_ids: Tensor
+    num_inputs: int
+    num_new: Tensor | int
+
+    def __init__(self, layers: list[StreamingLayer], shape: StreamShape, encoding: Encoding):
+        self.layers, self.shape, self.encoding = layers, shape, encoding
+
+    def attend(
+        self,
+        layer_idx: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        column: SinkColumn | None = None,
+    ) -> Tensor:
+        """Store the new keys and values ``(B, G, T, D)`` of a layer, and attend: ``(B, H, T, D)``.
+
+        Args:
+            query: ``(B, H, T, D)``.
+            scaling: of the scores; None is ``D ** -0.5``.
+            column: of the layer's sink, if it has one.
+        """
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        layer = self.layers[layer_idx]
+        with torch.no_grad():
+            layer.allocate(key, value)
+            out = self._attend(layer, query, key, value, scaling, column)
+        if any(states.requires_grad for states in (query, key, value)):
+            return WithoutGradient.apply(out, query, key, value)
+        return out
+
+    def _attend(
+        self,
+        layer: StreamingLayer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        column: SinkColumn | None,
+    ) -> Tensor:
+        raise NotImplementedError
+
+
+class WithoutGradient(torch.autograd.Function):
+    """Says at a backward pass, and only then, that there is none: the past in the buffers has no graph."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *states: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise ValueError("a StreamingCache is for inference and gives no gradients: train without a cache")
+
+
+class DecodeStep(Step):
+    """One new token in every row: write it over the slot that leaves the window, then attend to all slots.
 
     Args:
         num_seen: ``(B,)`` tokens that each row has seen; this is the index of its new token.
@@ -28,13 +94,14 @@ class DecodeStep:
 
     def __init__(
         self,
+        layers: list[StreamingLayer],
         shape: StreamShape,
         encoding: Encoding,
         num_seen: Tensor,
         base: Tensor,
         is_token: Tensor | None = None,
     ):
-        self.shape, self.encoding = shape, encoding
+        super().__init__(layers, shape, encoding)
         self.num_seen, self.base = num_seen, base
         self.num_inputs, self.num_new = 1, 1 if is_token is None else is_token[:, 0].long()
         self.position_ids = (num_seen - base)[:, None]
@@ -50,17 +117,7 @@ class DecodeStep:
             shift = (num_seen - shape.query_position(num_seen))[:, None]
             self.key_positions = torch.where(tokens < shape.num_kept, tokens, tokens - shift)
 
-    def attend(
-        self,
-        layer: StreamingLayer,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        column: SinkColumn | None = None,
-    ) -> Tensor:
-        """Store the token's key and value ``(B, G, 1, D)`` and attend: ``(B, H, 1, D)``."""
-        layer.allocate(key, value)
+    def _attend(self, layer, query, key, value, scaling, column):
         if kernels.is_available and isinstance(self.encoding, Rotary) and kernels.can_fuse(layer, query):
             where = (self.shape, self.encoding, layer, self.num_seen, self.base)
             out, lse = kernels.decode_attention(*where, query, key, value, scaling)
@@ -79,7 +136,7 @@ class DecodeStep:
         return attention(query, layer.keys, layer.values, mask, scaling, column)
 
 
-class ChunkStep:
+class ChunkStep(Step):
     """Several new tokens a row, all at once: a band of recent keys, and the kept keys that have left the band.
 
     A token of the chunk sees the window's keys before the chunk (gathered from the slots in temporal order), the
@@ -92,6 +149,7 @@ class ChunkStep:
 
     def __init__(
         self,
+        layers: list[StreamingLayer],
         shape: StreamShape,
         encoding: Encoding,
         num_seen: Tensor,
@@ -99,11 +157,11 @@ class ChunkStep:
         num_inputs: int,
         is_token: Tensor | None = None,
     ):
-        self.shape, self.encoding, self.num_seen = shape, encoding, num_seen[:, None]
+        super().__init__(layers, shape, encoding)
+        self.num_seen = num_seen[:, None]
         self.has_equal_rows = is_token is None and num_seen.shape[0] == 1
         self.num_inputs, device = num_inputs, num_seen.device
         inputs = torch.arange(num_inputs, device=device)[None]
-        self.num_new: Tensor | int
         if is_token is None:
             tokens = self.num_seen + inputs  # (B, T)
             self.order, self.num_new = inputs, num_inputs  # which input is a row's n-th new token
@@ -150,17 +208,7 @@ class ChunkStep:
         ranks = (tokens - self.num_seen).clamp(0, self.num_inputs - 1)
         return (tokens >= self.num_seen)[:, None, :, None], self.order.expand(len(ranks), -1).gather(1, ranks)
 
-    def attend(
-        self,
-        layer: StreamingLayer,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        column: SinkColumn | None = None,
-    ) -> Tensor:
-        """Store the chunk's keys and values ``(B, G, T, D)`` and attend: ``(B, H, T, D)``."""
-        layer.allocate(key, value)
+    def _attend(self, layer, query, key, value, scaling, column):
         num_kept = self.shape.num_kept
         window_key = gather_columns(layer.keys, self.window_slots)
         window_value = gather_columns(layer.values, self.window_slots)

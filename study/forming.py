@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from sinklm.checkpoints import load_model, load_tokenizer
+from sinklm.checkpoints.folders import list_checkpoints, read_state
 from sinklm.eval.perplexity import configurations, default_caches, measure, read_stream
 from sinklm.eval.report import ReportFile, describe_model, library_versions
-from sinklm.train.checkpoint import list_checkpoints, read_state
 
 
 def main() -> None:

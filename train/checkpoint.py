@@ -1,84 +1,39 @@
-"""Checkpoints: what is in one, when one counts as complete, and which one a run goes on from.
+"""Writing checkpoints: `checkpoints.folders` describes what is in one. A marker, written last, completes it."""
 
-::
-
-    checkpoints/step-<N>/
-        deepspeed/      weights, optimizer and counters, in DeepSpeed's own format
-        rng/            the random states of every rank
-        model/          the weights as a transformers folder (safetensors), for evaluation and export
-        config.yaml     the resolved recipe
-        state.json      step, data fingerprint; ranks, ZeRO stage, precision and order of the parameters
-        COMPLETE        written last; without it the folder is never loaded
-"""
-
-import json
-import os
-import random
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 
-from ..checkpoints.loading import COMPLETE_MARKER, MODEL_FOLDER
-from . import universal
+from ..checkpoints.folders import (
+    CHECKPOINTS_FOLDER,
+    COMPLETE_MARKER,
+    CONFIG_FILE,
+    DEEPSPEED_FOLDER,
+    MODEL_FOLDER,
+    RANDOM_STATES_FOLDER,
+    STATE_FILE,
+    CheckpointState,
+    list_checkpoints,
+)
+from ..files import sync_files
+from . import deepspeed_patches
 from .cost import GIB
-from .engine import optimizer_layout
-from .launch import World, silent_stdout
+from .engine import optimizer_layout, parameter_groups
+from .launch import World
 from .model_files import save_model
 from .plan import Plan
+from .rank_state import rank_path, rank_state
 from .recipe import config_yaml
 from .schedule import is_pythia_step
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
-
-DEEPSPEED_FOLDER = "deepspeed"
-
-
-class CheckpointState(BaseModel):
-    """``state.json``. Of a checkpoint older than the key, ``optimizer_layout`` is None: it is not known."""
-
-    format_version: Literal[1] = 1
-    step: int
-    positions: int
-    data_fingerprint: str
-    world_size: int
-    zero_stage: int
-    precision: str
-    optimizer_layout: str | None = None
-
-
-def list_checkpoints(run_dir: Path) -> dict[int, Path]:
-    """The run's complete checkpoints by their step, ascending."""
-    found = {
-        int(match[1]): path
-        for path in (run_dir / "checkpoints").glob("step-*")
-        if (match := re.fullmatch(r"step-(\d+)", path.name)) and (path / COMPLETE_MARKER).exists()
-    }
-    return dict(sorted(found.items()))
-
-
-def read_state(checkpoint: Path) -> CheckpointState:
-    """What ``state.json`` says.
-
-    Raises:
-        ValueError: it is damaged, or of another version.
-    """
-    path = checkpoint / "state.json"
-    try:
-        return CheckpointState.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        if any(detail["loc"] == ("format_version",) for detail in error.errors()):
-            reason = "has a format_version that this sinklm cannot read: use the version that wrote it"
-            raise ValueError(f"{path} {reason}") from error
-        raise ValueError(f"{path} is damaged: delete {checkpoint} to go on from an older one") from error
 
 
 class CheckpointWriter:
@@ -91,7 +46,7 @@ class CheckpointWriter:
     """
 
     def __init__(self, run_dir: Path, plan: Plan, world: World, *, fingerprint: str, tokenizer_path: Path):
-        self.folder = run_dir / "checkpoints"
+        self.folder = run_dir / CHECKPOINTS_FOLDER
         self._run_dir, self._plan, self._world = run_dir, plan, world
         self._fingerprint, self._tokenizer_path = fingerprint, tokenizer_path
 
@@ -107,18 +62,18 @@ class CheckpointWriter:
         with together(failed):
             if self._world.is_main:
                 shutil.rmtree(checkpoint, ignore_errors=True)  # an interrupted one; a complete one is not saved again
-                for name in (DEEPSPEED_FOLDER, "rng"):
+                for name in (DEEPSPEED_FOLDER, RANDOM_STATES_FOLDER):
                     (checkpoint / name).mkdir(parents=True)
         with together(failed), _disk_errors(checkpoint):
             self._save_deepspeed(engine, checkpoint)
-            torch.save(_rank_state(engine), _rank_path(checkpoint, self._world.rank))
+            torch.save(rank_state(engine), rank_path(checkpoint, self._world.rank))
         with together(failed), _disk_errors(checkpoint):
             save_model(engine, checkpoint / MODEL_FOLDER, self._plan, self._tokenizer_path, self._world)
             if self._world.is_main:
                 self._save_description(checkpoint, step)
         with together(failed):
             if self._world.is_main:
-                _flush(checkpoint)
+                sync_files(checkpoint)
                 (checkpoint / COMPLETE_MARKER).touch()
                 self._delete_old()
         return checkpoint
@@ -126,14 +81,11 @@ class CheckpointWriter:
     def _save_deepspeed(self, engine: "DeepSpeedEngine", checkpoint: Path) -> None:
         client_state: dict = {"universal_checkpoint_info": {}}  # `ds_to_universal` wants it
         if self._plan.config.deepspeed.zero_stage == 0:
-            names = universal.parameter_names(engine.module, engine.basic_optimizer)
-            client_state["optimizer_parameter_names"] = names
-        try:
-            engine.save_checkpoint(checkpoint, tag=DEEPSPEED_FOLDER, client_state=client_state, save_latest=False)
-        except (OSError, RuntimeError):
-            if self._world.size > 1:  # the barrier at the end of save_checkpoint, where the others wait
-                torch.distributed.barrier()
-            raise
+            # In the order in which the optimizer's `state_dict` numbers them.
+            client_state["optimizer_parameter_names"] = [n for group in parameter_groups(engine.module) for n in group]
+        deepspeed_patches.save_on_all_ranks(
+            engine, checkpoint, tag=DEEPSPEED_FOLDER, client_state=client_state, save_latest=False
+        )
 
     def _save_description(self, checkpoint: Path, step: int) -> None:
         config = self._plan.config
@@ -146,8 +98,8 @@ class CheckpointWriter:
             precision=config.train.precision,
             optimizer_layout=optimizer_layout(self._plan),
         )
-        (checkpoint / "config.yaml").write_text(config_yaml(config), encoding="utf-8")
-        (checkpoint / "state.json").write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (checkpoint / CONFIG_FILE).write_text(config_yaml(config), encoding="utf-8")
+        (checkpoint / STATE_FILE).write_text(state.to_json(), encoding="utf-8")
 
     def _delete_old(self) -> None:
         section = self._plan.config.checkpoint
@@ -170,127 +122,3 @@ def _disk_errors(folder: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(folder).free / GIB
         raise OSError(f"writing failed with {free:.2f} GiB free on its disk ({error})") from error
-
-
-@contextmanager
-def _damage(checkpoint: Path) -> Iterator[None]:
-    """Take whatever goes wrong in reading a checkpoint's files, pickles among them, for damage to it."""
-    try:
-        yield
-    except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise OSError(
-            f"cannot load {checkpoint} ({type(error).__name__}: {reason}): if it is damaged, delete it to go on from "
-            "an older one"
-        ) from error
-
-
-def _flush(folder: Path) -> None:
-    """Have the system put every file of a folder on disk, so that the marker is never there before them."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-
-
-def load_checkpoint(engine: "DeepSpeedEngine", checkpoint: Path, plan: Plan, world: World, scratch: Path) -> None:
-    """Bring the engine to the state of a complete checkpoint. Every rank calls it.
-
-    The engine must have been made with ``load_universal=needs_conversion(…)``.
-
-    Args:
-        scratch: folder for a converted copy, which is removed again.
-
-    Raises:
-        SameOnAllRanks: a file is damaged or cannot be read.
-    """
-    state = read_state(checkpoint)
-    if not needs_conversion(state, plan, world):
-        with world.together(), _damage(checkpoint):
-            _load_deepspeed(engine, checkpoint, DEEPSPEED_FOLDER)
-    else:
-        _load_converted(engine, checkpoint, state, plan, world, scratch)
-    _restore_settings(engine, plan)
-    if state.world_size == world.size:
-        with world.together(), _damage(checkpoint):
-            _restore_rank_state(engine, torch.load(_rank_path(checkpoint, world.rank), weights_only=True))
-
-
-def needs_conversion(state: CheckpointState, plan: Plan, world: World) -> bool:
-    """Whether DeepSpeed's files fit only the ranks, stage, precision and parameter order that wrote them, not ours."""
-    ours = (world.size, plan.config.deepspeed.zero_stage, plan.config.train.precision, optimizer_layout(plan))
-    return ours != (state.world_size, state.zero_stage, state.precision, state.optimizer_layout)
-
-
-def _load_converted(
-    engine: "DeepSpeedEngine", checkpoint: Path, state: CheckpointState, plan: Plan, world: World, scratch: Path
-) -> None:
-    folder = scratch / f"{checkpoint.name}-universal"
-    with world.together():
-        if world.is_main:
-            universal.convert_to_universal(
-                checkpoint / DEEPSPEED_FOLDER,
-                folder,
-                zero_stage=state.zero_stage,
-                keep_loss_scale=state.precision == plan.config.train.precision,
-            )
-    if plan.config.deepspeed.zero_stage == 0:
-        universal.load_without_zero(engine, folder)
-    else:
-        _load_deepspeed(engine, folder.parent, folder.name)
-    world.wait()
-    if world.is_main:
-        shutil.rmtree(folder)
-
-
-def _load_deepspeed(engine: "DeepSpeedEngine", folder: Path, tag: str) -> None:
-    with silent_stdout():
-        path, _ = engine.load_checkpoint(folder, tag=tag, load_lr_scheduler_states=False)
-    if path is None:
-        raise OSError(f"DeepSpeed found no checkpoint in {folder / tag}")
-
-
-def _restore_settings(engine: "DeepSpeedEngine", plan: Plan) -> None:
-    """Undo what DeepSpeed's loading does to settings: the recipe decides about them, not the checkpoint.
-
-    From a universal checkpoint ZeRO-3 gives every group the first one's weight decay, and all parameters one and the
-    same step counter, which would then be advanced once for each of them.
-    """
-    settings = plan.config.optimizer
-    optimizer = engine.basic_optimizer
-    for group, weight_decay in zip(optimizer.param_groups, (settings.weight_decay, 0.0), strict=True):
-        group.update(betas=tuple(settings.betas), eps=settings.eps, weight_decay=weight_decay)
-    for parameter, state in optimizer.state.items():
-        if "step" in state:  # fused AdamW wants it beside the weights
-            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device).clone()
-    if plan.config.deepspeed.zero_stage:
-        engine.optimizer.clip_grad = settings.clip
-
-
-def _rank_path(checkpoint: Path, rank: int) -> Path:
-    return checkpoint / "rng" / f"rank-{rank:05d}.pt"
-
-
-def _rank_state(engine: "DeepSpeedEngine") -> dict:
-    """Random states, and the loss scale where DeepSpeed does not save it (float16 without ZeRO)."""
-    numpy_state: Any = np.random.get_state()  # noqa: NPY002 (the global one is what we save)
-    scaler = engine.torch_autocast_z0_gradscaler
-    return {
-        "python": json.dumps(random.getstate()),
-        "numpy": [torch.from_numpy(numpy_state[1].astype(np.int64)), *numpy_state[2:]],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "scaler": scaler.state_dict() if scaler is not None else None,
-    }
-
-
-def _restore_rank_state(engine: "DeepSpeedEngine", state: dict) -> None:
-    version, internal, gauss = json.loads(state["python"])
-    random.setstate((version, tuple(internal), gauss))
-    keys, *rest = state["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    if state["scaler"] is not None and engine.torch_autocast_z0_gradscaler is not None:
-        engine.torch_autocast_z0_gradscaler.load_state_dict(state["scaler"])

@@ -181,17 +181,21 @@ DEEPSPEED_KEYS = (
     *("flops_profiler", "fp16", "gradient_predivide_factor", "memory_breakdown", "prescale_gradients"),
     *("sequence_parallel_size", "sparse_gradients", "steps_per_print", "tensor_parallel", "tensorboard"),
     *("use_node_local_storage", "wall_clock_breakdown", "wandb", "zero_allow_untested_optimizer"),
-    *("zero_force_ds_cpu_optimizer", "zero_optimization", "zero_stage"),
+    *("zero_force_ds_cpu_optimizer", "zero_optimization"),
+    *("patches", "zero_stage"),  # our own keys
 )
 
 
 class DeepSpeedSection(BaseModel):
-    """ZeRO's stage, and any key of DeepSpeed's own configuration, passed through."""
+    """ZeRO's stage, our patches, and any key of DeepSpeed's own configuration, passed through."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
     zero_stage: Literal[0, 1, 2, 3] = Field(
         default=1, description="what ZeRO splits over the ranks: 1 optimizer, 2 + gradients, 3 + weights"
+    )
+    patches: bool = Field(
+        default=True, description="replace slow parts of DeepSpeed; false uses DeepSpeed's own code for them"
     )
 
     @property

@@ -72,10 +72,6 @@ class MemoryEstimate:
     states: float
     activations: float
 
-    @property
-    def total(self) -> float:
-        return self.states + self.activations
-
 
 def estimate_memory(
     config: TrainingConfig, model: SinkGPTNeoXConfig, *, zero_stage: int, world_size: int, is_compiled: bool = False
@@ -103,10 +99,8 @@ def estimate_memory(
     exist for 8192 tokens at a time (`sinklm.models.loss`), with their gradient, and in an eager model two copies in
     float32. The head's own gradient is added up in float32.
 
-    36 was fixed by the peak that PyTorch reports, on one H100 with torch 2.11 under ZeRO-1 in bf16, when logits were
-    still held whole, for 12 (compiled 2) bytes × ``B T V``: Pythia-160M, micro-batch 32, 60.1 GiB for 60.4 measured,
-    compiled 29.5 for 29.8; Pythia-410M, micro-batch 16, with checkpointing 28.6 for 27.7. With the loss in chunks,
-    compiled: Pythia-160M 24.9 for 23.6.
+    36 fits the peaks that PyTorch reported on one H100 (torch 2.11, ZeRO-1, bf16) to 6 %: compiled, Pythia-160M at
+    micro-batch 32 is estimated at 24.9 GiB, and takes 23.6.
     """
     bytes_per_value = 4 if config.train.precision == "fp32" else 2
     states = count_parameters(model) * _bytes_per_parameter(zero_stage, bytes_per_value, world_size)

@@ -1,19 +1,21 @@
-"""DeepSpeed's update for bfloat16 and ZeRO-1, on its own buffers, in a few kernels and without a wait of the host.
+"""A faster update for bfloat16 and ZeRO-1, on the buffers of DeepSpeed's `BF16_Optimizer`.
 
-Its own way (`BF16_Optimizer`, 0.19.8) passes over the gradients a dozen times, rounds their sum to bfloat16 to reduce
-it, starts several kernels for each parameter, and makes the host wait three times for the norm; with one micro-batch a
-step that costs a small model 5 to 10 % of its time. Here gradients go once into a buffer, each rank gets the sum of its
-own part alone, and one kernel updates: `adamw_kernel` on a GPU, torch's fused AdamW elsewhere. It divides by
-``grad_scale``, which clips, and does nothing where ``found_inf`` is 1, as for a `torch.amp.GradScaler`.
+`BF16_Optimizer` (0.19.8) passes over the gradients a dozen times, rounds their sum to bfloat16
+before it reduces the sum, starts several kernels for each parameter, and makes the host wait three
+times for the norm. With one micro-batch per step, that takes 5 to 10 % of a small model's time.
+`FusedUpdate` copies the gradients into a buffer once, reduces to each rank only its own part, and
+updates in one kernel: `adamw_kernel` on a GPU, torch's fused AdamW elsewhere. The kernel divides
+the gradient by ``grad_scale``, which clips it, and does nothing if ``found_inf`` is 1, as for a
+`torch.amp.GradScaler`. `deepspeed_patches.fused_update` decides whether an engine uses it.
 """
 
 import math
-import warnings
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+
+from .host_copy import HostCopy
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -23,50 +25,24 @@ try:
 except ImportError:  # Triton comes with torch's CUDA builds
     kernel = None  # type: ignore[assignment]
 
-# What is used of `BF16_Optimizer`, none of it public.
+# The attributes of `BF16_Optimizer` that `FusedUpdate` uses or replaces. None of them is public.
 NAMES = (
-    "dp_process_group",
-    "bf16_groups",
-    "bf16_partitioned_groups",
-    "fp32_groups_gradients_flat",
-    "fp32_groups_flat_partition",
-    "update_hp_grads",
-    "clear_hp_grads",
-    "clear_lp_grads",
-    "update_lp_params",
+    *("dp_process_group", "bf16_groups", "bf16_partitioned_groups", "fp32_groups_gradients_flat"),
+    *("fp32_groups_flat_partition", "update_hp_grads", "clear_hp_grads", "clear_lp_grads", "update_lp_params"),
     "_lazy_init_hp_params_optimizer_state",
 )
 
 
-def has_fused_update(engine: "DeepSpeedEngine") -> bool:
-    """Whether an engine's updates can be done so. It warns if a version of DeepSpeed is not the one known here."""
-    import deepspeed
-    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-
-    zero = engine.optimizer
-    if not isinstance(zero, BF16_Optimizer) or zero.immediate_grad_update:
-        return False
-    missing = [name for name in NAMES if not hasattr(zero, name)]
-    if missing and engine.global_rank == 0:
-        warnings.warn(
-            f"DeepSpeed {deepspeed.__version__} has no BF16_Optimizer.{missing[0]}, as 0.19.8 had. Its own update is "
-            "used, and a small model's steps take 5 to 10 % longer",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return not missing
-
-
 class FusedUpdate:
-    """Takes the place of some methods of an engine's `BF16_Optimizer`.
+    """Replaces methods of an engine's `BF16_Optimizer`, from its construction on.
 
     Attributes:
-        read_grad_norm: gives that of the last step's gradient, before clipping, and waits for the device to have it,
-            which it has before the update. If it is not finite the weights stayed as they were, and stay so: steps may
-            be queued behind this one before the host knows.
+        grad_norm: norm of the last step's gradient, before clipping. The device has it before the
+            update. If it is not finite, this update and those of all steps that are queued behind
+            it leave the weights unchanged.
     """
 
-    read_grad_norm: Callable[[], float]
+    grad_norm: HostCopy
 
     def __init__(self, engine: "DeepSpeedEngine", max_norm: float):
         zero = engine.optimizer
@@ -110,7 +86,7 @@ class FusedUpdate:
     def _step(self, closure: Any = None) -> None:
         zero = self._zero
         grad_norm = self._reduce()
-        self.read_grad_norm = begin_reading(grad_norm)
+        self.grad_norm = HostCopy(grad_norm)
         if self._has_kernel:
             self._update_in_one_pass()
         else:
@@ -162,18 +138,3 @@ class FusedUpdate:
 def has_kernel(device: torch.device) -> bool:
     """Whether AdamW goes through memory once, by our own kernel."""
     return kernel is not None and device.type == "cuda"
-
-
-def begin_reading(values: torch.Tensor) -> Callable[[], Any]:
-    """Copy to the host when the device comes to it. What is returned waits for that, and for nothing queued later."""
-    on_host = values.to("cpu", non_blocking=True)
-    if not values.is_cuda:
-        return on_host.tolist
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def read() -> Any:
-        copied.synchronize()
-        return on_host.tolist()
-
-    return read

@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from . import deepspeed_patches
+
 STEP_TIMEOUT = timedelta(minutes=10)  # a rank that is silent for so long within a step is dead
 PATIENT_TIMEOUT = timedelta(hours=6)  # checkpoints of large models take their time to write and convert
 SECOND_INTERRUPT_AFTER = 3.0  # seconds; launchers send several signals for one Ctrl-C
@@ -58,10 +60,6 @@ class World:
         dist.all_gather_object(values, value, group=self.patient_group)
         return values
 
-    def wait(self) -> None:
-        """Until every rank is here."""
-        self.gather(None)
-
     @contextmanager
     def together(self, prefix: str = "") -> Iterator[None]:
         """A part of the work in which all ranks fail if one does: they wait for each other at its end.
@@ -84,25 +82,28 @@ class World:
 
 
 @contextmanager
-def connected() -> Iterator[World]:
+def connected(*, patches: bool = True) -> Iterator[World]:
     """Join the other ranks that a launcher started (``deepspeed``, ``torchrun``, ``srun``), or be the only one.
+
+    Args:
+        patches: the recipe's ``deepspeed.patches``.
 
     Raises:
         ConnectionError: another rank died or fell silent.
     """
     quieten_libraries()
     with _restored_environment():
-        yield from _join()
+        yield from _join(patches)
 
 
-def _join() -> Iterator[World]:
+def _join(patches: bool) -> Iterator[World]:
     import deepspeed
 
     fill_environment(os.environ)
     rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = _claim_device(local_rank)
-    # DeepSpeed would compile a shared-memory all-reduce for CPUs (40 s and a C++ compiler); gloo does the same work.
-    deepspeed.ops.__compatible_ops__ = {}
+    if patches and device.type == "cpu":
+        deepspeed_patches.skip_op_build(is_main=rank == 0)
     try:
         if not dist.is_initialized():  # DeepSpeed keeps its process groups, so a second run in a process shares them
             backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
@@ -128,15 +129,13 @@ def _join() -> Iterator[World]:
 @contextmanager
 def _restored_environment() -> Iterator[None]:
     """Take back the variables of the rendezvous: whatever this process starts later is no rank of this run."""
-    before = {name: os.environ.get(name) for name in RENDEZVOUS}
+    before = {name: os.environ[name] for name in RENDEZVOUS if name in os.environ}
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in RENDEZVOUS:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 def _leave() -> None:

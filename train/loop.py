@@ -1,25 +1,23 @@
 """The loop over steps: train, record, validate, save, stop."""
 
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..checkpoints.folders import METRICS_FILE, list_checkpoints
 from ..data import SampleOrder, TokenWindows
 from ..data.store import TokenSource
 from .batches import MicroBatches
-from .checkpoint import CheckpointWriter, list_checkpoints
+from .checkpoint import CheckpointWriter
 from .cost import flops_per_token, peak_flops
-from .engine import StepResult, train_step
 from .launch import StopRequest, World
 from .metrics import MetricsFile, WandbRun
 from .plan import Plan
 from .progress import Progress, Speedometer, peak_memory_gib, process_age
 from .schedule import is_every, learning_rate, saves_after
+from .step import PendingStep, StepResult, train_step
 from .validation import validation_loss
 
 if TYPE_CHECKING:
@@ -74,10 +72,12 @@ class TrainingLoop:
             peak * world.size if peak else None,
         )
         self._runs_ahead = runs_ahead(world.device)
-        self._unread: Callable[[], bool] | None = None
+        self._pending: PendingStep | None = None
         with world.together():
-            self._metrics = MetricsFile(self._run_dir / "metrics.jsonl", first_step) if world.is_main else None
-            self._wandb = WandbRun(config, self._run_dir, progress.say) if world.is_main else None
+            self._records: list[MetricsFile | WandbRun] = []
+            if world.is_main:
+                self._records.append(MetricsFile(self._run_dir / METRICS_FILE, first_step))
+                self._records.append(WandbRun(config, self._run_dir, progress.say))
 
     def run(self) -> int:
         """Train to the last step.
@@ -99,26 +99,23 @@ class TrainingLoop:
 
     def _step(self, step: int, stop: StopRequest) -> bool:
         """Take update ``step`` and what is due after it. Returns whether to stop here."""
-        lr = learning_rate(step, self._num_steps, self._plan.config.optimizer)
-        began = time.perf_counter()
-        read_result = train_step(
+        num_done = step + 1
+        queued = train_step(
             self._engine,
             self._batches,
             self._plan,
             self._world,
-            step=step + 1,
-            lr=lr,
+            step=num_done,
+            lr=learning_rate(step, self._num_steps, self._plan.config.optimizer),
             is_stop_requested=bool(stop.signal_number),
         )
-        host_seconds = time.perf_counter() - began
-        num_done = step + 1
-        stops = self._finish_last()  # the one before, while the device is busy with this one
-        self._unread = partial(self._finish, num_done, lr, read_result, host_seconds)
+        stops = self._read_pending()  # the step before, while the device is busy with this one
+        self._pending = queued
         is_first, is_last = num_done == self._first_step + 1, num_done == self._num_steps
         validates = is_every(num_done, self._plan.config.validation.every_steps) or is_last
         saves = self._saves_after(num_done)
         if stops or is_first or validates or saves or not self._runs_ahead:
-            stops = self._finish_last() or stops
+            stops = self._read_pending() or stops
         if is_first:
             self._progress.say(f"first step done {process_age():.0f} s after the start")
         if validates:
@@ -129,16 +126,15 @@ class TrainingLoop:
             self._speed.start()
         return stops and not is_last
 
-    def _finish_last(self) -> bool:
-        """Read and record the step that is not read yet, if any. Returns whether some rank was told to stop in it."""
-        finish, self._unread = self._unread, None
-        return finish is not None and finish()
-
-    def _finish(self, step: int, lr: float, read_result: Callable[[], StepResult], host_seconds: float) -> bool:
-        result = read_result()
-        seconds = self._speed.lap(at_least=host_seconds)
+    def _read_pending(self) -> bool:
+        """Read and record the pending step, if any. Returns whether some rank was told to stop."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return False
+        result = pending.result()
+        seconds = self._speed.lap(at_least=pending.host_seconds)
         if self._world.is_main:
-            self._record(step, lr, result, seconds)
+            self._record(pending.step, pending.lr, result, seconds)
         return result.is_stop_requested
 
     def _record(self, step: int, lr: float, result: StepResult, seconds: float) -> None:
@@ -176,17 +172,14 @@ class TrainingLoop:
         self._progress.say(f"step {step:,}: saved {path}")
 
     def _write(self, values: dict[str, Any]) -> None:
-        assert self._metrics is not None
-        self._metrics.write(values)
-        if self._wandb is not None:
-            self._wandb.write(values)
+        for record in self._records:
+            record.write(values)
 
     def _close(self) -> None:
         with ExitStack() as stack:  # all of it, whatever fails
-            for open_one in (self._wandb, self._metrics):
-                if open_one is not None:
-                    stack.callback(open_one.close)
-            stack.callback(self._finish_last)
+            for record in reversed(self._records):
+                stack.callback(record.close)
+            stack.callback(self._read_pending)
             stack.callback(self._batches.close)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from ..files import write_text
 from .config import TrainingConfig
 
 
@@ -25,9 +26,7 @@ class MetricsFile:
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if _step_of(line) <= first_step]
-            partial = path.with_name(f"{path.name}.partial")
-            partial.write_text("".join(kept), encoding="utf-8")
-            os.replace(partial, path)
+            write_text(path, "".join(kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
 
     def write(self, values: dict[str, Any]) -> None:
@@ -81,7 +80,10 @@ class WandbRun:
         except Exception as error:
             self._say(f"wandb failed and is left alone from here on ({type(error).__name__}: {error})")
             self._run = None
-            _tear_down_wandb()
+            with contextlib.suppress(Exception):
+                import wandb
+
+                wandb.teardown()  # it must not try again, and complain, when Python exits
 
 
 def _start_wandb(config: TrainingConfig, run_dir: Path) -> Any:
@@ -107,14 +109,6 @@ def _start_wandb(config: TrainingConfig, run_dir: Path) -> Any:
         config=config.model_dump(),
         settings=wandb.Settings(silent=True),
     )
-
-
-def _tear_down_wandb() -> None:
-    """Have wandb not try, and complain, once more when Python exits."""
-    import wandb
-
-    with contextlib.suppress(Exception):
-        wandb.teardown()
 
 
 def is_logged_in() -> bool:

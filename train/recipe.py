@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
+from typing import cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -72,13 +73,7 @@ def _read(recipe: str, readers: tuple[str, ...]) -> DictConfig:
         raise ValueError(f"recipe {recipe}: base is {base!r}, it should be the name or path of a recipe")
     if base.endswith((".yaml", ".yml")):
         base = str(Path(recipe).parent / base)
-    return _merge(_read(base, (*readers, recipe)), loaded)
-
-
-def _merge(base: DictConfig, top: DictConfig) -> DictConfig:
-    merged = OmegaConf.merge(base, top)
-    assert isinstance(merged, DictConfig)
-    return merged
+    return cast(DictConfig, OmegaConf.merge(_read(base, (*readers, recipe)), loaded))
 
 
 def _find(recipe: str) -> str:

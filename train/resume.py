@@ -1,14 +1,33 @@
-"""Which checkpoint a run goes on from, and whether it may."""
+"""Which checkpoint a run goes on from, whether it may, and how the checkpoint is loaded."""
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from omegaconf import OmegaConf
 
-from ..checkpoints.loading import COMPLETE_MARKER
-from .checkpoint import CheckpointState, list_checkpoints, read_state
+from ..checkpoints.folders import (
+    COMPLETE_MARKER,
+    CONFIG_FILE,
+    DEEPSPEED_FOLDER,
+    STATE_FILE,
+    CheckpointState,
+    list_checkpoints,
+    read_state,
+)
+from . import deepspeed_patches, universal
 from .config import TrainingConfig
+from .engine import optimizer_layout
+from .launch import World, silent_stdout
+from .plan import Plan
+from .rank_state import rank_path, restore_rank_state
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 # A change of these makes it another run: the order of the data, or the model itself.
 FIXED_KEYS = ("model", "train.seed", "train.seq_length", "train.batch_size_tokens")
@@ -20,20 +39,82 @@ SILENT_KEYS = ("data.path", "train.run_dir", "checkpoint", "wandb", "validation"
 
 @dataclass(frozen=True)
 class Resume:
-    """A checkpoint to go on from.
+    """A checkpoint to go on from, and everything that follows from it.
 
     Attributes:
         path: its folder.
         state: its ``state.json``.
         changes: settings that differ from the checkpoint's, as "key: old → new".
+        mismatches: why DeepSpeed's files in it do not fit this run; empty if they do.
     """
 
     path: Path
     state: CheckpointState
     changes: list[str]
+    mismatches: list[str]
+
+    @property
+    def step(self) -> int:
+        return self.state.step
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether `restore` converts the checkpoint, for an engine made with ``load_universal``."""
+        return bool(self.mismatches) and self.step > 0
+
+    def restore(self, engine: "DeepSpeedEngine", plan: Plan, world: World, *, scratch: Path) -> None:
+        """Bring a new engine to the state of the checkpoint. Every rank calls it.
+
+        Args:
+            scratch: folder for a converted copy, which is removed again.
+
+        Raises:
+            SameOnAllRanks: a file is damaged or cannot be read.
+        """
+        if self.mismatches and not self.is_converted:
+            return  # at step 0: nothing to convert, and the engine has these weights
+        if self.is_converted:
+            self._load_converted(engine, plan, world, scratch / f"{self.path.name}-universal")
+        else:
+            with world.together(), self._damage():
+                _load_deepspeed(engine, self.path, DEEPSPEED_FOLDER)
+        deepspeed_patches.restore_settings(engine, plan.config.optimizer, zero_stage=plan.config.deepspeed.zero_stage)
+        if self.state.world_size == world.size:
+            with world.together(), self._damage():
+                restore_rank_state(engine, torch.load(rank_path(self.path, world.rank), weights_only=True))
+
+    def _load_converted(self, engine: "DeepSpeedEngine", plan: Plan, world: World, folder: Path) -> None:
+        """Load the checkpoint through a converted copy in ``folder``, which is removed again."""
+        with world.together():
+            if world.is_main:
+                universal.convert_to_universal(
+                    self.path / DEEPSPEED_FOLDER,
+                    folder,
+                    zero_stage=self.state.zero_stage,
+                    keep_loss_scale=self.state.precision == plan.config.train.precision,
+                )
+        with world.together(), self._damage():
+            if plan.config.deepspeed.zero_stage == 0:
+                universal.load_without_zero(engine, folder)
+            else:
+                _load_deepspeed(engine, folder.parent, folder.name)
+        if world.is_main:
+            shutil.rmtree(folder)
+
+    @contextmanager
+    def _damage(self) -> Iterator[None]:
+        """Report any error in reading the checkpoint's files, among them pickles, as damage."""
+        try:
+            yield
+        except Exception as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise OSError(
+                f"cannot load {self.path} ({type(error).__name__}: {reason}): if it is damaged, delete it to go on "
+                "from an older one"
+            ) from error
 
 
-def find_resume(config: TrainingConfig, fingerprint: str) -> Resume | None:
+def find_resume(plan: Plan, fingerprint: str) -> Resume | None:
     """The checkpoint that ``checkpoint.resume`` means; None to start from the beginning.
 
     Raises:
@@ -41,6 +122,7 @@ def find_resume(config: TrainingConfig, fingerprint: str) -> Resume | None:
         ValueError: the checkpoint belongs to another run (the key that differs is named), or the run's folder holds
             checkpoints that this run would mix with.
     """
+    config = plan.config
     run_dir = Path(config.train.run_dir or "")
     existing = list_checkpoints(run_dir)
     choice = config.checkpoint.resume
@@ -63,12 +145,14 @@ def find_resume(config: TrainingConfig, fingerprint: str) -> Resume | None:
             f"{run_dir} holds a checkpoint at step {max(existing)}, later than the one to resume from (step "
             f"{state.step}): delete it, or set another train.run_dir"
         )
-    return Resume(path, state, _compare(path, state, config, fingerprint))
+    return Resume(path, state, _compare(path, state, config, fingerprint), _mismatches(state, plan))
 
 
-def interrupted_checkpoints(run_dir: Path) -> list[Path]:
-    """Folders of checkpoints that were never completed."""
-    return sorted(path for path in (run_dir / "checkpoints").glob("step-*") if not (path / COMPLETE_MARKER).exists())
+def _load_deepspeed(engine: "DeepSpeedEngine", folder: Path, tag: str) -> None:
+    with silent_stdout():
+        path, _ = engine.load_checkpoint(folder, tag=tag, load_lr_scheduler_states=False)
+    if path is None:
+        raise OSError(f"DeepSpeed found no checkpoint in {folder / tag}")
 
 
 def _named_checkpoint(path: Path) -> Path:
@@ -76,7 +160,7 @@ def _named_checkpoint(path: Path) -> Path:
         raise FileNotFoundError(f"checkpoint.resume={path}: no such folder (or write auto or never)")
     if existing := list_checkpoints(path):  # a run's folder
         return existing[max(existing)]
-    if not (path / "state.json").exists() and not path.name.startswith("step-"):
+    if not (path / STATE_FILE).exists() and not path.name.startswith("step-"):
         raise FileNotFoundError(f"checkpoint.resume={path}: not a checkpoint (there is no state.json)")
     if not (path / COMPLETE_MARKER).exists():
         raise FileNotFoundError(
@@ -93,7 +177,7 @@ def _compare(path: Path, state: CheckpointState, config: TrainingConfig, fingerp
             f"{fingerprint[:12]} instead of {state.data_fingerprint[:12]}): set data.path to the store of the first "
             "start, or start a new run with another train.run_dir"
         )
-    then = flatten(OmegaConf.to_container(OmegaConf.load(path / "config.yaml")))
+    then = flatten(OmegaConf.to_container(OmegaConf.load(path / CONFIG_FILE)))
     now = flatten(config.model_dump())
     for settings in (then, now):
         _resolve(settings)
@@ -111,6 +195,17 @@ def _compare(path: Path, state: CheckpointState, config: TrainingConfig, fingerp
         if not _is_in(key, SILENT_KEYS):
             changes.append(f"{key}: {before} → {after}")
     return changes
+
+
+def _mismatches(state: CheckpointState, plan: Plan) -> list[str]:
+    """What DeepSpeed's files depend on and is not the same in this run."""
+    compared = {
+        "ranks": (state.world_size, plan.world_size),
+        "ZeRO stage": (state.zero_stage, plan.config.deepspeed.zero_stage),
+        "precision": (state.precision, plan.config.train.precision),
+    }
+    found = [f"{what} {before} → {now}" for what, (before, now) in compared.items() if before != now]
+    return found if state.optimizer_layout == optimizer_layout(plan) else [*found, "parameter order"]
 
 
 def _resolve(settings: dict[str, Any]) -> None:

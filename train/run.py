@@ -1,8 +1,6 @@
 """A training run from recipe to last checkpoint: what `sinklm train` does."""
 
-import fcntl
 import importlib.metadata
-import json
 import os
 import platform
 import signal
@@ -14,8 +12,10 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoints.folders import CONFIG_FILE, ENVIRONMENT_FILE, interrupted_checkpoints
 from ..data import TokenWindows, open_store
 from ..data.store import TokenSource
+from ..files import locked, write_json
 from ..models import SinkGPTNeoXForCausalLM
 from .batches import open_windows
 from .config import TrainingConfig
@@ -60,7 +60,7 @@ def train(recipe: str, overrides: list[str] | tuple[str, ...] = (), *, only_desc
         raise
     if rank == 0:
         print("loading DeepSpeed and looking for the other ranks …", flush=True)
-    with connected() as world:
+    with connected(patches=config.deepspeed.patches) as world:
         try:
             signal_number = _train_rank(config, world)
         except SameOnAllRanks:
@@ -80,25 +80,20 @@ def train(recipe: str, overrides: list[str] | tuple[str, ...] = (), *, only_desc
 
 
 @contextmanager
-def claimed(run_dir: Path) -> Iterator[None]:
+def locked_run(run_dir: Path) -> Iterator[None]:
     """Keep other trainings out of a run's folder: each would take the other's files for its own.
 
     Raises:
-        ValueError: another one has it.
+        ValueError: another training uses it.
         OSError: it cannot be written.
     """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / LOCK_NAME, "w")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise OSError(f"cannot write in {run_dir}: {error}") from error
-    with lock:
+    busy = f"train.run_dir={run_dir} is in use by another training: wait, or set another"
+    with ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"train.run_dir={run_dir} is in use by another training: wait, or set another") from None
-        except OSError:
-            pass  # a file system without locks: there nothing keeps others out
+            run_dir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(run_dir / LOCK_NAME, busy))
+        except OSError as error:
+            raise OSError(f"cannot write in {run_dir}: {error}") from error
         yield
 
 
@@ -112,11 +107,11 @@ def _train_rank(config: TrainingConfig, world: World) -> int:
     with ExitStack() as held:
         with world.together():
             if world.is_main:
-                held.enter_context(claimed(run_dir))
-        return _train_claimed(run_dir, plan, world, store, *windows)
+                held.enter_context(locked_run(run_dir))
+        return _train_locked(run_dir, plan, world, store, *windows)
 
 
-def _train_claimed(
+def _train_locked(
     run_dir: Path,
     plan: Plan,
     world: World,
@@ -124,14 +119,13 @@ def _train_claimed(
     windows: TokenWindows,
     validation_windows: TokenWindows | None,
 ) -> int:
-    from .checkpoint import load_checkpoint, needs_conversion
     from .engine import compiles, make_engine
     from .loop import TrainingLoop
-    from .resume import find_resume, interrupted_checkpoints
+    from .resume import find_resume
 
     config = plan.config
     with world.together():
-        resume = find_resume(config, store.fingerprint)
+        resume = find_resume(plan, store.fingerprint)
         if resume is None and config.model.init_from is not None:
             check_tokenizer(config.model.init_from, store.tokenizer_path)
     with world.together(f"cannot write in {run_dir}: "):
@@ -143,7 +137,7 @@ def _train_claimed(
             progress.say(line)
         for path in interrupted_checkpoints(run_dir):
             progress.say(f"{path} was interrupted while it was written, and is not used")
-        first_step = resume.state.step if resume else 0
+        first_step = resume.step if resume else 0
         if first_step >= config.train.num_steps:
             progress.say(f"all {config.train.num_steps:,} steps are done: raise train.num_steps to go on")
             return 0
@@ -151,12 +145,12 @@ def _train_claimed(
         with world.together():
             model = _build_model(plan, world.device)
         progress.say("setting up DeepSpeed …")
-        is_converted = resume is not None and needs_conversion(resume.state, plan, world)
+        is_converted = resume is not None and resume.is_converted
         engine = make_engine(model, plan, world.device, load_universal=is_converted)
-        if resume and is_converted and first_step:  # of step 0 there is no optimizer to convert; the weights are there
-            progress.say("converting the checkpoint for other ranks, ZeRO stage, precision or parameter order …")
-        if resume and (first_step or not is_converted):
-            load_checkpoint(engine, resume.path, plan, world, scratch=run_dir)
+        if resume is not None:
+            if is_converted:
+                progress.say(f"converting the checkpoint, which differs in {', '.join(resume.mismatches)} …")
+            resume.restore(engine, plan, world, scratch=run_dir)
         if world.device.type == "cpu" and config.train.precision == "bf16":
             progress.say("hint: on most CPUs train.precision=fp32 is about three times as fast as bf16")
         if compiles(config, world.device):
@@ -200,14 +194,14 @@ def _drawing_device(num_parameters: int, device: torch.device) -> torch.device:
 
 
 def _write_run_files(run_dir: Path, config: TrainingConfig) -> None:
-    (run_dir / "config.yaml").write_text(config_yaml(config), encoding="utf-8")
+    (run_dir / CONFIG_FILE).write_text(config_yaml(config), encoding="utf-8")
     environment = {
         "python": platform.python_version(),
         "sinklm": {"version": importlib.metadata.version("sinklm"), "commit": _commit()},
         **{name: importlib.metadata.version(name) for name in RECORDED_PACKAGES},
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or platform.processor(),
     }
-    (run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+    write_json(run_dir / ENVIRONMENT_FILE, environment)
 
 
 def _commit() -> str | None:

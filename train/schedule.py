@@ -30,15 +30,11 @@ def is_pythia_step(step: int) -> bool:
 
 def saves_after(num_steps: int, checkpoint: CheckpointSection) -> Callable[[int], bool]:
     """Whether to save after so many updates; always after the last one."""
-
-    def is_due(step: int) -> bool:
-        return (
-            is_every(step, checkpoint.every_steps)
-            or step == num_steps
-            or (checkpoint.pythia_steps and is_pythia_step(step))
-        )
-
-    return is_due
+    return lambda step: (
+        is_every(step, checkpoint.every_steps)
+        or step == num_steps
+        or (checkpoint.pythia_steps and is_pythia_step(step))
+    )
 
 
 def is_every(step: int, every_steps: int | None) -> bool:

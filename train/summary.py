@@ -35,7 +35,7 @@ def describe_run(plan: Plan, store: TokenSource, windows: TokenWindows, resume: 
         f"run: {config.train.run_dir}",
     ]
     if resume is not None:
-        lines.append(f"resuming from {resume.path} (step {resume.state.step:,})")
+        lines.append(f"resuming from {resume.path} (step {resume.step:,})")
         lines += [f"changed since then: {change}" for change in resume.changes]
     return lines
 

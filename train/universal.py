@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -52,12 +51,6 @@ def load_without_zero(engine: "DeepSpeedEngine", universal: Path) -> None:
         for key in MOMENTS:
             state[key] = _load(folder / f"{key}.pt")[PARAM].view_as(parameter).to(parameter)
         state["step"] = torch.as_tensor(_load(folder / "step.pt"), dtype=torch.float32, device=parameter.device)
-
-
-def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Names of the parameters in the order in which a stage-0 optimizer's ``state_dict`` numbers them."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _load(path: Path):

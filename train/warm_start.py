@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, GPTNeoXConfig
 from transformers.utils import cached_file
 
-from ..checkpoints.loading import resolve_model_folder
+from ..checkpoints.folders import resolve_model_folder
 from ..data.tokenizer import load_tokenizer_file
 from ..models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM
 

@@ -20,13 +20,17 @@ def warn_if_untested(*names: str) -> None:
     for name in names:
         installed = metadata.version(name)
         if not is_tested(name, installed):
-            oldest, newest = TESTED[name]
             warnings.warn(
-                f"sinklm was not tested with {name} {installed}, only with {oldest} to {newest}: check results, or "
-                f'install a tested version (pip install "{name}~={newest}.0")',
+                f"sinklm was not tested with {name} {installed}, only with {tested_range(name)}: check results, or "
+                f'install a tested version (pip install "{name}=={TESTED[name][1]}.*")',
                 RuntimeWarning,
                 stacklevel=3,
             )
+
+
+def tested_range(name: str) -> str:
+    """``5.17 to 5.24``, or the one tested version."""
+    return " to ".join(dict.fromkeys(TESTED[name]))
 
 
 def is_tested(name: str, version: str) -> bool:

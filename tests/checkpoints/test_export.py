@@ -16,9 +16,9 @@ from transformers import AutoTokenizer, GPTNeoXForCausalLM
 
 from sinklm.checkpoints import load_model, load_tokenizer
 from sinklm.checkpoints.export import export_model, is_export, sink_names
+from sinklm.checkpoints.folders import CheckpointState
 from sinklm.cli.export import export
 from sinklm.models.arms import ARMS
-from sinklm.train.checkpoint import CheckpointState
 from sinklm.train.recipe import config_yaml, load_config
 
 from ..eval.checkpoints import END_OF_TEXT, small_model, small_tokenizer, write_checkpoint
@@ -219,7 +219,7 @@ def test_the_model_card_has_the_facts_of_the_run(tmp_path, capsys):
     checkpoint = tmp_path / "run" / "checkpoints" / "step-200"
     make_checkpoint(checkpoint / "model")
     state = {"data_fingerprint": "", "world_size": 1, "zero_stage": 1, "precision": "fp32"}
-    (checkpoint / "state.json").write_text(CheckpointState(step=200, positions=819_200, **state).model_dump_json())
+    (checkpoint / "state.json").write_text(CheckpointState(step=200, positions=819_200, **state).to_json())
     (checkpoint / "config.yaml").write_text(config_yaml(config))
     (checkpoint / "COMPLETE").touch()
     records = [{"step": 190, "loss": 3.5}, {"step": 200, "validation_loss": 3.25}, {"step": 210, "loss": 0.5}]

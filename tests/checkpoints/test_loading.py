@@ -3,7 +3,7 @@ import torch
 from transformers import GPTNeoXConfig, T5Config
 
 from sinklm.checkpoints import load_model, load_tokenizer, loading
-from sinklm.checkpoints.loading import is_local, resolve_model_folder
+from sinklm.checkpoints.folders import is_local, resolve_model_folder
 
 from ..models.tiny import tiny_model
 

@@ -14,13 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from sinklm.checkpoints import load_model, load_tokenizer
 from sinklm.checkpoints.export import export_model
+from sinklm.checkpoints.folders import CheckpointState
 from sinklm.cli.sinks import sinks
 from sinklm.data import open_store
 from sinklm.eval.sinks import Layer, measure, observe, sequences_of_store, sequences_of_texts, statistics
 from sinklm.eval.sinks.plots import checkpoints_figure, heads_figure, layers_figure, maps_figure
 from sinklm.eval.sinks.report import as_json, massive_table, named_positions, positions_table, shown_positions
 from sinklm.models.cache_argument import CACHE
-from sinklm.train.checkpoint import CheckpointState
 
 from ..models.tiny import plain_twin, text, tiny_arm, tiny_model
 from ..models.tiny import sinks as sink_ids
@@ -436,7 +436,7 @@ def run(tmp_path):
         torch.manual_seed(step)
         write_checkpoint(folder / "model", small_model(1))
         facts = {"data_fingerprint": "", "world_size": 1, "zero_stage": 1, "precision": "fp32"}
-        (folder / "state.json").write_text(CheckpointState(step=step, positions=100 * step, **facts).model_dump_json())
+        (folder / "state.json").write_text(CheckpointState(step=step, positions=100 * step, **facts).to_json())
         if step < 12:
             (folder / "COMPLETE").touch()
     return tmp_path / "run"

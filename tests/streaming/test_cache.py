@@ -178,7 +178,7 @@ def test_generating_from_the_new_turn_alone_is_refused(build):
     cache = for_model(model)
     text = model.generate(tiny.random_ids(9), past_key_values=cache, **settings)
     turn = tiny.random_ids(4, seed=5)
-    with pytest.raises(ValueError, match="the whole text so far"):
+    with pytest.raises(ValueError, match="pass the full sequence"):
         model.generate(turn, past_key_values=cache, **settings)
     cache.reset()
     text = model.generate(tiny.random_ids(9), past_key_values=cache, **settings)
@@ -439,3 +439,4 @@ def test_a_cache_may_be_collected_while_torch_goes_through_the_hooks(hook):
     caches.append(StreamingCache.for_model(model, num_kept=1, window=4))
     torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-12)
     assert len(model.base_model._forward_pre_hooks) == (hook == "register_forward_pre_hook")
+    assert "forward" not in vars(model.base_model)

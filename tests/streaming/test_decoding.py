@@ -87,7 +87,7 @@ def test_what_a_graph_cannot_see_is_looked_at_before_it_runs():
     logits = decoder(ids[1:, 6:7])
     assert decoder.compiled_for is cache.state.num_seen
     torch.testing.assert_close(logits[0, 0], oracle.stream_logits(model, ids[1, :7], 2, 9)[-1], rtol=0, atol=5e-5)
-    cache.has_failed = True
+    cache.is_damaged = True
     with pytest.raises(ValueError, match="failed midway"):
         decoder(ids[1:, 7:8])
 

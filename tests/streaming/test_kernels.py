@@ -58,7 +58,7 @@ def test_decode_attention_is_the_plain_step(case, dtype, monkeypatch):
         scaling, as_float = 4 / head_dim, [states.float() for states in (query, key, value)]
         with monkeypatch.context() as patch:
             patch.setattr(kernels, "is_available", False)
-            expected = DecodeStep(shape, encoding, num_seen, base).attend(plain, *as_float, scaling)
+            expected = DecodeStep([plain], shape, encoding, num_seen, base).attend(0, *as_float, scaling)
         out, lse = kernels.decode_attention(shape, encoding, fused, num_seen, base, query, key, value, scaling)
         assert out.dtype == dtype
         torch.testing.assert_close(out.float(), expected, rtol=1e-5, atol=TOLERANCES[dtype])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sinklm.train.checkpoint import list_checkpoints
+from sinklm.checkpoints.folders import list_checkpoints
 from sinklm.train.run import train
 
 from .tiny import Ranks, assert_same_weights, copy_checkpoint, losses, metrics, wait_for_step, weights
@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 LONG = ["train.num_steps=400", "validation.every_steps=null", "checkpoint.every_steps=null"]
 # One run for each stage, in both precisions; what the others would show, `test_engine` does on one rank.
 STAGES = [(0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "fp32")]
+FULL = [(2, 1), (3, 0)]  # ZeRO stage, and the rank whose disk is full; ZeRO-3 gathers weights after the files
 # To another number of ranks: each stage once where a run comes from and once where it goes on.
 CONVERSIONS = [(0, "bf16", 3, "bf16"), (1, "bf16", 0, "fp32"), (2, "fp32", 1, "fp32"), (3, "fp32", 2, "fp32")]
 
@@ -41,16 +42,19 @@ def two_ranks(recipe, one_rank_run, tmp_path_factory) -> Path:
         whole, resumed = folder / f"whole-{stage}", folder / f"resumed-{stage}"
         calls.append({"overrides": settings(whole, stage, precision)})
         calls.append({"overrides": settings(resumed, stage, precision), "copy": [str(whole), 4, str(resumed)]})
-    grown, full, stopped, ahead, diverged, dead = (
-        folder / name for name in ("grown", "full", "stopped", "ahead", "diverged", "dead")
+    grown, stopped, ahead, diverged, dead = (
+        folder / name for name in ("grown", "stopped", "ahead", "diverged", "dead")
     )
     calls += [
         {"overrides": settings(grown, 3, "fp32"), "copy": [str(one_rank_run), 4, str(grown)]},
-        {
-            "overrides": settings(full, 2, "fp32"),
-            "copy": [str(folder / "whole-2"), 4, str(full)],
-            "file_limit": [1, 100_000],
-        },
+        *(
+            {
+                "overrides": settings(folder / f"full-{stage}", stage, "fp32"),
+                "copy": [str(folder / f"whole-{stage}"), 4, str(folder / f"full-{stage}")],
+                "file_limit": [rank, 100_000],
+            }
+            for stage, rank in FULL
+        ),
         {"overrides": [f"train.run_dir={folder / 'bad'}", "train.batch_size_tokens=96"]},
         {"overrides": [f"train.run_dir={stopped}", *LONG], "signal": [1, signal.SIGTERM, 3, str(stopped)]},
         {
@@ -114,11 +118,12 @@ def test_a_run_goes_on_with_more_ranks(two_ranks, one_rank_run):
     assert list(grown.values()) == pytest.approx(list(losses(one_rank_run).values()), abs=1e-5)
 
 
-def test_a_disk_that_is_full_on_one_rank_stops_all_and_costs_nothing(two_ranks):
-    message, other = outcomes(two_ranks, "full")
-    assert re.search(r"cannot save .*step-8 \(earlier checkpoints are intact\): rank 1: writing failed", message)
+@pytest.mark.parametrize(("stage", "rank"), FULL)
+def test_a_disk_that_is_full_on_one_rank_stops_all_and_costs_nothing(two_ranks, stage, rank):
+    message, other = outcomes(two_ranks, f"full-{stage}")
+    assert re.search(rf"cannot save .*step-8 \(earlier checkpoints are intact\): rank {rank}: writing failed", message)
     assert other == "exit 1"  # rank 0 has said it
-    assert list(list_checkpoints(two_ranks / "full")) == [4]
+    assert list(list_checkpoints(two_ranks / f"full-{stage}")) == [4]
 
 
 def test_a_batch_that_the_ranks_cannot_share_is_reported_once(two_ranks):

@@ -10,11 +10,13 @@ import torch
 from sinklm.models import SinkGPTNeoXForCausalLM
 from sinklm.models.config import SINK_KINDS
 from sinklm.train import engine as engine_module
-from sinklm.train.engine import deepspeed_config, make_engine, train_step
+from sinklm.train import step as step_module
+from sinklm.train.engine import deepspeed_config, make_engine
 from sinklm.train.launch import World, connected
 from sinklm.train.plan import Plan
 from sinklm.train.recipe import load_config
 from sinklm.train.run import train
+from sinklm.train.step import train_step
 
 from .plain import plain_training
 from .tiny import bad_loss_in, losses, metrics, weights
@@ -76,7 +78,7 @@ def test_gradients_accumulate_in_float32(recipe, world, stage, update_kernel):
         torch.manual_seed(0)
         engine = make_engine(SinkGPTNeoXForCausalLM(plan.model_config), plan, world.device)
         batches = iter([torch.arange(32)[None]] * num_micro_batches)
-        norms[num_micro_batches] = train_step(engine, batches, plan, world, step=1, lr=0.0)().grad_norm
+        norms[num_micro_batches] = train_step(engine, batches, plan, world, step=1, lr=0.0).result().grad_norm
     assert norms[32] == pytest.approx(norms[1], rel=2e-4)
 
 
@@ -92,7 +94,7 @@ def test_what_is_not_finite_stops_before_the_update(recipe, world, monkeypatch, 
     backward = type(engine).backward
     monkeypatch.setattr(type(engine), "backward", lambda self, loss, **kw: backward(self, loss * math.inf, **kw))
     with pytest.raises(ValueError, match="step 7: the gradient is not finite"):
-        train_step(engine, batches, plan, world, step=7, lr=0.1)()
+        train_step(engine, batches, plan, world, step=7, lr=0.1).result()
     monkeypatch.undo()
     for name, parameter in engine.module.named_parameters():
         assert torch.equal(_value(parameter), before[name]), name
@@ -124,7 +126,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_with_step_and_rank(re
     with pytest.raises(
         ValueError, match=rf"step 3: the loss is {value} on rank 0\. Training stopped before the update"
     ):
-        train_step(engine, batches, plan, world, step=3, lr=0.1)()
+        train_step(engine, batches, plan, world, step=3, lr=0.1).result()
     assert all(torch.equal(_value(p), b) for p, b in zip(engine.module.parameters(), before, strict=True))
 
 
@@ -134,15 +136,15 @@ def test_a_bad_step_holds_back_those_queued_behind_it(recipe, world, update_kern
     batches = iter(torch.randint(0, 300, (100, 2, 32)))
     before = [_value(p) for p in engine.module.parameters()]
     with bad_loss_in(1, plan.num_accumulation_steps):
-        reads = [train_step(engine, batches, plan, world, step=step, lr=0.1) for step in (1, 2)]
+        pending = [train_step(engine, batches, plan, world, step=step, lr=0.1) for step in (1, 2)]
     with pytest.raises(ValueError, match="step 1: the loss is nan"):
-        reads[0]()
+        pending[0].result()
     assert all(torch.equal(_value(p), b) for p, b in zip(engine.module.parameters(), before, strict=True))
 
 
 def test_the_rank_is_named():
     with pytest.raises(ValueError, match="step 3: the loss is nan on rank 1, inf on rank 2"):
-        engine_module._check_losses([2.0, math.nan, math.inf], 3)
+        step_module._check_losses([2.0, math.nan, math.inf], 3)
 
 
 def test_the_run_ends_with_the_message_and_saves_nothing(recipe, tmp_path, monkeypatch):

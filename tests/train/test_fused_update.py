@@ -8,10 +8,9 @@ import torch
 import torch.distributed as dist
 
 from sinklm.models import SinkGPTNeoXForCausalLM
-from sinklm.train import engine as engine_module
-from sinklm.train import fused_update
+from sinklm.train import deepspeed_patches, fused_update
 from sinklm.train.engine import make_engine
-from sinklm.train.fused_update import FusedUpdate, has_fused_update
+from sinklm.train.fused_update import FusedUpdate
 from sinklm.train.launch import World, connected
 from sinklm.train.plan import Plan
 from sinklm.train.recipe import load_config
@@ -22,26 +21,23 @@ from .tiny import Ranks
 NUM_STEPS = 4
 
 
-def plan_of(recipe: str, world_size: int, num_micro_batches: int = 2) -> Plan:
+def plan_of(recipe: str, world_size: int, num_micro_batches: int = 2, *more: str) -> Plan:
     batch = num_micro_batches * world_size * 2 * 32
-    overrides = ["train.precision=bf16", f"train.batch_size_tokens={batch}", "optimizer.clip=0.5"]
+    overrides = ["train.precision=bf16", f"train.batch_size_tokens={batch}", "optimizer.clip=0.5", *more]
     return Plan(load_config(recipe, overrides), world_size, 300)
 
 
-def trained(plan: Plan, world: World, *, is_fused: bool) -> tuple[list[torch.Tensor], list[float]]:
+def trained(plan: Plan, world: World) -> tuple[list[torch.Tensor], list[float]]:
     """This rank's float32 weights, and the norms, after steps on gradients that do not depend on the weights.
 
     So what differs is the update alone: how gradients are added up, reduced, measured and clipped, and how AdamW takes
     them.
     """
     chance = torch.Generator().manual_seed(world.rank)
-    engine_module.has_fused_update = has_fused_update if is_fused else lambda _: False
-    try:
-        torch.manual_seed(0)
-        engine = make_engine(SinkGPTNeoXForCausalLM(plan.model_config), plan, world.device)
-    finally:
-        engine_module.has_fused_update = has_fused_update
-    assert isinstance(getattr(engine, "fused_update", None), FusedUpdate) == is_fused
+    is_fused = plan.config.deepspeed.patches
+    torch.manual_seed(0)
+    engine = make_engine(SinkGPTNeoXForCausalLM(plan.model_config), plan, world.device)
+    assert isinstance(engine.fused_update, FusedUpdate) == is_fused
     norms = []
     for step in range(NUM_STEPS):
         for _ in range(plan.num_accumulation_steps):
@@ -53,7 +49,7 @@ def trained(plan: Plan, world: World, *, is_fused: bool) -> tuple[list[torch.Ten
                 used = used + (parameter * noise * (scale / math.sqrt(parameter.numel()))).sum()
             engine.backward(used)
             engine.step()
-        norms.append(engine.fused_update.read_grad_norm() if is_fused else float(engine.get_global_grad_norm()))
+        norms.append(engine.fused_update.grad_norm.read() if is_fused else float(engine.get_global_grad_norm()))
     zero = engine.optimizer
     for flat, own in zip(zero.bf16_groups_flat, zero.fp32_groups_flat_partition, strict=True):
         parts = [torch.empty_like(own) for _ in range(world.size)]
@@ -66,8 +62,9 @@ def compare(recipe: str, world: World, num_micro_batches: int) -> None:
     """Equal but for the bfloat16 to which DeepSpeed rounds the gradient before it reduces it."""
     plan = plan_of(recipe, world.size, num_micro_batches)
     lr = plan.config.optimizer.lr
-    own, own_norms = trained(plan, world, is_fused=True)
-    theirs, their_norms = trained(plan, world, is_fused=False)
+    own, own_norms = trained(plan, world)
+    unpatched = plan_of(recipe, world.size, num_micro_batches, "deepspeed.patches=false")
+    theirs, their_norms = trained(unpatched, world)
     assert own_norms == pytest.approx(their_norms, rel=1e-3)
     assert min(own_norms) < plan.config.optimizer.clip < max(own_norms)
     for ours, reference in zip(own, theirs, strict=True):
@@ -122,10 +119,10 @@ def test_a_deepspeed_without_the_names_it_needs_updates_by_itself(recipe, monkey
     with connected() as world:
         plan = plan_of(recipe, 1)
         engine = make_engine(SinkGPTNeoXForCausalLM(plan.model_config), plan, world.device)
-        assert has_fused_update(engine)
+        assert engine.fused_update is not None
         monkeypatch.delattr(BF16_Optimizer, "update_lp_params")
         with pytest.warns(RuntimeWarning, match=r"no BF16_Optimizer\.update_lp_params, as 0\.19\.8 had"):
-            assert not has_fused_update(engine)
+            assert deepspeed_patches.fused_update(engine, plan.config) is None
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from sinklm.checkpoints.folders import list_checkpoints
 from sinklm.train import loop
-from sinklm.train.checkpoint import list_checkpoints
-from sinklm.train.engine import train_step
 from sinklm.train.run import train
+from sinklm.train.step import PendingStep, StepResult, train_step
 
 from .tiny import ahead, assert_same_weights, bad_loss_in, losses, metrics, weights
 
@@ -27,18 +27,18 @@ def _running_ahead() -> Iterator[None]:
 def calls(monkeypatch) -> list[tuple[str, int]]:
     """What is done with steps, in order."""
     calls: list[tuple[str, int]] = []
+    result = PendingStep.result
 
-    def recorded_step(*args, step, **kwargs):
+    def recorded_step(*args, step, **kwargs) -> PendingStep:
         calls.append(("queue", step))
-        read = train_step(*args, step=step, **kwargs)
+        return train_step(*args, step=step, **kwargs)
 
-        def recorded_read():
-            calls.append(("read", step))
-            return read()
-
-        return recorded_read
+    def recorded_result(self: PendingStep) -> StepResult:
+        calls.append(("read", self.step))
+        return result(self)
 
     monkeypatch.setattr(loop, "train_step", recorded_step)
+    monkeypatch.setattr(PendingStep, "result", recorded_result)
     return calls
 
 
@@ -89,11 +89,11 @@ def test_a_stopped_run_saves_a_whole_step_and_goes_on_bit_for_bit(
     """The step behind the one that tells of the signal is under way, so it is done, and it is the last."""
     settings = [f"train.run_dir={tmp_path}", "train.precision=bf16"]
 
-    def signalled_step(*args, step, **kwargs):
-        read = train_step(*args, step=step, **kwargs)
+    def signalled_step(*args, step, **kwargs) -> PendingStep:
+        pending = train_step(*args, step=step, **kwargs)
         if step == signalled_in:
             os.kill(os.getpid(), signal.SIGTERM)
-        return read
+        return pending
 
     monkeypatch.setattr(loop, "train_step", signalled_step)
     if saved < 8:

@@ -14,10 +14,10 @@ import torch
 from tokenizers import Tokenizer
 
 from sinklm.checkpoints import load_model, load_tokenizer
+from sinklm.checkpoints.folders import list_checkpoints
 from sinklm.models import SinkGPTNeoXForCausalLM
 from sinklm.train import engine
-from sinklm.train.checkpoint import list_checkpoints
-from sinklm.train.run import claimed, train
+from sinklm.train.run import locked_run, train
 
 from .tiny import assert_same_weights, copy_checkpoint, losses, make_store, metrics, weights
 
@@ -298,7 +298,7 @@ def test_a_dry_run_finds_what_the_data_lacks(recipe, store, tmp_path):
 
 def test_two_trainings_do_not_share_a_folder(recipe, stopped_run):
     before = metrics(stopped_run)
-    with claimed(stopped_run), pytest.raises(ValueError, match=rf"train.run_dir={stopped_run} is in use by another"):
+    with locked_run(stopped_run), pytest.raises(ValueError, match=rf"train.run_dir={stopped_run} is in use by another"):
         train(recipe, [f"train.run_dir={stopped_run}"])
     assert metrics(stopped_run) == before
     train(recipe, [f"train.run_dir={stopped_run}"])
@@ -309,7 +309,7 @@ def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", flock)
-    with claimed(tmp_path), claimed(tmp_path):
+    with locked_run(tmp_path), locked_run(tmp_path):
         pass
 
 

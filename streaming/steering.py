@@ -1,0 +1,228 @@
+"""How a streaming cache steers the forward passes that bring it, and no others.
+
+A cache alone cannot stream: a layer hands it keys that already carry a position, the model chose that position, and the
+queries never pass by. So as long as a decoder has streaming caches, `SteeredForward` takes the place of its ``forward``
+method. A call that brings one of them runs in chunks, each with positions from the cache and with its attention routed
+to the cache. Every other call goes to the decoder's own method.
+"""
+
+import copy
+import inspect
+import types
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+
+from ..models.attention import register_column_attention
+from ..models.sink_column import SinkColumn
+from .adapters import identity_mask
+
+if TYPE_CHECKING:
+    from .cache import StreamingCache
+
+ATTENTION = "sinklm_streaming"  # as ``attn_implementation``
+STEERED = "streaming_cache"  # the argument by which a steered pass tells its layers of the cache
+NEEDED_PARAMETERS = ("input_ids", "inputs_embeds", "attention_mask")
+
+
+def streaming_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    *,
+    streaming_cache: "StreamingCache",
+    column: SinkColumn | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: the new tokens' states ``(B, H, T, D)`` in, ``(B, T, H, D)`` out."""
+    assert streaming_cache.step is not None
+    out = streaming_cache.step.attend(module.layer_idx, query, key, value, scaling, column)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, streaming_attention)
+register_column_attention(ATTENTION, streaming_attention)
+
+
+class SteeredForward:
+    """Takes the place of a decoder's ``forward`` method. All streaming caches of the decoder share one.
+
+    A copy of the decoder, or one that is pickled, gets the method of its class instead: it has no caches.
+    """
+
+    def __init__(self, decoder: PreTrainedModel):
+        self.decoder = weakref.ref(decoder)
+        self.replaced = vars(decoder).get("forward")  # of the instance, as accelerate sets one
+        self.parameters = list(inspect.signature(type(decoder).forward).parameters)[1:]
+        self.num_caches = 0
+        self.is_routed = False
+        if missing := set(NEEDED_PARAMETERS) - set(self.parameters):
+            raise ValueError(
+                f"cannot stream {type(decoder).__name__}: it has no argument {sorted(missing)[0]} in transformers "
+                f"{transformers.__version__}; install a version that sinklm was tested with"
+            )
+
+    @classmethod
+    def of(cls, cache: "StreamingCache", decoder: PreTrainedModel) -> "SteeredForward":
+        """Steer a decoder for as long as a new cache of it lives."""
+        steering = vars(decoder).get("forward")
+        if not isinstance(steering, cls):
+            steering = cls(decoder)
+            decoder.forward = steering
+        steering.num_caches += 1
+        weakref.finalize(cache, steering.release)
+        return steering
+
+    def release(self) -> None:
+        """A cache has gone. With the last one the decoder gets its own method back."""
+        self.num_caches -= 1
+        decoder = self.decoder()
+        if self.num_caches or decoder is None or vars(decoder).get("forward") is not self:
+            return
+        if self.replaced is None:
+            del decoder.forward
+        else:
+            decoder.forward = self.replaced
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        if self.replaced is not None:
+            return copy.deepcopy(self.replaced, memo)
+        twin = memo[id(self.decoder())]
+        return types.MethodType(type(twin).forward, twin)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.decoder(), "forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The decoder's forward pass."""
+        cache, named = self.cache_in(args, kwargs)
+        if cache is None:
+            return self.call_decoder(*args, **kwargs)
+        if self.is_routed:
+            return self.step_in_graph(cache, named)
+        return self.stream(cache, named)
+
+    def cache_in(self, args: tuple, kwargs: dict) -> tuple["StreamingCache | None", dict]:
+        """A cache of this decoder if the call brings one, under whatever name, and all arguments by name."""
+        named = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        if STEERED not in named:
+            for value in named.values():
+                if getattr(value, "steering", None) is self:
+                    return value, named
+        return None, named
+
+    def call_decoder(self, *args: Any, **kwargs: Any) -> Any:
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        decoder = self.decoder()
+        return type(decoder).forward(decoder, *args, **kwargs)  # type: ignore[arg-type]
+
+    @torch.compiler.disable(recursive=False)  # the decoder's own passes are compiled if the user compiled the model
+    def stream(self, cache: "StreamingCache", named: dict) -> Any:
+        """Run the new inputs through the decoder in chunks. If this fails midway, the cache is damaged."""
+        name, inputs = inputs_of(named)
+        check_call(inputs, named, cache.decoder.config)
+        is_token = cache.check_inputs(inputs, named.get("attention_mask"))
+        outputs = []
+        with self.routed(cache), cache.damaged_by_failure(inputs.shape[1]):
+            for start in range(0, inputs.shape[1], cache.chunk_size):
+                part = slice(start, start + cache.chunk_size)
+                position_ids = cache.begin_chunk(inputs[:, part], None if is_token is None else is_token[:, part])
+                chunk = steered(cache, {**named, name: inputs[:, part]}, position_ids)
+                outputs.append(self.call_decoder(**chunk))
+                cache.end_chunk()
+        return join_outputs(outputs)
+
+    def step_in_graph(self, cache: "StreamingCache", named: dict) -> Any:
+        """One token of each stream in the graph of a `StreamingDecoder`, which checks and routes before it runs."""
+        _, inputs = inputs_of(named)
+        position_ids = cache.begin_pass(inputs, None)
+        output = self.call_decoder(**steered(cache, named, position_ids))
+        cache.end_pass()
+        return output
+
+    @contextmanager
+    def routed(self, cache: "StreamingCache") -> Iterator[None]:
+        """Route the decoder's attention to a cache."""
+        config = cache.decoder.config
+        users_choice = config._attn_implementation
+        with ExitStack() as stack:
+            for module, substitute in cache.substitutes:
+                stack.enter_context(replaced_forward(module, substitute))
+            stack.callback(setattr, config, "_attn_implementation", users_choice)
+            config._attn_implementation = ATTENTION  # also keeps the decoder from building masks
+            yield
+
+    @contextmanager
+    def in_graph(self, cache: "StreamingCache") -> Iterator[None]:
+        """Let the passes within be those of a graph: see `step_in_graph`."""
+        with self.routed(cache):
+            self.is_routed = True
+            try:
+                yield
+            finally:
+                self.is_routed = False
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Call ``forward`` in place of a module's own method."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+def inputs_of(named: dict) -> tuple[str, Any]:
+    """The name of the argument that holds the inputs ``(B, T, …)``, and the inputs."""
+    name = "inputs_embeds" if named.get("input_ids") is None else "input_ids"
+    return name, named.get(name)
+
+
+def steered(cache: "StreamingCache", named: dict, position_ids: Tensor) -> dict:
+    """The arguments of a pass that is routed to a cache."""
+    _, inputs = inputs_of(named)
+    if cache.adapter is not None and cache.adapter.takes_positions_from_cache:
+        position_ids = torch.zeros_like(position_ids)
+    mask = identity_mask(cache.adapter, inputs.shape[0], inputs.device)
+    return {**named, "attention_mask": mask, "position_ids": position_ids, STEERED: cache}
+
+
+def check_call(inputs: Tensor | None, named: dict, config: PreTrainedConfig) -> None:
+    """Refuse what a streaming pass cannot do."""
+    if inputs is None or inputs.shape[1] == 0:
+        raise ValueError(
+            "no new tokens for this StreamingCache: pass the full sequence to `generate`, including the tokens that "
+            "are already in the cache, followed by the new turn"
+        )
+    if named.get("use_cache") is False:  # then `generate` would feed the whole text again at each step
+        raise ValueError("use_cache is False, yet a StreamingCache is given: pass use_cache=True")
+    if named.get("output_attentions") or getattr(config, "output_attentions", False):
+        raise ValueError("a StreamingCache gives no attention weights: leave output_attentions off")
+
+
+def join_outputs(outputs: list) -> Any:
+    """One output for several chunks: what has a time axis is concatenated, the rest is the last chunk's."""
+    if len(outputs) == 1:
+        return outputs[0]
+    joined = outputs[-1]
+    if isinstance(joined, tuple):
+        return (torch.cat([output[0] for output in outputs], dim=1), *joined[1:])
+    joined.last_hidden_state = torch.cat([output.last_hidden_state for output in outputs], dim=1)
+    if joined.hidden_states is not None:
+        layers = zip(*(output.hidden_states for output in outputs), strict=True)
+        joined.hidden_states = tuple(torch.cat(parts, dim=1) for parts in layers)
+    return joined

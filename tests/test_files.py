@@ -1,0 +1,84 @@
+"""Files are written whole or not at all; a folder has one writer."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sinklm import files
+
+needs_full_disk = pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+
+
+@needs_full_disk
+def test_a_full_disk_leaves_the_older_file(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    files.write_json(path, {"perplexity": 18.0})
+    before = path.read_bytes()
+    (tmp_path / "results.json.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=rf"^{path} cannot be written: No space left on device$") as caught:
+        files.write_json(path, {"perplexity": 19.0})
+    assert caught.value.errno == errno.ENOSPC
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"file/results\.json cannot be written"):
+        files.write_json(tmp_path / "file" / "results.json", {})
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_interrupted_write_leaves_the_older_file(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "index"
+    path.write_bytes(b"old")
+
+    def interrupted() -> None:
+        with files.atomic_file(path, binary=True) as file:
+            file.write(b"new")
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_lock_keeps_other_processes_out_and_ends_with_its_holder(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    code = f"from sinklm.files import locked; from pathlib import Path\nwith locked(Path({str(path)!r}), 'busy'): pass"
+    with files.locked(path, "busy"):
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert other.stderr.strip().endswith("ValueError: busy")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_file_system_without_locks_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    with files.locked(tmp_path / "lock", "busy"):
+        pass
+
+
+def test_a_folder_is_replaced_whole_or_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(name: str, content: str) -> Path:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(content)
+        return tmp_path / name
+
+    output = make("output", "old")
+    files.replace_folder(make("output.partial", "new"), output)
+    assert (output / "file").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [output]
+
+    new, rename = make("output.partial", "newer"), os.rename
+    monkeypatch.setattr(os, "rename", lambda a, b: rename(a, b) if a != new else rename(tmp_path / "gone", b))
+    with pytest.raises(FileNotFoundError):
+        files.replace_folder(new, output)
+    assert (output / "file").read_text() == "new"

@@ -1,0 +1,152 @@
+"""Everything that this package replaces in DeepSpeed, or works around in it: one function each.
+
+The patches use names that are not public, and are tested with the versions in `versions.TESTED`. `skip_op_build`
+and `fused_update` save time. The recipe key ``deepspeed.patches`` switches them, and they turn
+themselves off, with a RuntimeWarning, under other versions or if a name is missing. The others,
+`reset_process`, `save_on_all_ranks` and `restore_settings`, keep runs correct, so they are on under
+every version; their docstrings say what happens if a name is missing.
+"""
+
+import importlib.metadata
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import nn
+
+from ..versions import TESTED, is_tested, tested_range
+from .config import OptimizerSection, TrainingConfig
+from .fused_update import NAMES, FusedUpdate
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+NEWEST_TESTED = TESTED["deepspeed"][1]
+_has_made_engine = False
+
+
+def skip_op_build(*, is_main: bool) -> None:
+    """Keep DeepSpeed from compiling a shared-memory all-reduce for CPUs; gloo does the same work.
+
+    Replaces the table of operations that it may compile, `deepspeed.ops.__compatible_ops__`.
+    """
+    import deepspeed
+
+    if _is_tested("It may compile an all-reduce for CPUs, which takes about 40 s", is_main):
+        deepspeed.ops.__compatible_ops__ = {}
+
+
+def fused_update(engine: "DeepSpeedEngine", config: TrainingConfig) -> FusedUpdate | None:
+    """Replace the update of an engine's `BF16_Optimizer`, if it has one, with `FusedUpdate`."""
+    if not config.deepspeed.patches or config.deepspeed.zero_stage != 1 or config.train.precision != "bf16":
+        return None
+    cost, is_main = "Its own update is used, and a small model's steps take 5 to 10 % longer", engine.global_rank == 0
+    if not _is_tested(cost, is_main):
+        return None
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    zero = engine.optimizer
+    if not isinstance(zero, BF16_Optimizer) or zero.immediate_grad_update:
+        return None
+    if missing := [name for name in NAMES if not hasattr(zero, name)]:
+        _warn(f"has no BF16_Optimizer.{missing[0]}, as {NEWEST_TESTED} had. {cost}", is_main)
+        return None
+    return FusedUpdate(engine, config.optimizer.clip)
+
+
+def reset_process() -> None:
+    """Reset the globals that earlier engines of this process have set, which DeepSpeed never does.
+
+    ZeRO-0 in 16 bits sets `torch_autocast.TORCH_AUTOCAST_INITIALIZED`, which changes how ZeRO
+    reduces gradients. ZeRO-3 replaces `torch.nn.functional.linear` for the whole process.
+
+    Raises:
+        ValueError: the flag is missing, and this is not the first engine of the process.
+    """
+    global _has_made_engine
+    import deepspeed
+
+    torch_autocast: Any = getattr(deepspeed.runtime, "torch_autocast", None)
+    if hasattr(torch_autocast, "TORCH_AUTOCAST_INITIALIZED"):
+        torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
+    elif _has_made_engine:
+        _fail("torch_autocast.TORCH_AUTOCAST_INITIALIZED: run each training in a process of its own, or ")
+    if nn.functional.linear.__module__.startswith("deepspeed."):
+        nn.functional.linear = torch._C._nn.linear
+    _has_made_engine = True
+
+
+def save_on_all_ranks(engine: "DeepSpeedEngine", *args: Any, **kwargs: Any) -> None:
+    """Call ``engine.save_checkpoint``, and raise an error in writing a file only at its end.
+
+    After the files, all ranks wait for each other, and ZeRO-3 gathers weights. If a rank raised at
+    a file, the others would wait there. Replaces `checkpoint_engine.save` and
+    `_copy_recovery_script` for this call. If the first is missing, a RuntimeWarning says so: errors
+    are raised at once, and the other ranks end after `launch.STEP_TIMEOUT`. No checkpoint is lost.
+    """
+    errors: list[Exception] = []
+
+    def deferred(write: Callable[..., Any]) -> Callable[..., None]:
+        def call(*args: Any, **kwargs: Any) -> None:
+            try:
+                write(*args, **kwargs)
+            except (OSError, RuntimeError) as error:
+                errors.append(error)
+
+        return call
+
+    writers = ((getattr(engine, "checkpoint_engine", None), "save"), (engine, "_copy_recovery_script"))
+    replaced = [(owner, name) for owner, name in writers if hasattr(owner, name)]
+    if writers[0] not in replaced:
+        _warn("has no checkpoint_engine.save. If a rank cannot write, the others end minutes later", True)
+    for owner, name in replaced:
+        setattr(owner, name, deferred(getattr(owner, name)))
+    try:
+        engine.save_checkpoint(*args, **kwargs)
+    finally:
+        for owner, name in replaced:
+            delattr(owner, name)  # the method of its class is visible again
+    if errors:
+        raise errors[0]
+
+
+def restore_settings(engine: "DeepSpeedEngine", settings: OptimizerSection, *, zero_stage: int) -> None:
+    """Replace the optimizer's settings that DeepSpeed loads from a checkpoint with the recipe's.
+
+    From a universal checkpoint ZeRO-3 also gives every group the weight decay of the first one, and
+    all parameters one shared step counter, which would advance once for each of them.
+
+    Raises:
+        ValueError: ZeRO's ``clip_grad`` is missing, so that the checkpoint's clip could be in use.
+    """
+    optimizer = engine.basic_optimizer
+    for group, weight_decay in zip(optimizer.param_groups, (settings.weight_decay, 0.0), strict=True):
+        group.update(betas=tuple(settings.betas), eps=settings.eps, weight_decay=weight_decay)
+    for parameter, state in optimizer.state.items():
+        if "step" in state:  # fused AdamW needs it on the device of the weights
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device).clone()
+    if zero_stage:
+        if not hasattr(engine.optimizer, "clip_grad"):
+            _fail(f"{type(engine.optimizer).__name__}.clip_grad, which resuming needs: ")
+        engine.optimizer.clip_grad = settings.clip
+
+
+def _is_tested(cost: str, is_main: bool) -> bool:
+    """Whether this is a tested version. If not, warn that an optional patch is off."""
+    if is_tested("deepspeed", importlib.metadata.version("deepspeed")):
+        return True
+    silence = "deepspeed.patches=false turns this warning off"
+    _warn(f"was not tested with sinklm, only {tested_range('deepspeed')}. {cost} ({silence})", is_main)
+    return False
+
+
+def _warn(message: str, is_main: bool) -> None:
+    if is_main:
+        message = f"DeepSpeed {importlib.metadata.version('deepspeed')} {message}"
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def _fail(name_and_remedy: str) -> NoReturn:
+    version = importlib.metadata.version("deepspeed")
+    raise ValueError(f"DeepSpeed {version} has no {name_and_remedy}install deepspeed=={NEWEST_TESTED}")

@@ -1,0 +1,165 @@
+"""One training step: it is queued on the device first, and its result is read later."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .host_copy import HostCopy
+from .launch import SameOnAllRanks, World
+from .plan import Plan
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did."""
+
+    loss: float  # mean over all targets of the global batch
+    grad_norm: float  # of the global batch, before clipping; infinite if the update was skipped
+    is_skipped: bool  # float16 only: the scaled gradients overflowed, so there was no update
+    loss_scale: float | None  # float16 only
+    is_stop_requested: bool  # some rank was told to stop
+
+
+@dataclass(frozen=True)
+class PendingStep:
+    """A step that is queued on the device and whose result is not read yet."""
+
+    step: int  # number of updates after this one
+    lr: float
+    host_seconds: float  # how long the host took to queue it
+    by_rank: HostCopy  # (ranks, 2): the loss of a rank, and 1 if the rank was told to stop
+    grad_norm: HostCopy
+    is_refused: bool  # the host knows already that there was no update
+    loss_scale: float | None  # float16 only
+
+    def result(self) -> StepResult:
+        """Wait until the device has computed the result.
+
+        Raises:
+            SameOnAllRanks: a loss or the gradient is not finite. There was no update.
+        """
+        by_rank = self.by_rank.read()
+        losses = [loss for loss, _ in by_rank]
+        _check_losses(losses, self.step)
+        is_skipped = self.is_refused and self.loss_scale is not None and self.loss_scale > 1
+        grad_norm = math.inf if self.is_refused else self.grad_norm.read()
+        if not is_skipped and not math.isfinite(grad_norm):
+            raise SameOnAllRanks(
+                f"step {self.step}: the gradient is not finite, though the loss is. Training stopped before the update "
+                "and saved nothing; the newest checkpoint is intact. Lower optimizer.lr, or try train.precision=fp32"
+            )
+        return StepResult(
+            loss=math.fsum(losses) / len(losses),
+            grad_norm=grad_norm,
+            is_skipped=is_skipped,
+            loss_scale=self.loss_scale,
+            is_stop_requested=any(stop for _, stop in by_rank),
+        )
+
+
+def train_step(
+    engine: "DeepSpeedEngine",
+    batches: Iterator[torch.Tensor],
+    plan: Plan,
+    world: World,
+    *,
+    step: int,
+    lr: float,
+    is_stop_requested: bool = False,
+) -> PendingStep:
+    """Queue one optimizer step on the next micro-batches ``(b, tokens_per_sample)``.
+
+    Every sample has the same number of targets, so the mean over the global batch is the mean over
+    micro-batches. With `FusedUpdate` the host does not wait for the device, so it can queue the
+    next step before it reads this one. A value that is not finite leaves the weights unchanged, in
+    this step and in those queued behind it.
+
+    Raises:
+        SameOnAllRanks: as `PendingStep.result`, if the host knows already that the step failed.
+    """
+    began = time.perf_counter()
+    for group in engine.basic_optimizer.param_groups:
+        group["lr"] = lr
+    loss_sum = torch.zeros((), device=engine.device)
+    for micro_step in range(plan.num_accumulation_steps):
+        samples = next(batches)
+        loss = engine(input_ids=samples[:, :-1], labels=samples, skip_logits=True, use_cache=False).loss
+        loss_sum += loss.detach()
+        engine.backward(_nan_unless_finite(loss))
+        if micro_step < plan.num_accumulation_steps - 1:
+            engine.step()  # counts the micro-batch
+
+    is_stopping = loss_sum.new_full((), float(is_stop_requested))
+    by_rank = HostCopy(_gather(torch.stack([loss_sum / plan.num_accumulation_steps, is_stopping]), world))
+    grad_norm, is_refused = _update(engine, plan)
+    pending = PendingStep(
+        step=step,
+        lr=lr,
+        host_seconds=time.perf_counter() - began,
+        by_rank=by_rank,
+        grad_norm=grad_norm,
+        is_refused=is_refused,
+        loss_scale=_loss_scale(engine) if plan.config.train.precision == "fp16" else None,
+    )
+    if is_refused:
+        pending.result()  # raises, except after a float16 overflow, so that no step follows
+    return pending
+
+
+def _nan_unless_finite(loss: torch.Tensor) -> torch.Tensor:
+    """The loss, with a gradient of NaN if it is not finite, so that the norm shows it on all ranks."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+
+
+def _gather(values: torch.Tensor, world: World) -> torch.Tensor:
+    """The values of every rank, ``(ranks, …)``."""
+    if world.size == 1:
+        return values[None]
+    by_rank = [torch.empty_like(values) for _ in range(world.size)]
+    dist.all_gather(by_rank, values)
+    return torch.stack(by_rank)
+
+
+def _check_losses(losses: list[float], step: int) -> None:
+    bad = [f"{loss} on rank {rank}" for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+    if bad:
+        raise SameOnAllRanks(
+            f"step {step}: the loss is {', '.join(bad)}. Training stopped before the update and saved nothing; the "
+            "newest checkpoint is intact. Lower optimizer.lr or optimizer.clip, or look at the data of this step"
+        )
+
+
+def _update(engine: "DeepSpeedEngine", plan: Plan) -> tuple[HostCopy, bool]:
+    """Clip and update, unless the gradient is not finite. Returns its norm, and ``is_refused``."""
+    if plan.config.deepspeed.zero_stage == 0:
+        return _update_without_zero(engine, plan)
+    engine.step()
+    if engine.fused_update is not None:
+        return engine.fused_update.grad_norm, False
+    return HostCopy(torch.as_tensor(engine.get_global_grad_norm())), engine.optimizer.overflow
+
+
+def _update_without_zero(engine: "DeepSpeedEngine", plan: Plan) -> tuple[HostCopy, bool]:
+    scaler = engine.torch_autocast_z0_gradscaler  # with float16 only
+    if scaler is not None:
+        scaler.unscale_(engine.optimizer)
+    max_norm = plan.config.optimizer.clip or math.inf
+    grad_norm = HostCopy(nn.utils.clip_grad_norm_(engine.module.parameters(), max_norm))
+    is_finite = math.isfinite(grad_norm.read())
+    if is_finite or scaler is not None:  # the scaler itself skips the update
+        engine.step()
+    return grad_norm, not is_finite
+
+
+def _loss_scale(engine: "DeepSpeedEngine") -> float:
+    scaler = engine.torch_autocast_z0_gradscaler
+    return float(scaler.get_scale() if scaler is not None else engine.optimizer.loss_scale)
