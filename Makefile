@@ -25,4 +25,4 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build quickstart
+	rm -rf $(VENV) .ci/venvs .ci/dist build quickstart
