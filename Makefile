@@ -15,17 +15,14 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-# mypy follows folders, not the package-dir mapping: show it the import name as a tree of links.
 types: $(VENV)/installed
-	@rm -rf build/types && mkdir -p build/types/sinklm
-	@for folder in models data train eval cli configs; do ln -s ../../../$$folder build/types/sinklm/$$folder; done
-	MYPYPATH=build/types $(BIN)/mypy --namespace-packages -p sinklm
+	$(BIN)/mypy -p sinklm
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable .
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable ".[all]"
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build quickstart
+	rm -rf $(VENV) .ci/venvs .ci/dist build quickstart

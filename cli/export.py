@@ -13,9 +13,7 @@ def export(
 ) -> None:
     """Turn a checkpoint into a plain GPT-NeoX folder that transformers runs without sinklm."""
     from ..checkpoints.export import export_model
-    from ..train.launch import quieten_libraries
 
-    quieten_libraries()
     folder = export_model(checkpoint, output)
     console = Console()
     console.print(f"{folder} is a plain GPTNeoXForCausalLM; load it with transformers, and read its README.md.")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..extras import MissingExtraError
 from .bench import decode
 from .chat import chat
 from .evaluate import stream_eval, streaming, zero_shot
@@ -70,7 +71,7 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        says_it_itself = isinstance(error, ValueError | OSError)
+        says_it_itself = isinstance(error, ValueError | OSError | MissingExtraError)
         if os.environ.get("SINKLM_DEBUG") or not (says_it_itself or _is_lack_of_memory(error)):
             raise
         hint = "" if says_it_itself else "out of memory; hold less at a time (a cache, a batch, processes): "

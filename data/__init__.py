@@ -1,5 +1,9 @@
 """From text to training samples: readers, tokenizing, the token store, windows and their order."""
 
+from ..extras import require_extra
+
+require_extra("data")
+
 from .inputs import find_inputs
 from .megatron import MegatronReader, MegatronWriter
 from .order import SampleOrder, batch_indices

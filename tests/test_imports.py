@@ -111,3 +111,15 @@ def test_a_part_loads_no_other(module, foreign):
     code = f"import sys, {module}; print(*(m for m in sys.modules if m.startswith({foreign!r})))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not result.stdout.strip()
+
+
+def test_streaming_loads_nothing_but_code_of_transformers():
+    code = """
+import sys, torch
+from transformers import DynamicCache, GPTNeoXForCausalLM
+before = set(sys.modules)
+import sinklm.streaming
+print(*sorted({name.partition(".")[0] for name in sys.modules if name not in before}))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["sinklm", "transformers"]

@@ -1,7 +1,7 @@
 """One forward pass, layer by layer: what enters it, its queries, keys, values and attention maps."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -55,11 +55,10 @@ def observe(model: PreTrainedModel, ids: Tensor) -> list[Layer]:
     if not maps or any(attention is None for attention in maps) or len(maps) != len(cache.layers):
         raise no_maps(model)
     states = outputs.hidden_states[: len(maps)]  # without the last, which is normalised and enters no layer
+    layer_queries: Sequence[Tensor | None] = queries or [None] * len(maps)
     return [
         Layer(hidden_states, query, cached.keys, cached.values, attention)
-        for hidden_states, query, cached, attention in zip(
-            states, queries or [None] * len(maps), cache.layers, maps, strict=True
-        )
+        for hidden_states, query, cached, attention in zip(states, layer_queries, cache.layers, maps, strict=True)
     ]
 
 

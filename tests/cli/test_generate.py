@@ -80,7 +80,7 @@ def test_half_a_cache_and_an_empty_prompt_are_refused(checkpoint):
 def test_a_model_may_have_several_ends_of_a_text(checkpoint, capfd, monkeypatch):
     model = load_model(checkpoint)
     model.config.eos_token_id = model.generation_config.eos_token_id = [0, 5]
-    monkeypatch.setattr("sinklm.models.load_model", lambda name: model)
+    monkeypatch.setattr("sinklm.checkpoints.load_model", lambda name: model)
     generate(checkpoint, "import os", max_new_tokens=5)
     assert capfd.readouterr().out.startswith("import os")
 
@@ -90,7 +90,7 @@ def test_a_model_that_gives_no_numbers_is_refused(checkpoint, monkeypatch, strea
     model = load_model(checkpoint)
     with torch.no_grad():
         model.lm_head.weight[5, 0] = float("nan")
-    monkeypatch.setattr("sinklm.models.load_model", lambda name: model)
+    monkeypatch.setattr("sinklm.checkpoints.load_model", lambda name: model)
     with pytest.raises(ValueError, match="outputs are not numbers"):
         generate(checkpoint, "import os", stream=stream)
 

@@ -262,7 +262,7 @@ def test_the_command_says_that_it_goes_on_only_if_it_does(
     for said in ("Going on with the interrupted work", "is complete already; there is nothing to do"):
         with pytest.raises(ValueError, match="other settings"):
             prepare_command(corpus, store, validation_fraction=0.2, **settings)
-        assert capsys.readouterr().out == ""
+        assert not capsys.readouterr().out.strip()  # rich before 14.3 ends a hidden bar with an empty line
         prepare_command(corpus, store, validation_fraction=0.3, **settings)
         assert said in capsys.readouterr().out
 

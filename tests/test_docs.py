@@ -1,0 +1,64 @@
+"""The pages: their links lead somewhere, and what they say of versions and folders is what the code says."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from docs.absolute_links import absolute_links, relative_links
+from sinklm.versions import TESTED
+
+from .test_imports import MAY_IMPORT
+
+ROOT = Path(__file__).parent.parent
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("NOTE.md")]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_lead_to_files_and_headings(page):
+    for link in relative_links(page.read_text()):
+        path, _, heading = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if heading:
+            assert heading in anchors(target.read_text()), link
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that a repository's site gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def test_the_page_on_the_package_index_has_no_relative_link():
+    text = absolute_links((ROOT / "README.md").read_text(), "https://example.org/sinklm/", "1.2")
+    assert not relative_links(text)
+    assert "](https://example.org/sinklm/blob/v1.2/docs/streaming.md#which-models)" in text
+    assert re.search(r"!\[[^\]]*\]\(https://example\.org/sinklm/raw/v1\.2/docs/results/[\w-]+\.png\)", text)
+    assert "](https://arxiv.org/abs/2309.17453)" in text
+
+
+def test_the_page_of_versions_is_up_to_date():
+    page = (ROOT / "docs" / "versions.md").read_text()
+    table = page.partition("|---|---|---|\n")[2].partition("\n\n")[0]
+    assert table.splitlines() == [f"| {name} | {oldest} | {newest} |" for name, (oldest, newest) in TESTED.items()]
+    pythons = re.findall(r"Python :: (3\.\d+)", " ".join(PROJECT["classifiers"]))
+    assert f"Python {pythons[0]} to {pythons[-1]}" in page
+    assert PROJECT["requires-python"] == f">={pythons[0]}"
+
+
+def test_the_table_of_folders_is_the_rule_of_imports():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| `(\w+)/` \| `sinklm\.(\w+)` \| ([^|]+) \|", page, flags=re.MULTILINE)
+    assert {
+        folder: set(allowed.replace("–", "").replace(",", " ").split()) for folder, _, allowed in rows
+    } == MAY_IMPORT
+    assert all(folder == name for folder, name, _ in rows)
+
+
+def test_the_extras_are_in_the_readme():
+    page = (ROOT / "README.md").read_text()
+    for extra in PROJECT["optional-dependencies"]:
+        assert f'`pip install "sinklm[{extra}]"`' in page

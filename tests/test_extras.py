@@ -1,0 +1,159 @@
+"""The extras: every import is declared where it is used, and what is not installed is named with its extra."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from typer.main import get_command
+
+from sinklm import extras
+from sinklm.cli import main as cli
+
+from .eval.checkpoints import small_model, write_checkpoint
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+NOT_IMPORTED = {"jinja2"}  # transformers imports it when a chat template is applied
+WITH_TORCH = {"triton"}  # torch installs it where it has kernels
+PARTS = ("models", "streaming", "checkpoints", "data", "train", "eval", "cli")
+
+
+def modules(requirements: list[str]) -> set[str]:
+    """Names of the modules that a list of requirements installs, without sinklm's own extras."""
+    names = {"pyyaml": "yaml"}
+    found = {Requirement(text).name for text in requirements} - {"sinklm"}
+    return {names.get(name, name.replace("-", "_")) for name in found}
+
+
+BASE = modules(PROJECT["dependencies"])
+
+
+@pytest.mark.parametrize("name", extras.EXTRAS)
+def test_the_extras_are_those_of_the_project(name):
+    requirements = PROJECT["optional-dependencies"][name]
+    included = set() if name == "data" else set(extras.DATA)
+    assert set(extras.EXTRAS[name]) == modules(requirements) | included
+    assert ("sinklm[data]" in requirements) == (name != "data")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_imports_what_its_extra_installs(part):
+    allowed = BASE | WITH_TORCH | set(extras.EXTRAS.get(part, ()))
+    for path in (ROOT / part).rglob("*.py"):
+        assert foreign_imports(path) <= allowed, path.relative_to(ROOT)
+
+
+def test_nothing_is_required_that_is_not_imported():
+    paths = [*(ROOT / "src" / "sinklm").glob("*.py"), *(path for part in PARTS for path in (ROOT / part).rglob("*.py"))]
+    imported = set().union(*map(foreign_imports, paths))
+    assert BASE | {module for names in extras.EXTRAS.values() for module in names} <= imported | NOT_IMPORTED
+
+
+def foreign_imports(path: Path) -> set[str]:
+    """The packages that a file imports at any depth of nesting, without the standard library and sinklm."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add((node.module or "").partition(".")[0])
+    return names - sys.stdlib_module_names - {"sinklm"}
+
+
+def test_a_missing_library_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(extras.MissingExtraError, match=r'^sinklm\.train needs wandb, which is in the extra "train": '):
+        extras.require_extra("train")
+    extras.require_extra("eval")
+
+
+# Not blocked are numpy, which transformers needs, and pydantic, which typer needs.
+BLOCKED = sorted({module for names in extras.EXTRAS.values() for module in names} - {"numpy", "pydantic"})
+RUN_COMMANDS = """
+import json, sys
+for name in [*{blocked!r}, "accelerate", "peft"]:
+    sys.modules[name] = None
+from sinklm.cli.main import main
+results = []
+for line in {lines!r}:
+    sys.argv = ["sinklm", *line.split()]
+    try:
+        main()
+    except SystemExit as error:
+        results.append(error.code)
+print(json.dumps(results))
+"""
+
+
+def run_without_extras(*lines: str) -> list[int | str]:
+    """How commands end in a process without the libraries of the extras: the status, or the message of an error."""
+    code = RUN_COMMANDS.format(blocked=BLOCKED, lines=lines)
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, input="word\n", capture_output=True, text=True, cwd=ROOT, check=True)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_the_help_of_every_command_needs_no_extra():
+    lines = ["--version", "--help", *(f"{command} --help" for command in commands(get_command(cli.app)))]
+    assert len(lines) > 10
+    assert run_without_extras(*lines) == [0] * len(lines)
+
+
+def commands(group: Any, prefix: str = "") -> Iterator[str]:
+    for name, command in group.commands.items():
+        yield prefix + name
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{prefix}{name} ")
+
+
+def test_a_command_without_its_extra_names_it_in_one_line():
+    expected = {
+        "prepare text --output store": "data",
+        "tokenizer train text --vocab-size 300": "data",
+        "train pythia-14m": "train",
+        "eval zero-shot model": "eval",
+        "eval streaming model --text text": "eval",
+        "eval stream-eval model": "eval",
+        "eval sinks model --text text": "eval",
+        "bench decode model": "eval",
+    }
+    for line, message in zip(expected, run_without_extras(*expected), strict=True):
+        extra = expected[line]
+        assert re.fullmatch(
+            rf'error: sinklm\.{extra} needs \w+, which is in the extra "{extra}": pip install "sinklm\[{extra}\]"',
+            str(message),
+        )
+
+
+@pytest.mark.slow
+def test_export_generate_and_chat_need_no_extra(tmp_path):
+    write_checkpoint(tmp_path / "model", small_model(num_sinks=1))
+    assert (
+        run_without_extras(
+            f"export {tmp_path}/model {tmp_path}/exported",
+            f"generate {tmp_path}/exported word --max-new-tokens 3",
+            f"generate {tmp_path}/exported word --stream --max-new-tokens 3",
+            f"chat {tmp_path}/exported --max-new-tokens 3",
+        )
+        == [0] * 4
+    )
+
+
+def test_the_module_that_launchers_start_names_its_extra(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['wandb'] = None")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "sinklm.train", "pythia-14m"]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert result.returncode == 1
+    assert (
+        result.stderr == 'error: sinklm.train needs wandb, which is in the extra "train": pip install "sinklm[train]"\n'
+    )
