@@ -123,8 +123,8 @@ class SteeredForward:
     def call_decoder(self, *args: Any, **kwargs: Any) -> Any:
         if self.replaced is not None:
             return self.replaced(*args, **kwargs)
-        decoder = self.decoder()
-        return type(decoder).forward(decoder, *args, **kwargs)  # type: ignore[arg-type]
+        decoder: Any = self.decoder()
+        return type(decoder).forward(decoder, *args, **kwargs)
 
     @torch.compiler.disable(recursive=False)  # the decoder's own passes are compiled if the user compiled the model
     def stream(self, cache: "StreamingCache", named: dict) -> Any:

@@ -5,10 +5,11 @@ from importlib.util import find_spec
 
 DATA = ("datasets", "numpy", "orjson", "pyarrow", "pydantic", "zstandard")
 
-# What a part imports beyond the base installation. `pyproject.toml` has an extra of the same name that installs it.
+# What a part needs beyond the base installation. `pyproject.toml` has an extra of the same name that installs it, and
+# with it what the part can do without (wandb, accelerate).
 EXTRAS = {
     "data": DATA,
-    "train": ("deepspeed", "omegaconf", "psutil", "wandb", *DATA),
+    "train": ("deepspeed", "omegaconf", "psutil", *DATA),
     "eval": ("lm_eval", "matplotlib", "psutil", *DATA),
 }
 
