@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..eval.perplexity import Configuration, Result, Stream
+    from ..eval.perplexity import Configuration, Result, TokenizedText
 
 MODEL_HELP = "A training run, a checkpoint, an export, any transformers folder, or a name on the Hub."
 OUTPUT_HELP = "Folder for the results; results/<model> if not given."
@@ -38,7 +38,7 @@ def zero_shot(
         raise ValueError(f"--batch-size is {batch_size!r}: it must be a positive number or auto")
     from ..checkpoints import load_tokenizer
     from ..eval.loading import load_causal_model
-    from ..eval.report import ReportFile, default_output, describe_model, library_versions
+    from ..eval.report import ReportFile, default_output, new_report
     from ..eval.zero_shot import evaluate, results_table
 
     console = Console()
@@ -54,8 +54,7 @@ def zero_shot(
         batch_size=batch_size if batch_size == "auto" else int(batch_size),
         max_length=max_length,
     )
-    report = {"model": describe_model(loaded, model), "versions": library_versions(), **results}
-    file.finish(report)
+    file.finish(new_report(loaded, model, **results))
     console.print(results_table(results, f"Zero-shot: {model}" + (f", first {limit} examples" if limit else "")))
     console.print(f"Results: {file.path}")
 
@@ -90,15 +89,15 @@ def streaming(
         default_caches,
         default_methods,
         parse_caches,
-        read_stream,
+        read_text_files,
         refuse_unmeasurable,
         results_table,
     )
     from ..eval.plots import plot_streaming
-    from ..eval.report import ReportFile, default_output, describe_model, library_versions
+    from ..eval.report import ReportFile, default_output, new_report
 
     console = Console()
-    stream = read_stream(text, load_tokenizer(model), tokens)
+    tokenized = read_text_files(text, load_tokenizer(model), tokens)
     loaded = load_causal_model(model)
     shapes = default_caches(loaded) if caches is None else parse_caches(caches)
     chosen = configurations(
@@ -106,21 +105,19 @@ def streaming(
         shapes,
         num_sinks=getattr(loaded.config, "num_sinks", 0),
     )
-    refuse_unmeasurable(loaded, stream, chosen)
+    refuse_unmeasurable(loaded, tokenized, chosen)
     folder = output or default_output(model)
     file = ReportFile(folder / "streaming.json")
-    report: dict[str, Any] = {"model": describe_model(loaded, model), "versions": library_versions()}
-    report["recompute_every"] = recompute_every
-
+    report = new_report(loaded, model, recompute_every=recompute_every)
     results = []
-    for result in _measure_all(console, loaded, stream, chosen, recompute_every):
+    for result in _measure_all(console, loaded, tokenized, chosen, recompute_every):
         results.append(result)
-        report |= as_json(results, stream)
+        report |= as_json(results, tokenized)
         file.keep(report)
     file.finish(report)
     plot_streaming(report, folder / "streaming.png", title=model)
     console.print(results_table(results, f"Perplexity on {report['text']['num_tokens']:,} tokens: {model}"))
-    _explain_unscored(console, results, stream, recompute_every, report["model"]["max_position_embeddings"])
+    _explain_unscored(console, results, tokenized, recompute_every, report["model"]["max_position_embeddings"])
     console.print(f"Results: {file.path}, {folder / 'streaming.png'}")
 
 
@@ -144,7 +141,7 @@ def stream_eval(
     from ..eval.loading import load_causal_model
     from ..eval.perplexity import default_caches, parse_caches, refuse_small_caches
     from ..eval.plots import plot_stream_eval
-    from ..eval.report import ReportFile, default_output, describe_model, library_versions
+    from ..eval.report import ReportFile, default_output, new_report
     from ..eval.stream_eval import check_distances, make_records, results_table, tokens_per_line
 
     console = Console()
@@ -156,10 +153,8 @@ def stream_eval(
     records = make_records(num_samples, num_lines, seed)
     folder = output or default_output(model)
     file = ReportFile(folder / "stream_eval.json")
-    report: dict[str, Any] = {"model": describe_model(loaded, model), "versions": library_versions()}
-    report |= {"num_samples": num_samples, "num_lines": num_lines, "seed": seed, "results": []}
+    report = new_report(loaded, model, num_samples=num_samples, num_lines=num_lines, seed=seed, results=[])
     report["tokens_per_line"] = tokens_per_line(tokenizer, records[0])
-
     for result in _ask_all(console, loaded, tokenizer, records, shapes, chosen_distances, batch_size):
         report["results"].append(result)
         file.keep(report)
@@ -215,17 +210,21 @@ def progress_bars(console: Console) -> "Progress":
 
 
 def _measure_all(
-    console: Console, model: "PreTrainedModel", stream: "Stream", chosen: list["Configuration"], recompute_every: int
+    console: Console,
+    model: "PreTrainedModel",
+    tokenized: "TokenizedText",
+    chosen: list["Configuration"],
+    recompute_every: int,
 ) -> Iterator["Result"]:
     """Run one configuration after the other, each with a bar of its own."""
     from ..eval.perplexity import measure
 
     with progress_bars(console) as bars:
         for configuration in chosen:
-            bar = bars.add_task(str(configuration), total=len(stream.ids) - 1)
+            bar = bars.add_task(str(configuration), total=len(tokenized.ids) - 1)
             yield measure(
                 model,
-                stream,
+                tokenized,
                 configuration,
                 recompute_every=recompute_every,
                 progress=lambda num_tokens, bar=bar: bars.advance(bar, num_tokens),  # type: ignore[misc]
@@ -233,16 +232,20 @@ def _measure_all(
 
 
 def _explain_unscored(
-    console: Console, results: list["Result"], stream: "Stream", recompute_every: int, trained_length: int | None
+    console: Console,
+    results: list["Result"],
+    tokenized: "TokenizedText",
+    recompute_every: int,
+    trained_length: int | None,
 ) -> None:
     """Say why a row counts fewer tokens than the text has."""
     from ..eval.losses import DENSE_LENGTHS
 
-    num_tokens = len(stream.ids) - stream.num_prefix
+    num_tokens = len(tokenized.ids) - tokenized.num_prefix
     for result in results:
         missing = num_tokens - result.num_scored
         if missing > 1 and result.configuration.method == "dense":
-            is_long = trained_length and result.num_scored >= DENSE_LENGTHS * trained_length - stream.num_prefix
+            is_long = trained_length and result.num_scored >= DENSE_LENGTHS * trained_length - tokenized.num_prefix
             reason = f"{DENSE_LENGTHS} × the trained length" if is_long else "its cache would not fit the free memory"
             console.print(f"dense: stopped after {result.num_scored:,} tokens, {reason}")
         elif missing > 1 and result.configuration.method == "recompute":

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..data.manifest import Manifest
-    from ..data.prepare import Progress
+    from ..data.prepare import PrepareProgress
 
 LINE_SECONDS = 15.0  # between two progress lines where there is no terminal
 
@@ -82,7 +82,7 @@ class ProgressDisplay:
             transient=True,
         )
         self.task = self.bar.add_task("starting", total=None, shard="")
-        self.first: tuple[float, Progress] | None = None
+        self.first: tuple[float, PrepareProgress] | None = None
         self.printed_at = time.monotonic()
 
     def __enter__(self) -> "ProgressDisplay":
@@ -94,7 +94,7 @@ class ProgressDisplay:
         if kind is KeyboardInterrupt:
             self.console.print("Interrupted. The same command goes on from what was saved.")
 
-    def show(self, progress: "Progress") -> None:
+    def show(self, progress: "PrepareProgress") -> None:
         now = time.monotonic()
         if self.first is None:
             self.first = (now, progress)
@@ -113,7 +113,7 @@ class ProgressDisplay:
             self.printed_at = now
 
 
-def describe(progress: "Progress", first: "Progress", seconds: float) -> str:
+def describe(progress: "PrepareProgress", first: "PrepareProgress", seconds: float) -> str:
     """Amounts, and speeds since ``first``, which was ``seconds`` ago."""
     counts = progress.counts
     parts = [f"{counts.documents:,} documents", f"{counts.bytes / 1e6:,.1f} MB", f"{counts.tokens / 1e6:,.1f} M tokens"]

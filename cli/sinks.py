@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -39,10 +39,10 @@ def sinks(
         raise ValueError("give either --text or --store: what the model is to read")
     from ..checkpoints import load_tokenizer
     from ..eval.loading import load_causal_model
-    from ..eval.report import ReportFile, default_output, describe_model, library_versions
+    from ..eval.report import ReportFile, default_output, new_report
     from ..eval.sinks import sequences_of_store, sequences_of_texts
     from ..eval.sinks.plots import plot_sinks
-    from ..eval.sinks.report import as_json, heads_table, massive_table, named_positions, positions_table, summary
+    from ..eval.sinks.tables import as_json, heads_table, massive_table, named_positions, positions_table, summary
 
     console = Console()
     run = _checkpoints_of(model) if checkpoints else {}
@@ -53,8 +53,8 @@ def sinks(
     positions = named_positions(num_sinks, sequences.num_prefix)
     folder = output or default_output(model)
     file = ReportFile(folder / "sinks.json")
-    report: dict[str, Any] = {"model": describe_model(loaded, model), "versions": library_versions()}
-    report |= {"text": sequences.source, "num_sequences": num_sequences, "seq_length": seq_length, "epsilon": epsilon}
+    facts = {"text": sequences.source, "num_sequences": num_sequences, "seq_length": seq_length, "epsilon": epsilon}
+    report = new_report(loaded, model, **facts)
 
     if run:
         report["checkpoints"] = []

@@ -51,7 +51,7 @@ class Settings(BaseModel):
     sources: list[str]
 
 
-class Progress(NamedTuple):
+class PrepareProgress(NamedTuple):
     """How far a preparation is, work of earlier runs included.
 
     ``counts`` is of all that is tokenized. ``source_bytes`` is the input used up, as it lies on disk (compressed), out
@@ -71,7 +71,7 @@ def prepare_store(
     tokenizer: str | os.PathLike = DEFAULT_TOKENIZER,
     validation_fraction: float = 0.01,
     num_processes: int | None = None,
-    report: Callable[[Progress], None] = lambda progress: None,
+    report: Callable[[PrepareProgress], None] = lambda progress: None,
 ) -> Manifest:
     """Tokenize the documents of ``shards`` (see :func:`find_inputs`) into a token store.
 
@@ -187,7 +187,7 @@ def _explain_full_disk(store: Path) -> Iterator[None]:
 
 
 def _run(
-    jobs: list[ShardJob], notes: Path, num_processes: int, start: tuple, report: Callable[[Progress], None]
+    jobs: list[ShardJob], notes: Path, num_processes: int, start: tuple, report: Callable[[PrepareProgress], None]
 ) -> None:
     """Work off the unfinished jobs in their order."""
     for job in jobs:
@@ -213,7 +213,7 @@ def _run(
             if time.monotonic() > committed_at + COMMIT_SECONDS:
                 job.commit()
                 committed_at = time.monotonic()
-            report(Progress(job.shard.name, done.model_copy(), sum(job.shard.position for job in jobs), total))
+            report(PrepareProgress(job.shard.name, done.model_copy(), sum(job.shard.position for job in jobs), total))
     except BrokenProcessPool as error:
         raise OSError(
             "a tokenizing process was killed (by lack of memory?); run again with fewer --processes"

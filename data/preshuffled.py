@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from .manifest import MANIFEST_NAME, TOKENIZER_NAME, sha256_of
-from .store import TokenStore, TokenStream, Verify
+from .store import TokenSequence, TokenStore, Verify
 from .tokenizer import eod_id, load_tokenizer_file, tokenizer_size
 
 ROW_LENGTH = 2049
@@ -41,7 +41,7 @@ class PreshuffledStore:
         paths = sorted(self.path.glob("*.bin"))
         if not paths:
             raise FileNotFoundError(f"{self.path}: neither a {MANIFEST_NAME} nor a .bin file of pre-shuffled rows")
-        self._stream = TokenStream(paths, np.dtype(np.uint16), row_length=ROW_LENGTH)
+        self._stream = TokenSequence(paths, np.dtype(np.uint16), row_length=ROW_LENGTH)
         if len(self._stream) == 0 or len(self._stream) % ROW_LENGTH:
             raise ValueError(
                 f"{self.path}: {len(self._stream)} tokens are no whole rows of {ROW_LENGTH}; a part of the .bin files "
@@ -49,7 +49,7 @@ class PreshuffledStore:
             )
         self.fingerprint = self._probe()
 
-    def split(self, name: str) -> TokenStream:
+    def split(self, name: str) -> TokenSequence:
         """The rows; there is no other split than "train"."""
         if name != "train":
             raise ValueError(f"{self.path}: pre-shuffled rows have no {name} split; turn validation off for them")

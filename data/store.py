@@ -16,7 +16,7 @@ VERIFIED_NAME = ".verified.json"
 Verify = Literal["auto", "size", "sha256"]
 
 
-class TokenStream:
+class TokenSequence:
     """The tokens of several files behind each other, as one long sequence. ``len()`` is in tokens.
 
     Args:
@@ -70,7 +70,7 @@ class TokenSource(Protocol):
     fingerprint: str
     is_shuffled: bool
 
-    def split(self, name: str) -> TokenStream: ...
+    def split(self, name: str) -> TokenSequence: ...
 
 
 class TokenStore:
@@ -110,12 +110,12 @@ class TokenStore:
         if verify != "size":
             check_hashes(self.path, self.manifest.files, trust_note=verify == "auto")
 
-    def split(self, name: str) -> TokenStream:
+    def split(self, name: str) -> TokenSequence:
         """The tokens of a split ("train" or "validation"): its documents in manifest order."""
         if name not in self.manifest.splits:
             raise ValueError(f"{self.path}: has no split {name!r}, only {', '.join(self.manifest.splits)}")
         shards = self.manifest.splits[name].shards
-        return TokenStream([self.path / f"{shard}.bin" for shard in shards], np.dtype(self.manifest.dtype))
+        return TokenSequence([self.path / f"{shard}.bin" for shard in shards], np.dtype(self.manifest.dtype))
 
 
 def check_sizes(store: Path, files: dict[str, FileInfo]) -> None:

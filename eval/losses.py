@@ -21,11 +21,11 @@ GPU_STREAM_CHUNK = 4096  # fills a GPU, at 1.6 GB of logits
 DENSE_LENGTHS = 8  # trained lengths after which dense attention is shown to work or not, and grows ever slower
 RECOMPUTE_TOKENS = 16_384  # at a time, over all windows of a batch
 
-Progress = Callable[[int], None]  # is called with the number of tokens done since the last call
+ReportTokens = Callable[[int], None]  # is called with the number of tokens done since the last call
 
 
-def stream_losses(
-    model: PreTrainedModel, ids: torch.Tensor, num_kept: int, window: int, progress: Progress | None = None
+def streaming_losses(
+    model: PreTrainedModel, ids: torch.Tensor, num_kept: int, window: int, progress: ReportTokens | None = None
 ) -> torch.Tensor:
     """Under a cache of ``num_kept`` first and ``window`` most recent tokens (``num_kept=0``: window attention).
 
@@ -44,7 +44,7 @@ def stream_losses(
 
 
 @torch.inference_mode()
-def dense_losses(model: PreTrainedModel, ids: torch.Tensor, progress: Progress | None = None) -> torch.Tensor:
+def dense_losses(model: PreTrainedModel, ids: torch.Tensor, progress: ReportTokens | None = None) -> torch.Tensor:
     """Under dense attention, every token attending to all before it, also past the trained length.
 
     The cache grows with the text, and the time with its square. Scoring ends, and the rest stays NaN, after
@@ -73,7 +73,7 @@ def recompute_losses(
     *,
     num_prefix: int = 0,
     every: int = 1,
-    progress: Progress | None = None,
+    progress: ReportTokens | None = None,
 ) -> torch.Tensor:
     """Under a sliding window that is computed anew, from its first layer on, for each token.
 
@@ -126,7 +126,7 @@ def _unscored(ids: torch.Tensor) -> torch.Tensor:
     return torch.full((len(ids),), float("nan"), dtype=torch.float64)
 
 
-def _advance(progress: Progress | None, num_tokens: int) -> None:
+def _advance(progress: ReportTokens | None, num_tokens: int) -> None:
     if progress is not None and num_tokens:
         progress(num_tokens)
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.readers import TextFile
 from ..streaming import StreamingCache
 from ..streaming.families import num_embedded_positions
-from .losses import Progress, dense_losses, recompute_losses, stream_losses
+from .losses import ReportTokens, dense_losses, recompute_losses, streaming_losses
 
 METHODS = ("dense", "window", "streaming", "recompute")
 KEPT_TOKENS = (0, 1, 2, 4)  # the columns of Table 3
@@ -49,7 +49,7 @@ class Configuration:
 
 
 @dataclass(frozen=True)
-class Stream:
+class TokenizedText:
     """A text as the model reads it: ``ids`` ``(T,)``, of which the first ``num_prefix`` are not text.
 
     ``sha256`` is of the joined text in UTF-8, without byte order marks.
@@ -76,7 +76,9 @@ class Result:
         return math.exp(min(float(self.losses.nanmean()), 700.0))
 
 
-def read_stream(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, num_tokens: int | None = None) -> Stream:
+def read_text_files(
+    files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, num_tokens: int | None = None
+) -> TokenizedText:
     """Join text files by a blank line and tokenize them, with what the tokenizer puts before a text at the front.
 
     Args:
@@ -87,21 +89,23 @@ def read_stream(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, num_t
         ValueError: if the texts hold fewer than 2 tokens, or fewer than ``num_tokens``, or are no UTF-8 text.
     """
     digest = hashlib.sha256()
-    text_ids: list[int] = []
+    tokenized: list[int] = []
     used: list[str] = []
     for path in files:
         text = _read_text(path) if not used else "\n\n" + _read_text(path)
         digest.update(text.encode())
-        text_ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        tokenized += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         used.append(str(path))
-        if num_tokens and len(text_ids) >= num_tokens:
+        if num_tokens and len(tokenized) >= num_tokens:
             break
-    if len(text_ids) < (num_tokens or 2):
+    if len(tokenized) < (num_tokens or 2):
         remedy = "add a --text or lower --tokens" if num_tokens else "add a --text"
-        raise ValueError(f"{', '.join(used)} holds {len(text_ids)} tokens where {num_tokens or 2} are wanted: {remedy}")
+        raise ValueError(
+            f"{', '.join(used)} holds {len(tokenized)} tokens where {num_tokens or 2} are wanted: {remedy}"
+        )
     prefix = text_prefix(tokenizer)
-    ids = torch.tensor(prefix + text_ids[:num_tokens])
-    return Stream(ids=ids, num_prefix=len(prefix), sha256=digest.hexdigest(), files=tuple(used))
+    ids = torch.tensor(prefix + tokenized[:num_tokens])
+    return TokenizedText(ids=ids, num_prefix=len(prefix), sha256=digest.hexdigest(), files=tuple(used))
 
 
 def text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -180,40 +184,40 @@ def refuse_small_caches(caches: Iterable[tuple[int, int]], num_sinks: int) -> No
             raise ValueError(f"the cache {num_kept}+{window} is smaller than the model's {num_sinks} sink tokens")
 
 
-def refuse_unmeasurable(model: PreTrainedModel, stream: Stream, chosen: Sequence[Configuration]) -> None:
+def refuse_unmeasurable(model: PreTrainedModel, tokenized: TokenizedText, chosen: Sequence[Configuration]) -> None:
     """Raises ValueError, before anything is measured, if the model cannot run under one of the configurations."""
     for configuration in chosen:
         if configuration.method in ("window", "streaming"):
             StreamingCache.for_model(model, num_kept=configuration.num_kept, window=configuration.window)
     num_positions = num_embedded_positions(model.config)
-    if num_positions and Configuration("dense") in chosen and len(stream.ids) - 1 > num_positions:
+    if num_positions and Configuration("dense") in chosen and len(tokenized.ids) - 1 > num_positions:
         raise ValueError(f"this model has no more than {num_positions} positions for dense attention: lower --tokens")
 
 
 def measure(
     model: PreTrainedModel,
-    stream: Stream,
+    tokenized: TokenizedText,
     configuration: Configuration,
     *,
     recompute_every: int = 1,
-    progress: Progress | None = None,
+    progress: ReportTokens | None = None,
 ) -> Result:
     """Score the stream's text under one configuration."""
     started = time.perf_counter()
     if configuration.method == "dense":
-        losses = dense_losses(model, stream.ids, progress)
+        losses = dense_losses(model, tokenized.ids, progress)
     elif configuration.method == "recompute":
         losses = recompute_losses(
             model,
-            stream.ids,
+            tokenized.ids,
             configuration.cache_size + 1,  # as many keys as the other methods give a query
-            num_prefix=stream.num_prefix,
+            num_prefix=tokenized.num_prefix,
             every=recompute_every,
             progress=progress,
         )
     else:
-        losses = stream_losses(model, stream.ids, configuration.num_kept, configuration.window, progress)
-    return Result(configuration, losses[stream.num_prefix :], time.perf_counter() - started)
+        losses = streaming_losses(model, tokenized.ids, configuration.num_kept, configuration.window, progress)
+    return Result(configuration, losses[tokenized.num_prefix :], time.perf_counter() - started)
 
 
 def position_bins(num_tokens: int) -> list[int]:
@@ -233,16 +237,16 @@ def binned_losses(losses: torch.Tensor, edges: Sequence[int]) -> list[float | No
     return [None if math.isnan(mean) else mean for mean in means]
 
 
-def as_json(results: Iterable[Result], stream: Stream) -> dict[str, Any]:
+def as_json(results: Iterable[Result], tokenized: TokenizedText) -> dict[str, Any]:
     """Everything that a table or picture shows, in numbers."""
     results = list(results)
-    edges = position_bins(len(stream.ids) - stream.num_prefix)
+    edges = position_bins(len(tokenized.ids) - tokenized.num_prefix)
     return {
         "text": {
-            "files": list(stream.files),
-            "sha256": stream.sha256,
-            "num_tokens": len(stream.ids) - stream.num_prefix,
-            "num_prefix_tokens": stream.num_prefix,
+            "files": list(tokenized.files),
+            "sha256": tokenized.sha256,
+            "num_tokens": len(tokenized.ids) - tokenized.num_prefix,
+            "num_prefix_tokens": tokenized.num_prefix,
         },
         "bin_edges": edges,
         "results": [

@@ -33,6 +33,11 @@ def describe_model(model: PreTrainedModel, name_or_path: str | Path) -> dict[str
     }
 
 
+def new_report(model: PreTrainedModel, name_or_path: str | Path, **facts: Any) -> dict[str, Any]:
+    """What every report begins with."""
+    return {"model": describe_model(model, name_or_path), "versions": library_versions(), **facts}
+
+
 def library_versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES}
 

@@ -78,7 +78,7 @@ class RecordTokens:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-class Streams:
+class StreamBatch:
     """A batch of streams in one cache. Rows of unequal length are padded on the left, which no stream sees."""
 
     def __init__(self, model: PreTrainedModel, num_kept: int, window: int):
@@ -155,7 +155,7 @@ def ask(
     tokens = RecordTokens(tokenizer)
     for start in range(0, len(records), batch_size):
         batch = records[start : start + batch_size]
-        streams = Streams(model, num_kept, window)
+        streams = StreamBatch(model, num_kept, window)
         for line in range(LINES_PER_QUESTION, num_lines, LINES_PER_QUESTION):
             first = line - LINES_PER_QUESTION + 1
             is_beginning = line == LINES_PER_QUESTION

@@ -21,7 +21,7 @@ from .steps import ChunkStep, DecodeStep
 
 
 @dataclass
-class StreamState:
+class StreamCounters:
     """How far the streams of a batch have come, on the device, so that a compiled step can count.
 
     ``num_seen`` ``(B,)``: tokens of each row. ``base`` ``(B,)``: the token that has phase 0. ``num_columns`` ``()``:
@@ -33,11 +33,11 @@ class StreamState:
     num_columns: Tensor
 
     @classmethod
-    def start(cls, batch_size: int, device: torch.device) -> "StreamState":
+    def start(cls, batch_size: int, device: torch.device) -> "StreamCounters":
         return cls(*(static_zeros(shape, torch.long, device) for shape in ((batch_size,), (batch_size,), ())))
 
-    def __deepcopy__(self, memo: dict) -> "StreamState":
-        return StreamState(*(static_copy(tensor) for tensor in (self.num_seen, self.base, self.num_columns)))
+    def __deepcopy__(self, memo: dict) -> "StreamCounters":
+        return StreamCounters(*(static_copy(tensor) for tensor in (self.num_seen, self.base, self.num_columns)))
 
     def map_rows(self, rows: Tensor) -> None:
         self.num_seen, self.base = select_rows(self.num_seen, rows), select_rows(self.base, rows)
@@ -67,7 +67,7 @@ class StreamingCache(Cache):
         self.streaming_layers = layers
         self.decoder, self.shape, self.chunk_size = decoder, shape, chunk_size
         self.encoding = family.encoding(decoder, shape)
-        self.state: StreamState | None = None
+        self.counters: StreamCounters | None = None
         self.step: DecodeStep | ChunkStep | None = None  # the pass under way
         self.num_since_rebase = 0
         self.is_ragged = False  # rows have seen different numbers of tokens
@@ -103,7 +103,7 @@ class StreamingCache(Cache):
     def __deepcopy__(self, memo: dict) -> "StreamingCache":
         """Another cache of the same model that goes on from the same tokens: a prompt read once serves many texts."""
         twin = StreamingCache(self.decoder, self.shape, self.chunk_size)
-        for name in ("state", "num_since_rebase", "is_ragged", "is_damaged"):
+        for name in ("counters", "num_since_rebase", "is_ragged", "is_damaged"):
             setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
         twin.streaming_layers = copy.deepcopy(self.streaming_layers, memo)
         twin.layers = twin.streaming_layers
@@ -127,7 +127,7 @@ class StreamingCache(Cache):
         """Which of the new inputs ``(B, T, …)`` are tokens ``(B, T)``, None if all; refuses what cannot stream."""
         self.check_whole()
         batch_size, num_inputs = inputs.shape[:2]
-        if self.state is not None and self.batch_size != batch_size:
+        if self.counters is not None and self.batch_size != batch_size:
             raise ValueError(
                 f"this StreamingCache holds {self.batch_size} streams and the batch has {batch_size} rows: "
                 "call reset(), or make a new cache"
@@ -175,9 +175,9 @@ class StreamingCache(Cache):
             their position ids ``(B, T)``.
         """
         batch_size, num_inputs = inputs.shape[:2]
-        if self.state is None:
-            self.state = StreamState.start(batch_size, inputs.device)
-        num_seen, base = self.state.num_seen, self.state.base
+        if self.counters is None:
+            self.counters = StreamCounters.start(batch_size, inputs.device)
+        num_seen, base = self.counters.num_seen, self.counters.base
         context = (self.streaming_layers, self.shape, self.encoding)
         if num_inputs == 1:
             self.step = DecodeStep(*context, num_seen, base, is_token)
@@ -190,9 +190,9 @@ class StreamingCache(Cache):
         """Count the tokens that the pass has read."""
         step, self.step = self.step, None
         assert step is not None
-        assert self.state is not None
-        self.state.num_seen += step.num_new
-        self.state.num_columns += step.num_inputs
+        assert self.counters is not None
+        self.counters.num_seen += step.num_new
+        self.counters.num_columns += step.num_inputs
 
     def rebase_before(self, num_inputs: int) -> None:
         """Count inputs to come, and `rebase` first if it is due.
@@ -215,16 +215,16 @@ class StreamingCache(Cache):
         rounding to pile up.
         """
         self.num_since_rebase = 0
-        if self.state is None:
+        if self.counters is None:
             return
-        base = (self.state.num_seen - self.shape.num_slots).clamp(min=0)
+        base = (self.counters.num_seen - self.shape.num_slots).clamp(min=0)
         rings = [layer.keys[:, :, self.shape.num_kept :] for layer in self.streaming_layers if layer.is_allocated]
         if isinstance(self.encoding, Rotary) and rings:
-            back = (self.state.base - base)[:, None]
+            back = (self.counters.base - base)[:, None]
             phases = self.encoding.phases(back, like=rings[0])
             for ring in rings:
                 ring.copy_(self.encoding.turn(ring, phases))
-        self.state.base.copy_(base)
+        self.counters.base.copy_(base)
 
     # -- the interface of transformers' caches -----------------------------------------------------------------------
 
@@ -241,9 +241,9 @@ class StreamingCache(Cache):
 
         While a graph is traced only whether the cache is empty is known, and a cache with a past says 1.
         """
-        if self.state is None:
+        if self.counters is None:
             return 0
-        return 1 if torch.compiler.is_compiling() else int(self.state.num_columns)
+        return 1 if torch.compiler.is_compiling() else int(self.counters.num_columns)
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: a stream has no end."""
@@ -259,7 +259,7 @@ class StreamingCache(Cache):
 
     @property
     def is_initialized(self) -> bool:
-        return self.state is not None
+        return self.counters is not None
 
     @property
     def is_croppable(self) -> bool:
@@ -273,7 +273,7 @@ class StreamingCache(Cache):
     @property
     def batch_size(self) -> int:
         """Streams held, -1 if none have begun."""
-        return -1 if self.state is None else self.state.num_seen.shape[0]
+        return -1 if self.counters is None else self.counters.num_seen.shape[0]
 
     @property
     def num_bytes(self) -> int:
@@ -282,7 +282,7 @@ class StreamingCache(Cache):
 
     def reset(self) -> None:
         """Forget the streams; the next forward pass begins new ones, of any batch size."""
-        self.state = self.step = None
+        self.counters = self.step = None
         self.is_ragged = self.is_damaged = False
         self.num_since_rebase = 0
         for layer in self.streaming_layers:
@@ -297,31 +297,33 @@ class StreamingCache(Cache):
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to take back as a negative number")
-        if self.state is None or tokens_to_remove == 0:
+        if self.counters is None or tokens_to_remove == 0:
             return
         if self.is_ragged:
             raise ValueError("cannot take tokens back from a batch that has had padding: call reset() and read it anew")
-        if int(self.state.num_seen.max()) > self.shape.num_slots:
+        if int(self.counters.num_seen.max()) > self.shape.num_slots:
             raise ValueError(
-                f"cannot take tokens back: of the {int(self.state.num_seen.max())} seen, the first beyond the "
+                f"cannot take tokens back: of the {int(self.counters.num_seen.max())} seen, the first beyond the "
                 f"{self.shape.num_kept} kept ones have left the cache, and the window cannot be filled up again; "
                 "assisted generation and prompt lookup take tokens back: leave them off, or use a larger window"
             )
-        if -tokens_to_remove > int(self.state.num_seen.min()):
-            raise ValueError(f"crop({tokens_to_remove}): only {int(self.state.num_seen.min())} tokens have been seen")
-        self.state.num_seen += tokens_to_remove
-        self.state.num_columns += tokens_to_remove
+        if -tokens_to_remove > int(self.counters.num_seen.min()):
+            raise ValueError(
+                f"crop({tokens_to_remove}): only {int(self.counters.num_seen.min())} tokens have been seen"
+            )
+        self.counters.num_seen += tokens_to_remove
+        self.counters.num_columns += tokens_to_remove
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row i continue the stream of row ``beam_idx[i]`` (beam search)."""
-        if self.state is not None:
-            self.state.map_rows(beam_idx)
+        if self.counters is not None:
+            self.counters.map_rows(beam_idx)
             for layer in self.streaming_layers:
                 layer.map_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every stream ``repeats`` times."""
-        if self.state is not None:
+        if self.counters is not None:
             self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:

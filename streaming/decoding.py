@@ -54,10 +54,10 @@ class StreamingDecoder:
         Raises:
             ValueError: no prompt has been read, the cache is damaged, or it is not one token of each stream.
         """
-        if self.cache.state is None:
+        if self.cache.counters is None:
             raise ValueError("the cache is empty: prefill() a prompt of at least one token first")
         self.cache.check_whole()
-        num_seen = self.cache.state.num_seen
+        num_seen = self.cache.counters.num_seen
         if token_ids.shape != (len(num_seen), 1):
             raise ValueError(
                 f"token_ids have shape {tuple(token_ids.shape)}: give one token of each stream, ({len(num_seen)}, 1)"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sinklm.checkpoints import load_model, load_tokenizer
 from sinklm.checkpoints.folders import list_checkpoints, read_state
-from sinklm.eval.perplexity import configurations, default_caches, measure, read_stream
+from sinklm.eval.perplexity import configurations, default_caches, measure, read_text_files
 from sinklm.eval.report import ReportFile, describe_model, library_versions
 
 
@@ -23,15 +23,15 @@ def main() -> None:
 
     if not (checkpoints := list_checkpoints(arguments.run)):
         raise ValueError(f"{arguments.run} holds no complete checkpoint: give the folder of a training run")
-    stream = read_stream(arguments.text, load_tokenizer(arguments.run), arguments.tokens)
-    report: dict = {"versions": library_versions(), "num_tokens": arguments.tokens, "text_sha256": stream.sha256}
+    tokenized = read_text_files(arguments.text, load_tokenizer(arguments.run), arguments.tokens)
+    report: dict = {"versions": library_versions(), "num_tokens": arguments.tokens, "text_sha256": tokenized.sha256}
     report["checkpoints"] = []
     file = ReportFile(arguments.output / "forming.json")
     for step, checkpoint in checkpoints.items():
         model = load_model(checkpoint)
         report["model"] = describe_model(model, arguments.run)
         chosen = configurations(("window", "streaming"), default_caches(model), getattr(model.config, "num_sinks", 0))
-        perplexities = {str(c): measure(model, stream, c).perplexity for c in chosen}
+        perplexities = {str(c): measure(model, tokenized, c).perplexity for c in chosen}
         tokens = read_state(checkpoint).positions
         report["checkpoints"].append({"step": step, "tokens": tokens, "perplexity": perplexities})
         file.keep(report)

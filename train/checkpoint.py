@@ -58,20 +58,20 @@ class CheckpointWriter:
         """
         checkpoint = self.folder / f"step-{step}"
         failed = f"cannot save {checkpoint} (earlier checkpoints are intact): "
-        together = self._world.together
-        with together(failed):
+        all_or_none = self._world.all_or_none
+        with all_or_none(failed):
             if self._world.is_main:
                 shutil.rmtree(checkpoint, ignore_errors=True)  # an interrupted one; a complete one is not saved again
                 for name in (DEEPSPEED_FOLDER, RANDOM_STATES_FOLDER):
                     (checkpoint / name).mkdir(parents=True)
-        with together(failed), _disk_errors(checkpoint):
+        with all_or_none(failed), _disk_errors(checkpoint):
             self._save_deepspeed(engine, checkpoint)
             torch.save(rank_state(engine), rank_path(checkpoint, self._world.rank))
-        with together(failed), _disk_errors(checkpoint):
+        with all_or_none(failed), _disk_errors(checkpoint):
             save_model(engine, checkpoint / MODEL_FOLDER, self._plan, self._tokenizer_path, self._world)
             if self._world.is_main:
                 self._save_description(checkpoint, step)
-        with together(failed):
+        with all_or_none(failed):
             if self._world.is_main:
                 sync_files(checkpoint)
                 (checkpoint / COMPLETE_MARKER).touch()

@@ -61,7 +61,7 @@ class World:
         return values
 
     @contextmanager
-    def together(self, prefix: str = "") -> Iterator[None]:
+    def all_or_none(self, prefix: str = "") -> Iterator[None]:
         """A part of the work in which all ranks fail if one does: they wait for each other at its end.
 
         Raises:

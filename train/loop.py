@@ -15,7 +15,7 @@ from .cost import flops_per_token, peak_flops
 from .launch import StopRequest, World
 from .metrics import MetricsFile, WandbRun
 from .plan import Plan
-from .progress import Progress, Speedometer, peak_memory_gib, process_age
+from .progress import RunProgress, Speedometer, peak_memory_gib, process_age
 from .schedule import is_every, learning_rate, saves_after
 from .step import PendingStep, StepResult, train_step
 from .validation import validation_loss
@@ -42,7 +42,7 @@ class TrainingLoop:
         store: TokenSource,
         windows: TokenWindows,
         validation_windows: TokenWindows | None,
-        progress: Progress,
+        progress: RunProgress,
         *,
         first_step: int,
     ):
@@ -73,7 +73,7 @@ class TrainingLoop:
         )
         self._runs_ahead = runs_ahead(world.device)
         self._pending: PendingStep | None = None
-        with world.together():
+        with world.all_or_none():
             self._records: list[MetricsFile | WandbRun] = []
             if world.is_main:
                 self._records.append(MetricsFile(self._run_dir / METRICS_FILE, first_step))

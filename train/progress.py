@@ -67,7 +67,7 @@ class Speedometer:
         return self.positions_per_second(seconds) * self._flops_per_position / self._peak_flops
 
 
-class Progress:
+class RunProgress:
     """The narration of rank 0; silent on the others. A context manager."""
 
     def __init__(self, num_steps: int, *, is_silent: bool):
@@ -80,7 +80,7 @@ class Progress:
     def _is_live(self) -> bool:
         return self.console.is_terminal and not self.console.quiet
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "RunProgress":
         if self._live:
             self._live.start()
         return self

@@ -76,16 +76,16 @@ class Resume:
         if self.is_converted:
             self._load_converted(engine, plan, world, scratch / f"{self.path.name}-universal")
         else:
-            with world.together(), self._damage():
+            with world.all_or_none(), self._damage():
                 _load_deepspeed(engine, self.path, DEEPSPEED_FOLDER)
         deepspeed_patches.restore_settings(engine, plan.config.optimizer, zero_stage=plan.config.deepspeed.zero_stage)
         if self.state.world_size == world.size:
-            with world.together(), self._damage():
+            with world.all_or_none(), self._damage():
                 restore_rank_state(engine, torch.load(rank_path(self.path, world.rank), weights_only=True))
 
     def _load_converted(self, engine: "DeepSpeedEngine", plan: Plan, world: World, folder: Path) -> None:
         """Load the checkpoint through a converted copy in ``folder``, which is removed again."""
-        with world.together():
+        with world.all_or_none():
             if world.is_main:
                 universal.convert_to_universal(
                     self.path / DEEPSPEED_FOLDER,
@@ -93,7 +93,7 @@ class Resume:
                     zero_stage=self.state.zero_stage,
                     keep_loss_scale=self.state.precision == plan.config.train.precision,
                 )
-        with world.together(), self._damage():
+        with world.all_or_none(), self._damage():
             if plan.config.deepspeed.zero_stage == 0:
                 universal.load_without_zero(engine, folder)
             else:

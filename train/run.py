@@ -22,7 +22,7 @@ from .config import TrainingConfig
 from .cost import count_parameters
 from .launch import SameOnAllRanks, World, connected
 from .plan import Plan
-from .progress import Progress
+from .progress import RunProgress
 from .recipe import config_yaml, load_config
 from .summary import describe_run, dry_run
 from .warm_start import check_tokenizer, load_weights
@@ -100,12 +100,12 @@ def locked_run(run_dir: Path) -> Iterator[None]:
 def _train_rank(config: TrainingConfig, world: World) -> int:
     """One rank's part. Returns the number of the signal that ended it early, or 0."""
     run_dir = Path(config.train.run_dir or "")
-    with world.together():
+    with world.all_or_none():
         store = _open_store(config, world)
         plan = Plan(config, world.size, store.tokenizer_size, store.eod_id)
         windows = open_windows(store, plan)
     with ExitStack() as held:
-        with world.together():
+        with world.all_or_none():
             if world.is_main:
                 held.enter_context(locked_run(run_dir))
         return _train_locked(run_dir, plan, world, store, *windows)
@@ -124,15 +124,15 @@ def _train_locked(
     from .resume import find_resume
 
     config = plan.config
-    with world.together():
+    with world.all_or_none():
         resume = find_resume(plan, store.fingerprint)
         if resume is None and config.model.init_from is not None:
             check_tokenizer(config.model.init_from, store.tokenizer_path)
-    with world.together(f"cannot write in {run_dir}: "):
+    with world.all_or_none(f"cannot write in {run_dir}: "):
         if world.is_main:
             _write_run_files(run_dir, config)
 
-    with Progress(config.train.num_steps, is_silent=not world.is_main) as progress:
+    with RunProgress(config.train.num_steps, is_silent=not world.is_main) as progress:
         for line in describe_run(plan, store, windows, resume):
             progress.say(line)
         for path in interrupted_checkpoints(run_dir):
@@ -142,7 +142,7 @@ def _train_locked(
             progress.say(f"all {config.train.num_steps:,} steps are done: raise train.num_steps to go on")
             return 0
         progress.say(f"{'drawing' if config.model.init_from is None else 'reading'} the first weights …")
-        with world.together():
+        with world.all_or_none():
             model = _build_model(plan, world.device)
         progress.say("setting up DeepSpeed …")
         is_converted = resume is not None and resume.is_converted
@@ -213,7 +213,7 @@ def _commit() -> str | None:
         return None
 
 
-def _say_goodbye(progress: Progress, run_dir: Path, signal_number: int) -> None:
+def _say_goodbye(progress: RunProgress, run_dir: Path, signal_number: int) -> None:
     if signal_number:
         name = signal.Signals(signal_number).name
         progress.say(f"stopped by {name}, with all saved: start the same command again to go on")

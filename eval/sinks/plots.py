@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..plots import COLOURS, MARKERS, STYLE, save_figure
-from .report import shown_positions
+from .tables import shown_positions
 
 FAINTEST = 1e-3  # attention below looks like it
 GREY = "0.6"

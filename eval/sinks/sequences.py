@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ...data import open_store
-from ..perplexity import read_stream, text_prefix
+from ..perplexity import read_text_files, text_prefix
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ def sequences_of_texts(
         FileNotFoundError: for a file that does not exist.
         ValueError: if the texts are too short.
     """
-    stream = read_stream(files, tokenizer)
-    text = stream.ids[stream.num_prefix :]
-    num_text = num_tokens - stream.num_prefix
-    starts = _spread(len(text), num_sequences, num_text, place=", ".join(stream.files))
+    tokenized = read_text_files(files, tokenizer)
+    text = tokenized.ids[tokenized.num_prefix :]
+    num_text = num_tokens - tokenized.num_prefix
+    starts = _spread(len(text), num_sequences, num_text, place=", ".join(tokenized.files))
     rows = torch.stack([text[start : start + num_text] for start in starts])
-    source = {"files": list(stream.files), "sha256": stream.sha256, "num_tokens": len(text)}
-    return Sequences(_put_in_front(stream.ids[: stream.num_prefix], rows), stream.num_prefix, source)
+    source = {"files": list(tokenized.files), "sha256": tokenized.sha256, "num_tokens": len(text)}
+    return Sequences(_put_in_front(tokenized.ids[: tokenized.num_prefix], rows), tokenized.num_prefix, source)
 
 
 def sequences_of_store(

@@ -25,7 +25,7 @@ from sinklm.data import prepare as prepare_module
 from sinklm.data.inputs import read_documents
 from sinklm.data.job import ShardJob
 from sinklm.data.manifest import Counts, Manifest
-from sinklm.data.prepare import Progress, has_saved_work
+from sinklm.data.prepare import PrepareProgress, has_saved_work
 from sinklm.data.readers import JsonLine, Record, Shard
 from sinklm.data.tokenizer import load_tokenizer_file
 from sinklm.data.tokenizing import DocumentTokenizer, is_held_out
@@ -193,7 +193,7 @@ def test_a_second_run_does_not_tokenize_what_the_first_had_committed(
     seen: list[str] = []
     original = JsonLine.document
 
-    def stop_late(progress: Progress) -> None:
+    def stop_late(progress: PrepareProgress) -> None:
         if progress.shard_name == "second.jsonl":
             raise Crash
 
@@ -253,7 +253,7 @@ def test_a_killed_process_leaves_no_helpers_and_a_store_that_goes_on(
 def test_the_command_says_that_it_goes_on_only_if_it_does(
     corpus: list[str], tmp_path: Path, tokenizer_file: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    def crash(progress: Progress) -> None:
+    def crash(progress: PrepareProgress) -> None:
         raise Crash
 
     store, settings = tmp_path / "store", {"tokenizer": str(tokenizer_file), "processes": 2}
@@ -334,7 +334,7 @@ def test_an_answer_goes_through_a_file(tmp_path: Path, tokenizer_file: Path) -> 
 
 
 def test_a_killed_tokenizing_process_is_an_error(corpus: list[str], tmp_path: Path, tokenizer_file: Path) -> None:
-    def kill_helper(progress: Progress) -> None:
+    def kill_helper(progress: PrepareProgress) -> None:
         for process in multiprocessing.active_children():
             process.kill()
 
@@ -348,7 +348,7 @@ def test_a_killed_tokenizing_process_is_an_error(corpus: list[str], tmp_path: Pa
 def test_an_output_made_with_other_settings_is_refused(
     corpus: list[str], tmp_path: Path, tokenizer_file: Path, is_finished: bool
 ) -> None:
-    def stop(progress: Progress) -> None:
+    def stop(progress: PrepareProgress) -> None:
         raise Crash
 
     if is_finished:
@@ -384,7 +384,7 @@ def test_a_command_that_saved_no_work_binds_no_later_one(
 
 @pytest.mark.usefixtures("in_process")
 def test_a_changed_input_is_done_again_or_refused(corpus: list[str], tmp_path: Path, tokenizer_file: Path) -> None:
-    def stop_late(progress: Progress) -> None:
+    def stop_late(progress: PrepareProgress) -> None:
         if progress.shard_name == "second.jsonl":
             raise Crash
 
@@ -401,7 +401,7 @@ def test_a_changed_input_is_done_again_or_refused(corpus: list[str], tmp_path: P
 
 @pytest.mark.usefixtures("in_process")
 def test_a_changed_input_of_a_finished_one_is_refused(corpus: list[str], tmp_path: Path, tokenizer_file: Path) -> None:
-    def stop_late(progress: Progress) -> None:
+    def stop_late(progress: PrepareProgress) -> None:
         if progress.shard_name == "second.jsonl":
             raise Crash
 
@@ -423,7 +423,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(corpus: list[str], tmp_path: Pa
 
 @pytest.mark.usefixtures("in_process")
 def test_two_runs_do_not_write_into_one_folder(corpus: list[str], tmp_path: Path, tokenizer_file: Path) -> None:
-    def start_another(progress: Progress) -> None:
+    def start_another(progress: PrepareProgress) -> None:
         prepare(corpus, tmp_path / "store", tokenizer_file)
 
     with pytest.raises(ValueError, match="another `sinklm prepare` is at work"):
@@ -460,8 +460,8 @@ def test_reading_is_never_further_ahead_than_the_limit(tmp_path: Path, tokenizer
 
 
 def test_the_progress_line_says_amounts_speeds_and_time_left() -> None:
-    first = Progress("x", Counts(documents=100, tokens=10**6, bytes=4 * 10**6), 1000, 5000)
-    later = Progress("x", Counts(documents=300, tokens=3 * 10**6, bytes=12 * 10**6), 2000, 5000)
+    first = PrepareProgress("x", Counts(documents=100, tokens=10**6, bytes=4 * 10**6), 1000, 5000)
+    later = PrepareProgress("x", Counts(documents=300, tokens=3 * 10**6, bytes=12 * 10**6), 2000, 5000)
     text = describe(later, first, seconds=10.0)
     assert text == "300 documents (20/s) · 12.0 MB (0.80 MB/s) · 3.0 M tokens · 0:30 left"
     assert describe(first, first, seconds=0.0) == "100 documents · 4.0 MB · 1.0 M tokens"

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sinklm.data import TokenWindows
-from sinklm.data.store import TokenStream
+from sinklm.data.store import TokenSequence
 
 
 class FakeStore:
@@ -15,10 +15,10 @@ class FakeStore:
 
     path = Path("somewhere")
 
-    def __init__(self, stream: TokenStream):
+    def __init__(self, stream: TokenSequence):
         self.stream = stream
 
-    def split(self, name: str) -> TokenStream:
+    def split(self, name: str) -> TokenSequence:
         return self.stream
 
 
@@ -29,7 +29,7 @@ def store_of(folder: Path, sizes: list[int], dtype: type = np.uint16, row_length
         paths.append(folder / f"{i}.bin")
         np.arange(start, start + size, dtype=dtype).tofile(paths[-1])
         start += size
-    return FakeStore(TokenStream(paths, np.dtype(dtype), row_length))
+    return FakeStore(TokenSequence(paths, np.dtype(dtype), row_length))
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -43,7 +43,7 @@ def test_stream_losses_follow_the_streaming_contract(num_sinks, num_kept, window
     model, ids = tiny_model(num_sinks), text(1, NUM_TOKENS)[0]
     logits = stream_logits(plain_twin(model), whole_stream(model, ids), num_kept, window)
 
-    measured = losses.stream_losses(model, ids, num_kept, window)
+    measured = losses.streaming_losses(model, ids, num_kept, window)
 
     assert measured.dtype == torch.float64
     # transformers' rotary tables stay float32, also in float64 models
@@ -55,7 +55,7 @@ def test_stream_losses_follow_the_streaming_contract(num_sinks, num_kept, window
 def test_an_arm_streams_by_the_same_contract(kind):
     model, ids = tiny_arm(kind), text(1, NUM_TOKENS)[0]
     for num_kept, window in ((0, 9), (4, 5)):
-        measured = losses.stream_losses(model, ids, num_kept, window)
+        measured = losses.streaming_losses(model, ids, num_kept, window)
         expected = by_hand(stream_logits(model, ids, num_kept, window), ids, 0)
         torch.testing.assert_close(measured, expected, equal_nan=True, rtol=0, atol=1e-4)
 
@@ -77,7 +77,7 @@ def test_a_cache_that_never_fills_is_dense_attention(num_kept, window, num_token
     model, ids = tiny_model(1), text(1, num_tokens)[0]
     num_full = min(num_kept + window, num_tokens)  # of the cached tokens one is the sink, and a query sees itself too
 
-    stream, dense = losses.stream_losses(model, ids, num_kept, window), losses.dense_losses(model, ids)
+    stream, dense = losses.streaming_losses(model, ids, num_kept, window), losses.dense_losses(model, ids)
 
     torch.testing.assert_close(stream[:num_full], dense[:num_full], rtol=0, atol=1e-4)
 
@@ -122,7 +122,7 @@ def test_a_window_without_room_for_text_is_refused():
 def test_progress_counts_every_token_once(num_tokens):
     model, ids = tiny_model(1), text(1, num_tokens)[0]
     for measure in (
-        lambda progress: losses.stream_losses(model, ids, 1, 5, progress),
+        lambda progress: losses.streaming_losses(model, ids, 1, 5, progress),
         lambda progress: losses.dense_losses(model, ids, progress),
         lambda progress: losses.recompute_losses(model, ids, 12, progress=progress),
     ):

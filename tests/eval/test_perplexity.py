@@ -29,7 +29,7 @@ from sinklm.eval.perplexity import (
     measure,
     parse_caches,
     position_bins,
-    read_stream,
+    read_text_files,
     text_prefix,
 )
 from sinklm.eval.plots import streaming_figure
@@ -52,14 +52,14 @@ def test_texts_are_joined_by_a_blank_line_and_cut(checkpoints, tmp_path):
     for file, text in zip(files, ("first text", "second text", "third text"), strict=True):
         file.write_text(text)
 
-    stream = read_stream(files[:2], tokenizer)
+    stream = read_text_files(files[:2], tokenizer)
     assert tokenizer.decode(stream.ids) == "first text\n\nsecond text"
     assert stream.num_prefix == 0
 
-    cut = read_stream(files, tokenizer, num_tokens=len(stream.ids))
+    cut = read_text_files(files, tokenizer, num_tokens=len(stream.ids))
     assert torch.equal(cut.ids, stream.ids)
     assert cut.files == tuple(map(str, files[:2]))  # the third was not needed
-    assert cut.sha256 == stream.sha256 != read_stream(files, tokenizer).sha256
+    assert cut.sha256 == stream.sha256 != read_text_files(files, tokenizer).sha256
 
 
 @pytest.mark.parametrize(
@@ -86,10 +86,10 @@ def test_a_text_may_begin_otherwise_behind_the_prefix():
 def test_a_text_is_read_as_it_is_prepared(checkpoints, tmp_path):
     tokenizer, file = load_tokenizer(checkpoints[1]), tmp_path / "a.txt"
     file.write_bytes(b"\xef\xbb\xbffirst line\r\nsecond line\r\n")  # of Windows, as many books of Project Gutenberg
-    assert tokenizer.decode(read_stream([file], tokenizer).ids) == "first line\r\nsecond line\r\n"
+    assert tokenizer.decode(read_text_files([file], tokenizer).ids) == "first line\r\nsecond line\r\n"
     file.write_bytes(b"zero\0byte")
     with pytest.raises(ValueError, match=r"a\.txt: holds zero bytes"):
-        read_stream([file], tokenizer)
+        read_text_files([file], tokenizer)
 
 
 def test_unreadable_texts_are_named(checkpoints, tmp_path):
@@ -98,11 +98,11 @@ def test_unreadable_texts_are_named(checkpoints, tmp_path):
     short.write_text("few words")
     binary.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"short\.txt holds \d+ tokens where 100"):
-        read_stream([short], tokenizer, num_tokens=100)
+        read_text_files([short], tokenizer, num_tokens=100)
     with pytest.raises(ValueError, match=r"binary\.txt: not UTF-8"):
-        read_stream([binary], tokenizer)
+        read_text_files([binary], tokenizer)
     with pytest.raises(FileNotFoundError, match="missing"):
-        read_stream([tmp_path / "missing.txt"], tokenizer)
+        read_text_files([tmp_path / "missing.txt"], tokenizer)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -110,7 +110,7 @@ def test_a_model_that_gives_no_numbers_is_refused(book, method):
     model = small_model(1)
     with torch.no_grad():
         model.lm_head.weight[5, 0] = float("nan")
-    stream = read_stream([book], PreTrainedTokenizerFast(tokenizer_object=small_tokenizer()))
+    stream = read_text_files([book], PreTrainedTokenizerFast(tokenizer_object=small_tokenizer()))
     with pytest.raises(ValueError, match="outputs are not numbers: this checkpoint is damaged"):
         measure(model, stream, Configuration(method, int(method == "streaming"), 15))
 
@@ -189,8 +189,8 @@ def test_an_export_streams_as_its_checkpoint_does(checkpoints, tmp_path, book, n
     """The tokenizer's sinks at the front of the stream do what the model's own did, and are no text."""
     export = export_model(checkpoints[num_sinks], tmp_path / "export")
     model, plain = load_model(checkpoints[num_sinks]), load_model(export)
-    stream = read_stream([book], load_tokenizer(checkpoints[num_sinks]), 150)
-    plain_stream = read_stream([book], load_tokenizer(export), 150)
+    stream = read_text_files([book], load_tokenizer(checkpoints[num_sinks]), 150)
+    plain_stream = read_text_files([book], load_tokenizer(export), 150)
     assert plain_stream.num_prefix == num_sinks
 
     caches = [(0, 16), (num_sinks, 16 - num_sinks), (4, 12)]
@@ -229,7 +229,7 @@ def test_the_command_writes_table_json_and_picture(checkpoints, tmp_path, book, 
 
 def test_the_picture_shows_every_configuration(checkpoints, book):
     model = load_model(checkpoints[1])
-    stream = read_stream([book], load_tokenizer(checkpoints[1]), 400)
+    stream = read_text_files([book], load_tokenizer(checkpoints[1]), 400)
     results = [measure(model, stream, c) for c in configurations(["dense", "window"], [(0, 16)], 1)]
     report = {"model": {"max_position_embeddings": 128}, **as_json(results, stream)}
 

@@ -19,7 +19,7 @@ from sinklm.cli.sinks import sinks
 from sinklm.data import open_store
 from sinklm.eval.sinks import Layer, measure, observe, sequences_of_store, sequences_of_texts, statistics
 from sinklm.eval.sinks.plots import checkpoints_figure, heads_figure, layers_figure, maps_figure
-from sinklm.eval.sinks.report import as_json, massive_table, named_positions, positions_table, shown_positions
+from sinklm.eval.sinks.tables import as_json, massive_table, named_positions, positions_table, shown_positions
 from sinklm.models.cache_argument import CACHE
 
 from ..models.tiny import plain_twin, text, tiny_arm, tiny_model

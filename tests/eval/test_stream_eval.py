@@ -16,7 +16,7 @@ from sinklm.eval.stream_eval import (
     PREAMBLE,
     Answer,
     RecordTokens,
-    Streams,
+    StreamBatch,
     ask,
     make_records,
     summarize,
@@ -67,7 +67,7 @@ def test_an_answer_is_right_if_greedy_decoding_without_a_cache_writes_it(num_sin
     """Rows of unequal length, in a cache that holds all; asking twice shows that questions leave no trace."""
     model = small_model(num_sinks, dtype=torch.float64, max_position_embeddings=2048)
     records = make_records(3, 20, seed=1)
-    streams = Streams(model, num_kept=1, window=900)
+    streams = StreamBatch(model, num_kept=1, window=900)
     texts = [TOKENS.beginning(record, 3 + i) for i, record in enumerate(records)]
     more = [TOKENS.lines(record, 3 + i, 5) for i, record in enumerate(records)]
     streams.read(texts)

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
 
 from sinklm.checkpoints import load_model, load_tokenizer
-from sinklm.eval.perplexity import configurations, measure, read_stream
+from sinklm.eval.perplexity import configurations, measure, read_text_files
 
 CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
 NUM_TOKENS = 2000
@@ -15,9 +15,9 @@ NUM_TOKENS = 2000
 def perplexities(name: str) -> list[float]:
     """On the shipped text, with 0, 1 and 4 of 128 cached tokens kept from its beginning."""
     model = load_model(CHECKPOINTS / name, device="cpu")
-    stream = read_stream([CHECKPOINTS / "book.txt"], load_tokenizer(CHECKPOINTS / name), NUM_TOKENS)
+    tokenized = read_text_files([CHECKPOINTS / "book.txt"], load_tokenizer(CHECKPOINTS / name), NUM_TOKENS)
     chosen = configurations(("window", "streaming"), [(0, 128), (1, 127), (4, 124)], num_sinks=0)
-    return [measure(model, stream, configuration).perplexity for configuration in chosen]
+    return [measure(model, tokenized, configuration).perplexity for configuration in chosen]
 
 
 @pytest.mark.parametrize("name", ["vanilla", "learnable-sink"])

@@ -378,11 +378,11 @@ def test_memory_is_allocated_once_and_written_in_place(model):
     cache = for_model(model)
     run(model, tiny.random_ids(3), cache)
     layer = cache.streaming_layers[0]
-    addresses = [buffer.data_ptr() for buffer in (layer.keys, layer.values, layer.kept_keys, cache.state.num_seen)]
+    addresses = [buffer.data_ptr() for buffer in (layer.keys, layer.values, layer.kept_keys, cache.counters.num_seen)]
     for num_tokens in (1, 40, 1, 1, 7):
         run(model, tiny.random_ids(num_tokens), cache)
     assert layer.keys.shape == (1, 4, 9, 12)
-    assert addresses == [b.data_ptr() for b in (layer.keys, layer.values, layer.kept_keys, cache.state.num_seen)]
+    assert addresses == [b.data_ptr() for b in (layer.keys, layer.values, layer.kept_keys, cache.counters.num_seen)]
 
 
 def test_inference_mode_and_gradients_may_alternate(model):
@@ -403,7 +403,7 @@ def test_buffers_made_in_inference_mode_serve_outside_of_it(model, change):
             cache.batch_repeat_interleave(2)
         else:
             cache = copy.deepcopy(cache)
-    assert not any(buffer.is_inference() for buffer in vars(cache.state).values())
+    assert not any(buffer.is_inference() for buffer in vars(cache.counters).values())
     model(ids[:, :1].expand(cache.batch_size, -1), past_key_values=cache)
 
 

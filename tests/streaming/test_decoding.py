@@ -83,9 +83,9 @@ def test_what_a_graph_cannot_see_is_looked_at_before_it_runs():
         with pytest.raises(ValueError, match=r"one token of each stream, \(2, 1\)"):
             decoder(wrong)
     cache.batch_select_indices(torch.tensor([1]))
-    assert decoder.compiled_for is not cache.state.num_seen
+    assert decoder.compiled_for is not cache.counters.num_seen
     logits = decoder(ids[1:, 6:7])
-    assert decoder.compiled_for is cache.state.num_seen
+    assert decoder.compiled_for is cache.counters.num_seen
     torch.testing.assert_close(logits[0, 0], oracle.stream_logits(model, ids[1, :7], 2, 9)[-1], rtol=0, atol=5e-5)
     cache.is_damaged = True
     with pytest.raises(ValueError, match="failed midway"):
@@ -99,7 +99,7 @@ def test_a_model_that_the_user_compiled_moves_phases_back_too():
     logits = [compiled(piece, past_key_values=cache).logits for piece in ids.split([12] + [1] * 28, dim=1)]
     expected = oracle.stream_logits(model, ids[0], 2, 6)
     torch.testing.assert_close(torch.cat(logits, dim=1)[0], expected, rtol=0, atol=5e-5)
-    assert cache.state.base.item() >= 40 - 2 * cache.shape.num_slots
+    assert cache.counters.base.item() >= 40 - 2 * cache.shape.num_slots
     whole = torch.compile(model, backend="eager", fullgraph=True)  # other calls stay one graph while the cache lives
     torch.testing.assert_close(whole(ids, use_cache=False).logits, model(ids).logits)
 

@@ -71,7 +71,7 @@ def test_an_error_on_one_rank_is_an_error_on_all():
 
     with (
         pytest.raises(SameOnAllRanks, match="cannot save: rank 1: full"),
-        World3(1, 3, 0, None).together("cannot save: "),
+        World3(1, 3, 0, None).all_or_none("cannot save: "),
     ):
         raise OSError("full")
 
@@ -81,5 +81,5 @@ def test_an_error_of_all_ranks_is_said_once():
         def gather(self, value):
             return [value] * 3
 
-    with pytest.raises(SameOnAllRanks, match=r"^wrong key$"), World3(1, 3, 0, None).together():
+    with pytest.raises(SameOnAllRanks, match=r"^wrong key$"), World3(1, 3, 0, None).all_or_none():
         raise ValueError("wrong key")

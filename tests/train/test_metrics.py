@@ -5,7 +5,7 @@ import json
 import pytest
 
 from sinklm.train.metrics import MetricsFile, WandbRun, is_logged_in
-from sinklm.train.progress import Progress, Speedometer, human
+from sinklm.train.progress import RunProgress, Speedometer, human
 from sinklm.train.recipe import load_config
 
 
@@ -53,10 +53,10 @@ def test_the_line_has_what_one_looks_for(capsys):
     speed._seconds.clear()
     speed._seconds.extend([2.0, 2.0])
     values = {"loss": 3.14159, "lr": 6e-4, "grad_norm": 0.5, "memory_gib": 1.25}
-    Progress(100, is_silent=False).update(40, values, speed, is_kept=True)
+    RunProgress(100, is_silent=False).update(40, values, speed, is_kept=True)
     expected = "step 40/100  loss 3.1416  lr 6.00e-04  grad 0.50  500 tokens/s  MFU 25.0%  1.2 GiB  0:02:00 left\n"
     assert capsys.readouterr().out == expected
-    Progress(100, is_silent=True).update(40, values, speed, is_kept=True)
+    RunProgress(100, is_silent=True).update(40, values, speed, is_kept=True)
     assert capsys.readouterr().out == ""
 
 
