@@ -16,7 +16,7 @@ All train the same shape on the same random tokens with the same micro-batch on 
 - ``transformers``, ``litgpt``, ``nanogpt``: plain loops, see `train_peers.py`, each also with ``-bf16`` behind its name
   for bfloat16 weights; ``trainer``: transformers' Trainer.
 
-MFU is `sinklm.train.cost.flops_per_token` × tokens/s over the device's dense 16-bit peak. "start" is the time from the
+MFU is `sinklm.models.cost.flops_per_token` × tokens/s over the device's dense 16-bit peak. "start" is the time from the
 command to the end of the first step. "of linear" is the speed over that of the contestant's first number of ranks,
 divided by how many times more ranks there are. Results are printed as they come, and written to --output as JSON and
 Markdown.
@@ -42,8 +42,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models
 
+from sinklm.models.cost import flops_per_token, peak_flops
 from sinklm.train.config import TrainingConfig
-from sinklm.train.cost import flops_per_token, peak_flops
 from sinklm.train.plan import Plan
 from sinklm.train.recipe import load_config
 

@@ -30,9 +30,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXMLP
 
 from sinklm.models import SinkGPTNeoXForCausalLM, attention, layer, loss
+from sinklm.models.cost import flops_per_token, peak_flops
 from sinklm.train import deepspeed_patches, fused_update
 from sinklm.train.config import TrainingConfig
-from sinklm.train.cost import flops_per_token, peak_flops
 from sinklm.train.engine import make_engine
 from sinklm.train.launch import World, connected
 from sinklm.train.plan import Plan

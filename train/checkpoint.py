@@ -23,9 +23,9 @@ from ..checkpoints.folders import (
 )
 from ..files import sync_files
 from . import deepspeed_patches
-from .cost import GIB
 from .engine import optimizer_layout, parameter_groups
 from .launch import World
+from .memory import GIB
 from .model_files import save_model
 from .plan import Plan
 from .rank_state import rank_path, rank_state

@@ -9,9 +9,9 @@ import torch
 from ..checkpoints.folders import METRICS_FILE, list_checkpoints
 from ..data import SampleOrder, TokenWindows
 from ..data.store import TokenSource
+from ..models.cost import flops_per_token, peak_flops
 from .batches import MicroBatches
 from .checkpoint import CheckpointWriter
-from .cost import flops_per_token, peak_flops
 from .launch import StopRequest, World
 from .metrics import MetricsFile, WandbRun
 from .plan import Plan

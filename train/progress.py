@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from .cost import GIB
+from .memory import GIB
 
 WINDOW = 20  # steps over which the speed is averaged
 LOG_INTERVAL = 10.0  # seconds between lines where there is no terminal
@@ -21,7 +21,7 @@ class Speedometer:
 
     Args:
         positions_per_step: of all ranks.
-        flops_per_position: see `sinklm.train.cost.flops_per_token`.
+        flops_per_position: see `sinklm.models.cost.flops_per_token`.
         peak_flops: of all ranks' devices together; None where it is not known.
     """
 

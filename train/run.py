@@ -13,19 +13,19 @@ from pathlib import Path
 import torch
 
 from ..checkpoints.folders import CONFIG_FILE, ENVIRONMENT_FILE, interrupted_checkpoints
+from ..checkpoints.warm_start import check_tokenizer, load_weights
 from ..data import TokenWindows, open_store
 from ..data.store import TokenSource
 from ..files import locked, write_json
 from ..models import SinkGPTNeoXForCausalLM
+from ..models.cost import count_parameters
 from .batches import open_windows
 from .config import TrainingConfig
-from .cost import count_parameters
 from .launch import SameOnAllRanks, World, connected
 from .plan import Plan
 from .progress import RunProgress
 from .recipe import config_yaml, load_config
 from .summary import describe_run, dry_run
-from .warm_start import check_tokenizer, load_weights
 
 LARGEST_DRAWN_ON_CPU = 1_000_000_000  # parameters
 LOCK_NAME = "lock"

@@ -9,9 +9,10 @@ from rich.table import Table
 
 from ..data import TokenWindows, open_store
 from ..data.store import TokenSource
+from ..models.cost import count_parameters, flops_per_token
 from .batches import open_windows
 from .config import TrainingConfig
-from .cost import GIB, count_parameters, estimate_memory, flops_per_token
+from .memory import GIB, estimate_memory
 from .plan import Plan
 from .progress import human
 from .recipe import config_yaml

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sinklm.models import SinkGPTNeoXForCausalLM
-from sinklm.train.cost import count_parameters, flops_per_token
+from sinklm.models.cost import count_parameters, flops_per_token
 from sinklm.train.plan import Plan
 from sinklm.train.recipe import load_config, recipe_names
 from sinklm.train.summary import dry_run

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from sinklm.models import SinkGPTNeoXForCausalLM
-from sinklm.train.cost import estimate_memory, flops_per_token
+from sinklm.models.cost import flops_per_token
+from sinklm.train.memory import estimate_memory
 from sinklm.train.plan import Plan
 from sinklm.train.recipe import load_config
 

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoConfig, GPTNeoXConfig
 from transformers.utils import cached_file
 
-from ..checkpoints.folders import resolve_model_folder
-from ..data.tokenizer import load_tokenizer_file
 from ..models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM
+from .folders import resolve_model_folder
 
 SIZES = (
     "hidden_size",
@@ -41,7 +41,7 @@ def check_tokenizer(name_or_path: str | Path, tokenizer_path: Path) -> None:
         found = cached_file(resolve_model_folder(name_or_path), "tokenizer.json")
     except OSError:
         return  # there is none, or no model: `load_weights` will say so
-    theirs, ours = load_tokenizer_file(found), load_tokenizer_file(tokenizer_path)
+    theirs, ours = Tokenizer.from_file(found), Tokenizer.from_file(str(tokenizer_path))
     for i in range(min(theirs.get_vocab_size(), ours.get_vocab_size())):
         if theirs.id_to_token(i) != ours.id_to_token(i):
             raise ValueError(
