@@ -121,7 +121,7 @@ def make_engine(
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     try:
-        with silent_stdout():
+        with silent_stdout(), deepspeed_patches.no_memory_reports(config):
             engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=make_optimizer(model, config.optimizer),
