@@ -58,7 +58,7 @@ def loss_figure(runs: Runs) -> Figure:
     losses.set_yscale("log")
     losses.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     losses.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
-    relative.set_ylabel("Above vanilla's (%)")
+    relative.set_ylabel("Loss relative to vanilla, same seed (%)")
     relative.axhline(0, color=COLOURS[0], linewidth=0.8)
     _finish(figure, losses, relative)
     return figure
@@ -76,9 +76,9 @@ def sinks_figure(runs: Runs) -> Figure | None:
     for axes, (what, found) in zip(panels, curves.items(), strict=True):
         for name, curve in found.items():
             axes.plot(*_columns(curve), **style_of(name, runs))
-        axes.set_title(what, fontsize=9)
+        axes.set_title(f"on {'' if what.startswith('no') else 'the '}{what}", fontsize=9)
     epsilon = next(iter(measured.values()))["epsilon"]
-    panels[0].set_ylabel(f"Sink rate (%), ε = {epsilon:g}")
+    panels[0].set_ylabel(f"Heads with attention > {epsilon:g} (%)")
     _finish(figure, *panels, legend_of=panels[list(curves).index("first text token")])
     return figure
 
@@ -106,6 +106,7 @@ def forming_figure(runs: Runs) -> Figure | None:
         for name, run in measured.items():
             axes.plot(*_columns(cost_over_training(run, i)), **style_of(name, runs))
         axes.set_ylabel(_cost_label(measured, i))
+        axes.set_title(("no token kept", "one token kept")[i], fontsize=9)
     _finish(figure, *panels)
     return figure
 
@@ -124,7 +125,7 @@ def depth_figure(runs: Runs) -> Figure | None:
             style = style_of(name, runs) | {"color": COLOURS[depths.index(layers[name]) % len(COLOURS)]}
             style["label"] = f"{layers[name]} layers" + (", second seed" if style["linestyle"] == "--" else "")
             axes.plot(*_columns(cost_over_training(measured[name], 0)), **style)
-        axes.set_title(arm, fontsize=9)
+        axes.set_title({"vanilla": "no sink token (vanilla)", "learnable-sink": "one sink token"}[arm], fontsize=9)
     panels[0].set_ylabel(_cost_label(measured, 0))
     _finish(figure, *panels, legend_of=max(panels, key=lambda axes: len(axes.lines)))
     return figure
@@ -132,7 +133,7 @@ def depth_figure(runs: Runs) -> Figure | None:
 
 def _cost_label(runs: Runs, cache: int) -> str:
     caches = list(next(iter(runs.values()))["forming"]["checkpoints"][0]["perplexity"])
-    return f"Perplexity, {caches[cache]} over {caches[-1]}"
+    return f"Perplexity ratio, {caches[cache]} / {caches[-1]}"
 
 
 def streaming_figure(runs: Runs) -> Figure | None:
@@ -151,7 +152,7 @@ def streaming_figure(runs: Runs) -> Figure | None:
         axes.tick_params(labelbottom=i + NUM_COLUMNS >= len(measured))
         axes.set_visible(i < len(measured))
     figure.supxlabel("Position in the text (tokens, log scale)", fontsize=9)
-    figure.supylabel(f"Loss above {largest}'s (nats per token)", fontsize=9)
+    figure.supylabel(f"Extra loss compared with cache {largest} (nats)", fontsize=9)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 
@@ -164,7 +165,7 @@ def _draw_costs(axes: Axes, report: dict[str, Any]) -> str:
     for i, cache in enumerate(smaller, start=1):
         curve = _columns(cost_by_position(report, cache, largest))
         width = 2.8 - 0.6 * i  # equal ones stay visible
-        axes.plot(*curve, color=COLOURS[i], linewidth=width, label=f"cache {cache}")
+        axes.plot(*curve, color=COLOURS[i], linewidth=width, label=f"{cache.partition('+')[0]} kept (cache {cache})")
     axes.axhline(0, color="0.5", linewidth=0.8, zorder=0)
     axes.grid(axis="y", linewidth=0.4, alpha=0.5)
     return largest

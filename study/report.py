@@ -75,7 +75,7 @@ def perplexity(runs: Runs) -> str:
         return ""
     caches = [cache for cache in next(iter(runs.values()))["streaming"]["perplexity"] if cache != "dense"]
     zero, one, most = caches[0], caches[1], caches[-1]
-    headers = ("", "validation loss", "over vanilla's", *caches, f"{zero} / {most}", f"{one} / {most}")
+    headers = ("", "validation loss", "relative to vanilla", *caches, f"{zero} / {most}", f"{one} / {most}")
     lines = [_row(*headers), _rule(len(headers) - 1)]
     for name, run in runs.items():
         found = run["streaming"]["perplexity"]
@@ -106,7 +106,7 @@ def _shares(report: dict[str, Any], what: str) -> tuple[str, str]:
 
 def activations(runs: Runs) -> str:
     """What stands at the token that has the most attention of the named ones, against other positions."""
-    headers = ("token", "hidden state: norm", "its largest entry", "value: norm", "key: cosine", "other keys: cosine")
+    headers = ("token", "hidden state: norm", "largest entry", "value: norm", "key: cosine", "other keys: cosine")
     lines = [_row("", *headers), _rule(len(headers))]
     for name, run in runs.items():
         if "sinks" not in run:
@@ -145,7 +145,8 @@ def zero_shot(runs: Runs) -> str:
 
 def tried(runs: Runs) -> str:
     """Every run with its settings, and what formed in four steps of its training."""
-    headers = ("M tokens", "positions", "lr", "decay", "validation loss", "sink", "sink rate, %", "0+ / 4+", "1+ / 4+")
+    headers = ("M tokens", "positions", "learning rate", "weight decay", "validation loss")
+    headers += ("sink position", "sink rate, %", "0+ / 4+", "1+ / 4+")
     lines = [_row("", *headers), _rule(len(headers))]
     for name, run in runs.items():
         if "sinks" not in run:
