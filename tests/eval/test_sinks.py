@@ -508,7 +508,7 @@ def test_mistakes_are_named(run, book, tmp_path, checkpoints):
         sinks(model)
     with pytest.raises(ValueError, match="either --text or --store"):
         sinks(model, [book], store=tmp_path)
-    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+    with pytest.raises(ValueError, match="has no complete checkpoint"):
         sinks(model, [book], checkpoints=True)
     with pytest.raises(FileNotFoundError, match=r"--text nobook\.txt cannot be read: No such file"):
         sinks(model, [Path("nobook.txt")])
