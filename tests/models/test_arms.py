@@ -99,7 +99,7 @@ def test_a_cache_gives_the_logits_of_one_forward_pass(kind):
 @every_arm
 @pytest.mark.parametrize("unequal", [False, True], ids=["one length", "unequal lengths"])
 @pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 4}], ids=str)
-def test_generation_writes_what_it_writes_without_a_cache(kind, unequal, cache):
+def test_generation_equals_that_without_a_cache(kind, unequal, cache):
     if unequal and "prefill_chunk_size" in cache:
         pytest.skip("transformers' chunked prefill does not support padding")
     model = tiny_arm(kind, eos_token_id=None)
@@ -221,7 +221,7 @@ def test_weights_without_a_parameter_of_the_configuration_are_an_error(tmp_path)
 
 
 @every_arm
-def test_the_same_seed_gives_an_arm_the_first_weights_of_the_plain_model(kind):
+def test_with_the_same_seed_an_arm_starts_from_the_weights_of_the_plain_model(kind):
     plain, arm = (seeded(SinkGPTNeoXForCausalLM, tiny_config(0, sink={"kind": k})) for k in ("none", kind))
     weights = arm.state_dict()
     assert all(torch.equal(weights[name], weight) for name, weight in plain.state_dict().items())

@@ -80,7 +80,7 @@ def test_without_gradients():
         torch.testing.assert_close(linear_cross_entropy(*given), plain(*given))
 
 
-def test_autocast_lowers_the_matrix_products_alone():
+def test_autocast_affects_only_the_matrix_products():
     given = inputs(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         ours, expected = results(linear_cross_entropy, *given), results(plain, *given)

@@ -51,7 +51,7 @@ def test_invalid_sizes_are_an_error(model, settings, message):
         ("bloom", "was not tested"),
     ],
 )
-def test_models_whose_positions_cannot_be_moved_are_refused_by_name(model_type, message):
+def test_models_whose_positions_cannot_be_moved_are_an_error(model_type, message):
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
     if model_type == "opt":
         small |= {"ffn_dim": 16, "word_embed_proj_dim": 16}
@@ -61,7 +61,7 @@ def test_models_whose_positions_cannot_be_moved_are_refused_by_name(model_type, 
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
-def test_frequencies_that_change_with_length_are_refused(rope_type):
+def test_frequencies_that_change_with_length_are_an_error(rope_type):
     rope = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 64}
     if rope_type == "longrope":
         rope |= {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
@@ -70,14 +70,14 @@ def test_frequencies_that_change_with_length_are_refused(rope_type):
         for_model(other)
 
 
-def test_a_cache_wider_than_the_models_own_window_is_refused():
+def test_a_cache_wider_than_the_models_own_window_is_an_error():
     other = tiny.build(tiny.config("mistral:sliding"))
     for_model(other, num_kept=4, window=9)
     with pytest.raises(ValueError, match="num_kept \\+ window must be at most 13"):
         for_model(other, num_kept=4, window=10)
 
 
-def test_a_model_on_several_devices_is_refused(model):
+def test_a_model_on_several_devices_is_an_error(model):
     model.gpt_neox.layers[1].to("meta")
     with pytest.raises(ValueError, match=r"several devices \(cpu, meta\)"):
         for_model(model)
@@ -95,7 +95,7 @@ def test_a_model_can_be_saved_whole_while_it_streams(model, tmp_path):
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama", "falcon", "mpt", "gptj"])
 @pytest.mark.parametrize("num_tokens", [1, 5])
-def test_a_cache_of_another_model_is_refused(model, family, num_tokens):
+def test_a_cache_of_another_model_is_an_error(model, family, num_tokens):
     cache = for_model(model)
     run(model, tiny.random_ids(4), cache)
     other = tiny.build(tiny.config(family))
@@ -104,7 +104,7 @@ def test_a_cache_of_another_model_is_refused(model, family, num_tokens):
             run(stranger, tiny.random_ids(num_tokens), cache)
 
 
-def test_right_padding_and_other_masks_are_refused(model):
+def test_right_padding_and_other_masks_are_an_error(model):
     ids = tiny.random_ids(4, batch_size=2)
     with pytest.raises(ValueError, match="padded on the right"):
         run(model, ids, for_model(model), attention_mask=torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]))
@@ -114,14 +114,14 @@ def test_right_padding_and_other_masks_are_refused(model):
         run(model, ids, for_model(model), attention_mask=torch.ones(2, 3))
 
 
-def test_generating_without_use_cache_is_refused():
+def test_generating_without_use_cache_is_an_error():
     """It is MPT's default, and `generate` would pass the whole text again at each step."""
     other = tiny.build(tiny.config("mpt"))
     with pytest.raises(ValueError, match="pass use_cache=True"):
         other.generate(tiny.random_ids(3), past_key_values=for_model(other), max_new_tokens=3)
 
 
-def test_another_batch_size_is_refused_until_reset(model):
+def test_another_batch_size_is_an_error_until_reset(model):
     cache = for_model(model)
     run(model, tiny.random_ids(4, batch_size=2), cache)
     with pytest.raises(ValueError, match="has 2 streams, but the batch has 3 rows"):
@@ -156,7 +156,7 @@ def test_crop_removes_tokens_until_one_has_left_the_cache(model):
         cache.crop(-1)
 
 
-def test_crop_is_refused_after_padding(model):
+def test_crop_is_an_error_after_padding(model):
     """Of the last two inputs, one row would lose two tokens and the other only one."""
     cache, ids = for_model(model), tiny.random_ids(5, batch_size=2)
     run(model, ids[:, :3], cache)
@@ -173,7 +173,7 @@ def test_the_error_of_crop_names_the_features_that_need_it(model):
 
 
 @pytest.mark.parametrize("build", [lambda: tiny.build(tiny.config("llama")), lambda: tiny_model(num_sinks=1)])
-def test_generating_from_the_new_turn_alone_is_refused(build):
+def test_generating_from_only_the_new_turn_is_an_error(build):
     model, settings = build(), {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "use_cache": True}
     cache = for_model(model)
     text = model.generate(tiny.random_ids(9), past_key_values=cache, **settings)
@@ -195,7 +195,7 @@ def test_a_row_may_have_no_token_in_a_turn(model):
         torch.testing.assert_close(last[row], expected, rtol=0, atol=1e-5)
 
 
-def test_attention_weights_and_saving_are_refused(model, tmp_path):
+def test_attention_weights_and_saving_are_an_error(model, tmp_path):
     cache = for_model(model)
     with pytest.raises(ValueError, match="output_attentions"):
         run(model, tiny.random_ids(4), cache, output_attentions=True)
@@ -205,7 +205,7 @@ def test_attention_weights_and_saving_are_refused(model, tmp_path):
         copy.copy(cache)
 
 
-def test_a_backward_pass_is_refused(model):
+def test_a_backward_pass_is_an_error(model):
     ids = tiny.random_ids(6)
     loss = model(ids, labels=ids, past_key_values=for_model(model)).loss
     with pytest.raises(ValueError, match="no gradients"):

@@ -23,7 +23,7 @@ def generator(model, num_kept=2, window=9, **sampling) -> Generator:
 
 @pytest.mark.parametrize("num_sinks", [0, 2])
 @pytest.mark.parametrize("prompt_length", [1, 5, 30])
-def test_the_loop_writes_what_generate_writes(num_sinks, prompt_length):
+def test_the_loop_writes_the_same_text_as_generate(num_sinks, prompt_length):
     model, ids = tiny_model(num_sinks), text(1, prompt_length)
     cache = StreamingCache.for_model(model, num_kept=2, window=9)
     expected = model.generate(
