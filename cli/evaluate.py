@@ -182,7 +182,7 @@ def whole_numbers(option: str, text: str) -> list[int]:
     try:
         return sorted({int(part) for part in text.split(",")})
     except ValueError as error:
-        raise ValueError(f"{option} is {text!r}: write whole numbers, separated by commas") from error
+        raise ValueError(f"{option} is {text!r}: it must be whole numbers separated by commas") from error
 
 
 def _ask_all(
