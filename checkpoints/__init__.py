@@ -1,4 +1,4 @@
-"""Folders of runs and checkpoints: what lies in them, loading, export, and the model card of an export."""
+"""Folders of runs and checkpoints: their layout, loading, export and model cards."""
 
 from .loading import load_model, load_tokenizer
 

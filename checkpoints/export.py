@@ -1,7 +1,7 @@
-"""Turn a trained checkpoint into a plain ``GPTNeoXForCausalLM`` folder that needs no code of ours.
+"""Export a trained checkpoint as a plain ``GPTNeoXForCausalLM`` folder that works without sinklm.
 
-A sink token is an ordinary vocabulary id, so the weights stay as they are. What changes is the configuration, and the
-tokenizer, which puts the sinks in front of every text where our model did so by itself.
+A sink token is an ordinary vocabulary id, so the weights do not change. Only the configuration and
+the tokenizer change: the exported tokenizer prepends the sinks, which the sinklm model does itself.
 """
 
 import json
@@ -26,21 +26,22 @@ EXPORTABLE_KINDS = ("none", "token")
 
 
 def export_model(checkpoint: str | Path, output: str | Path) -> Path:
-    """Write ``checkpoint`` as a plain GPT-NeoX folder: weights, configuration, tokenizer, model card.
+    """Write a checkpoint as a plain GPT-NeoX folder: weights, configuration, tokenizer, model card.
 
-    The folder appears under its name only when it is complete. An older export of that name is replaced.
+    The folder gets its final name only when it is complete, and replaces an older export.
 
     Args:
-        checkpoint: what `load_model` takes: a run, a checkpoint or a folder of a sinklm model.
-        output: the folder to make.
+        checkpoint: a run, a checkpoint or the folder of a sinklm model, as for `load_model`.
+        output: the folder to create.
 
     Returns:
         ``output`` as a path.
 
     Raises:
-        ValueError: if the model cannot be expressed as plain GPT-NeoX, or its tokenizer does not fit its sinks.
-        FileExistsError: if ``output`` holds something that is not an export.
-        OSError: if writing fails; nothing half-written is left and an older export stays.
+        ValueError: plain GPT-NeoX does not support the model, or its tokenizer does not match its
+            sinks.
+        FileExistsError: ``output`` exists and is not an export.
+        OSError: writing failed. No partial files remain, and an older export is unchanged.
     """
     output = Path(output)
     _check_replaceable(output)
@@ -60,19 +61,19 @@ def export_model(checkpoint: str | Path, output: str | Path) -> Path:
     except FileNotFoundError:  # the checkpoint has no tokenizer
         raise
     except (SafetensorError, OSError) as error:
-        raise OSError(f"the export cannot be written below {output.absolute().parent}: {error}") from error
+        raise OSError(f"cannot write the export to {output.absolute().parent}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return output
 
 
 def sink_names(num_sinks: int) -> list[str]:
-    """``<|sink|>``, ``<|sink2|>``, …: what the tokenizer of an export calls the sinks."""
+    """Return the names of the sinks in an exported tokenizer: ``<|sink|>``, ``<|sink2|>``, …"""
     return ["<|sink|>", *(f"<|sink{i}|>" for i in range(2, num_sinks + 1))][:num_sinks]
 
 
 def is_export(folder: Path) -> bool:
-    """Whether `export_model` wrote this folder: plain GPT-NeoX whose configuration tells of its sinks."""
+    """Whether `export_model` wrote this folder: a GPT-NeoX configuration with the key ``sink``."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -84,24 +85,22 @@ def _check_replaceable(output: Path) -> None:
     if not output.exists() or is_export(output):
         return
     if not output.is_dir() or any(output.iterdir()):
-        raise FileExistsError(f"{output} exists and is not an export of sinklm: name another folder, or remove it")
+        raise FileExistsError(f"{output} exists and is not an export of sinklm: choose another output folder")
 
 
 def _exportable_config(model: PreTrainedModel, checkpoint: str | Path) -> SinkGPTNeoXConfig:
     if not isinstance(model.config, SinkGPTNeoXConfig):
-        raise ValueError(
-            f"{checkpoint} is a {type(model).__name__}, not a model trained by sinklm: there is nothing to convert"
-        )
+        raise ValueError(f"{checkpoint} is a {type(model).__name__}, not a model trained by sinklm: it needs no export")
     if model.config.sink_kind not in EXPORTABLE_KINDS:
         raise ValueError(
-            f"{checkpoint} has sink.kind {model.config.sink_kind!r}, which plain GPT-NeoX cannot compute: only the "
+            f"{checkpoint} has sink.kind {model.config.sink_kind!r}, which plain GPT-NeoX does not support: only the "
             f"kinds {' and '.join(EXPORTABLE_KINDS)} can be exported"
         )
     return model.config
 
 
 def _write_model(model: PreTrainedModel, config: SinkGPTNeoXConfig, folder: Path) -> None:
-    """Weights in safetensors under their usual names, ``config.json`` and ``generation_config.json``."""
+    """Write the weights (safetensors), ``config.json`` and ``generation_config.json``."""
     plain_config = _plain_config(config)
     with torch.device("meta"):
         plain = GPTNeoXForCausalLM(plain_config)
@@ -115,14 +114,14 @@ def _write_model(model: PreTrainedModel, config: SinkGPTNeoXConfig, folder: Path
         plain.save_pretrained(folder)
 
     path = folder / "config.json"
-    for weights in folder.glob("*.safetensors"):  # safetensors makes them readable by their owner alone
+    for weights in folder.glob("*.safetensors"):  # safetensors creates files that only the owner can read
         shutil.copymode(path, weights)
     written = json.loads(path.read_text(encoding="utf-8"))
     write_json(path, written | _older_keys(plain_config) | {"sink": config.sink}, sort_keys=True)
 
 
 def _plain_config(config: SinkGPTNeoXConfig) -> GPTNeoXConfig:
-    """The same architecture for ``GPTNeoXForCausalLM``; its begin-of-text token is the first sink."""
+    """Return the configuration for ``GPTNeoXForCausalLM``; its BOS token is the first sink."""
     ours = {"sink", "model_type", "architectures", "transformers_version"}
     fields = {key: value for key, value in config.to_dict().items() if key not in ours}
     if config.num_sinks:
@@ -131,7 +130,7 @@ def _plain_config(config: SinkGPTNeoXConfig) -> GPTNeoXConfig:
 
 
 def _older_keys(config: GPTNeoXConfig) -> dict[str, Any]:
-    """The rotary settings under the names that transformers 4 and llama.cpp read."""
+    """Return the rotary settings under the names that transformers 4 and llama.cpp use."""
     rope = dict(config.rope_parameters or {})
     keys = {
         "rotary_emb_base": rope.pop("rope_theta"),
@@ -142,10 +141,10 @@ def _older_keys(config: GPTNeoXConfig) -> dict[str, Any]:
 
 
 def _write_tokenizer(checkpoint: str | Path, config: SinkGPTNeoXConfig, folder: Path) -> None:
-    """``tokenizer.json`` whose template puts the sinks first, and a ``tokenizer_config.json`` all transformers read.
+    """Write ``tokenizer.json``, whose template prepends the sinks, and ``tokenizer_config.json``.
 
-    Both are written by hand: ``save_pretrained`` of transformers 5 names a class that transformers 4 does not know, and
-    its ``GPTNeoXTokenizer`` drops the template.
+    ``save_pretrained`` is not used: in transformers 5 it writes a class name that transformers 4
+    does not have, and its ``GPTNeoXTokenizer`` drops the template.
     """
     trained = load_tokenizer(checkpoint)
     backend = Tokenizer.from_file(str(cached_file(resolve_model_folder(checkpoint), "tokenizer.json")))
@@ -153,7 +152,7 @@ def _write_tokenizer(checkpoint: str | Path, config: SinkGPTNeoXConfig, folder: 
     names = name_sinks(backend, config.sink_token_ids)
     if names:
         _put_sinks_first(backend, names, config.sink_token_ids)
-    (folder / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")  # `save` hides OSErrors
+    (folder / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")  # `save` raises no OSError
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": names[0] if names else end_of_text,
@@ -163,24 +162,24 @@ def _write_tokenizer(checkpoint: str | Path, config: SinkGPTNeoXConfig, folder: 
         "clean_up_tokenization_spaces": False,
         "model_max_length": config.max_position_embeddings,
     }
-    if len(names) == 1:  # with more, transformers 5 would take it as leave to replace the template by one token
+    if len(names) == 1:  # with several sinks, transformers 5 would replace the template by a single token
         settings["add_bos_token"] = True
     write_json(folder / "tokenizer_config.json", settings, sort_keys=True)
 
 
 def name_sinks(backend: Tokenizer, token_ids: list[int]) -> list[str]:
-    """Give the sinks their names in a tokenizer, so that their ids are taken. Returns the names.
+    """Add the sinks to a tokenizer as special tokens and return their names.
 
     Raises:
-        ValueError: the tokenizer's next ids are not ``token_ids``.
+        ValueError: the tokenizer's next free ids are not ``token_ids``.
     """
     names = sink_names(len(token_ids))
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     given = [backend.token_to_id(name) for name in names]
     if given != token_ids:
         raise ValueError(
-            f"the tokenizer numbers its next tokens {given} but the model's sinks are {token_ids}: this is not the "
-            f"tokenizer that the model was trained with"
+            f"the tokenizer's next free ids are {given}, but the model's sinks have the ids {token_ids}: this is not "
+            "the tokenizer that the model was trained with"
         )
     return names
 

@@ -1,18 +1,18 @@
-"""The one description of a run's folder and of a checkpoint in it.
+"""Layout of the folder of a training run and of its checkpoints.
 
 ::
 
     <run>/
-        config.yaml           the resolved recipe of the last start
+        config.yaml           resolved recipe of the last start
         environment.json      library versions and devices
-        metrics.jsonl         a line for each step
+        metrics.jsonl         one line per step
         checkpoints/step-<N>/
-            deepspeed/        weights, optimizer and counters, in DeepSpeed's own format
-            rng/              the random states of every rank
-            model/            the weights as a transformers folder (safetensors), for evaluation and export
-            config.yaml       the resolved recipe
+            deepspeed/        weights, optimizer and counters in DeepSpeed's format
+            rng/              random states of all ranks
+            model/            transformers folder (safetensors) for evaluation and export
+            config.yaml       resolved recipe
             state.json        `CheckpointState`
-            COMPLETE          written last; without it the checkpoint is never loaded
+            COMPLETE          written last; a checkpoint without it is never loaded
 """
 
 import json
@@ -34,9 +34,9 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """``state.json``: how far a checkpoint is, on which data, and what DeepSpeed's files in it fit.
+    """``state.json``: progress and data of a checkpoint, and the layout of its DeepSpeed files.
 
-    ``optimizer_layout`` is None in checkpoints that are older than the key.
+    ``optimizer_layout`` is None in checkpoints from before this key existed.
     """
 
     step: int
@@ -53,20 +53,23 @@ class CheckpointState:
 
 
 def read_state(checkpoint: Path) -> CheckpointState:
-    """What ``state.json`` says.
+    """Read ``state.json``.
 
     Raises:
-        ValueError: it is damaged, or of another version.
+        ValueError: the file is damaged or has another format version.
     """
     path = checkpoint / STATE_FILE
-    damage = ValueError(f"{path} is damaged: delete {checkpoint} to go on from an older one")
+    damage = ValueError(f"{path} is damaged: delete {checkpoint} to continue from an older checkpoint")
     try:
         values = json.loads(path.read_bytes())
         version = values.get("format_version", FORMAT_VERSION)
     except (ValueError, AttributeError) as error:
         raise damage from error
     if version != FORMAT_VERSION:
-        raise ValueError(f"{path} has a format_version that this sinklm cannot read: use the version that wrote it")
+        raise ValueError(
+            f"{path} has format_version {version!r}, this sinklm reads {FORMAT_VERSION}: use the version of sinklm "
+            "that wrote it"
+        )
     known = {field.name: field.type for field in fields(CheckpointState)}
     try:
         state = CheckpointState(**{name: value for name, value in values.items() if name in known})
@@ -78,7 +81,7 @@ def read_state(checkpoint: Path) -> CheckpointState:
 
 
 def list_checkpoints(run: Path) -> dict[int, Path]:
-    """The complete checkpoints of a run by their step, ascending."""
+    """Return the complete checkpoints of a run by step, in ascending order."""
     found = {
         int(match[1]): path
         for path in (run / CHECKPOINTS_FOLDER).glob("step-*")
@@ -88,39 +91,46 @@ def list_checkpoints(run: Path) -> dict[int, Path]:
 
 
 def interrupted_checkpoints(run: Path) -> list[Path]:
-    """Folders of checkpoints that were never completed."""
+    """Return the folders of incomplete checkpoints."""
     return sorted(path for path in (run / CHECKPOINTS_FOLDER).glob("step-*") if not (path / COMPLETE_MARKER).exists())
 
 
 def resolve_model_folder(name_or_path: str | Path) -> str:
-    """The transformers folder that ``name_or_path`` stands for, or the name itself if it is not a local path.
+    """Return the transformers folder for ``name_or_path``, or the name itself if it is not a path.
 
     Raises:
-        FileNotFoundError: it is a path without a model, or its checkpoints are not complete.
+        FileNotFoundError: the path does not exist or has no model or no complete checkpoint.
     """
     path = Path(name_or_path)
     if not path.exists():
         if is_local(name_or_path):
-            raise FileNotFoundError(f"{path}: no such folder")
+            raise FileNotFoundError(f"{path}: no such folder; check the path")
         return str(name_or_path)
     if (path / "config.json").exists():
         return str(path)
     if (path / CHECKPOINTS_FOLDER).is_dir():
         complete = list_checkpoints(path)
         if not complete:
-            raise FileNotFoundError(f"{path / CHECKPOINTS_FOLDER} holds no complete checkpoint")
+            raise FileNotFoundError(
+                f"{path / CHECKPOINTS_FOLDER} has no complete checkpoint: wait until the run has saved one"
+            )
         path = complete[max(complete)]
     if (path / MODEL_FOLDER / "config.json").exists():
         if not (path / COMPLETE_MARKER).exists():
             raise FileNotFoundError(
-                f"{path} is an interrupted checkpoint (it has no {COMPLETE_MARKER} file): take an older one"
+                f"{path} is an incomplete checkpoint (it has no {COMPLETE_MARKER} file): use an older one"
             )
         return str(path / MODEL_FOLDER)
-    raise FileNotFoundError(f"{path} holds neither a transformers model (config.json) nor a training checkpoint")
+    raise FileNotFoundError(
+        f"{path} contains neither a transformers model (config.json) nor a training checkpoint: check the path"
+    )
 
 
 def is_local(name_or_path: str | Path) -> bool:
-    """Whether a name that may be one on the Hub is a path: it says so, or begins with a folder of training runs."""
+    """Whether a name is a local path and not a name on the Hub.
+
+    It is if it looks like a path or its parent folder contains training runs.
+    """
     path = Path(name_or_path)
     says_so = path.is_absolute() or str(name_or_path).startswith(".") or str(name_or_path).count("/") > 1
     return says_so or (len(path.parts) > 1 and any(path.parent.glob(f"*/{CHECKPOINTS_FOLDER}")))

@@ -1,4 +1,4 @@
-"""The README of an exported model: what it is, how it was trained, how to load and stream it."""
+"""The README of an exported model: architecture, training, loading and streaming."""
 
 import json
 from importlib import metadata
@@ -42,7 +42,8 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_spec
 
 {notes}## Stream
 
-Text without end, in constant memory: the cache keeps {num_kept_words} and the {window} most recent tokens.
+Generate text of any length in constant memory: the cache keeps {num_kept_words} and the {window} most \
+recent tokens.
 
 ```python
 from sinklm import StreamingCache
@@ -53,19 +54,23 @@ model.generate(**inputs, past_key_values=cache, max_new_tokens=10_000)
 
 ## Licence
 
-Whoever publishes this model chooses its licence. The texts it was trained on have licences of their own.
+The publisher of this model chooses its licence. The training texts have their own licences.
 """
 
 SINK_NOTES = """\
-The model was trained with {names} in front of every text, as a place for surplus attention. The tokenizer puts it there
-by itself; keep it in fine-tuning (no `add_special_tokens=False`) and wherever long texts are cut on the left. It is
-never generated (`suppress_tokens` in `generation_config.json`).
+The model was trained with {names} in front of every text, as a place for surplus attention. The
+tokenizer adds it automatically. Keep it in fine-tuning (no `add_special_tokens=False`) and when long
+texts are truncated on the left. It is never generated (`suppress_tokens` in
+`generation_config.json`).
 
 """
 
 
 def model_card(model: PreTrainedModel, folder: Path, name: str, sink_names: list[str]) -> str:
-    """Markdown for a model that was loaded from ``folder``; facts of the run are in it if the run folder is around."""
+    """Return the model card (Markdown) of a model that was loaded from ``folder``.
+
+    It includes facts about the training run if ``folder`` is in a run folder.
+    """
     num_sinks = len(sink_names)
     num_kept = num_sinks or 4
     window = model.config.max_position_embeddings // 2 - num_kept
@@ -99,7 +104,7 @@ def architecture_facts(model: PreTrainedModel) -> dict[str, str]:
 
 
 def run_facts(folder: Path) -> dict[str, str]:
-    """How the model in ``<run>/checkpoints/step-<N>/model`` was trained, as far as files beside it tell."""
+    """Return facts about the training of ``<run>/checkpoints/step-<N>/model`` from its files."""
     checkpoint, run = folder.absolute().parent, folder.absolute().parents[2]
     if not (checkpoint / STATE_FILE).exists():
         return {"Exported by": f"sinklm {metadata.version('sinklm')}"}
@@ -120,7 +125,7 @@ def run_facts(folder: Path) -> dict[str, str]:
 
 
 def _loss_facts(metrics: Path, num_steps: int) -> dict[str, str]:
-    """The newest training and validation loss that were logged up to the checkpoint's step."""
+    """Return the last training and validation loss logged up to the checkpoint's step."""
     if not metrics.exists():
         return {}
     newest: dict[str, Any] = {}
@@ -133,7 +138,7 @@ def _loss_facts(metrics: Path, num_steps: int) -> dict[str, str]:
 
 
 def _data_facts(store: Path) -> dict[str, str]:
-    """The sets of the token store that the run read, with their share of its training tokens."""
+    """Return the sets of the run's token store with their shares of the training tokens."""
     if not (store / "manifest.json").exists():
         return {}
     train = json.loads((store / "manifest.json").read_text(encoding="utf-8"))["splits"]["train"]

@@ -1,4 +1,4 @@
-"""Start from the weights of another model."""
+"""Start training from the weights of another model."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,10 @@ SIZES = (
 
 
 def architecture(config: GPTNeoXConfig) -> dict[str, Any]:
-    """What the weights were trained for, by the recipe's keys; another rotary share would load and compute nonsense."""
+    """Return the architecture that the weights require, by the recipe's keys.
+
+    Rotary settings are included: weights load with other settings too, but the output is wrong.
+    """
     rope: dict[str, Any] = dict(config.rope_parameters or {})
     return {size: getattr(config, size) for size in SIZES} | {
         "parallel_residual": config.use_parallel_residual,
@@ -32,51 +35,53 @@ def architecture(config: GPTNeoXConfig) -> dict[str, Any]:
 
 
 def check_tokenizer(name_or_path: str | Path, tokenizer_path: Path) -> None:
-    """Compare a model's tokenizer, if it comes with one, with that of the data.
+    """Compare a model's tokenizer, if it has one, with that of the data.
 
     Raises:
-        ValueError: some id is another token there.
+        ValueError: an id is a different token in the two tokenizers.
     """
     try:
         found = cached_file(resolve_model_folder(name_or_path), "tokenizer.json")
     except OSError:
-        return  # there is none, or no model: `load_weights` will say so
+        return  # no tokenizer, or no model, for which `load_weights` raises an error
     theirs, ours = Tokenizer.from_file(found), Tokenizer.from_file(str(tokenizer_path))
     for i in range(min(theirs.get_vocab_size(), ours.get_vocab_size())):
         if theirs.id_to_token(i) != ours.id_to_token(i):
             raise ValueError(
-                f"model.init_from={name_or_path} was trained with another tokenizer: token {i} is "
-                f"{theirs.id_to_token(i)!r} there, and {ours.id_to_token(i)!r} in {tokenizer_path}. Prepare the data "
-                f"with the model's: sinklm prepare … --tokenizer {found}"
+                f"model.init_from={name_or_path} was trained with another tokenizer: its token {i} is "
+                f"{theirs.id_to_token(i)!r}, but {ours.id_to_token(i)!r} in {tokenizer_path}. Prepare the data with "
+                f"the model's tokenizer: sinklm prepare … --tokenizer {found}"
             )
 
 
 def load_weights(name_or_path: str | Path, config: SinkGPTNeoXConfig) -> SinkGPTNeoXForCausalLM:
-    """A model of ``config`` in float32 with the weights of any GPT-NeoX of the same sizes.
+    """Return a float32 model of ``config`` with the weights of a GPT-NeoX of the same sizes.
 
-    What an arm adds to a plain model begins at its first value.
+    Parameters that only the arm of ``config`` has are newly initialised.
 
     Raises:
-        ValueError: it is another kind of model, or its architecture or its arm differs (the key is named).
-        FileNotFoundError: there is no such model.
+        ValueError: the other model is not GPT-NeoX, or its architecture or arm differs.
+        FileNotFoundError: no model was found.
     """
     folder = resolve_model_folder(name_or_path)
     try:
         theirs = AutoConfig.from_pretrained(folder)
     except OSError as error:
-        raise FileNotFoundError(f"model.init_from={name_or_path}: no model can be loaded ({error})") from error
+        raise FileNotFoundError(f"model.init_from={name_or_path}: cannot load a model ({error})") from error
     if theirs.model_type not in ("gpt_neox", "sink_gpt_neox"):
-        raise ValueError(f"model.init_from={name_or_path} is a {theirs.model_type}, not a GPT-NeoX")
+        raise ValueError(
+            f"model.init_from={name_or_path} has model type {theirs.model_type}: use a GPT-NeoX model, such as Pythia"
+        )
     ours, wanted = architecture(config), architecture(theirs)
     for key, value in wanted.items():
         if ours[key] != value:
             raise ValueError(
-                f"model.{key} is {ours[key]}, but model.init_from={name_or_path} has {value}: set it to that"
+                f"model.{key} is {ours[key]}, but model.init_from={name_or_path} has {value}: set model.{key}={value}"
             )
     kind = getattr(theirs, "sink_kind", "none")
     if kind not in ("none", "token", config.sink_kind):
         raise ValueError(
             f"model.sink.kind is {config.sink_kind}, but model.init_from={name_or_path} was trained with {kind}: set "
-            "it to that, or start from a model whose sink.kind is none or token"
+            f"model.sink.kind={kind}, or start from a model whose sink.kind is none or token"
         )
     return SinkGPTNeoXForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)

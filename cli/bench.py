@@ -19,17 +19,21 @@ def decode(
     model: Annotated[
         str,
         typer.Argument(
-            help="A run, checkpoint, transformers folder or name on the Hub; or a packaged recipe such as pythia-6.9b, "
-            "whose model is made with random weights.",
+            help="Training run, checkpoint, transformers folder or name on the Hugging Face Hub; or a packaged recipe "
+            "such as pythia-6.9b, whose model is created with random weights.",
             show_default=False,
         ),
     ],
-    caches: Annotated[str, typer.Option(help="Sizes, with commas between.")] = "256,512,1024,2048,4096",
-    batch_sizes: Annotated[str, typer.Option(help="Streams at a time, with commas between.")] = "1",
-    num_steps: Annotated[int, typer.Option(min=1, help="Tokens to time.")] = 200,
+    caches: Annotated[str, typer.Option(help="Cache sizes in tokens, separated by commas.")] = "256,512,1024,2048,4096",
+    batch_sizes: Annotated[str, typer.Option(help="Batch sizes (number of streams), separated by commas.")] = "1",
+    num_steps: Annotated[int, typer.Option(min=1, help="Number of decoding steps to time.")] = 200,
     output: Annotated[Path | None, typer.Option(help=OUTPUT_HELP, show_default=False)] = None,
 ) -> None:
-    """Time and memory of a token against the size of the cache: streaming, re-computation, and what lies between."""
+    """Measure time and memory of decoding a token for several cache sizes.
+
+    Compares the streaming cache with a cropped cache, with re-computation of the window, and with
+    the lower bound set by memory bandwidth.
+    """
     from ..eval.decode_speed import copy_bandwidth, measure_decoding, results_table
     from ..eval.plots import plot_decoding
     from ..eval.report import ReportFile, default_output, library_versions
@@ -37,7 +41,7 @@ def decode(
     console = Console()
     cache_sizes, batches = whole_numbers("--caches", caches), whole_numbers("--batch-sizes", batch_sizes)
     if min(cache_sizes + batches) < 1:
-        raise ValueError("--caches and --batch-sizes are counts: each is at least 1")
+        raise ValueError("--caches and --batch-sizes must be numbers of at least 1")
     loaded, description = _load(model)
     bandwidth = copy_bandwidth(loaded.device)
     folder = output or default_output(model)
@@ -52,12 +56,12 @@ def decode(
             file.keep(report)
     file.finish(report)
     plot_decoding(report, folder / "decode.png", title=f"{model}, {report['hardware']}")
-    console.print(results_table(report["results"], f"Decoding, milliseconds a token: {model}, {report['hardware']}"))
+    console.print(results_table(report["results"], f"Decoding, milliseconds per token: {model}, {report['hardware']}"))
     console.print(f"Results: {file.path}, {folder / 'decode.png'}")
 
 
 def _load(name: str) -> tuple["PreTrainedModel", dict[str, Any]]:
-    """A model and its description; the one of a recipe with random weights."""
+    """Return a model and its description; the model of a recipe has random weights."""
     from ..checkpoints import load_model
     from ..eval.report import describe_model
 
@@ -70,7 +74,7 @@ def _load(name: str) -> tuple["PreTrainedModel", dict[str, Any]]:
 
 
 def _random_model(recipe: str) -> "PreTrainedModel":
-    """The model that a recipe trains, with random weights: bfloat16 on a GPU, float32 on a CPU."""
+    """Create the model of a recipe with random weights: bfloat16 on a GPU, float32 on a CPU."""
     import torch
 
     from ..models import SinkGPTNeoXForCausalLM

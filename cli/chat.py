@@ -1,4 +1,4 @@
-"""`sinklm chat`: a conversation without end in one cache."""
+"""`sinklm chat`: a conversation in one cache, without a length limit."""
 
 import sys
 from collections.abc import Iterator
@@ -15,18 +15,19 @@ if TYPE_CHECKING:
 
 def chat(
     model: Model,
-    system: Annotated[str | None, typer.Option(help="Instructions before the first message.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 512,
+    system: Annotated[str | None, typer.Option(help="System prompt, placed before the first message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens of a reply.")] = 512,
     temperature: Temperature = 0.8,
     top_k: TopK = None,
     num_kept: NumKept = None,
     window: Window = None,
     seed: Seed = 0,
 ) -> None:
-    """Talk with a model: a line is a message, Ctrl-C cuts a reply short, Ctrl-D ends.
+    """Chat with a model. Each line is a message; Ctrl-C stops a reply, Ctrl-D ends the chat.
 
-    All turns go into one cache of constant size, and each is read once. They take the form of the tokenizer's chat
-    template; without one they are lines of plain text, and a reply is one line.
+    All turns share one cache of constant size, by default 1024 tokens or one less than the trained
+    length, and each turn is read only once. Turns are formatted with the tokenizer's chat template.
+    Without a template they are lines of plain text, and a reply is one line.
     """
     import torch
 
@@ -45,9 +46,9 @@ def chat(
 
 
 def _messages() -> Iterator[str]:
-    """Lines of stdin, empty ones left out, until it ends."""
+    """Yield the lines of stdin that are not empty."""
     if isinstance(sys.stdin, TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # a slip of the keyboard ends no conversation
+        sys.stdin.reconfigure(errors="replace")  # invalid UTF-8 must not end the conversation
     asks = sys.stdin.isatty()
     while True:
         try:
@@ -69,5 +70,5 @@ def _reply(conversation: "Chat", message: str) -> None:
             print(shown, end="", flush=True)
     except KeyboardInterrupt:
         if conversation.generator.cache.is_damaged:
-            typer.echo("The message was not read to its end: the conversation begins anew.", err=True)
+            typer.echo("Reading the message was interrupted: the next message starts a new conversation.", err=True)
     print(flush=True)

@@ -14,8 +14,12 @@ if TYPE_CHECKING:
 
     from ..eval.perplexity import Configuration, Result, TokenizedText
 
-MODEL_HELP = "A training run, a checkpoint, an export, any transformers folder, or a name on the Hub."
-OUTPUT_HELP = "Folder for the results; results/<model> if not given."
+MODEL_HELP = "Training run, checkpoint, export, transformers folder, or name on the Hugging Face Hub."
+OUTPUT_HELP = "Folder for the results; default: results/<model>."
+CACHES_HELP = (
+    "Caches as KEPT+WINDOW in tokens, separated by commas, e.g. 0+1024,4+1020; default: 0, 1, 2 and 4 kept tokens in a "
+    "cache of half the trained length."
+)
 
 Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
 Output = Annotated[Path | None, typer.Option(help=OUTPUT_HELP, show_default=False)]
@@ -23,17 +27,22 @@ Output = Annotated[Path | None, typer.Option(help=OUTPUT_HELP, show_default=Fals
 
 def zero_shot(
     model: Model,
-    tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas.")] = "sinklm_paper",
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N examples of each task.")] = None,
-    include_path: Annotated[Path | None, typer.Option(help="A folder with task files of your own.")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in the prompt.")] = None,
-    batch_size: Annotated[str, typer.Option(help="Requests at a time, or auto.")] = "8",
+    tasks: Annotated[
+        str, typer.Option(help="lm-eval tasks, separated by commas; sinklm_paper is the seven tasks of the paper.")
+    ] = "sinklm_paper",
+    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate only the first N examples of each task.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with additional lm-eval task files.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Number of few-shot examples in the prompt; default: as in the task.")
+    ] = None,
+    batch_size: Annotated[str, typer.Option(help="Number of requests per batch, or auto.")] = "8",
     max_length: Annotated[
-        int | None, typer.Option(min=2, help="Positions of a request, sinks included; the trained length if not given.")
+        int | None,
+        typer.Option(min=2, help="Maximum positions of a request, including sinks; default: the trained length."),
     ] = None,
     output: Output = None,
 ) -> None:
-    """Score a model on benchmarks through lm-eval; the paper's seven tasks if nothing is said."""
+    """Evaluate a model on zero-shot benchmarks with lm-eval."""
     if batch_size != "auto" and (not batch_size.isdecimal() or int(batch_size) < 1):
         raise ValueError(f"--batch-size is {batch_size!r}: it must be a positive number or auto")
     from ..checkpoints import load_tokenizer
@@ -61,26 +70,31 @@ def zero_shot(
 
 def streaming(
     model: Model,
-    text: Annotated[list[Path], typer.Option(help="A UTF-8 text; repeat it to join several.", show_default=False)],
-    tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of text to read; all if not given.")] = None,
-    caches: Annotated[
-        str | None,
-        typer.Option(
-            help="Kept+window, with commas between; by default 0, 1, 2 and 4 kept of half the trained length."
-        ),
+    text: Annotated[
+        list[Path], typer.Option(help="UTF-8 text file; repeat the option to join several files.", show_default=False)
+    ],
+    tokens: Annotated[
+        int | None, typer.Option(min=2, help="Number of tokens to read; default: the whole text.")
     ] = None,
+    caches: Annotated[str | None, typer.Option(help=CACHES_HELP)] = None,
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Of dense, window (0+N), streaming (S+W) and recompute.", show_default="dense, and what the caches are"
+            help="Methods, separated by commas: dense, window (caches with 0 kept tokens), streaming (caches with kept "
+            "tokens), recompute (no cache, one pass over a window per token).",
+            show_default="dense, and window or streaming as in --caches",
         ),
     ] = None,
     recompute_every: Annotated[
-        int, typer.Option(min=1, help="Score every N-th token under recompute, which runs a whole window for each.")
+        int, typer.Option(min=1, help="With recompute, score only every N-th token, because it is slow.")
     ] = 1,
     output: Output = None,
 ) -> None:
-    """Perplexity on long text under dense attention, a sliding window, kept tokens + window, and re-computation."""
+    """Measure perplexity on long text.
+
+    Compares dense attention, window attention, a streaming cache with kept tokens, and
+    re-computation of the window.
+    """
     from ..checkpoints import load_tokenizer
     from ..eval.loading import load_causal_model
     from ..eval.perplexity import (
@@ -123,20 +137,19 @@ def streaming(
 
 def stream_eval(
     model: Model,
-    num_samples: Annotated[int, typer.Option(min=1, help="Streams to read.")] = 100,
-    num_lines: Annotated[int, typer.Option(min=11, help="Lines of each; a question comes after every tenth.")] = 1000,
-    caches: Annotated[
-        str | None,
-        typer.Option(help="Kept+window, with commas between; by default 0, 1, 2 and 4 of half the trained length."),
-    ] = None,
+    num_samples: Annotated[int, typer.Option(min=1, help="Number of streams to read.")] = 100,
+    num_lines: Annotated[
+        int, typer.Option(min=11, help="Number of lines per stream; a question follows every tenth line.")
+    ] = 1000,
+    caches: Annotated[str | None, typer.Option(help=CACHES_HELP)] = None,
     distances: Annotated[
-        str, typer.Option(help="How many lines back to ask about, with commas between.")
+        str, typer.Option(help="Distances to the lines that questions ask for, in lines, separated by commas.")
     ] = "20,40,60,80,100,150,200",
-    batch_size: Annotated[int, typer.Option(min=1, help="Streams at a time.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of the numbers in the lines.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of streams per batch.")] = 8,
+    seed: Annotated[int, typer.Option(help="Random seed for the numbers in the lines.")] = 0,
     output: Output = None,
 ) -> None:
-    """StreamEval: recall of numbered lines, against how many lines ago they were read."""
+    """Run StreamEval: recall of numbered lines by their distance in lines."""
     from ..checkpoints import load_tokenizer
     from ..eval.loading import load_causal_model
     from ..eval.perplexity import default_caches, parse_caches, refuse_small_caches
@@ -169,7 +182,7 @@ def whole_numbers(option: str, text: str) -> list[int]:
     try:
         return sorted({int(part) for part in text.split(",")})
     except ValueError as error:
-        raise ValueError(f"{option} is {text!r}: write whole numbers, separated by commas") from error
+        raise ValueError(f"{option} is {text!r}: it must be whole numbers separated by commas") from error
 
 
 def _ask_all(
@@ -181,7 +194,7 @@ def _ask_all(
     distances: list[int],
     batch_size: int,
 ) -> Iterator[dict[str, Any]]:
-    """StreamEval under one cache after the other."""
+    """Run StreamEval with one cache after the other."""
     from ..eval.stream_eval import LINES_PER_QUESTION, ask, summarize
 
     num_read = (len(records[0]) - 1) // LINES_PER_QUESTION * LINES_PER_QUESTION * len(records)
@@ -216,7 +229,7 @@ def _measure_all(
     chosen: list["Configuration"],
     recompute_every: int,
 ) -> Iterator["Result"]:
-    """Run one configuration after the other, each with a bar of its own."""
+    """Run one configuration after the other, each with its own progress bar."""
     from ..eval.perplexity import measure
 
     with progress_bars(console) as bars:
@@ -238,7 +251,7 @@ def _explain_unscored(
     recompute_every: int,
     trained_length: int | None,
 ) -> None:
-    """Say why a row counts fewer tokens than the text has."""
+    """Print why some results include fewer tokens than the text has."""
     from ..eval.losses import DENSE_LENGTHS
 
     num_tokens = len(tokenized.ids) - tokenized.num_prefix
@@ -246,9 +259,12 @@ def _explain_unscored(
         missing = num_tokens - result.num_scored
         if missing > 1 and result.configuration.method == "dense":
             is_long = trained_length and result.num_scored >= DENSE_LENGTHS * trained_length - tokenized.num_prefix
-            reason = f"{DENSE_LENGTHS} × the trained length" if is_long else "its cache would not fit the free memory"
+            reason = f"{DENSE_LENGTHS} × the trained length" if is_long else "because its cache fills the free memory"
             console.print(f"dense: stopped after {result.num_scored:,} tokens, {reason}")
         elif missing > 1 and result.configuration.method == "recompute":
-            console.print(f"{result.configuration}: behind the first window, one token in {recompute_every} is scored")
+            console.print(
+                f"{result.configuration}: after the first window, one in {recompute_every} tokens is scored"
+                " (--recompute-every)"
+            )
     if any(num_tokens - result.num_scored == 1 for result in results):
-        console.print("The first token is not scored: nothing stands before it.")
+        console.print("The first token is not scored: it has no context.")

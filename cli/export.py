@@ -1,4 +1,4 @@
-"""`sinklm export`."""
+"""`sinklm export`: write a checkpoint as a plain GPT-NeoX folder."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,12 +8,15 @@ from rich.console import Console
 
 
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="A training run or a checkpoint of it.", show_default=False)],
-    output: Annotated[Path, typer.Argument(help="The folder to make.", show_default=False)],
+    checkpoint: Annotated[
+        str,
+        typer.Argument(help="Training run (its newest checkpoint is used) or checkpoint.", show_default=False),
+    ],
+    output: Annotated[Path, typer.Argument(help="Folder to create; replaces an older export.", show_default=False)],
 ) -> None:
-    """Turn a checkpoint into a plain GPT-NeoX folder that transformers runs without sinklm."""
+    """Export a checkpoint as a plain GPT-NeoX folder that transformers loads without sinklm."""
     from ..checkpoints.export import export_model
 
     folder = export_model(checkpoint, output)
     console = Console()
-    console.print(f"{folder} is a plain GPTNeoXForCausalLM; load it with transformers, and read its README.md.")
+    console.print(f"{folder} is a plain GPTNeoXForCausalLM. Its README.md shows how to load it with transformers.")

@@ -1,4 +1,4 @@
-"""`sinklm generate`: a prompt goes in, its continuation comes out as it is made."""
+"""`sinklm generate`: continue a prompt and print the text while it is generated."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,39 +10,49 @@ if TYPE_CHECKING:
 
     from ..streaming import Generator, StreamingCache
 
-Model = Annotated[str, typer.Argument(help="Run folder, checkpoint, transformers folder, or name on the Hub.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")]
-TopK = Annotated[int | None, typer.Option(min=1, help="Sample among so many of the likeliest tokens; else among all.")]
+Model = Annotated[
+    str,
+    typer.Argument(help="Training run, checkpoint, transformers folder, or name on the Hugging Face Hub."),
+]
+Temperature = Annotated[
+    float, typer.Option(min=0.0, help="Sampling temperature; 0 always chooses the most likely token.")
+]
+TopK = Annotated[
+    int | None, typer.Option(min=1, help="Sample from the K most likely tokens; default: from all tokens.")
+]
 NumKept = Annotated[
     int | None,
     typer.Option(
         min=0,
-        help="Tokens that the cache keeps from the start, sinks included; goes with --window.",
+        help="Number of initial tokens that stay in the cache, including sinks; requires --window.",
         show_default=False,
     ),
 ]
 Window = Annotated[
     int | None,
-    typer.Option(min=1, help="Recent tokens that the cache keeps; goes with --num-kept.", show_default=False),
+    typer.Option(
+        min=1, help="Number of recent tokens that stay in the cache; requires --num-kept.", show_default=False
+    ),
 ]
-Seed = Annotated[int, typer.Option(help="Of the sampling.")]
+Seed = Annotated[int, typer.Option(help="Random seed for sampling.")]
 
-LONG_TEXT = 1000  # tokens, from which compiling a step on a GPU pays
+LONG_TEXT = 1000  # number of tokens from which compiling the step on a GPU saves time
 
 
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
     stream: Annotated[
         bool,
         typer.Option(
             "--stream",
-            help="Write until Ctrl-C. Unless --num-kept and --window say otherwise, the cache keeps 4 tokens, or the "
-            "model's sinks, and 1024 in all, or one less than it was trained on.",
+            help="Generate until Ctrl-C, in constant memory. By default the cache has 1024 tokens, or one less than "
+            "the trained length if that is shorter; it keeps the model's sinks, or the first 4 tokens without sinks.",
         ),
     ] = False,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens to generate.", show_default="128; no end with --stream")
+        int | None,
+        typer.Option(min=1, help="Maximum number of tokens to generate.", show_default="128; no limit with --stream"),
     ] = None,
     temperature: Temperature = 0.8,
     top_k: TopK = None,
@@ -50,7 +60,7 @@ def generate(
     window: Window = None,
     seed: Seed = 0,
 ) -> None:
-    """Continue a prompt, up to the end-of-text token, or with --stream for ever.
+    """Continue a prompt up to the end-of-text token, or with --stream without a length limit.
 
     With --stream, or with --num-kept and --window, memory does not grow with the text.
     """
@@ -63,7 +73,7 @@ def generate(
     language_model, tokenizer = load_model(model), load_tokenizer(model)
     ids = tokenizer(prompt, verbose=False)["input_ids"]
     if not ids:
-        raise ValueError("the prompt is empty: give at least one character")
+        raise ValueError("the prompt is empty: pass at least one character")
     torch.manual_seed(seed)
     if not stream and num_kept is None:
         _generate_dense(language_model, tokenizer, ids, max_new_tokens or 128, temperature, top_k)
@@ -80,15 +90,15 @@ def _read_prompt(prompt: str) -> str:
 
     try:
         prompt = sys.stdin.read() if prompt == "-" else prompt
-        prompt.encode()  # an argument of the command line can be anything
+        prompt.encode()  # a command-line argument can contain any bytes
     except UnicodeError as error:
-        raise ValueError(f"the prompt is not UTF-8: {error}") from error
+        raise ValueError(f"the prompt is not valid UTF-8 ({error}): convert it to UTF-8") from error
     return prompt
 
 
 def check_cache_options(num_kept: int | None, window: int | None) -> None:
     if (num_kept is None) != (window is None):
-        raise ValueError("--num-kept and --window go together: give both or neither")
+        raise ValueError("--num-kept and --window must be used together: pass both or neither")
 
 
 def make_generator(
@@ -100,7 +110,7 @@ def make_generator(
     *,
     compile: bool = True,
 ) -> "Generator":
-    """With an empty cache of the size asked for, or the model's default."""
+    """Create a generator with an empty cache; by default of the model's default size."""
     from ..streaming import Generator, StreamingCache, default_cache
 
     if num_kept is None or window is None:
@@ -109,18 +119,18 @@ def make_generator(
     trained_length = getattr(model.config, "max_position_embeddings", None)
     if trained_length and num_kept + window >= trained_length:
         typer.echo(
-            f"The cache {num_kept}+{window} does not fit into the {trained_length} positions that the model was "
-            "trained on: its text may fall apart.",
+            f"Warning: the cache {num_kept}+{window} is too large for the {trained_length} positions that the model "
+            f"was trained on; output quality may degrade. Use --num-kept + --window < {trained_length}.",
             err=True,
         )
     generator = Generator(model, cache, temperature=temperature, top_k=top_k, compile=compile)
     if generator.is_compiled:
-        typer.echo("The second token waits until its step is compiled.", err=True)
+        typer.echo("Compiling; the second token will be delayed.", err=True)
     return generator
 
 
 def end_of_text_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> set[int]:
-    """Tokens after which `transformers` stops generating."""
+    """Return the tokens at which `transformers` stops generating."""
     configured = model.generation_config.eos_token_id if model.generation_config else None
     ids = configured if isinstance(configured, list) else [configured, tokenizer.eos_token_id]
     return {token_id for token_id in ids if token_id is not None}
@@ -144,8 +154,8 @@ def _generate_dense(
     num_positions = num_embedded_positions(model.config)
     if num_positions and len(prompt_ids) + max_new_tokens > num_positions:
         raise ValueError(
-            f"the prompt's {len(prompt_ids)} tokens and {max_new_tokens} more are beyond the {num_positions} positions "
-            "that this model has: lower --max-new-tokens"
+            f"the prompt has {len(prompt_ids)} tokens; {max_new_tokens} new tokens exceed the {num_positions} "
+            "positions of this model: lower --max-new-tokens or shorten the prompt"
         )
     ids = torch.tensor([prompt_ids], device=model.device)
     sampling: dict[str, Any] = {"do_sample": False}
@@ -170,7 +180,7 @@ def _print_stream(
     max_new_tokens: int | None,
     end_ids: set[int],
 ) -> None:
-    """Write the text to stdout, and the speed to stderr where it is not part of the text."""
+    """Print the text to stdout and the speed to stderr."""
     from itertools import islice, takewhile
 
     from ..streaming import TextStream
@@ -189,7 +199,7 @@ def _print_stream(
 
 
 class Speed:
-    """Counts tokens as they pass, and the seconds they take; the first few, which compile on a GPU, are not timed."""
+    """Counts tokens and their time; the first tokens, which compile on a GPU, are not timed."""
 
     num_untimed = 4
 

@@ -1,4 +1,4 @@
-"""The one command of the project: argument parsing and calls, nothing else."""
+"""The command `sinklm`: argument parsing and calls only."""
 
 import os
 import sys
@@ -20,16 +20,17 @@ from .train import train
 
 app = typer.Typer(
     name="sinklm",
-    help="Pre-train language models with a learnable sink token, and stream them for ever in constant memory.",
+    help="Pre-train language models with a learnable sink token, and stream text of any length in constant memory.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-tokenizer_app = typer.Typer(no_args_is_help=True, help="Make tokenizers.")
+tokenizer_app = typer.Typer(no_args_is_help=True, help="Train tokenizers.")
 eval_app = typer.Typer(
-    no_args_is_help=True, help="Evaluate: zero-shot benchmarks, streaming perplexity and recall, attention sinks."
+    no_args_is_help=True,
+    help="Evaluate a model: zero-shot benchmarks, streaming perplexity and recall, attention sinks.",
 )
-bench_app = typer.Typer(no_args_is_help=True, help="Measure speed and memory.")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure speed and memory of a model.")
 
 
 def _show_version(is_wanted: bool) -> None:
@@ -64,9 +65,9 @@ app.command()(chat)
 
 
 def main() -> None:
-    """Run the command; a user's mistake ends in one line on stderr and exit status 1.
+    """Run the command. An error of the user is printed to stderr in one line, with exit status 1.
 
-    Set ``SINKLM_DEBUG=1`` to see the traceback behind that line.
+    Set ``SINKLM_DEBUG=1`` to see the traceback.
     """
     try:
         app()
@@ -74,11 +75,11 @@ def main() -> None:
         says_it_itself = isinstance(error, ValueError | OSError | MissingExtraError)
         if os.environ.get("SINKLM_DEBUG") or not (says_it_itself or _is_lack_of_memory(error)):
             raise
-        hint = "" if says_it_itself else "out of memory; hold less at a time (a cache, a batch, processes): "
+        hint = "" if says_it_itself else "out of memory; reduce the cache, batch size or number of processes: "
         sys.exit(f"error: {hint}{error}")
 
 
 def _is_lack_of_memory(error: Exception) -> bool:
-    """Of torch on a GPU, of torch on a CPU, or of numpy; without importing them."""
+    """Whether torch or numpy ran out of memory; checked without importing them."""
     signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)

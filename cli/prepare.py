@@ -1,4 +1,4 @@
-"""``sinklm prepare``: text to token store, with its progress and its table."""
+"""``sinklm prepare``: tokenize text to a token store, with progress and a summary."""
 
 import time
 from pathlib import Path
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ..data.manifest import Manifest
     from ..data.prepare import PrepareProgress
 
-LINE_SECONDS = 15.0  # between two progress lines where there is no terminal
+LINE_SECONDS = 15.0  # between progress lines if the output is not a terminal
 
 
 def prepare(
@@ -20,23 +20,30 @@ def prepare(
         list[str],
         typer.Argument(
             metavar="INPUT...",
-            help="Files (.jsonl.zst, .jsonl.gz, .jsonl, .parquet; any other is one document of text), folders, quoted "
-            "patterns ('src/**/*.c'), or a Hub data set (EleutherAI/the_pile_deduplicated, owner/name:config).",
+            help="Files (.jsonl.zst, .jsonl.gz, .jsonl, .parquet; any other file is one text document), folders, "
+            "quoted patterns ('src/**/*.c'), or a data set on the Hugging Face Hub "
+            "(EleutherAI/the_pile_deduplicated, owner/name:config).",
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder of the token store.")],
-    tokenizer: Annotated[str, typer.Option(help="Hub name, or path of a tokenizer.json.")] = "EleutherAI/gpt-neox-20b",
+    tokenizer: Annotated[
+        str, typer.Option(help="Name on the Hugging Face Hub, or path of a tokenizer.json.")
+    ] = "EleutherAI/gpt-neox-20b",
     validation_fraction: Annotated[
         float,
-        typer.Option(min=0, help="Share of documents, below 1, that is held out; chosen by a hash of their text."),
+        typer.Option(
+            min=0,
+            help="Fraction of documents held out for validation, less than 1; documents are chosen by a hash of their "
+            "text.",
+        ),
     ] = 0.01,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Tokenizing processes.", show_default="all processors")
+        int | None, typer.Option(min=1, help="Number of tokenizing processes.", show_default="number of CPUs")
     ] = None,
 ) -> None:
-    """Tokenize text into a token store.
+    """Tokenize text to a token store for training.
 
-    Interrupted, it goes on where it was when the same command is given again.
+    If it is interrupted, run the same command again to resume.
     """
     from rich.console import Console
 
@@ -49,8 +56,8 @@ def prepare(
     found = find_inputs(inputs)
     if found.num_ignored:
         kinds = ", ".join(f"{count} × {kind}" for kind, count in found.num_ignored.most_common(8))
-        console.print(f"Left out of the folders: {kinds}")
-    going_on = f"Going on with the interrupted work in {output}." if was_begun else None
+        console.print(f"Ignored files in folders: {kinds}")
+    going_on = f"Resuming the interrupted work in {output}." if was_begun else None
     with ProgressDisplay(console, opening=going_on) as display:
         manifest = prepare_store(
             found.shards,
@@ -61,12 +68,16 @@ def prepare(
             report=display.show,
         )
     if was_complete:
-        console.print(f"{output} is complete already; there is nothing to do.", soft_wrap=True)
+        console.print(f"{output} is already complete; nothing to do.", soft_wrap=True)
     print_summary(console, manifest, output)
 
 
 class ProgressDisplay:
-    """A bar on a terminal, and a line now and then where there is none (a log file); ``opening`` before the first."""
+    """Shows a progress bar on a terminal, or occasional lines elsewhere, such as in a log file.
+
+    Args:
+        opening: message to print before the first progress.
+    """
 
     def __init__(self, console: "Console", opening: str | None = None):
         from rich import progress
@@ -92,7 +103,7 @@ class ProgressDisplay:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.bar.stop()
         if kind is KeyboardInterrupt:
-            self.console.print("Interrupted. The same command goes on from what was saved.")
+            self.console.print("Interrupted. Run the same command again to resume.")
 
     def show(self, progress: "PrepareProgress") -> None:
         now = time.monotonic()
@@ -114,7 +125,7 @@ class ProgressDisplay:
 
 
 def describe(progress: "PrepareProgress", first: "PrepareProgress", seconds: float) -> str:
-    """Amounts, and speeds since ``first``, which was ``seconds`` ago."""
+    """Return amounts, and the speeds since ``first``, which was ``seconds`` ago."""
     counts = progress.counts
     parts = [f"{counts.documents:,} documents", f"{counts.bytes / 1e6:,.1f} MB", f"{counts.tokens / 1e6:,.1f} M tokens"]
     if seconds > 0 and progress.source_bytes >= first.source_bytes:
@@ -133,7 +144,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def print_summary(console: "Console", manifest: "Manifest", output: Path) -> None:
-    """The table by Pile set, largest first, and what a user should know beside it."""
+    """Print a table by Pile set, largest first, the size of each split, and warnings."""
     from rich import box
     from rich.table import Table
 
@@ -166,6 +177,8 @@ def print_summary(console: "Console", manifest: "Manifest", output: Path) -> Non
     for name, split in manifest.splits.items():
         console.print(f"{name}: {split.total.tokens:,} tokens", highlight=False)
     if num_empty := sum(source.num_empty_files for source in manifest.sources):
-        console.print(f"{num_empty} empty text files are no documents.")
+        console.print(f"Skipped {num_empty} empty text files.")
     if manifest.validation_fraction and not held_out.total.documents:
-        console.print("[yellow]No document was held out; raise --validation-fraction if training is to be validated.")
+        console.print(
+            "[yellow]No document was held out for validation; to measure validation loss, raise --validation-fraction."
+        )

@@ -1,4 +1,4 @@
-"""`sinklm eval sinks`: where a model puts its surplus attention."""
+"""`sinklm eval sinks`: diagnostics of attention sinks."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,25 +18,28 @@ if TYPE_CHECKING:
 def sinks(
     model: Model,
     text: Annotated[
-        list[Path] | None, typer.Option(help="A UTF-8 text; repeat it to join several.", show_default=False)
+        list[Path] | None,
+        typer.Option(help="UTF-8 text file; repeat the option to join several files.", show_default=False),
     ] = None,
     store: Annotated[
         Path | None,
-        typer.Option(help="In place of a text: a token store, whose held-out split is read.", show_default=False),
+        typer.Option(help="Token store to read instead of --text; its held-out split is used.", show_default=False),
     ] = None,
-    num_sequences: Annotated[int, typer.Option(min=1, help="Sequences, spread evenly over the text.")] = 100,
-    seq_length: Annotated[int, typer.Option(min=2, help="Positions of each, sinks included.")] = 64,
+    num_sequences: Annotated[int, typer.Option(min=1, help="Number of sequences, spread evenly over the text.")] = 100,
+    seq_length: Annotated[int, typer.Option(min=2, help="Positions per sequence, including sinks.")] = 64,
     epsilon: Annotated[
-        float, typer.Option(min=0, max=1, help="Mean attention above which a position is a sink of a head.")
+        float,
+        typer.Option(min=0, max=1, help="A position is a sink of a head if it gets more than this mean attention."),
     ] = 0.3,
     checkpoints: Annotated[
-        bool, typer.Option("--checkpoints", help="Every checkpoint of a run: when do sinks form?")
+        bool,
+        typer.Option("--checkpoints", help="Measure every checkpoint of a training run, to see when sinks form."),
     ] = False,
     output: Output = None,
 ) -> None:
-    """Sink rates, attention maps, norms and massive activations: where a model puts its surplus attention."""
+    """Measure attention sinks: sink rates, attention maps, norms and massive activations."""
     if bool(text) == bool(store):
-        raise ValueError("give either --text or --store: what the model is to read")
+        raise ValueError("pass exactly one of --text and --store")
     from ..checkpoints import load_tokenizer
     from ..eval.loading import load_causal_model
     from ..eval.report import ReportFile, default_output, new_report
@@ -73,19 +76,19 @@ def sinks(
 
 
 def _checkpoints_of(run: str) -> dict[int, Path]:
-    """All complete checkpoints of a training run by their step."""
+    """Return the complete checkpoints of a training run by step."""
     from ..checkpoints.folders import list_checkpoints
 
     found = list_checkpoints(Path(run))
     if not found:
-        raise ValueError(f"{run} holds no complete checkpoint: --checkpoints wants the folder of a training run")
+        raise ValueError(f"{run} has no complete checkpoint: --checkpoints requires the folder of a training run")
     return found
 
 
 def _measure_run(
     console: Console, run: dict[int, Path], sequences: "Sequences", epsilon: float
 ) -> Iterator[tuple[dict[str, int], "Statistics"]]:
-    """One checkpoint after the other, with its step and the tokens trained on, sinks included."""
+    """Measure all checkpoints; yield step and training tokens (including sinks), and the result."""
     from ..checkpoints import load_model
     from ..checkpoints.folders import read_state
 

@@ -1,4 +1,4 @@
-"""``sinklm tokenizer``: making tokenizers."""
+"""``sinklm tokenizer``: train tokenizers."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,12 +9,15 @@ import typer
 
 def train(
     inputs: Annotated[
-        list[str], typer.Argument(metavar="INPUT...", help="Text, in any of the forms that `sinklm prepare` reads.")
+        list[str],
+        typer.Argument(
+            metavar="INPUT...", help="Text: files, folders, patterns or a data set, as in `sinklm prepare`."
+        ),
     ],
-    vocab_size: Annotated[int, typer.Option(help="Number of tokens, special tokens and the 256 bytes included.")],
-    output: Annotated[Path, typer.Option(help="The tokenizer.json to write.")] = Path("tokenizer.json"),
+    vocab_size: Annotated[int, typer.Option(help="Number of tokens, including special tokens and the 256 bytes.")],
+    output: Annotated[Path, typer.Option(help="File to write.")] = Path("tokenizer.json"),
 ) -> None:
-    """Train a byte-level BPE on text, in the manner of GPT-NeoX."""
+    """Train a byte-level BPE tokenizer like that of GPT-NeoX."""
     from rich.console import Console
 
     from ..data.inputs import find_inputs, read_documents
@@ -31,8 +34,8 @@ def train(
 
     with console.status(f"Training a tokenizer of {vocab_size:,} tokens"):
         tokenizer = train_tokenizer(texts(), vocab_size)
-    write_text(output, tokenizer.to_str(pretty=True))  # `Tokenizer.save` raises what is no OSError
+    write_text(output, tokenizer.to_str(pretty=True))  # `Tokenizer.save` does not raise OSError
     size = tokenizer.get_vocab_size()
     console.print(f"{output}: {size:,} tokens from {counts.documents:,} documents, {counts.bytes / 1e6:,.1f} MB")
     if size < vocab_size:
-        console.print(f"[yellow]The text gives no more than {size:,} of the {vocab_size:,} tokens asked for.")
+        console.print(f"[yellow]The text yields only {size:,} of the {vocab_size:,} requested tokens; use more text.")

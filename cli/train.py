@@ -7,19 +7,23 @@ import typer
 
 def train(
     recipe: Annotated[
-        str, typer.Argument(help="A packaged recipe (pythia-160m, paper/learnable-sink, …) or the path of a YAML file.")
+        str, typer.Argument(help="Packaged recipe (pythia-160m, paper/learnable-sink, …) or path of a YAML file.")
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings, e.g. data.path=store train.num_steps=100"),
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Settings that override the recipe, e.g. data.path=store train.num_steps=100"
+        ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved settings, size, memory and steps, and do nothing.")
+        bool,
+        typer.Option("--dry-run", help="Print the resolved settings, model size, memory and steps without training."),
     ] = False,
 ) -> None:
-    """Train a model with DeepSpeed, from its newest checkpoint if there is one.
+    """Train a model with DeepSpeed. Resumes from the newest checkpoint if there is one.
 
-    This is one process. For several: `deepspeed --module sinklm.train RECIPE KEY=VALUE…`, or torchrun or srun.
+    This command runs one process. For several GPUs, use `deepspeed --module sinklm.train RECIPE
+    KEY=VALUE…`, torchrun or srun.
     """
     from ..train.run import train as run
 

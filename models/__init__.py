@@ -1,4 +1,4 @@
-"""The Pythia-style model with an attention sink: configuration, layers, attention, loss and training kernels."""
+"""Pythia-style model with an attention sink: configuration, layers, loss and training kernels."""
 
 from ..versions import warn_if_untested
 from .config import SinkGPTNeoXConfig, tokens_per_sample

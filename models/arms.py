@@ -1,8 +1,11 @@
-"""The arms (``sink.kind``) whose sink is no token: a column in the softmax, or a gate behind it.
+"""The arms (``sink.kind``) without a sink token: an extra softmax column, or a gate on the output.
 
-``zero`` is Miller's softmax-off-by-one (2023), ``logit`` that of gpt-oss (OpenAI 2025), ``kv_bias`` the explicit
-attention bias of Sun et al. (2024) and Gu et al. (ICLR 2025), ``gate`` the elementwise gate of Qiu et al. (NeurIPS
-2025). docs/arms.md compares them.
+- ``zero``: softmax-off-by-one (Miller 2023);
+- ``logit``: a learned logit per head, as in gpt-oss (OpenAI 2025);
+- ``kv_bias``: explicit attention bias (Sun et al. 2024; Gu et al., ICLR 2025);
+- ``gate``: elementwise output gate (Qiu et al., NeurIPS 2025).
+
+docs/arms.md compares them.
 """
 
 import math
@@ -17,14 +20,14 @@ from .sink_column import SinkColumn
 
 
 class ZeroSinkAttention(SinkAttention):
-    """``exp(x) / (1 + Σ exp(x))``: a column of score 0 and value 0."""
+    """``exp(x) / (1 + Σ exp(x))``: a column with score 0 and value 0."""
 
     def column(self, query: Tensor) -> SinkColumn:
         return SinkColumn(torch.zeros((), dtype=score_dtype(query), device=query.device))
 
 
 class LogitSinkAttention(SinkAttention):
-    """A column of a learned score for each head, and value 0."""
+    """A column with a learned score for each head and value 0."""
 
     def __init__(self, config: GPTNeoXConfig, layer_idx: int | None = None):
         super().__init__(config, layer_idx)
@@ -38,9 +41,9 @@ class LogitSinkAttention(SinkAttention):
 
 
 class KeyValueSinkAttention(SinkAttention):
-    """A column of a learned key and value for each head.
+    """A column with a learned key and value for each head.
 
-    The key meets the query without its rotary phase, so that its score does not depend on where the query stands.
+    The score uses the query before rotary embedding, so it does not depend on the query's position.
     """
 
     column_reads_query = True
@@ -61,15 +64,18 @@ class KeyValueSinkAttention(SinkAttention):
 
 
 class Gate(nn.Linear):
-    """The matrix of a layer's gate, drawn with random numbers of its own: the same seed gives all arms the same weights
-    where they share them."""
+    """The matrix of a layer's gate.
+
+    It is initialised from its own random generator. With the same seed, all arms therefore start
+    with the same values in the weights that they share.
+    """
 
     def __init__(self, hidden_size: int, layer_idx: int):
         self.layer_idx = layer_idx
         super().__init__(hidden_size, hidden_size, bias=False)
 
     def reset_parameters(self) -> None:
-        """Draw nothing yet."""
+        """Do nothing: `initialise` sets the weights."""
 
     def initialise(self) -> None:
         if self.weight.is_meta:
@@ -80,7 +86,10 @@ class Gate(nn.Linear):
 
 
 class GatedAttention(SinkAttention):
-    """Each number of a head's output is weighed by ``sigmoid(W x)`` of the layer's normalised input x."""
+    """Multiplies the heads' outputs elementwise by ``sigmoid(W x)``.
+
+    x is the layer's normalised input.
+    """
 
     def __init__(self, config: GPTNeoXConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -96,4 +105,4 @@ ARMS: dict[str, type[SinkAttention]] = {
     "kv_bias": KeyValueSinkAttention,
     "gate": GatedAttention,
 }
-ARM_PARAMETERS = r"attention\.(sink_|gate\.)"  # in the names of those that no other arm has
+ARM_PARAMETERS = r"attention\.(sink_|gate\.)"  # matches the names of parameters that only one arm has

@@ -1,4 +1,4 @@
-"""GPT-NeoX's attention with two places for a sink that is no token: before the softmax, and behind it."""
+"""GPT-NeoX attention with hooks for sinks that are not tokens."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,13 +14,14 @@ from .sink_column import SinkColumn, attention_with_column, explicit_attention
 
 
 class SinkAttention(GPTNeoXAttention):
-    """GPT-NeoX's attention with two places for an arm: `column` before the softmax, `gated` behind it.
+    """GPT-NeoX attention with two hooks for arms: `column` extends the softmax, `gated` the output.
 
-    Heads stay behind positions, ``(B, T, H, D)``, as the projections write and read them. transformers turns them to
-    ``(B, H, T, D)``, so that a compiled training pass copies the kernel's output and every gradient back.
+    States keep the memory layout ``(B, T, H, D)`` that the projections write and read. transformers
+    uses ``(B, H, T, D)``, which costs a compiled training pass a copy of the kernel's output and of
+    every gradient.
     """
 
-    column_reads_query = False  # or only its type and device
+    column_reads_query = False  # `column` uses the values of the query, not only its dtype and device
 
     def forward(
         self,
@@ -30,7 +31,12 @@ class SinkAttention(GPTNeoXAttention):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """``(B, T, hidden)`` to the same, and the probabilities ``(B, H, T, K)`` if the attention is eager."""
+        """Compute attention over ``hidden_states`` ``(B, T, hidden)``.
+
+        Returns:
+            The output ``(B, T, hidden)``, and with eager attention the probabilities
+            ``(B, H, T, K)`` (otherwise None).
+        """
         assert position_embeddings is not None
         query, key, value, column = self.heads(hidden_states, *position_embeddings)
         if layer_past is not None:
@@ -41,7 +47,7 @@ class SinkAttention(GPTNeoXAttention):
     def heads(
         self, hidden_states: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, SinkColumn | None]:
-        """Queries and keys with their phases and values, each ``(B, H, T, D)``, and the arm's column."""
+        """Return rotated queries and keys, values, each ``(B, H, T, D)``, and the arm's column."""
         projection = self.query_key_value
         if is_fused(hidden_states) and len(cos) == 1 and not self.column_reads_query and projection.bias is not None:
             heads = linear_but_bias_gradient(projection, hidden_states).unflatten(-1, (-1, 3 * self.head_size))
@@ -54,7 +60,14 @@ class SinkAttention(GPTNeoXAttention):
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), column
 
     def attend(self, query, key, value, mask, column: SinkColumn | None, **kwargs) -> tuple[Tensor, Tensor | None]:
-        """Attention as the model's ``attn_implementation`` says: ``(B, T, H, D)``."""
+        """Run the model's ``attn_implementation``.
+
+        Returns:
+            The output ``(B, T, H, D)`` and the probabilities or None.
+
+        Raises:
+            ValueError: the implementation does not support the arm's column.
+        """
         implementation = self.config._attn_implementation
         kwargs |= {"scaling": self.scaling, "dropout": self.attention_dropout if self.training else 0.0}
         if column is None:
@@ -63,28 +76,33 @@ class SinkAttention(GPTNeoXAttention):
             interface, kwargs = COLUMN_ATTENTION[implementation], kwargs | {"column": column}
         else:
             raise ValueError(
-                f"attn_implementation {implementation!r} has no place for the column of sink.kind "
-                f"{self.config.sink_kind}: choose one of sdpa, eager"
+                f"attn_implementation={implementation!r} does not support sink.kind={self.config.sink_kind!r}: "
+                "use 'sdpa' or 'eager'"
             )
         return interface(self, query, key, value, mask, **kwargs)
 
     def column(self, query: Tensor) -> SinkColumn | None:
-        """What the softmax gets besides the keys, for queries ``(B, H, T, D)`` without their rotary phase."""
+        """Return the extra softmax column, or None.
+
+        Args:
+            query: ``(B, H, T, D)``, before rotary embedding.
+        """
         return None
 
     def gated(self, out: Tensor, hidden_states: Tensor) -> Tensor:
-        """What becomes of the heads' outputs ``(B, T, hidden)`` before they are mixed."""
+        """Transform the heads' outputs ``(B, T, hidden)`` before the output projection."""
         return out
 
     def initialise(self) -> None:
-        """Give the arm's own parameters, except for matrices, their first values."""
+        """Initialise the arm's own parameters, except its linear layers."""
 
 
 def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The first dimensions of ``(B, T, H, D)`` turned by the angles of their positions.
+    """Apply rotary embedding to the first dimensions of ``states`` ``(B, T, H, D)``.
 
     Args:
-        cos, sin: ``(1 or B, T, rotated dimensions)``, the second half like the first, as transformers makes them.
+        cos, sin: ``(1 or B, T, rotated dimensions)``; the second half of the last dimension repeats
+            the first, as in transformers.
     """
     half = cos.shape[-1] // 2
     cos, sin = cos[..., None, :half], sin[..., None, :half]
@@ -93,7 +111,7 @@ def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def score_dtype(query: Tensor) -> torch.dtype:
-    """A column's score is not rounded to half precision, for the kernels' own scores are not."""
+    """Return the dtype of a column's score: at least float32, as for scores inside the kernels."""
     return torch.promote_types(query.dtype, torch.float32)
 
 
@@ -106,11 +124,15 @@ def sdpa_with_column(module, query, key, value, mask, *, column, scaling, dropou
     return attention_with_column(query, key, value, mask, column, scaling, dropout).transpose(1, 2), None
 
 
-# Attention functions that take a sink's column, by ``attn_implementation``. Other parts of the project add theirs.
+# Attention functions that support a sink's column, by ``attn_implementation``.
 COLUMN_ATTENTION: dict[str, Callable] = {"eager": eager_with_column, "sdpa": sdpa_with_column}
 
 
 def register_column_attention(name: str, function: Callable) -> None:
-    """Let ``attn_implementation=name`` serve arms with a column: ``function`` as in transformers' `AttentionInterface`,
-    with the column as the keyword ``column``."""
+    """Register an attention function that supports arms with a column.
+
+    Args:
+        name: value of ``attn_implementation`` that selects the function.
+        function: as in transformers' `AttentionInterface`, with the extra keyword ``column``.
+    """
     COLUMN_ATTENTION[name] = function

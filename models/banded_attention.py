@@ -1,7 +1,8 @@
-"""Softmax over kept keys and a band of recent ones.
+"""Attention over kept keys and a band of recent keys.
 
-A query sees the kept keys at one phase and the band at another. `two_phase_attention` does it with a mask, on any
-device; `flash_two_phase_attention` computes only the band, with FlashAttention, and merges the kept keys into it.
+A query has one rotary phase for the kept keys and another for the band. `two_phase_attention` uses
+a mask and runs on any device. `flash_two_phase_attention` computes only the band, with
+FlashAttention, and then merges the kept keys.
 """
 
 import torch
@@ -19,20 +20,28 @@ def attention(
     scaling: float,
     column: SinkColumn | None = None,
 ) -> Tensor:
-    """Grouped-query attention ``(B, H, T, D)``; ``key`` and ``value`` ``(B, G, K, D)`` may have fewer heads.
+    """Compute grouped-query attention.
 
-    ``mask`` is boolean (True is visible) or added, and broadcasts to ``(B, H, T, K)``; nothing hides a sink's column.
+    Args:
+        query: ``(B, H, T, D)``.
+        key, value: ``(B, G, K, D)``; G divides H.
+        mask: boolean (True is visible) or additive, broadcasts to ``(B, H, T, K)``. It does not
+            apply to the sink's column, which every query sees.
+        scaling: factor of the scores.
+
+    Returns:
+        ``(B, H, T, D)``.
     """
     if column is not None:
         key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
         return explicit_attention(query, key, value, mask, column, scaling)[0]
     (batch_size, num_heads, num_queries, _), num_groups = query.shape, key.shape[1]
-    if num_queries == 1 and num_heads > num_groups:  # heads of a group take the place of queries: nothing is repeated
+    if num_queries == 1 and num_heads > num_groups:  # use the heads of a group as queries: no keys are repeated
         query = query.reshape(batch_size, num_groups, num_heads // num_groups, -1)
         if mask is not None and mask.shape[1] == num_heads:
             mask = mask.reshape(mask.shape[0], num_groups, num_heads // num_groups, -1)
     value_dim = value.shape[-1]
-    if value_dim < query.shape[-1]:  # the fused kernels want one head size
+    if value_dim < query.shape[-1]:  # the fused kernels require one head size
         value = F.pad(value, (0, query.shape[-1] - value_dim))
     key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
@@ -50,10 +59,11 @@ def two_phase_attention(
     rotary_dim: int,
     column: SinkColumn | None = None,
 ) -> Tensor:
-    """One softmax over kept keys, which see ``turned_query``, and band keys, which see ``query``.
+    """Compute one softmax over kept keys (scored with ``turned_query``) and band keys (``query``).
 
-    The two phases of a query stand side by side, and each key has zeros where the other kind reads: the scores of both
-    kinds come out of one product of ``D + rotary_dim`` dimensions, and nothing has to be merged.
+    Queries are concatenations of both phases, and each key is zero in the dimensions of the phase
+    that does not apply to it. One product of ``D + rotary_dim`` dimensions thus computes the scores
+    of both kinds, and no merge is needed.
     """
     zeros_kept = kept_key.new_zeros(*kept_key.shape[:-1], rotary_dim)
     zeros_band = band_key.new_zeros(*band_key.shape[:-1], rotary_dim)
@@ -64,7 +74,11 @@ def two_phase_attention(
 
 
 def can_flash(query: Tensor) -> bool:
-    """FlashAttention takes half precision and heads of 8, 16 … 256 dimensions, on CUDA from compute capability 8.0."""
+    """Whether FlashAttention supports these queries.
+
+    It requires CUDA with compute capability 8.0 or higher, half precision, and a head size of
+    8, 16, …, 256.
+    """
     return (
         query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
@@ -85,8 +99,11 @@ def flash_two_phase_attention(
     scaling: float,
     column: SinkColumn | None = None,
 ) -> Tensor:
-    """The same for rows of equal length: query i of T ``(B, H, T, D)`` sees keys ``[n + i - window, n + i]`` of the
-    n + T band keys ``(B, G, n + T, D)``, and the S kept keys where ``kept_visible`` ``(T, S)``.
+    """Like `two_phase_attention`, with FlashAttention, for rows of equal length.
+
+    Query i of ``query`` ``(B, H, T, D)`` attends to the keys ``[n + i - window, n + i]`` of the
+    n + T band keys ``(B, G, n + T, D)``, and to those of the S kept keys ``(B, G, S, D)`` for which
+    ``kept_visible`` ``(T, S)`` is True.
     """
     out, lse = flash_band(query, band_key, band_value, window, scaling)
     if column is not None:
@@ -95,12 +112,16 @@ def flash_two_phase_attention(
         return out
     num_heads = query.shape[1]
     kept_key, kept_value = repeat_heads(kept_key, num_heads), repeat_heads(kept_value, num_heads)
-    scores = turned_query.float() @ kept_key.float().mT * scaling  # unscaled they need more than float16 can hold
+    scores = turned_query.float() @ kept_key.float().mT * scaling  # unscaled scores can overflow float16
     return merge_kept(out, lse, scores.masked_fill(~kept_visible, float("-inf")), kept_value)
 
 
 def flash_band(query: Tensor, key: Tensor, value: Tensor, window: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """Sliding-window attention ``(B, H, T, D)`` and the log-sum-exp of its scores ``(B, H, T)``, by FlashAttention."""
+    """Compute sliding-window attention with FlashAttention.
+
+    Returns:
+        The output ``(B, H, T, D)`` and the log-sum-exp of the scores ``(B, H, T)``.
+    """
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
     batch_size, num_heads, num_queries, _ = query.shape
@@ -126,9 +147,13 @@ def flash_band(query: Tensor, key: Tensor, value: Tensor, window: int, scaling: 
 
 
 def merge_kept(band_out: Tensor, band_lse: Tensor, scores: Tensor, kept_value: Tensor) -> Tensor:
-    """Widen a softmax by more keys: their scores ``(B, H, T, S)`` and values ``(B, H, S, D)``.
+    """Merge more keys into the result of a softmax.
 
-    ``band_out`` ``(B, H, T, D)`` and ``band_lse`` ``(B, H, T)`` are the result so far and its log-sum-exp.
+    Args:
+        band_out: output so far, ``(B, H, T, D)``.
+        band_lse: log-sum-exp of its scores, ``(B, H, T)``.
+        scores: of the additional keys, ``(B, H, T, S)``.
+        kept_value: values of the additional keys, ``(B, H, S, D)``.
     """
     total = torch.logaddexp(band_lse, scores.logsumexp(-1))[..., None]
     kept = (scores - total).exp().to(kept_value.dtype) @ kept_value

@@ -11,18 +11,20 @@ SINK_KINDS = ("none", "token", "zero", "logit", "kv_bias", "gate")
 
 @strict
 class SinkGPTNeoXConfig(GPTNeoXConfig):
-    """`GPTNeoXConfig` and the field ``sink``, which says where surplus attention can go.
+    """`GPTNeoXConfig` with the additional field ``sink``, which configures the attention sink.
 
     ``sink`` is a dictionary:
 
-    - ``kind``: ``"none"`` (plain GPT-NeoX), ``"token"`` (learnable sink tokens, Xiao et al. 2024, section 3.3), or one
-      of the arms without a token: ``"zero"``, ``"logit"``, ``"kv_bias"``, ``"gate"`` (see `sinklm.models.arms`);
-    - ``num_tokens``: how many sink tokens the model prepends (``token`` only, default 1);
-    - ``first_token_id``: the vocabulary id of the first one, the others follow it (``token`` only). Pythia's
-      tokenizer leaves ids 50277 to 50303 free, so 50277 is the default.
+    - ``kind``: ``"none"`` (plain GPT-NeoX), ``"token"`` (learnable sink tokens, Xiao et al. 2024,
+      section 3.3), or an arm without sink tokens: ``"zero"``, ``"logit"``, ``"kv_bias"``,
+      ``"gate"`` (see `sinklm.models.arms`);
+    - ``num_tokens``: number of sink tokens that the model prepends (``token`` only, default 1);
+    - ``first_token_id``: vocabulary id of the first sink token; the others have the ids after it
+      (``token`` only). The default is 50277, the first of the ids 50277 to 50303 that Pythia's
+      tokenizer does not use.
 
     Raises:
-        ValueError: for an unknown kind or key, or sink ids outside the vocabulary.
+        ValueError: unknown kind or key, or sink ids outside the vocabulary.
     """
 
     model_type = "sink_gpt_neox"
@@ -38,7 +40,7 @@ class SinkGPTNeoXConfig(GPTNeoXConfig):
     def validate_sink(self) -> None:
         if self.num_sinks and self.sink_token_ids[-1] >= self.vocab_size:
             raise ValueError(
-                f"the sink tokens {self.sink_token_ids[0]}…{self.sink_token_ids[-1]} lie outside the vocabulary of "
+                f"the sink token ids {self.sink_token_ids[0]}…{self.sink_token_ids[-1]} are outside the vocabulary of "
                 f"{self.vocab_size}: raise vocab_size or lower sink.first_token_id"
             )
 
@@ -48,7 +50,7 @@ class SinkGPTNeoXConfig(GPTNeoXConfig):
 
     @property
     def num_sinks(self) -> int:
-        """How many sink tokens the model prepends; 0 unless the kind is ``token``."""
+        """Number of sink tokens that the model prepends; 0 unless the kind is ``token``."""
         return self.sink.get("num_tokens", 0)
 
     @property
@@ -60,20 +62,22 @@ class SinkGPTNeoXConfig(GPTNeoXConfig):
 
 
 def tokens_per_sample(seq_length: int, num_sinks: int) -> int:
-    """Tokens that a training sample of ``seq_length`` positions reads.
+    """Return the number of text tokens in a training sample of ``seq_length`` positions.
 
-    With n sinks the positions are ``sink×n, t0 … t_{seq_length-1-n}`` and the last position's target is one token
-    further, so every arm costs ``seq_length`` positions.
+    With n sinks the positions are ``sink×n, t0 … t_{seq_length-1-n}``, and the target of the last
+    position is the following token. Every arm thus computes ``seq_length`` positions.
     """
     if num_sinks >= seq_length:
-        raise ValueError(f"seq_length {seq_length} leaves no room for text behind {num_sinks} sink tokens")
+        raise ValueError(
+            f"seq_length is {seq_length}, which leaves no room for text after {num_sinks} sink tokens: raise it"
+        )
     return seq_length + 1 - num_sinks
 
 
 def _normalised(sink: dict[str, Any]) -> dict[str, Any]:
     allowed = {"kind", "num_tokens", "first_token_id"}
     if unknown := set(sink) - allowed:
-        raise ValueError(f"unknown key sink.{sorted(unknown)[0]}: known are {', '.join(sorted(allowed))}")
+        raise ValueError(f"unknown key sink.{sorted(unknown)[0]}: use only {', '.join(sorted(allowed))}")
     kind = sink.get("kind", "none")
     if kind not in SINK_KINDS:
         raise ValueError(f"sink.kind is {kind!r}: choose one of {', '.join(SINK_KINDS)}")
@@ -81,7 +85,9 @@ def _normalised(sink: dict[str, Any]) -> dict[str, Any]:
         return {"kind": kind}
     num_tokens, first_token_id = sink.get("num_tokens", 1), sink.get("first_token_id", 50277)
     if not isinstance(num_tokens, int) or num_tokens < 1:
-        raise ValueError(f"sink.num_tokens is {num_tokens!r}: it must be at least 1, or set sink.kind to none")
+        raise ValueError(
+            f"sink.num_tokens is {num_tokens!r}: it must be an integer of at least 1; for no sink set sink.kind to none"
+        )
     if not isinstance(first_token_id, int) or first_token_id < 0:
-        raise ValueError(f"sink.first_token_id is {first_token_id!r}: it must be an id of the vocabulary")
+        raise ValueError(f"sink.first_token_id is {first_token_id!r}: it must be a vocabulary id (0 or higher)")
     return {"kind": kind, "num_tokens": num_tokens, "first_token_id": first_token_id}

@@ -1,11 +1,11 @@
-"""What a model costs: its parameters, and the operations of a token beside what a device can do."""
+"""Cost of a model: number of parameters, FLOPs per token, and peak throughput of devices."""
 
 import torch
 
 from .config import SinkGPTNeoXConfig
 
-# Dense 16-bit matrix throughput without sparsity, in FLOP/s, from NVIDIA's data sheets. The longest name that occurs
-# in the device's name counts.
+# Dense 16-bit matrix throughput without sparsity, in FLOP/s, from NVIDIA's data sheets. If several
+# keys occur in a device's name, the longest one applies.
 PEAK_FLOPS = {
     "V100": 125e12,
     "A10": 125e12,
@@ -30,7 +30,10 @@ PEAK_FLOPS = {
 
 
 def count_parameters(config: SinkGPTNeoXConfig) -> int:
-    """Parameters of a model with untied embeddings, its arm's included; sink tokens are rows of the embedding."""
+    """Count the parameters of a model with untied embeddings, including those of its arm.
+
+    Sink tokens are rows of the embedding.
+    """
     hidden, inner = config.hidden_size, config.intermediate_size
     attention = 3 * hidden * hidden + 3 * hidden + hidden * hidden + hidden
     mlp = 2 * hidden * inner + inner + hidden
@@ -40,18 +43,19 @@ def count_parameters(config: SinkGPTNeoXConfig) -> int:
 
 
 def flops_per_token(config: SinkGPTNeoXConfig, seq_length: int) -> float:
-    """Operations of one position's forward and backward pass: ``6 (N - V D) + 12 L D T``.
+    """FLOPs of the forward and backward pass of one position: ``6 (N - V D) + 12 L D T``.
 
-    N parameters without the V × D input embedding, which multiplies nothing; L layers of width D, T positions. The
-    count is PaLM's (Chowdhery et al. 2022, appendix B): attention is counted in full, as if it were not causal, and
-    recomputation is not counted.
+    N is the number of parameters, V × D the size of the input embedding (a look-up without
+    multiplications), L the number of layers of width D, and T the number of positions. The count
+    follows PaLM (Chowdhery et al. 2022, appendix B): attention is counted as if it were not causal,
+    and recomputation is not counted.
     """
     multiplied = count_parameters(config) - config.vocab_size * config.hidden_size
     return 6 * multiplied + 12 * config.num_hidden_layers * config.hidden_size * seq_length
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """The device's dense 16-bit throughput in FLOP/s; None where it is not known, on CPUs and for float32."""
+    """Dense 16-bit throughput of a device in FLOP/s; None if unknown, on CPUs and for float32."""
     if device.type != "cuda" or precision == "fp32":
         return None
     name = torch.cuda.get_device_name(device)

@@ -1,8 +1,9 @@
-"""PyTorch's fused attention kernels with what `scaled_dot_product_attention` keeps to itself: the log-sum-exp.
+"""PyTorch's fused attention kernels, including the log-sum-exp of the scores.
 
-A kernel's backward pass rebuilds the probabilities from the log-sum-exp, as ``exp(score - lse)``, and the rest from the
-output. So whoever changes both consistently, as `sink_column` does, has the gradient of the changed attention for
-nothing.
+`scaled_dot_product_attention` does not return the log-sum-exp. The backward pass of a kernel
+recomputes the probabilities as ``exp(score - lse)`` and takes the rest from the output. A caller
+that changes both consistently, as `sink_column` does, gets the gradient of the changed attention at
+no extra cost.
 """
 
 from collections.abc import Callable
@@ -13,15 +14,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 aten = torch.ops.aten
-LITTLE_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))  # for FlashAttention's backward pass with large heads
+# Compute capabilities with too little shared memory for FlashAttention's backward pass at large
+# head sizes.
+LITTLE_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))
 
 
 class Kernel(NamedTuple):
-    """Attention without mask and dropout, of one query or, if ``is_causal``, as many queries as keys.
+    """An attention kernel without mask and dropout.
 
-    ``forward(query, key, value, is_causal, scaling)``, each ``(B, H, T, D)``, gives the output ``(B, H, T, D)`` and the
-    log-sum-exp of the scores ``(B, H, T)``, float32 or better.
-    ``backward(grad, query, key, value, output, lse, is_causal, scaling)`` gives the gradients of the three.
+    It supports one query, or with ``is_causal`` as many queries as keys.
+
+    - ``forward(query, key, value, is_causal, scaling)``, each state ``(B, H, T, D)``, returns the
+      output ``(B, H, T, D)`` and the log-sum-exp of the scores ``(B, H, T)``, at least float32;
+    - ``backward(grad, query, key, value, output, lse, is_causal, scaling)`` returns the gradients
+      of query, key and value.
     """
 
     forward: Callable[..., tuple[Tensor, Tensor]]
@@ -29,7 +35,10 @@ class Kernel(NamedTuple):
 
 
 def kernel_for(query: Tensor) -> Kernel | None:
-    """The fastest kernel for queries ``(B, H, T, D)``; None if there is none (float64 on CUDA, odd head sizes)."""
+    """Return the fastest kernel for queries ``(B, H, T, D)``.
+
+    None if no kernel supports them: on CUDA, float64 or a head size that is not a multiple of 8.
+    """
     head_size = query.shape[-1]
     if query.device.type == "cpu":
         return CPU
@@ -39,7 +48,7 @@ def kernel_for(query: Tensor) -> Kernel | None:
     if query.dtype == torch.float32 or device.major < 8:
         return EFFICIENT
     is_trained = torch.is_grad_enabled() and query.requires_grad and query.shape[2] > 1
-    if is_trained and device.major >= 9 and head_size <= 128:  # cuDNN plans anew for each length: not for generation
+    if is_trained and device.major >= 9 and head_size <= 128:  # cuDNN makes a plan per length: too slow to generate
         return CUDNN
     largest = 192 if is_trained and (device.major, device.minor) in LITTLE_SHARED_MEMORY else 256
     return FLASH if head_size <= largest else EFFICIENT
@@ -90,7 +99,7 @@ def _efficient_forward(query: Tensor, key: Tensor, value: Tensor, is_causal: boo
 
 
 def _efficient_backward(grad, query, key, value, out, lse, is_causal: bool, scaling: float):
-    padded = F.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))  # as the kernel's own forward pass leaves it
+    padded = F.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))  # the padding of the kernel's forward pass
     wanted = (True, True, True, False)
     *grads, _ = aten._scaled_dot_product_efficient_attention_backward(
         grad, query, key, value, None, out, padded, *_dropout_state(query), 0.0, wanted, is_causal, scale=scaling
@@ -99,9 +108,10 @@ def _efficient_backward(grad, query, key, value, out, lse, is_causal: bool, scal
 
 
 def _dropout_state(query: Tensor) -> tuple[Tensor, Tensor]:
-    """Seed and offset of a dropout that is not done.
+    """Placeholder seed and offset: no dropout is applied.
 
-    Not those that the forward pass gives: they lie on the CPU, and inductor takes them to be on the GPU.
+    The seed and offset that the forward pass returns are not used: they are CPU tensors, and
+    inductor expects them on the GPU.
     """
     return query.new_zeros((), dtype=torch.long), query.new_zeros((), dtype=torch.long)
 

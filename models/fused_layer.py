@@ -1,8 +1,9 @@
-"""A layer's rotary embedding and GELU for compiled training on a GPU, with the gradients of the biases before them.
+"""Rotary embedding and GELU of a layer, fused with bias gradients, for compiled training on a GPU.
 
-The bias before a GELU or a rotary embedding is added by the linear map in front, but its gradient is what the backward
-kernel here adds up on its way. So callers detach it there, and give it here. `layer_kernels` has the kernels; without
-them, in eager mode and on other devices the same is computed in plain torch.
+The linear layer before a GELU or a rotary embedding adds its bias in the forward pass, but the
+backward kernels here compute the bias gradient. Callers therefore detach the bias in the linear
+layer (`linear_but_bias_gradient`) and pass it to the functions of this module. The kernels are in
+`layer_kernels`; without them, in eager mode and on other devices, plain torch is used.
 """
 
 from typing import Any
@@ -18,18 +19,18 @@ except ImportError:  # Triton comes with torch's CUDA builds
 
 
 def is_fused(states: Tensor) -> bool:
-    """Whether the kernels take these states: in training, where `torch.compile` joins them with all around."""
+    """Whether the kernels are used: in training with `torch.compile` on CUDA, except in float64."""
     is_trained = torch.is_grad_enabled() and torch.compiler.is_compiling()
     return is_trained and kernels is not None and states.is_cuda and states.dtype != torch.float64
 
 
 def linear_but_bias_gradient(linear: nn.Linear, states: Tensor) -> Tensor:
-    """The linear map, through which no gradient reaches its bias."""
+    """Apply a linear layer without a gradient for its bias."""
     return nn.functional.linear(states, linear.weight, linear.bias.detach())
 
 
 class BiasedGelu(torch.autograd.Function):
-    """GELU of states ``(…, C)`` to which a bias ``(C,)`` was added."""
+    """GELU of states ``(…, C)`` that include a bias ``(C,)``; the bias only gets its gradient."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, bias: Tensor) -> Tensor:
@@ -46,11 +47,13 @@ class BiasedGelu(torch.autograd.Function):
 
 
 class RotatedHeads(torch.autograd.Function):
-    """Queries and keys with their phases, and values, each ``(B, T, H, D)``, from projections ``(B, T, H, 3 D)``.
+    """Split projections ``(B, T, H, 3 D)`` into rotated queries and keys, and values.
+
+    Each result has the shape ``(B, T, H, D)``.
 
     Args:
-        bias: ``(H × 3 D,)``, which was added to the projections.
-        cos, sin: ``(T, rotated dimensions)``, the second half like the first.
+        bias: ``(H × 3 D,)``, already added to the projections.
+        cos, sin: ``(T, rotated dimensions)``; the second half repeats the first.
     """
 
     @staticmethod

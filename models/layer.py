@@ -1,4 +1,4 @@
-"""A layer of the model: that of GPT-NeoX, with the attention of the configured ``sink.kind`` and fused kernels."""
+"""GPT-NeoX layer with the attention of the configured ``sink.kind`` and fused kernels."""
 
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -11,7 +11,7 @@ from .fused_layer import BiasedGelu, is_fused, linear_but_bias_gradient
 
 
 class SinkGPTNeoXLayer(GPTNeoXLayer):
-    """``(B, T, hidden)`` to the same. The forward pass, residuals and norms are transformers' own."""
+    """Maps ``(B, T, hidden)`` to ``(B, T, hidden)``; the forward pass is that of transformers."""
 
     def __init__(self, config: SinkGPTNeoXConfig, layer_idx: int):
         GradientCheckpointingLayer.__init__(self)
@@ -25,14 +25,17 @@ class SinkGPTNeoXLayer(GPTNeoXLayer):
 
 
 class SinkMLP(GPTNeoXMLP):
-    """GPT-NeoX's MLP. In compiled training on a GPU, GELU and the gradient of the bias before it are one kernel."""
+    """GPT-NeoX MLP.
+
+    In compiled training on a GPU, one kernel computes GELU and the gradient of the bias before it.
+    """
 
     def __init__(self, config: SinkGPTNeoXConfig):
         super().__init__(config)
         self.is_gelu = config.hidden_act == "gelu"
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """``(B, T, hidden)`` to the same."""
+        """Map ``(B, T, hidden)`` to ``(B, T, hidden)``."""
         if not (self.is_gelu and is_fused(hidden_states)):
             return super().forward(hidden_states)
         inner = linear_but_bias_gradient(self.dense_h_to_4h, hidden_states)

@@ -1,8 +1,8 @@
-"""What stands between a layer's matrix products in training: each value comes from memory once, and goes back once.
+"""Triton kernels between the matrix products of a layer in training: GELU and rotary embedding.
 
-Both backward passes add up columns on the way. Those sums are the gradient of the bias that was added in front, for
-which all would otherwise be read once more. A program sums some hundred rows, and what is returned still has to be
-summed over programs.
+Each value is read from memory once and written once. Both backward passes also sum over rows,
+because these sums are the gradient of the bias before them; a separate pass would read everything
+again. Each program sums ``ROWS`` rows; the caller sums the results over programs.
 """
 
 import torch
@@ -11,14 +11,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-ROWS = 256  # of one program of a backward pass
-ROW_BLOCK = 16  # at a time
+ROWS = 256  # rows per program of a backward pass
+ROW_BLOCK = 16  # rows that a program processes at a time
 GELU_COLUMNS = 128
 
 
 @triton_op("sinklm::gelu", mutates_args={})
 def gelu(states: Tensor) -> Tensor:
-    """GELU ``x Φ(x)`` of ``(N, C)``."""
+    """Compute GELU ``x Φ(x)`` of states ``(N, C)``."""
     out = torch.empty_like(states)
     num_rows, num_columns = states.shape
     grid = (triton.cdiv(num_columns, GELU_COLUMNS), triton.cdiv(num_rows, ROW_BLOCK))
@@ -28,7 +28,16 @@ def gelu(states: Tensor) -> Tensor:
 
 @triton_op("sinklm::gelu_backward", mutates_args={})
 def gelu_backward(grad: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient by ``states (N, C)``, from that by its GELU, and its sums over rows, float32 ``(programs, C)``."""
+    """Compute the backward pass of `gelu`.
+
+    Args:
+        grad: gradient of the output, ``(N, C)``.
+        states: input of `gelu`, ``(N, C)``.
+
+    Returns:
+        The gradient of ``states`` ``(N, C)``, and its partial sums over rows, float32
+        ``(programs, C)``.
+    """
     num_rows, num_columns = states.shape
     num_programs = triton.cdiv(num_rows, ROWS)
     grad_states = torch.empty_like(states)
@@ -42,10 +51,10 @@ def gelu_backward(grad: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton_op("sinklm::rotate_heads", mutates_args={})
 def rotate_heads(heads: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys ``(B, T, H, D)`` with their phases, from ``(B, T, H, 3 D)``.
+    """Return rotated queries and keys, each ``(B, T, H, D)``, from ``heads`` ``(B, T, H, 3 D)``.
 
     Args:
-        cos, sin: ``(T, R)`` for the first R dimensions, the second half like the first.
+        cos, sin: ``(T, R)`` for the first R dimensions; the second half repeats the first.
     """
     batch_size, num_positions, num_heads, width = heads.shape
     head_size = width // 3
@@ -62,10 +71,15 @@ def rotate_heads(heads: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tenso
 def rotate_heads_backward(
     grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradient by heads ``(B, T, H, 3 D)`` and its sums over positions, float32 ``(programs, H, 3 D)``.
+    """Compute the backward pass of `rotate_heads`.
 
     Args:
-        grad_query, grad_key: by what `rotate_heads` gave; ``grad_value`` by the last third of each head.
+        grad_query, grad_key: gradients of the outputs of `rotate_heads`, ``(B, T, H, D)``.
+        grad_value: gradient of the last third of each head, ``(B, T, H, D)``.
+
+    Returns:
+        The gradient of ``heads`` ``(B, T, H, 3 D)``, and its partial sums over positions, float32
+        ``(programs, H, 3 D)``.
     """
     batch_size, num_positions, num_heads, head_size = grad_query.shape
     num_rows, block = batch_size * num_positions, triton.next_power_of_2(head_size)
@@ -82,10 +96,11 @@ def rotate_heads_backward(
 
 @triton.jit
 def _normal(x):
-    """Of float32 x: the normal distribution's cumulative Φ(x) and density φ(x).
+    """Return the normal distribution's cumulative Φ(x) and density φ(x) of float32 x.
 
-    Abramowitz & Stegun 7.1.26, off by 7e-8 at most. It uses the exponential that the density needs, so a backward pass
-    is bound by memory: with the mathematical library's erf the arithmetic takes longer.
+    Abramowitz & Stegun 7.1.26, with an error of at most 7e-8. It reuses the exponential of the
+    density, so the backward pass is bound by memory; with the math library's erf it would be bound
+    by arithmetic.
     """
     exponential = tl.exp(-0.5 * x * x)
     t = 1.0 / (1.0 + 0.2316419 * tl.abs(x))  # 0.3275911 / √2
@@ -128,7 +143,10 @@ def _gelu_backward_kernel(
 
 @triton.jit
 def _turned(source, places, mask, dimension, position, cos, sin, sign, ROTATED: tl.constexpr):
-    """Dimension d of heads at ``places``, turned with its partner, half the rotated ones away, by ``sign × angle``."""
+    """Rotate one dimension of the heads at ``places`` by ``sign × angle``.
+
+    Its partner is half the number of rotated dimensions away.
+    """
     is_first = dimension < ROTATED // 2
     partner = tl.where(is_first, places + ROTATED // 2, places - ROTATED // 2)
     is_turned = mask & (dimension < ROTATED)
@@ -146,7 +164,7 @@ def _rotate_kernel(
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, ROTATED: tl.constexpr,
     ROW_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    head, part = tl.program_id(0), tl.program_id(1)  # part 0 makes queries, 1 keys
+    head, part = tl.program_id(0), tl.program_id(1)  # part 0: queries, part 1: keys
     dimension = tl.arange(0, BLOCK)[None]
     row = tl.program_id(2) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)[:, None]
     mask = (row < num_rows) & (dimension < HEAD_SIZE)

@@ -1,9 +1,10 @@
-"""The cross-entropy of a linear head, without its logits: they exist for one chunk of tokens at a time.
+"""Cross-entropy of a linear head that computes logits for one chunk of tokens at a time.
 
-The gradient of a token's loss by its logits, softmax minus one-hot, is known as soon as the logits are. So the forward
-pass forms the gradients of the hidden states and of the head as it goes, and keeps nothing of the size tokens ×
-vocabulary for the backward pass (the idea of Liger Kernel's fused linear cross-entropy, Hsu et al. 2024). Between the
-matrix products of a chunk stands one kernel, which turns logits into their gradient.
+The gradient of a token's loss with respect to its logits is softmax minus one-hot, so it can be
+computed together with the logits. The forward pass therefore computes the gradients of the hidden
+states and of the head chunk by chunk, and stores nothing of the size tokens × vocabulary for the
+backward pass (as in the fused linear cross-entropy of Liger Kernel, Hsu et al. 2024). On a GPU, one
+kernel per chunk replaces the logits by their gradient.
 """
 
 from collections.abc import Iterator
@@ -17,8 +18,8 @@ try:
 except ImportError:  # Triton comes with torch's CUDA builds
     cross_entropy_ = None
 
-IGNORED = -100  # a target that does not count, as everywhere in torch
-TOKENS_PER_CHUNK = 8192  # 0.8 GB of 16-bit logits at Pythia's vocabulary; fewer tokens make slower matrix products
+IGNORED = -100  # target without a loss, the default `ignore_index` of torch
+TOKENS_PER_CHUNK = 8192  # 0.8 GB of 16-bit logits at Pythia's vocabulary; smaller chunks make slower matrix products
 
 
 def linear_cross_entropy(
@@ -27,15 +28,16 @@ def linear_cross_entropy(
     targets: torch.Tensor,
     num_items: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
-    """Mean cross-entropy of ``hidden_states @ weight.T``, in float32 (float64 for float64).
+    """Mean cross-entropy of ``hidden_states @ weight.T``, in float32 (float64 for float64 inputs).
 
-    It equals ``cross_entropy(linear(hidden_states, weight).float(), targets)``, the gradients to rounding too.
+    Equal to ``cross_entropy(linear(hidden_states, weight).float(), targets)`` up to rounding, with
+    the same gradients.
 
     Args:
         hidden_states: ``(N, D)``.
-        weight: of the head, ``(V, D)``.
-        targets: ``(N,)``; -100 does not count.
-        num_items: divides the sum in place of the number of targets that count.
+        weight: weight of the head, ``(V, D)``.
+        targets: ``(N,)``; -100 is ignored.
+        num_items: divisor of the summed loss; default: the number of targets that are not ignored.
     """
     device = hidden_states.device.type
     if torch.is_autocast_enabled(device):
@@ -44,14 +46,15 @@ def linear_cross_entropy(
     with torch.autocast(device, enabled=False):
         loss_sum = (_SummedLoss.apply if torch.is_grad_enabled() else _summed_loss)(hidden_states, weight, targets)
     if num_items is None:
-        # Not an integer, in whose place a compiled graph may put the seed of a dropout that attention does not do:
-        # inductor (torch 2.11) takes that for a CUDA tensor, as this is one, and it lies on the CPU.
+        # Float32 on purpose. In a compiled graph, inductor (torch 2.11) may merge an integer scalar
+        # here with the unused dropout seed of attention. It then expects that seed on CUDA, but it
+        # is a CPU tensor.
         num_items = (targets != IGNORED).sum(dtype=torch.float32)
     return loss_sum / num_items
 
 
 def _summed_loss(hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The sum of the losses where no gradient is wanted."""
+    """Sum of the losses, without gradients."""
     losses = [
         nn.functional.cross_entropy(_exact(chunk @ weight.T), its_targets, ignore_index=IGNORED, reduction="sum")
         for chunk, its_targets in _chunks(hidden_states, targets)
@@ -60,7 +63,7 @@ def _summed_loss(hidden_states: torch.Tensor, weight: torch.Tensor, targets: tor
 
 
 class _SummedLoss(torch.autograd.Function):
-    """The sum of the losses; the backward pass only scales what the forward pass has found."""
+    """Sum of the losses. The backward pass only scales the gradients from the forward pass."""
 
     @staticmethod
     def forward(ctx, hidden_states, weight, targets):
@@ -77,7 +80,8 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss):
-        # Scaled here and not before: divided by the number of targets, float16 would lose most of it.
+        # Not scaled in the forward pass: gradients divided by the number of targets there would
+        # mostly underflow in float16.
         return *((_exact(gradient) * grad_loss).to(ctx.dtype) for gradient in ctx.saved_tensors), None
 
 
@@ -86,12 +90,15 @@ def _chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
 
 
 def _exact(values: torch.Tensor) -> torch.Tensor:
-    """In float32, or in float64 if they are."""
+    """Convert to float32; float64 stays float64."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _loss_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The summed loss of logits ``(n, V)`` and its gradient by them, in their type and perhaps in their place."""
+    """Return the summed loss of logits ``(n, V)`` and its gradient with respect to them.
+
+    The gradient has the dtype of the logits and may overwrite them.
+    """
     if cross_entropy_ is not None and logits.is_cuda and logits.dtype != torch.float64:
         return cross_entropy_(logits, targets.contiguous(), IGNORED).sum(), logits
     counts = (targets != IGNORED)[:, None]
@@ -103,7 +110,7 @@ def _loss_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[tor
 
 
 def _minus_one_hot(probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    if torch.compiler.is_compiling():  # one kernel with all around it, which a scatter would cut in two
+    if torch.compiler.is_compiling():  # fuses into one kernel; a scatter would split it
         return probabilities - (targets == torch.arange(probabilities.shape[1], device=targets.device)).to(
             probabilities
         )

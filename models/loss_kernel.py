@@ -1,6 +1,6 @@
-"""The gradient of a loss by its logits, written over them.
+"""Triton kernel of the cross-entropy that overwrites the logits with their gradient.
 
-A row comes from memory once, and goes back once: its later readings find it in the L2 cache.
+Each row is read from memory once and written once; later reads of the row hit the L2 cache.
 """
 
 import torch
@@ -9,14 +9,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-BLOCK = 4096  # logits of a row at a time
+BLOCK = 4096  # logits of a row that a program processes at a time
 
 
 @triton_op("sinklm::cross_entropy_", mutates_args={"logits"})
 def cross_entropy_(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
-    """Losses ``(n,)``, float32, of logits ``(n, V)``, which turn into the gradient of the losses' sum.
+    """Return the losses ``(n,)``, float32, of logits ``(n, V)``.
 
-    A row whose target is ``ignored`` has loss 0 and gradient 0.
+    The logits are overwritten with the gradient of the sum of the losses. A row whose target is
+    ``ignored`` has loss 0 and gradient 0.
     """
     losses = logits.new_empty(len(logits), dtype=torch.float32)
     with torch.cuda.device_of(logits):
@@ -49,7 +50,7 @@ def _cross_entropy_kernel(
     own = tl.load(logits + tl.where(is_counted, target, 0)).to(tl.float32)
     tl.store(losses + row, tl.where(is_counted, lse - own, 0.0))
 
-    tl.debug_barrier()  # the target's logit is read before it is written over
+    tl.debug_barrier()  # the target's logit must be read before it is overwritten
     for start in range(0, VOCABULARY, BLOCK):
         mask = start + columns < VOCABULARY
         block = tl.load(logits + start + columns, mask=mask, other=0.0).to(tl.float32)

@@ -1,8 +1,8 @@
-"""A Pythia-style language model that prepends its own learnable sink tokens.
+"""Pythia-style language model that prepends its own learnable sink tokens.
 
-The parameters are those of ``GPTNeoXForCausalLM``, name by name: a sink token is a row of the embedding that no
-text uses. What differs is `SinkGPTNeoXForCausalLM.forward`, which puts the sinks in front of the text when the cache is
-empty and strips their positions from the logits, so that callers never see them.
+Parameters have the same names and shapes as in ``GPTNeoXForCausalLM``: a sink token is a row of the
+embedding that no text uses. Only `SinkGPTNeoXForCausalLM.forward` differs: it prepends the sinks if
+the cache is empty and removes their positions from the logits, so callers never see them.
 """
 
 import math
@@ -30,10 +30,10 @@ from .loss import IGNORED, linear_cross_entropy
 
 
 class PythiaInitialisation:
-    """Weights as GPT-NeoX's Pythia configurations draw them, which is not transformers' normal(0.02).
+    """Initialisation of GPT-NeoX's Pythia configurations, instead of transformers' normal(0.02).
 
-    ``small_init`` (Nguyen & Salazar 2019) for embeddings and most matrices, ``wang_init`` (Wang & Komatsuzaki 2021)
-    for the matrices that write into the residual stream; biases 0.
+    ``small_init`` (Nguyen & Salazar 2019) for embeddings and most matrices, ``wang_init``
+    (Wang & Komatsuzaki 2021) for the matrices that write to the residual stream, 0 for biases.
     """
 
     config: SinkGPTNeoXConfig
@@ -59,7 +59,7 @@ class PythiaInitialisation:
 
 
 class SinkGPTNeoXModel(PythiaInitialisation, GPTNeoXModel):
-    """The decoder without its head. It does not prepend: it takes positions as they come."""
+    """The decoder without the language-model head. It does not prepend sinks."""
 
     config_class = SinkGPTNeoXConfig
     config: SinkGPTNeoXConfig
@@ -101,8 +101,9 @@ class SinkGPTNeoXModel(PythiaInitialisation, GPTNeoXModel):
     def _causal_forward(self, inputs_embeds: torch.Tensor) -> BaseModelOutputWithPast:
         """The same computation without a mask tensor.
 
-        transformers cannot see under `torch.compile` that positions are consecutive, so it builds a mask, and SDPA
-        with a mask computes the upper triangle too: the whole training step is a quarter slower for it.
+        Under `torch.compile`, transformers cannot detect that positions are consecutive and builds
+        a mask. With a mask, SDPA also computes the upper triangle, which makes the whole training
+        step a quarter slower.
         """
         hidden_states = self.emb_dropout(inputs_embeds)
         positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
@@ -113,10 +114,10 @@ class SinkGPTNeoXModel(PythiaInitialisation, GPTNeoXModel):
 
 
 class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
-    """GPT-NeoX with ``config.num_sinks`` learnable tokens in front of every text.
+    """GPT-NeoX with ``config.num_sinks`` learnable sink tokens in front of every text.
 
-    A sink is never a target and never sampled. Hidden states, attentions and the cache, unlike the logits, include
-    the sinks' positions.
+    A sink is never a target and is never sampled. Hidden states, attentions and the cache include
+    the sinks' positions; the logits do not.
     """
 
     config_class = SinkGPTNeoXConfig
@@ -130,7 +131,9 @@ class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """As in transformers, but the parameters of another arm are refused and not left out.
+        """Like the method of transformers, but parameters of another arm raise an error.
+
+        transformers would ignore them.
 
         Raises:
             ValueError: the weights were trained with another ``sink.kind``.
@@ -139,8 +142,8 @@ class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         if foreign := sorted(key for key in info["unexpected_keys"] if re.search(ARM_PARAMETERS, key)):
             raise ValueError(
-                f"{name} holds {foreign[0]}, which belongs to another sink.kind than {model.config.sink_kind}: "
-                "load it with the kind that it was trained with"
+                f"{name} contains the parameter {foreign[0]}, which sink.kind={model.config.sink_kind!r} does not "
+                "have: load the model with the sink.kind that it was trained with"
             )
         return (model, info) if output_loading_info else model
 
@@ -160,18 +163,20 @@ class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
         cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Logits ``(B, T, V)`` for the T tokens given, and the mean loss over the targets if ``labels`` are given.
+        """Compute logits ``(B, T, V)`` of T tokens and, if ``labels`` are given, the mean loss.
 
         Args:
-            input_ids: ``(B, T)`` text, without sinks (or ``inputs_embeds`` ``(B, T, D)``).
-            attention_mask: ``(B, T)``, or ``(B, tokens seen + T)`` with a cache; 0 marks padding, on either side.
-            position_ids: ``(B, T)``, counted from the first text token; the sinks' positions are added here.
-            past_key_values, cache: two names of one argument (`cache_argument`); the sinks are prepended if the cache
-                is empty or None.
-            labels: ``(B, T)``, label j being token j as everywhere in transformers, or ``(B, T + 1)``, where the last
-                label is the target of the last token. With sinks label 0 counts too: the last sink predicts it.
-            skip_logits: return no logits, only the loss, and hold no more than a chunk of them at a time.
-            num_items_in_batch: divides the summed loss in place of the number of targets here.
+            input_ids: ``(B, T)`` text without sinks. Alternatively ``inputs_embeds`` ``(B, T, D)``.
+            attention_mask: ``(B, T)``, or ``(B, tokens seen + T)`` with a cache; 0 marks padding,
+                on either side.
+            position_ids: ``(B, T)``, counted from the first text token, without the sinks.
+            past_key_values, cache: two names of the same argument (`cache_argument`). The sinks are
+                prepended if the cache is empty or None.
+            labels: ``(B, T)``, where label j is token j as in transformers, or ``(B, T + 1)``,
+                where the last label is the target of the last token. With sinks, label 0 is also a
+                target: the last sink predicts it.
+            skip_logits: return only the loss; logits are computed for one chunk at a time.
+            num_items_in_batch: divisor of the summed loss; default: the number of targets.
         """
         cache = single_cache(cache, past_key_values, kwargs)
         num_new_sinks = 0 if _length(cache) else self.config.num_sinks
@@ -222,57 +227,62 @@ class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
         return None, torch.cat([self.gpt_neox.embed_in(sinks).to(inputs_embeds.dtype), inputs_embeds], dim=1)
 
     def _extend_mask(self, mask, num_tokens: int, cache: Cache | None):
-        """Put the sinks' ones in front of a mask that counts text alone."""
+        """Extend a mask over the text by ones for the sinks."""
         if mask is None or not self.config.num_sinks:
             return mask
         if mask.ndim != 2:
             raise ValueError(
-                f"attention_mask has {mask.ndim} dimensions: a model that prepends sinks takes a (batch, tokens) mask"
+                f"attention_mask has {mask.ndim} dimensions: a model with sink tokens requires a mask of shape "
+                "(batch, tokens)"
             )
         num_seen = _length(cache)
-        if num_seen and mask.shape[1] == num_seen + num_tokens:  # the caller counts the sinks as well
+        if num_seen and mask.shape[1] == num_seen + num_tokens:  # the caller's mask includes the sinks
             return mask
         num_text = max(num_seen - self.config.num_sinks, 0) + num_tokens
         if mask.shape[1] != num_text:
-            raise ValueError(f"attention_mask covers {mask.shape[1]} tokens where the text has {num_text}")
+            raise ValueError(
+                f"attention_mask covers {mask.shape[1]} tokens, but the text has {num_text}: both must be equal"
+            )
         return torch.cat([mask.new_ones(mask.shape[0], self.config.num_sinks), mask], dim=1)
 
     def _position_ids(self, position_ids, mask, num_tokens: int, num_new_sinks: int):
-        """Positions of the sinks and the text behind them; None where counting from the cache's length is right."""
+        """Positions of the sinks and the text; None if positions follow from the cache's length."""
         num_sinks = self.config.num_sinks
         if not num_sinks:
             return position_ids
         if position_ids is None:
             if mask is None:
                 return None
-            # Padding between sinks and text takes no position: a sink is next to the first real token.
+            # Padding between sinks and text has no positions: the first token follows the sinks.
             return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -(num_tokens + num_new_sinks) :]
         text = position_ids + num_sinks
         sinks = torch.arange(num_new_sinks, device=text.device).expand(*text.shape[:-1], -1)
         return torch.cat([sinks, text], dim=-1)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
-        """As in transformers, but it never cuts off the sinks' rows, as many as ``len(tokenizer)`` would.
+        """Like the method of transformers, but never removes the rows of the sinks.
+
+        The length of a tokenizer does not include the sinks.
 
         Raises:
-            ValueError: the sinks would lie outside.
+            ValueError: the new size would remove a sink token.
         """
         needed = max(self.config.sink_token_ids, default=-1) + 1
         if new_num_tokens is not None and new_num_tokens < needed:
             raise ValueError(
-                f"resizing the embedding to {new_num_tokens} rows cuts off the sink token {needed - 1}: keep at least "
-                f"{needed}"
+                f"resizing the embedding to {new_num_tokens} rows would remove the sink token {needed - 1}: keep at "
+                f"least {needed} rows"
             )
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
-    # -- generation: `generate()` counts text, the cache counts sinks as well --------------------------------------
+    # -- Generation: `generate` counts text tokens only, the cache also counts the sinks ---------
 
     def prepare_inputs_for_generation(
         self,
         input_ids,
         next_sequence_length=None,
         past_key_values=None,
-        inputs_embeds=None,  # named, for `generate` refuses embeddings where this signature does not name them
+        inputs_embeds=None,  # must be in the signature, or `generate` does not accept embeddings
         is_first_iteration=False,
         cache=None,
         **kwargs,
@@ -294,7 +304,7 @@ class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
 
     @staticmethod
     def create_masks_for_generate(attention_mask=None, **kwargs):
-        """Leave the mask to `forward`, which knows the sinks."""
+        """Return the mask unchanged: `forward` extends it by the sinks."""
         return attention_mask
 
     def _prepare_static_cache(self, cache_implementation, batch_size, max_cache_len, *args, **kwargs):
@@ -315,11 +325,11 @@ def _length(cache: Cache | None) -> int:
 
 def _count_tokens(inputs: torch.Tensor | None, cache: Cache | None) -> int:
     if inputs is None:
-        raise ValueError("give input_ids or inputs_embeds")
+        raise ValueError("no input: pass input_ids or inputs_embeds")
     if inputs.shape[1] == 0 and _length(cache):
         raise ValueError(
-            "no new tokens: with a cache, pass the full sequence to `generate`, including the tokens that are already "
-            "in the cache, followed by the new turn"
+            "no new tokens: with a cache, pass `generate` the full sequence, that is the tokens that are already in "
+            "the cache followed by the new ones"
         )
     return inputs.shape[1]
 
@@ -331,17 +341,17 @@ def _keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> to
 
 
 def _align(hidden_states, labels, num_sinks: int, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pair each target ``(B, N)`` with the hidden state ``(B, N, D)`` that predicts it."""
+    """Return the targets' hidden states ``(B, N, D)``, and the targets ``(B, N)``."""
     num_tokens = hidden_states.shape[1] - num_sinks
     if labels.shape[1] not in (num_tokens, num_tokens + 1):
         raise ValueError(
-            f"labels cover {labels.shape[1]} tokens where the text has {num_tokens}: give as many, or one more, the "
-            "target of the last"
+            f"labels cover {labels.shape[1]} tokens, but the text has {num_tokens}: pass one label per token, or one "
+            "more, which is the target of the last token"
         )
     targets = labels if num_sinks else labels[:, 1:]
     predictors = hidden_states[:, max(num_sinks - 1, 0) :][:, : targets.shape[1]]
     if num_sinks and attention_mask is not None:
-        # In a left-padded row the first real token is predicted by the last sink, not by the padding before it.
+        # In a left-padded row, the last sink predicts the first real token, not the padding.
         starts = torch.zeros_like(targets, dtype=torch.bool)
         starts.scatter_(1, attention_mask.long().argmax(dim=1, keepdim=True), True)
         predictors = torch.where(starts[..., None], predictors[:, :1], predictors)
@@ -356,6 +366,6 @@ def _cross_entropy(logits, targets, num_items_in_batch) -> torch.Tensor:
 
 AutoConfig.register("sink_gpt_neox", SinkGPTNeoXConfig)
 AutoModelForCausalLM.register(SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM)
-register_checkpoint_conversion_mapping(  # `embed_out.weight` on disk, as in every Pythia checkpoint
+register_checkpoint_conversion_mapping(  # the head is `embed_out.weight` on disk, as in Pythia checkpoints
     "SinkGPTNeoXForCausalLM", get_checkpoint_conversion_mapping("GPTNeoXForCausalLM"), overwrite=True
 )

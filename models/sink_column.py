@@ -1,11 +1,12 @@
-"""One more column in every softmax: a place for attention that is no token, has no position and fills no cache.
+"""An extra column in every softmax: a sink without a token, a position or a cache entry.
 
-A fused kernel computes the other columns. With its output o and log-sum-exp l, a column of score s and value v makes
+A fused kernel computes the other columns. Let o be its output and l its log-sum-exp. A column with
+score s and value v changes them to
 
     l' = log(exp(l) + exp(s)),    o' = exp(l - l') o + exp(s - l') v
 
-and the gradients of query, key and value are what the kernel's own backward pass gives for o' and l': it needs the
-probabilities, ``exp(score - l')``, and the row sums of ``grad * o'``, and knows of nothing else.
+The kernel's backward pass, called with o' and l', returns the gradients of query, key and value: it
+only uses the probabilities ``exp(score - l')`` and the row sums of ``grad * o'``.
 """
 
 from typing import Any, NamedTuple
@@ -18,7 +19,12 @@ from .fused_attention import Kernel, kernel_for
 
 
 class SinkColumn(NamedTuple):
-    """A score, scaled, float32 or better, that broadcasts to ``(B, H, T)``; a value ``(H, D)``, or None for zeros."""
+    """A softmax column.
+
+    Args:
+        score: scaled score, at least float32, broadcasts to ``(B, H, T)``.
+        value: ``(H, D)``; None for zeros.
+    """
 
     score: Tensor
     value: Tensor | None = None
@@ -33,14 +39,18 @@ def attention_with_column(
     scaling: float,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention ``(B, H, T, D)`` of queries ``(B, H, T, D)`` over keys ``(B, H, K, D)`` and the column.
+    """Compute attention of queries ``(B, H, T, D)`` over keys ``(B, H, K, D)`` and the column.
 
     Args:
-        mask, dropout: as in `explicit_attention`, but that no mask is causal attention, or all keys for one query.
+        mask: as in `explicit_attention`; None is causal attention, or all keys for one query.
+        dropout: as in `explicit_attention`.
+
+    Returns:
+        ``(B, H, T, D)``.
     """
     num_queries = query.shape[2]
     if mask is None and num_queries > 1:
-        key, value = key[:, :, :num_queries], value[:, :, :num_queries]  # a static cache has empty places behind them
+        key, value = key[:, :, :num_queries], value[:, :, :num_queries]  # drop the empty slots of a static cache
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -53,7 +63,15 @@ def attention_with_column(
 
 
 def merge_column(out: Tensor, lse: Tensor, column: SinkColumn) -> tuple[Tensor, Tensor]:
-    """Widen a softmax of output ``(B, H, T, D)`` and log-sum-exp ``(B, H, T)`` by a sink's column: the same of both."""
+    """Add a column to a softmax.
+
+    Args:
+        out: output ``(B, H, T, D)`` without the column.
+        lse: log-sum-exp ``(B, H, T)`` without the column.
+
+    Returns:
+        Output and log-sum-exp with the column, in the same shapes.
+    """
     total = torch.logaddexp(lse, column.score)
     widened = out * (lse - total).exp()[..., None]
     if column.value is not None:
@@ -62,7 +80,10 @@ def merge_column(out: Tensor, lse: Tensor, column: SinkColumn) -> tuple[Tensor, 
 
 
 class FusedAttention(torch.autograd.Function):
-    """Causal attention with a column by a fused kernel. In half precision nothing of size D is kept in float32."""
+    """Causal attention with a column, computed by a fused kernel.
+
+    In half precision, no tensor with a dimension of size D is stored in float32.
+    """
 
     @staticmethod
     def forward(
@@ -80,7 +101,7 @@ class FusedAttention(torch.autograd.Function):
         out, total = merge_column(*kernel.forward(query, key, value, ctx.is_causal, scaling), column)
         total = total.contiguous()
         ctx.save_for_backward(query, key, value, score, sink_value, out, total)
-        return out.view_as(out)  # torch 2.11 compiles no gradient if the last operation gave back its own input
+        return out.view_as(out)  # torch 2.11 compiles no gradient if the last operation returns its own input
 
     @staticmethod
     @once_differentiable
@@ -106,12 +127,16 @@ def explicit_attention(
     scaling: float,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """The same with every probability written out, for any mask: the output ``(B, H, T, D)`` and the probabilities of
-    the keys ``(B, H, T, K)``, which with the column's make 1.
+    """Compute attention with a column by an explicit softmax, for any mask.
 
     Args:
-        mask: boolean (True is visible) or added, broadcasts to ``(B, H, T, K)``; None shows all keys.
+        mask: boolean (True is visible) or additive, broadcasts to ``(B, H, T, K)``; None shows all
+            keys.
         dropout: share of probabilities to drop.
+
+    Returns:
+        The output ``(B, H, T, D)`` and the probabilities of the keys ``(B, H, T, K)``, which sum to
+        1 together with that of the column.
     """
     dtype = column.score.dtype
     with torch.autocast(query.device.type, enabled=False):

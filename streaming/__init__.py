@@ -1,7 +1,8 @@
-"""StreamingLLM for today's transformers: a cache of constant size, and the banded attention that equals it.
+"""StreamingLLM for transformers: a cache of constant size, and the equivalent banded attention.
 
-Read in this order: `rule` (the rule as arithmetic), `encodings` (how phases are moved), `steps` (what one forward
-pass does with both), `cache` and `steering` (how transformers' models come to use it), `families` (which models can).
+Suggested reading order: `rule` (the streaming rule as arithmetic), `encodings` (how phases are
+moved), `steps` (one forward pass), `cache` and `steering` (how models of transformers use it),
+`families` (which models are supported).
 """
 
 from .cache import StreamingCache

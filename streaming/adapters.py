@@ -1,7 +1,7 @@
-"""Attention of the families that compute it in code of their own, with the stream in place of their masks.
+"""Streaming attention for the families that do not use transformers' attention interface.
 
-Each function stands in for the ``forward`` of the family's attention module during a pass that brings a streaming
-cache, and only then.
+Each function replaces the ``forward`` method of the family's attention module during passes with a
+streaming cache.
 """
 
 from collections.abc import Callable
@@ -25,15 +25,15 @@ CacheRef = Callable[[], "StreamingCache"]
 
 @dataclass(frozen=True)
 class Adapter:
-    """What replaces a family's attention.
+    """Replacement of a family's attention.
 
     Args:
         module_name: suffix of the attention modules' names.
-        attend: ``(cache_ref, module, hidden_states (B, T, D), **kwargs)`` to ``(output (B, T, D), None)``; the cache
-            is held weakly, for modules outlive it.
-        mask_shape: of the mask of ones that the decoder is given, for it insists on some.
-        takes_positions_from_cache: the decoder is given zeros, because it looks positions up in a table that a stream
-            can outgrow.
+        attend: maps ``(cache_ref, module, hidden_states (B, T, D), **kwargs)`` to
+            ``(output (B, T, D), None)``. The reference to the cache is weak: modules outlive it.
+        mask_shape: shape of the mask of ones to pass to a decoder that requires a mask.
+        takes_positions_from_cache: `attend` uses the cache's positions, and the decoder gets
+            zeros, because a stream can exceed the decoder's table of positions.
     """
 
     module_name: str
@@ -46,19 +46,19 @@ class Adapter:
 
 
 def step_of(cache_ref: CacheRef) -> Step:
-    """The pass under way."""
+    """Return the current pass."""
     step = cache_ref().step
     assert step is not None
     return step
 
 
 def split_heads(states: Tensor, num_heads: int) -> Tensor:
-    """``(B, T, H * D)`` to ``(B, H, T, D)``."""
+    """Reshape ``(B, T, H * D)`` to ``(B, H, T, D)``."""
     return states.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 def merge_heads(states: Tensor) -> Tensor:
-    """``(B, H, T, D)`` to ``(B, T, H * D)``."""
+    """Reshape ``(B, H, T, D)`` to ``(B, T, H * D)``."""
     return states.transpose(1, 2).flatten(2)
 
 
@@ -112,7 +112,7 @@ GPTJ = Adapter("attn", gptj_attention, takes_positions_from_cache=True)
 
 
 def identity_mask(adapter: Adapter | None, batch_size: int, device: torch.device) -> Tensor | None:
-    """The mask that says nothing, of the shape that a decoder insists on."""
+    """Return a mask of ones for a decoder that requires a mask, None for the others."""
     if adapter is None or adapter.mask_shape is None:
         return None
     return torch.ones(adapter.mask_shape, dtype=torch.long, device=device).expand(

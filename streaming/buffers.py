@@ -1,4 +1,4 @@
-"""The buffers of one attention layer: keys and values in slots, and the kept keys as they were written."""
+"""Buffers of an attention layer: keys and values in slots, and the original kept keys."""
 
 import torch
 from torch import Tensor
@@ -7,11 +7,14 @@ from .rule import StreamShape
 
 
 class StreamingLayer:
-    """Static buffers of one layer, allocated by its first keys and written in place.
+    """Static buffers of one layer, allocated with the first keys and written in place.
 
-    ``keys``, ``values``: ``(B, G, S + W + 1, D)``, slots as in `StreamShape`. ``kept_keys``: ``(B, G, S + 1, D)``,
-    the kept keys at phases 0 … S - 1, from which the first S slots are turned for every step (the last row is where a
-    token that is not kept is thrown). ``num_arrived``: ``(B, G)``, a counter of the decoding kernel, 0 at rest.
+    Attributes:
+        keys, values: ``(B, G, S + W + 1, D)``, slots as in `StreamShape`.
+        kept_keys: ``(B, G, S + 1, D)``, the kept keys at phases 0 … S - 1, from which the first S
+            slots of ``keys`` are rotated for every step. The last row is scratch space: tokens that
+            are not kept are written to it.
+        num_arrived: ``(B, G)``, counter of the decoding kernel, 0 between steps.
     """
 
     keys: Tensor
@@ -24,7 +27,7 @@ class StreamingLayer:
         self.is_allocated = False
 
     def allocate(self, key: Tensor, value: Tensor) -> None:
-        """Make the buffers for states like these ``(B, G, T, D)``, unless they are there."""
+        """Allocate the buffers for states like these ``(B, G, T, D)`` if they do not exist yet."""
         if self.is_allocated:
             return
         self.keys = zeros_like_heads(key, self.shape.num_slots)
@@ -51,7 +54,7 @@ class StreamingLayer:
         return twin
 
     def map_rows(self, rows: Tensor) -> None:
-        """Put row ``rows[i]`` of the batch in place i; the batch may grow or shrink."""
+        """Replace row i of the batch by row ``rows[i]``; the batch size may change."""
         if self.is_allocated:
             self.keys = select_rows(self.keys, rows)
             self.values = select_rows(self.values, rows)
@@ -60,13 +63,16 @@ class StreamingLayer:
 
 
 def zeros_like_heads(states: Tensor, length: int) -> Tensor:
-    """A buffer ``(B, G, length, D)`` for states ``(B, G, T, D)``."""
+    """Return a zero buffer ``(B, G, length, D)`` for states ``(B, G, T, D)``."""
     return static_zeros((*states.shape[:2], length, states.shape[3]), states.dtype, states.device)
 
 
 @torch.compiler.disable
 def static_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A buffer that stays where it is, as a CUDA graph needs; usable outside of `torch.inference_mode` too."""
+    """Return a zero buffer with a static address, as CUDA graphs require.
+
+    The buffer can also be used outside of `torch.inference_mode`.
+    """
     with torch.inference_mode(False):
         buffer = torch.zeros(shape, dtype=dtype, device=device)
     torch._dynamo.mark_static_address(buffer)
@@ -74,18 +80,21 @@ def static_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
 
 
 def static_copy(states: Tensor) -> Tensor:
-    """A buffer as `static_zeros` makes them, with these contents."""
+    """Copy a tensor to a new buffer made by `static_zeros`."""
     with torch.no_grad():
         return static_zeros(tuple(states.shape), states.dtype, states.device).copy_(states)
 
 
 def select_rows(buffer: Tensor, rows: Tensor) -> Tensor:
-    """Rows of a buffer ``(B, …)``; in place if their number stays, since a captured graph may read it there."""
+    """Select rows of a buffer ``(B, …)``.
+
+    If their number does not change, this is done in place: a captured graph may read the buffer.
+    """
     selected = buffer.index_select(0, rows.to(buffer.device))
     return buffer.copy_(selected) if selected.shape == buffer.shape else static_copy(selected)
 
 
 def gather_columns(states: Tensor, columns: Tensor) -> Tensor:
-    """Pick columns ``(B or 1, N)`` of keys or values ``(B, G, T, D)``: ``(B, G, N, D)``."""
+    """Gather ``columns`` ``(B or 1, N)`` of keys or values ``(B, G, T, D)`` to ``(B, G, N, D)``."""
     index = columns[:, None, :, None].expand(states.shape[0], states.shape[1], -1, states.shape[3])
     return torch.gather(states, 2, index)

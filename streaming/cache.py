@@ -1,4 +1,4 @@
-"""`StreamingCache`: a transformers cache that holds S initial and W recent tokens, whatever the length of the text."""
+"""`StreamingCache`: a transformers cache that keeps S initial and W recent tokens of any text."""
 
 import copy
 import weakref
@@ -22,10 +22,12 @@ from .steps import ChunkStep, DecodeStep
 
 @dataclass
 class StreamCounters:
-    """How far the streams of a batch have come, on the device, so that a compiled step can count.
+    """Counters of the streams of a batch, on the device so that a compiled step can update them.
 
-    ``num_seen`` ``(B,)``: tokens of each row. ``base`` ``(B,)``: the token that has phase 0. ``num_columns`` ``()``:
-    inputs taken, padding included, which is the length that transformers asks for.
+    Attributes:
+        num_seen: ``(B,)``, tokens seen in each row.
+        base: ``(B,)``, index of the token that has phase 0.
+        num_columns: ``()``, inputs seen including padding, the sequence length for transformers.
     """
 
     num_seen: Tensor
@@ -51,16 +53,18 @@ class StreamingCache(Cache):
         cache = StreamingCache.for_model(model, num_kept=4, window=1020)
         model.generate(**inputs, past_key_values=cache, max_new_tokens=100_000)
 
-    The cache belongs to one model and one batch of streams. It takes tokens in forward passes of any length, one by
-    one or a whole book, with the same result. Padding in the ``attention_mask`` is no token of a stream. For
-    inference only.
+    The cache belongs to one model and one batch of streams. Forward passes may have any length,
+    from one token to a whole book, with the same result. Padding in the ``attention_mask`` is not
+    part of a stream. For inference only.
     """
 
     def __init__(self, model: PreTrainedModel, shape: StreamShape, chunk_size: int):
         decoder: Any = model.get_decoder()
         devices = sorted({str(parameter.device) for parameter in decoder.parameters()})
         if len(devices) > 1:
-            raise ValueError(f"the model lies on several devices ({', '.join(devices)}): move it to one to stream it")
+            raise ValueError(
+                f"the model is on several devices ({', '.join(devices)}): move it to one device for streaming"
+            )
         family = family_of(decoder.config, shape)
         layers = [StreamingLayer(shape) for _ in range(decoder.config.num_hidden_layers)]
         super().__init__(layers=layers)
@@ -68,10 +72,10 @@ class StreamingCache(Cache):
         self.decoder, self.shape, self.chunk_size = decoder, shape, chunk_size
         self.encoding = family.encoding(decoder, shape)
         self.counters: StreamCounters | None = None
-        self.step: DecodeStep | ChunkStep | None = None  # the pass under way
+        self.step: DecodeStep | ChunkStep | None = None  # the current pass
         self.num_since_rebase = 0
         self.is_ragged = False  # rows have seen different numbers of tokens
-        self.is_damaged = False  # a pass was broken off: some layers have read its tokens and some have not
+        self.is_damaged = False  # a pass was interrupted: some layers have read its tokens, some have not
         self.adapter = family.adapter
         modules = family.adapter.modules(decoder) if family.adapter else []
         attend = family.adapter.attend if family.adapter else None
@@ -82,15 +86,19 @@ class StreamingCache(Cache):
     def for_model(
         cls, model: PreTrainedModel, *, num_kept: int, window: int, chunk_size: int = 1024
     ) -> "StreamingCache":
-        """An empty cache for a model.
+        """Create an empty cache for a model.
 
         Args:
-            num_kept: initial tokens that stay for ever (S); a model's own sink tokens count.
-            window: recent tokens that stay besides the newest (W). "4+1020" is ``num_kept=4, window=1020``.
-            chunk_size: longest piece of a prompt that is computed at once; bounds memory, not the result.
+            num_kept: number of initial tokens that are never evicted (S), including the model's own
+                sink tokens.
+            window: number of recent tokens that stay in the cache after each step (W). "4+1020" is
+                ``num_kept=4, window=1020``.
+            chunk_size: maximum number of tokens of a prompt per forward pass. It bounds the memory
+                and does not change the result.
 
         Raises:
-            ValueError: a model that cannot stream, ``num_kept < 0``, ``window < 1`` or ``chunk_size < 1``.
+            ValueError: the model is not supported, ``num_kept < 0``, ``window < 1`` or
+                ``chunk_size < 1``.
         """
         if chunk_size < 1:
             raise ValueError(f"chunk_size is {chunk_size}: it must be at least 1")
@@ -101,7 +109,10 @@ class StreamingCache(Cache):
         return f"StreamingCache(num_kept={shape.num_kept}, window={shape.window}, seen={self.get_seq_length()})"
 
     def __deepcopy__(self, memo: dict) -> "StreamingCache":
-        """Another cache of the same model that goes on from the same tokens: a prompt read once serves many texts."""
+        """Copy the streams to a new cache of the same model.
+
+        A prompt that was read once can thus be continued several times.
+        """
         twin = StreamingCache(self.decoder, self.shape, self.chunk_size)
         for name in ("counters", "num_since_rebase", "is_ragged", "is_damaged"):
             setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
@@ -111,45 +122,57 @@ class StreamingCache(Cache):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ValueError(
-            "a StreamingCache belongs to the model beside it and can be neither saved nor copied by copy.copy: "
-            "copy.deepcopy(cache) makes a cache that goes on from the same tokens"
+            "a StreamingCache is tied to its model and can be neither saved nor copied with copy.copy: use "
+            "copy.deepcopy(cache) for a second cache with the same tokens"
         )
 
-    # -- a forward pass, as `SteeredForward` drives it ---------------------------------------------------------------
+    # -- One forward pass, called by `SteeredForward` --------------------------------------------
 
     def check_whole(self) -> None:
-        """Refuse to continue after a pass that was broken off."""
+        """Raise a ValueError if an earlier pass was interrupted."""
         if self.is_damaged:
-            raise ValueError("the last forward pass with this StreamingCache failed midway: call reset() first")
+            raise ValueError(
+                "an earlier forward pass with this StreamingCache failed midway: call reset() and read the text again"
+            )
 
     @torch.compiler.disable
     def check_inputs(self, inputs: Tensor, mask: Tensor | None) -> Tensor | None:
-        """Which of the new inputs ``(B, T, …)`` are tokens ``(B, T)``, None if all; refuses what cannot stream."""
+        """Return which of the inputs ``(B, T, …)`` are tokens ``(B, T)``, None if all are.
+
+        Raises:
+            ValueError: the cache is damaged, the batch size has changed, or the mask has the wrong
+                shape or pads on the right.
+        """
         self.check_whole()
         batch_size, num_inputs = inputs.shape[:2]
         if self.counters is not None and self.batch_size != batch_size:
             raise ValueError(
-                f"this StreamingCache holds {self.batch_size} streams and the batch has {batch_size} rows: "
-                "call reset(), or make a new cache"
+                f"this StreamingCache has {self.batch_size} streams, but the batch has {batch_size} rows: call reset() "
+                "or create a new cache"
             )
         if mask is None:
             return None
         if mask.ndim != 2 or mask.shape[0] != batch_size or mask.shape[1] < num_inputs:
             raise ValueError(
-                f"attention_mask has shape {tuple(mask.shape)}: a StreamingCache takes a (batch, tokens) mask that "
-                f"covers at least the {num_inputs} new tokens of {batch_size} rows"
+                f"attention_mask has shape {tuple(mask.shape)}: a StreamingCache requires a mask of shape "
+                f"(batch, tokens) for at least the {num_inputs} new tokens of {batch_size} rows"
             )
         is_token = mask[:, -num_inputs:].bool()
         if is_token.all():
             return None
-        if (is_token.any(-1) & ~is_token[:, -1]).any():  # a row may have no token at all
-            raise ValueError("the batch is padded on the right, where a stream continues: pad it on the left")
+        if (is_token.any(-1) & ~is_token[:, -1]).any():  # a row may consist of padding only
+            raise ValueError(
+                "the batch is padded on the right: pad it on the left (padding_side='left' in the tokenizer)"
+            )
         self.is_ragged = True
         return is_token
 
     @contextmanager
     def damaged_by_failure(self, num_inputs: int) -> Iterator[None]:
-        """Mark the cache if a pass over so many inputs fails. A single token that fails is overwritten by the next."""
+        """Mark the cache as damaged if a pass over ``num_inputs`` inputs fails.
+
+        A pass over one token does no damage: the next token overwrites it.
+        """
         try:
             yield
         except BaseException:
@@ -160,7 +183,7 @@ class StreamingCache(Cache):
 
     @torch.compiler.disable
     def begin_chunk(self, inputs: Tensor, is_token: Tensor | None) -> Tensor:
-        """`begin_pass`, after moving phases back if that is due, which a graph cannot do."""
+        """Rebase if necessary, which is not possible in a graph, and call `begin_pass`."""
         self.rebase_before(inputs.shape[1])
         return self.begin_pass(inputs, is_token)
 
@@ -169,10 +192,10 @@ class StreamingCache(Cache):
         self.end_pass()
 
     def begin_pass(self, inputs: Tensor, is_token: Tensor | None) -> Tensor:
-        """Prepare a pass over inputs ``(B, T, …)``, of which ``is_token`` ``(B, T)`` are no padding.
+        """Prepare a pass over inputs ``(B, T, …)`` and return their position ids ``(B, T)``.
 
-        Returns:
-            their position ids ``(B, T)``.
+        Args:
+            is_token: ``(B, T)``, False for padding; None if there is no padding.
         """
         batch_size, num_inputs = inputs.shape[:2]
         if self.counters is None:
@@ -187,7 +210,7 @@ class StreamingCache(Cache):
         return self.step.position_ids.expand(batch_size, -1)
 
     def end_pass(self) -> None:
-        """Count the tokens that the pass has read."""
+        """Add the tokens of the pass to the counters."""
         step, self.step = self.step, None
         assert step is not None
         assert self.counters is not None
@@ -195,24 +218,24 @@ class StreamingCache(Cache):
         self.counters.num_columns += step.num_inputs
 
     def rebase_before(self, num_inputs: int) -> None:
-        """Count inputs to come, and `rebase` first if it is due.
+        """Count the next ``num_inputs`` inputs, after a `rebase` if one is due.
 
-        Every pass does it by itself. A pass that was compiled cannot: who runs one calls this before each token.
+        Eager passes call this automatically. For a compiled pass, call it before each token.
         """
         if self.num_since_rebase + num_inputs > self.shape.window + 1:
             try:
                 self.rebase()
-            except BaseException:  # some layers have been moved and some have not
+            except BaseException:  # some layers are rebased, some are not
                 self.is_damaged = True
                 raise
         self.num_since_rebase += num_inputs
 
     @torch.no_grad()
     def rebase(self) -> None:
-        """Move all phases back, so that the window begins at phase S and float32 angles stay sharp for ever.
+        """Move all phases back: the window starts at phase S, and float32 angles stay accurate.
 
-        Happens once a window, so that a key is turned back at most once while it is in use and not even bfloat16 has
-        rounding to pile up.
+        This is done once per window. A key is rotated back at most once while it is in the cache,
+        so rounding errors do not accumulate, not even in bfloat16.
         """
         self.num_since_rebase = 0
         if self.counters is None:
@@ -226,27 +249,27 @@ class StreamingCache(Cache):
                 ring.copy_(self.encoding.turn(ring, phases))
         self.counters.base.copy_(base)
 
-    # -- the interface of transformers' caches -----------------------------------------------------------------------
+    # -- The interface of transformers' caches ---------------------------------------------------
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
-        """Pass the new states on to `streaming_attention`, which stores them."""
+        """Return the new states unchanged: `streaming_attention` stores them."""
         if self.step is None:
             raise ValueError(
-                "this StreamingCache was made for another model: StreamingCache.for_model(model, …) makes one for this"
+                "this StreamingCache was made for another model: create one with StreamingCache.for_model(model, …)"
             )
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Inputs taken so far, padding and sinks included: not the number of keys held.
+        """Number of inputs seen, including padding and sinks; not the number of keys in the cache.
 
-        While a graph is traced only whether the cache is empty is known, and a cache with a past says 1.
+        While a graph is traced, a cache that is not empty returns 1.
         """
         if self.counters is None:
             return 0
         return 1 if torch.compiler.is_compiling() else int(self.counters.num_columns)
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: a stream has no end."""
+        """-1: a stream has no maximum length."""
         return -1
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -254,7 +277,7 @@ class StreamingCache(Cache):
 
     @property
     def is_compileable(self) -> bool:
-        """False: `generate` shall not compile on its own account."""
+        """False, so that `generate` does not compile the model."""
         return False
 
     @property
@@ -263,7 +286,7 @@ class StreamingCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """False: a token that has left the window cannot come back. See `crop`."""
+        """False: tokens that have left the window cannot be restored. See `crop`."""
         return False
 
     @property
@@ -272,16 +295,16 @@ class StreamingCache(Cache):
 
     @property
     def batch_size(self) -> int:
-        """Streams held, -1 if none have begun."""
+        """Number of streams, -1 if the cache is empty."""
         return -1 if self.counters is None else self.counters.num_seen.shape[0]
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the keys and values held, constant once the first tokens are read."""
+        """Memory of keys and values in bytes, constant after the first forward pass."""
         return sum(layer.num_bytes for layer in self.streaming_layers)
 
     def reset(self) -> None:
-        """Forget the streams; the next forward pass begins new ones, of any batch size."""
+        """Empty the cache. The next forward pass starts new streams, with any batch size."""
         self.counters = self.step = None
         self.is_ragged = self.is_damaged = False
         self.num_since_rebase = 0
@@ -289,28 +312,30 @@ class StreamingCache(Cache):
             layer.free()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens, given as a negative number, as long as none has left the cache.
+        """Remove the last tokens, as long as no token has left the cache.
+
+        Args:
+            tokens_to_remove: number of tokens, negative as in transformers.
 
         Raises:
-            ValueError: the number is positive, a token before them has already left the cache, or there has been
-                padding, which takes no place in the cache, so that rows cannot be cut at the same input.
+            ValueError: the number is positive or larger than the number of tokens seen, a token has
+                left the cache, or there was padding. Padding is not stored, so the rows could not
+                be cut at the same input.
         """
         if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to take back as a negative number")
+            raise ValueError(f"crop({tokens_to_remove}): pass the number of tokens to remove as a negative number")
         if self.counters is None or tokens_to_remove == 0:
             return
         if self.is_ragged:
-            raise ValueError("cannot take tokens back from a batch that has had padding: call reset() and read it anew")
+            raise ValueError("cannot remove tokens from a batch that had padding: call reset() and read the text again")
         if int(self.counters.num_seen.max()) > self.shape.num_slots:
             raise ValueError(
-                f"cannot take tokens back: of the {int(self.counters.num_seen.max())} seen, the first beyond the "
-                f"{self.shape.num_kept} kept ones have left the cache, and the window cannot be filled up again; "
-                "assisted generation and prompt lookup take tokens back: leave them off, or use a larger window"
+                f"cannot remove tokens: {int(self.counters.num_seen.max())} tokens were seen, and some have left the "
+                f"cache of {self.shape.num_kept}+{self.shape.window}. Assisted generation and prompt lookup remove "
+                "tokens: turn them off or use a larger window"
             )
         if -tokens_to_remove > int(self.counters.num_seen.min()):
-            raise ValueError(
-                f"crop({tokens_to_remove}): only {int(self.counters.num_seen.min())} tokens have been seen"
-            )
+            raise ValueError(f"crop({tokens_to_remove}): only {int(self.counters.num_seen.min())} tokens were seen")
         self.counters.num_seen += tokens_to_remove
         self.counters.num_columns += tokens_to_remove
 
@@ -327,5 +352,5 @@ class StreamingCache(Cache):
             self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these streams only."""
+        """Keep only these streams."""
         self.reorder_cache(indices)

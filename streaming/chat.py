@@ -1,4 +1,4 @@
-"""A conversation in one streaming cache: each turn reads only what is new since the last."""
+"""A conversation in one streaming cache: each turn reads only the tokens that are new."""
 
 from collections.abc import Iterator
 
@@ -6,13 +6,13 @@ from transformers import PreTrainedTokenizerBase
 
 from .generation import Generator, TextStream
 
-REPLY = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for a reply in a rendered template
+REPLY = "\N{OBJECT REPLACEMENT CHARACTER}"  # placeholder of a reply in a rendered template
 
 
 class PlainTurns:
     """Turns as lines ``User: …`` and ``Assistant: …``, for a tokenizer without a chat template.
 
-    A reply is one line; empty ones before it do not count.
+    A reply is one line; empty lines before it are skipped.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -32,10 +32,10 @@ class PlainTurns:
 
 
 class TemplateTurns:
-    """Turns by the tokenizer's chat template.
+    """Turns in the tokenizer's chat template.
 
-    A template renders whole conversations. What a turn adds is what follows the reply before it, and does not depend on
-    earlier turns: nothing has to be rendered, or remembered, but the message.
+    A template renders whole conversations. The text that a turn adds after the previous reply does
+    not depend on earlier turns, so only the new message is rendered.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -55,12 +55,15 @@ class TemplateTurns:
         return False
 
     def _after_reply(self, message: str | None) -> str:
-        """What the template puts behind a reply: its end, and the next message up to where its reply begins."""
+        """Render the text after a reply: its end, and the next message up to its reply."""
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": REPLY}]
         messages += [] if message is None else [{"role": "user", "content": message}]
         rendered = self._render(messages, reply_begins=message is not None)
         if REPLY not in rendered:
-            raise ValueError("this tokenizer's chat template leaves out earlier replies: it cannot go on in one cache")
+            raise ValueError(
+                "this tokenizer's chat template leaves out earlier replies, so turns cannot share a cache: use a "
+                "tokenizer with another template, or without one"
+            )
         return rendered.split(REPLY, 1)[1]
 
     def _render(self, messages: list[dict[str, str]], *, reply_begins: bool) -> str:
@@ -71,7 +74,7 @@ class TemplateTurns:
 
 
 class Chat:
-    """Turns of a user and a model, for ever, in the generator's cache.
+    """A conversation between a user and a model in the generator's cache, without a length limit.
 
     ::
 
@@ -80,8 +83,8 @@ class Chat:
             print(piece, end="", flush=True)
 
     Args:
-        system: instructions before the first message; their first tokens are those that the cache keeps.
-        max_new_tokens: longest reply; a longer one is cut, and the conversation goes on behind it.
+        system: instructions before the first message. The cache keeps their first tokens.
+        max_new_tokens: maximum length of a reply. The conversation continues after a cut reply.
     """
 
     def __init__(
@@ -99,9 +102,10 @@ class Chat:
         self.end_of_reply = ""
 
     def __call__(self, message: str) -> Iterator[str]:
-        """Read a message and write the reply, piece by piece. A reply that is not taken to its end ends there.
+        """Read a message and yield the reply in pieces.
 
-        After a message that was broken off while it was read, the conversation begins anew.
+        If the caller stops the iteration, the reply ends there. If reading a message was
+        interrupted, the next call starts a new conversation.
         """
         if self.generator.cache.is_damaged:
             self.generator.cache.reset()
@@ -113,7 +117,7 @@ class Chat:
         self.has_begun, self.end_of_reply = True, ""
         text, says_something = TextStream(self.tokenizer), False
         for num_tokens, token in enumerate(self.generator(prompt), start=1):
-            if token in self.turns.end_ids:  # the next turn begins with what ends a reply
+            if token in self.turns.end_ids:  # the next turn starts with the end of the reply
                 self.generator.unread = []
                 break
             self.end_of_reply = text.push(token)

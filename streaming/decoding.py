@@ -1,4 +1,4 @@
-"""Decoding through one graph: a step of static shapes, compiled once and, on CUDA, captured and replayed."""
+"""Decoding with one graph of static shapes, compiled once and, on CUDA, captured and replayed."""
 
 import gc
 from collections.abc import Callable
@@ -24,17 +24,18 @@ class StreamingDecoder:
         while True:
             logits = decoder(logits.argmax(-1))
 
-    A streaming cache changes neither shapes nor addresses from one token to the next, so that the step is one graph
-    without breaks. What has no place in a graph, moving phases back once a window, happens between the steps.
+    A streaming cache keeps its shapes and addresses from token to token, so the step is one graph
+    without breaks. Rebasing, once per window, is done between the steps.
 
     Args:
-        compile: further settings of `torch.compile`, such as ``{"mode": "max-autotune-no-cudagraphs"}``.
+        compile: more arguments of `torch.compile`, for example
+            ``{"mode": "max-autotune-no-cudagraphs"}``.
     """
 
     def __init__(self, model: PreTrainedModel, cache: StreamingCache, compile: dict[str, Any] | None = None):
         self.model, self.cache = model, cache
         self.step = torch.compile(self._forward, fullgraph=True, dynamic=False, **(compile or {}))
-        self.compiled_for: Tensor | None = None  # `num_seen`, which is another when the buffers of the graph are
+        self.compiled_for: Tensor | None = None  # `num_seen`; a new tensor whenever the buffers change
         self.captured: CapturedStep | None = None
 
     def _forward(self, token_ids: Tensor) -> Tensor:
@@ -43,30 +44,37 @@ class StreamingDecoder:
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Read a prompt ``(B, T)`` of any length, at any time; logits ``(B, 1, V)`` of what follows it."""
+        """Read a prompt ``(B, T)`` and return the logits ``(B, 1, V)`` of the next token.
+
+        Prompts may have any length and may come at any time.
+        """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         return self.model(**inputs, use_cache=True, logits_to_keep=1, **{CACHE: self.cache}).logits
 
     @torch.no_grad()
     def __call__(self, token_ids: Tensor) -> Tensor:
-        """Read one token of each stream ``(B, 1)``; logits ``(B, 1, V)``, on CUDA overwritten by the next call.
+        """Read one token of each stream ``(B, 1)`` and return the logits ``(B, 1, V)``.
+
+        On CUDA, the next call overwrites the returned tensor.
 
         Raises:
-            ValueError: no prompt has been read, the cache is damaged, or it is not one token of each stream.
+            ValueError: no prompt was read, the cache is damaged, or the shape is not ``(B, 1)``.
         """
         if self.cache.counters is None:
-            raise ValueError("the cache is empty: prefill() a prompt of at least one token first")
+            raise ValueError("the cache is empty: call prefill() with a prompt of at least one token first")
         self.cache.check_whole()
         num_seen = self.cache.counters.num_seen
         if token_ids.shape != (len(num_seen), 1):
             raise ValueError(
-                f"token_ids have shape {tuple(token_ids.shape)}: give one token of each stream, ({len(num_seen)}, 1)"
+                f"token_ids has shape {tuple(token_ids.shape)}: pass one token of each stream, ({len(num_seen)}, 1)"
             )
         self.cache.rebase_before(1)
         with self.cache.steering.in_graph(self.cache):
-            if self.compiled_for is not num_seen:  # the first step compiles, and warms up what a capture must find warm
+            if self.compiled_for is not num_seen:  # the first step compiles and warms up for the capture
                 self.captured = None
-                gc.collect()  # a dead cache that took its hooks off the model while it is traced would break the trace
+                # A dead cache that is collected during tracing would change the model and break the
+                # trace, so collect it now.
+                gc.collect()
                 logits = self.step(token_ids)
                 self.compiled_for = num_seen
                 return logits
@@ -78,7 +86,7 @@ class StreamingDecoder:
 
 
 class CapturedStep:
-    """A CUDA graph of a step. Capturing does not run it."""
+    """A CUDA graph of a step. Capturing does not run the step."""
 
     def __init__(self, step: Callable[[Tensor], Tensor], token_ids: Tensor):
         self.token_ids = token_ids.clone()

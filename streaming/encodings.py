@@ -1,4 +1,4 @@
-"""How models tell positions apart, and how a stream moves them: rotary phases are turned, ALiBi biases looked up."""
+"""Position encodings in a stream: rotary phases are rotated, ALiBi biases are looked up."""
 
 from collections.abc import Callable
 
@@ -10,8 +10,9 @@ class Rotary:
     """Rotary embedding of the first ``2 * len(inv_freq)`` dimensions of a head.
 
     Args:
-        inv_freq: returns the model's own frequencies ``(rotary_dim / 2,)``, in radians a token.
-        interleaved: the pairs are neighbours (GPT-J) and not the two halves (GPT-NeoX, Llama).
+        inv_freq: returns the model's frequencies ``(rotary_dim / 2,)``, in radians per token.
+        interleaved: pairs are adjacent dimensions (GPT-J) instead of the two halves (GPT-NeoX,
+            Llama).
     """
 
     def __init__(self, inv_freq: Callable[[], Tensor], *, interleaved: bool = False):
@@ -23,16 +24,17 @@ class Rotary:
         return 2 * self.inv_freq().shape[0]
 
     def phases(self, steps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine ``(B, 1, T, R / 2)`` of a move by ``steps`` ``(B, T)`` positions.
+        """Return cosine and sine ``(B, 1, T, R / 2)`` of a move by ``steps`` ``(B, T)`` positions.
 
-        Angles are float32, or float64 for float64 states: steps are small, since a stream rebases its phases.
+        Angles are float32, or float64 for float64 states. Float32 is accurate enough because steps
+        are small: a stream rebases its phases.
         """
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         angles = steps[:, None, :, None].to(dtype) * self.inv_freq().to(like.device, dtype)
         return angles.cos(), angles.sin()
 
     def turn(self, states: Tensor, phases: tuple[Tensor, Tensor]) -> Tensor:
-        """Move queries or keys ``(B, H, T, D)`` by as many positions as ``phases`` say; the dtype stays."""
+        """Rotate queries or keys ``(B, H, T, D)`` by `phases`; the dtype does not change."""
         cos, sin = phases
         rotated, passed = states[..., : self.num_dims], states[..., self.num_dims :]
         if self.interleaved:
@@ -45,21 +47,25 @@ class Rotary:
 
 
 class Alibi:
-    """Attention with linear biases: what is added to a score depends on the key's position within the cache.
+    """Attention with linear biases: a bias depends on the key's position within the cache.
 
     Args:
-        table: ``(H, positions)`` biases, as the model itself computes them for a cache of that many keys; they may be
-            off by a constant, which softmax ignores.
+        table: ``(H, positions)`` biases, as the model computes them for that many keys. A constant
+            offset is allowed, since softmax ignores it.
     """
 
     def __init__(self, table: Tensor):
         self.table = table
 
     def bias(self, key_positions: Tensor, visible: Tensor, like: Tensor) -> Tensor:
-        """``(B, H, T, K)`` in the dtype of ``like`` from positions and visibility ``(B, T, K)``; -inf if invisible.
+        """Return biases ``(B, H, T, K)`` in the dtype of ``like``, -inf for invisible keys.
 
-        Biases grow with the position: the largest is that of the query's own key, and is taken off all, so that half
-        precision is sharpest where it matters, among near keys. Far from 0 its steps are wider than a position.
+        Biases grow with the position. The largest one, that of the query's own key, is subtracted
+        from all, so that half precision is most accurate for near keys. Far from 0, its rounding
+        exceeds the difference between positions.
+
+        Args:
+            key_positions, visible: ``(B, T, K)``.
         """
         last = self.table.shape[1] - 1
         table = self.table.to(like.device, torch.promote_types(like.dtype, torch.float32))

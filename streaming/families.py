@@ -1,7 +1,8 @@
-"""The model families that can stream, one line each, and why others cannot.
+"""The model families that support streaming, one line each, and why others do not.
 
-Most families call transformers' attention interface, and their positions are rotary: nothing is needed but where their
-frequencies are. Falcon, MPT and GPT-J compute attention in code of their own: `adapters` has a substitute for each.
+Most families use transformers' attention interface and rotary positions, so only the location of
+their frequencies is needed. Falcon, MPT and GPT-J have their own attention code; `adapters`
+replaces it.
 """
 
 from collections.abc import Callable
@@ -22,19 +23,19 @@ FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 def shared_rotary(decoder: Any, shape: StreamShape) -> Rotary:
-    """The rotary embedding that a decoder shares between its layers, over the two halves of a head or a part of it."""
+    """Return the rotary embedding that the layers of a decoder share; pairs are the two halves."""
     module: Any = decoder.rotary_emb
     rope_type = getattr(module, "rope_type", "default")
     if rope_type not in FIXED_ROPE_TYPES:
         raise ValueError(
-            f"cannot stream rope_type {rope_type!r}: its frequencies change with the length of the text, so that keys "
-            f"already written cannot be moved; supported are {', '.join(FIXED_ROPE_TYPES)}"
+            f"streaming does not support rope_type {rope_type!r}: its frequencies change with the length of the text, "
+            f"so cached keys cannot be moved. Supported are {', '.join(FIXED_ROPE_TYPES)}"
         )
     return Rotary(lambda: module.inv_freq)
 
 
 def gptj_rotary(decoder: GPTJModel, shape: StreamShape) -> Rotary:
-    """Neighbouring pairs, frequencies from a table in every layer."""
+    """Return GPT-J's rotary embedding: pairs of adjacent dimensions."""
     num_dims = decoder.config.rotary_dim or decoder.config.hidden_size
     dims = torch.arange(0, num_dims, 2, dtype=torch.float64, device=decoder.device)
     inv_freq = 10000 ** (-dims / num_dims)
@@ -42,7 +43,10 @@ def gptj_rotary(decoder: GPTJModel, shape: StreamShape) -> Rotary:
 
 
 def falcon_encoding(decoder: FalconModel, shape: StreamShape) -> Encoding:
-    """Falcon 7B and 40B are rotary, Falcon-RW has biases: as the model computes them, rounded to bfloat16."""
+    """Return rotary embedding for Falcon 7B and 40B, ALiBi for Falcon-RW.
+
+    ALiBi biases are rounded to bfloat16, as in the model.
+    """
     if not decoder.config.alibi:
         return shared_rotary(decoder, shape)
     num_heads, head_dim = decoder.config.num_attention_heads, decoder.config.head_dim
@@ -56,14 +60,14 @@ def mpt_alibi(decoder: MptModel, shape: StreamShape) -> Alibi:
 
 @dataclass(frozen=True)
 class Family:
-    """How a family encodes positions, and the substitute for attention code of its own."""
+    """A family's position encoding, and the adapter for its attention code if it needs one."""
 
     encoding: Callable[[Any, StreamShape], Encoding]
     adapter: adapters.Adapter | None = None
 
 
 FAMILIES: dict[str, Family] = {
-    "gpt_neox": Family(shared_rotary),  # Pythia; a part of each head is rotary
+    "gpt_neox": Family(shared_rotary),  # Pythia; only part of each head is rotary
     "sink_gpt_neox": Family(shared_rotary),
     "llama": Family(shared_rotary),
     "mistral": Family(shared_rotary),
@@ -78,11 +82,9 @@ FAMILIES: dict[str, Family] = {
     "gptj": Family(gptj_rotary, adapters.GPTJ),
 }
 
-ABSOLUTE = (
-    "its positions are absolute embeddings, which are added before the first layer and cannot be moved afterwards"
-)
-LINEAR = "it has no keys to keep: linear attention and state spaces hold their past in a state of fixed size"
-LAYERED = "some of its layers attend to a sliding window by themselves, with rules that differ between layers"
+ABSOLUTE = "it adds absolute position embeddings before the first layer, so positions of cached keys cannot be moved"
+LINEAR = "it has no keys to keep: linear attention and state-space layers store their past in a state of fixed size"
+LAYERED = "some of its layers have their own sliding window, with rules that differ between layers"
 REFUSED: dict[str, str] = {
     **dict.fromkeys(("gpt2", "gpt_neo", "gpt_bigcode", "opt", "xglm", "biogpt", "openai-gpt", "ctrl"), ABSOLUTE),
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "qwen3_next"), LINEAR),
@@ -92,36 +94,37 @@ REFUSED: dict[str, str] = {
 
 
 def num_embedded_positions(config: PreTrainedConfig) -> int | None:
-    """How many positions a model has that learns an embedding for each; None for the others, which have no end."""
+    """Return the number of positions of a model with absolute position embeddings, else None."""
     is_absolute = REFUSED.get(config.model_type) == ABSOLUTE
     return getattr(config, "max_position_embeddings", None) if is_absolute else None
 
 
 def family_of(config: PreTrainedConfig, shape: StreamShape) -> Family:
-    """The family of a model.
+    """Return the family of a model.
 
     Raises:
-        ValueError: its positions cannot be moved, its own window is smaller than the cache, or it is not known here.
+        ValueError: the model type is not supported, or the model's own sliding window is smaller
+            than the cache.
     """
     model_type = config.model_type
     if model_type in REFUSED:
-        raise ValueError(f"cannot stream a model of type {model_type!r}: {REFUSED[model_type]}")
+        raise ValueError(f"streaming does not support model type {model_type!r}: {REFUSED[model_type]}")
     if model_type not in FAMILIES:
         raise ValueError(
-            f"cannot stream a model of type {model_type!r}: nobody has checked that it keeps the streaming rule; "
-            f"supported are {', '.join(FAMILIES)}"
+            f"streaming does not support model type {model_type!r}: it was not tested with the streaming rule. "
+            f"Supported are {', '.join(FAMILIES)}"
         )
     own_window = sliding_window(config)
     if own_window is not None and own_window < shape.num_slots:
         raise ValueError(
-            f"the model's own sliding window shows {own_window} keys and the cache would show {shape.num_slots}: "
-            f"num_kept + window must be at most {own_window - 1}"
+            f"the model's own sliding window has {own_window} keys, fewer than the {shape.num_slots} keys of this "
+            f"cache (num_kept + window + 1): num_kept + window must be at most {own_window - 1}"
         )
     return FAMILIES[model_type]
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:
-    """Keys that the model's own sliding-window layers see (Mistral 0.1, some Qwen), None if it has no such layers."""
+    """Return the model's own sliding window in keys (Mistral 0.1, some Qwen), None without one."""
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None and "sliding_attention" not in layer_types:
         return None

@@ -1,4 +1,4 @@
-"""Writing without end: sample a token, show its text, read it, and so on, in memory that does not grow."""
+"""Text generation without a length limit, in constant memory."""
 
 import math
 from collections.abc import Iterator
@@ -12,16 +12,18 @@ from .decoding import StreamingDecoder
 from .scoring import refuse_nan
 
 DEFAULT_CACHE_SIZE = 1024
-DEFAULT_NUM_KEPT = 4  # of a model without a sink of its own (Xiao et al. 2024, Table 2)
+DEFAULT_NUM_KEPT = 4  # for a model without sink tokens (Xiao et al. 2024, Table 2)
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-MIN_TEMPERATURE = 1e-6  # takes the likeliest token; scores over a smaller one overflow
-MAX_PENDING = 16  # tokens without a whole character, after which what there is counts as whole
+MIN_TEMPERATURE = 1e-6  # equals greedy decoding; scores divided by a lower temperature overflow
+MAX_PENDING = 16  # after so many tokens without a complete character, the text is shown as it is
 
 
 def default_cache(model: PreTrainedModel) -> tuple[int, int]:
-    """``(num_kept, window)`` for a model: 4+1020, or its sinks and what is left of 1024.
+    """Return ``(num_kept, window)`` for a model.
 
-    A model trained on shorter texts gets a cache in which no distance is longer than those it was trained on.
+    ``num_kept`` is the number of sink tokens, or 4 without any. The cache has 1024 tokens, or for a
+    model that was trained on shorter texts, one less than its training length. No distance in the
+    cache is then longer than those seen in training.
     """
     num_kept = getattr(model.config, "num_sinks", 0) or DEFAULT_NUM_KEPT
     trained_length = getattr(model.config, "max_position_embeddings", None) or DEFAULT_CACHE_SIZE + 1
@@ -29,17 +31,18 @@ def default_cache(model: PreTrainedModel) -> tuple[int, int]:
 
 
 class Generator:
-    """Reads prompts into one streaming cache and writes their continuations into it.
+    """Generates continuations of prompts in one streaming cache.
 
-    The step is compiled on CUDA only: on a CPU compiling takes longer than a few hundred tokens, and gains little.
+    The step is compiled on CUDA only: on a CPU, compiling takes longer than generating a few
+    hundred tokens and hardly improves the speed.
 
     Args:
-        compile: False for short texts, which are done before a step is compiled.
-        temperature: 0 takes the likeliest token each time.
-        top_k: sample among so many of the likeliest tokens; None among all.
+        temperature: sampling temperature; 0 always chooses the most likely token.
+        top_k: sample from the ``top_k`` most likely tokens; None samples from all.
+        compile: set to False for short texts, which finish before the step is compiled.
 
     Raises:
-        ValueError: a temperature below 0 or without end, or ``top_k < 1``.
+        ValueError: ``temperature`` is negative or not finite, or ``top_k < 1``.
     """
 
     def __init__(
@@ -52,29 +55,30 @@ class Generator:
         compile: bool = True,
     ):
         if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature is {temperature}: it must be 0 or a positive number")
+            raise ValueError(f"temperature is {temperature}: it must be a finite number of at least 0")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k is {top_k}: it must be at least 1, or None to sample among all tokens")
         self.cache, self.device = cache, model.device
         self.temperature, self.top_k = temperature, top_k
-        self.turn = 0  # counts the prompts read
-        self.unread: list[int] = []  # the last token written, until it has entered the cache
+        self.turn = 0  # number of prompts read
+        self.unread: list[int] = []  # the last generated token, until it is in the cache
         self.sink_ids = torch.tensor(getattr(model.config, "sink_token_ids", []), dtype=torch.long, device=model.device)
         self.decoder = StreamingDecoder(model, cache)
         self.is_compiled = compile and self.device.type == "cuda"
         self.read_one = self.decoder if self.is_compiled else self.decoder.prefill
 
     def __call__(self, prompt_ids: list[int]) -> Iterator[int]:
-        """Read a prompt of at least one token, and write tokens without end.
+        """Read a prompt of at least one token and yield tokens indefinitely.
 
-        A token is read when the next one is asked for: the last one taken from the iterator has not entered the cache.
-        The next prompt ends this iterator: there is one cache, and their texts would mix.
+        The model reads a token only when the next one is requested, so the last token that was
+        yielded is not in the cache yet. After a call with another prompt, this iterator raises an
+        error, because both texts would share one cache.
 
         Raises:
-            ValueError: the prompt is empty, another one was read since, or its logits are NaN.
+            ValueError: the prompt is empty, another prompt was read since, or its logits are NaN.
         """
         if not prompt_ids:
-            raise ValueError("the prompt is empty: give at least one token")
+            raise ValueError("the prompt is empty: pass at least one token")
         self.turn = turn = self.turn + 1
         logits = refuse_nan(self.decoder.prefill(torch.tensor([prompt_ids], device=self.device)))
         self.unread = []
@@ -84,14 +88,14 @@ class Generator:
             yield self.unread[0]
             if self.turn != turn:
                 raise ValueError(
-                    "this Generator has read another prompt since: take tokens from its newest iterator only, or make "
-                    "a Generator with a cache of its own for each text"
+                    "this Generator has read another prompt since: use only its newest iterator, or create a Generator "
+                    "with its own cache for each text"
                 )
             logits = self.read_one(token)
             self.unread = []
 
     def sample(self, logits: Tensor) -> Tensor:
-        """Choose the next token ``(B, 1)`` by its logits ``(B, V)``; never a sink."""
+        """Sample the next tokens ``(B, 1)`` from logits ``(B, V)``; sinks are never sampled."""
         scores = logits.float().index_fill(-1, self.sink_ids, float("-inf"))
         if self.temperature == 0:
             return scores.argmax(-1, keepdim=True)
@@ -103,21 +107,21 @@ class Generator:
 
 
 class TextStream:
-    """Turns token ids into text as they come, each character once and whole, looking at a few last tokens only.
+    """Decodes a stream of token ids into complete characters, with only a few tokens of context.
 
-    One token can be a part of a character, and what a tokenizer makes of a token can depend on the one before (a
-    space). So a token is decoded together with those of the last piece shown, and an unfinished character, which
-    decodes to U+FFFD, waits for its end.
+    A token can be part of a character, and its text can depend on the token before it (a space).
+    Each token is therefore decoded together with the tokens of the last piece. An incomplete
+    character, which decodes to U+FFFD, is held back until it is complete.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        self.ids: list[int] = []  # those of the last whole piece, then the new ones
-        self.num_context = 0  # how many are of the last piece
-        self.num_shown = 0  # characters of the decoded ids
+        self.ids: list[int] = []  # tokens of the last complete piece, then the new tokens
+        self.num_context = 0  # number of tokens of the last piece
+        self.num_shown = 0  # number of characters of the decoded ids that were returned
 
     def push(self, token_id: int) -> str:
-        """The text that this token completes; empty if it leaves a character unfinished."""
+        """Add a token and return the text that it completes, empty if a character is incomplete."""
         self.ids.append(token_id)
         text = self._decode()
         is_overdue = len(self.ids) - self.num_context >= MAX_PENDING
@@ -130,7 +134,7 @@ class TextStream:
         return piece
 
     def flush(self) -> str:
-        """What is left at the end of the text, an unfinished character included."""
+        """Return the rest of the text at its end, including an incomplete character."""
         rest = self._decode()[self.num_shown :]
         self.ids, self.num_context, self.num_shown = [], 0, 0
         return rest

@@ -1,12 +1,12 @@
-"""The streaming rule as arithmetic: what a query sees, how far away, and which slot of the cache holds it.
+"""The streaming rule: which keys a query sees, at which distance, and in which slots they are.
 
-With S kept tokens and a window of W, the query of token t (counted from 0) sees the tokens ``0 … min(S, t) - 1`` and
-``max(S, t - W) … t``. Distances are distances within the cache: the query stands at position ``min(t, S + W)``, kept
-token i at position i, and a token of the window at its true distance before the query. (Xiao et al. 2024, section 3.2
-and its code: forward first, evict after.)
+With S kept tokens and a window of W, the query of token t (counted from 0) sees the tokens
+``0 … min(S, t) - 1`` and ``max(S, t - W) … t``. Distances are distances within the cache: the query
+has position ``min(t, S + W)``, kept token i has position i, and a token of the window has its true
+distance to the query. (Xiao et al. 2024, section 3.2 and its code: forward first, evict after.)
 
-The cache has S + W + 1 slots. Token t lies in slot t while the cache fills; from then on the last W + 1 slots are a
-ring, where a new token takes the place of the one that has just left the window.
+The cache has S + W + 1 slots. Token t is in slot t while the cache fills. Afterwards the last W + 1
+slots are a ring, in which a new token overwrites the one that has just left the window.
 """
 
 from dataclasses import dataclass
@@ -17,38 +17,41 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StreamShape:
-    """S kept tokens and a window of W recent ones, besides the token that asks."""
+    """Shape of a stream: S kept tokens and a window of W tokens before the current one."""
 
     num_kept: int
     window: int
 
     def __post_init__(self) -> None:
         if self.num_kept < 0:
-            raise ValueError(f"num_kept is {self.num_kept}: it counts kept initial tokens and cannot be negative")
+            raise ValueError(f"num_kept is {self.num_kept}: it must be at least 0")
         if self.window < 1:
-            raise ValueError(f"window is {self.window}: a stream needs at least one recent token (window >= 1)")
+            raise ValueError(f"window is {self.window}: it must be at least 1")
 
     @property
     def num_cached(self) -> int:
-        """Tokens that remain after each step; the position in the cache at which every later query stands."""
+        """Tokens in the cache after each step; also the position of all queries of a full cache."""
         return self.num_kept + self.window
 
     @property
     def num_slots(self) -> int:
-        """Keys a query sees at most: the cached tokens and itself."""
+        """Maximum number of keys that a query sees: the cached tokens and its own."""
         return self.num_cached + 1
 
     def query_position(self, tokens: Tensor) -> Tensor:
-        """Position within the cache at which the query of each token stands."""
+        """Return the position within the cache of each token's query."""
         return tokens.clamp(max=self.num_cached)
 
     def slot_of(self, tokens: Tensor) -> Tensor:
-        """Slot in which each token is stored."""
+        """Return the slot in which each token is stored."""
         ring = self.num_kept + (tokens - self.num_kept).remainder(self.window + 1)
         return torch.where(tokens < self.num_kept, tokens, ring)
 
     def tokens_in_slots(self, num_seen: Tensor) -> Tensor:
-        """Token that each slot holds ``(B, slots)`` after ``num_seen`` ``(B,)`` tokens; -1 where it is empty."""
+        """Return the token in each slot ``(B, slots)`` after ``num_seen`` ``(B,)`` tokens.
+
+        Empty slots are -1.
+        """
         slots = torch.arange(self.num_slots, device=num_seen.device)
         seen = num_seen[:, None]
         laps = (seen - 1 - slots).div(self.window + 1, rounding_mode="floor")

@@ -1,4 +1,4 @@
-"""A text of any length through a model: logits or losses piece by piece, in memory that does not grow with it."""
+"""Logits and losses of texts of any length, in chunks and constant memory."""
 
 from collections.abc import Iterator
 
@@ -14,14 +14,15 @@ from .cache import StreamingCache
 def stream_logits(
     model: PreTrainedModel, token_ids: Tensor, *, num_kept: int, window: int, chunk_size: int = 1024
 ) -> Iterator[Tensor]:
-    """Logits ``(B, c, V)`` of consecutive chunks of the streams ``token_ids`` ``(B, T)``.
+    """Yield logits ``(B, c, V)`` of consecutive chunks of the streams ``token_ids`` ``(B, T)``.
 
-    The same as token by token, at the speed of a prefill: each chunk is one pass of banded attention.
+    Each chunk is one pass of banded attention. The result equals streaming token by token, at the
+    speed of a prefill.
 
     Args:
-        token_ids: on any device, a memory-mapped tensor too; without the model's own sinks.
-        num_kept, window: as in `StreamingCache.for_model`; 0 kept tokens is plain window attention.
-        chunk_size: tokens at once; with the cache it bounds the memory.
+        token_ids: on any device or memory-mapped, without the model's own sinks.
+        num_kept, window: as in `StreamingCache.for_model`; ``num_kept=0`` is window attention.
+        chunk_size: tokens per pass; memory depends on it and on the size of the cache.
     """
     cache = StreamingCache.for_model(model, num_kept=num_kept, window=window, chunk_size=chunk_size)
     for chunk in token_ids.split(chunk_size, dim=1):
@@ -32,9 +33,10 @@ def stream_logits(
 def stream_losses(
     model: PreTrainedModel, token_ids: Tensor, *, num_kept: int, window: int, chunk_size: int = 1024
 ) -> Iterator[Tensor]:
-    """Negative log-likelihoods in nats, float32 ``(B, c)`` on the model's device, of the tokens 1 … T - 1 in turn.
+    """Yield negative log-likelihoods of the tokens 1 … T - 1 in nats, chunk by chunk.
 
-    Arguments as in `stream_logits`. Token 0 is not scored: without a sink nothing predicts it.
+    Each chunk is float32 ``(B, c)`` on the model's device. Arguments are those of `stream_logits`.
+    Token 0 is not scored, because without a sink it has no context.
     """
     end = 0
     for logits in stream_logits(model, token_ids, num_kept=num_kept, window=window, chunk_size=chunk_size):
@@ -42,17 +44,17 @@ def stream_losses(
         targets = token_ids[:, start + 1 : end + 1].to(logits.device, torch.long)
         if targets.shape[1]:
             with torch.inference_mode():
-                # The vocabulary stays the last dimension: over another one CPU kernels sum it less accurately.
+                # Keep the vocabulary in the last dimension: CPU kernels sum others less accurately.
                 scores = logits[:, : targets.shape[1]].flatten(0, 1).float()
                 yield F.cross_entropy(scores, targets.flatten(), reduction="none").view_as(targets)
 
 
 def refuse_nan(outputs: Tensor) -> Tensor:
-    """What a model gave, logits or losses, as it is.
+    """Return logits or losses of a model unchanged.
 
     Raises:
-        ValueError: some of it is NaN.
+        ValueError: some of them are NaN.
     """
     if outputs.isnan().any():
-        raise ValueError("the model's outputs are not numbers: this checkpoint is damaged, or its training diverged")
+        raise ValueError("the model's outputs are NaN: the checkpoint is damaged or its training diverged; use another")
     return outputs

@@ -1,9 +1,10 @@
-"""How a streaming cache steers the forward passes that bring it, and no others.
+"""Routes the forward passes with a streaming cache to that cache.
 
-A cache alone cannot stream: a layer hands it keys that already carry a position, the model chose that position, and the
-queries never pass by. So as long as a decoder has streaming caches, `SteeredForward` takes the place of its ``forward``
-method. A call that brings one of them runs in chunks, each with positions from the cache and with its attention routed
-to the cache. Every other call goes to the decoder's own method.
+A cache alone cannot implement streaming: it receives keys that already have a position chosen by
+the model, and never sees the queries. While a decoder has streaming caches, `SteeredForward`
+therefore replaces its ``forward`` method. A call with one of these caches runs in chunks, with
+positions from the cache and with attention computed by the cache. All other calls use the decoder's
+own method.
 """
 
 import copy
@@ -26,8 +27,8 @@ from .adapters import identity_mask
 if TYPE_CHECKING:
     from .cache import StreamingCache
 
-ATTENTION = "sinklm_streaming"  # as ``attn_implementation``
-STEERED = "streaming_cache"  # the argument by which a steered pass tells its layers of the cache
+ATTENTION = "sinklm_streaming"  # value of ``attn_implementation``
+STEERED = "streaming_cache"  # argument that passes the cache to the layers
 NEEDED_PARAMETERS = ("input_ids", "inputs_embeds", "attention_mask")
 
 
@@ -43,7 +44,10 @@ def streaming_attention(
     column: SinkColumn | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: the new tokens' states ``(B, H, T, D)`` in, ``(B, T, H, D)`` out."""
+    """Attention function of transformers' interface for passes with a streaming cache.
+
+    States are ``(B, H, T, D)``, the output is ``(B, T, H, D)``.
+    """
     assert streaming_cache.step is not None
     out = streaming_cache.step.attend(module.layer_idx, query, key, value, scaling, column)
     return out.transpose(1, 2).contiguous(), None
@@ -54,26 +58,26 @@ register_column_attention(ATTENTION, streaming_attention)
 
 
 class SteeredForward:
-    """Takes the place of a decoder's ``forward`` method. All streaming caches of the decoder share one.
+    """Replaces a decoder's ``forward`` method; all streaming caches of a decoder share one.
 
-    A copy of the decoder, or one that is pickled, gets the method of its class instead: it has no caches.
+    A copied or pickled decoder has no caches and gets the original method instead.
     """
 
     def __init__(self, decoder: PreTrainedModel):
         self.decoder = weakref.ref(decoder)
-        self.replaced = vars(decoder).get("forward")  # of the instance, as accelerate sets one
+        self.replaced = vars(decoder).get("forward")  # set on the instance, for example by accelerate
         self.parameters = list(inspect.signature(type(decoder).forward).parameters)[1:]
         self.num_caches = 0
         self.is_routed = False
         if missing := set(NEEDED_PARAMETERS) - set(self.parameters):
             raise ValueError(
-                f"cannot stream {type(decoder).__name__}: it has no argument {sorted(missing)[0]} in transformers "
-                f"{transformers.__version__}; install a version that sinklm was tested with"
+                f"streaming does not support {type(decoder).__name__} of transformers {transformers.__version__}: its "
+                f"forward method has no argument {sorted(missing)[0]}. Install a version that sinklm was tested with"
             )
 
     @classmethod
     def of(cls, cache: "StreamingCache", decoder: PreTrainedModel) -> "SteeredForward":
-        """Steer a decoder for as long as a new cache of it lives."""
+        """Replace a decoder's ``forward`` method for the lifetime of a new cache."""
         steering = vars(decoder).get("forward")
         if not isinstance(steering, cls):
             steering = cls(decoder)
@@ -83,7 +87,7 @@ class SteeredForward:
         return steering
 
     def release(self) -> None:
-        """A cache has gone. With the last one the decoder gets its own method back."""
+        """Unregister a deleted cache. With the last one, the decoder's own method is restored."""
         self.num_caches -= 1
         decoder = self.decoder()
         if self.num_caches or decoder is None or vars(decoder).get("forward") is not self:
@@ -103,7 +107,7 @@ class SteeredForward:
         return getattr, (self.decoder(), "forward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The decoder's forward pass."""
+        """Run the decoder's forward pass."""
         cache, named = self.cache_in(args, kwargs)
         if cache is None:
             return self.call_decoder(*args, **kwargs)
@@ -112,7 +116,7 @@ class SteeredForward:
         return self.stream(cache, named)
 
     def cache_in(self, args: tuple, kwargs: dict) -> tuple["StreamingCache | None", dict]:
-        """A cache of this decoder if the call brings one, under whatever name, and all arguments by name."""
+        """Return this decoder's cache among the arguments, or None, and all arguments by name."""
         named = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         if STEERED not in named:
             for value in named.values():
@@ -126,9 +130,9 @@ class SteeredForward:
         decoder: Any = self.decoder()
         return type(decoder).forward(decoder, *args, **kwargs)
 
-    @torch.compiler.disable(recursive=False)  # the decoder's own passes are compiled if the user compiled the model
+    @torch.compiler.disable(recursive=False)  # the decoder's own passes are still compiled if the user compiled it
     def stream(self, cache: "StreamingCache", named: dict) -> Any:
-        """Run the new inputs through the decoder in chunks. If this fails midway, the cache is damaged."""
+        """Run the new inputs through the decoder in chunks. A failure midway damages the cache."""
         name, inputs = inputs_of(named)
         check_call(inputs, named, cache.decoder.config)
         is_token = cache.check_inputs(inputs, named.get("attention_mask"))
@@ -143,7 +147,10 @@ class SteeredForward:
         return join_outputs(outputs)
 
     def step_in_graph(self, cache: "StreamingCache", named: dict) -> Any:
-        """One token of each stream in the graph of a `StreamingDecoder`, which checks and routes before it runs."""
+        """Run one token of each stream in the graph of a `StreamingDecoder`.
+
+        The decoder checks the inputs and routes the attention before it runs the graph.
+        """
         _, inputs = inputs_of(named)
         position_ids = cache.begin_pass(inputs, None)
         output = self.call_decoder(**steered(cache, named, position_ids))
@@ -164,7 +171,7 @@ class SteeredForward:
 
     @contextmanager
     def in_graph(self, cache: "StreamingCache") -> Iterator[None]:
-        """Let the passes within be those of a graph: see `step_in_graph`."""
+        """Run the passes in this context as those of a graph, see `step_in_graph`."""
         with self.routed(cache):
             self.is_routed = True
             try:
@@ -175,7 +182,7 @@ class SteeredForward:
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
-    """Call ``forward`` in place of a module's own method."""
+    """Replace a module's ``forward`` method within a context."""
     before = vars(module).get("forward")
     module.forward = forward
     try:
@@ -187,13 +194,13 @@ def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
 
 
 def inputs_of(named: dict) -> tuple[str, Any]:
-    """The name of the argument that holds the inputs ``(B, T, …)``, and the inputs."""
+    """Return the name and the value of the argument with the inputs ``(B, T, …)``."""
     name = "inputs_embeds" if named.get("input_ids") is None else "input_ids"
     return name, named.get(name)
 
 
 def steered(cache: "StreamingCache", named: dict, position_ids: Tensor) -> dict:
-    """The arguments of a pass that is routed to a cache."""
+    """Return the arguments of a pass that is routed to a cache."""
     _, inputs = inputs_of(named)
     if cache.adapter is not None and cache.adapter.takes_positions_from_cache:
         position_ids = torch.zeros_like(position_ids)
@@ -202,20 +209,20 @@ def steered(cache: "StreamingCache", named: dict, position_ids: Tensor) -> dict:
 
 
 def check_call(inputs: Tensor | None, named: dict, config: PreTrainedConfig) -> None:
-    """Refuse what a streaming pass cannot do."""
+    """Raise a ValueError if a streaming pass does not support the arguments."""
     if inputs is None or inputs.shape[1] == 0:
         raise ValueError(
-            "no new tokens for this StreamingCache: pass the full sequence to `generate`, including the tokens that "
-            "are already in the cache, followed by the new turn"
+            "no new tokens for this StreamingCache: pass `generate` the full sequence, that is the tokens that are "
+            "already in the cache followed by the new ones"
         )
-    if named.get("use_cache") is False:  # then `generate` would feed the whole text again at each step
-        raise ValueError("use_cache is False, yet a StreamingCache is given: pass use_cache=True")
+    if named.get("use_cache") is False:  # `generate` would pass the whole text again at each step
+        raise ValueError("use_cache is False, but a StreamingCache was passed: pass use_cache=True")
     if named.get("output_attentions") or getattr(config, "output_attentions", False):
-        raise ValueError("a StreamingCache gives no attention weights: leave output_attentions off")
+        raise ValueError("a StreamingCache does not return attention weights: set output_attentions=False")
 
 
 def join_outputs(outputs: list) -> Any:
-    """One output for several chunks: what has a time axis is concatenated, the rest is the last chunk's."""
+    """Join the outputs of chunks: concatenate along time, take other fields from the last chunk."""
     if len(outputs) == 1:
         return outputs[0]
     joined = outputs[-1]

@@ -1,7 +1,7 @@
-"""One forward pass of a stream: what all its layers share, computed once, and the attention of each layer.
+"""One forward pass of a stream: the values that all layers share, and the attention of each layer.
 
-`DecodeStep` takes one token a row and works in place on static shapes. `ChunkStep` takes any number of tokens as a
-banded attention. Both give the same numbers.
+`DecodeStep` handles one token per row, in place and with static shapes. `ChunkStep` handles any
+number of tokens as banded attention. Both compute the same result.
 """
 
 from functools import cached_property
@@ -19,12 +19,12 @@ from .rule import StreamShape
 
 
 class Step:
-    """The pass under way: its layers' buffers, and the attention over them.
+    """A forward pass over new inputs: the buffers of all layers, and the attention over them.
 
     Attributes:
         position_ids: ``(B or 1, T)`` positions of the inputs.
-        num_inputs: T, with padding.
-        num_new: how many of the inputs are tokens, ``(B,)`` or the same number for all rows.
+        num_inputs: T, including padding.
+        num_new: number of tokens among the inputs, ``(B,)`` or one number for all rows.
     """
 
     position_ids: Tensor
@@ -43,12 +43,15 @@ class Step:
         scaling: float | None,
         column: SinkColumn | None = None,
     ) -> Tensor:
-        """Store the new keys and values ``(B, G, T, D)`` of a layer, and attend: ``(B, H, T, D)``.
+        """Store the new keys and values ``(B, G, T, D)`` of a layer and compute its attention.
 
         Args:
             query: ``(B, H, T, D)``.
-            scaling: of the scores; None is ``D ** -0.5``.
-            column: of the layer's sink, if it has one.
+            scaling: factor of the scores; None is ``D ** -0.5``.
+            column: the column of the layer's sink, if it has one.
+
+        Returns:
+            ``(B, H, T, D)``.
         """
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         layer = self.layers[layer_idx]
@@ -72,7 +75,7 @@ class Step:
 
 
 class WithoutGradient(torch.autograd.Function):
-    """Says at a backward pass, and only then, that there is none: the past in the buffers has no graph."""
+    """Raises an error in the backward pass: the tokens in the buffers have no autograd graph."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, *states: Tensor) -> Tensor:
@@ -80,16 +83,17 @@ class WithoutGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise ValueError("a StreamingCache is for inference and gives no gradients: train without a cache")
+        raise ValueError("a StreamingCache has no gradients, it is for inference only: train without a cache")
 
 
 class DecodeStep(Step):
-    """One new token in every row: write it over the slot that leaves the window, then attend to all slots.
+    """One new token per row: write it to the slot that leaves the window, then attend to all slots.
 
     Args:
-        num_seen: ``(B,)`` tokens that each row has seen; this is the index of its new token.
-        base: ``(B,)`` token index that has phase 0.
-        is_token: ``(B, 1)`` False where the input is padding; it is not counted, and the next token overwrites it.
+        num_seen: ``(B,)``, tokens that each row has seen, which is the index of its new token.
+        base: ``(B,)``, index of the token that has phase 0.
+        is_token: ``(B, 1)``, False for padding. Padding is not counted, and the next token
+            overwrites it.
     """
 
     def __init__(
@@ -108,9 +112,10 @@ class DecodeStep(Step):
         self.slot = shape.slot_of(num_seen)
         self.kept_row = num_seen.clamp(max=shape.num_kept)
         self.rows = torch.arange(num_seen.shape[0], device=num_seen.device)
-        # Kept key i has phase i and must look `query position - i` away from a query at phase `token - base`.
+        # Kept key i has phase i. The query has phase `token - base`, but its distance to the key
+        # must be `query position - i`.
         self.kept_turn = (num_seen - base - shape.query_position(num_seen))[:, None]
-        self.phases: tuple[Tensor, Tensor] | None = None  # of that turn, for all layers
+        self.phases: tuple[Tensor, Tensor] | None = None  # of `kept_turn`, shared by all layers
         self.visible = torch.arange(shape.num_slots, device=num_seen.device) <= num_seen[:, None]  # (B, slots)
         if isinstance(encoding, Alibi):
             tokens = shape.tokens_in_slots(num_seen + 1)
@@ -137,14 +142,14 @@ class DecodeStep(Step):
 
 
 class ChunkStep(Step):
-    """Several new tokens a row, all at once: a band of recent keys, and the kept keys that have left the band.
+    """Several new tokens per row: attention to a band of recent keys and to kept keys before it.
 
-    A token of the chunk sees the window's keys before the chunk (gathered from the slots in temporal order), the
-    chunk's own keys, and the kept keys. Padding is no token of the stream: nobody sees it and it is not stored.
+    A token of the chunk sees the window's keys before the chunk (gathered from the slots in
+    temporal order), the chunk's own keys, and the kept keys. Padding is never seen or stored.
 
     Args:
         num_seen, base: as in `DecodeStep`, or ``(1,)`` if they are the same for all rows.
-        is_token: ``(B, T)`` which inputs are tokens and not padding; None if all are.
+        is_token: ``(B, T)``, False for padding; None if there is no padding.
     """
 
     def __init__(
@@ -164,16 +169,16 @@ class ChunkStep(Step):
         inputs = torch.arange(num_inputs, device=device)[None]
         if is_token is None:
             tokens = self.num_seen + inputs  # (B, T)
-            self.order, self.num_new = inputs, num_inputs  # which input is a row's n-th new token
+            self.order, self.num_new = inputs, num_inputs  # `order[n]` is the input with a row's n-th new token
         else:
             tokens = self.num_seen + (is_token.long().cumsum(-1) - 1).clamp(min=0)
             self.order = torch.argsort(is_token.long(), dim=-1, descending=True, stable=True)
             self.num_new = is_token.sum(-1)
         self.position_ids = tokens - base[:, None]
         self.query_turn = shape.query_position(tokens) - self.position_ids  # (B, T)
-        self.phases: tuple[Tensor, Tensor] | None = None  # of that turn, for all layers
+        self.phases: tuple[Tensor, Tensor] | None = None  # of `query_turn`, shared by all layers
 
-        before = self.num_seen - shape.window + torch.arange(shape.window, device=device)  # (B, W), negative: none
+        before = self.num_seen - shape.window + torch.arange(shape.window, device=device)  # (B, W), negative if empty
         self.window_slots = shape.slot_of(before.clamp(min=0))
         new = tokens if is_token is None else tokens.masked_fill(~is_token, -1)
         self.is_token = is_token
@@ -182,28 +187,28 @@ class ChunkStep(Step):
 
     @cached_property
     def visible(self) -> Tensor:
-        """Which kept keys and which of the band each query sees: ``(B, T, S + W + T)``."""
+        """Which kept keys and band keys each query sees, ``(B, T, S + W + T)``."""
         window, queries, band = self.shape.window, self.queries, self.band
         in_band = (band >= 0) & (band <= queries) & (band >= queries - window)
-        if self.is_token is not None:  # a padding query sees itself, so that its softmax is over something
+        if self.is_token is not None:  # a padding query sees itself, so that its softmax is not empty
             itself = torch.eye(self.num_inputs, dtype=torch.bool, device=band.device)
             in_band[:, :, window:] |= itself & ~self.is_token[:, None]
         return torch.cat((self.kept < queries - window, in_band), dim=-1)
 
     @cached_property
     def key_positions(self) -> Tensor:
-        """Positions within the cache of the same keys, as each query sees them."""
+        """Positions within the cache of the same keys, relative to each query."""
         in_band = self.band - self.queries + self.shape.query_position(self.queries)
         return torch.cat((self.kept.expand(*in_band.shape[:2], -1), in_band), dim=-1)
 
     @cached_property
     def num_empty(self) -> int:
-        """Places before the chunk that no token has taken yet, in rows of equal length."""
+        """Number of empty slots in the window before the chunk, for rows of equal length."""
         return max(self.shape.window - int(self.num_seen[0]), 0)
 
     @cached_property
     def replacements(self) -> tuple[Tensor, Tensor]:
-        """Which slots ``(B, 1, slots, 1)`` the chunk writes, and the input ``(B, slots)`` that comes into each."""
+        """Which slots ``(B, 1, slots, 1)`` are overwritten, and by which input ``(B, slots)``."""
         tokens = self.shape.tokens_in_slots(self.num_seen[:, 0] + self.num_new)
         ranks = (tokens - self.num_seen).clamp(0, self.num_inputs - 1)
         return (tokens >= self.num_seen)[:, None, :, None], self.order.expand(len(ranks), -1).gather(1, ranks)
@@ -244,7 +249,7 @@ class ChunkStep(Step):
         )
 
     def _store(self, layer: StreamingLayer, key: Tensor, value: Tensor) -> None:
-        """Write what the slots hold after the chunk: each slot's newest token if the chunk brings it."""
+        """Write the chunk's tokens to the slots in which they are after the chunk."""
         is_new, columns = self.replacements
         num_kept = self.shape.num_kept
         layer.keys.copy_(torch.where(is_new, gather_columns(key, columns), layer.keys))

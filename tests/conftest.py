@@ -1,4 +1,4 @@
-"""Settings of every test: one thread, no network, a fixed seed."""
+"""Settings of all tests: one thread, no network, a fixed seed."""
 
 import os
 

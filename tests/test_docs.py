@@ -1,4 +1,4 @@
-"""The pages: their links lead somewhere, and what they say of versions and folders is what the code says."""
+"""The documentation: links are valid, and versions and folders agree with the code."""
 
 import re
 import tomllib
@@ -27,7 +27,7 @@ def test_relative_links_lead_to_files_and_headings(page):
 
 
 def anchors(text: str) -> set[str]:
-    """The anchors that a repository's site gives to the headings of a page."""
+    """Return the anchors that GitHub gives to the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 

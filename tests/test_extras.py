@@ -1,4 +1,4 @@
-"""The extras: every import is declared where it is used, and what is not installed is named with its extra."""
+"""The extras: imports are declared where they are used, and errors name the missing extra."""
 
 import ast
 import json
@@ -23,13 +23,13 @@ from .eval.checkpoints import small_model, write_checkpoint
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOT_IMPORTED = {"jinja2"}  # transformers imports it when a chat template is applied
-OPTIONAL = {"accelerate", "wandb"}  # installed by an extra, but a part works without them
-WITH_TORCH = {"triton"}  # torch installs it where it has kernels
+OPTIONAL = {"accelerate", "wandb"}  # installed by an extra, but the part works without them
+WITH_TORCH = {"triton"}  # installed by CUDA builds of torch
 PARTS = ("models", "streaming", "checkpoints", "data", "train", "eval", "cli")
 
 
 def modules(requirements: list[str]) -> set[str]:
-    """Names of the modules that a list of requirements installs, without sinklm's own extras."""
+    """Return the modules that a list of requirements installs, without sinklm's own extras."""
     names = {"pyyaml": "yaml"}
     found = {Requirement(text).name for text in requirements} - {"sinklm"}
     return {names.get(name, name.replace("-", "_")) for name in found}
@@ -60,7 +60,7 @@ def test_nothing_is_required_that_is_not_imported():
 
 
 def foreign_imports(path: Path) -> set[str]:
-    """The packages that a file imports at any depth of nesting, without the standard library and sinklm."""
+    """Return the packages that a file imports, without the standard library and sinklm."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -70,16 +70,16 @@ def foreign_imports(path: Path) -> set[str]:
     return names - sys.stdlib_module_names - {"sinklm"}
 
 
-def test_a_missing_library_is_named_with_its_extra(monkeypatch):
+def test_the_error_for_a_missing_library_names_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "omegaconf", None)
     with pytest.raises(
-        extras.MissingExtraError, match=r'^sinklm\.train needs omegaconf, which is in the extra "train"'
+        extras.MissingExtraError, match=r'^sinklm\.train requires omegaconf, .* run: pip install "sinklm\[train\]"$'
     ):
         extras.require_extra("train")
     extras.require_extra("eval")
 
 
-# Not blocked are numpy, which transformers needs, and pydantic, which typer needs.
+# numpy and pydantic are not blocked: transformers and typer require them.
 BLOCKED = sorted({module for names in extras.EXTRAS.values() for module in names} - {"numpy", "pydantic"})
 RUN_COMMANDS = """
 import json, sys
@@ -98,7 +98,7 @@ print(json.dumps(results))
 
 
 def run_without_extras(*lines: str) -> list[int | str]:
-    """How commands end in a process without the libraries of the extras: the status, or the message of an error."""
+    """Run commands in a process without the extras; return exit statuses or error messages."""
     code = RUN_COMMANDS.format(blocked=BLOCKED, lines=lines)
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, input="word\n", capture_output=True, text=True, cwd=ROOT, check=True)
@@ -132,7 +132,7 @@ def test_a_command_without_its_extra_names_it_in_one_line():
     for line, message in zip(expected, run_without_extras(*expected), strict=True):
         extra = expected[line]
         assert re.fullmatch(
-            rf'error: sinklm\.{extra} needs \w+, which is in the extra "{extra}": pip install "sinklm\[{extra}\]"',
+            rf'error: sinklm\.{extra} requires \w+, which is not installed; run: pip install "sinklm\[{extra}\]"',
             str(message),
         )
 
@@ -159,5 +159,5 @@ def test_the_module_that_launchers_start_names_its_extra(tmp_path):
     assert result.returncode == 1
     assert (
         result.stderr
-        == 'error: sinklm.train needs omegaconf, which is in the extra "train": pip install "sinklm[train]"\n'
+        == 'error: sinklm.train requires omegaconf, which is not installed; run: pip install "sinklm[train]"\n'
     )

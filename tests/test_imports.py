@@ -1,4 +1,4 @@
-"""Which part may import which: the direction of dependencies, without circles."""
+"""Which part may import which, without circular imports."""
 
 import ast
 import subprocess
@@ -43,7 +43,7 @@ def test_the_root_modules_import_no_part():
 
 
 def imported_parts(path: Path, folder: Path = ROOT) -> set[str]:
-    """The parts of sinklm that a file imports, relatively or by name, at any depth of nesting."""
+    """Return the parts of sinklm that a file imports, relatively or by name, at any depth."""
     package = ("sinklm", *path.relative_to(folder).with_suffix("").parts[:-1])
     names = []
     for node in ast.walk(ast.parse(path.read_text())):
@@ -76,7 +76,7 @@ def test_modules_of_a_part_import_each_other_without_circles(part):
 
 
 def top_level_imports(path: Path) -> set[str]:
-    """Modules that are imported when a file is, by their full names."""
+    """Return the full names of the modules that a file imports when it is imported."""
     package = ("sinklm", *path.parts[:-1])
     names: set[str] = set()
     nodes: list[ast.AST] = list(ast.parse((ROOT / path).read_text()).body)

@@ -1,4 +1,4 @@
-"""The built distributions: what is in them, and that the wheel works with the libraries of the base installation."""
+"""The built distributions: their contents, and that the wheel works without the extras."""
 
 import shutil
 import subprocess
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def files() -> list[str]:
-    """Paths of the files of the repository, new ones included; a link to a folder is one of them."""
+    """Paths of all files in the repository, including untracked files and links to folders."""
     if not (ROOT / ".git").exists():
         pytest.skip("needs a checkout of the repository")
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
@@ -32,8 +32,8 @@ def files() -> list[str]:
 
 @pytest.fixture(scope="module")
 def dist(files, tmp_path_factory) -> Path:
-    """A folder with an sdist, the wheel that was built from it, and in ``direct`` the wheel of the repository."""
-    tree = tmp_path_factory.mktemp("tree")  # a copy, because a build leaves files behind
+    """A folder with an sdist, a wheel built from it, and in ``direct`` one of the repository."""
+    tree = tmp_path_factory.mktemp("tree")  # a copy, because a build creates files
     for name in files:
         target = tree / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def test_a_wheel_from_the_sdist_is_the_wheel_of_the_repository(dist):
     assert contents[0] == contents[1]
 
 
-# What a program does that has only the base installation.
+# A program that has only the base installation.
 PROGRAM = """
 import sys
 from pathlib import Path

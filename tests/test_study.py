@@ -1,4 +1,4 @@
-"""The scripts of the small-scale study: their queue of jobs, and the tables made of what runs leave behind."""
+"""The scripts of the small-scale study: the job queue, and the tables made from its runs."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def test_jobs_run_on_their_gpus_and_a_failure_stops_no_other(tmp_path, capsys):
     assert "bad: FAILED with status 1: no data" in capsys.readouterr().out
 
 
-def test_what_is_done_is_not_run_again(tmp_path, capsys):
+def test_finished_jobs_are_not_run_again(tmp_path, capsys):
     from jobs import JobQueue
 
     jobs = [job("once", tmp_path, f"open({str(tmp_path / 'count')!r}, 'a').write('x')")]
@@ -45,7 +45,7 @@ def test_what_is_done_is_not_run_again(tmp_path, capsys):
     assert (tmp_path / "count").read_text() == "x"
 
 
-def test_time_ends_what_runs_and_starts_nothing_more(tmp_path, capsys):
+def test_the_time_limit_stops_running_jobs_and_starts_no_more(tmp_path, capsys):
     from jobs import JobQueue
 
     code = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit('saved')); print('up'); time.sleep(60)"
@@ -93,7 +93,7 @@ def test_a_table_compares_each_run_with_vanilla_of_its_seed(tmp_path):
     assert rows["gate-seed-2"][:3] == ["2.0200", "+1.00 %", "1,200"]
 
 
-def test_a_run_that_ended_early_says_so_and_is_compared_with_vanilla_where_it_ended(tmp_path):
+def test_a_run_that_ended_early_is_marked_and_compared_with_vanilla_at_its_end(tmp_path):
     from report import perplexity
     from results import collect
 
@@ -104,7 +104,7 @@ def test_a_run_that_ended_early_says_so_and_is_compared_with_vanilla_where_it_en
     assert perplexity(runs).splitlines()[2].startswith("| gate (50 % of training) | 4.5400 | +0.89 % |")
 
 
-def test_a_run_that_went_on_from_its_last_validation_says_where_that_was(tmp_path):
+def test_a_validation_before_the_end_of_a_run_is_shown_with_its_tokens(tmp_path):
     from report import perplexity
     from results import collect
 
@@ -138,7 +138,7 @@ def test_the_plain_run_to_compare_with_has_the_same_size_and_seed(name, plain):
 
 
 @pytest.mark.parametrize(("tokens", "shown"), [(996, "gate (99 % of training)"), (1000, "gate"), (1024, "gate")])
-def test_a_run_is_whole_only_if_it_is(tokens, shown):
+def test_only_an_incomplete_run_is_marked(tokens, shown):
     from report import label
 
     planned = {"num_steps": 10, "batch_size_tokens": 100}
@@ -146,7 +146,7 @@ def test_a_run_is_whole_only_if_it_is(tokens, shown):
 
 
 def sinks_report(**masses: list[list[float]]) -> dict:
-    """Of two layers of two heads, with one sequence."""
+    """A report for two layers with two heads and one sequence."""
     heads = {name.replace("_", " "): mass for name, mass in masses.items()}
     flat = {name: [*mass[0], *mass[1]] for name, mass in heads.items()}
     return {
@@ -170,7 +170,7 @@ def test_a_head_that_attends_to_both_sink_tokens_counts_once():
     assert sink_rate(report, "first text token") == 0.25
 
 
-def test_a_place_that_has_no_attention_is_left_empty():
+def test_a_position_without_attention_is_left_empty():
     from report import sinks
 
     planned = {"num_steps": 1, "batch_size_tokens": 8}
@@ -179,7 +179,7 @@ def test_a_place_that_has_no_attention_is_left_empty():
     assert row == "| vanilla |  |  | 50.0 | 30.0 |  |  |"
 
 
-def test_layers_are_gathered_at_the_named_positions_and_over_the_others():
+def test_layer_statistics_are_collected_at_named_positions_and_for_the_others():
     from results import _layers
 
     layers = {"hidden_norm": [[8.0, 5.0, 1.0, 3.0], [9.0, 5.0, 2.0, 2.0]], "median_activation": [0.5, 0.6]}
@@ -210,7 +210,7 @@ def test_activations_are_those_of_the_token_with_the_most_attention():
     assert row == "| gate | sink token | 10.0 (1) | 120 (1) | 0.10 (0) | 0.38 | \N{MINUS SIGN}0.38 |"
 
 
-def test_what_a_cache_costs_is_a_mean_for_each_doubling_from_where_it_is_full():
+def test_the_loss_due_to_a_cache_is_averaged_per_doubling_of_the_position():
     from figures import cost_by_position
 
     report = {
@@ -222,7 +222,7 @@ def test_what_a_cache_costs_is_a_mean_for_each_doubling_from_where_it_is_full():
     assert costs[0][0] == 32**0.5
 
 
-def test_what_was_tried_is_shown_at_the_quarters_of_training():
+def test_trial_runs_are_shown_at_the_quarters_of_training():
     from report import tried
 
     checkpoints = [
@@ -248,7 +248,7 @@ def test_what_was_tried_is_shown_at_the_quarters_of_training():
     assert " 1.100 → 1.300 → 1.500 → – |" in tried({"vanilla": unfinished}).splitlines()[-1]
 
 
-def test_places_of_the_machine_are_not_gathered(tmp_path):
+def test_local_paths_are_not_collected(tmp_path):
     from results import collect
 
     write_run(tmp_path, "vanilla", [4.0], [1.0, 1.0, 1.0])
@@ -257,7 +257,7 @@ def test_places_of_the_machine_are_not_gathered(tmp_path):
     assert collect(tmp_path)["runs"]["vanilla"]["config"] == {"data": {}, "train": {"seed": 1}}
 
 
-def test_the_data_a_run_was_trained_on_can_be_told(tmp_path):
+def test_the_data_fingerprint_of_a_run_is_collected(tmp_path):
     from results import collect
 
     write_run(tmp_path, "vanilla", [4.0], [1.0, 1.0, 1.0])
@@ -270,7 +270,7 @@ def test_the_data_a_run_was_trained_on_can_be_told(tmp_path):
     assert collect(tmp_path)["runs"]["vanilla"]["data_fingerprint"] == "ab12"
 
 
-def test_a_curve_of_losses_is_means_over_stretches(tmp_path):
+def test_a_loss_curve_consists_of_means_over_intervals(tmp_path):
     from results import NUM_LOSS_POINTS, collect
 
     losses = [1.0, 3.0] * NUM_LOSS_POINTS
@@ -322,7 +322,7 @@ def test_mistakes_are_one_line(script, arguments, message, tmp_path, monkeypatch
         runpy.run_path(str(FOLDER / f"{script}.py"), run_name="__main__")
 
 
-def test_what_forms_is_measured_at_each_checkpoint(tmp_path, monkeypatch):
+def test_the_forming_of_sinks_is_measured_at_each_checkpoint(tmp_path, monkeypatch):
     shipped = FOLDER.parent / "examples" / "checkpoints"
     facts = {"data_fingerprint": "", "world_size": 1, "zero_stage": 1, "precision": "fp32"}
     for step in (1, 2):
@@ -341,7 +341,7 @@ def test_what_forms_is_measured_at_each_checkpoint(tmp_path, monkeypatch):
     assert list(checkpoints[0]["perplexity"]) == ["0+128", "1+127", "2+126", "4+124"]
 
 
-def test_the_plans_that_scripts_name_are_there():
+def test_the_plans_that_scripts_use_exist():
     for script in FOLDER.glob("*.py"):
         for plan in re.findall(r"\bstudy/[\w-]+\.yaml", script.read_text(encoding="utf-8")):
             assert (FOLDER.parent / plan).exists()

@@ -1,4 +1,4 @@
-"""The tested versions: what is installed is among them, or there is one warning."""
+"""The tested versions of libraries, and the warning for others."""
 
 import tomllib
 from importlib import metadata

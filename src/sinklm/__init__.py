@@ -1,6 +1,6 @@
 """Pre-training and streaming of language models with learnable sink tokens.
 
-The names below are loaded on first use, so that ``import sinklm`` costs nothing.
+The names below are loaded on first use, so ``import sinklm`` is fast.
 """
 
 from importlib import import_module, metadata

@@ -1,4 +1,4 @@
-"""Files that survive interruptions: written whole or not at all, on disk before they count, one writer a folder."""
+"""Safe file writing: atomic files and folders, synced to disk, and lock files."""
 
 import fcntl
 import json
@@ -14,10 +14,12 @@ PARTIAL = ".partial"  # suffix of a file that is being written
 
 @contextmanager
 def atomic_file(path: Path, *, binary: bool = False) -> Iterator[IO]:
-    """A file to write, which takes its name when it is complete and on disk. Until then an older one stays.
+    """Open a file for writing that gets its name when it is complete and on disk.
+
+    Until then an older file of that name is unchanged.
 
     Raises:
-        OSError: names the file that cannot be written; nothing of it is left.
+        OSError: the file cannot be written. The partial file is deleted.
     """
     partial = path.with_name(path.name + PARTIAL)
     try:
@@ -33,7 +35,7 @@ def atomic_file(path: Path, *, binary: bool = False) -> Iterator[IO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file as `atomic_file` does, and make its folder if need be."""
+    """Write a file with `atomic_file`, and create its folder if it does not exist."""
     with named_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
@@ -41,28 +43,28 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any, **options: Any) -> None:
-    """Write ``value`` as indented JSON, as `write_text` does. ``options`` are those of `json.dumps`."""
+    """Write ``value`` as indented JSON with `write_text`; ``options`` are those of `json.dumps`."""
     write_text(path, json.dumps(value, indent=2, **options) + "\n")
 
 
 @contextmanager
 def named_errors(path: Path) -> Iterator[None]:
-    """Let errors of writing name the file; the error number stays."""
+    """Add the path to the message of an OSError; its errno does not change."""
     try:
         yield
     except OSError as error:
-        named = OSError(f"{path} cannot be written: {error.strerror}")
+        named = OSError(f"cannot write {path}: {error.strerror}")
         named.errno = error.errno
         raise named from error
 
 
 @contextmanager
 def locked(path: Path, busy: str) -> Iterator[None]:
-    """Hold a lock file. On a file system without locks nothing keeps other processes out.
+    """Lock a file. On a file system without locks, other processes are not excluded.
 
     Raises:
-        ValueError: another process holds the lock; the message is ``busy``.
-        OSError: the file cannot be made.
+        ValueError: another process has the lock; the message is ``busy``.
+        OSError: the file cannot be created.
     """
     with open(path, "w") as lock:
         try:
@@ -75,7 +77,7 @@ def locked(path: Path, busy: str) -> Iterator[None]:
 
 
 def sync_files(folder: Path) -> None:
-    """Bring all files of a folder to the disk."""
+    """Sync all files of a folder to disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:
@@ -83,7 +85,7 @@ def sync_files(folder: Path) -> None:
 
 
 def replace_folder(new: Path, output: Path) -> None:
-    """Rename a finished folder to ``output``. An older one is deleted once the new one is in place."""
+    """Rename a finished folder to ``output``. An older ``output`` is deleted after the rename."""
     if not output.exists():
         os.rename(new, output)
         return

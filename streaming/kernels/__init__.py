@@ -1,4 +1,7 @@
-"""Kernels of the decoding step, in Triton, which comes with torch's CUDA builds; elsewhere `is_available` is False."""
+"""Triton kernels of the decoding step.
+
+Triton is part of torch's CUDA builds; without it `is_available` is False.
+"""
 
 try:
     from .attention import can_fuse, decode_attention

@@ -1,8 +1,8 @@
-"""The attention of one new token as one kernel: its key and value are written, then all slots are read once.
+"""Attention of one new token in one kernel: write its key and value, then read all slots once.
 
-The slots are split over programs (Flash-Decoding, Dao et al. 2023), so that one stream fills a GPU, and the last
-program of a group of heads to arrive puts the parts together. A kept key is looked at with a query turned for it,
-instead of being turned itself for every token.
+The slots are split between programs (Flash-Decoding, Dao et al. 2023), so that a single stream uses
+the whole GPU. The last program of a group of heads to finish merges the parts. Instead of rotating
+the kept keys for every token, the kernel scores them with a rotated query.
 """
 
 import torch
@@ -15,15 +15,15 @@ from ..buffers import StreamingLayer
 from ..encodings import Rotary
 from ..rule import StreamShape
 
-BLOCK_BYTES = 8192  # of the keys that a program takes at a time
-PROGRAMS_PER_PROCESSOR = 2  # enough to keep the memory busy
-MAX_SPLITS = 31  # of the band; with that of the kept keys they are a power of 2, all of which the last program holds
-MIN_TILE = 16  # of a matrix product on tensor cores
+BLOCK_BYTES = 8192  # keys that a program processes at a time, in bytes
+PROGRAMS_PER_PROCESSOR = 2  # enough to saturate the memory bandwidth
+MAX_SPLITS = 31  # of the band; with that of the kept keys a power of 2, all loaded at once by the merging program
+MIN_TILE = 16  # minimum size of a matrix product on tensor cores
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 def can_fuse(layer: StreamingLayer, query: Tensor) -> bool:
-    """The kernel runs on CUDA, in at most 32 bits, for values as wide as keys."""
+    """Whether the kernel can be used: on CUDA, not in float64, with values as wide as keys."""
     has_one_type = query.dtype == layer.keys.dtype == layer.values.dtype != torch.float64
     return query.is_cuda and has_one_type and layer.keys.shape == layer.values.shape
 
@@ -39,10 +39,16 @@ def decode_attention(
     value: Tensor,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
-    """Store key and value ``(B, G, 1, D)`` of token ``num_seen`` ``(B,)``, and attend from its query ``(B, H, 1, D)``.
+    """Store the key and value of one new token per row and compute its attention.
 
-    ``base`` ``(B,)`` is the token that has phase 0. Returns the output ``(B, H, 1, D)`` and the log-sum-exp of its
-    scores ``(B, H, 1)`` in float32.
+    Args:
+        num_seen: ``(B,)``, index of the new token.
+        base: ``(B,)``, index of the token that has phase 0.
+        query: ``(B, H, 1, D)``.
+        key, value: ``(B, G, 1, D)``.
+
+    Returns:
+        The output ``(B, H, 1, D)`` and the log-sum-exp of the scores ``(B, H, 1)`` in float32.
     """
     query, key, value = query[:, :, 0], key[:, :, 0], value[:, :, 0]
     buffers = (layer.keys, layer.values, layer.kept_keys, layer.num_arrived)
@@ -77,7 +83,7 @@ def _decode_attention(
     num_blocks = triton.cdiv(window + 1, block)
     num_splits = min(MAX_SPLITS, max(1, num_programs(query.device) // (batch_size * num_groups)))
     blocks_per_split = triton.cdiv(num_blocks, min(num_blocks, num_splits))
-    num_splits = 1 + triton.cdiv(num_blocks, blocks_per_split)  # the first takes the new key and the kept ones
+    num_splits = 1 + triton.cdiv(num_blocks, blocks_per_split)  # split 0: the new key and the kept keys
     parts = query.new_empty((batch_size * num_heads, num_splits, head_dim), dtype=torch.float32)
     part_lse = query.new_empty((batch_size * num_heads, num_splits), dtype=torch.float32)
     out = query.new_empty(query.shape)
@@ -113,13 +119,13 @@ def _(query: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
 
 
 def num_programs(device: torch.device) -> int:
-    """Programs that fill the device."""
+    """Return the number of programs that fills the device."""
     return PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit
 def _turned(query, stride, heads, has_head, inv_freq, steps, DIM: tl.constexpr, dims, HALF: tl.constexpr, INTERLEAVED):
-    """The queries ``(heads, dims)`` moved by a number of positions: each dimension of a pair turns with the other."""
+    """Return the queries ``(heads, dims)`` rotated by ``steps`` positions."""
     if INTERLEAVED:
         is_first, partner_dims, pair = dims % 2 == 0, dims ^ 1, dims // 2
     else:
@@ -136,11 +142,11 @@ def _turned(query, stride, heads, has_head, inv_freq, steps, DIM: tl.constexpr, 
 
 @triton.jit
 def _attend(queries, key_block, value_block, is_visible, peak, total, mixed, SCALE: tl.constexpr):
-    """Widen a softmax ``(heads,)`` by a block of keys; scores are in powers of 2."""
+    """Add a block of keys to a running softmax ``(heads,)``; exponentials have base 2."""
     scores = tl.dot(queries, tl.trans(key_block), input_precision="ieee") * SCALE
     scores = tl.where(is_visible[None, :], scores, -float("inf"))
     new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-    shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)  # nothing was visible so far
+    shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)  # no key was visible so far
     weights = tl.exp2(scores - shift[:, None])
     rescale = tl.exp2(peak - shift)
     mixed = mixed * rescale[:, None] + tl.dot(weights.to(value_block.dtype), value_block, input_precision="ieee")
@@ -152,7 +158,7 @@ def _attend_kept(
     turned, kept_keys, values, num_visible, dims, has_dim, peak, total, mixed,
     SCALE: tl.constexpr, NUM_KEPT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Widen a softmax by the kept keys, for queries that were turned for them."""
+    """Add the kept keys to a running softmax, with queries rotated for them."""
     for start in range(0, NUM_KEPT, BLOCK):
         slots = start + tl.arange(0, BLOCK)
         is_visible = slots < num_visible
@@ -168,7 +174,7 @@ def _attend_band(
     queries, keys, values, first_slot, num_filled, new_slot, dims, has_dim, peak, total, mixed,
     SCALE: tl.constexpr, NUM_SLOTS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Widen a softmax by a part of the ring, without the slot that is being written."""
+    """Add a part of the ring to a running softmax, without the slot that is being written."""
     for block in range(NUM_BLOCKS):
         slots = first_slot + block * BLOCK + tl.arange(0, BLOCK)
         offsets, mask = slots[:, None] * DIM + dims[None, :], (slots < NUM_SLOTS)[:, None] & has_dim[None, :]
@@ -184,7 +190,7 @@ def _merge_parts(
     row_group, parts, part_lse, out, lse, dims, has_dim,
     HEADS: tl.constexpr, DIM: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Put the parts of a group of heads together: the last program to arrive does it."""
+    """Merge the parts of a group of heads. The last program of the group to finish calls this."""
     splits = tl.arange(0, BLOCK_SPLITS)
     is_split = splits < NUM_SPLITS
     for head in range(HEADS):
@@ -214,7 +220,10 @@ def _decode_kernel(
     HALF_ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_KEPT: tl.constexpr,
     BLOCKS_PER_SPLIT: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """One program for a group of heads of a row and a part of the keys: the new and the kept ones, or some slots."""
+    """One program per group of heads, row and split of the keys.
+
+    Split 0 has the new key and the kept keys, the others have slots of the ring.
+    """
     SCALE: tl.constexpr = SCALING * LOG2E
     NUM_SLOTS: tl.constexpr = NUM_KEPT + WINDOW + 1
     row_group, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -261,7 +270,7 @@ def _decode_kernel(
     rows = (row_group * HEADS + heads) * NUM_SPLITS + split
     tl.store(part_lse + rows, peak + tl.log2(safe_total), mask=has_head)
     tl.store(parts + rows[:, None] * DIM + dims[None, :], mixed / safe_total[:, None], mask=head_mask)
-    tl.debug_barrier()  # all of this program's part is written before it says so
+    tl.debug_barrier()  # write all of this program's part before counting it
     if tl.atomic_add(num_arrived + row_group, 1, sem="acq_rel") == NUM_SPLITS - 1:
         tl.store(num_arrived + row_group, 0)
         _merge_parts(row_group, parts, part_lse, out, lse, dims, has_dim, HEADS, DIM, NUM_SPLITS, BLOCK_SPLITS)

@@ -1,7 +1,8 @@
-"""The linear layers of a step that brings a single token: a matrix times a vector, which reads each weight once.
+"""Linear layers of a step with a single token: matrix-vector products that read each weight once.
 
-All the time goes into reading weights, at which cuBLAS does not reach the speed of memory: it splits a product of one
-row over two kernels, or fills too little of the GPU. A GELU behind a layer is done where its input is made.
+Such a step is bound by reading weights. cuBLAS does not reach the memory bandwidth here: it splits
+a product of one row into two kernels or uses too little of the GPU. A GELU after a layer is fused
+into the product.
 """
 
 import torch
@@ -13,19 +14,19 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-TILE = 1024  # weights that a program takes at a time
+TILE = 1024  # weights that a program processes at a time
 MAX_BLOCK_IN = 1024
 
 
 class OneRowLinear(TorchFunctionMode):
-    """Within it, a linear layer on CUDA that is given one row runs as `matvec`, and a GELU that follows runs with it.
+    """Runs linear layers with one input row on CUDA as `matvec`, fused with a GELU that follows.
 
-    `torch.compile` traces it, and drops the product without the GELU, which nothing uses then.
+    `torch.compile` traces this mode and removes the unused product without the GELU.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        # The output of a product, and what it was made of.
+        # The output of the last product, and its inputs.
         self.newest: tuple[Tensor, tuple[Tensor, Tensor, Tensor | None]] | None = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -34,7 +35,7 @@ class OneRowLinear(TorchFunctionMode):
             return self.linear(*args, **kwargs)
         if func is F.gelu and not kwargs and self.newest is not None and args[0] is self.newest[0]:
             return linear_one_row(*self.newest[1], gelu=True)
-        if func is Tensor.unflatten:  # a method in Python, within which a trace cannot follow its super()
+        if func is Tensor.unflatten:  # a Python method with a super() call that cannot be traced
             func = torch.unflatten
         return func(*args, **kwargs)
 
@@ -49,7 +50,7 @@ class OneRowLinear(TorchFunctionMode):
 def is_one_row(states: Tensor, weight: Tensor) -> bool:
     return (
         states.is_cuda
-        and type(weight) in (Tensor, Parameter)  # and no quantised one that looks like it
+        and type(weight) in (Tensor, Parameter)  # excludes subclasses such as quantised weights
         and states.numel() == states.shape[-1]
         and states.dtype == weight.dtype != torch.float64
         and weight.is_contiguous()
@@ -57,13 +58,13 @@ def is_one_row(states: Tensor, weight: Tensor) -> bool:
 
 
 def linear_one_row(states: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
-    """`torch.nn.functional.linear` of states ``(…, I)`` that are one row, perhaps with a GELU behind it."""
+    """`torch.nn.functional.linear` of one row of states ``(…, I)``, optionally with a GELU."""
     return matvec(states.reshape(-1), weight, bias, gelu).view(*states.shape[:-1], -1)
 
 
 @custom_op("sinklm::matvec", mutates_args=())
 def matvec(vector: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    """``weight @ vector + bias`` for ``(O, I)``, ``(I,)`` and ``(O,)``, summed in float32."""
+    """``weight @ vector + bias`` of shapes ``(O, I)``, ``(I,)``, ``(O,)``, summed in float32."""
     vector, bias = vector.contiguous(), None if bias is None else bias.contiguous()
     num_out, num_in = weight.shape
     out = vector.new_empty(num_out)
@@ -84,12 +85,12 @@ def matvec(vector: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> T
 
 
 def block_of_inputs(num_in: int) -> int:
-    """All inputs if they fit, else a power of 2 that divides them."""
+    """Return the block size: all inputs if they fit, else a power of 2, if possible a divisor."""
     whole = triton.next_power_of_2(num_in)
     if whole <= MAX_BLOCK_IN:
         return whole
     divisor = min(num_in & -num_in, MAX_BLOCK_IN)
-    return divisor if divisor >= 64 else MAX_BLOCK_IN  # the rest of the last block is masked
+    return divisor if divisor >= 64 else MAX_BLOCK_IN  # not a divisor: the last block is masked
 
 
 @matvec.register_fake
@@ -110,7 +111,7 @@ def _matvec_kernel(
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
 ):
-    """One program for some outputs; products are summed along the inputs only at the end."""
+    """One program per block of outputs; products are summed over the inputs at the end."""
     outputs = tl.program_id(0).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     inputs = tl.arange(0, BLOCK_IN)
     weight += outputs[:, None] * NUM_IN + inputs[None, :]

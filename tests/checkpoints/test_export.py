@@ -1,4 +1,4 @@
-"""An export is the same model to anyone who has transformers alone, and never half of one."""
+"""An export is the same model for transformers without sinklm, and is never incomplete."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from ..eval.checkpoints import END_OF_TEXT, small_model, small_tokenizer, write_
 TEXT = "The old man went down to the sea"
 KINDS = [(0, torch.float32), (1, torch.float32), (1, torch.bfloat16), (2, torch.float32), (2, torch.bfloat16)]
 
-# What somebody without sinklm does with the folder.
+# A program that uses the folder without sinklm.
 STOCK = """
 import sys, torch
 sys.modules["sinklm"] = None  # any import of it fails
@@ -129,7 +129,7 @@ def test_export_loads_as_a_plain_model(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ARMS)
-def test_an_arm_that_plain_gpt_neox_cannot_compute_is_refused(tmp_path, kind):
+def test_an_arm_that_plain_gpt_neox_does_not_support_is_an_error(tmp_path, kind):
     checkpoint = write_checkpoint(tmp_path / "checkpoint", small_model(0, sink={"kind": kind}))
     with pytest.raises(ValueError, match=rf"checkpoint has sink\.kind '{kind}'.*only the kinds none and token"):
         export_model(checkpoint, tmp_path / "export")
@@ -151,7 +151,7 @@ def test_only_an_empty_folder_or_an_older_export_is_replaced(checkpoint, tmp_pat
     with pytest.raises(FileExistsError, match="precious exists and is not an export"):
         export_model(checkpoint, precious)
     with pytest.raises(FileExistsError, match="is not an export"):
-        export_model(checkpoint, checkpoint)  # a checkpoint is no export either
+        export_model(checkpoint, checkpoint)  # a checkpoint is not an export either
     assert (precious / "thesis.txt").read_text() == "years of work"
     assert hidden_files(tmp_path) == []
 
@@ -164,13 +164,13 @@ def test_a_failure_midway_leaves_the_older_export_and_nothing_else(checkpoint, t
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("sinklm.checkpoints.export._write_tokenizer", fails)
-    with pytest.raises(OSError, match=rf"the export cannot be written below {tmp_path}: .*No space left"):
+    with pytest.raises(OSError, match=rf"cannot write the export to {tmp_path}: .*No space left"):
         export_model(checkpoint, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert hidden_files(tmp_path) == []
 
 
-def test_what_a_killed_export_left_is_cleared_away(checkpoint, tmp_path):
+def test_files_of_a_killed_export_are_deleted(checkpoint, tmp_path):
     stale = tmp_path / ".export.partial"
     stale.mkdir()
     (stale / "junk").write_text("half a model")
@@ -182,7 +182,7 @@ def test_what_a_killed_export_left_is_cleared_away(checkpoint, tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_is_one_clear_error(checkpoint, tmp_path):
-    """A limit on the size of files stands for the disk: the weights do not fit, the configuration does."""
+    """A limit on file sizes simulates a full disk: the configuration fits, the weights do not."""
     program = (
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000));"
@@ -193,12 +193,12 @@ def test_a_full_disk_is_one_clear_error(checkpoint, tmp_path):
         command, capture_output=True, text=True, env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     )
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("error: the export cannot be written below")
+    assert done.stderr.strip().splitlines()[-1].startswith("error: cannot write the export to")
     assert not (tmp_path / "export").exists()
     assert hidden_files(tmp_path) == []
 
 
-def test_a_tokenizer_of_another_model_is_refused(checkpoint, tmp_path):
+def test_a_tokenizer_of_another_model_is_an_error(checkpoint, tmp_path):
     tokenizer = small_tokenizer().from_str(small_tokenizer().to_str())
     tokenizer.add_tokens(["one", "more"])
     tokenizer.save(str(checkpoint / "tokenizer.json"))
@@ -252,8 +252,8 @@ def test_the_model_card_has_the_facts_of_the_run(tmp_path, capsys):
         "window=63",
     ):
         assert fact in card
-    assert str(tmp_path) not in card  # paths of the machine are nobody's business
-    said = "".join(capsys.readouterr().out.split())  # lines are broken wherever the folder's name ends
+    assert str(tmp_path) not in card  # a published card must not contain local paths
+    said = "".join(capsys.readouterr().out.split())  # without the line breaks of rich
     assert "my-modelisaplainGPTNeoXForCausalLM" in said
 
 

@@ -30,7 +30,7 @@ def test_a_run_folder_gives_its_newest_complete_checkpoint(run_folder):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("is_native", [True, False])
-def test_a_cpu_gets_the_type_that_it_has_instructions_for(dtype, is_native, tmp_path, monkeypatch):
+def test_a_cpu_uses_a_dtype_that_it_has_instructions_for(dtype, is_native, tmp_path, monkeypatch):
     tiny_model(1, dtype=dtype).save_pretrained(tmp_path)
     names = [name for names in loading.HALF_PRECISION_INSTRUCTIONS.values() for name in names]
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, is_native))
@@ -39,21 +39,21 @@ def test_a_cpu_gets_the_type_that_it_has_instructions_for(dtype, is_native, tmp_
     assert load_model(tmp_path, device="cpu", dtype=torch.float64).dtype == torch.float64
 
 
-def test_what_is_no_model_is_named(run_folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="step-20 is an interrupted checkpoint"):
+def test_a_missing_model_is_an_error_with_its_path(run_folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="step-20 is an incomplete checkpoint"):
         load_model(run_folder / "checkpoints" / "step-20")
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="holds no complete checkpoint"):
+    with pytest.raises(FileNotFoundError, match="has no complete checkpoint"):
         load_model(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match="neither a transformers model"):
         load_model(tmp_path / "empty" / "checkpoints")
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         load_model("./nowhere")
-    with pytest.raises(FileNotFoundError, match="no model can be loaded from 'nobody/nothing'"):
+    with pytest.raises(FileNotFoundError, match="cannot load a model from 'nobody/nothing'"):
         load_model("nobody/nothing")
 
 
-def test_a_path_beside_runs_does_not_go_to_the_hub(run_folder, monkeypatch):
+def test_a_path_next_to_runs_is_not_searched_on_the_hub(run_folder, monkeypatch):
     monkeypatch.chdir(run_folder.parent.parent)
     name = f"{run_folder.parent.name}/nope"
     with pytest.raises(FileNotFoundError, match=f"{name}: no such folder"):
@@ -62,16 +62,16 @@ def test_a_path_beside_runs_does_not_go_to_the_hub(run_folder, monkeypatch):
     assert not is_local("gpt2")
 
 
-def test_a_folder_without_a_tokenizer_says_so(tmp_path):
+def test_a_folder_without_a_tokenizer_is_an_error(tmp_path):
     plain = GPTNeoXConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=1)
     plain.save_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"has no tokenizer\.json: copy there the one"):
+    with pytest.raises(FileNotFoundError, match=r"has no tokenizer\.json: copy the one that the model was trained"):
         load_tokenizer(tmp_path)
 
 
-def test_an_encoder_and_decoder_is_refused_in_one_line(tmp_path):
+def test_an_encoder_decoder_model_is_an_error_of_one_line(tmp_path):
     T5Config(vocab_size=64, d_model=16, d_ff=16, num_layers=1, num_heads=1).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"is no causal language model: take one that predicts the next token$"):
+    with pytest.raises(ValueError, match=r"is not a causal language model: use a model that predicts the next token$"):
         load_model(tmp_path)
 
 
@@ -81,8 +81,8 @@ def test_damaged_files_are_named(run_folder):
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"the weights in .*step-10/model are damaged"):
         load_model(run_folder)
-    with pytest.raises(FileNotFoundError, match="no tokenizer can be loaded from"):
+    with pytest.raises(FileNotFoundError, match="cannot load a tokenizer from"):
         load_tokenizer(run_folder)
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(FileNotFoundError, match="no tokenizer can be loaded from"):
+    with pytest.raises(FileNotFoundError, match="cannot load a tokenizer from"):
         load_tokenizer(run_folder)

@@ -38,12 +38,12 @@ def test_the_command_writes_table_json_and_picture(tmp_path, capsys):
     assert len(memory.get_legend().get_texts()) == len(methods) * 2
 
 
-def test_the_floor_counts_an_embedding_that_makes_the_logits():
+def test_the_floor_includes_an_embedding_that_is_also_the_head():
     apart, tied = (tiny.build(tiny.config("llama", tie_word_embeddings=tie)) for tie in (False, True))
     assert bytes_read(apart) == bytes_read(tied) == sum(p.nbytes for p in tied.parameters())
 
 
-def test_the_table_says_how_much_faster_than_re_computation():
+def test_the_table_has_the_speedup_over_re_computation():
     times = {"streaming": 2.0, "cropped cache": 3.0, "re-computation": 30.0, "floor": 1.0}
     results = [{"method": m, "milliseconds": t, "cache_size": 64, "batch_size": 1} for m, t in times.items()]
     cells = [next(iter(column.cells)) for column in results_table(results, "").columns]
@@ -51,7 +51,7 @@ def test_the_table_says_how_much_faster_than_re_computation():
 
 
 @pytest.mark.parametrize("num_sinks", [0, 1])
-def test_the_loop_by_hand_keeps_its_size(num_sinks):
+def test_the_cropped_cache_keeps_its_size(num_sinks):
     model = small_model(num_sinks)
     with torch.no_grad():
         cropped = CroppedCache(model, torch.randint(1, 300, (2, 12)), num_kept=4)

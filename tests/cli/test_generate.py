@@ -1,4 +1,4 @@
-"""`sinklm generate`: where the text and the speed go, and where it ends."""
+"""`sinklm generate`: output on stdout and stderr, the end of the text, and errors."""
 
 import io
 
@@ -15,7 +15,7 @@ from ..eval.checkpoints import small_model, write_checkpoint
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> str:
-    """A model that does not end its texts by itself."""
+    """A model that does not generate the end-of-text token."""
     torch.manual_seed(0)
     model = small_model(1)
     with torch.no_grad():
@@ -32,14 +32,14 @@ def test_a_stream_is_text_on_stdout_and_speed_on_stderr(checkpoint, capfd):
     assert "tokens/s; cache 1+9" in shown.err
 
 
-def test_while_all_fits_the_cache_it_writes_what_dense_attention_writes(checkpoint, capfd):
+def test_text_that_fits_the_cache_equals_that_of_dense_attention(checkpoint, capfd):
     for options in ({}, {"stream": True}, {"num_kept": 1, "window": 100}):
         generate(checkpoint, "import os", max_new_tokens=25, temperature=0, **options)
     dense, *streamed = capfd.readouterr().out.split("import os")[1:]
     assert [text.strip() for text in streamed] == [dense.strip()] * 2
 
 
-def test_a_temperature_next_to_0_is_one(checkpoint, capfd):
+def test_a_temperature_near_0_equals_greedy_decoding(checkpoint, capfd):
     for temperature in (0, 1e-40):
         generate(checkpoint, "import os", max_new_tokens=25, temperature=temperature)
     greedy, sampled = capfd.readouterr().out.split("import os")[1:]
@@ -60,7 +60,7 @@ def test_ctrl_c_ends_the_stream_with_its_speed(checkpoint, capfd, monkeypatch):
     assert "7 tokens, " in capfd.readouterr().err
 
 
-def test_only_a_stream_goes_on_after_the_end_of_the_text(checkpoint, capfd, monkeypatch):
+def test_only_a_stream_continues_after_the_end_of_the_text(checkpoint, capfd, monkeypatch):
     end = load_tokenizer(checkpoint).eos_token_id
     monkeypatch.setattr(Generator, "sample", lambda self, logits: torch.tensor([[end]]))
     for options in ({"num_kept": 1, "window": 9}, {"stream": True, "max_new_tokens": 12}):
@@ -70,14 +70,14 @@ def test_only_a_stream_goes_on_after_the_end_of_the_text(checkpoint, capfd, monk
     assert stream.startswith("12 tokens")
 
 
-def test_half_a_cache_and_an_empty_prompt_are_refused(checkpoint):
-    with pytest.raises(ValueError, match="--num-kept and --window go together"):
+def test_an_incomplete_cache_size_and_an_empty_prompt_are_an_error(checkpoint):
+    with pytest.raises(ValueError, match="--num-kept and --window must be used together"):
         generate(checkpoint, "a", num_kept=4)
     with pytest.raises(ValueError, match="prompt is empty"):
         generate(checkpoint, "")
 
 
-def test_a_model_may_have_several_ends_of_a_text(checkpoint, capfd, monkeypatch):
+def test_a_model_may_have_several_end_of_text_tokens(checkpoint, capfd, monkeypatch):
     model = load_model(checkpoint)
     model.config.eos_token_id = model.generation_config.eos_token_id = [0, 5]
     monkeypatch.setattr("sinklm.checkpoints.load_model", lambda name: model)
@@ -86,12 +86,12 @@ def test_a_model_may_have_several_ends_of_a_text(checkpoint, capfd, monkeypatch)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_model_that_gives_no_numbers_is_refused(checkpoint, monkeypatch, stream):
+def test_a_model_with_nan_outputs_is_an_error(checkpoint, monkeypatch, stream):
     model = load_model(checkpoint)
     with torch.no_grad():
         model.lm_head.weight[5, 0] = float("nan")
     monkeypatch.setattr("sinklm.checkpoints.load_model", lambda name: model)
-    with pytest.raises(ValueError, match="outputs are not numbers"):
+    with pytest.raises(ValueError, match="outputs are NaN"):
         generate(checkpoint, "import os", stream=stream)
 
 
@@ -99,21 +99,21 @@ def test_a_prompt_can_come_from_standard_input(checkpoint, capfd, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("import os\n" * 100))
     generate(checkpoint, "-", stream=True, max_new_tokens=1)
     assert capfd.readouterr().out.startswith("import os\n" * 100)
-    with pytest.raises(ValueError, match="the prompt is not UTF-8"):
+    with pytest.raises(ValueError, match="the prompt is not valid UTF-8"):
         generate(checkpoint, "a\udcff")
 
 
-def test_a_cache_of_more_positions_than_were_trained_on_is_pointed_out(checkpoint, capfd):
+def test_a_cache_larger_than_the_trained_length_gives_a_warning(checkpoint, capfd):
     trained = load_model(checkpoint).config.max_position_embeddings
     for window in (trained - 2, trained - 1):
         generate(checkpoint, "a", stream=True, max_new_tokens=2, num_kept=1, window=window)
-    assert capfd.readouterr().err.count("does not fit") == 1
+    assert capfd.readouterr().err.count("is too large for") == 1
 
 
-def test_more_text_than_a_model_has_positions_for_is_refused(tmp_path, capfd):
+def test_more_tokens_than_the_model_has_positions_are_an_error(tmp_path, capfd):
     model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=1, n_positions=12))
     folder = str(write_checkpoint(tmp_path / "gpt2", model))
     num_tokens = len(load_tokenizer(folder)("import os")["input_ids"])
     generate(folder, "import os", max_new_tokens=12 - num_tokens)
-    with pytest.raises(ValueError, match="beyond the 12 positions that this model has: lower --max-new-tokens"):
+    with pytest.raises(ValueError, match="exceed the 12 positions of this model: lower --max-new-tokens"):
         generate(folder, "import os", max_new_tokens=13 - num_tokens)

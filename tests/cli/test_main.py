@@ -1,4 +1,4 @@
-"""The command as a whole: how it ends."""
+"""Errors of the command as a whole."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from sinklm.cli import main as module
         (MemoryError("Unable to allocate 8 TiB"), "error: out of memory; .* 8 TiB"),
     ],
 )
-def test_a_mistake_ends_in_one_line(monkeypatch, error, line):
+def test_an_error_of_the_user_is_one_line(monkeypatch, error, line):
     monkeypatch.setattr(module, "app", raising(error))
     with pytest.raises(SystemExit, match=f"^{line}$"):
         module.main()
@@ -26,7 +26,7 @@ def test_a_mistake_ends_in_one_line(monkeypatch, error, line):
         module.main()
 
 
-def test_a_mistake_of_ours_shows_where_it_is(monkeypatch):
+def test_a_bug_shows_its_traceback(monkeypatch):
     monkeypatch.setattr(module, "app", raising(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         module.main()

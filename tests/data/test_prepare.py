@@ -259,7 +259,7 @@ def test_the_command_says_that_it_goes_on_only_if_it_does(
     store, settings = tmp_path / "store", {"tokenizer": str(tokenizer_file), "processes": 2}
     with pytest.raises(Crash):
         prepare(corpus, store, tokenizer_file, report=crash)
-    for said in ("Going on with the interrupted work", "is complete already; there is nothing to do"):
+    for said in ("Resuming the interrupted work", "is already complete; nothing to do"):
         with pytest.raises(ValueError, match="other settings"):
             prepare_command(corpus, store, validation_fraction=0.2, **settings)
         assert not capsys.readouterr().out.strip()  # rich before 14.3 ends a hidden bar with an empty line
@@ -477,4 +477,4 @@ def test_the_table_has_a_line_for_each_set(corpus: list[str], tmp_path: Path, to
     documents = {name: int(rows[name][0]) for name in ("A", "B", "C", "texts", "all")}
     assert documents["all"] == 75 == sum(documents.values()) - 75
     assert int(rows["all"][-1]) == manifest.splits["validation"].total.documents
-    assert "1 empty text files are no documents." in lines
+    assert "Skipped 1 empty text files." in lines

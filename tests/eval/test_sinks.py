@@ -504,11 +504,11 @@ def test_checkpoints_close_to_each_other_have_ticks(checkpoints, book):
 
 def test_mistakes_are_named(run, book, tmp_path, checkpoints):
     model = str(checkpoints[1])
-    with pytest.raises(ValueError, match="either --text or --store"):
+    with pytest.raises(ValueError, match="pass exactly one of --text and --store"):
         sinks(model)
-    with pytest.raises(ValueError, match="either --text or --store"):
+    with pytest.raises(ValueError, match="pass exactly one of --text and --store"):
         sinks(model, [book], store=tmp_path)
-    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+    with pytest.raises(ValueError, match="has no complete checkpoint"):
         sinks(model, [book], checkpoints=True)
     with pytest.raises(FileNotFoundError, match=r"--text nobook\.txt cannot be read: No such file"):
         sinks(model, [Path("nobook.txt")])

@@ -1,4 +1,4 @@
-"""The arms whose sink is no token, against the same model computed query by query."""
+"""Arms without sink tokens, compared with the same model computed query by query."""
 
 import math
 
@@ -39,7 +39,7 @@ def test_logits_and_gradients_equal_the_slow_model(kind, attention, parallel, ro
     model.set_attn_implementation(attention)
     use_float64(model)
     ids, parameters = text(1, 11), list(model.parameters())
-    # transformers' eager softmax, which the gate has behind it, is float32
+    # The gate arm uses transformers' eager attention, whose softmax is float32.
     tolerance = 1e-4 if (kind, attention) == ("gate", "eager") else 1e-9
 
     logits, expected = model(ids).logits[0], dense_logits(model, ids[0])
@@ -52,7 +52,7 @@ def test_logits_and_gradients_equal_the_slow_model(kind, attention, parallel, ro
 
 @every_arm
 def test_an_arm_is_not_the_plain_model(kind):
-    """Nothing above would show if the sinks of these tests did nothing."""
+    """The sinks of these tests have an effect; otherwise the tests above would prove nothing."""
     model, ids = tiny_arm(kind), text(1, 11)
     plain = tiny_model(0)
     plain.load_state_dict(model.state_dict(), strict=False)
@@ -68,11 +68,11 @@ def test_eager_attention_gives_the_probabilities_of_the_tokens(kind):
 
 
 @pytest.mark.parametrize("kind", COLUMN_KINDS)
-def test_attention_that_would_pass_over_the_sink_is_refused(kind):
+def test_attention_that_would_ignore_the_sink_is_an_error(kind):
     model = tiny_arm(kind)
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(
-        ValueError, match=rf"'flash_attention_2' has no place for the column of sink\.kind {kind}: choose"
+        ValueError, match=rf"'flash_attention_2' does not support sink\.kind='{kind}': use 'sdpa' or 'eager'"
     ):
         model(text(1, 5))
 
@@ -83,7 +83,7 @@ def test_padding_changes_nothing(kind, side):
     model, rows = tiny_arm(kind), [text(1, 9), text(1, 5)]
     ids, mask = pad(rows, side)
     batch = model(ids, attention_mask=mask).logits
-    for row, tokens in enumerate(rows):  # the padded row's phases are shifted, and transformers' tables are float32
+    for row, tokens in enumerate(rows):  # the padded row is shifted, and transformers' rotary tables are float32
         torch.testing.assert_close(batch[row][mask[row] == 1], model(tokens).logits[0], rtol=0, atol=1e-5)
 
 
@@ -99,9 +99,9 @@ def test_a_cache_gives_the_logits_of_one_forward_pass(kind):
 @every_arm
 @pytest.mark.parametrize("unequal", [False, True], ids=["one length", "unequal lengths"])
 @pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 4}], ids=str)
-def test_generation_writes_what_it_writes_without_a_cache(kind, unequal, cache):
+def test_generation_equals_that_without_a_cache(kind, unequal, cache):
     if unequal and "prefill_chunk_size" in cache:
-        pytest.skip("transformers' chunked prefill takes no padding")
+        pytest.skip("transformers' chunked prefill does not support padding")
     model = tiny_arm(kind, eos_token_id=None)
     ids, mask = pad([text(1, 9), text(1, 6 if unequal else 9)], "left")
     written = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, **cache)[:, 9:]
@@ -131,7 +131,7 @@ def test_the_compiled_training_step_equals_the_eager_one(kind, checkpointing):
 
 
 @pytest.mark.parametrize("kind", COLUMN_KINDS)
-def test_training_and_reading_a_text_write_out_no_probabilities(kind, monkeypatch):
+def test_training_and_generation_do_not_use_the_explicit_softmax(kind, monkeypatch):
     monkeypatch.delattr(sink_column, "explicit_attention")
     model, ids = tiny_arm(kind), text(2, 9)
     model(ids, labels=ids).loss.backward()
@@ -157,7 +157,10 @@ def test_a_compiled_step_on_a_gpu_is_as_near_to_float64_as_an_eager_one(kind):
 
 @every_arm
 def test_half_precision_by_autocast_and_by_weights(kind):
-    """As ZeRO-0 and as the other stages train: neither a type that does not match nor a score that is rounded away."""
+    """ZeRO stage 0 trains with autocast, the other stages with half-precision weights.
+
+    Dtypes match in both cases, and scores are not rounded away.
+    """
     exact, ids = tiny_arm(kind), text(2, 11)
     expected = exact(ids).logits
     model = tiny_arm(kind, dtype=torch.float32)
@@ -188,7 +191,7 @@ def test_a_checkpoint_has_the_names_of_gpt_neox_and_its_arms_own(kind, names, tm
 
 
 @every_arm
-def test_a_plain_model_takes_an_arm_at_its_first_values(kind, tmp_path):
+def test_a_plain_model_loaded_with_an_arm_starts_at_the_arms_initial_values(kind, tmp_path):
     source = plain_twin(tiny_model(0, dtype=torch.float32))
     source.save_pretrained(tmp_path)
     model = SinkGPTNeoXForCausalLM.from_pretrained(tmp_path, sink={"kind": kind})
@@ -203,22 +206,22 @@ def test_a_plain_model_takes_an_arm_at_its_first_values(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["none", "zero", "kv_bias", "gate"])
-def test_weights_of_another_arm_are_refused(kind, tmp_path):
+def test_weights_of_another_arm_are_an_error(kind, tmp_path):
     tiny_arm("logit", dtype=torch.float32).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=rf"0\.attention\.sink_logit, which belongs to another sink\.kind than {kind}"):
+    with pytest.raises(ValueError, match=rf"0\.attention\.sink_logit, which sink\.kind='{kind}' does not have: load"):
         SinkGPTNeoXForCausalLM.from_pretrained(tmp_path, sink={"kind": kind})
 
 
-def test_weights_that_lack_what_the_configuration_names_are_refused(tmp_path):
+def test_weights_without_a_parameter_of_the_configuration_are_an_error(tmp_path):
     tiny_model(0, dtype=torch.float32).save_pretrained(tmp_path)
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"kind": "none"', '"kind": "logit"'))
-    with pytest.raises(ValueError, match=r"lack gpt_neox\.layers\.0\.attention\.sink_logit: take others"):
+    with pytest.raises(ValueError, match=r"lack gpt_neox\.layers\.0\.attention\.sink_logit, which .*config\.json requ"):
         load_model(tmp_path)
 
 
 @every_arm
-def test_the_same_seed_gives_an_arm_the_first_weights_of_the_plain_model(kind):
+def test_with_the_same_seed_an_arm_starts_from_the_weights_of_the_plain_model(kind):
     plain, arm = (seeded(SinkGPTNeoXForCausalLM, tiny_config(0, sink={"kind": k})) for k in ("none", kind))
     weights = arm.state_dict()
     assert all(torch.equal(weights[name], weight) for name, weight in plain.state_dict().items())
@@ -231,7 +234,7 @@ def seeded(cls, config):
 
 @own_parameters
 def test_the_first_values_of_an_arm(kind, names):
-    """Zeros, and the gate's matrix as all others that read the residual stream."""
+    """Zeros, except the gate's matrix: like all matrices that read the residual stream."""
     model = SinkGPTNeoXForCausalLM(tiny_config(0, sink={"kind": kind}, hidden_size=128))
     own = {name: p for name, p in model.named_parameters() if "sink" in name or "gate" in name}
     assert {name.partition("attention.")[2] for name in own} == names
@@ -242,9 +245,9 @@ def test_the_first_values_of_an_arm(kind, names):
             assert not parameter.any()
 
 
-def test_the_zero_sink_is_a_learned_logit_or_key_that_has_learnt_nothing():
+def test_untrained_logit_and_kv_bias_arms_equal_the_zero_arm():
     ids = text(1, 9)
     logits = [seeded(SinkGPTNeoXForCausalLM, tiny_config(0, sink={"kind": kind}))(ids).logits for kind in COLUMN_KINDS]
-    # Not bit for bit: the rounding of MKL's products depends on where their operands lie in memory.
+    # Not bit for bit: the rounding of MKL's products depends on the memory addresses of operands.
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(logits[2], logits[0], rtol=1e-5, atol=1e-6)

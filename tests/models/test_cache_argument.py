@@ -1,4 +1,4 @@
-"""A cache reaches a model with sinks under both names of the argument, and under no other."""
+"""A model with sinks accepts a cache under both argument names, and under no other name."""
 
 import pytest
 import torch
@@ -35,20 +35,20 @@ def test_both_names_continue_the_same_text(name, kind, num_sinks):
 def test_the_hook_finds_the_cache_of_a_stock_model_under_any_name(name):
     model, ids = tiny.build(tiny.config("llama"), dtype=torch.float32), tiny.random_ids(7)
     if name not in NAMES[: 1 + (CACHE == "cache")] and name != CACHE:  # 5.24 still accepts the old name
-        pytest.skip("this transformers does not know the name")
+        pytest.skip("the installed transformers does not have this argument")
     cache = StreamingCache.for_model(model, num_kept=1, window=20)
     torch.testing.assert_close(stepped(model, ids, name, cache), model(ids).logits, rtol=1e-3, atol=1e-4)
 
 
 def test_a_cache_under_an_unknown_name_is_an_error():
     model, ids = tiny_model(1), text(1, 7)
-    with pytest.raises(ValueError, match="unknown argument kv_cache holds a cache: pass it as cache or past_key_val"):
+    with pytest.raises(ValueError, match="as the unknown argument kv_cache: pass it as cache or past_key_values"):
         model(ids, kv_cache=DynamicCache())
 
 
 def test_two_caches_are_an_error():
     model, ids = tiny_model(1), text(1, 7)
-    with pytest.raises(ValueError, match="two names of one argument"):
+    with pytest.raises(ValueError, match="two names of the same argument"):
         model(ids, cache=DynamicCache(), past_key_values=DynamicCache())
     one = DynamicCache()
     model(ids, cache=one, past_key_values=one)

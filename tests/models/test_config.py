@@ -3,14 +3,14 @@ import pytest
 from sinklm.models import SinkGPTNeoXConfig
 
 
-def test_a_config_says_where_its_sinks_are():
+def test_a_config_has_the_kind_and_ids_of_its_sinks():
     config = SinkGPTNeoXConfig(vocab_size=50304, sink={"kind": "token", "num_tokens": 2})
     assert (config.sink_kind, config.num_sinks, config.sink_token_ids) == ("token", 2, [50277, 50278])
     plain = SinkGPTNeoXConfig()
     assert (plain.sink_kind, plain.num_sinks, plain.sink_token_ids) == ("none", 0, [])
 
 
-def test_a_config_survives_the_disk(tmp_path):
+def test_a_config_is_saved_and_loaded_unchanged(tmp_path):
     config = SinkGPTNeoXConfig(vocab_size=384, sink={"kind": "token", "num_tokens": 3, "first_token_id": 300})
     config.save_pretrained(tmp_path)
     assert SinkGPTNeoXConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
@@ -27,6 +27,6 @@ def test_a_config_survives_the_disk(tmp_path):
         ({"kind": "token", "first_token_id": 512}, "outside the vocabulary of 512"),
     ],
 )
-def test_impossible_sinks_are_refused(sink, message):
+def test_invalid_sinks_are_an_error(sink, message):
     with pytest.raises(Exception, match=message):
         SinkGPTNeoXConfig(vocab_size=512, sink=sink)

@@ -1,4 +1,4 @@
-"""A compiled training pass through the layer's own kernels against transformers' plain pieces."""
+"""The kernels of the layer in a compiled training pass, compared with plain torch."""
 
 from copy import deepcopy
 from types import SimpleNamespace
@@ -55,13 +55,13 @@ def tiny_model(kind: str, **settings) -> SinkGPTNeoXForCausalLM:
     model = SinkGPTNeoXForCausalLM(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 1:  # biases begin at 0, where a mistake about them would not show
+            if parameter.ndim == 1:  # biases start at 0, which would hide errors
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model.double()
 
 
 def loss_and_gradients(model, ids) -> list[torch.Tensor]:
-    torch.manual_seed(1)  # of dropout
+    torch.manual_seed(1)  # for dropout
     model.zero_grad()
     loss = model(input_ids=ids[:, :-1], labels=ids, skip_logits=True, use_cache=False).loss
     loss.backward()
@@ -72,8 +72,8 @@ def loss_and_gradients(model, ids) -> list[torch.Tensor]:
     ("kind", "settings"),
     [*((kind, {}) for kind in KINDS), ("token", {"use_parallel_residual": False}), ("none", {"hidden_dropout": 0.5})],
 )
-def test_every_gradient_finds_its_way(kind, settings, monkeypatch):
-    """Above all those of the biases, which go another way. Kernels are played by plain torch."""
+def test_every_gradient_equals_that_of_the_plain_model(kind, settings, monkeypatch):
+    """Including those of the biases, which the kernels compute. Here plain torch replaces them."""
     model, ids = tiny_model(kind, **settings).train(), torch.randint(0, 90, (2, 20))
     expected = loss_and_gradients(model, ids)
     monkeypatch.setattr(fused_layer, "kernels", PLAIN)
@@ -123,7 +123,7 @@ def test_rotated_heads_on_a_gpu(head_size, num_rotated, dtype):
 
 
 def assert_near_float64(fused, plain, module, given, grads) -> None:
-    """What the kernels give, and the gradients of all parameters, is as near to float64 as plain torch; every time."""
+    """Outputs and gradients are as close to float64 as with plain torch, and are deterministic."""
 
     def results(function, module, given, grads):
         given = given.detach().requires_grad_()

@@ -1,4 +1,4 @@
-"""The loss in chunks against its plain twin, which holds all logits."""
+"""The loss in chunks, compared with the plain loss of all logits."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_loss_and_gradients_equal_the_plain_ones(dtype, tolerance, num_items):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_on_a_gpu_it_is_as_near_to_float64_as_the_plain_ones(dtype, compiled, monkeypatch):
-    """With a vocabulary of several blocks, the last a short one; and the same every time."""
+    """The vocabulary spans several blocks, the last one shorter. Results are deterministic."""
     monkeypatch.setattr(module, "TOKENS_PER_CHUNK", 40)
     hidden_states, weight = torch.randn(100, 64, device="cuda"), torch.randn(50_304, 64, device="cuda")
     targets = torch.randint(0, 50_304, (100,), device="cuda")
@@ -80,7 +80,7 @@ def test_without_gradients():
         torch.testing.assert_close(linear_cross_entropy(*given), plain(*given))
 
 
-def test_autocast_lowers_the_matrix_products_alone():
+def test_autocast_affects_only_the_matrix_products():
     given = inputs(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         ours, expected = results(linear_cross_entropy, *given), results(plain, *given)
@@ -90,7 +90,7 @@ def test_autocast_lowers_the_matrix_products_alone():
 
 
 def test_a_weight_s_gradient_is_added_up_in_float32():
-    """Four hundred chunks of the same tokens: in bfloat16 the sum would stop growing at 256 times a summand."""
+    """400 chunks of the same tokens: in bfloat16 the sum would stop growing at 256 summands."""
     hidden_states, weight, targets = inputs(torch.bfloat16)
     once = results(linear_cross_entropy, hidden_states[:16].detach().requires_grad_(), weight, targets[:16], 1)
     hidden_states = hidden_states[:16].detach().repeat(400, 1).requires_grad_()
@@ -98,8 +98,8 @@ def test_a_weight_s_gradient_is_added_up_in_float32():
     torch.testing.assert_close(often[2], once[2], rtol=1e-2, atol=1e-3)
 
 
-def test_the_logits_are_never_there_as_a_whole():
-    """Nothing that is made on the way is larger than a chunk of them."""
+def test_the_logits_never_exist_as_a_whole():
+    """No intermediate tensor is larger than the logits of one chunk."""
     hidden_states, weight, targets = inputs(torch.float32)
     largest = 0
 

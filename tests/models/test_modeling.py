@@ -1,4 +1,4 @@
-"""The model against transformers' GPT-NeoX, fed its sinks by hand."""
+"""The model, compared with transformers' GPT-NeoX with the sinks in its input."""
 
 import math
 
@@ -83,12 +83,12 @@ def test_padding_on_either_side_changes_nothing(num_sinks, side):
     targets, total = 0, 0.0
     for row, tokens in enumerate(rows):
         alone = model(tokens, labels=tokens)
-        # With no sink the padded row's positions are shifted, and transformers' rotary tables are float32.
+        # Without sinks the padded row's positions are shifted, and rotary tables are float32.
         tolerance = 1e-9 if num_sinks else 1e-6
         torch.testing.assert_close(batch.logits[row][mask[row] == 1], alone.logits[0], rtol=0, atol=tolerance)
         count = tokens.shape[1] - (num_sinks == 0)
         targets, total = targets + count, total + alone.loss.item() * count
-    if num_sinks or side == "right":  # transformers' convention predicts a first token from padding: not ours to repair
+    if num_sinks or side == "right":  # by transformers' convention, padding predicts the first token without sinks
         assert batch.loss.item() == pytest.approx(total / targets, rel=1e-6)
     same = model(ids, attention_mask=mask.bool(), labels=labels)
     torch.testing.assert_close(same.loss, batch.loss, rtol=1e-12, atol=1e-12)
@@ -97,8 +97,8 @@ def test_padding_on_either_side_changes_nothing(num_sinks, side):
 
 @pytest.mark.parametrize("num_sinks", SINKS)
 @pytest.mark.parametrize("num_labels", [3, 8])
-def test_labels_of_another_length_are_refused(num_sinks, num_labels):
-    with pytest.raises(ValueError, match=f"labels cover {num_labels} tokens where the text has 6"):
+def test_labels_of_another_length_are_an_error(num_sinks, num_labels):
+    with pytest.raises(ValueError, match=f"labels cover {num_labels} tokens, but the text has 6"):
         tiny_model(num_sinks)(text(1, 6), labels=text(1, num_labels))
 
 
@@ -158,9 +158,9 @@ def test_generation_from_embeddings_is_that_from_ids(num_sinks, num_beams):
 
 @pytest.mark.parametrize("num_sinks", SINKS)
 def test_decoding_with_a_draft_is_greedy_decoding(num_sinks):
-    """Drafts that fail are taken back from the cache, in which the sinks stay."""
+    """Rejected draft tokens are removed from the cache; the sinks stay in it."""
     model = tiny_model(num_sinks, eos_token_id=None)
-    ids = text(1, 5).repeat(1, 3)  # repeats itself, so that a look-up finds drafts
+    ids = text(1, 5).repeat(1, 3)  # repeated, so that the look-up finds drafts
     settings = {"max_new_tokens": 12, "do_sample": False}
     greedy = model.generate(ids, **settings)
     assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **settings), greedy)
@@ -170,7 +170,7 @@ def test_decoding_with_a_draft_is_greedy_decoding(num_sinks):
 def test_resizing_keeps_the_sinks():
     model, ids = tiny_model(2), text(1, 6)
     before = model(ids).logits
-    with pytest.raises(ValueError, match="301 rows cuts off the sink token 301: keep at least 302"):
+    with pytest.raises(ValueError, match="301 rows would remove the sink token 301: keep at least 302"):
         model.resize_token_embeddings(301)
     model.resize_token_embeddings(302)
     torch.testing.assert_close(model(ids).logits, before[..., :302])
@@ -223,7 +223,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 @pytest.mark.parametrize("unequal", [False, True], ids=["one length", "unequal lengths"])
 def test_generate_equals_the_plain_model_fed_the_sinks(num_sinks, strategy, unequal):
     if unequal and "prefill_chunk_size" in strategy:
-        pytest.skip("transformers' chunked prefill takes no padding")
+        pytest.skip("transformers' chunked prefill does not support padding")
     model = tiny_model(num_sinks, dtype=torch.float32)
     rows = [text(1, 9), text(1, 6 if unequal else 9)]
     ids, mask = pad(rows, "left")
@@ -232,7 +232,7 @@ def test_generate_equals_the_plain_model_fed_the_sinks(num_sinks, strategy, uneq
 
     torch.manual_seed(1)
     ours = model.generate(ids, attention_mask=mask, **settings)
-    # The plain twin gets a left-padded row as padding, sinks, text: the order a user of the export would feed.
+    # The plain twin gets a left-padded row as padding, sinks, text, as with an exported model.
     fed, fed_mask = pad([torch.cat([sinks(model, 1), row], dim=1) for row in rows], "left")
     suppress = {"suppress_tokens": model.config.sink_token_ids} if num_sinks else {}
     torch.manual_seed(1)
@@ -259,7 +259,7 @@ def test_the_compiled_training_step_equals_the_eager_one(num_sinks, checkpointin
     if checkpointing:
         model.gradient_checkpointing_enable()
         model.train()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # the trace is what differs, not the kernels
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # tests the trace, not the kernels
     gradients = []
     for forward in (model, compiled):
         model.zero_grad()
@@ -329,13 +329,14 @@ def test_pythia_initialisation():
             assert torch.all(parameter == (1.0 if "norm" in name and name.endswith("weight") else 0.0)), name
             continue
         expected = wang if name.endswith(("attention.dense.weight", "dense_4h_to_h.weight")) else small
-        # The standard deviation of n normal draws has a relative standard error of 1/√(2n): allow five of them.
+        # The standard deviation of n normal draws has a relative standard error of 1/√(2n).
+        # Allow five of them.
         assert parameter.std().item() == pytest.approx(expected, rel=5 / math.sqrt(2 * parameter.numel())), name
 
 
-def test_wrong_masks_are_refused():
+def test_wrong_masks_are_an_error():
     model, ids = tiny_model(1), text(1, 5)
-    with pytest.raises(ValueError, match="covers 4 tokens where the text has 5"):
+    with pytest.raises(ValueError, match="covers 4 tokens, but the text has 5"):
         model(ids, attention_mask=torch.ones(1, 4, dtype=torch.long))
     with pytest.raises(ValueError, match="dimensions"):
         model(ids, attention_mask=torch.ones(1, 1, 5, 5, dtype=torch.long))

@@ -1,4 +1,4 @@
-"""The column in the softmax: fused kernels and written-out probabilities against one plain softmax."""
+"""The sink's column: fused kernels and the explicit softmax, compared with one plain softmax."""
 
 import pytest
 import torch
@@ -7,12 +7,12 @@ from sinklm.models.fused_attention import CPU, CUDNN, EFFICIENT, FLASH, kernel_f
 from sinklm.models.sink_column import FusedAttention, SinkColumn, attention_with_column, explicit_attention
 
 SCALING = 0.3
-# Scores of a column: from one that no query heeds to one that takes nearly all of every softmax.
+# Scores of a column, from negligible to one that dominates every softmax.
 SCORES = {"zero": 0.0, "small": -3.0, "large": 8.0, "larger than any key's": 40.0}
 
 
 def plain(query, key, value, visible, score, sink_value):
-    """One softmax over keys and column: ``(B, H, T, D)``; a column without a value has zeros."""
+    """One softmax over keys and column, ``(B, H, T, D)``; without ``sink_value`` it is zero."""
     scores = (query @ key.transpose(-1, -2) * SCALING).masked_fill(~visible, float("-inf"))
     scores = torch.cat((scores, score.expand(scores.shape[:-1])[..., None]), dim=-1)
     if sink_value is None:
@@ -22,7 +22,7 @@ def plain(query, key, value, visible, score, sink_value):
 
 
 def states(num_queries=7, num_keys=None, batch_size=2, num_heads=3, head_size=8, dtype=torch.float64, device="cpu"):
-    """Queries, keys and values that stand in memory as a projection leaves them."""
+    """Queries, keys and values in the memory layout of a projection's output."""
     shapes = ((batch_size, length, num_heads, head_size) for length in (num_queries, *[num_keys or num_queries] * 2))
     return [torch.randn(shape, dtype=dtype, device=device).transpose(1, 2).requires_grad_() for shape in shapes]
 
@@ -32,7 +32,7 @@ def causal(num_queries, device="cpu"):
 
 
 def columns(score: float, num_heads: int = 3, num_queries: int = 7, head_size: int = 8, batch_size: int = 2):
-    """A constant, a number for each head, and a number for each query with a value: what the arms need."""
+    """Columns as in the arms: a constant, a score per head, and a score per query with a value."""
     like = {"dtype": torch.float64}
     per_head = torch.full((num_heads, 1), score, **like) + torch.randn(num_heads, 1, **like)
     per_query = torch.full((batch_size, num_heads, num_queries), score, **like)
@@ -68,7 +68,7 @@ def test_the_gradient_is_that_of_finite_differences():
 @pytest.mark.parametrize("kind", ["boolean", "added"])
 def test_any_mask(kind):
     visible = torch.rand(2, 1, 7, 9) < 0.5
-    visible[1, :, 2] = False  # a query that sees nothing but the sink
+    visible[1, :, 2] = False  # a query that sees only the sink
     mask = (
         visible if kind == "boolean" else torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, -1e300)
     )
@@ -84,7 +84,7 @@ def test_any_mask(kind):
 
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 1), (1, 9), (7, 7), (7, 9)])
 def test_no_mask_is_causal_and_shows_all_keys_to_a_single_query(num_queries, num_keys):
-    """More keys than several queries: the empty places of a static cache, behind all queries."""
+    """Keys after those of several queries are the empty slots of a static cache."""
     visible = torch.arange(num_keys) <= torch.arange(num_queries)[:, None]
     visible = visible if num_queries > 1 else torch.ones(1, num_keys, dtype=torch.bool)
     for column in columns(1.0, num_queries=num_queries):
@@ -93,7 +93,7 @@ def test_no_mask_is_causal_and_shows_all_keys_to_a_single_query(num_queries, num
         torch.testing.assert_close(out, plain(query, key, value, visible, *column), rtol=0, atol=1e-13)
 
 
-def test_probabilities_and_the_sinks_make_one():
+def test_probabilities_of_keys_and_sink_sum_to_one():
     column = SinkColumn(torch.tensor([[2.0], [0.0], [-2.0]]), torch.ones(3, 8))
     query, key, _ = states(dtype=torch.float32)
     out, weights = explicit_attention(query, key, torch.zeros_like(key), causal(7), column, SCALING)
@@ -120,9 +120,10 @@ def worst_error(attend, inputs, column):
 
 
 def check_accuracy(kernel, dtype, device, score, head_size, num_queries):
-    """A column costs no accuracy: errors are those of the kernel without one, and what float32 makes of its score.
+    """Check that a column does not reduce accuracy, except for the float32 rounding of its score.
 
-    And a little more on a GPU, where the output is rounded once by the kernel and once with the column.
+    On a GPU slightly more error is allowed: the output is rounded by the kernel and again with the
+    column.
     """
     inputs = states(num_queries, head_size=head_size, dtype=dtype, device=device)
     column = SinkColumn(torch.tensor(score, device=device), torch.randn(3, head_size, device=device))
@@ -137,7 +138,7 @@ def check_accuracy(kernel, dtype, device, score, head_size, num_queries):
 
 @pytest.mark.parametrize("score", SCORES.values(), ids=SCORES)
 def test_half_precision_is_as_accurate_as_without_a_column(score):
-    """Of a column at 0 nothing is seen in bfloat16; at 8 and 40 a wrong log-sum-exp is off by far."""
+    """Scores of 8 and 40 reveal a wrong log-sum-exp; in bfloat16 a score of 0 has no effect."""
     check_accuracy(CPU, torch.bfloat16, "cpu", score, head_size=64, num_queries=33)
 
 
@@ -159,9 +160,9 @@ def test_half_precision_is_as_accurate_as_without_a_column(score):
 @pytest.mark.parametrize("num_queries", [33, 512])
 def test_every_cuda_kernel(kernel, dtype, head_size, score, num_queries):
     if kernel is CUDNN and torch.cuda.get_device_properties(0).major < 9:
-        pytest.skip("not chosen before Hopper")
+        pytest.skip("cuDNN is only used from Hopper on")
     if dtype == torch.float16 and score > 16:
-        pytest.skip("beside such a column the keys' gradients are too small for float16")
+        pytest.skip("with such a large score the gradients of keys underflow float16")
     check_accuracy(kernel, dtype, "cuda", score, head_size, num_queries)
 
 
@@ -169,7 +170,7 @@ def test_every_cuda_kernel(kernel, dtype, head_size, score, num_queries):
 @pytest.mark.parametrize("num_queries", [1, 7])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("head_size", [12, 64, 256])
-def test_every_shape_finds_a_kernel_or_does_without(num_queries, dtype, head_size):
+def test_every_shape_works_with_or_without_a_kernel(num_queries, dtype, head_size):
     query, key, value = states(num_queries, 7, head_size=head_size, dtype=dtype, device="cuda")
     column = SinkColumn(torch.tensor(4.0, device="cuda", dtype=torch.promote_types(dtype, torch.float32)))
     out = attention_with_column(query, key, value, None, column, SCALING)
@@ -184,7 +185,7 @@ def test_every_shape_finds_a_kernel_or_does_without(num_queries, dtype, head_siz
 
 @pytest.mark.parametrize("kernel", [FLASH, CUDNN, EFFICIENT], ids=["flash", "cudnn", "efficient"])
 def test_cuda_kernels_are_called_as_pytorch_declares_them(kernel):
-    """On tensors without data, which need no GPU."""
+    """Uses meta tensors, which need no GPU."""
     query, key, value = states(33, head_size=64, dtype=torch.bfloat16, device="meta")
     out, lse = kernel.forward(query, key, value, True, SCALING)
     assert (out.shape, lse.shape, lse.dtype) == (query.shape, query.shape[:-1], torch.float32)
@@ -192,5 +193,5 @@ def test_cuda_kernels_are_called_as_pytorch_declares_them(kernel):
     assert [x.shape for x in grads] == [query.shape] * 3
 
 
-def test_a_cpu_has_a_kernel_for_all():
+def test_a_cpu_has_a_kernel_for_every_input():
     assert all(kernel_for(torch.empty(1, 1, 1, 5, dtype=dtype)) is CPU for dtype in (torch.float64, torch.bfloat16))

@@ -1,4 +1,4 @@
-"""Small models with attention that is far from uniform, and their plain twins."""
+"""Small models with sharp attention, and plain GPT-NeoX models with the same weights."""
 
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
@@ -31,7 +31,7 @@ def tiny_model(num_sinks: int = 1, dtype: torch.dtype = torch.float64, **overrid
 
 
 def sharpen(model: PreTrainedModel, factor: float = 3.0) -> None:
-    """Scale the matrices, so that attention picks out keys and a wrong position or mask shows."""
+    """Scale the matrices: with sharp attention, a wrong position or mask changes the output."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "embed" not in name and "lm_head" not in name:
@@ -39,14 +39,14 @@ def sharpen(model: PreTrainedModel, factor: float = 3.0) -> None:
 
 
 def tiny_arm(kind: str, dtype: torch.dtype = torch.float64, **overrides) -> SinkGPTNeoXForCausalLM:
-    """An arm whose sink is no token; its sinks are as strong as trained ones, some far stronger than any key."""
+    """A model with an arm; its sinks are as strong as trained ones, some stronger than any key."""
     model = tiny_model(0, dtype, sink={"kind": kind}, **overrides)
     draw_sinks(model)
     return model
 
 
 def draw_sinks(model: PreTrainedModel) -> None:
-    """Give an arm's sinks values, which are zero at first."""
+    """Set an arm's sinks, which are initialised to zero."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("sink_logit"):
@@ -67,10 +67,10 @@ def plain_twin(model: SinkGPTNeoXForCausalLM) -> GPTNeoXForCausalLM:
 
 
 def sinks(model: SinkGPTNeoXForCausalLM, batch_size: int) -> torch.Tensor:
-    """``(B, n)`` sink ids, to be fed by hand to the plain twin."""
+    """``(B, n)`` sink ids, to be prepended to the input of the plain twin."""
     return torch.tensor(model.config.sink_token_ids, dtype=torch.long).expand(batch_size, -1)
 
 
 def text(batch_size: int, num_tokens: int) -> torch.Tensor:
-    """``(B, T)`` random ids that are no sinks and not the end of a document."""
+    """``(B, T)`` random ids without sinks and end-of-text tokens."""
     return torch.randint(1, FIRST_SINK, (batch_size, num_tokens))

@@ -1,6 +1,6 @@
-"""The streaming contract, computed the slow and obvious way: every query by itself, over explicit lists of tokens.
+"""A slow and simple reference of the streaming rule: each query alone, with explicit lists of keys.
 
-Works on any model's own weights in float64. Nothing here knows of caches, slots, phases or chunks.
+It uses a model's own weights in float64, without caches, slots, phases or chunks.
 """
 
 import torch
@@ -9,14 +9,14 @@ from .tiny import inverse_frequencies
 
 
 def contract_keys(t: int, num_kept: int, window: int) -> list[tuple[int, int]]:
-    """What the query of token t sees: (token, distance) pairs."""
+    """Return the keys that the query of token t sees, as (token, distance) pairs."""
     kept = [(i, min(t, num_kept + window) - i) for i in range(min(num_kept, t))]
     recent = [(j, t - j) for j in range(max(num_kept, t - window), t + 1)] if t >= num_kept else [(t, 0)]
     return kept + recent
 
 
 def dense_logits(model, ids: torch.Tensor) -> torch.Tensor:
-    """Logits ``(T, V)`` of ordinary attention to all tokens before, with gradients."""
+    """Return logits ``(T, V)`` of ordinary causal attention, with gradients."""
     return ORACLES[model.config.model_type](model, ids, 0, len(ids))
 
 
@@ -37,8 +37,10 @@ def rotate(x: torch.Tensor, distance: float, inv_freq: torch.Tensor, interleaved
 def attend(q, k, v, num_kept: int, window: int, score, sink=None) -> torch.Tensor:
     """Attention of T queries: ``(H, T, D)`` to ``(T, H * D)``.
 
-    ``score(query (H, D), key (H, D), distance, position)`` gives ``(H,)``; position is the query's in the cache.
-    ``sink``, scores ``(H, T)`` and values ``(H, D)``, is one more key that every query sees.
+    Args:
+        score: maps ``(query (H, D), key (H, D), distance, position)`` to ``(H,)``; ``position`` is
+            the query's position in the cache.
+        sink: scores ``(H, T)`` and values ``(H, D)`` of one more key, which every query sees.
     """
     groups = q.shape[0] // k.shape[0]
     k, v = k.repeat_interleave(groups, dim=0), v.repeat_interleave(groups, dim=0)
@@ -90,7 +92,7 @@ def gpt_neox(model, ids, num_kept, window):
 
 
 def sink_of(attn, q):
-    """The sink of an arm that has no token, as `attend` takes it, for queries ``(H, T, D)`` without a phase."""
+    """Return an arm's sink for `attend`, from queries ``(H, T, D)`` before rotary embedding."""
     kind = getattr(attn.config, "sink_kind", "none")
     nothing = torch.zeros_like(q[:, 0])
     if kind == "zero":
@@ -103,7 +105,7 @@ def sink_of(attn, q):
 
 
 def llama(model, ids, num_kept, window):
-    """Llama and what follows it: Mistral, Qwen 2 and 3, Gemma, OLMo."""
+    """Llama and models with the same architecture: Mistral, Qwen 2 and 3, Gemma, OLMo."""
     config, decoder = model.config, model.model
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     scaling = head_dim**-0.5 * decoder.rotary_emb.attention_scaling**2  # YaRN scales both tables
@@ -183,7 +185,7 @@ def falcon(model, ids, num_kept, window):
     num_heads, head_dim = config.num_attention_heads, config.head_dim
     slopes = alibi_slopes(num_heads).bfloat16()
 
-    def alibi_score(q, k, distance, position):  # Falcon rounds slope * position to bfloat16, and scales the sum
+    def alibi_score(q, k, distance, position):  # Falcon rounds slope * position to bfloat16 and scales the sum
         return ((q * k).sum(-1) + (slopes * (position - distance)).double()) * head_dim**-0.5
 
     score = alibi_score if config.alibi else rotary_score(inverse_frequencies(config), head_dim**-0.5)
@@ -203,7 +205,10 @@ def falcon(model, ids, num_kept, window):
 
 
 def split_falcon(qkv, config):
-    """Queries of a group, then its key and its value; 1 group for multi-query, as many as heads for the oldest."""
+    """Split Falcon's projection: the queries of a group, then its key and its value.
+
+    Multi-query models have 1 group, the oldest models one group per head.
+    """
     if config.new_decoder_architecture:
         num_groups = config.num_kv_heads
     else:

@@ -1,4 +1,4 @@
-"""Arms whose sink is no token, in a stream: every query sees the sink, whatever the cache has kept."""
+"""Arms without sink tokens in a stream: every query sees the sink, whatever is in the cache."""
 
 from functools import cache as remember
 
@@ -17,7 +17,7 @@ from .test_batches import assert_rows_equal_the_oracle, rows
 from .test_exactness import streamed
 
 NUM_TOKENS = 40
-SHAPES = [(0, 5), (1, 4), (4, 9), (4, 100)]  # phases are moved back every 6, 5 and 10 tokens; the last is never full
+SHAPES = [(0, 5), (1, 4), (4, 9), (4, 100)]  # rebased every 6, 5 and 10 tokens; the last is never full
 SPLITS = {
     "token by token": [1] * 40,
     "one pass": [40],
@@ -29,7 +29,7 @@ every_arm = pytest.mark.parametrize("kind", ARMS)
 
 @remember
 def exact(kind):
-    """A model that works in float64 throughout, and text."""
+    """A model that computes everything in float64, and text."""
     torch.manual_seed(0)
     model = tiny_arm(kind)
     tiny.use_float64(model)
@@ -55,13 +55,13 @@ def test_any_cache_and_any_split_equal_the_oracle(kind, shape):
 
 @every_arm
 def test_rows_of_unequal_length(kind):
-    """A padded batch goes through masks of its own, in chunks and in single steps."""
+    """A padded batch uses other masks, in chunks and in single steps."""
     turns = [rows(25, 12, 3), *(rows(1, 1, 1, seed=t) for t in range(9)), rows(2, 9, 20, seed=50), rows(1, 1, 1)]
     assert_rows_equal_the_oracle(exact(kind)[0], turns, 2, 6, tolerance=1e-9)
 
 
 @every_arm
-def test_a_sink_that_is_no_token_takes_no_place_in_the_cache(kind):
+def test_a_sink_without_a_token_uses_no_cache(kind):
     sizes = []
     for model in (tiny_arm(kind), tiny_model(0)):
         cache = StreamingCache.for_model(model, num_kept=0, window=9)

@@ -1,4 +1,4 @@
-"""Rows of a batch are streams of their own: padding is no part of them, and they can be reordered."""
+"""Rows of a batch are independent streams without their padding, and can be reordered."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def pad_left(rows, length=None):
 
 @torch.no_grad()
 def assert_rows_equal_the_oracle(model, turns, num_kept, window, chunk_size=1024, tolerance=5e-5):
-    """Feed turns, each a list of rows of different lengths, and compare every row's logits with its own stream's."""
+    """Compare every row's logits with those of its own stream; a turn is a list of rows."""
     cache = StreamingCache.for_model(model, num_kept=num_kept, window=window, chunk_size=chunk_size)
     logits = []
     for rows in turns:
@@ -71,7 +71,7 @@ def test_padding_fed_token_by_token_is_not_counted():
 
 
 def test_sinks_stay_in_front_of_padding():
-    """The model puts its sinks before the padding: a hole in the mask, not in the stream."""
+    """The model prepends its sinks to the padding: the mask has a gap, the stream has none."""
     model = tiny_model(num_sinks=1)
     streams = [torch.randint(1, 300, (n,)) for n in (18, 7)]
     ids, mask = pad_left(streams)

@@ -1,4 +1,4 @@
-"""The cache as an object: what it refuses, what it leaves behind, how it is emptied and cut back."""
+"""The interface of the cache: errors, cleanup, reset and crop."""
 
 import copy
 import gc
@@ -36,7 +36,7 @@ def run(model, ids, cache, **kwargs):
         ({"chunk_size": 0}, "chunk_size is 0"),
     ],
 )
-def test_impossible_sizes_are_refused(model, settings, message):
+def test_invalid_sizes_are_an_error(model, settings, message):
     with pytest.raises(ValueError, match=message):
         for_model(model, **settings)
 
@@ -44,14 +44,14 @@ def test_impossible_sizes_are_refused(model, settings, message):
 @pytest.mark.parametrize(
     ("model_type", "message"),
     [
-        ("gpt2", "absolute embeddings"),
-        ("opt", "absolute embeddings"),
+        ("gpt2", "absolute position embeddings"),
+        ("opt", "absolute position embeddings"),
         ("mamba", "no keys to keep"),
         ("gemma2", "sliding window"),
-        ("bloom", "nobody has checked"),
+        ("bloom", "was not tested"),
     ],
 )
-def test_models_whose_positions_cannot_be_moved_are_refused_by_name(model_type, message):
+def test_models_whose_positions_cannot_be_moved_are_an_error(model_type, message):
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
     if model_type == "opt":
         small |= {"ffn_dim": 16, "word_embed_proj_dim": 16}
@@ -61,7 +61,7 @@ def test_models_whose_positions_cannot_be_moved_are_refused_by_name(model_type, 
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
-def test_frequencies_that_change_with_length_are_refused(rope_type):
+def test_frequencies_that_change_with_length_are_an_error(rope_type):
     rope = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 64}
     if rope_type == "longrope":
         rope |= {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
@@ -70,14 +70,14 @@ def test_frequencies_that_change_with_length_are_refused(rope_type):
         for_model(other)
 
 
-def test_a_cache_wider_than_the_models_own_window_is_refused():
+def test_a_cache_wider_than_the_models_own_window_is_an_error():
     other = tiny.build(tiny.config("mistral:sliding"))
     for_model(other, num_kept=4, window=9)
     with pytest.raises(ValueError, match="num_kept \\+ window must be at most 13"):
         for_model(other, num_kept=4, window=10)
 
 
-def test_a_model_on_several_devices_is_refused(model):
+def test_a_model_on_several_devices_is_an_error(model):
     model.gpt_neox.layers[1].to("meta")
     with pytest.raises(ValueError, match=r"several devices \(cpu, meta\)"):
         for_model(model)
@@ -95,7 +95,7 @@ def test_a_model_can_be_saved_whole_while_it_streams(model, tmp_path):
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama", "falcon", "mpt", "gptj"])
 @pytest.mark.parametrize("num_tokens", [1, 5])
-def test_a_cache_of_another_model_is_refused(model, family, num_tokens):
+def test_a_cache_of_another_model_is_an_error(model, family, num_tokens):
     cache = for_model(model)
     run(model, tiny.random_ids(4), cache)
     other = tiny.build(tiny.config(family))
@@ -104,7 +104,7 @@ def test_a_cache_of_another_model_is_refused(model, family, num_tokens):
             run(stranger, tiny.random_ids(num_tokens), cache)
 
 
-def test_right_padding_and_other_masks_are_refused(model):
+def test_right_padding_and_other_masks_are_an_error(model):
     ids = tiny.random_ids(4, batch_size=2)
     with pytest.raises(ValueError, match="padded on the right"):
         run(model, ids, for_model(model), attention_mask=torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]))
@@ -114,17 +114,17 @@ def test_right_padding_and_other_masks_are_refused(model):
         run(model, ids, for_model(model), attention_mask=torch.ones(2, 3))
 
 
-def test_generating_without_use_cache_is_refused():
-    """MPT's configuration says so unless told otherwise, and would feed the whole text again at each step."""
+def test_generating_without_use_cache_is_an_error():
+    """It is MPT's default, and `generate` would pass the whole text again at each step."""
     other = tiny.build(tiny.config("mpt"))
     with pytest.raises(ValueError, match="pass use_cache=True"):
         other.generate(tiny.random_ids(3), past_key_values=for_model(other), max_new_tokens=3)
 
 
-def test_another_batch_size_is_refused_until_reset(model):
+def test_another_batch_size_is_an_error_until_reset(model):
     cache = for_model(model)
     run(model, tiny.random_ids(4, batch_size=2), cache)
-    with pytest.raises(ValueError, match="holds 2 streams and the batch has 3 rows"):
+    with pytest.raises(ValueError, match="has 2 streams, but the batch has 3 rows"):
         run(model, tiny.random_ids(1, batch_size=3), cache)
     cache.reset()
     run(model, tiny.random_ids(1, batch_size=3), cache)
@@ -139,7 +139,7 @@ def test_reset_begins_a_new_stream(model):
     torch.testing.assert_close(run(model, ids, cache), first, rtol=0, atol=1e-12)
 
 
-def test_crop_takes_back_what_has_evicted_nothing(model):
+def test_crop_removes_tokens_until_one_has_left_the_cache(model):
     cache, ids = for_model(model), tiny.random_ids(9)
     expected = run(model, ids, for_model(model))
     run(model, ids[:, :5], cache)
@@ -156,29 +156,29 @@ def test_crop_takes_back_what_has_evicted_nothing(model):
         cache.crop(-1)
 
 
-def test_crop_is_refused_after_padding(model):
-    """Of the last two inputs one row would lose two tokens and the other one."""
+def test_crop_is_an_error_after_padding(model):
+    """Of the last two inputs, one row would lose two tokens and the other only one."""
     cache, ids = for_model(model), tiny.random_ids(5, batch_size=2)
     run(model, ids[:, :3], cache)
     run(model, ids[:, 3:], cache, attention_mask=torch.tensor([[1, 1], [0, 1]]))
-    with pytest.raises(ValueError, match="has had padding"):
+    with pytest.raises(ValueError, match="that had padding"):
         cache.crop(-2)
 
 
-def test_crop_names_who_takes_tokens_back(model):
+def test_the_error_of_crop_names_the_features_that_need_it(model):
     ids, settings = tiny.random_ids(4).repeat(1, 5), {"max_new_tokens": 6, "use_cache": True, "do_sample": False}
     transformers_own = "Assisted decoding requires a cache that can be cropped"  # from 5.24 on
-    with pytest.raises(ValueError, match=f"prompt lookup take tokens back|{transformers_own}"):
+    with pytest.raises(ValueError, match=f"prompt lookup remove tokens|{transformers_own}"):
         model.generate(ids, past_key_values=for_model(model), prompt_lookup_num_tokens=3, **settings)
 
 
 @pytest.mark.parametrize("build", [lambda: tiny.build(tiny.config("llama")), lambda: tiny_model(num_sinks=1)])
-def test_generating_from_the_new_turn_alone_is_refused(build):
+def test_generating_from_only_the_new_turn_is_an_error(build):
     model, settings = build(), {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "use_cache": True}
     cache = for_model(model)
     text = model.generate(tiny.random_ids(9), past_key_values=cache, **settings)
     turn = tiny.random_ids(4, seed=5)
-    with pytest.raises(ValueError, match="pass the full sequence"):
+    with pytest.raises(ValueError, match="the full sequence, that is the tokens that are already in the cache"):
         model.generate(turn, past_key_values=cache, **settings)
     cache.reset()
     text = model.generate(tiny.random_ids(9), past_key_values=cache, **settings)
@@ -195,7 +195,7 @@ def test_a_row_may_have_no_token_in_a_turn(model):
         torch.testing.assert_close(last[row], expected, rtol=0, atol=1e-5)
 
 
-def test_attention_weights_and_saving_are_refused(model, tmp_path):
+def test_attention_weights_and_saving_are_an_error(model, tmp_path):
     cache = for_model(model)
     with pytest.raises(ValueError, match="output_attentions"):
         run(model, tiny.random_ids(4), cache, output_attentions=True)
@@ -205,7 +205,7 @@ def test_attention_weights_and_saving_are_refused(model, tmp_path):
         copy.copy(cache)
 
 
-def test_a_backward_pass_is_refused(model):
+def test_a_backward_pass_is_an_error(model):
     ids = tiny.random_ids(6)
     loss = model(ids, labels=ids, past_key_values=for_model(model)).loss
     with pytest.raises(ValueError, match="no gradients"):
@@ -219,8 +219,8 @@ def test_repeating_an_empty_cache_does_nothing(model):
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "falcon", "mpt", "gptj"])
-def test_the_model_is_as_it_was(family):
-    """Other calls are not disturbed while a cache lives, and nothing of it is left when it has gone."""
+def test_the_model_is_unchanged(family):
+    """A cache does not affect other calls, and no hooks remain when it is deleted."""
     model = tiny.build(tiny.config(family))
     ids = tiny.random_ids(12)
     before = run(model, ids, None)
@@ -237,8 +237,8 @@ def test_the_model_is_as_it_was(family):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_a_copy_goes_on_by_itself(model):
-    """A prompt is read once and continued twice; the model is not copied along."""
+def test_a_copy_continues_independently(model):
+    """A prompt is read once and continued twice; the model is not copied."""
     cache, prompt, ids = for_model(model), tiny.random_ids(17), tiny.random_ids(9, seed=3)
     run(model, prompt, cache)
     twin = copy.deepcopy(cache)
@@ -260,7 +260,7 @@ def test_two_caches_of_one_model_do_not_mix(model):
     torch.testing.assert_close(torch.cat(pieces, dim=1), alone, rtol=0, atol=1e-5)
 
 
-def test_a_pass_that_fails_midway_leaves_the_model_well_and_the_cache_marked(model):
+def test_a_pass_that_fails_midway_leaves_the_model_intact_and_the_cache_marked(model):
     cache, ids = for_model(model, chunk_size=8), tiny.random_ids(20)
     implementation = model.config._attn_implementation
     handle = model.base_model.layers[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(OSError("no")))
@@ -275,7 +275,7 @@ def test_a_pass_that_fails_midway_leaves_the_model_well_and_the_cache_marked(mod
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5, 30])
-def test_ctrl_c_during_a_pass_leaves_the_model_well(model, monkeypatch, num_tokens):
+def test_ctrl_c_during_a_pass_leaves_the_model_intact(model, monkeypatch, num_tokens):
     ids = tiny.random_ids(45)
     expected, stream = model(ids).logits, run(model, ids, for_model(model))
     cache = for_model(model, chunk_size=8)
@@ -294,7 +294,7 @@ def test_ctrl_c_during_a_pass_leaves_the_model_well(model, monkeypatch, num_toke
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "falcon", "gptj"])
-def test_ctrl_c_and_the_loss_of_the_cache_leave_the_model_well(family, monkeypatch):
+def test_ctrl_c_and_deleting_the_cache_leave_the_model_intact(family, monkeypatch):
     model, ids = tiny.build(tiny.config(family)), tiny.random_ids(9)
     expected, cache = model(ids).logits, for_model(model)
     with monkeypatch.context() as patch:
@@ -310,7 +310,7 @@ def test_ctrl_c_and_the_loss_of_the_cache_leave_the_model_well(family, monkeypat
 
 @pytest.mark.parametrize("family", ["gpt_neox", "mpt"])
 @pytest.mark.parametrize("interrupted", [0, 1])
-def test_ctrl_c_in_one_cache_does_not_reach_another(family, interrupted, monkeypatch):
+def test_ctrl_c_in_one_cache_does_not_affect_another(family, interrupted, monkeypatch):
     model, ids = tiny.build(tiny.config(family)), tiny.random_ids(20)
     expected, stream = model(ids).logits, run(model, ids, for_model(model), use_cache=True)
     caches = [for_model(model), for_model(model)]
@@ -325,7 +325,7 @@ def test_ctrl_c_in_one_cache_does_not_reach_another(family, interrupted, monkeyp
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "mpt"])
-def test_a_model_copied_after_ctrl_c_is_well(family, monkeypatch):
+def test_a_model_copied_after_ctrl_c_is_intact(family, monkeypatch):
     model, ids = tiny.build(tiny.config(family)), tiny.random_ids(9)
     expected, cache = model(ids).logits, for_model(model)
     with monkeypatch.context() as patch:
@@ -338,7 +338,7 @@ def test_a_model_copied_after_ctrl_c_is_well(family, monkeypatch):
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 @pytest.mark.parametrize("piece", [0, 1, 2])
 def test_a_prompt_that_fails_in_any_of_its_chunks_damages_the_cache(model, piece, error):
-    """Seventeen tokens are two chunks and a last one of a single token, which alone would do no harm."""
+    """17 tokens are two chunks and a single token, whose failure alone would do no damage."""
     cache, pieces = for_model(model, chunk_size=8), iter(range(3))
 
     def fail_in_piece(*args):
@@ -395,7 +395,7 @@ def test_inference_mode_and_gradients_may_alternate(model):
 
 
 @pytest.mark.parametrize("change", ["repeat", "copy"])
-def test_buffers_made_in_inference_mode_serve_outside_of_it(model, change):
+def test_buffers_made_in_inference_mode_can_be_used_outside_of_it(model, change):
     cache, ids = for_model(model), tiny.random_ids(5)
     with torch.inference_mode():
         model(ids, past_key_values=cache)
@@ -427,7 +427,7 @@ def test_the_decoder_can_be_called_by_position(model):
 
 
 @pytest.mark.parametrize("hook", ["register_forward_pre_hook", "register_forward_hook"])
-def test_a_cache_may_be_collected_while_torch_goes_through_the_hooks(hook):
+def test_a_cache_may_be_garbage_collected_while_torch_calls_hooks(hook):
     model, ids = tiny.build(tiny.config("gpt_neox")), tiny.random_ids(8)
     expected, caches = model(ids).logits, []
 

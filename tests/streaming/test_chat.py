@@ -1,4 +1,4 @@
-"""Turns in one cache against the whole conversation read anew."""
+"""Turns in one cache, compared with reading the whole conversation again."""
 
 import copy
 
@@ -31,7 +31,7 @@ def start(model, tokenizer, num_kept=1, window=400, **options) -> Chat:
 
 
 def read_ids(chat: Chat) -> list[int]:
-    """Record what the chat's model reads, from now on."""
+    """Return a list that records the tokens that the chat's model reads from now on."""
     seen: list[int] = []
     prefill = chat.generator.decoder.prefill
     chat.generator.decoder.prefill = lambda ids: (seen.extend(ids.flatten().tolist()), prefill(ids))[1]
@@ -40,7 +40,7 @@ def read_ids(chat: Chat) -> list[int]:
 
 
 @pytest.mark.parametrize("num_sinks", [0, 1])
-def test_each_reply_is_what_the_whole_conversation_read_anew_gives(num_sinks, monkeypatch):
+def test_each_reply_equals_that_after_reading_the_whole_conversation_again(num_sinks, monkeypatch):
     sampled: list[int] = []
     choose = Generator.sample
 
@@ -64,7 +64,7 @@ def test_each_reply_is_what_the_whole_conversation_read_anew_gives(num_sinks, mo
         assert again[0, len(prompt) :].tolist() == sampled
 
 
-def test_what_is_read_is_the_templates_conversation():
+def test_the_model_reads_the_conversation_as_the_template_renders_it():
     words = tokenizer(TEMPLATE)
     chat = start(small_model(1), words, system="Be brief.", max_new_tokens=5)
     seen = read_ids(chat)
@@ -79,7 +79,7 @@ def test_what_is_read_is_the_templates_conversation():
 
 
 def scripted(chat: Chat, text: str, end: bool = False) -> None:
-    """Let the model say this, whatever it reads."""
+    """Make the model reply with ``text``, whatever it reads."""
     ids = chat.tokenizer(text)["input_ids"] + [chat.tokenizer.eos_token_id] * end
     replies = iter(ids)
     chat.generator.sample = lambda logits: torch.tensor([[next(replies)]])
@@ -105,9 +105,9 @@ def test_without_a_template_turns_are_lines():
     seen = read_ids(chat)
     scripted(chat, " North.\nUser: I made this up")
     assert "".join(chat("Which way?")).strip() == "North."
-    scripted(chat, " Home.", end=True)  # the end of the text ends a line too
+    scripted(chat, " Home.", end=True)  # the end-of-text token also ends a line
     assert "".join(chat("And then?")).strip() == "Home."
-    scripted(chat, "\n\n Far\n and more")  # empty lines before a reply are none
+    scripted(chat, "\n\n Far\n and more")  # empty lines before a reply are skipped
     assert "".join(chat("Is it far?")).strip() == "Far"
     assert words.decode(seen) == (
         "Two friends talk.\n\nUser: Which way?\nAssistant: North.\nUser: And then?\nAssistant: Home.\n"
@@ -115,7 +115,7 @@ def test_without_a_template_turns_are_lines():
     )
 
 
-def test_memory_stays_however_many_turns():
+def test_memory_does_not_grow_with_turns():
     chat = start(small_model(1), tokenizer(TEMPLATE), num_kept=1, window=15, max_new_tokens=5)
     sizes = set()
     for turn in range(12):
@@ -125,7 +125,7 @@ def test_memory_stays_however_many_turns():
     assert chat.generator.cache.get_seq_length() > 12 * 16
 
 
-def test_a_message_broken_off_while_it_is_read_begins_the_conversation_anew(monkeypatch):
+def test_an_interrupted_message_starts_a_new_conversation(monkeypatch):
     model = small_model(0, max_position_embeddings=512)
     chat, fresh = (start(model, tokenizer(), max_new_tokens=4) for _ in range(2))
     list(chat(MESSAGES[0]))
@@ -136,13 +136,13 @@ def test_a_message_broken_off_while_it_is_read_begins_the_conversation_anew(monk
     assert list(chat(MESSAGES[2])) == list(fresh(MESSAGES[2]))
 
 
-def test_a_reply_cut_short_between_two_tokens_reads_none_twice(monkeypatch):
+def test_a_reply_interrupted_between_two_tokens_reads_no_token_twice(monkeypatch):
     model = small_model(0, max_position_embeddings=512)
     chat = start(model, tokenizer(TEMPLATE), max_new_tokens=7)
     seen, reply = read_ids(chat), chat(MESSAGES[0])
     next(reply)
     with monkeypatch.context() as patch:
-        patch.setattr(Generator, "sample", _interrupt)  # after its token has been read
+        patch.setattr(Generator, "sample", _interrupt)  # after the token has been read
         with pytest.raises(KeyboardInterrupt):
             next(reply)
     num_read, last = len(seen), seen[-1]
@@ -155,6 +155,6 @@ def _interrupt(*args, **kwargs):
     raise KeyboardInterrupt
 
 
-def test_a_template_without_the_replies_is_refused():
+def test_a_template_without_the_replies_is_an_error():
     with pytest.raises(ValueError, match="chat template leaves out earlier replies"):
         start(small_model(0), tokenizer("{{ messages[-1].role }}"))

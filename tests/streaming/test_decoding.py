@@ -1,4 +1,4 @@
-"""The compiled step: one graph, and the same numbers."""
+"""The compiled step is one graph and computes the same result."""
 
 import shutil
 
@@ -19,7 +19,7 @@ def _fresh_compiler():
 
 @torch.no_grad()
 def decoded(model, ids, prompt_length, num_kept, window):
-    """Logits ``(T - prompt_length + 1, V)`` after the prompt and each further token, and the compiler's counter."""
+    """Return logits ``(T - prompt_length + 1, V)`` from the prompt on, and the compile counter."""
     counter = CompileCounter()
     cache = StreamingCache.for_model(model, num_kept=num_kept, window=window)
     decoder = StreamingDecoder(model, cache, compile={"backend": counter})
@@ -39,7 +39,7 @@ def test_a_stream_of_tokens_is_one_graph(family):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @torch.no_grad()
-def test_the_default_compiler_makes_the_same_of_it():
+def test_the_default_compiler_computes_the_same():
     model, ids = tiny.build(tiny.config("mpt")), tiny.random_ids(30)
     decoder = StreamingDecoder(model, StreamingCache.for_model(model, num_kept=2, window=9))
     logits = [decoder.prefill(ids[:, :5]), *(decoder(ids[:, t : t + 1]).clone() for t in range(5, 30))]
@@ -72,8 +72,8 @@ def test_prompts_may_come_in_between_and_the_cache_may_be_reset():
 
 
 @torch.no_grad()
-def test_what_a_graph_cannot_see_is_looked_at_before_it_runs():
-    """Other rows bring other buffers, which a captured graph would not read; so the step is made anew."""
+def test_inputs_and_buffers_are_checked_before_the_graph_runs():
+    """Another batch size has other buffers, so the step is compiled again."""
     model, ids = tiny.build(tiny.config("llama")), tiny.random_ids(30, batch_size=2)
     cache = StreamingCache.for_model(model, num_kept=2, window=9)
     decoder = StreamingDecoder(model, cache, compile={"backend": "eager"})
@@ -100,7 +100,7 @@ def test_a_model_that_the_user_compiled_moves_phases_back_too():
     expected = oracle.stream_logits(model, ids[0], 2, 6)
     torch.testing.assert_close(torch.cat(logits, dim=1)[0], expected, rtol=0, atol=5e-5)
     assert cache.counters.base.item() >= 40 - 2 * cache.shape.num_slots
-    whole = torch.compile(model, backend="eager", fullgraph=True)  # other calls stay one graph while the cache lives
+    whole = torch.compile(model, backend="eager", fullgraph=True)  # calls without the cache are still one graph
     torch.testing.assert_close(whole(ids, use_cache=False).logits, model(ids).logits)
 
 
@@ -108,7 +108,7 @@ def test_a_model_that_the_user_compiled_moves_phases_back_too():
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_captured_graph_is_as_near_to_float64_as_eager_steps(dtype, family):
-    """Twice, so that the second decoder compiles where the first has been."""
+    """Run twice, so that the second decoder compiles a model that already had one."""
     model = tiny.build(tiny.config(family, hidden_size=128), dtype=torch.float64)
     ids = tiny.random_ids(80)
     exact = oracle.stream_logits(model, ids[0], 4, 24)[8:]
@@ -129,7 +129,7 @@ def test_a_captured_graph_is_as_near_to_float64_as_eager_steps(dtype, family):
 
 @pytest.mark.gpu
 def test_a_captured_step_makes_no_copy_of_the_buffers():
-    """It would take longer than the attention. The buffers are larger than what cuBLAS asks for besides."""
+    """A copy would take longer than the attention. Buffers are larger than cuBLAS's workspace."""
     model, ids = tiny.build(tiny.config("llama", hidden_size=128), dtype=torch.float32).cuda(), tiny.random_ids(16)
     cache = StreamingCache.for_model(model, num_kept=4, window=2**19)
     decoder, ids = StreamingDecoder(model, cache), ids.cuda()

@@ -1,4 +1,4 @@
-"""A stream has no end: neither error nor memory grows with it."""
+"""Streams without a length limit: the error does not grow with the length."""
 
 import pytest
 import torch
@@ -11,9 +11,10 @@ NUM_KEPT, WINDOW = 2, 9
 
 
 def error_after(model, num_tokens):
-    """How far the last logits are from the oracle's after ``num_tokens``, in a model of one layer.
+    """Return the largest error of the last logits after ``num_tokens``, for a model with one layer.
 
-    With one layer a token's logits depend on the kept tokens and its own window alone, so the oracle can start there.
+    With one layer, logits depend only on the kept tokens and the window, so the oracle needs no
+    other tokens.
     """
     head, tail = tiny.random_ids(NUM_KEPT), tiny.random_ids(40, seed=2)
     filler = tiny.random_ids(num_tokens - NUM_KEPT - 40, seed=3)
@@ -27,7 +28,7 @@ def error_after(model, num_tokens):
 
 
 @pytest.mark.slow
-def test_the_error_after_a_million_tokens_is_that_after_a_thousand():
+def test_the_error_after_a_million_tokens_is_not_larger_than_after_a_thousand():
     model = tiny.build(tiny.config("gpt_neox", num_hidden_layers=1, hidden_size=16, num_attention_heads=1))
     early, late = error_after(model, 1_000), error_after(model, 1_000_000)
     assert early < 5e-6
@@ -50,7 +51,7 @@ def test_phases_stay_within_twice_the_cache():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_half_precision_does_not_drift(dtype):
-    """Turned keys are rounded once, so that bfloat16 streams are as near to the oracle late as they are early."""
+    """Rotated keys are rounded once, so the error of a bfloat16 stream does not grow."""
     model = tiny.build(tiny.config("gpt_neox", num_hidden_layers=1), dtype=dtype)
     ids = tiny.random_ids(300)
     cache = StreamingCache.for_model(model, num_kept=NUM_KEPT, window=WINDOW)
@@ -62,7 +63,7 @@ def test_half_precision_does_not_drift(dtype):
 
 
 def test_losses_over_a_large_vocabulary_are_accurate():
-    """Summed over another dimension than the last, float32 exponentials were off by 7e-6 here, 3e-4 in a real model."""
+    """Sums over another dimension had errors of 7e-6 here and 3e-4 in a real model."""
     model = tiny.build(tiny.config("gpt_neox", num_hidden_layers=1, vocab_size=50_000), dtype=torch.float32)
     ids = tiny.random_ids(20)
     settings = {"num_kept": 1, "window": 5}

@@ -1,4 +1,4 @@
-"""Token by token, in chunks, or in one pass: always the numbers of the streaming contract."""
+"""Token by token, in chunks or in one pass, the result is that of the streaming rule."""
 
 from functools import cache as remember
 
@@ -24,14 +24,14 @@ SHAPES = [(0, 5), (1, 4), (4, 9), (12, 3), (4, 36), (4, 100)]  # the last two ar
 
 @torch.no_grad()
 def streamed(model, ids, cache, sizes):
-    """Logits ``(B, T, V)`` of one stream fed in pieces of these sizes."""
+    """Return the logits ``(B, T, V)`` of one stream that is read in pieces of these sizes."""
     pieces = ids.split(sizes, dim=1)
     return torch.cat([model(piece, past_key_values=cache).logits for piece in pieces], dim=1)
 
 
 @remember
 def exact(family):
-    """A model that works in float64 throughout, and text."""
+    """A model that computes everything in float64, and text."""
     model = tiny.build(tiny.config(family))
     tiny.use_float64(model)
     return model, tiny.random_ids(NUM_TOKENS)
@@ -78,8 +78,8 @@ def test_stock_models_differ_by_their_float32_tables_only(family):
 
 @pytest.mark.parametrize("family", ["mpt", "falcon:rw"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_biases_are_as_sharp_in_half_precision_as_those_of_the_stock_model(family, dtype):
-    """In a large cache with few tokens too, where a table that is counted from one end is far from 0."""
+def test_biases_are_as_accurate_in_half_precision_as_those_of_the_stock_model(family, dtype):
+    """Also in a large cache with few tokens, where biases counted from its end are far from 0."""
     model, ids = tiny.build(tiny.config(family, max_seq_len=4096)), tiny.random_ids(120)
     exact = oracle.stream_logits(model, ids[0], 4, 4092)
     model = model.to(dtype)
@@ -92,7 +92,7 @@ def test_biases_are_as_sharp_in_half_precision_as_those_of_the_stock_model(famil
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_the_oracle_is_the_stock_model_as_long_as_nothing_is_evicted(family):
+def test_the_oracle_equals_the_stock_model_until_tokens_are_evicted(family):
     model = tiny.build(tiny.config(family))
     ids = tiny.random_ids(13)
     with torch.no_grad():
@@ -112,8 +112,8 @@ def test_every_rotary_share(rotary_share):
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "mpt", "falcon:rw"])
-def test_a_wrong_distance_would_show(family):
-    """The models are sharp enough: the oracle itself moves if the cache is off by one."""
+def test_a_wrong_distance_would_change_the_logits(family):
+    """The attention of the test models is sharp enough to reveal a cache that is off by one."""
     model, ids = exact(family)
     for shape in ((4, 8), (4, 10), (3, 10), (5, 8)):
         assert (oracle.stream_logits(model, ids[0], *shape) - expected(family, (4, 9)))[20:].abs().max() > 1e-2

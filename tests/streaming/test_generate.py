@@ -1,4 +1,4 @@
-"""`generate(past_key_values=cache)`: every greedy token is the oracle's, for stock models and for ours."""
+"""`generate(past_key_values=cache)` writes the oracle's greedy tokens."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ SETTINGS = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "use_ca
 
 
 def assert_greedy(model, text, num_new, num_kept, window, forbidden=()):
-    """Each of the last ``num_new`` tokens of ``(T,)`` is the most probable one after those before it."""
+    """Check that the last ``num_new`` tokens of ``text`` ``(T,)`` are the most likely ones."""
     logits = oracle.stream_logits(model, text, num_kept, window)
     logits[:, list(forbidden)] = float("-inf")
     assert text[-num_new:].tolist() == logits[-num_new - 1 : -1].argmax(-1).tolist()
@@ -49,7 +49,7 @@ def test_a_chat_keeps_one_cache_through_its_turns():
 
 
 def test_beams_find_the_same_text_as_without_eviction():
-    """A cache that is never full must give the beams of the stock cache; a full one must still follow its rows."""
+    """A cache that is never full gives the same beams as the default cache."""
     model = tiny.build(tiny.config("gpt_neox"))
     prompt, beams = tiny.random_ids(6), SETTINGS | {"num_beams": 3, "max_new_tokens": 20}
     roomy = StreamingCache.for_model(model, num_kept=2, window=50)

@@ -1,4 +1,4 @@
-"""The generation loop against `generate`, sampling, and text that comes token by token."""
+"""The generation loop compared with `generate`, sampling, and decoding text token by token."""
 
 from itertools import islice
 
@@ -23,7 +23,7 @@ def generator(model, num_kept=2, window=9, **sampling) -> Generator:
 
 @pytest.mark.parametrize("num_sinks", [0, 2])
 @pytest.mark.parametrize("prompt_length", [1, 5, 30])
-def test_the_loop_writes_what_generate_writes(num_sinks, prompt_length):
+def test_the_loop_writes_the_same_text_as_generate(num_sinks, prompt_length):
     model, ids = tiny_model(num_sinks), text(1, prompt_length)
     cache = StreamingCache.for_model(model, num_kept=2, window=9)
     expected = model.generate(
@@ -52,7 +52,7 @@ def test_a_sink_is_never_sampled():
         chosen = generator(model, **sampling).sample(logits)
         assert not ((chosen >= FIRST_SINK) & (chosen < FIRST_SINK + 2)).any()
     plain = generator(tiny_model(num_sinks=0)).sample(logits)
-    assert ((plain >= FIRST_SINK) & (plain < FIRST_SINK + 2)).all()  # the ids are ordinary where there is no sink
+    assert ((plain >= FIRST_SINK) & (plain < FIRST_SINK + 2)).all()  # without sinks the ids are ordinary
 
 
 def test_samples_follow_temperature_and_top_k():
@@ -68,13 +68,13 @@ def test_samples_follow_temperature_and_top_k():
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-40, 1e-320])
-def test_a_temperature_next_to_0_takes_the_likeliest_token(temperature):
+def test_a_temperature_near_0_chooses_the_most_likely_token(temperature):
     model, logits = tiny_model(num_sinks=0), torch.tensor([[-90.0, 89.9, 90.0]]).repeat(50, 1)
     for top_k in (None, 2):
         assert (generator(model, temperature=temperature, top_k=top_k).sample(logits) == 2).all()
 
 
-def test_what_cannot_be_sampled_or_read_is_refused():
+def test_invalid_sampling_and_an_empty_prompt_are_an_error():
     model = tiny_model()
     for temperature in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="temperature is"):
@@ -95,7 +95,7 @@ def test_the_next_prompt_ends_the_iterator_before():
     written.append(next(newer))
     with pytest.raises(ValueError, match="another prompt since"):
         next(older)
-    assert written + list(islice(newer, 19)) == expected  # the refusal left the newer text alone
+    assert written + list(islice(newer, 19)) == expected  # the error did not affect the newer text
 
 
 def test_the_default_cache_fits_the_model():
@@ -113,12 +113,12 @@ def test_pieces_of_text_are_the_text(original):
     pieces = [stream.push(token_id) for token_id in ids]
     assert "".join(pieces) + stream.flush() == TOKENIZER.decode(ids, skip_special_tokens=True)
     if "\N{REPLACEMENT CHARACTER}" not in original:
-        assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)  # no character was shown in halves
+        assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)  # no incomplete character was returned
 
 
 @given(st.lists(st.integers(0, len(TOKENIZER) - 1), min_size=200, max_size=400))
 @settings(deadline=None, max_examples=30)
-def test_a_stream_of_any_tokens_looks_at_a_few_only(ids):
+def test_text_is_decoded_with_a_bounded_number_of_tokens(ids):
     stream = TextStream(TOKENIZER)
     for token_id in ids:
         stream.push(token_id)
@@ -132,8 +132,8 @@ def test_a_character_appears_with_its_last_byte():
     assert [stream.push(token_id) for token_id in ids] == ["a", "", "", "€"]
 
 
-def test_spaces_stay_where_a_tokenizer_cuts_them_off_the_first_token():
-    """As with Llama's tokenizer, whose decoder drops the space in front of a text."""
+def test_spaces_are_kept_if_the_tokenizer_drops_them_at_the_start_of_a_text():
+    """As with the decoder of Llama's tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     words = {"▁one": 0, "▁two": 1, "▁three": 2}

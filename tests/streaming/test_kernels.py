@@ -1,4 +1,4 @@
-"""The kernels of the decoding step against plain PyTorch."""
+"""The kernels of the decoding step, compared with plain PyTorch."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from sinklm.streaming.steps import DecodeStep
 
 pytestmark = pytest.mark.gpu
 
-# kept, window, heads, groups, head size, rotary dimensions, pairs are neighbours
+# kept, window, heads, groups, head size, rotary dimensions, interleaved
 CASES = [
     (0, 7, 2, 2, 8, 4, False),
     (1, 37, 4, 2, 16, 8, False),
@@ -23,7 +23,7 @@ CASES = [
     (4, 252, 71, 1, 64, 64, False),  # Falcon 7B
     (4, 130, 4, 1, 256, 256, False),  # Gemma
 ]
-# Of outputs and of scores: in half precision a query is rounded once more when it has been turned.
+# For outputs and scores. In half precision, a rotated query is rounded once more.
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -34,9 +34,9 @@ def random_states(*shape, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_decode_attention_is_the_plain_step(case, dtype, monkeypatch):
-    """From the first token on, past a full window, with rows that have seen different numbers of tokens.
+    """From the first token to beyond a full window, for rows with different numbers of tokens.
 
-    The plain step works in float32 throughout.
+    The plain step computes in float32.
     """
     num_kept, window, num_heads, num_groups, head_dim, rotary_dim, interleaved = case
     shape = StreamShape(num_kept, window)
@@ -48,7 +48,7 @@ def test_decode_attention_is_the_plain_step(case, dtype, monkeypatch):
     fused.allocate(key, key)
     num_seen, base = torch.tensor([0, 3], device="cuda"), torch.zeros(2, dtype=torch.long, device="cuda")
     for step in range(40):
-        if step == 20:  # jump to where the window is full and phases have been rebased
+        if step == 20:  # jump ahead: the window is full and phases have been rebased
             for name in ("keys", "values", "kept_keys"):
                 getattr(plain, name).copy_(getattr(fused, name).normal_())
             num_seen += 2 * window + 50
@@ -73,8 +73,8 @@ def test_decode_attention_is_the_plain_step(case, dtype, monkeypatch):
         num_seen = num_seen + 1
 
 
-def test_states_may_lie_in_any_order():
-    """The kernels read along the last dimension; where states do not lie along it they are copied."""
+def test_states_may_have_any_memory_layout():
+    """States that are not contiguous in the last dimension are copied."""
     shape, inv_freq = StreamShape(4, 37), torch.rand(8, device="cuda")
     num_seen, base = torch.full((2,), 60, device="cuda"), torch.full((2,), 30, device="cuda")
     states = [random_states(2, 2, 1, 16) for _ in range(3)]
@@ -110,7 +110,7 @@ def test_one_row_is_as_near_to_float64_as_cublas(num_out, num_in, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_gelu_is_taken_in_only_where_it_follows_the_product(dtype):
+def test_a_gelu_is_fused_only_if_it_follows_the_product(dtype):
     weight, bias, states = (random_states(*shape, dtype=dtype) for shape in ((77, 96), (77,), (1, 1, 96)))
     exact = F.gelu(F.linear(states.double(), weight.double(), bias.double()))
     with kernels.OneRowLinear():

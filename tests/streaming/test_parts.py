@@ -1,4 +1,4 @@
-"""The pieces of which streaming is made, each against an obvious twin."""
+"""The components of streaming, each compared with a simple reference."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ from . import oracle
 
 
 @given(num_kept=st.integers(0, 9), window=st.integers(1, 9), num_seen=st.integers(0, 60))
-def test_slots_hold_what_a_list_would_hold(num_kept, window, num_seen):
+def test_slots_contain_the_same_tokens_as_a_list(num_kept, window, num_seen):
     shape = StreamShape(num_kept, window)
     slots = [-1] * shape.num_slots
     for token in range(num_seen):
@@ -25,7 +25,7 @@ def test_slots_hold_what_a_list_would_hold(num_kept, window, num_seen):
 
 
 @given(num_kept=st.integers(0, 9), window=st.integers(1, 9), token=st.integers(0, 60))
-def test_slots_hold_just_what_the_query_sees(num_kept, window, token):
+def test_slots_contain_exactly_the_keys_that_the_query_sees(num_kept, window, token):
     shape = StreamShape(num_kept, window)
     held = shape.tokens_in_slots(torch.tensor([token + 1]))[0].tolist()
     seen = [key for key, _ in oracle.contract_keys(token, num_kept, window)]
@@ -59,7 +59,7 @@ def test_merging_kept_keys_is_one_softmax_over_all():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_scores_of_kept_keys_are_not_rounded_before_they_are_scaled(dtype, monkeypatch):
-    """Kept keys are long, as those of sinks are: in float16 their product with a query overflows."""
+    """Kept keys can have large norms, as those of sinks do: in float16 unscaled scores overflow."""
 
     def exact_band(query, key, value, window, scaling):
         scores = query.double() @ key.double().mT * scaling
@@ -77,7 +77,7 @@ def test_scores_of_kept_keys_are_not_rounded_before_they_are_scaled(dtype, monke
     torch.testing.assert_close(out.double(), exact, rtol=0, atol=4 * torch.finfo(dtype).eps)
 
 
-def test_flash_attention_gets_only_what_it_takes(monkeypatch):
+def test_flash_attention_is_used_only_for_supported_inputs(monkeypatch):
     def takes(head_dim, dtype=torch.bfloat16, capability=(9, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         return can_flash(SimpleNamespace(is_cuda=True, device="cuda", dtype=dtype, shape=(1, 2, 3, head_dim)))

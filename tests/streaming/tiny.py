@@ -1,4 +1,4 @@
-"""Small random models whose attention is far from uniform, and a way to run all their phases in float64."""
+"""Small random models with sharp attention, and a way to compute their phases in float64."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ VOCAB = 101
 
 
 def config(name: str, **overrides) -> PreTrainedConfig:
-    """A small config of a family, or of a variant of it by the name after the colon."""
+    """Return a small config of a family; ``family:variant`` selects a variant."""
     family, _, variant = name.partition(":")
     return AutoConfig.for_model(family, **COMMON | VARIANTS[family][variant] | overrides)
 
@@ -73,7 +73,7 @@ FAMILIES = [f"{family}:{variant}".rstrip(":") for family, variants in VARIANTS.i
 
 
 def build(cfg, seed: int = 0, dtype=torch.float64):
-    """A model with weights so large that attention is sharp: every misplaced key shows."""
+    """Return a model with large weights: attention is sharp, so a misplaced key has an effect."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(cfg).eval()
     with torch.no_grad():
@@ -84,7 +84,7 @@ def build(cfg, seed: int = 0, dtype=torch.float64):
 
 
 def use_float64(model) -> None:
-    """Let the test's own model work in float64 throughout, where transformers insists on float32."""
+    """Make a model compute in float64 where transformers always uses float32."""
     rotary = getattr(model.base_model, "rotary_emb", None)
     if hasattr(rotary, "inv_freq"):
         rotary.inv_freq = inverse_frequencies(model.config)
@@ -109,7 +109,7 @@ def float64_rms_norm(module, one, x):
 
 
 def inverse_frequencies(cfg) -> torch.Tensor:
-    """Rotary frequencies in float64; those of scaled types are transformers' own, which are float32."""
+    """Return rotary frequencies in float64 (scaled types: float32 values of transformers)."""
     rope = cfg.rope_parameters
     if rope["rope_type"] != "default":
         return ROPE_INIT_FUNCTIONS[rope["rope_type"]](cfg, torch.device("cpu"))[0].double()
