@@ -88,7 +88,7 @@ def test_a_text_is_read_as_it_is_prepared(checkpoints, tmp_path):
     file.write_bytes(b"\xef\xbb\xbffirst line\r\nsecond line\r\n")  # of Windows, as many books of Project Gutenberg
     assert tokenizer.decode(read_text_files([file], tokenizer).ids) == "first line\r\nsecond line\r\n"
     file.write_bytes(b"zero\0byte")
-    with pytest.raises(ValueError, match=r"a\.txt: holds zero bytes"):
+    with pytest.raises(ValueError, match=r"a\.txt: contains NUL bytes"):
         read_text_files([file], tokenizer)
 
 
