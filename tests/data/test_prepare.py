@@ -146,7 +146,7 @@ class Crash(BaseException):
 
 
 def crash_at(call: int, monkeypatch: pytest.MonkeyPatch, output: Path, left: Path) -> None:
-    """Stop at the n-th call that changes the disk; copy what a killed process would leave to ``left``."""
+    """Stop at the n-th call that changes the disk; ``left`` is a copy of the folder then."""
     counter = itertools.count(1)
 
     def crashing(function: Callable) -> Callable:
