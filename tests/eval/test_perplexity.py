@@ -249,7 +249,7 @@ def test_what_was_measured_stays_when_a_later_configuration_fails(checkpoints, t
     streaming(str(checkpoints[1]), [book], tokens=100, caches="0+16", output=tmp_path)
     before = (tmp_path / "streaming.json").read_bytes()
 
-    monkeypatch.setattr("sinklm.eval.perplexity.stream_losses", fails)
+    monkeypatch.setattr("sinklm.eval.perplexity.streaming_losses", fails)
     with pytest.raises(RuntimeError, match="out of memory"):
         streaming(str(checkpoints[1]), [book], tokens=100, caches="0+16", methods="dense,window", output=tmp_path)
     assert (tmp_path / "streaming.json").read_bytes() == before

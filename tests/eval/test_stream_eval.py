@@ -108,7 +108,7 @@ class Clerk:
 
 
 def test_answers_are_right_up_to_the_window(monkeypatch):
-    monkeypatch.setattr("sinklm.eval.stream_eval.Streams", Clerk)
+    monkeypatch.setattr("sinklm.eval.stream_eval.StreamBatch", Clerk)
     records = make_records(5, 75, seed=0)
     reach = 32 * tokens_per_line(TOKENIZER, records[0])
     num_lines_read: list[int] = []
