@@ -1,4 +1,4 @@
-# `make quickstart` and `make test` set up all they need in a virtual environment of their own.
+# All targets install what they need in a separate virtual environment.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

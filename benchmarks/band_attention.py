@@ -1,10 +1,11 @@
-"""Attention of a chunk of a stream, kept keys and a band, by SDPA with a mask, by flex, and by flash with a merge.
+"""Time the attention of a chunk of a stream: SDPA with a mask, flex, and flash with a merge.
 
     python benchmarks/band_attention.py
 
-Milliseconds for one layer of a chunk of 4096 tokens, and the largest difference of each output from float32 SDPA.
-"masked" and "flex" take both phases of a query side by side (`two_phase_attention`); "flash" computes the band alone,
-at the head's own size, and merges the kept keys in.
+Prints milliseconds for one layer and a chunk of 4096 tokens, and the largest difference of each
+output from float32 SDPA. "masked" and "flex" concatenate both phases of a query
+(`two_phase_attention`); "flash" computes only the band, at the original head size, and then merges
+the kept keys.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def states(heads: int, groups: int, dim: int, window: int, chunk: int, device: t
         "band_value": (groups, window + chunk),
     }
     made = {name: torch.randn(1, h, length, dim, device=device) for name, (h, length) in lengths.items()}
-    return made | {"turned": made["query"]}  # the time does not depend on how far it is turned
+    return made | {"turned": made["query"]}  # the time does not depend on the rotation
 
 
 def masked(s: dict[str, Tensor], window: int, rotary_dim: int) -> Tensor:
@@ -52,7 +53,7 @@ def flash(s: dict[str, Tensor], window: int) -> Tensor:
 
 
 class Flex:
-    """Both phases side by side, in heads padded to a power of 2, and a block mask that skips what no query sees."""
+    """Both phases concatenated, heads padded to a power of 2, and a block mask."""
 
     def __init__(self, window: int, chunk: int, device: torch.device):
         def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Decoding at the memory limit: every Pythia shape, two caches, two batch sizes, on one GPU.
+# Decoding speed of four Pythia sizes with two cache sizes and two batch sizes, on one GPU.
 #
 #     bash benchmarks/decoding.sh results/decoding [options of `sinklm bench decode`]
 #
-# A step is compiled for each shape. All of them are first compiled side by side, which fills torch's compile cache; then
-# they are measured one after the other, alone on the GPU.
+# A step is compiled for each shape. All shapes are first compiled in parallel, which fills torch's
+# compile cache, and then measured one at a time.
 set -uo pipefail
 output=${1:-results/decoding}
 shift

@@ -1,9 +1,10 @@
-"""The kernels of the decoding step beside what they stand in for, and over their settings. Needs a GPU.
+"""Time the kernels of the decoding step against the operations they replace. Needs a GPU.
 
     python benchmarks/decoding_kernels.py [--settings]
 
-Microseconds a call, in a CUDA graph of calls on copies that together exceed the L2 cache, as the layers of a model do.
-The floor is reading weights or cache once, at the copy bandwidth of the same run.
+Prints microseconds per call, in a CUDA graph of calls on copies that together exceed the L2 cache,
+like the layers of a model. The floor is the time to read weights or cache once at the copy
+bandwidth measured in the same run.
 """
 
 import argparse
@@ -23,7 +24,8 @@ from sinklm.streaming.kernels import matvec as matvec_kernel
 from sinklm.streaming.rule import StreamShape
 from sinklm.streaming.steps import DecodeStep
 
-# heads, groups, head size, cache, batch: Pythia-160M and 6.9B, then fewer groups than heads: Llama-3-8B and Falcon-7B
+# heads, groups, head size, cache, batch: Pythia-160M and 6.9B, then fewer groups than heads:
+# Llama-3-8B and Falcon-7B
 ATTENTION = [(12, 12, 64, 1024, 1), (12, 12, 64, 1024, 8), (32, 32, 128, 4096, 1), (32, 32, 128, 4096, 8)]
 ATTENTION += [(32, 8, 128, 4096, 1), (32, 8, 128, 4096, 8), (71, 1, 64, 2048, 1), (71, 1, 64, 2048, 8)]
 # outputs, inputs: the four matrices of a layer, and the head
@@ -34,7 +36,7 @@ DTYPE = torch.bfloat16
 
 
 def microseconds(calls: list[Callable[[], object]]) -> float:
-    """Of one of the calls, all captured in one graph."""
+    """Return the mean time of a call, with all calls captured in one graph."""
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -48,7 +50,7 @@ def microseconds(calls: list[Callable[[], object]]) -> float:
 def attention_calls(
     heads: int, groups: int, head_size: int, cache: int, batch: int
 ) -> tuple[list[Callable[[], object]], int]:
-    """Calls of the step's attention on one layer after the other, and the bytes that one reads."""
+    """Return calls of the step's attention, one for each layer, and the bytes read by one call."""
     shape, inv_freq = StreamShape(4, cache - 4), torch.ones(head_size // 8, device="cuda")
     query = torch.randn(batch, heads, 1, head_size, device="cuda", dtype=DTYPE)
     key = torch.randn(batch, groups, 1, head_size, device="cuda", dtype=DTYPE)
@@ -90,7 +92,7 @@ def with_matvec(calls: list[Callable[[], object]]) -> float:
 
 
 def sweep(module, measure: Callable[[], float], **choices: tuple[int, ...]) -> None:
-    """Print the time under each combination of a kernel's settings, the best first."""
+    """Print the five fastest combinations of a kernel's settings."""
     results = []
     for values in itertools.product(*choices.values()):
         named = dict(zip(choices, values, strict=True))

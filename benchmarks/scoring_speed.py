@@ -1,10 +1,10 @@
-"""How fast and in how much memory a long text is scored, in chunks and token by token.
+"""Measure time and memory of scoring a long text, in chunks and token by token.
 
     python benchmarks/scoring_speed.py --model PATH --ids ids.npy --num-tokens 4000000
 
-Writes JSON to stdout: the perplexity of each tenth of the text under 4 + window tokens, time, and peak memory; progress
-goes to stderr. Without
---model a random model of SmolLM2-135M's shape, without --ids random tokens. (Decoding: `sinklm bench decode`.)
+Prints JSON to stdout: perplexity of each tenth of the text, time and peak memory; progress is
+printed to stderr. The default model is random, with SmolLM2-135M's shape; the default text is
+random tokens. For decoding speed, use `sinklm bench decode`.
 """
 
 import argparse
@@ -48,13 +48,13 @@ def score(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
     report = {"banded": banded(model, ids, shape, args), "token by token": single(model, ids[:, : args.single], shape)}
     alone = stream_losses(model, ids[:, -(ids.shape[1] // 10) :], **shape, chunk_size=args.chunk_size)
     mean = torch.cat([losses[0] for losses in alone]).double().mean()
-    report["perplexity of the last tenth by itself"] = math.exp(float(mean))  # what a stream without a past has
+    report["perplexity of the last tenth by itself"] = math.exp(float(mean))  # of a stream without context
     report["speed-up"] = report["banded"]["tokens/s"] / report["token by token"]["tokens/s"]
     return report | shape | {"dtype": str(dtype)}
 
 
 def banded(model: PreTrainedModel, ids: torch.Tensor, shape: dict, args: argparse.Namespace) -> dict:
-    """Perplexity of every tenth of the text, time, and peak memory after 100,000 tokens and at the end."""
+    """Perplexity of each tenth, time, and peak memory after 100,000 tokens and at the end."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     synchronize()
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--num-kept", type=int, default=4)
     parser.add_argument("--window", type=int, default=1020)
     parser.add_argument("--chunk-size", type=int, default=4096)
-    parser.add_argument("--single", type=int, default=300, help="tokens to feed one by one, for comparison")
+    parser.add_argument("--single", type=int, default=300, help="tokens scored one at a time, for comparison")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -1,10 +1,11 @@
-"""Sink rates and norms by the code of Gu et al., sail-sg/Attention-Sink, against ours on the same sequences.
+"""Compare sink rates and norms with the code of Gu et al., sail-sg/Attention-Sink.
 
     git clone https://github.com/sail-sg/Attention-Sink
     PYTHONPATH=Attention-Sink python benchmarks/sinks_reference.py MODEL --text book.txt
 
-Their two scripts run unchanged in this environment, also without a GPU. They are given token ids in the place of text
-and a tokenizer, and, since today's transformers has no tuples of keys and values, those of the cache.
+Their two scripts run unchanged in this environment, also without a GPU. They receive token ids
+instead of text and a tokenizer. They expect tuples of keys and values, which are taken from the
+cache of current transformers.
 """
 
 import argparse

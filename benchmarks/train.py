@@ -1,25 +1,29 @@
-"""Training speed and memory beside the field: this project, transformers, litgpt and a loop in nanoGPT's manner.
+"""Compare training speed and memory: sinklm, transformers, litgpt and a loop like nanoGPT's.
 
     python benchmarks/train.py --sizes 160m                                   # on one GPU
-    python benchmarks/train.py --sizes 14m --contestants sinklm,trainer --ranks 2 --seq-length 512 --micro-batch-size 2
-    python benchmarks/train.py --sizes 410m --contestants sinklm --ranks 1,2  # how near to linear two GPUs come
+    python benchmarks/train.py --sizes 410m --contestants sinklm --ranks 1,2  # scaling to two GPUs
+    python benchmarks/train.py --sizes 14m --contestants sinklm,trainer --ranks 2 \\
+        --seq-length 512 --micro-batch-size 2
 
-Needs what the project needs, and for litgpt `pip install --no-deps litgpt lightning lightning-utilities torchmetrics`
-(its own requirements would take huggingface-hub, and with it transformers, back a long way). A contestant that is not
-installed, runs out of memory or fails otherwise is reported and passed over.
+Needs sinklm's requirements, and for litgpt `pip install --no-deps litgpt lightning
+lightning-utilities torchmetrics` (its requirements would downgrade huggingface-hub and
+transformers). A contestant that is not installed, runs out of memory or fails otherwise is reported
+and skipped.
 
-All train the same shape on the same random tokens with the same micro-batch on every rank, one run each:
+All train the same shape on the same random tokens with the same micro-batch on every rank, one run
+each:
 
-- ``sinklm``: this project's `sinklm train` as it comes (DeepSpeed ZeRO-1, bf16 on a GPU, float32 on a CPU) with one
-  sink token, ``sinklm-none`` without, and so for each ``sink.kind``; the mean of the steps that it records in its
-  `metrics.jsonl`;
-- ``transformers``, ``litgpt``, ``nanogpt``: plain loops, see `train_peers.py`, each also with ``-bf16`` behind its name
-  for bfloat16 weights; ``trainer``: transformers' Trainer.
+- ``sinklm``: `sinklm train` with default settings (DeepSpeed ZeRO-1, bf16 on a GPU, float32 on a
+  CPU) and one sink token; ``sinklm-none`` without, and likewise for each ``sink.kind``. The time is
+  the mean of the steps recorded in `metrics.jsonl`.
+- ``transformers``, ``litgpt``, ``nanogpt``: plain loops, see `train_peers.py`; with the suffix
+  ``-bf16`` they have bfloat16 weights.
+- ``trainer``: transformers' Trainer.
 
-MFU is `sinklm.models.cost.flops_per_token` × tokens/s over the device's dense 16-bit peak. "start" is the time from the
-command to the end of the first step. "of linear" is the speed over that of the contestant's first number of ranks,
-divided by how many times more ranks there are. Results are printed as they come, and written to --output as JSON and
-Markdown.
+MFU is `sinklm.models.cost.flops_per_token` × tokens/s over the device's dense 16-bit peak. "start"
+is the time from the command to the end of the first step. "of linear" is the speed-up over the
+contestant's first number of ranks, divided by the ratio of ranks. Results are printed immediately,
+and written to --output as JSON and Markdown.
 """
 
 import argparse
@@ -49,11 +53,11 @@ from sinklm.train.recipe import load_config
 
 CONTESTANTS = "sinklm,sinklm-none,transformers,litgpt,nanogpt"
 TOKENIZER_SIZE = 50277  # Pythia's
-ROW_LENGTH = 2049  # of pre-shuffled rows, which need no preparation
+ROW_LENGTH = 2049  # length of pre-shuffled rows, which need no preparation
 
 
 def write_random_store(folder: Path, num_rows: int = 2048) -> Path:
-    """Random tokens as pre-shuffled rows, and a tokenizer that has as many ids as Pythia's."""
+    """Write random tokens as pre-shuffled rows, and a tokenizer with as many ids as Pythia's."""
     folder.mkdir()
     tokens = np.random.default_rng(0).integers(0, TOKENIZER_SIZE, num_rows * ROW_LENGTH, dtype=np.uint16)
     tokens.tofile(folder / "rows.bin")
@@ -72,7 +76,7 @@ Settings = argparse.Namespace
 
 
 def run_sinklm(contestant: str, ranks: int, recipe: str, store: Path, folder: Path, args: Settings) -> dict:
-    """Start the project's own command, and end it when it has recorded the steps wanted, before it would save."""
+    """Start `sinklm train`, and end it after the required steps, before it saves."""
     run_dir = folder / "run"
     config = config_of(contestant, recipe, args)
     overrides = [
@@ -107,7 +111,7 @@ def run_sinklm(contestant: str, ranks: int, recipe: str, store: Path, folder: Pa
 
 @contextmanager
 def running(command: list[str], stdout: Any, stderr: Any) -> Iterator[subprocess.Popen]:
-    """A process that does not outlive the block, nor do the ranks it has started in sessions of their own."""
+    """Run a process, and kill it and the ranks it has started at the end of the block."""
     process = subprocess.Popen(command, stdout=stdout, stderr=stderr, text=True)
     try:
         yield process
@@ -123,14 +127,14 @@ def running(command: list[str], stdout: Any, stderr: Any) -> Iterator[subprocess
 def wait_for_steps(
     num_steps: int, metrics: Path, process: subprocess.Popen, deadline: float
 ) -> tuple[float, list[dict]]:
-    """When so many steps were on record, and they."""
+    """Wait until ``num_steps`` are recorded. Returns the time and the recorded lines."""
     while process.poll() is None and time.time() < deadline:
         recorded = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
         lines = [json.loads(line) for line in recorded if line.endswith("\n")]
         if len(lines) >= num_steps:
             return time.time(), lines
         time.sleep(0.05)
-    raise RuntimeError(f"`sinklm train` ended or took too long before step {num_steps}")
+    raise RuntimeError(f"`sinklm train` ended or exceeded --timeout before step {num_steps}")
 
 
 def run_peer(contestant: str, ranks: int, recipe: str, store: Path, folder: Path, args: Settings) -> dict:
@@ -154,7 +158,7 @@ def run_peer(contestant: str, ranks: int, recipe: str, store: Path, folder: Path
 
 
 def last_words(output: str) -> str:
-    """The line of an error among the last ones of a process."""
+    """Return the last line of a process's output with an error, or the last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line or line.startswith("error:")]
     return (errors or lines or [""])[-1][:300]
@@ -171,7 +175,7 @@ def config_of(contestant: str, recipe: str, args: Settings) -> TrainingConfig:
 
 
 def measure(contestant: str, ranks: int, size: str, store: Path, args: Settings) -> dict:
-    """One contestant's row, or what it died of."""
+    """Return the row of one contestant, with its error if it failed."""
     recipe = f"pythia-{size}"
     run = run_sinklm if contestant.startswith("sinklm") else run_peer
     row: dict = {"size": size, "contestant": contestant, "ranks": ranks}
@@ -179,7 +183,7 @@ def measure(contestant: str, ranks: int, size: str, store: Path, args: Settings)
         try:
             row |= run(contestant, ranks, recipe, store, Path(folder), args)
             config = config_of(contestant, recipe, args)
-        except Exception as error:  # whatever it is, the others still want their turn
+        except Exception as error:  # the other contestants are still measured
             return row | {"error": f"{type(error).__name__}: {error}"[:400]}
     row |= {"micro_batch_size": config.train.micro_batch_size}
     row["tokens_per_second"] = ranks * row["micro_batch_size"] * args.seq_length / row["seconds_per_step"]
@@ -190,7 +194,7 @@ def measure(contestant: str, ranks: int, size: str, store: Path, args: Settings)
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown. Faster than a contestant is the first one of the same size and ranks."""
+    """Return a Markdown table; speeds are relative to the first row of a size and ranks."""
     lines = [
         "| size | contestant | ranks | micro-batch | ms/step | tokens/s | MFU | memory, GiB | start, s "
         "| first is faster by | of linear |",
@@ -233,11 +237,11 @@ def main() -> None:
     parser.add_argument("--sizes", default="160m")
     parser.add_argument("--contestants", default=CONTESTANTS)
     parser.add_argument("--seq-length", type=int, default=2048)
-    parser.add_argument("--micro-batch-size", type=int, help="default: the recipe's")
+    parser.add_argument("--micro-batch-size", type=int, help="default: the recipe's value")
     parser.add_argument("--num-warmup-steps", type=int, default=10)
     parser.add_argument("--num-steps", type=int, default=30)
-    parser.add_argument("--ranks", default="1", help="one number or several")
-    parser.add_argument("--timeout", type=float, default=240, help="seconds for one contestant")
+    parser.add_argument("--ranks", default="1", help="numbers of ranks, separated by commas")
+    parser.add_argument("--timeout", type=float, default=240, help="seconds for each contestant")
     parser.add_argument("--output", type=Path, default=Path("results/train"), help="path without suffix")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for `sinklm train`")
     args = parser.parse_intermixed_args()

@@ -1,12 +1,13 @@
-"""The peers of `benchmarks/train.py`: one plain training loop in a process of its own.
+"""The other contestants of `benchmarks/train.py`: one plain training loop in a separate process.
 
     python benchmarks/train_peers.py '{"contestant": "litgpt", "recipe": "pythia-160m", …}'
 
-Every loop clips to 1.0 and updates with fused AdamW, on batches that already lie on the device. On a GPU models and
-losses are compiled (litgpt's loss is not, as in its own pretraining), attention is SDPA, and the weights are float32
-under bfloat16 autocast, which is what `transformers.Trainer(bf16=True)` and `litgpt pretrain` do by default; a name
-with ``-bf16`` behind it has bfloat16 weights and moments without any float32 copy, which is faster and less exact. On a
-CPU everything is float32 and eager. Under torchrun the model is wrapped in DistributedDataParallel.
+Every loop clips to 1.0 and updates with fused AdamW, on batches that are already on the device. On
+a GPU, models and losses are compiled (except litgpt's loss, as in its own pretraining), attention
+is SDPA, and the weights are float32 with bfloat16 autocast, as in `transformers.Trainer(bf16=True)`
+and `litgpt pretrain` by default. With the suffix ``-bf16``, weights and moments are bfloat16
+without a float32 copy, which is faster and less exact. On a CPU everything is float32 and eager.
+With torchrun, the model is wrapped in DistributedDataParallel.
 """
 
 import json
@@ -31,11 +32,11 @@ from sinklm.train.plan import Plan
 from sinklm.train.progress import peak_memory_gib
 from sinklm.train.recipe import load_config
 
-Loss = Callable[[torch.Tensor], torch.Tensor]  # of samples (B, T + 1)
+Loss = Callable[[torch.Tensor], torch.Tensor]  # takes samples (B, T + 1)
 
 
 class Clock:
-    """Times the steps behind the warm-up; the device is waited for at its first and last tick alone."""
+    """Times steps after warm-up; waits for the device only at the first and last tick."""
 
     def __init__(self, num_warmup_steps: int, num_steps: int):
         self._num_warmup_steps, self._num_steps = num_warmup_steps, num_steps
@@ -43,7 +44,7 @@ class Clock:
         self.first_step_at = self._started = self.seconds_per_step = float("nan")
 
     def tick(self) -> None:
-        """A step is done."""
+        """Count a finished step."""
         self._num_ticks += 1
         if self._num_ticks in (1, self._num_warmup_steps, self._num_warmup_steps + self._num_steps):
             if torch.cuda.is_available():
@@ -57,7 +58,7 @@ class Clock:
 
 
 def plain_loop(model: nn.Module, loss_of: Loss, batches: Iterator[torch.Tensor], clock: Clock, num_steps: int) -> None:
-    """Forward, backward, clip, update."""
+    """Train: forward, backward, clip, update."""
     parameters = list(model.parameters())
     has_float32_weights = parameters[0].dtype == torch.float32
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -73,7 +74,7 @@ def plain_loop(model: nn.Module, loss_of: Loss, batches: Iterator[torch.Tensor],
 
 
 def prepared(model: nn.Module, *, is_bf16: bool) -> nn.Module:
-    """The model on its device: its weights cast, compiled on a GPU, and shared by the ranks."""
+    """Move the model to its device, cast and compile it, and wrap it for several ranks."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device, torch.bfloat16 if is_bf16 else torch.float32).train()
     if dist.is_initialized():
@@ -94,7 +95,7 @@ def train_transformers(config: SinkGPTNeoXConfig, batches: Iterator, clock: Cloc
 
 
 def train_litgpt(config: SinkGPTNeoXConfig, batches: Iterator, clock: Clock, num_steps: int, bf16: bool) -> None:
-    """litgpt's model and loss, as its `pretrain.py` puts them together."""
+    """Train litgpt's model with its loss, as in its `pretrain.py`."""
     from litgpt.config import Config
     from litgpt.model import GPT
     from litgpt.utils import chunked_cross_entropy
@@ -118,7 +119,7 @@ def train_litgpt(config: SinkGPTNeoXConfig, batches: Iterator, clock: Clock, num
 
 
 class NanoLayer(nn.Module):
-    """GPT-NeoX's layer in nanoGPT's manner."""
+    """GPT-NeoX's layer in the style of nanoGPT."""
 
     def __init__(self, config: SinkGPTNeoXConfig):
         super().__init__()
@@ -137,14 +138,14 @@ class NanoLayer(nn.Module):
 
 
 def rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding of the first dimensions of ``(B, T, heads, head_dim)``."""
+    """Apply rotary position embedding to the first dimensions of ``(B, T, heads, head_dim)``."""
     half = cos.shape[-1]
     first, second, rest = states.split([half, half, states.shape[-1] - 2 * half], dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).type_as(states)
 
 
 class NanoGPT(nn.Module):
-    """A whole GPT-NeoX with its loss, to be compiled as one graph."""
+    """A GPT-NeoX model with its loss, compiled as one graph."""
 
     def __init__(self, config: SinkGPTNeoXConfig):
         super().__init__()
@@ -180,7 +181,7 @@ def train_nanogpt(config: SinkGPTNeoXConfig, batches: Iterator, clock: Clock, nu
 
 
 def train_trainer(config: SinkGPTNeoXConfig, batches: Iterator, clock: Clock, num_steps: int, bf16: bool) -> None:
-    """transformers' own Trainer, which shares out the batch by itself."""
+    """Train with transformers' Trainer, which distributes the batch itself."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     class Ticks(TrainerCallback):
@@ -219,7 +220,7 @@ PEERS = {
 
 
 def read_batches(store: Path, micro_batch_size: int, seq_length: int) -> Iterator[torch.Tensor]:
-    """Batches ``(B, T + 1)`` of the store that the project trains on, again and again, from the device's memory."""
+    """Yield a few batches ``(B, T + 1)`` of the store repeatedly, from device memory."""
     stream = open_store(store).split("train")
     rank = int(os.environ.get("RANK", 0))
     num_batches = min(16, len(stream) // (micro_batch_size * (seq_length + 1)))

@@ -1,15 +1,20 @@
-"""Where a training step's time goes: the kernels of the project's own step, in groups, and what stands between them.
+"""Profile a training step: the time of its kernels, in groups, and the time between them.
 
     python benchmarks/training_profile.py pythia-160m
     python benchmarks/training_profile.py pythia-160m model.sink.kind=logit --without gelu,rotary
-    python benchmarks/training_profile.py pythia-70m --inductor triton.cudagraphs=true --num-steps 20
+    python benchmarks/training_profile.py pythia-70m --inductor triton.cudagraphs=true
 
-Takes steps as `sinklm train` does (`sinklm.train.engine`: DeepSpeed, ZeRO-1, bfloat16 on a GPU) on random tokens, one
-micro-batch a step unless ``train.batch_size_tokens`` says otherwise. First it times steps without a profiler, then it
-profiles some. "gap" is the time of a step less that of its kernels, "idle" the time in which no kernel ran while
-profiled: a gap longer than that says that kernels took longer without the profiler (a long run is warmer, and its clock
-lower). "host" is how long the host took to queue a step, in which it may wait for the device. --without takes parts of
-the project out, to see what they are worth; --inductor sets options of `torch._inductor.config`.
+Runs steps like `sinklm train` (`sinklm.train.engine`: DeepSpeed, ZeRO-1, bfloat16 on a GPU) on
+random tokens, with one micro-batch per step unless ``train.batch_size_tokens`` is set. Steps are
+first timed without a profiler, then a few are profiled.
+
+- "gap": time of a step minus the time of its kernels.
+- "idle": time in which no kernel ran while profiling. A larger gap means that kernels were slower
+  without the profiler (in a long run the GPU is warmer and its clock lower).
+- "host": time in which the host queued a step, which may include waiting for the device.
+
+--without disables parts of sinklm, to measure their effect; --inductor sets options of
+`torch._inductor.config`.
 
 Recorded results: docs/results/training-speed.md.
 """
@@ -41,11 +46,12 @@ from sinklm.train.recipe import load_config
 from sinklm.train.step import PendingStep, train_step
 
 TOKENIZER_SIZE = 50277  # Pythia's
-# Ranges that the profiler reports beside kernels.
+# Ranges that the profiler reports in addition to kernels.
 RANGES = ("ProfilerStep", "Torch-Compiled", "## Call", "nccl:", "Optimizer.", "CompiledFunction", "autograd::")
-# The first pattern found in a kernel's name gives its group. Inductor names its own kernels by what they fuse.
+# A kernel's group is that of the first matching pattern. Inductor's kernel names list the fused
+# operations.
 GROUPS = {
-    "rotary and layout": r"^triton.*(attention|_cat_|_cat$|split)|rotate",  # inductor names what its copies feed
+    "rotary and layout": r"^triton.*(attention|_cat_|_cat$|split)|rotate",  # inductor names copies by consumer
     "attention": r"flash|fmha|sdpa|cudnn.*attention|attention|convert_dq|compute_dot_do_o|mha",
     "matrix products": r"gemm|nvjet|cutlass|cublas|splitK|(^|::)(mm|addmm|bmm)$|mkl",
     "loss": r"cross_entropy|log_softmax|logsumexp",
@@ -74,7 +80,7 @@ def group_of(name: str) -> str:
 
 
 def recipe_config(args: argparse.Namespace, num_ranks: int) -> TrainingConfig:
-    """The recipe with one micro-batch a step on each rank."""
+    """Return the recipe with one micro-batch per step on each rank."""
     on_gpu = torch.cuda.is_available()
     first = [f"train.precision={'bf16' if on_gpu else 'fp32'}", *args.overrides]
     config = load_config(args.recipe, first)
@@ -85,7 +91,7 @@ def recipe_config(args: argparse.Namespace, num_ranks: int) -> TrainingConfig:
 
 
 def random_batches(plan: Plan, device: torch.device) -> Iterator[torch.Tensor]:
-    """The same few micro-batches again and again, from the device's memory."""
+    """Yield a few micro-batches repeatedly, from device memory."""
     shape = (4, plan.config.train.micro_batch_size, plan.tokens_per_sample)
     batches = torch.randint(0, TOKENIZER_SIZE, shape, device=device)
     while True:
@@ -93,7 +99,7 @@ def random_batches(plan: Plan, device: torch.device) -> Iterator[torch.Tensor]:
 
 
 class Steps:
-    """Takes training steps, one after the other."""
+    """Runs training steps."""
 
     def __init__(self, plan: Plan, world: World):
         torch.manual_seed(plan.config.train.seed)
@@ -104,10 +110,10 @@ class Steps:
         self._batches = random_batches(plan, world.device)
 
     def take(self, num_steps: int) -> list[float]:
-        """Take them as the project's loop does: each is read when the next one is queued.
+        """Run steps like the training loop: each is read after the next one is queued.
 
         Returns:
-            the seconds that the host took to queue each.
+            seconds that the host needed to queue each step.
         """
         seconds = []
         pending: PendingStep | None = None
@@ -122,7 +128,7 @@ class Steps:
         return seconds
 
     def time(self, num_steps: int) -> tuple[float, list[float]]:
-        """Seconds a step, measured from an idle device to an idle device, and those of the host alone."""
+        """Return seconds per step, between idle device states, and the host's seconds of each."""
         wait_for_device()
         started = time.perf_counter()
         by_host = self.take(num_steps)
@@ -136,9 +142,11 @@ def wait_for_device() -> None:
 
 
 def kernels_of(steps: Steps, num_steps: int) -> tuple[dict[str, list[float]], float, float]:
-    """Milliseconds of each kernel by name; of a step's time in which at least one ran; and in which none did.
+    """Profile steps; on a CPU, operators count as kernels.
 
-    On a CPU operators play the kernels.
+    Returns:
+        milliseconds of each kernel by name, and the milliseconds of a step with and without a
+            running kernel.
     """
     on_gpu = torch.cuda.is_available()
     activities = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
@@ -158,7 +166,7 @@ def kernels_of(steps: Steps, num_steps: int) -> tuple[dict[str, list[float]], fl
 
 
 def covered(spans: list[tuple[float, float]]) -> float:
-    """The length of the union of intervals."""
+    """Return the length of the union of intervals."""
     length, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         length += max(0.0, end - max(start, reached))
@@ -221,13 +229,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings as for `sinklm train`")
-    parser.add_argument("--without", default="", help=f"of {','.join(WITHOUT)}")
-    parser.add_argument("--inductor", nargs="*", default=[], metavar="option=value", help="value is JSON")
+    parser.add_argument("--without", default="", help=f"parts to disable, of {','.join(WITHOUT)}")
+    parser.add_argument("--inductor", nargs="*", default=[], metavar="option=value", help="options; values are JSON")
     parser.add_argument("--num-warmup-steps", type=int, default=5)
-    parser.add_argument("--num-steps", type=int, default=20, help="timed, without the profiler")
+    parser.add_argument("--num-steps", type=int, default=20, help="steps timed without the profiler")
     parser.add_argument("--num-profiled-steps", type=int, default=3)
     parser.add_argument("--num-kernels", type=int, default=25)
-    parser.add_argument("--output", type=Path, help="a file to add a line of JSON to")
+    parser.add_argument("--output", type=Path, help="file to which a line of JSON is appended")
     args = parser.parse_intermixed_args()
     for part in filter(None, args.without.split(",")):
         WITHOUT[part]()
@@ -250,7 +258,7 @@ def set_option(config: Any, name: str, value: str) -> None:
     for part in path:
         config = getattr(config, part)
     before, after = getattr(config, last), json.loads(value)
-    if isinstance(before, bool) and not isinstance(after, bool):  # torch fails much later on a 1
+    if isinstance(before, bool) and not isinstance(after, bool):  # with 1 instead of true, torch fails much later
         raise SystemExit(f"--inductor {name}={value}: write true or false")
     setattr(config, last, after)
 

@@ -1,4 +1,4 @@
-"""From text to training samples: readers, tokenizing, the token store, windows and their order."""
+"""From text to training samples: readers, tokenization, the token store, windows, sample order."""
 
 from ..extras import require_extra
 

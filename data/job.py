@@ -1,8 +1,8 @@
-"""One shard of a running preparation: its two pairs of files, and the note on disk from which it can go on.
+"""One shard of a running preparation: its two pairs of files and its progress note on disk.
 
-The note says how many records are done and how much of the partial files belongs to them; it is replaced in one
-step, after the files are safe. What stands behind that in the files after a crash is dropped, so the shard comes out
-the same, byte for byte, as if nothing had happened.
+The note records how many records are done and the size of their data in the partial files. It is
+replaced atomically after the files are flushed to disk. When a crashed job resumes, data beyond the
+note is dropped, so the finished shard is byte-identical to that of an uninterrupted run.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from .tokenizing import TokenizedBatch
 
 
 class JobState(BaseModel):
-    """The note. ``sets`` counts what is done by split and Pile set; ``files`` is known once the shard is finished."""
+    """The progress note: ``sets`` counts by split and Pile set, ``files`` is set when finished."""
 
     name: str
     bytes: int | None
@@ -40,17 +40,17 @@ class JobState(BaseModel):
 
 
 class ShardJob:
-    """Prepares one shard, from where an earlier run left it.
+    """Prepares one shard and resumes the work of an earlier run.
 
     Args:
         store: the output folder.
-        notes: folder of the notes.
-        index: the shard's number, which names its files.
+        notes: the folder of the progress notes.
+        index: the shard's number, used as its file name.
         shard: the input.
-        dtype: of the tokens.
+        dtype: dtype of the tokens.
 
     Raises:
-        ValueError: the shard is finished, but its input is another one now.
+        ValueError: the shard is finished, but its input has changed since.
     """
 
     def __init__(self, store: Path, notes: Path, index: int, shard: Shard, dtype: np.dtype):
@@ -69,8 +69,8 @@ class ShardJob:
         is_same = (state.name, state.bytes) == (fresh.name, fresh.bytes)
         if state.is_finished and not is_same:
             raise ValueError(
-                f"{self.store}: shard {self.stem} was made from {state.name} of {state.bytes} bytes, which has "
-                f"{fresh.bytes} now; delete the folder or choose another --output"
+                f"{self.store}: shard {self.stem} was made from {state.name} with {state.bytes} bytes, but the input "
+                f"is now {fresh.name} with {fresh.bytes} bytes; delete the folder or choose another --output"
             )
         if not state.is_finished and not (is_same and self._has_partial_files(state)):
             return fresh
@@ -93,7 +93,7 @@ class ShardJob:
         self.state.num_empty_files += batch.num_empty_files
 
     def _writer(self, split: str) -> MegatronWriter:
-        if not self._writers:  # so nothing was added since the note was read: its totals are what the files hold
+        if not self._writers:  # nothing was added since the note was read, so its totals match the files
             for name in SPLITS:
                 (self.store / name).mkdir(exist_ok=True)
                 total = self.state.total(name)
@@ -103,7 +103,7 @@ class ShardJob:
         return self._writers[split]
 
     def commit(self) -> None:
-        """Make all that was added safe against a crash."""
+        """Flush everything added so far to disk and update the note."""
         for writer in self._writers.values():
             writer.commit()
         write_json(self.note_path, self.state.model_dump(), ensure_ascii=False)
@@ -112,7 +112,7 @@ class ShardJob:
         """Complete the shard's files.
 
         Raises:
-            ValueError: there was no document in it.
+            ValueError: the shard contains no document.
         """
         if not any(self.state.total(split).documents for split in SPLITS):
             raise no_document(self.shard)
@@ -127,7 +127,7 @@ class ShardJob:
         write_json(self.note_path, self.state.model_dump(), ensure_ascii=False)
 
     def close(self) -> None:
-        """Let go of the files of an unfinished shard."""
+        """Close the files of an unfinished shard."""
         for writer in self._writers.values():
             writer.close()
         self._writers.clear()

@@ -1,4 +1,4 @@
-"""The manifest of a token store: what the store was made from, what it holds, and the checksum of every file."""
+"""The manifest of a token store: its sources, its contents, and the checksum of every file."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ class _Strict(BaseModel):
 
 
 class Counts(_Strict):
-    """Sizes of a part of the corpus: documents, tokens (end-of-document tokens included), bytes of UTF-8 text."""
+    """Documents, tokens (end-of-document tokens included) and bytes of UTF-8 text."""
 
     documents: int = 0
     tokens: int = 0
@@ -32,7 +32,7 @@ class Counts(_Strict):
 
 
 class Split(_Strict):
-    """One split: its totals, the same for each Pile set, and its shards (paths without suffix) in their order."""
+    """One split: counts in total and for each Pile set, and its shards (paths without suffix)."""
 
     total: Counts
     sets: dict[str, Counts]
@@ -40,7 +40,7 @@ class Split(_Strict):
 
 
 class TokenizerInfo(_Strict):
-    """The tokenizer: ``size`` is its largest id + 1, added tokens included; ``eod_id`` ends each document."""
+    """``size`` is the largest id + 1, added tokens included; ``eod_id`` ends each document."""
 
     sha256: str
     size: int
@@ -48,7 +48,7 @@ class TokenizerInfo(_Strict):
 
 
 class Source(_Strict):
-    """One input shard: its name, its size where it has one, and how many of its text files were empty."""
+    """One input shard: its name, its size if known, and the number of empty text files in it."""
 
     name: str
     bytes: int | None
@@ -61,7 +61,7 @@ class FileInfo(_Strict):
 
 
 class Manifest(_Strict):
-    """``manifest.json``. ``files`` has every other file of the store, by its path in it."""
+    """``manifest.json``. ``files`` lists every other file of the store by its relative path."""
 
     format_version: Literal[1] = 1
     tokenizer: TokenizerInfo
@@ -73,7 +73,7 @@ class Manifest(_Strict):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the paths and checksums of all files: equal for equal content, wherever the store lies."""
+        """sha256 over the relative paths and checksums of all files."""
         lines = "".join(f"{name} {info.sha256}\n" for name, info in sorted(self.files.items()))
         return hashlib.sha256(lines.encode()).hexdigest()
 
@@ -82,8 +82,8 @@ def read_manifest(store: Path) -> Manifest:
     """Read ``store/manifest.json``.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged, or of another version.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged or of another version.
     """
     path = store / MANIFEST_NAME
     if not path.exists():
@@ -95,11 +95,13 @@ def read_manifest(store: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole file"
-        raise ValueError(f"{path}: not a manifest this version can read ({where}: {first['msg']})") from None
+        raise ValueError(
+            f"{path}: damaged, or written by another version ({where}: {first['msg']}); copy or prepare the store again"
+        ) from None
 
 
 def sha256_of(path: str | os.PathLike) -> str:
-    """sha256 of a file's content, in hexadecimal."""
+    """Return the sha256 of a file's content in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while block := file.read(2**22):
@@ -108,6 +110,6 @@ def sha256_of(path: str | os.PathLike) -> str:
 
 
 def sha256_of_all(paths: Iterable[Path]) -> list[str]:
-    """sha256 of many files, several at a time (hashing and reading leave the interpreter lock)."""
+    """Return the sha256 of each file, computed in threads (hashing and reading release the GIL)."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(sha256_of, paths))

@@ -1,4 +1,7 @@
-"""Text to token store: one process reads and writes, many tokenize, and only a few batches between them are held."""
+"""Converts text to a token store: one process reads and writes, several processes tokenize.
+
+Only a few batches are in memory at a time.
+"""
 
 import contextlib
 import errno
@@ -37,14 +40,14 @@ from .store import TokenStore, note_verified
 from .tokenizer import DEFAULT_TOKENIZER, eod_id, find_tokenizer_file, load_tokenizer_file, tokenizer_size
 from .tokenizing import TokenizedBatch, start_process, take_answer, tokenize
 
-NOTES_NAME = ".prepare"  # folder of the unfinished work in the output folder
+NOTES_NAME = ".prepare"  # folder for unfinished work, inside the output folder
 BATCH_BYTES = 2**18
 COMMIT_SECONDS = 10.0
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Settings(BaseModel):
-    """What must be the same when an interrupted preparation goes on."""
+    """Settings that must not change when an interrupted preparation resumes."""
 
     tokenizer_sha256: str
     validation_fraction: float
@@ -52,10 +55,10 @@ class Settings(BaseModel):
 
 
 class PrepareProgress(NamedTuple):
-    """How far a preparation is, work of earlier runs included.
+    """Progress of a preparation, including the work of earlier runs.
 
-    ``counts`` is of all that is tokenized. ``source_bytes`` is the input used up, as it lies on disk (compressed), out
-    of ``total_source_bytes``; that is None where a size is not known.
+    ``counts`` covers everything tokenized so far. ``source_bytes`` is the input read so far, in
+    bytes on disk (compressed), out of ``total_source_bytes``, which is None if a size is not known.
     """
 
     shard_name: str
@@ -73,23 +76,28 @@ def prepare_store(
     num_processes: int | None = None,
     report: Callable[[PrepareProgress], None] = lambda progress: None,
 ) -> Manifest:
-    """Tokenize the documents of ``shards`` (see :func:`find_inputs`) into a token store.
+    """Tokenize the documents of ``shards`` into a token store.
 
-    Run again after an interruption with the same arguments, it goes on where it was and ends in the same bytes; on a
-    finished store it does nothing. ``num_processes`` changes the speed alone; None takes every processor.
+    After an interruption, call it again with the same arguments: it resumes and produces the same
+    bytes as an uninterrupted run. On a finished store it does nothing.
 
     Args:
-        output: folder of the store; it must be new, empty, or an earlier run's. One that saved no work binds nothing.
+        shards: the inputs, see :func:`find_inputs`.
+        output: folder of the store; new, empty, or from an earlier run with the same settings. If
+            the earlier run saved no work, the settings may differ.
         tokenizer: Hub name, or path of a ``tokenizer.json`` or of its folder.
-        validation_fraction: share of documents, chosen by their hash, in the validation split.
+        validation_fraction: share of documents in the validation split, chosen by hash.
+        num_processes: number of tokenizing processes; None uses every processor. It only affects
+            speed.
         report: called after each batch.
 
     Raises:
-        ValueError: bad input (the message names file and line), or an output folder made with other settings.
+        ValueError: bad input (the message names file and line), or an output folder made with other
+            settings.
         OSError: a file or the tokenizer is missing, or the disk is full; all saved work is kept.
     """
     if not 0 <= validation_fraction < 1:
-        raise ValueError(f"validation_fraction is {validation_fraction}; it must lie between 0 and 1")
+        raise ValueError(f"validation_fraction is {validation_fraction}; it must be at least 0 and below 1")
     store = Path(output)
     tokenizer_file = find_tokenizer_file(tokenizer)
     encoder = load_tokenizer_file(tokenizer_file)
@@ -115,12 +123,12 @@ def prepare_store(
 
 
 def has_saved_work(store: Path) -> bool:
-    """Whether an unfinished preparation has left something that the same one can go on from."""
+    """Whether an unfinished preparation saved work that can be resumed."""
     return any((store / NOTES_NAME).glob("[0-9]*.json"))
 
 
 def num_processors() -> int:
-    """Processors this process may use."""
+    """Number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -135,8 +143,8 @@ def _finished_store(store: Path, settings: Settings, shards: list[Shard]) -> Man
     for source, shard in zip(manifest.sources, shards, strict=True):
         if source.bytes != shard.num_bytes:
             raise ValueError(
-                f"{store}: is finished, and {source.name} has {shard.num_bytes} bytes now instead of {source.bytes}; "
-                "delete the folder or choose another --output"
+                f"{store}: already complete, but {source.name} now has {shard.num_bytes} bytes instead of "
+                f"{source.bytes}; delete the folder or choose another --output"
             )
     shutil.rmtree(store / NOTES_NAME, ignore_errors=True)
     return manifest
@@ -146,8 +154,8 @@ def _check_same(store: Path, before: Settings, now: Settings) -> None:
     for key, value in now:
         if (old := getattr(before, key)) != value:
             raise ValueError(
-                f"{store}: was begun with other settings ({key}: {_brief(old)} then, {_brief(value)} now); "
-                "give the same ones, delete the folder, or choose another --output"
+                f"{store}: was started with other settings ({key}: {_brief(old)} then, {_brief(value)} now); "
+                "use the same settings, delete the folder, or choose another --output"
             )
 
 
@@ -157,14 +165,14 @@ def _brief(value: object) -> str:
 
 @contextlib.contextmanager
 def _claim(store: Path, settings: Settings) -> Iterator[Path]:
-    """Make or take over the output folder, for this process alone; gives the folder of the notes."""
+    """Create or reopen the output folder and lock it; yields the folder of the notes."""
     notes = store / NOTES_NAME
     if store.is_file():
         raise ValueError(f"{store}: is a file; --output must be a folder")
     if store.exists() and not notes.exists() and any(store.iterdir()):
-        raise ValueError(f"{store}: is not empty and not a token store; choose another --output")
+        raise ValueError(f"{store}: is neither empty nor a token store; choose another --output")
     notes.mkdir(parents=True, exist_ok=True)
-    with locked(notes / "lock", busy=f"{store}: another `sinklm prepare` is at work on it"):
+    with locked(notes / "lock", busy=f"{store}: in use by another `sinklm prepare`; wait for it or stop it"):
         path = notes / "settings.json"
         if has_saved_work(store):
             _check_same(store, Settings.model_validate_json(path.read_bytes()), settings)
@@ -181,15 +189,15 @@ def _explain_full_disk(store: Path) -> Iterator[None]:
         if error.errno not in FULL_DISK:
             raise
         raise OSError(
-            f"{store}: no space left to write ({error.strerror}); what is done is kept: make room and run the same "
-            "command again"
+            f"{store}: no space left to write ({error.strerror}); finished work is kept: free some space and run the "
+            "same command again"
         ) from error
 
 
 def _run(
     jobs: list[ShardJob], notes: Path, num_processes: int, start: tuple, report: Callable[[PrepareProgress], None]
 ) -> None:
-    """Work off the unfinished jobs in their order."""
+    """Run the unfinished jobs in order."""
     for job in jobs:
         job.shard.position = job.shard.num_bytes or 0 if job.state.is_finished else 0
     open_jobs = [job for job in jobs if not job.state.is_finished]
@@ -216,7 +224,7 @@ def _run(
             report(PrepareProgress(job.shard.name, done.model_copy(), sum(job.shard.position for job in jobs), total))
     except BrokenProcessPool as error:
         raise OSError(
-            "a tokenizing process was killed (by lack of memory?); run again with fewer --processes"
+            "a tokenizing process was killed, possibly out of memory; run again with fewer --processes"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -227,9 +235,9 @@ def _run(
 def _tokenized(
     pool: ProcessPoolExecutor, jobs: list[ShardJob], notes: Path, max_waiting: int
 ) -> Iterator[tuple[ShardJob, TokenizedBatch | None]]:
-    """Tokenized batches of all jobs in their order, None at the end of each job; at most ``max_waiting`` are ahead.
+    """Yield the tokenized batches of all jobs in order, and None at the end of each job.
 
-    What goes wrong while reading is raised in its turn, when the batches before it have been given out.
+    At most ``max_waiting`` batches are read ahead. A read error is raised after earlier batches.
     """
     waiting: deque[tuple[ShardJob, Future | Exception | None]] = deque()
     answers = (notes / f"answer-{number}" for number in itertools.count())

@@ -1,7 +1,8 @@
-"""EleutherAI's pre-shuffled Pythia data: rows of 2049 tokens, in the order in which Pythia was trained on them.
+"""EleutherAI's pre-shuffled Pythia data: rows of 2049 tokens, in Pythia's training order.
 
-The folder of ``EleutherAI/pile-deduped-pythia-preshuffled`` (``document-00000-of-00020.bin`` …, which are parts of one
-long file, or that file) with a ``tokenizer.json`` put beside them. The rows are used as they are, in their order.
+The folder contains the files of ``EleutherAI/pile-deduped-pythia-preshuffled``
+(``document-00000-of-00020.bin`` …, parts of one long file, or that whole file) and a
+``tokenizer.json``. Rows are used unchanged and in order.
 """
 
 import hashlib
@@ -19,14 +20,15 @@ NUM_PROBES = 64
 
 
 class PreshuffledStore:
-    """A folder of pre-shuffled rows, with what :class:`TokenStore` has but a manifest.
+    """A folder of pre-shuffled rows, with the interface of :class:`TokenStore` except the manifest.
 
-    The fingerprint covers the tokenizer, names and sizes of the files, and 64 rows spread over each of them: there are
-    no checksums to hold 600 GB against.
+    The fingerprint covers the tokenizer, the names and sizes of the files, and 64 rows spread over
+    each file, because no checksums exist for these 600 GB.
 
     Raises:
-        FileNotFoundError: no ``.bin`` file or no ``tokenizer.json``.
-        ValueError: the files are not rows of 2049 uint16, or have ids which the tokenizer has not.
+        FileNotFoundError: there is no ``.bin`` file or no ``tokenizer.json``.
+        ValueError: the files are not rows of 2049 uint16, or contain ids outside the tokenizer's
+            vocabulary.
     """
 
     is_shuffled = True
@@ -35,7 +37,7 @@ class PreshuffledStore:
         self.path = Path(path)
         self.tokenizer_path = self.path / TOKENIZER_NAME
         if not self.tokenizer_path.exists():
-            raise FileNotFoundError(f"{self.tokenizer_path}: missing; put the tokenizer of the rows there (Pythia's)")
+            raise FileNotFoundError(f"{self.tokenizer_path}: missing; copy Pythia's tokenizer.json there")
         tokenizer = load_tokenizer_file(self.tokenizer_path)
         self.tokenizer_size, self.eod_id = tokenizer_size(tokenizer), eod_id(tokenizer)
         paths = sorted(self.path.glob("*.bin"))
@@ -44,15 +46,15 @@ class PreshuffledStore:
         self._stream = TokenSequence(paths, np.dtype(np.uint16), row_length=ROW_LENGTH)
         if len(self._stream) == 0 or len(self._stream) % ROW_LENGTH:
             raise ValueError(
-                f"{self.path}: {len(self._stream)} tokens are no whole rows of {ROW_LENGTH}; a part of the .bin files "
-                "is missing, or they are of another kind"
+                f"{self.path}: {len(self._stream)} tokens are not a whole number of rows of {ROW_LENGTH}; a .bin file "
+                "is missing or damaged, or these are not pre-shuffled rows"
             )
         self.fingerprint = self._probe()
 
     def split(self, name: str) -> TokenSequence:
-        """The rows; there is no other split than "train"."""
+        """Return the rows. The only split is "train"."""
         if name != "train":
-            raise ValueError(f"{self.path}: pre-shuffled rows have no {name} split; turn validation off for them")
+            raise ValueError(f"{self.path}: pre-shuffled rows have no {name} split; disable validation for them")
         return self._stream
 
     def _probe(self) -> str:
@@ -63,13 +65,16 @@ class PreshuffledStore:
             for begin in np.linspace(start, stop - length, NUM_PROBES, dtype=np.int64):
                 tokens = self._stream.read(int(begin), int(begin) + length)
                 if tokens.max() >= self.tokenizer_size:
-                    raise ValueError(f"{path}: id {tokens.max()} is beyond the {self.tokenizer_size} of the tokenizer")
+                    raise ValueError(
+                        f"{path}: contains id {tokens.max()}, but the tokenizer's vocabulary has only "
+                        f"{self.tokenizer_size} ids; use the tokenizer that the rows were made with"
+                    )
                 digest.update(tokens.tobytes())
         return digest.hexdigest()
 
 
 def open_store(path: str | os.PathLike, *, verify: Verify = "auto") -> TokenStore | PreshuffledStore:
-    """The training data in a folder, of whichever of the two kinds it is."""
+    """Open a folder of training data: pre-shuffled rows or a token store."""
     folder = Path(path)
     if not (folder / MANIFEST_NAME).exists() and any(folder.glob("*.bin")):
         return PreshuffledStore(folder)

@@ -1,7 +1,7 @@
-"""Readers of text in the forms people have it, the Pile's first: shards of raw records.
+"""Readers for JSON lines (the Pile's format), parquet, text files and Hub data sets.
 
-A record is read here, in one process and cheaply, and parsed elsewhere, in many (``record.document()``). Nothing is
-ever skipped in silence: whatever is not a document ends in an error that names the file and the line.
+One process reads raw records, which is cheap; many processes parse them (``record.document()``). No
+record is skipped silently: one that is not a document raises an error that names file and line.
 """
 
 import gzip
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 JSON_LINES_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".zst")
 PARQUET_SUFFIX = ".parquet"
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")  # in a folder; a file or a pattern may name any other
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")  # in folders; named files and patterns may have other suffixes
 FOLDER_SUFFIXES = (*JSON_LINES_SUFFIXES, PARQUET_SUFFIX, *TEXT_SUFFIXES)
 MAX_ZSTD_WINDOW = 2**31  # the Pile's shards need 2**27 (`zstd --long=27`), more than zstandard allows by default
 BLOCK = 2**16  # bytes read at a time
@@ -46,9 +46,9 @@ class JsonLine(NamedTuple):
         try:
             row = orjson.loads(self.line)
         except orjson.JSONDecodeError as error:
-            raise ValueError(f"{self.place}: not JSON ({error}); mend or remove it") from None
+            raise ValueError(f"{self.place}: not valid JSON ({error}); fix or remove this line") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{self.place}: a record must be a JSON object, not a {type(row).__name__}")
+            raise ValueError(f"{self.place}: not a JSON object but a {type(row).__name__}; fix or remove this line")
         return _document_of(row, self.place, self.set_name)
 
 
@@ -69,7 +69,7 @@ class Row(NamedTuple):
 
 
 class TextFile(NamedTuple):
-    """One text file, which is one document; an empty one (think of ``__init__.py``) is none."""
+    """One text file, which is one document unless it is empty (such as ``__init__.py``)."""
 
     place: str
     set_name: str
@@ -81,11 +81,13 @@ class TextFile(NamedTuple):
 
     def document(self) -> Document | None:
         if b"\0" in self.content:
-            raise ValueError(f"{self.place}: holds zero bytes, so it is not a text file")
+            raise ValueError(f"{self.place}: contains NUL bytes, so it is not a text file; remove it from the inputs")
         try:
             text = self.content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{self.place}: not UTF-8 ({error.reason} at byte {error.start})") from None
+            raise ValueError(
+                f"{self.place}: not UTF-8 ({error.reason} at byte {error.start}); convert or remove the file"
+            ) from None
         return Document(text, self.set_name) if text else None
 
 
@@ -96,19 +98,19 @@ def _document_of(row: dict, place: str, set_name: str) -> Document:
     text, meta = row.get("text"), row.get("meta")
     if not isinstance(text, str) or not text:
         found = "is empty" if text == "" else f"is of type {type(text).__name__}" if "text" in row else "is missing"
-        raise ValueError(f"{place}: a record with no text (the key text {found}); mend or remove it")
+        raise ValueError(f'{place}: the record has no text (key "text" {found}); fix or remove it')
     if isinstance(meta, dict) and isinstance(meta.get("pile_set_name"), str):
         set_name = meta["pile_set_name"]
     return Document(text, set_name)
 
 
 class Shard(ABC):
-    """A part of the input that becomes one pair of files.
+    """A part of the input that becomes one shard of the store.
 
     Attributes:
-        name: of the source, for messages and the manifest.
-        num_bytes: its size on disk, None where it isn't known.
-        position: how many of these bytes the running ``read()`` has used.
+        name: name of the source, for messages and the manifest.
+        num_bytes: its size on disk, or None if not known.
+        position: number of these bytes that the current ``read()`` has consumed.
     """
 
     name: str
@@ -117,12 +119,12 @@ class Shard(ABC):
 
     @abstractmethod
     def read(self, skip: int = 0) -> Iterator[Record]:
-        """All records behind the first ``skip``, in their order."""
+        """Yield the records after the first ``skip``, in order."""
 
 
 @dataclass
 class JsonLinesShard(Shard):
-    """A ``.jsonl``, ``.jsonl.gz`` or ``.jsonl.zst`` file; ``.zst`` is taken for one. Blank lines are no records."""
+    """A ``.jsonl``, ``.jsonl.gz``, ``.jsonl.zst`` or ``.zst`` file. Blank lines are skipped."""
 
     path: Path
     position: int = 0
@@ -155,7 +157,7 @@ def _blocks(file: IO[bytes] | gzip.GzipFile, path: Path) -> Iterator[bytes]:
 
 
 def _unzstd(file: IO[bytes], path: Path) -> Iterator[bytes]:
-    """Decompress one or more frames. (zstandard's stream_reader ends in silence where a frame is cut off.)"""
+    """Decompress one or more frames. zstandard's stream_reader does not report truncated frames."""
     decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW)
     frame = None
     for block in _blocks(file, path):
@@ -164,11 +166,11 @@ def _unzstd(file: IO[bytes], path: Path) -> Iterator[bytes]:
             try:
                 yield frame.decompress(block)
             except zstandard.ZstdError as error:
-                raise ValueError(f"{path}: damaged .zst file ({error}); fetch it again") from None
+                raise ValueError(f"{path}: damaged .zst file ({error}); download it again") from None
             block = frame.unused_data
             frame = None if frame.eof else frame
     if frame is not None:
-        raise ValueError(f"{path}: truncated .zst file, it ends inside a frame; fetch it again")
+        raise ValueError(f"{path}: truncated .zst file, it ends inside a frame; download it again")
 
 
 def _gunzip(file: IO[bytes], path: Path) -> Iterator[bytes]:
@@ -176,13 +178,13 @@ def _gunzip(file: IO[bytes], path: Path) -> Iterator[bytes]:
         with gzip.GzipFile(fileobj=file) as stream:
             yield from _blocks(stream, path)
     except EOFError:
-        raise ValueError(f"{path}: truncated .gz file; fetch it again") from None
+        raise ValueError(f"{path}: truncated .gz file; download it again") from None
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: damaged .gz file ({error}); fetch it again") from None
+        raise ValueError(f"{path}: damaged .gz file ({error}); download it again") from None
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Cut a stream of bytes at newlines; only they end a JSON line, unlike ``bytes.splitlines``."""
+    """Split a stream of bytes at newlines only (``bytes.splitlines`` also splits elsewhere)."""
     begun: list[bytes] = []
     for chunk in chunks:
         first, *others = chunk.split(b"\n")
@@ -197,7 +199,7 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 @dataclass
 class ParquetShard(Shard):
-    """A parquet file with a string column ``text`` and perhaps a struct ``meta``."""
+    """A parquet file with a string column ``text`` and an optional struct column ``meta``."""
 
     path: Path
     position: int = 0
@@ -212,11 +214,15 @@ class ParquetShard(Shard):
         try:
             file = parquet.ParquetFile(self.path)
         except ArrowInvalid as error:
-            raise ValueError(f"{self.path}: not a parquet file, or a truncated one ({error})") from None
+            raise ValueError(
+                f"{self.path}: not a parquet file, or a truncated one ({error}); download it again"
+            ) from None
         with file:
             columns = [name for name in ("text", "meta") if name in file.schema_arrow.names]
             if "text" not in columns:
-                raise ValueError(f"{self.path}: has no column text, only {', '.join(file.schema_arrow.names)}")
+                raise ValueError(
+                    f'{self.path}: has no column "text", only {", ".join(file.schema_arrow.names)}; rename the column'
+                )
             number, num_bytes, set_name = 0, self.path.stat().st_size, stem(self.path)
             for batch in file.iter_batches(batch_size=256, columns=columns):
                 rows = batch.slice(min(max(skip - number, 0), len(batch))).to_pylist()
@@ -229,10 +235,10 @@ class ParquetShard(Shard):
 
 @dataclass
 class TextShard(Shard):
-    """Text files that were found behind each other: one document each, one shard together.
+    """Consecutive text files: each is one document, together they form one shard.
 
     Args:
-        name: of the first input they came from.
+        name: name of the input that the first file came from.
         files: the paths, each with the name of its set.
     """
 
@@ -258,8 +264,9 @@ class HubShard(Shard):
     """One file of a Hub data set, streamed by ``datasets``.
 
     Args:
-        dataset: a ``datasets.IterableDataset`` of that file alone.
-        name: of the data set, and the file's number in it.
+        dataset: a ``datasets.IterableDataset`` of this file only.
+        name: the data set's name and the file's number.
+        set_name: the data set's name.
     """
 
     dataset: "IterableDataset"
@@ -274,7 +281,7 @@ class HubShard(Shard):
 
 
 def stem(path: Path) -> str:
-    """The file's name without its ending, if that is a known one."""
+    """Return the file's name without its suffix, if the suffix is a known one."""
     for suffix in FOLDER_SUFFIXES:
         if path.name.endswith(suffix):
             return path.name.removesuffix(suffix)

@@ -1,4 +1,4 @@
-"""The token store: tokenized documents as Megatron pairs, with a manifest that says what they are."""
+"""The token store: tokenized documents as Megatron file pairs, described by a manifest."""
 
 import contextlib
 import json
@@ -17,12 +17,12 @@ Verify = Literal["auto", "size", "sha256"]
 
 
 class TokenSequence:
-    """The tokens of several files behind each other, as one long sequence. ``len()`` is in tokens.
+    """The tokens of several files, concatenated. ``len()`` is in tokens.
 
     Args:
-        paths: the ``.bin`` files, in their order.
-        dtype: of the tokens in them.
-        row_length: where the tokens are rows that belong together (pre-shuffled files), the length of a row.
+        paths: the ``.bin`` files, in order.
+        dtype: dtype of the tokens in them.
+        row_length: length of a row if the data consists of rows (pre-shuffled files).
     """
 
     def __init__(self, paths: list[Path], dtype: np.dtype, row_length: int | None = None):
@@ -35,13 +35,13 @@ class TokenSequence:
         return int(self.starts[-1])
 
     def __getstate__(self) -> dict:
-        # A memory map would be pickled as all the data it shows.
+        # Pickling a memory map would copy all its data.
         return {**self.__dict__, "_maps": [None] * len(self.paths)}
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens ``start … stop - 1``: int64, ``(stop - start,)``, a copy of its own."""
+        """Return a copy of the tokens ``start … stop - 1``, int64 ``(stop - start,)``."""
         if not 0 <= start <= stop <= len(self):
-            raise IndexError(f"tokens {start} to {stop} of {len(self)}")
+            raise IndexError(f"tokens {start} to {stop} are out of range; the sequence has {len(self)} tokens")
         tokens = np.empty(stop - start, np.int64)
         file = int(np.searchsorted(self.starts, start, side="right")) - 1
         filled = 0
@@ -61,7 +61,7 @@ class TokenSequence:
 
 
 class TokenSource(Protocol):
-    """What training asks of its data; :class:`TokenStore` and :class:`PreshuffledStore` have it."""
+    """What training requires of :class:`TokenStore` and :class:`PreshuffledStore`."""
 
     path: Path
     tokenizer_size: int
@@ -74,25 +74,26 @@ class TokenSource(Protocol):
 
 
 class TokenStore:
-    """A folder made by ``sinklm prepare``, open for reading.
+    """A folder made by ``sinklm prepare``, opened for reading.
 
     Args:
         path: the folder.
-        verify: how the files are held against the manifest. All three look at every file's presence and size.
-            "size" does no more; "sha256" reads every file; "auto" reads those whose size and time of change differ
-            from what they were when they were last found intact (noted in ``.verified.json``), so mostly none.
+        verify: how files are checked against the manifest. "size" checks that every file exists and
+            has the right size; "sha256" also reads every file; "auto" also reads the files whose
+            size or modification time changed since they were last verified (recorded in
+            ``.verified.json``).
 
     Attributes:
         manifest: see :class:`Manifest`.
         tokenizer_size: the tokenizer's largest id + 1, added tokens included.
         tokenizer_path: the store's ``tokenizer.json``.
         eod_id: the id at the end of each document.
-        fingerprint: sha256 over the files' checksums; the same wherever the store lies.
+        fingerprint: sha256 over the files' checksums; it does not depend on the store's location.
         is_shuffled: False; see :class:`PreshuffledStore`.
 
     Raises:
-        FileNotFoundError: there is no manifest, or a file of it is missing.
-        ValueError: the manifest is damaged, or a file does not fit it.
+        FileNotFoundError: there is no manifest, or one of its files is missing.
+        ValueError: the manifest is damaged, or a file does not match it.
     """
 
     is_shuffled = False
@@ -111,7 +112,7 @@ class TokenStore:
             check_hashes(self.path, self.manifest.files, trust_note=verify == "auto")
 
     def split(self, name: str) -> TokenSequence:
-        """The tokens of a split ("train" or "validation"): its documents in manifest order."""
+        """Return the tokens of a split ("train" or "validation"), in manifest order."""
         if name not in self.manifest.splits:
             raise ValueError(f"{self.path}: has no split {name!r}, only {', '.join(self.manifest.splits)}")
         shards = self.manifest.splits[name].shards
@@ -119,17 +120,17 @@ class TokenStore:
 
 
 def check_sizes(store: Path, files: dict[str, FileInfo]) -> None:
-    """Hold presence and size of every file against the manifest."""
+    """Check that every file of the manifest exists and has the right size."""
     for name, info in files.items():
         path = store / name
         if not path.exists():
-            raise FileNotFoundError(f"{path}: missing, though {MANIFEST_NAME} names it; copy the store again")
+            raise FileNotFoundError(f"{path}: missing, but {MANIFEST_NAME} lists it; copy the store again")
         if (size := path.stat().st_size) != info.bytes:
             raise ValueError(f"{path}: {size} bytes instead of {info.bytes}; copy or prepare the store again")
 
 
 def check_hashes(store: Path, files: dict[str, FileInfo], *, trust_note: bool) -> None:
-    """Hold files' content against the manifest: all, or those that changed since they were last found intact."""
+    """Verify the checksums of all files, or of those changed since the last verification."""
     stamps = _stamps(store, files)
     noted = _read_note(store) if trust_note else {}
     names = [name for name in files if noted.get(name) != stamps[name]]
@@ -141,7 +142,7 @@ def check_hashes(store: Path, files: dict[str, FileInfo], *, trust_note: bool) -
 
 
 def note_verified(store: Path, files: dict[str, FileInfo]) -> None:
-    """Remember that these files are intact. On a store that cannot be written they are read again next time."""
+    """Record that these files are intact. Without write access they are read again next time."""
     with contextlib.suppress(OSError):
         write_json(store / VERIFIED_NAME, _stamps(store, files))
 
@@ -154,6 +155,6 @@ def _read_note(store: Path) -> dict[str, list]:
 
 
 def _stamps(store: Path, files: dict[str, FileInfo]) -> dict[str, list]:
-    """What a file looks like from outside, for each file: checksum it should have, size, time of change in ns."""
+    """Return for each file its expected checksum, its size and its modification time in ns."""
     stats = {name: (store / name).stat() for name in files}
     return {name: [files[name].sha256, stats[name].st_size, stats[name].st_mtime_ns] for name in files}

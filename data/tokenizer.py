@@ -1,4 +1,4 @@
-"""Tokenizer files: finding one, reading it for the encoding of text, training one."""
+"""Tokenizer files: finding, loading and training them."""
 
 import json
 import os
@@ -15,10 +15,10 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 def find_tokenizer_file(name_or_path: str | os.PathLike) -> Path:
-    """The ``tokenizer.json`` of a Hub repository, of a local folder, or that file itself.
+    """Return the path of a ``tokenizer.json``, given the file, its folder or a Hub repository.
 
     Raises:
-        FileNotFoundError: there is none there.
+        FileNotFoundError: there is no such file.
         OSError: the Hub cannot be reached.
     """
     path = Path(name_or_path)
@@ -30,20 +30,20 @@ def find_tokenizer_file(name_or_path: str | os.PathLike) -> Path:
         return path
     name = str(name_or_path)
     if name.endswith(".json") or not HUB_NAME.fullmatch(name):
-        raise FileNotFoundError(f"{path}: no such tokenizer file")
+        raise FileNotFoundError(f"{path}: no such tokenizer file; pass --tokenizer with another path or a Hub name")
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(name, "tokenizer.json"))
     except (OSError, ValueError) as error:
         raise OSError(
-            f"tokenizer {name}: cannot get its tokenizer.json from the Hugging Face Hub ({type(error).__name__}); "
+            f"tokenizer {name}: cannot download tokenizer.json from the Hugging Face Hub ({type(error).__name__}); "
             "pass --tokenizer with the path of a local tokenizer.json"
         ) from error
 
 
 def load_tokenizer_file(name_or_path: str | os.PathLike) -> Tokenizer:
-    """The tokenizer of :func:`find_tokenizer_file`, without the truncation and padding that a file may ask for.
+    """Load a tokenizer (see :func:`find_tokenizer_file`) with truncation and padding disabled.
 
     Raises:
         ValueError: the file is not a tokenizer.
@@ -59,30 +59,31 @@ def load_tokenizer_file(name_or_path: str | os.PathLike) -> Tokenizer:
 
 
 def tokenizer_size(tokenizer: Tokenizer) -> int:
-    """The largest id + 1, added tokens included: 50277 for Pythia's."""
+    """Return the largest id + 1, added tokens included: 50277 for Pythia's tokenizer."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def eod_id(tokenizer: Tokenizer) -> int:
-    """The id that ends a document: that of the first of ``EOD_TOKENS`` which the tokenizer has.
+    """Return the end-of-document id: the first of ``EOD_TOKENS`` in the vocabulary.
 
     Raises:
-        ValueError: it has none of them.
+        ValueError: none of them is in the vocabulary.
     """
     for token in EOD_TOKENS:
         if (id_ := tokenizer.token_to_id(token)) is not None:
             return id_
-    raise ValueError(f"the tokenizer has no end-of-document token, none of {', '.join(EOD_TOKENS)}")
+    raise ValueError(f"the tokenizer has no end-of-document token; add one of {', '.join(EOD_TOKENS)}")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE in the manner of GPT-NeoX's: ``<|endoftext|>`` is id 0, ``<|padding|>`` id 1.
+    """Train a byte-level BPE like GPT-NeoX's: ``<|endoftext|>`` is id 0, ``<|padding|>`` id 1.
 
-    All 256 bytes are tokens and nothing is normalised (GPT-NeoX's composes characters, NFC), so that every text comes
-    back from its ids unchanged. A small text may give fewer than ``vocab_size`` tokens.
+    All 256 bytes are tokens and text is not normalised (GPT-NeoX's tokenizer applies NFC), so
+    decoding the ids of any text returns that text unchanged. A small text may yield fewer than
+    ``vocab_size`` tokens.
 
     Raises:
-        ValueError: ``vocab_size`` has no room for the bytes and the two special tokens.
+        ValueError: ``vocab_size`` is too small for the bytes and the two special tokens.
     """
     special_tokens = [EOD_TOKENS[0], PADDING_TOKEN]
     smallest = len(special_tokens) + 256
@@ -107,10 +108,11 @@ SAFE_CUT = re.compile("(?<=[A-Za-z]) (?=[A-Za-z])")
 
 
 def cuts_at_spaces(tokenizer: Tokenizer) -> bool:
-    """Whether cutting text before a space between two ASCII letters leaves its ids as they are.
+    """Whether text can be cut before a space between two ASCII letters without changing its ids.
 
-    So it is for GPT-2's pre-tokenizer (GPT-NeoX, Pythia, ours), whose regular expression always begins a word there,
-    with no normalizer or NFC, which composes nothing across a space, unless an added token reaches over such a place.
+    This is the case with GPT-2's pre-tokenizer (GPT-NeoX, Pythia, :func:`train_tokenizer`), whose
+    regular expression always starts a word there, if the normalizer is none or NFC (which composes
+    nothing across a space) and no added token contains such a place.
     """
     state = json.loads(tokenizer.to_str())
     pre, normalizer = state["pre_tokenizer"] or {}, state["normalizer"] or {"type": "NFC"}
@@ -120,7 +122,7 @@ def cuts_at_spaces(tokenizer: Tokenizer) -> bool:
 
 
 def cut_text(text: str, length: int) -> list[str]:
-    """Cut a long text into pieces of about ``length`` characters at the places of :func:`cuts_at_spaces`."""
+    """Cut a text into pieces of about ``length`` characters, see :func:`cuts_at_spaces`."""
     pieces, start = [], 0
     while len(text) - start > length and (cut := SAFE_CUT.search(text, start + length)):
         pieces.append(text[start : cut.start()])

@@ -1,4 +1,4 @@
-"""The work of one tokenizing process: a batch of raw records in, token ids and counts for each split out."""
+"""The work of one tokenizing process: converts batches of raw records to token ids and counts."""
 
 import hashlib
 import multiprocessing
@@ -17,13 +17,13 @@ from .manifest import Counts
 from .readers import Record
 from .tokenizer import cut_text, cuts_at_spaces, load_tokenizer_file
 
-PIECE_LENGTH = 2**17  # characters; tokenizers holds about 130 bytes for each of them while it encodes
+PIECE_LENGTH = 2**17  # characters; tokenizers needs about 130 bytes for each of them while encoding
 OTHER_SPLIT, HELD_OUT_SPLIT = "train", "validation"
 
 
 @dataclass
 class SplitPart:
-    """What a batch gives to one split: tokens ``(num_tokens,)``, documents' lengths, and counts for each set."""
+    """A batch's part of one split: tokens ``(num_tokens,)``, document lengths, counts by set."""
 
     tokens: np.ndarray
     lengths: list[int]
@@ -38,12 +38,12 @@ class TokenizedBatch(NamedTuple):
 
 @dataclass
 class DocumentTokenizer:
-    """Turns records into tokens; one lives in each process.
+    """Converts records to tokens; each process has one.
 
     Args:
-        tokenizer: as :func:`load_tokenizer_file` gives it.
-        eod_id: put at the end of each document.
-        dtype: of the tokens.
+        tokenizer: from :func:`load_tokenizer_file`.
+        eod_id: id appended to each document.
+        dtype: dtype of the tokens.
         validation_fraction: share of documents held out, see :func:`is_held_out`.
     """
 
@@ -78,9 +78,10 @@ class DocumentTokenizer:
         return TokenizedBatch(parts, len(records), num_empty_files)
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of a document and the end-of-document id, ``(num_tokens + 1,)``; no special token is added.
+        """Return the ids of a document and the end-of-document id, ``(num_tokens + 1,)``.
 
-        A special token's name that stands in the text becomes that token, as in Pythia's data.
+        No other special token is added. If the text contains a special token's name, it becomes
+        that token, as in Pythia's data.
         """
         pieces = [text] if self.piece_length is None else cut_text(text, self.piece_length)
         arrays = []
@@ -91,10 +92,10 @@ class DocumentTokenizer:
 
 
 def is_held_out(content: bytes, fraction: float) -> bool:
-    """Whether a document goes to the validation split: a function of its UTF-8 bytes and the fraction alone.
+    """Whether a document belongs to the validation split.
 
-    So equal documents never lie on both sides, whatever their file or place; and a larger fraction holds out the same
-    documents and more.
+    This depends only on its UTF-8 bytes and the fraction: identical documents are in the same
+    split, and a larger fraction holds out a superset of the documents.
     """
     digest = hashlib.blake2b(content, digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
@@ -104,16 +105,16 @@ _work: DocumentTokenizer | None = None
 
 
 def start_process(tokenizer_file: str, eod_id: int, dtype: np.dtype, validation_fraction: float) -> None:
-    """Make this process ready for :func:`tokenize`."""
+    """Initialize this process for :func:`tokenize`."""
     global _work
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _work = DocumentTokenizer(load_tokenizer_file(tokenizer_file), eod_id, dtype, validation_fraction)
 
 
 def _end_with_parent() -> None:
-    """A killed main process must not leave its helpers waiting for work for ever."""
+    """Exit when the main process ends, even if it was killed."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -121,10 +122,10 @@ def _end_with_parent() -> None:
 
 
 def tokenize(records: list[Record], answer: Path) -> Path:
-    """Leave what :class:`DocumentTokenizer` makes of a batch in the file ``answer``, for :func:`take_answer`.
+    """Tokenize a batch and write the result to the file ``answer``, for :func:`take_answer`.
 
-    Not in the pipe to the main process: a process that is killed in the middle of an answer larger than a pipe takes at
-    once leaves `ProcessPoolExecutor` waiting for the rest for ever.
+    The result is not sent through the pipe to the main process: if a process is killed while it
+    sends more than the pipe's buffer, ``ProcessPoolExecutor`` waits indefinitely for the rest.
     """
     assert _work is not None
     answer.write_bytes(pickle.dumps(_work(records)))
@@ -132,7 +133,7 @@ def tokenize(records: list[Record], answer: Path) -> Path:
 
 
 def take_answer(answer: Path) -> TokenizedBatch:
-    """Read what :func:`tokenize` left, and delete it."""
+    """Read and delete the file that :func:`tokenize` wrote."""
     batch = pickle.loads(answer.read_bytes())
     answer.unlink()
     return batch

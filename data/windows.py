@@ -1,4 +1,4 @@
-"""Training samples: the tokens of a split cut into windows of equal length."""
+"""Training samples: the tokens of a split, cut into windows of equal length."""
 
 import numpy as np
 
@@ -6,17 +6,19 @@ from .store import TokenSource
 
 
 class TokenWindows:
-    """Windows over a split: its documents concatenated in manifest order, document borders ignored (as Pythia).
+    """Windows over the concatenated documents of a split, in manifest order, without padding.
 
-    Without sinks ``stride = tokens_per_sample - 1``: a window's last token is only a target, and the first input of
-    the next window. With sinks ``stride = tokens_per_sample``: the last sink predicts a window's first token. There is
-    no padding. Of pre-shuffled rows a window is the beginning of a row, whatever the stride.
+    Document boundaries are ignored, as in Pythia. Without sinks, use ``stride = tokens_per_sample -
+    1``: a window's last token is only a target and is the first input of the next window. With
+    sinks, use ``stride = tokens_per_sample``: the last sink predicts a window's first token. With
+    pre-shuffled rows, a window is the beginning of a row and ``stride`` is ignored.
 
     Args:
         store: an open token store.
         split: "train" or "validation".
         tokens_per_sample: tokens in a window.
-        stride: tokens from one window's beginning to the next one's, from 1 to ``tokens_per_sample``.
+        stride: distance between the starts of two windows in tokens, from 1 to
+            ``tokens_per_sample``.
 
     Attributes:
         num_remaining_tokens: tokens that are in no window.
@@ -27,18 +29,18 @@ class TokenWindows:
 
     def __init__(self, store: TokenSource, split: str, *, tokens_per_sample: int, stride: int):
         if not 1 <= stride <= tokens_per_sample:
-            raise ValueError(f"stride is {stride}; it must lie between 1 and tokens_per_sample ({tokens_per_sample})")
+            raise ValueError(f"stride is {stride}; it must be between 1 and tokens_per_sample ({tokens_per_sample})")
         self.stream = store.split(split)
         num_tokens, row_length = len(self.stream), self.stream.row_length
         if num_tokens < tokens_per_sample:
             more = "a larger --validation-fraction or more text" if split == "validation" else "more text"
             raise ValueError(
-                f"{store.path}: the {split} split has {num_tokens} tokens, less than a sample of {tokens_per_sample}; "
-                f"prepare it with {more}, or train with a shorter seq_length"
+                f"{store.path}: the {split} split has {num_tokens} tokens, fewer than one sample of "
+                f"{tokens_per_sample}; prepare it with {more}, or train with a shorter seq_length"
             )
         if row_length is not None and tokens_per_sample > row_length:
             raise ValueError(
-                f"{store.path}: holds rows of {row_length} tokens, less than one sample of {tokens_per_sample}; "
+                f"{store.path}: has rows of {row_length} tokens, fewer than one sample of {tokens_per_sample}; "
                 "train with a shorter seq_length"
             )
         self.tokens_per_sample = tokens_per_sample
@@ -51,8 +53,8 @@ class TokenWindows:
         return self._num_windows
 
     def __getitem__(self, i: int) -> np.ndarray:
-        """Window ``i``: int64, ``(tokens_per_sample,)``, a copy of its own."""
+        """Return a copy of window ``i``, int64 ``(tokens_per_sample,)``."""
         if not 0 <= i < self._num_windows:
-            raise IndexError(f"window {i} of {self._num_windows}")
+            raise IndexError(f"window {i} is out of range; there are {self._num_windows}")
         start = int(i) * self.stride
         return self.stream.read(start, start + self.tokens_per_sample)

@@ -1,4 +1,4 @@
-"""Evaluation: zero-shot tasks, perplexity on long text, StreamEval, attention sinks, decoding speed."""
+"""Zero-shot tasks, perplexity on long text, StreamEval, attention sinks, decoding speed."""
 
 from ..extras import require_extra
 

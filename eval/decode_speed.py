@@ -1,4 +1,4 @@
-"""Time and memory of a decoded token against the size of the cache (Xiao et al. 2024, Figure 10)."""
+"""Time and memory per decoded token against the cache size (Xiao et al. 2024, Figure 10)."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -18,25 +18,33 @@ from ..streaming.generation import DEFAULT_NUM_KEPT
 
 METHODS = ("streaming", "cropped cache", "re-computation", "floor")
 NUM_WARMUP = 5
-RECOMPUTE_SHARE = 20  # a step of re-computation is timed so many times less often, and runs a whole window
-EXTRA_TOKENS = 8  # of prompt beyond the cache, so that it is full and has evicted
+RECOMPUTE_SHARE = 20  # re-computation is timed for this many times fewer steps, because each runs a whole window
+EXTRA_TOKENS = 8  # prompt tokens beyond the cache size, so that the cache is full and has evicted tokens
 
 
 def measure_decoding(
     model: PreTrainedModel, cache_size: int, batch_size: int, *, num_steps: int, bandwidth: float
 ) -> list[dict[str, Any]]:
-    """Milliseconds for one more token of each stream, and the peak of GPU memory with the weights, by each method.
+    """Measure milliseconds per decoding step and peak GPU memory (weights included) of each method.
 
-    ``streaming``: this project's step, compiled and captured on CUDA. ``cropped cache``: transformers' eager loop with
-    a `DynamicCache` cut to size after each token. ``re-computation``: the whole window through the model, without a
-    cache. ``floor``: bytes of the weights that a step reads and of the cache over the copy bandwidth.
+    - ``streaming``: sinklm's decoding step, compiled and captured in CUDA graphs on a GPU.
+    - ``cropped cache``: transformers' eager loop with a `DynamicCache` cropped after each token.
+    - ``re-computation``: the whole window through the model, without a cache.
+    - ``floor``: bytes of the weights read in a step and of the cache, divided by the copy
+      bandwidth.
 
     Args:
-        bandwidth: bytes a second, as by `copy_bandwidth`.
+        cache_size: tokens in the cache.
+        batch_size: number of streams.
+        num_steps: timed steps.
+        bandwidth: bytes per second, see `copy_bandwidth`.
+
+    Raises:
+        ValueError: the cache has no room for more than the kept tokens.
     """
     num_kept = getattr(model.config, "num_sinks", 0) or DEFAULT_NUM_KEPT
     if cache_size <= num_kept:
-        raise ValueError(f"a cache of {cache_size} has no room for more than the {num_kept} kept tokens: take a larger")
+        raise ValueError(f"the cache size {cache_size} must be larger than the {num_kept} kept tokens: increase it")
     ids = torch.randint(1, 256, (batch_size, cache_size + EXTRA_TOKENS), device=model.device)
     row = {"cache_size": cache_size, "batch_size": batch_size, "num_kept": num_kept}
     costs = [
@@ -53,7 +61,7 @@ def measure_decoding(
 
 @dataclass(frozen=True)
 class StepCost:
-    """Mean time of a step, the peak of GPU memory until then (None on a CPU), and what a streaming cache holds."""
+    """Mean time of a step, peak GPU memory (None on a CPU), and bytes of a streaming cache."""
 
     milliseconds: float
     peak_bytes: int | None
@@ -62,7 +70,7 @@ class StepCost:
 
 @torch.no_grad()
 def time_streaming(model: PreTrainedModel, ids: torch.Tensor, num_kept: int, window: int, num_steps: int) -> StepCost:
-    torch._dynamo.reset()  # a shape of its own is compiled for each cache and batch
+    torch._dynamo.reset()  # each cache size and batch size is compiled separately
     cache = StreamingCache.for_model(model, num_kept=num_kept, window=window)
     generator = Generator(model, cache)
     with peak_memory(model.device) as peak:
@@ -88,16 +96,16 @@ def time_recomputation(model: PreTrainedModel, ids: torch.Tensor, num_steps: int
 
 
 def bytes_read(model: PreTrainedModel) -> int:
-    """Bytes of the weights that a step reads: of an input embedding a few rows, unless it makes the logits too."""
+    """Bytes of the weights read in a step: all except an untied input embedding."""
     embedding, unembedding = model.get_input_embeddings(), model.get_output_embeddings()
     is_tied = unembedding is not None and unembedding.weight is embedding.weight
     return sum(p.nbytes for p in model.parameters()) - (0 if is_tied else embedding.weight.nbytes)
 
 
 class CroppedCache:
-    """The eager loop that one writes by hand: after each token keep the first keys and the last ones.
+    """An eager loop that keeps the first and the last keys after each token.
 
-    It measures time only: its positions are those of the text.
+    For timing only: it uses positions in the text, not in the cache.
     """
 
     def __init__(self, model: PreTrainedModel, ids: torch.Tensor, num_kept: int):
@@ -117,7 +125,7 @@ class CroppedCache:
 
 
 def milliseconds(step: Callable[[], object], num_warmup: int, num_steps: int) -> float:
-    """Mean time of a step."""
+    """Return the mean time of a step."""
     for _ in range(num_warmup):
         step()
     synchronize()
@@ -135,7 +143,7 @@ def synchronize() -> None:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
-    """Peak of the memory allocated on a GPU until the end, as ``["bytes"]``; on a CPU nothing."""
+    """Yield a dictionary that receives the peak GPU memory as ``"bytes"`` at exit."""
     peak: dict[str, int] = {}
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -146,7 +154,7 @@ def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written, of a large copy within the device's memory."""
+    """Measure the bytes per second, read and written, of a large copy in device memory."""
     size = 2**30 if device.type == "cuda" else 2**26
     source = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
@@ -154,7 +162,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def results_table(results: list[dict[str, Any]], title: str) -> Table:
-    """A row for each cache and batch, a column for each method, and how many times faster than re-computation."""
+    """Return a table of times by cache and batch size, with the speed-up over re-computation."""
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     for header in ("Cache", "Batch", *METHODS, "speed-up"):
         table.add_column(header, justify="right", no_wrap=True)

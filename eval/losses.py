@@ -1,8 +1,9 @@
-"""The loss of every token of a long text, under four ways of attending to what came before.
+"""The loss of every token of a long text, with dense, windowed, streaming or recomputed attention.
 
-All functions take a stream ``ids`` ``(T,)`` and return float64 ``(T,)``: entry t is the negative log-likelihood, in
-nats, of token t. What was not scored is NaN: among it token 0 of a model without sinks of its own, for nothing
-predicts it. A model whose losses are NaN is refused with a ValueError.
+All functions take a stream ``ids`` ``(T,)`` and return float64 ``(T,)``: entry t is the negative
+log-likelihood of token t in nats. Tokens that are not scored are NaN, such as token 0 of a model
+without sink tokens, which has no context. If the model itself produces NaN losses, a ValueError is
+raised.
 """
 
 from collections.abc import Callable
@@ -16,21 +17,21 @@ from .. import streaming
 from ..models.cache_argument import CACHE
 from ..streaming.scoring import refuse_nan
 
-CHUNK = 512  # tokens at a time: bounds the logits and a dense mask, not the result
-GPU_STREAM_CHUNK = 4096  # fills a GPU, at 1.6 GB of logits
-DENSE_LENGTHS = 8  # trained lengths after which dense attention is shown to work or not, and grows ever slower
-RECOMPUTE_TOKENS = 16_384  # at a time, over all windows of a batch
+CHUNK = 512  # tokens per pass; bounds the memory of logits and a dense mask, does not change the result
+GPU_STREAM_CHUNK = 4096  # large enough to use a whole GPU; its logits need 1.6 GB
+DENSE_LENGTHS = 8  # dense attention is scored up to this many trained lengths
+RECOMPUTE_TOKENS = 16_384  # tokens per pass, over all windows of a batch
 
-ReportTokens = Callable[[int], None]  # is called with the number of tokens done since the last call
+ReportTokens = Callable[[int], None]  # called with the number of tokens done since the last call
 
 
 def streaming_losses(
     model: PreTrainedModel, ids: torch.Tensor, num_kept: int, window: int, progress: ReportTokens | None = None
 ) -> torch.Tensor:
-    """Under a cache of ``num_kept`` first and ``window`` most recent tokens (``num_kept=0``: window attention).
+    """Losses with a cache of ``num_kept`` first and ``window`` recent tokens.
 
-    Token t attends to itself and the at most ``num_kept + window`` tokens in the cache, the model's own sinks being
-    the first tokens of the stream.
+    Token t attends to itself and to at most ``num_kept + window`` tokens in the cache; without kept
+    tokens this is window attention. The model's own sink tokens are the first tokens of the stream.
     """
     losses = _unscored(ids)
     losses[0] = _first_loss(model, ids)
@@ -45,10 +46,11 @@ def streaming_losses(
 
 @torch.inference_mode()
 def dense_losses(model: PreTrainedModel, ids: torch.Tensor, progress: ReportTokens | None = None) -> torch.Tensor:
-    """Under dense attention, every token attending to all before it, also past the trained length.
+    """Losses with dense attention, also beyond the trained length.
 
-    The cache grows with the text, and the time with its square. Scoring ends, and the rest stays NaN, after
-    `DENSE_LENGTHS` trained lengths, or once the cache holds as much memory as is left free.
+    The cache grows linearly with the text, and the time quadratically. Scoring stops after
+    `DENSE_LENGTHS` trained lengths, or when the cache is larger than the free memory; the remaining
+    losses are NaN.
     """
     trained_length = getattr(model.config, "max_position_embeddings", None)
     last = min(len(ids) - 1, DENSE_LENGTHS * (trained_length or len(ids)))
@@ -75,16 +77,22 @@ def recompute_losses(
     every: int = 1,
     progress: ReportTokens | None = None,
 ) -> torch.Tensor:
-    """Under a sliding window that is computed anew, from its first layer on, for each token.
+    """Losses with a sliding window that is recomputed from the first layer for each token.
 
     Args:
-        num_keys: positions in a window, with the querying token, the model's sinks and the prefix.
-        num_prefix: first tokens of ``ids`` that every window begins with (a begin-of-text token).
-        every: score only the tokens whose position in the text is a multiple of it, once the window has to slide.
+        num_keys: positions in a window, including the query token, the model's sink tokens and the
+            prefix.
+        num_prefix: number of first tokens of ``ids`` that every window starts with (a begin-of-text
+            token).
+        every: after the first window, score only tokens whose position in the text is a multiple of
+            it.
+
+    Raises:
+        ValueError: the window has no room for text.
     """
     num_recent = num_keys - num_prefix - getattr(model.config, "num_sinks", 0)
     if num_recent < 1:
-        raise ValueError(f"a window of {num_keys} positions leaves none for the text")
+        raise ValueError(f"a window of {num_keys} positions leaves no room for text: use a larger cache")
     losses = _unscored(ids)
     head = ids[: num_prefix + num_recent]
     losses[0] = _first_loss(model, ids)
@@ -104,7 +112,7 @@ def recompute_losses(
 
 @torch.inference_mode()
 def _first_loss(model: PreTrainedModel, ids: torch.Tensor) -> float:
-    """The loss of the first token, which only a model with sinks of its own predicts."""
+    """Return the loss of the first token, or NaN if the model has no sink tokens."""
     if not getattr(model.config, "num_sinks", 0):
         return float("nan")
     first = _batch(model, ids[:1])
@@ -112,7 +120,7 @@ def _first_loss(model: PreTrainedModel, ids: torch.Tensor) -> float:
 
 
 def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Logits ``(N, V)``, of which at most as many as there are ``targets`` ``(M,)`` count, as losses ``(M,)``."""
+    """Return losses ``(M,)`` of ``targets`` ``(M,)`` under the first M logits of ``(N, V)``."""
     logits = logits[: len(targets)].to(torch.promote_types(logits.dtype, torch.float32))
     losses = nn.functional.cross_entropy(logits, targets.to(logits.device), reduction="none")
     return refuse_nan(losses.to("cpu", torch.float64))

@@ -1,4 +1,4 @@
-"""Perplexity on long text under cache configurations: the grid of the paper's Table 3, the curves of its Figure 3."""
+"""Perplexity on long text by cache configuration (Xiao et al. 2024, Table 3 and Figure 3)."""
 
 import hashlib
 import math
@@ -27,7 +27,7 @@ MIN_BIN_TOKENS = 64
 
 @dataclass(frozen=True)
 class Configuration:
-    """A way of attending to a long text; ``num_kept + window`` tokens are in the cache."""
+    """An attention method for long text, with ``num_kept + window`` tokens in the cache."""
 
     method: str
     num_kept: int = 0
@@ -39,7 +39,7 @@ class Configuration:
 
     @property
     def cache(self) -> str:
-        """As it stands in a table: ``4+1020``; ``1024`` where no token is kept but all are computed anew."""
+        """Name of the cache: ``4+1020``, ``1024`` for re-computation, ``all`` for dense."""
         if self.method == "dense":
             return "all"
         return str(self.cache_size) if self.method == "recompute" else f"{self.num_kept}+{self.window}"
@@ -50,9 +50,9 @@ class Configuration:
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """A text as the model reads it: ``ids`` ``(T,)``, of which the first ``num_prefix`` are not text.
+    """A tokenized text: ``ids`` ``(T,)``, of which the first ``num_prefix`` are special tokens.
 
-    ``sha256`` is of the joined text in UTF-8, without byte order marks.
+    ``sha256`` is the hash of the joined text in UTF-8, without byte order marks.
     """
 
     ids: torch.Tensor
@@ -79,14 +79,14 @@ class Result:
 def read_text_files(
     files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, num_tokens: int | None = None
 ) -> TokenizedText:
-    """Join text files by a blank line and tokenize them, with what the tokenizer puts before a text at the front.
+    """Join text files with blank lines and tokenize them after the `text_prefix`.
 
     Args:
-        num_tokens: stop after so many tokens of text; None reads all.
+        num_tokens: stop after this many tokens of text; None reads all.
 
     Raises:
-        FileNotFoundError: for a file that does not exist.
-        ValueError: if the texts hold fewer than 2 tokens, or fewer than ``num_tokens``, or are no UTF-8 text.
+        FileNotFoundError: a file does not exist.
+        ValueError: the texts have fewer than 2 or ``num_tokens`` tokens, or are not UTF-8 text.
     """
     digest = hashlib.sha256()
     tokenized: list[int] = []
@@ -100,23 +100,21 @@ def read_text_files(
             break
     if len(tokenized) < (num_tokens or 2):
         remedy = "add a --text or lower --tokens" if num_tokens else "add a --text"
-        raise ValueError(
-            f"{', '.join(used)} holds {len(tokenized)} tokens where {num_tokens or 2} are wanted: {remedy}"
-        )
+        raise ValueError(f"{', '.join(used)}: {len(tokenized)} tokens, but {num_tokens or 2} are needed: {remedy}")
     prefix = text_prefix(tokenizer)
     ids = torch.tensor(prefix + tokenized[:num_tokens])
     return TokenizedText(ids=ids, num_prefix=len(prefix), sha256=digest.hexdigest(), files=tuple(used))
 
 
 def text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts in front of a text: a begin-of-text token, an export's sinks, or nothing."""
+    """Return the ids that the tokenizer puts before a text (begin-of-text, an export's sinks)."""
     no_text, some_text = tokenizer("")["input_ids"], tokenizer("a")["input_ids"]
     same = takewhile(lambda pair: pair[0] == pair[1], zip(no_text, some_text, strict=False))
-    return [token_id for token_id, _ in same]  # then comes the text, or what the tokenizer puts at its end
+    return [token_id for token_id, _ in same]  # followed by the text, or by special tokens at the end
 
 
 def _read_text(path: Path) -> str:
-    """As `sinklm prepare` reads it."""
+    """Read a text file as `sinklm prepare` does."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -126,37 +124,47 @@ def _read_text(path: Path) -> str:
 
 
 def parse_caches(text: str) -> list[tuple[int, int]]:
-    """``"0+1024,4+1020"`` as ``[(0, 1024), (4, 1020)]``."""
+    """Parse ``"0+1024,4+1020"`` into ``[(0, 1024), (4, 1020)]``."""
     caches = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)\+(\d+)\s*", part)
         if not match or int(match[2]) < 1:
             raise ValueError(
-                f"--caches has {part!r}: write kept tokens + window, such as 4+1020, separated by commas; the window "
-                f"is at least 1"
+                f"--caches contains {part!r}: write kept tokens + window, such as 4+1020, separated by commas; the "
+                f"window must be at least 1"
             )
         caches.append((int(match[1]), int(match[2])))
     return caches
 
 
 def default_caches(model: PreTrainedModel) -> list[tuple[int, int]]:
-    """Table 3's columns, with a cache of half the trained length: 0+1024, 1+1023, 2+1022, 4+1020 for 2048."""
+    """Return 0, 1, 2 and 4 kept tokens in a cache of half the trained length (the paper's Table 3).
+
+    For a trained length of 2048: 0+1024, 1+1023, 2+1022, 4+1020.
+
+    Raises:
+        ValueError: the model's configuration has no trained length of at least 16.
+    """
     num_positions = getattr(model.config, "max_position_embeddings", None)
     if not num_positions or num_positions < 16:
-        raise ValueError("this model names no trained length: say which caches to compare with --caches")
+        raise ValueError("the model's configuration has no trained length: set the caches to compare with --caches")
     return [(num_kept, num_positions // 2 - num_kept) for num_kept in KEPT_TOKENS]
 
 
 def configurations(methods: Sequence[str], caches: Sequence[tuple[int, int]], num_sinks: int) -> list[Configuration]:
-    """What to run: ``dense`` once, ``window`` and ``streaming`` for the caches they cover, ``recompute`` for each size.
+    """Return the configurations of some methods and caches.
+
+    ``dense`` is run once, ``window`` for caches without and ``streaming`` for caches with kept
+    tokens, and ``recompute`` for each cache size.
 
     Raises:
-        ValueError: for an unknown method, one that no cache belongs to, or a cache smaller than the model's sinks.
+        ValueError: a method is unknown or has no cache, or a cache is smaller than the model's
+            sinks.
     """
     chosen: list[Configuration] = []
     for method in methods:
         if method not in METHODS:
-            raise ValueError(f"--methods has {method!r}: choose from {', '.join(METHODS)}")
+            raise ValueError(f"--methods contains {method!r}: use only {', '.join(METHODS)}")
         if method == "dense":
             found = [Configuration("dense")]
         elif method == "recompute":
@@ -165,33 +173,40 @@ def configurations(methods: Sequence[str], caches: Sequence[tuple[int, int]], nu
             found = [Configuration(method, kept, w) for kept, w in caches if (kept == 0) == (method == "window")]
         if not found:
             example = "0+1024" if method == "window" else "4+1020"
-            raise ValueError(f"--methods has {method} but --caches has none for it, such as {example}")
+            raise ValueError(
+                f"--methods contains {method}, but --caches has no cache for it: add one such as {example}"
+            )
         chosen += found
     refuse_small_caches([(c.num_kept, c.window) for c in chosen if c.method != "dense"], num_sinks)
     return list(dict.fromkeys(chosen))
 
 
 def default_methods(caches: Sequence[tuple[int, int]]) -> list[str]:
-    """Dense attention, and what the caches are: windows, streams with kept tokens, or both."""
+    """Return ``dense``, and ``window`` and ``streaming`` if there are caches for them."""
     kinds = {"window" if num_kept == 0 else "streaming" for num_kept, _ in caches}
     return [method for method in METHODS if method in {"dense", *kinds}]
 
 
 def refuse_small_caches(caches: Iterable[tuple[int, int]], num_sinks: int) -> None:
-    """Raises ValueError for a cache that is smaller than the model's sinks."""
+    """Raise a ValueError for a cache that is smaller than the model's sinks."""
     for num_kept, window in caches:
         if num_kept + window < num_sinks:
-            raise ValueError(f"the cache {num_kept}+{window} is smaller than the model's {num_sinks} sink tokens")
+            raise ValueError(
+                f"the cache {num_kept}+{window} is smaller than the model's {num_sinks} sink tokens: use a larger cache"
+            )
 
 
 def refuse_unmeasurable(model: PreTrainedModel, tokenized: TokenizedText, chosen: Sequence[Configuration]) -> None:
-    """Raises ValueError, before anything is measured, if the model cannot run under one of the configurations."""
+    """Raise a ValueError if the model does not support one of the configurations."""
     for configuration in chosen:
         if configuration.method in ("window", "streaming"):
             StreamingCache.for_model(model, num_kept=configuration.num_kept, window=configuration.window)
     num_positions = num_embedded_positions(model.config)
     if num_positions and Configuration("dense") in chosen and len(tokenized.ids) - 1 > num_positions:
-        raise ValueError(f"this model has no more than {num_positions} positions for dense attention: lower --tokens")
+        raise ValueError(
+            f"the model has only {num_positions} positions for dense attention: lower --tokens or remove dense from "
+            "--methods"
+        )
 
 
 def measure(
@@ -202,7 +217,7 @@ def measure(
     recompute_every: int = 1,
     progress: ReportTokens | None = None,
 ) -> Result:
-    """Score the stream's text under one configuration."""
+    """Score the text under one configuration; the prefix is not scored."""
     started = time.perf_counter()
     if configuration.method == "dense":
         losses = dense_losses(model, tokenized.ids, progress)
@@ -210,7 +225,7 @@ def measure(
         losses = recompute_losses(
             model,
             tokenized.ids,
-            configuration.cache_size + 1,  # as many keys as the other methods give a query
+            configuration.cache_size + 1,  # the number of keys per query in the other methods
             num_prefix=tokenized.num_prefix,
             every=recompute_every,
             progress=progress,
@@ -221,7 +236,7 @@ def measure(
 
 
 def position_bins(num_tokens: int) -> list[int]:
-    """Edges that cut ``[0, num_tokens)`` into bins of equal width on a log scale, none under `MIN_BIN_TOKENS`."""
+    """Return edges of log-scale bins of ``[0, num_tokens)``, at least `MIN_BIN_TOKENS` wide."""
     edges = [0]
     while (last := edges[-1]) < num_tokens:
         edges.append(max(last + MIN_BIN_TOKENS, round(last * 2 ** (1 / BINS_PER_OCTAVE))))
@@ -232,13 +247,13 @@ def position_bins(num_tokens: int) -> list[int]:
 
 
 def binned_losses(losses: torch.Tensor, edges: Sequence[int]) -> list[float | None]:
-    """The mean loss in each bin of positions; None where none of its tokens was scored."""
+    """Return the mean loss in each bin of positions, or None if no token in it was scored."""
     means = (float(losses[a:b].nanmean()) for a, b in pairwise(edges))
     return [None if math.isnan(mean) else mean for mean in means]
 
 
 def as_json(results: Iterable[Result], tokenized: TokenizedText) -> dict[str, Any]:
-    """Everything that a table or picture shows, in numbers."""
+    """Return all numbers of the tables and plots, ready for JSON."""
     results = list(results)
     edges = position_bins(len(tokenized.ids) - tokenized.num_prefix)
     return {

@@ -1,4 +1,4 @@
-"""Pictures of evaluations: matplotlib without a display, colours that colour-blind readers can tell apart."""
+"""Plots of evaluations, made without a display, in colours for colour-blind readers."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -8,7 +8,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe & Ito's palette without its yellow, which is too light for a line on white.
+# Okabe & Ito's palette without yellow, which is too light on white.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = {"dense": "--", "window": "-", "streaming": "-", "recompute": ":"}
 MARKERS = "os^Dvx"
@@ -30,10 +30,10 @@ def plot_streaming(report: dict[str, Any], path: Path, title: str | None = None)
 
 
 def streaming_figure(report: dict[str, Any], title: str | None = None) -> Figure:
-    """Loss against position for each configuration of a streaming report (see `streaming.as_json`).
+    """Plot loss against position for each configuration of a report (see `perplexity.as_json`).
 
-    Position is on a log scale; each point is the mean over one bin. Vertical lines mark where the first cache is full
-    and where the trained length ends.
+    Positions are on a log scale; each point is the mean over one bin. Vertical lines mark the
+    smallest cache size and the trained length.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.0, 3.6), layout="constrained")
@@ -57,15 +57,16 @@ def plot_stream_eval(report: dict[str, Any], path: Path, title: str | None = Non
 
 
 def stream_eval_figure(report: dict[str, Any], title: str | None = None) -> Figure:
-    """Accuracy of a StreamEval report against distance, and, at the shortest distance, against tokens read.
+    """Plot StreamEval accuracy against distance and, at the shortest distance, against tokens read.
 
-    Vertical marks on the left are where a line leaves the window of the cache of that colour.
+    Vertical lines in the left panel mark the distance at which a line leaves the window of that
+    cache.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.0, 3.2), layout="constrained")
         by_distance, by_place = figure.subplots(1, 2, sharey=True)
         for i, result in enumerate(report["results"]):
-            weight = 1 - i / len(report["results"])  # equal curves stay visible under each other
+            weight = 1 - i / len(report["results"])  # keeps equal curves visible
             style = {
                 "color": COLOURS[i % len(COLOURS)],
                 "marker": MARKERS[i % len(MARKERS)],
@@ -80,7 +81,7 @@ def stream_eval_figure(report: dict[str, Any], title: str | None = None) -> Figu
             shortest = str(columns[0]["lines"])
             places, accuracies = _smooth([p for p in result["places"] if shortest in p["accuracy"]], shortest)
             by_place.plot(places, accuracies, **style)
-        by_distance.set_xlabel("Distance to the line asked for (lines)")
+        by_distance.set_xlabel("Distance to the queried line (lines)")
         by_distance.set_ylabel("Accuracy (%)")
         by_distance.set_ylim(-3, 103)
         by_place.set_xlabel(f"Tokens read, at a distance of {shortest} lines")
@@ -99,9 +100,9 @@ def plot_decoding(report: dict[str, Any], path: Path, title: str | None = None) 
 
 
 def decoding_figure(report: dict[str, Any], title: str | None = None) -> Figure:
-    """Milliseconds a token, and peak memory where it was measured, against the size of the cache, on log scales.
+    """Plot milliseconds per token and, if measured, peak memory against cache size, on log scales.
 
-    A line for each way of decoding, solid for the smallest batch, dashed and dotted for larger ones.
+    One line for each method: solid for the smallest batch, dashed and dotted for larger ones.
     """
     rows = report["results"]
     has_memory = any(row["peak_bytes"] for row in rows)
@@ -123,7 +124,7 @@ def decoding_figure(report: dict[str, Any], title: str | None = None) -> Figure:
                 panels[0].plot(sizes, [row["milliseconds"] for row in chosen], markersize=4, **style)
                 if has_memory and chosen[0]["peak_bytes"]:
                     panels[1].plot(sizes, [row["peak_bytes"] / 1e9 for row in chosen], markersize=4, **style)
-        for axes, quantity in zip(panels, ("Time a token (ms)", "Peak memory (GB)"), strict=False):
+        for axes, quantity in zip(panels, ("Time per token (ms)", "Peak memory (GB)"), strict=False):
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.set_xlabel("Cache size (tokens)")
@@ -132,9 +133,9 @@ def decoding_figure(report: dict[str, Any], title: str | None = None) -> Figure:
         panels[0].set_yscale("log")
         panels[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         low, high = panels[0].get_ylim()
-        if high < 30 * low:  # else the powers of ten are enough
+        if high < 30 * low:  # otherwise the powers of ten are enough
             panels[0].yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:g}"[0] in "235" else "")
-        lines, labels = panels[0].get_legend_handles_labels()  # the floor is a time and has no memory
+        lines, labels = panels[0].get_legend_handles_labels()  # the floor has a time but no memory
         panels[-1].legend(lines, labels, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         if title:
             panels[0].set_title(title, loc="left", fontsize=10)
@@ -142,7 +143,7 @@ def decoding_figure(report: dict[str, Any], title: str | None = None) -> Figure:
 
 
 def _smooth(places: list[dict[str, Any]], distance: str) -> tuple[list[float], list[float]]:
-    """Means of runs of neighbouring places, at most `NUM_PLACES` of them: tokens read, and accuracy in percent."""
+    """Average neighbouring places to `NUM_PLACES` points: tokens read, accuracy in percent."""
     size = -(-len(places) // NUM_PLACES)
     runs = [places[i : i + size] for i in range(0, len(places), size)]
     tokens = [sum(p["mean_num_tokens"] for p in run) / len(run) for run in runs]
@@ -161,7 +162,7 @@ def _draw_losses(axes: Axes, report: dict[str, Any]) -> None:
             losses,
             color=COLOURS[i % len(COLOURS)],
             linestyle=DASHES[result["method"]],
-            linewidth=1.0 + 1.2 * (1 - (i + 1) / num_lines),  # equal curves stay visible under each other
+            linewidth=1.0 + 1.2 * (1 - (i + 1) / num_lines),  # keeps equal curves visible
             label=label,
         )
 
@@ -173,7 +174,9 @@ def _mark_positions(axes: Axes, report: dict[str, Any]) -> None:
         ("cache full ", min(cached, default=None)),
         (" trained length", report["model"]["max_position_embeddings"]),
     ]
-    for (text, position), alignment in zip(marks, ("right", "left"), strict=True):  # to either side: they may be close
+    for (text, position), alignment in zip(
+        marks, ("right", "left"), strict=True
+    ):  # on opposite sides: they may be close
         if position and position < last:
             axes.axvline(position, color="0.6", linewidth=0.8, zorder=0)
             axes.annotate(
@@ -193,7 +196,7 @@ def _short(tokens: float) -> str:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """As a PNG, in a folder that is made if need be."""
+    """Save a figure as a PNG, and create its folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         figure.savefig(path)

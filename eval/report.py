@@ -1,4 +1,4 @@
-"""What a result needs to be worth keeping: which model, which library versions, written whole or not at all."""
+"""Reports of evaluations: model, library versions and results, written atomically."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ LIBRARIES = ("sinklm", "torch", "transformers", "tokenizers", "lm-eval", "datase
 
 
 def describe_model(model: PreTrainedModel, name_or_path: str | Path) -> dict[str, Any]:
-    """The facts that tell one evaluated model from another, ready for JSON."""
+    """Return a description of an evaluated model, ready for JSON."""
     return {
         "name_or_path": str(name_or_path),
         "folder": resolve_model_folder(name_or_path),
@@ -34,7 +34,7 @@ def describe_model(model: PreTrainedModel, name_or_path: str | Path) -> dict[str
 
 
 def new_report(model: PreTrainedModel, name_or_path: str | Path, **facts: Any) -> dict[str, Any]:
-    """What every report begins with."""
+    """Return a report with the model, the library versions and ``facts``."""
     return {"model": describe_model(model, name_or_path), "versions": library_versions(), **facts}
 
 
@@ -43,15 +43,15 @@ def library_versions() -> dict[str, str]:
 
 
 def default_output(name_or_path: str | Path) -> Path:
-    """A folder of its own for each model, so that a second evaluation does not overwrite the first."""
+    """Return a separate folder for each model, so that evaluations do not overwrite each other."""
     return Path("results") / (re.sub(r"[^\w.]+", "-", str(name_or_path)).strip("-.") or "model")
 
 
 class ReportFile:
-    """A report that is measured bit by bit. What an earlier one left at ``path`` stays until this one is whole.
+    """A report measured step by step. It replaces an earlier one only when finished.
 
     Raises:
-        OSError: ``path`` cannot be written, which shows before the work, not after it; nothing is made or changed.
+        OSError: at construction, if ``path`` cannot be written; nothing is created or changed.
     """
 
     def __init__(self, path: Path):
@@ -63,7 +63,7 @@ class ReportFile:
             tempfile.TemporaryFile(dir=folder).close()
 
     def keep(self, report: dict[str, Any]) -> None:
-        """Write what is measured so far beside it, should the rest fail."""
+        """Write the results so far to a separate file, in case the evaluation fails later."""
         write_json(self._unfinished, report, **JSON_OPTIONS)
 
     def finish(self, report: dict[str, Any]) -> None:

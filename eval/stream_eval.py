@@ -1,8 +1,9 @@
-"""StreamEval: does a streaming model still know what it read a while ago? (Xiao et al. 2024, Figures 8 and 9, Table 7)
+"""StreamEval: recall of earlier lines in a stream (Xiao et al. 2024, Figures 8 and 9, Table 7).
 
-A stream is a record of numbered lines, each with a random number. After every tenth line the model is asked for the
-number of a line some distance back. The paper's code for it was never released. Here each question is put to a copy of
-the cache: neither it nor the answer enters the stream, so that any number of distances can be asked about at one place.
+A stream is a record of numbered lines, each with a random number. After every tenth line, the model
+is queried for the number of a line some distance back. The paper's code for it was never released.
+Here each question uses a copy of the cache, so neither question nor answer enters the stream, and
+several distances can be queried at one place.
 """
 
 import copy
@@ -21,12 +22,12 @@ from .perplexity import text_prefix
 
 PREAMBLE = "Below is a record of lines I want you to remember.\n"
 LINES_PER_QUESTION = 10
-LARGEST_NUMBER = 50_000  # of LongEval, after which the task is modelled
+LARGEST_NUMBER = 50_000  # as in LongEval, on which the task is based
 DISTANCES = (20, 40, 60, 80, 100, 150, 200)  # in lines: the first columns of Table 7
 
 
 def make_records(num_samples: int, num_lines: int, seed: int) -> list[list[int]]:
-    """The numbers of each sample's lines; a sample does not depend on how many others there are."""
+    """Return the numbers of each sample's lines; a sample does not depend on ``num_samples``."""
     return [
         [generator.randint(1, LARGEST_NUMBER) for _ in range(num_lines)]
         for generator in (random.Random(f"{seed}:{sample}") for sample in range(num_samples))
@@ -46,14 +47,14 @@ def question_text(line: int) -> str:
 
 
 class RecordTokens:
-    """Records and questions as ids, as they stand in a running text."""
+    """Tokenizes records and questions as parts of a running text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self.line_end = self._encode("\n")
 
     def beginning(self, record: Sequence[int], num_lines: int) -> list[int]:
-        """What precedes a text, the preamble and the first lines."""
+        """Return the tokenizer's prefix, the preamble and the first lines."""
         text = PREAMBLE + "".join(line_text(i, record[i]) for i in range(num_lines))
         return text_prefix(self.tokenizer) + self._encode(text)
 
@@ -61,17 +62,17 @@ class RecordTokens:
         return self._after_line("".join(line_text(i, record[i]) for i in range(first, last + 1)))
 
     def question(self, record: Sequence[int], line: int) -> tuple[list[int], list[int]]:
-        """Ids of the question and of the right answer, up to the token that closes the number."""
+        """Return the ids of the question and of the right answer, up to the token with ``>``."""
         question = self._after_line(question_text(line))
         with_answer = self._after_line(f"{question_text(line)} <{record[line]}>\n")
         if with_answer[: len(question)] != question:
-            raise ValueError("this tokenizer joins the answer to the question: StreamEval cannot tell them apart")
+            raise ValueError("StreamEval does not support this tokenizer: it merges the answer with the question")
         answer = with_answer[len(question) :]
         closing = next(i for i in range(len(answer)) if ">" in self.tokenizer.decode(answer[: i + 1]))
         return question, answer[: closing + 1]
 
     def _after_line(self, text: str) -> list[int]:
-        """Some tokenizers put a space in front of all they are given; after a line's end there is none."""
+        """Encode text after a line's end, where tokenizers do not prepend a space."""
         return self._encode("\n" + text)[len(self.line_end) :]
 
     def _encode(self, text: str) -> list[int]:
@@ -79,7 +80,7 @@ class RecordTokens:
 
 
 class StreamBatch:
-    """A batch of streams in one cache. Rows of unequal length are padded on the left, which no stream sees."""
+    """A batch of streams in one cache. Shorter rows are padded on the left and masked."""
 
     def __init__(self, model: PreTrainedModel, num_kept: int, window: int):
         self.model = model
@@ -91,9 +92,10 @@ class StreamBatch:
         self.num_read = [n + len(row) for n, row in zip(self.num_read or [0] * len(rows), rows, strict=True)]
 
     def answers(self, questions: list[list[int]], answers: list[list[int]]) -> list[bool]:
-        """Whether greedy decoding would write each answer after its question, asked of a copy of the cache.
+        """Whether greedy decoding from a copy of the cache produces each answer.
 
-        It would if every token of the answer is the likeliest after those before it: one pass tells.
+        This holds if every token of the answer is the most likely one after the tokens before it,
+        so a single pass is enough.
         """
         longest = max(map(len, answers))
         rows = [question + answer[:-1] for question, answer in zip(questions, answers, strict=True)]
@@ -118,7 +120,7 @@ class StreamBatch:
 
 @dataclass(frozen=True)
 class Answer:
-    """One question asked of one sample: after which line and token, how many lines back, and whether it was right."""
+    """The answer to one question: its sample, place, distance in lines, and correctness."""
 
     sample: int
     line: int
@@ -138,17 +140,17 @@ def ask(
     batch_size: int = 8,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Answer]:
-    """Read all records and ask after every tenth line, from the first place on that lies far enough behind the start.
+    """Read all records and ask after every tenth line, at each distance that fits.
 
     Args:
-        records: of equal length, by `make_records`.
-        num_kept, window: of the cache, the model's own sinks being the first of the tokens kept.
-        distances: in lines, from the last one read to the one asked for.
-        batch_size: streams at a time; the answers do not depend on it, but for rounding.
-        progress: is called with the number of lines read since the last call, over all streams.
+        records: records of equal length, from `make_records`.
+        num_kept, window: size of the cache; the model's own sink tokens are the first kept tokens.
+        distances: distances in lines, from the last line read to the queried line.
+        batch_size: streams per batch; it does not change the answers except for rounding.
+        progress: called with the number of lines read since the last call, over all streams.
 
     Raises:
-        ValueError: if the records are too short to ask at one of the distances.
+        ValueError: the records are too short for one of the distances.
     """
     num_lines = len(records[0])
     check_distances(distances, num_lines)
@@ -172,20 +174,20 @@ def ask(
 
 
 def check_distances(distances: Sequence[int], num_lines: int) -> None:
-    """Raises ValueError for a distance that no question of a stream can have."""
+    """Raise a ValueError for a distance that is negative or too large for a stream."""
     last = (num_lines - 1) // LINES_PER_QUESTION * LINES_PER_QUESTION
     for distance in distances:
         if distance < 0:
-            raise ValueError(f"--distances has {distance}: it is how many lines back to ask about, at least 0")
+            raise ValueError(f"--distances contains {distance}: distances are in lines and must be at least 0")
         if distance > last:
             raise ValueError(
-                f"--distances has {distance}, but the last question comes after line {last} of {num_lines}: "
-                f"raise --num-lines above {distance} or leave it out"
+                f"--distances contains {distance}, but the last question comes after line {last} of {num_lines}: "
+                f"raise --num-lines above {distance} or remove this distance"
             )
 
 
 def summarize(answers: Sequence[Answer], num_kept: int, window: int, seconds: float) -> dict[str, Any]:
-    """Accuracy by distance, and by place in the stream for each distance, ready for JSON."""
+    """Return accuracy by distance, and by place in the stream for each distance, ready for JSON."""
     places = []
     for line in sorted({answer.line for answer in answers}):
         there = [answer for answer in answers if answer.line == line]
@@ -218,7 +220,7 @@ def tokens_per_line(tokenizer: PreTrainedTokenizerBase, record: Sequence[int]) -
 
 
 def results_table(results: Sequence[dict[str, Any]], title: str) -> Table:
-    """Accuracy in percent: a row for each cache, a column for each distance."""
+    """Return a table of accuracies in percent, by cache and distance."""
     table = Table(title=title)
     table.add_column("Cache")
     for column in results[0]["distances"]:

@@ -1,7 +1,8 @@
-"""Zero-shot benchmarks through lm-eval.
+"""Zero-shot benchmarks with lm-eval.
 
-Our model puts its sinks in front of every request by itself and returns one row of logits for each token given, so
-lm-eval's stock ``HFLM`` scores it correctly as long as nobody else adds a special token.
+sinklm's model prepends its sink tokens to every request and returns one row of logits for each
+given token, so lm-eval's standard ``HFLM`` scores it correctly, provided that no other special
+token is added.
 """
 
 from collections.abc import Sequence
@@ -28,9 +29,11 @@ def as_lm(
     batch_size: int | str = 8,
     max_length: int | None = None,
 ) -> HFLM:
-    """The model as lm-eval sees it: requests are cut so that the sinks and the text fit ``max_length`` positions.
+    """Wrap a model for lm-eval. Requests are truncated to ``max_length``, sink tokens included.
 
-    None is the trained length. lm-eval cuts contexts only: an answer that is longer by itself stops it.
+    Args:
+        max_length: positions of a request; None: the trained length. lm-eval truncates contexts
+            only: an answer longer than this raises an error.
     """
     ours = isinstance(model.config, SinkGPTNeoXConfig)
     num_positions = max_length or getattr(model.config, "max_position_embeddings", None)
@@ -39,7 +42,7 @@ def as_lm(
         tokenizer=tokenizer,
         batch_size=batch_size,
         max_length=num_positions - model.config.num_sinks if ours else num_positions,
-        add_bos_token=False if ours else None,  # None: as that model's own tokenizer does it
+        add_bos_token=False if ours else None,  # None: use the tokenizer's default
         prefix_token_id=model.config.eos_token_id if ours else None,
     )
 
@@ -58,20 +61,22 @@ def evaluate(
     """Run lm-eval's tasks and return its results, ready for JSON.
 
     Args:
-        tasks: names of tasks, groups or tags, or paths of task files. ``sinklm_paper`` is the paper's seven.
-        limit: score only the first so many examples of each task.
-        include_path: a folder of task files; one with a known name replaces lm-eval's own.
-        num_fewshot: examples in the prompt; None takes each task's default.
-        batch_size: requests at a time, or ``"auto"``.
+        tasks: names of tasks, groups or tags, or paths of task files. ``sinklm_paper`` is the
+            paper's seven tasks.
+        limit: score only this many examples of each task.
+        include_path: folder of task files, which override lm-eval's tasks of the same name.
+        num_fewshot: examples in the prompt; None uses each task's default.
+        batch_size: requests per batch, or ``"auto"``.
         max_length: see :func:`as_lm`.
 
     Returns:
-        ``{"tasks": {name: {metric: value, metric_stderr: …}}, "groups": …, "num_samples": …, "versions": …}``.
+        ``{"tasks": {name: {metric: value, metric_stderr: …}}, "groups": …, "num_samples": …,
+            "versions": …}``.
 
     Raises:
-        ValueError: for a task that does not exist.
-        FileNotFoundError: if ``include_path`` does not exist.
-        ConnectionError: if a task's data set can be neither found locally nor fetched.
+        ValueError: a task does not exist.
+        FileNotFoundError: ``include_path`` does not exist.
+        ConnectionError: a task's data set is neither available locally nor can be downloaded.
     """
     task_manager = _task_manager(tasks, include_path)
     try:
@@ -89,8 +94,8 @@ def evaluate(
         )
     except ConnectionError as error:
         raise ConnectionError(
-            f"a data set of {', '.join(tasks)} can be neither found locally nor fetched: {error}. Without network, "
-            f"give local task files with --include-path (docs/evaluation.md shows one)"
+            f"a data set of {', '.join(tasks)} is not available locally and cannot be downloaded: {error}. Without "
+            f"network, use local task files with --include-path (docs/evaluation.md shows one)"
         ) from error
     groups = output.get("groups", {})
     return {
@@ -105,24 +110,24 @@ def evaluate(
 
 
 def _task_manager(names: Sequence[str], include_path: Path | None) -> TaskManager:
-    """Knows lm-eval's tasks, ours and those of ``include_path``, the last winning; all ``names`` must be among them."""
+    """Return a manager of all tasks; those of ``include_path`` take precedence."""
     if include_path is not None and not include_path.is_dir():
-        raise FileNotFoundError(f"the task folder {include_path} does not exist")
+        raise FileNotFoundError(f"the task folder {include_path} does not exist: check --include-path")
     folders = [TASK_FOLDER, *([include_path] if include_path else [])]
     manager = TaskManager(include_path=folders, include_defaults=False)
     if not all(_covers(manager, name) for name in names):
-        manager = TaskManager(include_path=folders)  # reads lm-eval's 13,000 task files, which takes a while
+        manager = TaskManager(include_path=folders)  # slow: reads lm-eval's 13,000 task files
     for name in names:
         if name not in manager.all_tasks and not Path(name).is_file():
             raise ValueError(
-                f"there is no task {name!r}: take one of lm-eval's (`lm-eval ls tasks` lists them), {PAPER_TASKS}, or "
-                f"a task file in the folder given as --include-path"
+                f"there is no task {name!r}: use one of lm-eval's (listed by `lm-eval ls tasks`), {PAPER_TASKS}, or "
+                f"a task file in the folder given with --include-path"
             )
     return manager
 
 
 def _covers(manager: TaskManager, name: str) -> bool:
-    """Whether a task, and all tasks of a group, are known."""
+    """Whether the manager has a task or, for a group, all its tasks."""
     entry = manager.task_index.get(name)
     if entry is None or entry.kind.name == "TAG":
         return False
@@ -131,14 +136,14 @@ def _covers(manager: TaskManager, name: str) -> bool:
 
 
 def _metrics(row: dict[str, Any]) -> dict[str, float]:
-    """``{"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": …}`` as ``{"acc": 0.5, "acc_stderr": 0.1}``."""
+    """Turn ``{"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": …}`` into ``{"acc": 0.5, …}``."""
     named = {key.removesuffix(",none"): value for key, value in row.items() if isinstance(value, int | float)}
     named.pop("sample_len", None)  # is in num_samples
     return named
 
 
 def results_table(results: dict[str, Any], title: str) -> Table:
-    """One row for each task and metric, with its standard error."""
+    """Return a table with one row for each task and metric, with its standard error."""
     table = Table(title=title)
     for header, justify in (("Task", "left"), ("Examples", "right"), ("Metric", "left"), ("Value", "right")):
         table.add_column(header, justify=justify)  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
-"""What a sink token does, on two small trained models; then the main job in small, from text to a sample, on any CPU.
+"""Shows the effect of a sink token on two trained models, then trains two small models on a CPU.
 
-It runs the same commands as a real job and shows each. The models lie in ``examples/checkpoints``; the corpus of the
-main job is the source of Python's own standard library, so nothing is fetched. Everything it makes lies in the folder
-``quickstart``.
+It prints and runs the same commands as a real job. The trained models are in
+``examples/checkpoints``; the training corpus is the source code of Python's standard library, so
+nothing is downloaded. All output is written to the folder ``quickstart``.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "quickstart"
-TRAINED = Path("..", "examples", "checkpoints")  # as seen from FOLDER
+TRAINED = Path("..", "examples", "checkpoints")  # relative to FOLDER
 SINKLM = Path(sys.executable).parent / "sinklm"
 RUNS = {"vanilla": "none", "learnable-sink": "token"}
 PACKAGES = ["", "asyncio", "collections", "concurrent/futures", "email", "html", "http", "importlib", "json", "logging"]
@@ -27,36 +27,37 @@ def main() -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir()
 
-    say("1. What a sink token does: two models trained on 578 M tokens read a book through small caches")
+    say("1. The effect of a sink token: two models trained on 578 M tokens read a book with small caches")
     for run in RUNS:
         options = ["--text", TRAINED / "book.txt", "--tokens", "8000", "--caches", "0+128,1+127,4+124"]
         sinklm("eval", "streaming", TRAINED / run, *options, "--output", f"trained/{run}")
-    say("Perplexity by tokens kept from the beginning + most recent tokens:")
+    say("Perplexity by cache (kept first tokens + window of recent tokens):")
     compare({run: FOLDER / "trained" / run for run in RUNS})
     print(
-        "\nThe model with a sink token breaks when the cache loses it (0+128), and needs nothing but it (1+127). The\n"
-        "plain model has begun to use its first token so. Without a limit (dense) both break beyond 256 tokens."
+        "\nThe model with a sink token degrades if its cache evicts the sink token (0+128), and needs no other kept\n"
+        "token (1+127). The plain model has started to use its first token in the same way. With dense attention,\n"
+        "both degrade beyond the 256 positions they were trained on."
     )
 
-    say("2. A corpus in the Pile's form: the source of Python's standard library, every 20th module held out")
+    say("2. A corpus in the Pile's format: the source of Python's standard library, every 20th module held out")
     write_corpus()
     sinklm("tokenizer", "train", "corpus.jsonl", "--vocab-size", "2048", "--output", "tokenizer.json")
 
-    say("3. The token store: the corpus tokenized once, in Megatron's format")
+    say("3. The token store: the tokenized corpus in Megatron's format")
     sinklm("prepare", "corpus.jsonl", "--tokenizer", "tokenizer.json", "--output", "store")
 
-    say("4. Two models on the same data in the same order: one plain, one with a learnable sink token (DeepSpeed, CPU)")
+    say("4. Train two models on the same data in the same order: one plain, one with a sink token (DeepSpeed, CPU)")
     for run, sink in RUNS.items():
         sinklm("train", "quickstart", "data.path=store", f"train.run_dir={run}", f"model.sink.kind={sink}")
 
-    say("5. Perplexity on held-out source code, eight times as long as the 256 positions they were trained on")
+    say("5. Perplexity on held-out source code, with eight times the trained length of 256 positions")
     for run in RUNS:
         sinklm("eval", "streaming", run, "--text", "heldout.txt", "--tokens", "2048", "--output", f"{run}/eval")
 
-    say("6. Export: a plain GPTNeoXForCausalLM that needs no code of ours")
+    say("6. Export to a plain GPTNeoXForCausalLM, which does not need sinklm")
     sinklm("export", "learnable-sink", "export")
 
-    say("7. A sample, streamed through a cache of 1 sink token and 63 recent tokens")
+    say("7. Generate text with a streaming cache of 1 sink token and 63 recent tokens")
     sinklm("generate", "learnable-sink", "def main():", "--max-new-tokens", "100", "--num-kept", "1", "--window", "63")
 
     summary(time.perf_counter() - started)
@@ -69,7 +70,7 @@ def say(text: str) -> None:
 def sinklm(*arguments: str | Path) -> None:
     print("$ sinklm", *arguments, flush=True)
     if subprocess.run([SINKLM, *arguments], cwd=FOLDER).returncode:
-        sys.exit(f"\nquickstart stopped: the command above failed. What it had made lies in {FOLDER}")
+        sys.exit(f"\nquickstart stopped: the command above failed; see its error message. Output so far: {FOLDER}")
 
 
 def write_corpus() -> None:
@@ -95,7 +96,7 @@ def write_corpus() -> None:
 
 
 def compare(results: dict[str, Path]) -> None:
-    """Print the perplexities of each model's evaluation, a line a model and a column a cache."""
+    """Print a table of perplexities by model and cache."""
     reports = {run: json.loads((folder / "streaming.json").read_text()) for run, folder in results.items()}
     caches = [result["configuration"] for result in next(iter(reports.values()))["results"]]
     print(f"{'':16}" + "".join(f"{cache:>10}" for cache in caches))
@@ -107,12 +108,12 @@ def summary(seconds: float) -> None:
     say(f"Done in {seconds / 60:.1f} minutes. Perplexity of the two new models on held-out source code:")
     compare({run: FOLDER / run / "eval" for run in RUNS})
     print(
-        "\nTwo hundred steps are too few for an attention sink to form in either model, so losing the first tokens\n"
-        "(0+128) costs nothing yet. Sinks form after a thousand steps and more, and hundreds of millions of tokens:\n"
-        "step 1 shows them.\n\n"
-        f"Pictures   {FOLDER}/trained/learnable-sink/streaming.png, {FOLDER}/learnable-sink/eval/streaming.png\n"
+        "\n200 steps are too few for an attention sink to form in either model, so evicting the first tokens (0+128)\n"
+        "has no effect yet. Sinks form after more than 1,000 steps and hundreds of millions of tokens, as in the\n"
+        "models of step 1.\n\n"
+        f"Plots      {FOLDER}/trained/learnable-sink/streaming.png, {FOLDER}/learnable-sink/eval/streaming.png\n"
         f"Runs       {FOLDER}/vanilla, {FOLDER}/learnable-sink (config.yaml, metrics.jsonl, checkpoints)\n"
-        f"Export     {FOLDER}/export (README.md says how to load it)"
+        f"Export     {FOLDER}/export (its README.md describes how to load it)"
     )
 
 

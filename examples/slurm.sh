@@ -1,6 +1,7 @@
 #!/bin/bash
 # Two machines with eight GPUs each: sbatch examples/slurm.sh
-# Submitted again it goes on from the newest checkpoint; 120 seconds before its time is up it saves, ends and requeues itself.
+# When submitted again, it resumes from the newest checkpoint. 120 seconds before its time limit, it
+# saves, ends and requeues itself.
 #SBATCH --job-name=sinklm
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -18,5 +19,5 @@ srun --kill-on-bad-exit=1 python -m sinklm.train pythia-1.4b \
     data.path=stores/pile \
     train.run_dir=runs/pythia-1.4b
 
-# 143 = 128 + SIGTERM: stopped in time, with all saved
+# 143 = 128 + SIGTERM: stopped before the time limit, state saved
 if [ $? -eq 143 ]; then scontrol requeue "$SLURM_JOB_ID"; fi

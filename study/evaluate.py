@@ -1,9 +1,11 @@
-"""Evaluate every run of a folder, side by side: streaming perplexity, sinks over the checkpoints, zero-shot benchmarks.
+"""Evaluate all runs of a folder in parallel: streaming perplexity, sinks, zero-shot benchmarks.
 
     python study/evaluate.py runs/study --text book.txt --tokens 1000000
-    python study/evaluate.py runs/study --text book.txt --only vanilla --include-path tasks/ --kinds zero-shot
+    python study/evaluate.py runs/study --text book.txt --only vanilla --kinds zero-shot \\
+        --include-path tasks/
 
-The results lie in FOLDER/results; what is there is not measured again. `zero-shot` needs the network or --include-path.
+Results are written to FOLDER/results; existing results are not measured again. `zero-shot` needs
+network access or --include-path.
 """
 
 import argparse
@@ -19,22 +21,24 @@ LONG_ENOUGH = ("--max-length", "512")  # for PIQA's longest answers, 378 tokens 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--text", action="append", required=True, help="a text that no model has read; repeat to join")
-    parser.add_argument("--tokens", type=int, default=1_000_000, help="of the text, for streaming perplexity")
-    parser.add_argument("--include-path", help="lm-eval task files of your own")
+    parser.add_argument(
+        "--text", action="append", required=True, help="text file that is not in the training data; repeatable"
+    )
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="tokens of text for streaming perplexity")
+    parser.add_argument("--include-path", help="folder of lm-eval task files")
     parser.add_argument("--kinds", default=",".join(KINDS))
-    parser.add_argument("--only", help="names of runs, with commas between")
+    parser.add_argument("--only", help="names of runs, separated by commas")
     parser.add_argument("--per-gpu", type=int, default=4, help="evaluations that share a GPU")
-    parser.add_argument("--minutes", type=float, help="end then")
+    parser.add_argument("--minutes", type=float, help="stop after this many minutes")
     arguments = parser.parse_args()
 
     runs = [path.parent for path in sorted((arguments.folder / "runs").glob("*/checkpoints"))]
     if arguments.only:
         runs = [run for run in runs if run.name in arguments.only.split(",")]
     if not runs:
-        sys.exit(f"error: {arguments.folder / 'runs'} holds no such run with checkpoints: train it with train.py")
+        sys.exit(f"error: {arguments.folder / 'runs'} contains no such run with checkpoints: train it with train.py")
     if unknown := set(arguments.kinds.split(",")) - set(KINDS):
-        sys.exit(f"error: --kinds has {', '.join(sorted(unknown))}: choose from {', '.join(KINDS)}")
+        sys.exit(f"error: --kinds contains {', '.join(sorted(unknown))}: use only {', '.join(KINDS)}")
     jobs = [job(kind, run, arguments) for kind in arguments.kinds.split(",") for run in runs]
     sys.exit(not JobQueue(jobs, per_gpu=arguments.per_gpu, minutes=arguments.minutes).run())
 

@@ -1,4 +1,4 @@
-"""The pictures of the page of results."""
+"""The figures of docs/results/paper.md."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -14,13 +14,13 @@ from results import above_vanilla, arm_of, at_place, cost_over_training
 from sinklm.eval.plots import COLOURS, STYLE, save_figure
 
 Runs = dict[str, dict[str, Any]]
-FIRST_SHOWN = 0.05  # share of training from which on losses are compared; before it they fall too fast
-NUM_COLUMNS = 4  # of panels in the picture of long streams
-LARGEST_LINEAR = 0.01  # loss in that picture up to which the scale is linear
+FIRST_SHOWN = 0.05  # losses are compared after this share of training; before it they fall too fast
+NUM_COLUMNS = 4  # columns of panels in `streaming_figure`
+LARGEST_LINEAR = 0.01  # loss in that figure up to which the scale is linear
 
 
 def draw(arms: Runs, deeper: Runs, folder: Path) -> None:
-    """Save every picture that there are numbers for as ``paper-….png``."""
+    """Save all figures for which there is data as ``paper-….png``."""
     figures: dict[str, tuple[Callable[[Runs], Figure | None], Runs]] = {
         "loss": (loss_figure, arms),
         "sinks": (sinks_figure, arms),
@@ -36,7 +36,7 @@ def draw(arms: Runs, deeper: Runs, folder: Path) -> None:
 
 
 def style_of(name: str, runs: Runs) -> dict[str, Any]:
-    """An arm has a colour; its further seeds are dashed."""
+    """Return the style of a run: a colour for each arm; further seeds are dashed."""
     arms = list(dict.fromkeys(arm_of(run) for run in runs))
     return {
         "color": COLOURS[arms.index(arm_of(name)) % len(COLOURS)],
@@ -46,7 +46,7 @@ def style_of(name: str, runs: Runs) -> dict[str, Any]:
 
 
 def loss_figure(runs: Runs) -> Figure:
-    """Validation loss against tokens, and how much above vanilla's of the same seed it is."""
+    """Plot validation loss against tokens, and its excess over vanilla's of the same seed."""
     figure = Figure(figsize=(8.0, 3.2), layout="constrained")
     losses, relative = figure.subplots(1, 2)
     for name, run in runs.items():
@@ -65,7 +65,7 @@ def loss_figure(runs: Runs) -> Figure:
 
 
 def sinks_figure(runs: Runs) -> Figure | None:
-    """Sink rate over training: of the sink token (of two the larger), of the first text token, and of no token."""
+    """Plot sink rate over training: sink token (larger of two), first text token, no token."""
     measured = {name: run["sinks"] for name, run in runs.items() if "sinks" in run}
     if not measured:
         return None
@@ -84,7 +84,7 @@ def sinks_figure(runs: Runs) -> Figure | None:
 
 
 def _sink_curves(measured: dict[str, dict[str, Any]], what: str) -> dict[str, list[list[float]]]:
-    """Sink rate on ``what`` over the checkpoints, of the runs that have it: every run has a first text token."""
+    """Return the sink rate of ``what`` over the checkpoints, for the runs that have it."""
     curves = {
         name: [
             [checkpoint["tokens"], 100 * max(at_place(checkpoint["sink_rate"], what), default=0)]
@@ -96,7 +96,7 @@ def _sink_curves(measured: dict[str, dict[str, Any]], what: str) -> dict[str, li
 
 
 def forming_figure(runs: Runs) -> Figure | None:
-    """What it costs to lose the first tokens, and to keep one alone, over training."""
+    """Plot the cost of evicting the first tokens, and of keeping only one, over training."""
     measured = {name: run for name, run in runs.items() if "forming" in run}
     if not measured:
         return None
@@ -112,7 +112,7 @@ def forming_figure(runs: Runs) -> Figure | None:
 
 
 def depth_figure(runs: Runs) -> Figure | None:
-    """What it costs to lose the first tokens, over training, by number of layers: plain, and with a sink token."""
+    """Plot the cost of evicting the first tokens over training, by number of layers."""
     measured = {name: run for name, run in runs.items() if "forming" in run}
     layers = {name: run["config"]["model"]["num_hidden_layers"] for name, run in measured.items()}
     depths = sorted(set(layers.values()))
@@ -137,7 +137,7 @@ def _cost_label(runs: Runs, cache: int) -> str:
 
 
 def streaming_figure(runs: Runs) -> Figure | None:
-    """What each smaller number of kept tokens costs against the largest, by position in one long text."""
+    """Plot the cost of fewer kept tokens against the most, by position in one long text."""
     measured = {name: run["streaming"] for name, run in runs.items() if "streaming" in run and name == arm_of(name)}
     if not measured:
         return None
@@ -158,13 +158,13 @@ def streaming_figure(runs: Runs) -> Figure | None:
 
 
 def _draw_costs(axes: Axes, report: dict[str, Any]) -> str:
-    """A line for each cache but the one with the most kept tokens, whose name is returned."""
+    """Draw a line for each cache except the one with the most kept tokens, and return its name."""
     axes.set_xscale("log")
     axes.set_yscale("symlog", linthresh=LARGEST_LINEAR)
     *smaller, largest = (cache for cache in report["binned_losses"] if cache != "dense")
     for i, cache in enumerate(smaller, start=1):
         curve = _columns(cost_by_position(report, cache, largest))
-        width = 2.8 - 0.6 * i  # equal ones stay visible
+        width = 2.8 - 0.6 * i  # keeps equal curves visible
         axes.plot(*curve, color=COLOURS[i], linewidth=width, label=f"{cache.partition('+')[0]} kept (cache {cache})")
     axes.axhline(0, color="0.5", linewidth=0.8, zorder=0)
     axes.grid(axis="y", linewidth=0.4, alpha=0.5)
@@ -172,7 +172,7 @@ def _draw_costs(axes: Axes, report: dict[str, Any]) -> str:
 
 
 def cost_by_position(report: dict[str, Any], cache: str, largest: str) -> list[list[float]]:
-    """``[position, loss of cache over that of largest]`` from where a cache is full on: a mean for each doubling."""
+    """Return ``[position, loss above largest]``: a mean for each doubling after a cache is full."""
     size = sum(map(int, largest.split("+")))
     octaves: dict[int, list[tuple[int, int, float]]] = {}
     losses, lowest = (report["binned_losses"][name] for name in (cache, largest))
@@ -183,7 +183,7 @@ def cost_by_position(report: dict[str, Any], cache: str, largest: str) -> list[l
 
 
 def _mean(bins: list[tuple[int, int, float]]) -> float:
-    """Over all positions of bins ``(start, end, mean)``."""
+    """Return the mean over all positions of bins ``(start, end, mean)``."""
     return sum((end - start) * mean for start, end, mean in bins) / sum(end - start for start, end, _ in bins)
 
 

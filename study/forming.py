@@ -1,4 +1,4 @@
-"""What losing the first tokens costs, checkpoint by checkpoint: perplexity with 0, 1, 2 and 4 kept tokens.
+"""Measure the perplexity of each checkpoint of a run with 0, 1, 2 and 4 kept tokens.
 
 python study/forming.py runs/study/runs/vanilla --text book.txt --output runs/study/results/vanilla
 """
@@ -22,7 +22,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     if not (checkpoints := list_checkpoints(arguments.run)):
-        raise ValueError(f"{arguments.run} holds no complete checkpoint: give the folder of a training run")
+        raise ValueError(f"{arguments.run} contains no complete checkpoint: pass the folder of a training run")
     tokenized = read_text_files(arguments.text, load_tokenizer(arguments.run), arguments.tokens)
     report: dict = {"versions": library_versions(), "num_tokens": arguments.tokens, "text_sha256": tokenized.sha256}
     report["checkpoints"] = []

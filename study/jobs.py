@@ -1,4 +1,4 @@
-"""Run commands side by side, so many on each GPU, and end them in time."""
+"""Runs commands in parallel, several on each GPU, with a time limit."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ STATUS_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Job:
-    """A command. What it prints goes to ``log``, a file that has its name only once the command has ended well."""
+    """A command. Its output goes to ``log``, a file renamed so when the command succeeds."""
 
     name: str
     command: tuple[str, ...]
@@ -40,11 +40,12 @@ class Job:
 
 
 class JobQueue:
-    """Runs all jobs that are not done yet, in their order; one that fails does not keep the others from running.
+    """Runs all jobs that are not done, in order. A job that fails does not stop the others.
 
     Args:
-        per_gpu: how many share a GPU: a small model leaves most of it idle.
-        minutes: when to send SIGTERM to what still runs, on which a training run saves. SIGTERM and Ctrl-C do the same.
+        per_gpu: number of jobs that share a GPU, because a small model does not use all of it.
+        minutes: after this time, running jobs receive SIGTERM, on which a training run saves.
+            SIGTERM and Ctrl-C have the same effect.
     """
 
     def __init__(self, jobs: list[Job], *, per_gpu: int = 1, minutes: float | None = None):
@@ -57,9 +58,9 @@ class JobQueue:
         self._next_status = time.monotonic() + STATUS_SECONDS
 
     def run(self) -> bool:
-        """Returns whether all jobs are done."""
+        """Run the jobs. Returns whether all are done."""
         num_done = len(self._jobs) - len(self._waiting)
-        print(f"{len(self._jobs)} jobs, {num_done} of them done already; {len(self._free)} at a time", flush=True)
+        print(f"{len(self._jobs)} jobs, {num_done} already done; {len(self._free)} in parallel", flush=True)
         handlers = {number: signal.signal(number, self._end_soon) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             while self._running or (self._waiting and not self._is_stopping):
@@ -72,7 +73,7 @@ class JobQueue:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         left = [job.name for job in self._jobs if not job.is_done]
-        print(f"left: {', '.join(left)}" if left else "all done", flush=True)
+        print(f"not done: {', '.join(left)}; run the same command again" if left else "all done", flush=True)
         return not left
 
     def _end_soon(self, number: int, frame: object) -> None:
@@ -96,7 +97,7 @@ class JobQueue:
             process.terminate()
 
     def _collect(self) -> None:
-        """Take leave of the jobs that have ended."""
+        """Report the jobs that have ended and free their GPUs."""
         for job, (process, gpu) in list(self._running.items()):
             if process.poll() is None:
                 continue
@@ -118,6 +119,6 @@ class JobQueue:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, by the names of ``CUDA_VISIBLE_DEVICES``; an empty one stands for a CPU."""
+    """Return GPUs by their names in ``CUDA_VISIBLE_DEVICES``; an empty name is the CPU."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     return chosen.split(",") if chosen else [str(i) for i in range(torch.cuda.device_count())] or [""]

@@ -1,13 +1,14 @@
-"""The page of results: tables and pictures from what the runs of a folder recorded and their evaluation measured.
+"""Write the tables and figures of docs/results/paper.md from runs and their evaluations.
 
-    python study/report.py runs/study            # gathers runs/study into docs/results/paper.json, then draws from that
-    python study/report.py                  # draws again from docs/results/paper.json alone
+    python study/report.py runs/study    # collect runs/study into docs/results/paper.json, and draw
+    python study/report.py               # draw again from docs/results/paper.json
 
-The arms are in all tables and pictures, the deeper models in some of their own; every run is in the table of what was
-tried.
+The arms are in all tables and figures, the deeper models in separate ones; the last table lists
+every run.
 
-Pictures are docs/results/paper-*.png. Each table goes into docs/results/paper.md, in place of the one that stands
-between its marks, `<!-- NAME -->` and `<!-- end -->`; the text around them is written by hand.
+Figures are docs/results/paper-*.png. Each table replaces the one between its marks in
+docs/results/paper.md, `<!-- NAME -->` and `<!-- end -->`; the text around the tables is written by
+hand.
 """
 
 import argparse
@@ -26,8 +27,8 @@ from results import above_vanilla, at_place, collect, cost_over_training, sink_r
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 TASKS = ("arc_challenge", "arc_easy", "hellaswag", "lambada_openai", "openbookqa", "piqa", "winogrande")  # Table 4
-NEAR = 0.1  # of training: a checkpoint that is so near to a quarter's end stands for it
-FAINTEST = 1e-3  # share of attention below which a place has none: rows of an attention map sum to 1 within so much
+NEAR = 0.1  # a checkpoint within this share of training represents the end of a quarter
+FAINTEST = 1e-3  # attention below this counts as none: rows of an attention map sum to 1 within this tolerance
 
 Runs = dict[str, dict[str, Any]]
 
@@ -55,12 +56,12 @@ def main() -> None:
 
 
 def in_order_of(plan: str, found: Runs) -> Runs:
-    """The runs that a plan of this folder names."""
+    """Return the runs named in a plan of this folder, in its order."""
     return {name: found[name] for name in read_plan(Path(__file__).with_name(plan)) if name in found}
 
 
 def write_page(page: Path, tables: dict[str, str]) -> None:
-    """Put each table between its marks; a page that is not there yet begins with nothing but the tables."""
+    """Put each table between its marks. A page that does not exist is created."""
     marked = {name: f"<!-- {name} -->\n{table}\n<!-- end -->" for name, table in tables.items() if table}
     text = page.read_text(encoding="utf-8") if page.exists() else "\n\n".join(marked.values()) + "\n"
     for name, table in marked.items():
@@ -69,7 +70,7 @@ def write_page(page: Path, tables: dict[str, str]) -> None:
 
 
 def perplexity(runs: Runs) -> str:
-    """Tables 3 and 10 of the paper in small, and the loss on held-out documents; nothing where a cache was not run."""
+    """The paper's Tables 3 and 10 for the study; cells of caches that were not run are empty."""
     runs = {name: run for name, run in runs.items() if "streaming" in run}
     if not runs:
         return ""
@@ -99,13 +100,13 @@ def sinks(runs: Runs) -> str:
 
 
 def _shares(report: dict[str, Any], what: str) -> tuple[str, str]:
-    """Sink rate and attention; nothing where a model has no such position, or never attends to it."""
+    """Sink rate and attention; empty if a model has no such position, or never attends to it."""
     mass = sum(at_place(report["mass"], what))
     return (f"{100 * sink_rate(report, what):.1f}", f"{100 * mass:.1f}") if mass > FAINTEST else ("", "")
 
 
 def activations(runs: Runs) -> str:
-    """What stands at the token that has the most attention of the named ones, against other positions."""
+    """States of the named token with the most attention, compared with other positions."""
     headers = ("token", "hidden state: norm", "largest entry", "value: norm", "key: cosine", "other keys: cosine")
     lines = [_row("", *headers), _rule(len(headers))]
     for name, run in runs.items():
@@ -126,7 +127,7 @@ def _ratios(values: list[float], others: list[float]) -> list[float]:
 
 
 def _at(extreme: Callable, by_layer: list[float], digits: int) -> str:
-    """The largest or smallest value, and in brackets its layer."""
+    """Format the largest or smallest value, with its layer in brackets."""
     value = extreme(by_layer)
     return f"{value:.{digits}f} ({by_layer.index(value)})"
 
@@ -144,7 +145,7 @@ def zero_shot(runs: Runs) -> str:
 
 
 def tried(runs: Runs) -> str:
-    """Every run with its settings, and what formed in four steps of its training."""
+    """Every run with its settings, and its sinks at four points of training."""
     headers = ("M tokens", "positions", "learning rate", "weight decay", "validation loss")
     headers += ("sink position", "sink rate, %", "0+ / 4+", "1+ / 4+")
     lines = [_row("", *headers), _rule(len(headers))]
@@ -163,7 +164,7 @@ def tried(runs: Runs) -> str:
 
 
 def _at_quarters(curve: list[tuple[int, str]], tokens: int) -> str:
-    """What a curve shows nearest the ends of the four quarters of training; a dash where it shows nothing near."""
+    """Return a curve's values near the ends of the quarters of training; a dash if none."""
     shown = []
     for end in (tokens * quarter / 4 for quarter in (1, 2, 3, 4) if curve):
         distance, value = min(((abs(at - end), value) for at, value in curve), key=itemgetter(0))
@@ -172,13 +173,13 @@ def _at_quarters(curve: list[tuple[int, str]], tokens: int) -> str:
 
 
 def label(name: str, run: dict[str, Any]) -> str:
-    """Its name, and how far a run came that was ended early."""
+    """Return a run's name, and the share of training that is done if the run ended early."""
     planned = run["config"]["train"]["num_steps"] * run["config"]["train"]["batch_size_tokens"]
     return name if run["tokens"] >= planned else f"{name} ({100 * run['tokens'] // planned} % of training)"
 
 
 def last_loss(run: dict[str, Any]) -> str:
-    """The last validation loss, and where it was measured if the run went on from there."""
+    """Return the last validation loss, and its position if it is not the last step."""
     tokens, loss = run["validation_loss"][-1]
     return f"{loss:.4f}" if tokens == run["tokens"] else f"{loss:.4f} at {tokens / 1e6:.0f} M"
 

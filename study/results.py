@@ -1,4 +1,4 @@
-"""What the runs of a folder recorded and what their evaluation measured, in one small dictionary ready for JSON."""
+"""Collects the metrics and evaluations of the runs of a folder into a dictionary ready for JSON."""
 
 import json
 import re
@@ -8,25 +8,25 @@ from typing import Any
 
 import yaml
 
-NUM_LOSS_POINTS = 200  # of a curve of training losses
-NUM_SPEED_STEPS = 1000  # the last ones
+NUM_LOSS_POINTS = 200  # points of a curve of training losses
+NUM_SPEED_STEPS = 1000  # last steps, over which the speed is taken
 
 
 def collect(folder: Path) -> dict[str, Any]:
-    """Everything that the page of results shows, for each run of ``folder`` that has recorded a step."""
+    """Return all data of docs/results/paper.md for each run of ``folder`` with metrics."""
     runs = sorted(path.parent for path in (folder / "runs").glob("*/metrics.jsonl"))
     if not runs:
-        raise FileNotFoundError(f"{folder / 'runs'} holds no run with a metrics.jsonl")
+        raise FileNotFoundError(f"{folder / 'runs'} contains no run with a metrics.jsonl: train with study/train.py")
     return {"runs": {run.name: collect_run(run, folder / "results" / run.name) for run in runs}}
 
 
 def collect_run(run: Path, results: Path) -> dict[str, Any]:
-    """One run's settings, curves and results; what is not there (yet) is left out."""
+    """Return one run's settings, curves and results; missing results are omitted."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [record for record in records if "loss" in record]
     tokens_per_step = steps[-1]["positions"] // steps[-1]["step"]
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    for section, place in (("data", "path"), ("train", "run_dir")):  # where things lay tells a reader nothing
+    for section, place in (("data", "path"), ("train", "run_dir")):  # paths are not of interest
         config.get(section, {}).pop(place, None)
     found: dict[str, Any] = {
         "config": config,
@@ -50,18 +50,18 @@ def collect_run(run: Path, results: Path) -> dict[str, Any]:
 
 
 def arm_of(name: str) -> str:
-    """The arm of a run: ``gate`` of ``gate-seed-2``."""
+    """Return the arm of a run: ``gate`` for ``gate-seed-2``."""
     return re.sub(r"-seed-\d+$", "", name)
 
 
 def vanilla_of(name: str) -> str:
-    """The plain run of the same size and seed, which has the same data in the same order."""
+    """Return the plain run of the same size and seed, which has the same data in the same order."""
     size_and_seed = re.search(r"(-\d+x\d+)?(-seed-\d+)?$", name)
-    return "vanilla" + size_and_seed.group()  # type: ignore[union-attr]  # of nothing at least
+    return "vanilla" + size_and_seed.group()  # type: ignore[union-attr]  # always matches
 
 
 def above_vanilla(name: str, runs: dict[str, dict[str, Any]]) -> list[list[float]]:
-    """``[tokens, percent]``: a run's validation losses over those of the plain run of its seed at the same tokens."""
+    """Return ``[tokens, percent]``: excess of a run's validation losses over its plain run's."""
     vanilla = vanilla_of(name)
     if name == vanilla or vanilla not in runs:
         return []
@@ -70,19 +70,19 @@ def above_vanilla(name: str, runs: dict[str, dict[str, Any]]) -> list[list[float
 
 
 def cost_over_training(run: dict[str, Any], cache: int) -> list[list[float]]:
-    """``[tokens, perplexity with a cache over that with the most kept tokens]`` of a run's checkpoints."""
+    """Return ``[tokens, perplexity / that with the most kept tokens]`` of the checkpoints."""
     checkpoints = run["forming"]["checkpoints"] if "forming" in run else []
     found = [(c["tokens"], list(c["perplexity"].values())) for c in checkpoints]
     return [[tokens, perplexities[cache] / perplexities[-1]] for tokens, perplexities in found]
 
 
 def at_place(values: dict[str, Any], what: str) -> list[Any]:
-    """Those of the named positions that are ``what``: one, or one for each of several sink tokens."""
+    """Return the values of the positions named ``what``: one, or one for each sink token."""
     return [value for name, value in values.items() if name.startswith(what)]
 
 
 def sink_rate(report: dict[str, Any], what: str) -> float:
-    """Share of heads above ε on ``what``; if these are several, of heads whose mean attention on them together is."""
+    """Return the share of heads whose attention to ``what`` (several: in total) is above ε."""
     rates = at_place(report["sink_rate"], what)
     if len(rates) == 1:
         return rates[0]
@@ -91,7 +91,7 @@ def sink_rate(report: dict[str, Any], what: str) -> float:
 
 
 def _thinned(steps: list[dict]) -> list[list[float]]:
-    """Training losses as means over equal stretches: ``[tokens at its end, loss]``."""
+    """Return training losses as means over equal intervals: ``[tokens at its end, loss]``."""
     size = -(-len(steps) // NUM_LOSS_POINTS)
     stretches = [steps[i : i + size] for i in range(0, len(steps), size)]
     return [[stretch[-1]["positions"], fmean(record["loss"] for record in stretch)] for stretch in stretches]
@@ -114,7 +114,7 @@ def _sinks(report: dict) -> dict[str, Any]:
 
 
 def _layers(report: dict) -> dict[str, Any]:
-    """Each quantity by layer: at the named positions, and the mean over the others."""
+    """Return each quantity by layer: at the named positions, and the mean over the others."""
     named = {name: k for name, k in report["positions"].items() if k >= 0}
     by_position = dict(report["layers"])  # layer by position
     found: dict[str, Any] = {"median_activation": by_position.pop("median_activation")}

@@ -306,12 +306,12 @@ def test_the_page_of_results_is_made_from_its_data(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        ("train", ["nope.yaml", "study"], r"the plan nope\.yaml cannot be read"),
-        ("train", ["list.yaml", "study"], r"list\.yaml is no plan"),
-        ("train", [str(FOLDER / "arms.yaml"), "study", "--only", "vanila"], "--only names vanila"),
-        ("evaluate", ["nope", "--text", "book.txt"], "nope/runs holds no such run"),
-        ("forming", ["nope", "--text", "book.txt", "--output", "out"], "nope holds no complete checkpoint"),
-        ("report", ["nope", "--output", "out"], "nope/runs holds no run"),
+        ("train", ["nope.yaml", "study"], r"cannot read the plan nope\.yaml"),
+        ("train", ["list.yaml", "study"], r"list\.yaml is not a plan"),
+        ("train", [str(FOLDER / "arms.yaml"), "study", "--only", "vanila"], "--only contains vanila"),
+        ("evaluate", ["nope", "--text", "book.txt"], "nope/runs contains no such run"),
+        ("forming", ["nope", "--text", "book.txt", "--output", "out"], "nope contains no complete checkpoint"),
+        ("report", ["nope", "--output", "out"], "nope/runs contains no run"),
     ],
 )
 def test_mistakes_are_one_line(script, arguments, message, tmp_path, monkeypatch):

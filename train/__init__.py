@@ -1,4 +1,4 @@
-"""Pre-training with DeepSpeed: settings, engine, loop, checkpoints, metrics."""
+"""Pre-training with DeepSpeed: configuration, engine, loop, checkpoints, metrics."""
 
 from ..extras import require_extra
 

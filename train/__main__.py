@@ -1,4 +1,4 @@
-"""``python -m sinklm.train RECIPE key=value …``, for launchers that start a module: deepspeed, torchrun, srun."""
+"""``python -m sinklm.train RECIPE key=value …``, for launchers (deepspeed, torchrun, srun)."""
 
 import argparse
 import os
@@ -9,9 +9,9 @@ from .run import train
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="sinklm.train", description="Train a model from a recipe.")
-    parser.add_argument("recipe", help="a packaged recipe's name or the path of a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the recipe's")
-    parser.add_argument("--dry-run", action="store_true", help="describe the run and its cost, and do nothing")
+    parser.add_argument("recipe", help="name of a packaged recipe or path of a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the recipe's")
+    parser.add_argument("--dry-run", action="store_true", help="print the configuration and cost without training")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     arguments = parser.parse_intermixed_args()
     try:

@@ -1,4 +1,4 @@
-"""AdamW on flat weights: what it reads and writes passes through memory once, the weights' 16-bit copy with it."""
+"""AdamW on flat weights in one pass over memory, which also writes the weights' 16-bit copy."""
 
 import math
 
@@ -26,15 +26,17 @@ def adamw_(
     grad_scale: Tensor,
     found_inf: Tensor,
 ) -> None:
-    """One step of `torch.optim.AdamW` (Loshchilov & Hutter 2019) on float32 ``weights (N,)``, in place, to rounding.
+    """One in-place step of AdamW (Loshchilov & Hutter 2019), as in `torch.optim.AdamW`.
 
-    All are contiguous and of the same size, but for the scalars. There is no `amsgrad` and no `maximize`.
+    All tensors except the scalars are contiguous and have N elements. `amsgrad` and `maximize` are
+    not supported.
 
     Args:
-        copy: the same weights in another type, only written.
-        gradient: of any floating type, ``grad_scale`` times too large.
-        exp_avg, exp_avg_sq, step: AdamW's state, as torch keeps it.
-        grad_scale, found_inf: scalars on the device. If the latter is 1, nothing changes.
+        weights: float32, ``(N,)``.
+        copy: receives the new weights in another dtype.
+        gradient: of any floating-point dtype, scaled by ``grad_scale``.
+        exp_avg, exp_avg_sq, step: AdamW's state, as in torch.
+        grad_scale, found_inf: scalars on the device. If ``found_inf`` is 1, nothing is changed.
     """
     step += 1 - found_inf
     log_first, log_second = (math.log(beta) if beta > 0 else -math.inf for beta in betas)  # a power of 0 is 0
@@ -57,7 +59,7 @@ def _adamw_kernel(
     lr, decay, eps, first_rate, second_rate, log_first, log_second, BLOCK: tl.constexpr,
 ):  # fmt: skip
     scale, count = tl.load(grad_scale), tl.load(step).to(tl.float64)
-    step_size = lr / (1.0 - tl.exp(count * log_first)).to(tl.float32)  # over the correction of the moment's bias
+    step_size = lr / (1.0 - tl.exp(count * log_first)).to(tl.float32)  # includes the first moment's bias correction
     correction = tl.sqrt((1.0 - tl.exp(count * log_second)).to(tl.float32))
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < tl.where(tl.load(found_inf) == 0.0, num_weights, 0)

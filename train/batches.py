@@ -1,4 +1,4 @@
-"""A rank's micro-batches, read ahead of the model by a thread."""
+"""The micro-batches of a rank, read ahead by a thread."""
 
 import queue
 import threading
@@ -15,10 +15,10 @@ NUM_READ_AHEAD = 8  # micro-batches
 
 
 def open_windows(store: TokenSource, plan: Plan) -> tuple[TokenWindows, TokenWindows | None]:
-    """The samples for training, and for validation if the recipe has any.
+    """Return the training samples, and the validation samples or None if validation is disabled.
 
     Raises:
-        ValueError: a split is missing, or has not even one sample.
+        ValueError: a split is missing or shorter than one sample.
     """
     sizes = {"tokens_per_sample": plan.tokens_per_sample, "stride": plan.stride}
     validation = None
@@ -26,23 +26,23 @@ def open_windows(store: TokenSource, plan: Plan) -> tuple[TokenWindows, TokenWin
         try:
             validation = TokenWindows(store, "validation", **sizes)
         except ValueError as error:
-            raise ValueError(f"{error} (to go without: validation.every_steps=null)") from None
+            raise ValueError(f"{error} (to disable validation: validation.every_steps=null)") from None
     return TokenWindows(store, "train", **sizes), validation
 
 
 class MicroBatches:
-    """An endless iterator over the micro-batches ``(micro_batch_size, tokens_per_sample)`` of one rank, on its device.
+    """Infinite iterator over a rank's micro-batches ``(micro_batch_size, tokens_per_sample)``.
 
-    Step k's global batch is positions ``[k·B, (k+1)·B)`` of the data order, whatever the number of ranks, so the next
-    step is all its state.
+    The global batch of step k is positions ``[k·B, (k+1)·B)`` of the data order for any number of
+    ranks, so the only state is the number of the next step.
 
     Args:
         windows: the samples.
         order: their order.
-        samples_per_step: B, of all ranks.
-        micro_batch_size: samples a rank takes at once.
-        first_step: where to begin.
-        device: where the batches are wanted.
+        samples_per_step: B, the global batch size.
+        micro_batch_size: samples in a micro-batch.
+        first_step: step to start at.
+        device: device of the batches.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class MicroBatches:
         return batch.to(self._device, non_blocking=True)
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         self._stopped.set()
         while not self._queue.empty():
             self._queue.get_nowait()
@@ -102,7 +102,11 @@ class MicroBatches:
 
 
 def read_samples(windows: TokenWindows, chosen: np.ndarray, *, pin: bool) -> torch.Tensor:
-    """The windows ``chosen`` as one int64 tensor ``(len(chosen), tokens_per_sample)``, in pinned memory if wanted."""
+    """Return the windows ``chosen`` as an int64 tensor ``(len(chosen), tokens_per_sample)``.
+
+    Args:
+        pin: allocate it in pinned memory.
+    """
     batch = torch.empty(len(chosen), windows.tokens_per_sample, dtype=torch.int64, pin_memory=pin)
     for row, sample in zip(batch.numpy(), chosen, strict=True):
         row[:] = windows[int(sample)]

@@ -1,4 +1,4 @@
-"""Writing checkpoints: `checkpoints.folders` describes what is in one. A marker, written last, completes it."""
+"""Writes checkpoints (their contents: `checkpoints.folders`). A marker file is written last."""
 
 import re
 import shutil
@@ -41,8 +41,8 @@ class CheckpointWriter:
 
     Args:
         run_dir: the run's folder.
-        fingerprint: of the data, which a resumed run must match.
-        tokenizer_path: a ``tokenizer.json`` that goes beside the weights.
+        fingerprint: fingerprint of the data, which must be the same when the run resumes.
+        tokenizer_path: the ``tokenizer.json`` to save with the weights.
     """
 
     def __init__(self, run_dir: Path, plan: Plan, world: World, *, fingerprint: str, tokenizer_path: Path):
@@ -54,14 +54,14 @@ class CheckpointWriter:
         """Save the state after ``step`` updates. Every rank calls it.
 
         Raises:
-            SameOnAllRanks: a rank could not write. Older checkpoints are as they were.
+            SameOnAllRanks: a rank could not write. Older checkpoints are unchanged.
         """
         checkpoint = self.folder / f"step-{step}"
         failed = f"cannot save {checkpoint} (earlier checkpoints are intact): "
         all_or_none = self._world.all_or_none
         with all_or_none(failed):
             if self._world.is_main:
-                shutil.rmtree(checkpoint, ignore_errors=True)  # an interrupted one; a complete one is not saved again
+                shutil.rmtree(checkpoint, ignore_errors=True)  # interrupted; complete ones are never saved again
                 for name in (DEEPSPEED_FOLDER, RANDOM_STATES_FOLDER):
                     (checkpoint / name).mkdir(parents=True)
         with all_or_none(failed), _disk_errors(checkpoint):
@@ -79,9 +79,9 @@ class CheckpointWriter:
         return checkpoint
 
     def _save_deepspeed(self, engine: "DeepSpeedEngine", checkpoint: Path) -> None:
-        client_state: dict = {"universal_checkpoint_info": {}}  # `ds_to_universal` wants it
+        client_state: dict = {"universal_checkpoint_info": {}}  # required by `ds_to_universal`
         if self._plan.config.deepspeed.zero_stage == 0:
-            # In the order in which the optimizer's `state_dict` numbers them.
+            # In the order of the numbers in the optimizer's `state_dict`.
             client_state["optimizer_parameter_names"] = [n for group in parameter_groups(engine.module) for n in group]
         deepspeed_patches.save_on_all_ranks(
             engine, checkpoint, tag=DEEPSPEED_FOLDER, client_state=client_state, save_latest=False
@@ -108,13 +108,13 @@ class CheckpointWriter:
         complete = list_checkpoints(self._run_dir)
         passing = [step for step in complete if not (section.pythia_steps and is_pythia_step(step))]
         for step in passing[: -section.keep]:
-            (complete[step] / COMPLETE_MARKER).unlink()  # first, so that half of it is never taken for the whole
+            (complete[step] / COMPLETE_MARKER).unlink()  # first, so that a half-deleted one is not considered complete
             shutil.rmtree(complete[step])
 
 
 @contextmanager
 def _disk_errors(folder: Path) -> Iterator[None]:
-    """Say in words what torch and safetensors say in codes when a file cannot be written."""
+    """Convert the write errors of torch and safetensors to readable OSErrors."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:

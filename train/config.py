@@ -1,6 +1,7 @@
-"""What a recipe may say: the keys, their types and their limits.
+"""The keys of a recipe, their types and their limits.
 
-The defaults are Pythia's recipe (Biderman et al. 2023): the recipe of a model names only its sizes and learning rate.
+The defaults are Pythia's recipe (Biderman et al. 2023), so the recipe of a model only sets its
+sizes and learning rate.
 """
 
 import difflib
@@ -19,26 +20,26 @@ class Section(BaseModel):
 
 
 class SinkSection(Section):
-    """Where surplus attention can go."""
+    """The attention sink."""
 
     kind: str = Field(
         default="token",
         description="`token`: learnable sink tokens before every text; `none`: plain Pythia; "
-        "`zero`, `logit`, `kv_bias` or `gate`: an arm without tokens",
+        "`zero`, `logit`, `kv_bias`, `gate`: an arm without sink tokens",
     )
-    num_tokens: Count = Field(default=1, description="how many sink tokens (`kind: token` only)")
+    num_tokens: Count = Field(default=1, description="number of sink tokens (only with `kind: token`)")
 
     @model_validator(mode="after")
     def _tokens_are_of_their_kind(self) -> "SinkSection":
         if self.kind != "token" and self.num_tokens != 1:
-            raise ValueError(f"num_tokens is {self.num_tokens}, but kind {self.kind} has no tokens: set it to 1")
+            raise ValueError(f"num_tokens is {self.num_tokens}, but kind {self.kind} has no sink tokens: set it to 1")
         return self
 
     @field_validator("kind")
     @classmethod
     def _known(cls, kind: str) -> str:
         if kind not in SINK_KINDS:
-            raise ValueError(f"choose one of {', '.join(SINK_KINDS)}")
+            raise ValueError(f"it must be one of {', '.join(SINK_KINDS)}")
         return kind
 
 
@@ -48,20 +49,20 @@ class ModelSection(Section):
     hidden_size: Count
     num_hidden_layers: Count
     num_attention_heads: Count
-    intermediate_size: Count | None = Field(default=None, description="width of the MLP; null is 4 × `hidden_size`")
+    intermediate_size: Count | None = Field(default=None, description="width of the MLP; null: 4 × `hidden_size`")
     vocab_size: Count | None = Field(
         default=None,
-        description="rows of the embedding; null is the tokenizer and the sinks, rounded up to a multiple of 128",
+        description="rows of the embedding; null: tokenizer plus sink tokens, rounded up to a multiple of 128",
     )
-    rotary_pct: Ratio = Field(default=0.25, description="share of each head's dimensions that are rotated")
+    rotary_pct: Ratio = Field(default=0.25, description="fraction of each head's dimensions that are rotated")
     rope_theta: float = Field(default=10_000.0, gt=0)
     parallel_residual: bool = True
     max_position_embeddings: Count | None = Field(
-        default=None, description="longest sequence, sinks included; null is `train.seq_length`"
+        default=None, description="maximum sequence length, sink tokens included; null: `train.seq_length`"
     )
     init_from: str | None = Field(
         default=None,
-        description="start from these weights: a run, checkpoint or transformers folder, or a Hub name; null is random",
+        description="initial weights: a run, checkpoint or transformers folder, or a Hub name; null: random",
     )
     sink: SinkSection = SinkSection()
 
@@ -74,7 +75,7 @@ class ModelSection(Section):
         rotated = int(self.hidden_size // self.num_attention_heads * self.rotary_pct)
         if rotated % 2:
             raise ValueError(
-                f"rotary_pct {self.rotary_pct} rotates {rotated} dimensions of a head: make it an even number"
+                f"rotary_pct {self.rotary_pct} rotates {rotated} dimensions of a head, which must be an even number"
             )
         return self
 
@@ -88,23 +89,23 @@ class DataSection(Section):
 
 
 class TrainSection(Section):
-    run_dir: str | None = Field(default=None, description="folder of the run; null is `runs/<recipe name>`")
+    run_dir: str | None = Field(default=None, description="folder of the run; null: `runs/<recipe name>`")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        default=1234, description="of the first weights and the data order"
+        default=1234, description="random seed of the initial weights and the data order"
     )
-    num_steps: Count = Field(default=143_000, description="optimizer steps in all")
-    seq_length: Count = Field(default=2048, description="positions of a sample, sinks included")
-    batch_size_tokens: Count = Field(default=1024 * 2048, description="positions of one step, over all ranks")
+    num_steps: Count = Field(default=143_000, description="total number of optimizer steps")
+    seq_length: Count = Field(default=2048, description="positions in a sample, sink tokens included")
+    batch_size_tokens: Count = Field(default=1024 * 2048, description="positions in one step, over all ranks")
     micro_batch_size: Count = Field(
         default=16,
-        description="samples that a rank takes through the model at once; sets memory and speed, never the result",
+        description="samples per rank in one forward pass; affects memory and speed, not the result",
     )
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     activation_checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass: less memory, about a third more time"
     )
     compile: bool | None = Field(
-        default=None, description="torch.compile; null is yes on a GPU but with ZeRO-3, no on a CPU"
+        default=None, description="use torch.compile; null: yes on a GPU except with ZeRO-3, no on a CPU"
     )
 
     @model_validator(mode="after")
@@ -117,63 +118,63 @@ class TrainSection(Section):
 
 
 class OptimizerSection(Section):
-    """AdamW, with weight decay on matrices only, and a cosine schedule."""
+    """AdamW with weight decay on matrices only, and a cosine schedule."""
 
-    lr: float = Field(gt=0, description="the highest learning rate, reached after warm-up")
-    min_lr_ratio: Ratio = Field(default=0.1, description="share of `lr` at the end")
-    warmup_ratio: Ratio = Field(default=0.01, description="share of the steps over which the rate rises from 0")
+    lr: float = Field(gt=0, description="peak learning rate, reached after warm-up")
+    min_lr_ratio: Ratio = Field(default=0.1, description="final learning rate as a fraction of `lr`")
+    warmup_ratio: Ratio = Field(default=0.01, description="fraction of the steps used for linear warm-up")
     betas: Annotated[list[float], Field(min_length=2, max_length=2)] = [0.9, 0.95]
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
-    clip: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0 is no limit")
+    clip: float = Field(default=1.0, ge=0, description="maximum norm of the gradient; 0: no clipping")
 
     @field_validator("betas")
     @classmethod
     def _betas(cls, betas: list[float]) -> list[float]:
         if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError("each must be at least 0 and less than 1")
+            raise ValueError("each value must be at least 0 and less than 1")
         return betas
 
 
 class ValidationSection(Section):
-    every_steps: Count | None = Field(default=1000, description="null is never")
-    num_samples: Count = Field(default=512, description="the first ones of the validation split; all if it has fewer")
+    every_steps: Count | None = Field(default=1000, description="steps between validations; null: no validation")
+    num_samples: Count = Field(default=512, description="samples from the start of the validation split; at most all")
 
 
 class CheckpointSection(Section):
-    every_steps: Count | None = Field(default=1000, description="null is at the end only")
+    every_steps: Count | None = Field(default=1000, description="steps between checkpoints; null: only at the end")
     pythia_steps: bool = Field(
-        default=False, description="save also at steps 0, 1, 2, 4 … 512 and every 1000, and never delete those"
+        default=False, description="also save at steps 0, 1, 2, 4 … 512 and every 1000, and never delete these"
     )
-    keep: Count | None = Field(default=3, description="how many of the newest checkpoints stay; null is all")
+    keep: Count | None = Field(default=3, description="number of newest checkpoints to keep; null: all")
     resume: str = Field(
         default="auto",
         description="`auto`: the run's newest complete checkpoint, if any; `never`; or a checkpoint folder",
     )
 
 
-# Keys of DeepSpeed's configuration that follow from ours, and the key to set in their place.
+# Keys of DeepSpeed's configuration that are derived from the recipe, and what to do instead.
 DERIVED_DEEPSPEED_KEYS = {
-    "train_batch_size": "train.batch_size_tokens",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.batch_size_tokens or train.micro_batch_size",
-    "gradient_clipping": "optimizer.clip",
-    "optimizer": "the section optimizer",
-    "scheduler": "the section optimizer",
-    "bf16.enabled": "train.precision",
-    "fp16.enabled": "train.precision",
-    "torch_autocast": "train.precision",
-    "bf16.check_grad_overflow": "nothing: a step that is not finite is never taken",
-    "zero_optimization.compute_grad_norm": "nothing: the norm is watched in every step",
-    "data_types.grad_accum_dtype": "nothing: gradients are accumulated in float32",
-    "zero_optimization.stage": "deepspeed.zero_stage",
-    "zero_optimization.round_robin_gradients": "nothing: DeepSpeed could not go on from its checkpoints on other ranks",
-    "checkpoint.load_universal": "nothing: it is found out by itself",
+    "train_batch_size": "set train.batch_size_tokens",
+    "train_micro_batch_size_per_gpu": "set train.micro_batch_size",
+    "gradient_accumulation_steps": "set train.batch_size_tokens or train.micro_batch_size",
+    "gradient_clipping": "set optimizer.clip",
+    "optimizer": "use the section optimizer",
+    "scheduler": "use the section optimizer",
+    "bf16.enabled": "set train.precision",
+    "fp16.enabled": "set train.precision",
+    "torch_autocast": "set train.precision",
+    "bf16.check_grad_overflow": "remove this key; non-finite steps do not update the weights",
+    "zero_optimization.compute_grad_norm": "remove this key; the norm is computed in every step",
+    "data_types.grad_accum_dtype": "remove this key; gradients are accumulated in float32",
+    "zero_optimization.stage": "set deepspeed.zero_stage",
+    "zero_optimization.round_robin_gradients": "remove this key; with it DeepSpeed cannot resume on another rank count",
+    "checkpoint.load_universal": "remove this key; it is detected automatically",
 }
 
 
-# Sections and switches of DeepSpeed's configuration. It passes over a key that it does not know, so a slip of the pen
-# in one of these would change nothing and say nothing.
+# Sections and switches of DeepSpeed's configuration. DeepSpeed ignores unknown keys silently, so
+# typos are checked here.
 DEEPSPEED_KEYS = (
     *("activation_checkpointing", "aio", "amp", "autotuning", "bf16", "checkpoint", "comet", "comms_logger"),
     *("communication_data_type", "compile", "compression_training", "csv_monitor", "curriculum_learning"),
@@ -187,20 +188,18 @@ DEEPSPEED_KEYS = (
 
 
 class DeepSpeedSection(BaseModel):
-    """ZeRO's stage, our patches, and any key of DeepSpeed's own configuration, passed through."""
+    """The ZeRO stage, sinklm's patches, and any key of DeepSpeed's own configuration."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
     zero_stage: Literal[0, 1, 2, 3] = Field(
-        default=1, description="what ZeRO splits over the ranks: 1 optimizer, 2 + gradients, 3 + weights"
+        default=1, description="what ZeRO partitions over the ranks: 1 optimizer, 2 + gradients, 3 + weights"
     )
-    patches: bool = Field(
-        default=True, description="replace slow parts of DeepSpeed; false uses DeepSpeed's own code for them"
-    )
+    patches: bool = Field(default=True, description="replace slow parts of DeepSpeed; false: use DeepSpeed's own code")
 
     @property
     def extra_keys(self) -> dict[str, Any]:
-        """What goes to DeepSpeed as it is."""
+        """The keys passed to DeepSpeed unchanged."""
         return dict(self.model_extra or {})
 
     @model_validator(mode="after")
@@ -209,7 +208,7 @@ class DeepSpeedSection(BaseModel):
             section, _, name = key.rpartition(".")
             values = self.extra_keys.get(section) if section else self.extra_keys
             if isinstance(values, dict) and name in values:
-                raise ValueError(f"{key} is derived: set {ours}")
+                raise ValueError(f"{key} is derived: {ours}")
         return self
 
     @model_validator(mode="after")
@@ -223,13 +222,13 @@ class DeepSpeedSection(BaseModel):
 
 class WandbSection(Section):
     mode: Literal["auto", "online", "offline", "disabled"] = Field(
-        default="auto", description="`auto` is online if you are logged in, and offline if not"
+        default="auto", description="`auto`: online if you are logged in, else offline"
     )
     project: str = "sinklm"
 
 
 class TrainingConfig(Section):
-    """A recipe, complete. `sinklm.train.recipe.load_config` makes it from YAML and overrides."""
+    """A complete recipe. `sinklm.train.recipe.load_config` creates it from YAML and overrides."""
 
     model: ModelSection
     data: DataSection = DataSection()
@@ -246,16 +245,16 @@ class TrainingConfig(Section):
         if longest is not None and self.train.seq_length > longest:
             raise ValueError(
                 f"train.seq_length {self.train.seq_length} is longer than model.max_position_embeddings {longest}: "
-                "lower the first or raise the second"
+                "lower the former or raise the latter"
             )
         if self.model.num_sinks >= self.train.seq_length:
             raise ValueError(
                 f"model.sink.num_tokens {self.model.num_sinks} leaves no room for text in train.seq_length "
-                f"{self.train.seq_length}"
+                f"{self.train.seq_length}: raise train.seq_length"
             )
         if self.train.compile and self.deepspeed.zero_stage == 3:
             raise ValueError(
-                "train.compile=true and deepspeed.zero_stage=3 exclude each other: compiling needs the weights in "
-                "place; leave train.compile out, or take a lower stage"
+                "train.compile=true does not work with deepspeed.zero_stage=3, which partitions the weights: remove "
+                "train.compile, or use a lower stage"
             )
         return self

@@ -1,11 +1,11 @@
-"""Everything that this package replaces in DeepSpeed, or works around in it: one function each.
+"""All replacements and workarounds for DeepSpeed, one function each.
 
-The patches use names that are not public, and are tested with the versions in
-`versions.TESTED`. `skip_op_build`, `no_memory_reports` and `fused_update` save time. The recipe key
-``deepspeed.patches`` switches them, and they turn themselves off, with a RuntimeWarning, under
-other versions or if a name is missing. The others, `reset_process`, `save_on_all_ranks` and
-`restore_settings`, keep runs correct, so they are on under every version; their docstrings say what
-happens if a name is missing.
+They use names that are not public, and are tested with the versions in `versions.TESTED`.
+`skip_op_build`, `no_memory_reports` and `fused_update` save time. The recipe key
+``deepspeed.patches`` enables them, and they are disabled with a RuntimeWarning under other versions
+or if a name is missing.
+`reset_process`, `save_on_all_ranks` and `restore_settings` are required for correctness, so they
+are always active; their docstrings state what happens if a name is missing.
 """
 
 import importlib.metadata
@@ -29,7 +29,7 @@ _has_made_engine = False
 
 
 def skip_op_build(*, is_main: bool) -> None:
-    """Keep DeepSpeed from compiling a shared-memory all-reduce for CPUs; gloo does the same work.
+    """Keep DeepSpeed from compiling a shared-memory all-reduce for CPUs; gloo is used instead.
 
     Replaces the table of operations that it may compile, `deepspeed.ops.__compatible_ops__`.
     """
@@ -73,13 +73,13 @@ def fused_update(engine: "DeepSpeedEngine", config: TrainingConfig) -> FusedUpda
     if not isinstance(zero, BF16_Optimizer) or zero.immediate_grad_update:
         return None
     if missing := [name for name in NAMES if not hasattr(zero, name)]:
-        _warn(f"has no BF16_Optimizer.{missing[0]}, as {NEWEST_TESTED} had. {cost}", is_main)
+        _warn(f"has no BF16_Optimizer.{missing[0]}, which {NEWEST_TESTED} has. {cost}", is_main)
         return None
     return FusedUpdate(engine, config.optimizer.clip)
 
 
 def reset_process() -> None:
-    """Reset the globals that earlier engines of this process have set, which DeepSpeed never does.
+    """Reset the globals set by earlier engines of this process, which DeepSpeed never resets.
 
     ZeRO-0 in 16 bits sets `torch_autocast.TORCH_AUTOCAST_INITIALIZED`, which changes how ZeRO
     reduces gradients. ZeRO-3 replaces `torch.nn.functional.linear` for the whole process.
@@ -94,7 +94,7 @@ def reset_process() -> None:
     if hasattr(torch_autocast, "TORCH_AUTOCAST_INITIALIZED"):
         torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
     elif _has_made_engine:
-        _fail("torch_autocast.TORCH_AUTOCAST_INITIALIZED: run each training in a process of its own, or ")
+        _fail("torch_autocast.TORCH_AUTOCAST_INITIALIZED: run each training in its own process, or ")
     if nn.functional.linear.__module__.startswith("deepspeed."):
         nn.functional.linear = torch._C._nn.linear
     _has_made_engine = True
@@ -103,10 +103,11 @@ def reset_process() -> None:
 def save_on_all_ranks(engine: "DeepSpeedEngine", *args: Any, **kwargs: Any) -> None:
     """Call ``engine.save_checkpoint``, and raise an error in writing a file only at its end.
 
-    After the files, all ranks wait for each other, and ZeRO-3 gathers weights. If a rank raised at
-    a file, the others would wait there. Replaces `checkpoint_engine.save` and
-    `_copy_recovery_script` for this call. If the first is missing, a RuntimeWarning says so: errors
-    are raised at once, and the other ranks end after `launch.STEP_TIMEOUT`. No checkpoint is lost.
+    After the files are written, all ranks wait for each other, and ZeRO-3 gathers weights. If one
+    rank raised earlier, the others would wait there. Replaces `checkpoint_engine.save` and
+    `_copy_recovery_script` during this call. If the first is missing, a RuntimeWarning is issued:
+    errors are raised immediately, and the other ranks end after `launch.STEP_TIMEOUT`. No
+    checkpoint is lost.
     """
     errors: list[Exception] = []
 
@@ -129,16 +130,17 @@ def save_on_all_ranks(engine: "DeepSpeedEngine", *args: Any, **kwargs: Any) -> N
         engine.save_checkpoint(*args, **kwargs)
     finally:
         for owner, name in replaced:
-            delattr(owner, name)  # the method of its class is visible again
+            delattr(owner, name)  # makes the method of its class visible again
     if errors:
         raise errors[0]
 
 
 def restore_settings(engine: "DeepSpeedEngine", settings: OptimizerSection, *, zero_stage: int) -> None:
-    """Replace the optimizer's settings that DeepSpeed loads from a checkpoint with the recipe's.
+    """Replace the optimizer settings that DeepSpeed loads from a checkpoint with the recipe's.
 
-    From a universal checkpoint ZeRO-3 also gives every group the weight decay of the first one, and
-    all parameters one shared step counter, which would advance once for each of them.
+    From a universal checkpoint, ZeRO-3 also sets every group's weight decay to that of the first
+    one, and shares one step counter among all parameters, which would advance once for each of
+    them.
 
     Raises:
         ValueError: ZeRO's ``clip_grad`` is missing, so that the checkpoint's clip could be in use.
@@ -156,7 +158,7 @@ def restore_settings(engine: "DeepSpeedEngine", settings: OptimizerSection, *, z
 
 
 def _is_tested(cost: str, is_main: bool) -> bool:
-    """Whether this is a tested version. If not, warn that an optional patch is off."""
+    """Whether this is a tested version. If not, warn that an optional patch is disabled."""
     if is_tested("deepspeed", importlib.metadata.version("deepspeed")):
         return True
     silence = "deepspeed.patches=false turns this warning off"

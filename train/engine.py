@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: its configuration, its optimizer, and how it is made."""
+"""The DeepSpeed engine: its configuration, optimizer and construction."""
 
 import hashlib
 import json
@@ -16,24 +16,24 @@ from .launch import silent_stdout
 from .plan import Plan
 
 if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine  # imported late: it looks for its device as it is imported
+    from deepspeed import DeepSpeedEngine  # imported late elsewhere: DeepSpeed selects its device on import
 
 
-EVEN_SIZE = 8  # 16-bit numbers that make 16 bytes, which is how cuBLAS likes its arguments aligned
+EVEN_SIZE = 8  # 16-bit numbers in 16 bytes, the alignment of arguments that is fastest in cuBLAS
 
 
 def deepspeed_config(plan: Plan, *, load_universal: bool = False) -> dict:
-    """DeepSpeed's own configuration, from ours and the keys passed through."""
+    """Return DeepSpeed's configuration: keys derived from the recipe, and keys passed through."""
     config = plan.config
     stage = config.deepspeed.zero_stage
     ours = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": plan.num_accumulation_steps,
-        # Without ZeRO, DeepSpeed would clip without telling the norm: `step` clips.
+        # Without ZeRO, DeepSpeed clips without reporting the norm, so `step` clips instead.
         "gradient_clipping": config.optimizer.clip if stage else 0.0,
         "zero_optimization": {"stage": stage},
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on CPUs as well, and needs no compiler
-        "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice in each micro-batch
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW also runs on CPUs and needs no compiler
+        "timers": {"throughput": {"enabled": False}},  # they would synchronize the device twice per micro-batch
         "checkpoint": {"tag_validation": "Ignore", "load_universal": load_universal},
         **_precision(config),
     }
@@ -41,10 +41,11 @@ def deepspeed_config(plan: Plan, *, load_universal: bool = False) -> dict:
 
 
 def _precision(config: TrainingConfig) -> dict:
-    """Keys for the compute type. Gradients are added up in float32 in every case.
+    """Return the keys for the precision. Gradients are always accumulated in float32.
 
-    With ZeRO the weights are 16-bit, with float32 copies in the optimizer. Without it, DeepSpeed can only accumulate
-    16-bit weights' gradients in 16 bit; there the weights stay float32 and autocast lowers the matrix products.
+    With ZeRO, the weights are 16-bit, with float32 copies in the optimizer. Without ZeRO, DeepSpeed
+    could only accumulate the gradients of 16-bit weights in 16 bits, so the weights stay float32
+    and autocast casts the matrix products.
     """
     precision = config.train.precision
     if precision == "fp32":
@@ -65,31 +66,35 @@ def _merge(ours: dict, extra: dict) -> dict:
 
 
 def parameter_groups(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """Parameters by name, in the optimizer's order: matrices; biases, layer norms and sinks.
+    """Return parameters by name, in the optimizer's order: matrices; biases, layer norms and sinks.
 
-    ZeRO lays the weights of a group end to end. Those of odd sizes, as a logit for each of twelve heads, come last:
-    behind them biases would not lie where the fastest matrix products want them.
+    ZeRO concatenates the weights of a group. Parameters whose size is not a multiple of 8 (such as
+    a logit for each of twelve heads) come last, because biases after them would not be aligned to
+    16 bytes and matrix products would be slower.
     """
     matrices: dict[str, nn.Parameter] = {}
     others: dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_matrix = parameter.ndim >= 2 and name.endswith("weight")  # a sink's key and value for each head is none
+            is_matrix = parameter.ndim >= 2 and name.endswith("weight")  # excludes a sink's keys and values
             (matrices if is_matrix else others)[name] = parameter
     return matrices, dict(sorted(others.items(), key=lambda item: item[1].numel() % EVEN_SIZE != 0))
 
 
 def optimizer_layout(plan: Plan) -> str:
-    """sha256 of what the order in DeepSpeed's files of an optimizer depends on: they fit only one of the same."""
+    """Return a sha256 of what determines the order of weights in DeepSpeed's optimizer files.
+
+    The files can only be loaded into an optimizer with the same layout.
+    """
     with torch.device("meta"):
         model = SinkGPTNeoXForCausalLM(plan.model_config)
     names = [list(group) for group in parameter_groups(model)]
-    sub_groups = deepspeed_config(plan)["zero_optimization"].get("sub_group_size")  # in which ZeRO-3 saves them
+    sub_groups = deepspeed_config(plan)["zero_optimization"].get("sub_group_size")  # ZeRO-3 saves by sub-group
     return hashlib.sha256(json.dumps([names, sub_groups]).encode()).hexdigest()
 
 
 def make_optimizer(model: nn.Module, optimizer: OptimizerSection) -> torch.optim.AdamW:
-    """Fused AdamW with weight decay on matrices alone."""
+    """Return fused AdamW with weight decay on matrices only."""
     matrices, others = parameter_groups(model)
     groups = [
         {"params": list(matrices.values()), "weight_decay": optimizer.weight_decay},
@@ -103,11 +108,11 @@ def make_optimizer(model: nn.Module, optimizer: OptimizerSection) -> torch.optim
 def make_engine(
     model: PreTrainedModel, plan: Plan, device: torch.device, *, load_universal: bool = False
 ) -> "DeepSpeedEngine":
-    """Hand the model over to DeepSpeed, which moves, casts, splits and perhaps compiles it.
+    """Create the DeepSpeed engine, which moves, casts, partitions and may compile the model.
 
     Raises:
-        ValueError: the device does not support the recipe's precision, DeepSpeed refuses a key
-            passed through, or this version of DeepSpeed cannot make a second engine in a process.
+        ValueError: the device does not support the recipe's precision, DeepSpeed rejects a key
+            passed through, or this version of DeepSpeed cannot create a second engine in a process.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -115,9 +120,9 @@ def make_engine(
     deepspeed_patches.reset_process()
     config = plan.config
     if config.train.precision == "fp16" and not get_accelerator().is_fp16_supported():
-        raise ValueError("train.precision=fp16 is not for this device: set bf16 or fp32")
+        raise ValueError("train.precision=fp16 is not supported on this device: set bf16 or fp32")
     if config.train.activation_checkpointing:
-        # transformers 5.23 gave it a new name
+        # renamed in transformers 5.23
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     try:
@@ -129,10 +134,13 @@ def make_engine(
             )
     except ValidationError as error:
         reasons = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"DeepSpeed refuses a key under deepspeed ({error.title}): {reasons}") from error
+        raise ValueError(
+            f"DeepSpeed rejects keys of the section deepspeed ({error.title}); fix or remove them: {reasons}"
+        ) from error
     engine.fused_update = deepspeed_patches.fused_update(engine, config)
     if compiles(config, device):
-        # The loss has a gradient of its own, which keeps torch from caching the traced model without this.
+        # Without this, torch does not cache the traced model, because the loss is a custom autograd
+        # function.
         torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
         engine.compile(compile_kwargs={"dynamic": False})
     engine.train()
@@ -140,7 +148,7 @@ def make_engine(
 
 
 def compiles(config: TrainingConfig, device: torch.device) -> bool:
-    """Whether the model runs through torch.compile. Under ZeRO-3 weights are not there when the model is traced."""
+    """Whether to use torch.compile. With ZeRO-3, weights are not available during tracing."""
     if config.train.compile is None:
         return device.type == "cuda" and config.deepspeed.zero_stage < 3
     return config.train.compile

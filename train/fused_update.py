@@ -52,8 +52,8 @@ class FusedUpdate:
         self._parameters = [p for group in zero.bf16_groups for p in group]
         self._wholes: list[torch.Tensor] = zero.fp32_groups_gradients_flat
         if self._has_kernel and self._num_ranks * engine.gradient_accumulation_steps() == 1:
-            # Nothing is added to a gradient, so it stays in 16 bits: in half of its float32 place, where DeepSpeed's
-            # own views of it (`safe_get_full_grad`) then show nothing of use.
+            # Nothing is added to a gradient, so it stays in 16 bits, in half of its float32 buffer.
+            # DeepSpeed's views of the buffer (`safe_get_full_grad`) are then meaningless.
             self._wholes = [whole.view(torch.bfloat16)[: whole.numel()] for whole in self._wholes]
         self._parts = [whole.chunk(self._num_ranks)[rank] for whole in self._wholes]
         self._copies = [parts[rank] for parts in zero.bf16_partitioned_groups]
@@ -72,14 +72,14 @@ class FusedUpdate:
 
     @torch.no_grad()
     def _accumulate(self, clear_lp_grads: bool = False) -> None:
-        """Add a micro-batch's gradients to the sums, or begin with them."""
+        """Add a micro-batch's gradients to the sums; the first one overwrites the sums."""
         gradients = [p.grad.view(-1) for p in self._parameters]
         (torch._foreach_copy_ if self._is_first else torch._foreach_add_)(self._sums, gradients)
         self._is_first = False
         self._zero.clear_lp_grads(set_to_none=True)
 
     def _begin_again(self) -> None:
-        """The next micro-batch overwrites the sums, so they need not be zero."""
+        """Let the next micro-batch overwrite the sums, instead of setting them to zero."""
         self._is_first = True
 
     @torch.no_grad()
@@ -94,15 +94,15 @@ class FusedUpdate:
                 weights.grad = part
             zero.optimizer.step()
         if not self._has_kernel or self._num_ranks > 1:
-            zero.update_lp_params()  # copies this rank's part, and gathers those of all
+            zero.update_lp_params()  # copies this rank's part and gathers all parts
         zero._lazy_init_hp_params_optimizer_state()
         self._begin_again()
 
     def _reduce(self) -> torch.Tensor:
-        """Add up the ranks' gradients, each rank its own part, and tell AdamW what to divide them by.
+        """Reduce each part of the gradient to its rank; set ``grad_scale`` and ``found_inf``.
 
         Returns:
-            the norm of the ranks' mean.
+            the norm of the mean over ranks.
         """
         if self._num_ranks > 1:
             for part, whole in zip(self._parts, self._wholes, strict=True):
@@ -119,7 +119,7 @@ class FusedUpdate:
         return grad_norm
 
     def _update_in_one_pass(self) -> None:
-        """What AdamW would do to its weights and state, and the model's weights with them."""
+        """Update AdamW's weights and state, and the model's weights, with the kernel."""
         optimizer = self._zero.optimizer
         for group, copy, part in zip(optimizer.param_groups, self._copies, self._parts, strict=True):
             (weights,) = group["params"]
@@ -136,5 +136,5 @@ class FusedUpdate:
 
 
 def has_kernel(device: torch.device) -> bool:
-    """Whether AdamW goes through memory once, by our own kernel."""
+    """Whether AdamW uses `adamw_kernel`."""
     return kernel is not None and device.type == "cuda"

@@ -1,4 +1,4 @@
-"""Copy values from the device to the host without blocking the host."""
+"""Copies values from the device to the host without blocking the host."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ import torch
 
 
 class HostCopy:
-    """A copy that the device makes when it reaches it in its queue."""
+    """An asynchronous copy, queued on the device's current stream."""
 
     def __init__(self, values: torch.Tensor):
         self._values = values.to("cpu", non_blocking=True)
         self._copied = torch.cuda.current_stream().record_event() if values.is_cuda else None
 
     def read(self) -> Any:
-        """Wait for the copy, and for nothing queued after it. Returns `torch.Tensor.tolist`."""
+        """Wait for the copy, but not for later work. Returns the values as by `Tensor.tolist`."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._values.tolist()

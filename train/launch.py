@@ -1,4 +1,4 @@
-"""Ranks: who this process is, how it finds the others, and how a run ends when one of them fails or is told to stop."""
+"""Ranks: how a process joins the others, and how a run ends if one fails or receives a signal."""
 
 import atexit
 import contextlib
@@ -22,8 +22,8 @@ import transformers
 
 from . import deepspeed_patches
 
-STEP_TIMEOUT = timedelta(minutes=10)  # a rank that is silent for so long within a step is dead
-PATIENT_TIMEOUT = timedelta(hours=6)  # checkpoints of large models take their time to write and convert
+STEP_TIMEOUT = timedelta(minutes=10)  # a rank that does not respond for this long within a step is considered dead
+PATIENT_TIMEOUT = timedelta(hours=6)  # writing and converting checkpoints of large models takes long
 SECOND_INTERRUPT_AFTER = 3.0  # seconds; launchers send several signals for one Ctrl-C
 
 
@@ -31,15 +31,15 @@ RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class SameOnAllRanks(ValueError):
-    """An error that every rank raises alike, so that one of them can report it."""
+    """An error that every rank raises with the same message, so only one reports it."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others.
+    """The rank of this process and the number of ranks.
 
     Attributes:
-        patient_group: a CPU process group for what may take long; None in a world of one.
+        patient_group: CPU process group with a long timeout; None if there is one rank.
     """
 
     rank: int
@@ -53,7 +53,7 @@ class World:
         return self.rank == 0
 
     def gather(self, value: object) -> list:
-        """``value`` of every rank, in their order. Waits for them, as long as it takes."""
+        """Return ``value`` of every rank, in rank order. Waits up to ``PATIENT_TIMEOUT``."""
         if self.size == 1:
             return [value]
         values: list = [None] * self.size
@@ -62,10 +62,10 @@ class World:
 
     @contextmanager
     def all_or_none(self, prefix: str = "") -> Iterator[None]:
-        """A part of the work in which all ranks fail if one does: they wait for each other at its end.
+        """Context in which all ranks fail if one does. They wait for each other at its end.
 
         Raises:
-            SameOnAllRanks: says what went wrong, and on which rank if not on all.
+            SameOnAllRanks: states the error, and the rank if it did not occur on all.
         """
         caught: Exception | None = None
         try:
@@ -83,13 +83,13 @@ class World:
 
 @contextmanager
 def connected(*, patches: bool = True) -> Iterator[World]:
-    """Join the other ranks that a launcher started (``deepspeed``, ``torchrun``, ``srun``), or be the only one.
+    """Connect to the ranks started by a launcher (``deepspeed``, ``torchrun``, ``srun``), if any.
 
     Args:
         patches: the recipe's ``deepspeed.patches``.
 
     Raises:
-        ConnectionError: another rank died or fell silent.
+        ConnectionError: another rank died or does not respond.
     """
     quieten_libraries()
     with _restored_environment():
@@ -105,9 +105,10 @@ def _join(patches: bool) -> Iterator[World]:
     if patches and device.type == "cpu":
         deepspeed_patches.skip_op_build(is_main=rank == 0)
     try:
-        if not dist.is_initialized():  # DeepSpeed keeps its process groups, so a second run in a process shares them
+        if not dist.is_initialized():  # DeepSpeed keeps its process groups, so a second run in a process reuses them
             backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-            # A single rank lets the system choose the port: two runs that start at once must not choose the same.
+            # Port 0: the system chooses a free port, so that two runs that start together do not
+            # collide.
             store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True) if size == 1 else None
             where: dict[str, Any] = {"store": store, "rank": rank, "world_size": size} if store else {}
             dist.init_process_group(backend, timeout=STEP_TIMEOUT, device_id=device_id, **where)
@@ -118,8 +119,8 @@ def _join(patches: bool) -> Iterator[World]:
         if size > 1 and _is_lost_contact(error):
             reason = str(error).splitlines()[0].partition(". ")[0]
             raise ConnectionError(
-                f"rank {rank} lost contact with another rank, which died or hangs: see what that one wrote last, then "
-                f"start the same command again to resume from the newest checkpoint ({reason})"
+                f"rank {rank} lost contact with another rank, which died or hangs: check the output of that rank, then "
+                f"run the same command again to resume from the newest checkpoint ({reason})"
             ) from error
         raise
     atexit.unregister(_leave)
@@ -128,7 +129,7 @@ def _join(patches: bool) -> Iterator[World]:
 
 @contextmanager
 def _restored_environment() -> Iterator[None]:
-    """Take back the variables of the rendezvous: whatever this process starts later is no rank of this run."""
+    """Restore the rendezvous variables: later child processes are not ranks of this run."""
     before = {name: os.environ[name] for name in RENDEZVOUS if name in os.environ}
     try:
         yield
@@ -139,37 +140,38 @@ def _restored_environment() -> Iterator[None]:
 
 
 def _leave() -> None:
-    """Take leave of the other ranks in good order; a rank that failed does not."""
+    """Destroy the process groups at exit. A rank that failed skips this."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def quieten_libraries() -> None:
-    """Keep DeepSpeed and torch from writing over the progress line. Call it before DeepSpeed is imported."""
+    """Silence DeepSpeed's and torch's output. Call it before DeepSpeed is imported."""
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # without this it warns that it found no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it found no GPU
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-    # The interpreter's own folder holds `ninja`, which torch and DeepSpeed look for on the path when they compile.
+    # torch and DeepSpeed need `ninja` on the path to compile; it is in the interpreter's folder.
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed|deepspeed")
-    # What is left in float32 on a GPU is left there on purpose: TensorFloat32 would round the rotary angles.
+    # The remaining float32 operations are intentional: TensorFloat32 would round the rotary angles.
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
 
 
 @contextmanager
 def silent_stdout() -> Iterator[None]:
-    """For the calls of DeepSpeed that print."""
+    """Suppress the output of DeepSpeed calls that print."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
 
 
 def fill_environment(environment: "os._Environ[str] | dict[str, str]") -> None:
-    """Set the variables that torch's rendezvous reads (RANK, WORLD_SIZE …), where no launcher has.
+    """Set the variables that torch's rendezvous reads (RANK, WORLD_SIZE …) if no launcher has.
 
-    ``srun`` says who we are in variables of its own; without any launcher we are rank 0 of 1. A batch script that is
-    not run by ``srun`` has no SLURM_STEP_NUM_TASKS, and is one process however many tasks the job may have.
+    ``srun`` sets its own variables; without a launcher this is rank 0 of 1. A batch script that is
+    not run by ``srun`` has no SLURM_STEP_NUM_TASKS, and is one process regardless of the job's
+    number of tasks.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         environment.setdefault("LOCAL_RANK", "0")
@@ -185,25 +187,27 @@ def fill_environment(environment: "os._Environ[str] | dict[str, str]") -> None:
 
 
 def first_host(node_list: str) -> str:
-    """The first of Slurm's hosts: ``gpu[003-007,9],login`` is ``gpu003``."""
+    """Return the first host of a Slurm node list: ``gpu003`` for ``gpu[003-007,9],login``."""
     match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", node_list)
     if match is None:
-        raise ValueError(f"SLURM_STEP_NODELIST {node_list!r} names no host: set MASTER_ADDR")
+        raise ValueError(f"SLURM_STEP_NODELIST is {node_list!r}, which contains no host name: set MASTER_ADDR")
     return match[1] + (match[2] or "")
 
 
 def _claim_device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
-        # Ranks on one machine share its cores; torch alone would give each of them all.
+        # Ranks on one machine share its cores; by default torch would use all cores in each.
         if "OMP_NUM_THREADS" not in os.environ:
             local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
         return torch.device("cpu")
     num_devices = torch.cuda.device_count()
     if num_devices == 1 and "SLURM_STEP_NUM_TASKS" in os.environ:
-        local_rank = 0  # Slurm shows each task a GPU of its own
+        local_rank = 0  # Slurm makes one GPU visible to each task
     if local_rank >= num_devices:
-        raise ValueError(f"local rank {local_rank} has no GPU: this machine shows {num_devices}; start as many ranks")
+        raise ValueError(
+            f"local rank {local_rank} has no GPU: {num_devices} are visible on this machine; start one rank per GPU"
+        )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
@@ -216,9 +220,9 @@ def _is_lost_contact(error: RuntimeError) -> bool:
 
 
 class StopRequest:
-    """SIGTERM and SIGINT, remembered until the step is done. As a context manager it puts the old handlers back.
+    """Records SIGTERM and SIGINT until the step is done. On exit it restores the old handlers.
 
-    A second SIGINT some seconds after the first ends the process at once.
+    A second SIGINT more than 3 seconds after the first ends the process immediately.
 
     Attributes:
         signal_number: the first signal received, or 0.

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 
 class TrainingLoop:
-    """Takes an engine from one step to the last. Every rank has one.
+    """Trains an engine from ``first_step`` to the last step. Every rank has one.
 
     Args:
-        engine: in the state after ``first_step`` updates.
+        engine: engine in the state after ``first_step`` updates.
         windows: training samples.
         validation_windows: held-out samples; None for no validation.
-        progress: where rank 0 narrates.
+        progress: output of rank 0.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class TrainingLoop:
         """Train to the last step.
 
         Returns:
-            0, or the number of the signal that ended the run early; its state is saved then.
+            0, or the number of the signal that ended the run early, after saving its state.
         """
         try:
             with StopRequest() as stop:
@@ -98,7 +98,7 @@ class TrainingLoop:
             self._close()
 
     def _step(self, step: int, stop: StopRequest) -> bool:
-        """Take update ``step`` and what is due after it. Returns whether to stop here."""
+        """Run update ``step``, and validate and save if due. Returns whether to stop."""
         num_done = step + 1
         queued = train_step(
             self._engine,
@@ -109,7 +109,7 @@ class TrainingLoop:
             lr=learning_rate(step, self._num_steps, self._plan.config.optimizer),
             is_stop_requested=bool(stop.signal_number),
         )
-        stops = self._read_pending()  # the step before, while the device is busy with this one
+        stops = self._read_pending()  # the previous step, while the device computes this one
         self._pending = queued
         is_first, is_last = num_done == self._first_step + 1, num_done == self._num_steps
         validates = is_every(num_done, self._plan.config.validation.every_steps) or is_last
@@ -117,7 +117,7 @@ class TrainingLoop:
         if stops or is_first or validates or saves or not self._runs_ahead:
             stops = self._read_pending() or stops
         if is_first:
-            self._progress.say(f"first step done {process_age():.0f} s after the start")
+            self._progress.say(f"first step done {process_age():.0f} s after process start")
         if validates:
             self._validate(num_done)
         if saves or stops:
@@ -127,7 +127,7 @@ class TrainingLoop:
         return stops and not is_last
 
     def _read_pending(self) -> bool:
-        """Read and record the pending step, if any. Returns whether some rank was told to stop."""
+        """Read and record the pending step, if any. Returns whether any rank received a signal."""
         pending, self._pending = self._pending, None
         if pending is None:
             return False
@@ -176,7 +176,7 @@ class TrainingLoop:
             record.write(values)
 
     def _close(self) -> None:
-        with ExitStack() as stack:  # all of it, whatever fails
+        with ExitStack() as stack:  # closes everything even if one of them fails
             for record in reversed(self._records):
                 stack.callback(record.close)
             stack.callback(self._read_pending)
@@ -184,5 +184,5 @@ class TrainingLoop:
 
 
 def runs_ahead(device: torch.device) -> bool:
-    """Whether to queue a step before the one before it is read. A CPU has done a step when the call comes back."""
+    """Whether to queue a step before reading the previous one. On a CPU, calls are synchronous."""
     return device.type == "cuda"

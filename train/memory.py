@@ -1,4 +1,4 @@
-"""The memory that training takes on each GPU, by ZeRO stage."""
+"""Estimates the memory of training on each GPU, by ZeRO stage."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on each GPU. ``states`` are weights, gradients and optimizer; ``activations`` one micro-batch's."""
+    """Bytes per GPU: ``states`` (weights, gradients, optimizer) and ``activations``."""
 
     states: float
     activations: float
@@ -23,7 +23,8 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Estimate the peak memory of each GPU.
 
-    States, in bytes per parameter over N ranks, as DeepSpeed 0.19 keeps them with float32 gradient accumulation:
+    States, in bytes per parameter over N ranks, in DeepSpeed 0.19 with float32 gradient
+    accumulation:
 
     ===== ==================================== ===============================
     stage 16-bit                               float32
@@ -34,18 +35,20 @@ def estimate_memory(
     3     2 + (2 + 4 + 12) / N                 4 + (4 + 16) / N
     ===== ==================================== ===============================
 
-    12 is a float32 copy of the weights and AdamW's two moments, 16 adds a copy of the gradients while they are
-    clipped. The first terms of stage 2 and 3 are upper bounds: gradients live until their bucket is reduced, weights
-    until their layer is done.
+    12 is a float32 copy of the weights and AdamW's two moments; 16 adds a copy of the gradients
+    during clipping. The first terms of stages 2 and 3 are upper bounds: gradients are freed after
+    their bucket is reduced, weights after their layer.
 
-    Activations, in 16 bit: ``36 B T D`` bytes a layer, and 4 more for a gate: its own value, and what it lets through.
-    With activation checkpointing a layer keeps its input alone, and one of them the whole. Float32 doubles it.
-    (Korthikanti et al. 2022, equation 2, have 34 a layer without the attention matrix, which no kernel stores.) Logits
-    exist for 8192 tokens at a time (`sinklm.models.loss`), with their gradient, and in an eager model two copies in
-    float32. The head's own gradient is added up in float32.
+    Activations in 16 bits: ``36 B T D`` bytes per layer, and ``4 B T D`` more for a gate (its value
+    and its output). With activation checkpointing, each layer stores only its input, and one layer
+    at a time stores everything. Float32 doubles these sizes. (Korthikanti et al. 2022, equation 2,
+    have 34 per layer without the attention matrix, which the kernels do not store.) Logits exist
+    for 8192 tokens at a time (`sinklm.models.loss`), with their gradient and, in an eager model,
+    two float32 copies. The head's gradient is accumulated in float32.
 
-    36 fits the peaks that PyTorch reported on one H100 (torch 2.11, ZeRO-1, bf16) to 6 %: compiled, Pythia-160M at
-    micro-batch 32 is estimated at 24.9 GiB, and takes 23.6.
+    The factor 36 fits the peaks that PyTorch reported on one H100 (torch 2.11, ZeRO-1, bf16) to
+    6 %: for compiled Pythia-160M at micro-batch 32 the estimate is 24.9 GiB, and 23.6 GiB were
+    measured.
     """
     bytes_per_value = 4 if config.train.precision == "fp32" else 2
     states = count_parameters(model) * _bytes_per_parameter(zero_stage, bytes_per_value, world_size)

@@ -1,4 +1,4 @@
-"""What a run records: ``metrics.jsonl`` always, Weights & Biases if wanted."""
+"""Metrics of a run: ``metrics.jsonl``, and Weights & Biases unless disabled."""
 
 import contextlib
 import json
@@ -14,11 +14,11 @@ from .config import TrainingConfig
 
 
 class MetricsFile:
-    """``metrics.jsonl``: a JSON object a line, each with ``step``, flushed as it is written.
+    """``metrics.jsonl``: one JSON object with key ``step`` per line, flushed after each line.
 
     Args:
-        path: the file; continued if it exists.
-        first_step: steps after this many updates are dropped: a resumed run writes them anew.
+        path: the file; appended to if it exists.
+        first_step: lines of later steps are dropped, because the resumed run writes them again.
     """
 
     def __init__(self, path: Path, first_step: int):
@@ -41,7 +41,7 @@ class MetricsFile:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line; infinite for one that a crash cut off."""
+    """Return the step of a line, or infinity for an incomplete line."""
     try:
         return json.loads(line)["step"] if line.endswith("\n") else float("inf")
     except (ValueError, KeyError, TypeError):
@@ -49,20 +49,20 @@ def _step_of(line: str) -> float:
 
 
 class WandbRun:
-    """The run's copy on Weights & Biases. It can fail without harm to training: `metrics.jsonl` has everything.
+    """Logs to Weights & Biases. Its failures do not stop training: `metrics.jsonl` has everything.
 
     Args:
-        say: where to tell of a failure.
+        say: called with a message if wandb fails.
 
     Raises:
-        ValueError: wandb is not installed, or ``online`` without being logged in.
+        ValueError: wandb is not installed, or the mode is ``online`` without a login.
     """
 
     def __init__(self, config: TrainingConfig, run_dir: Path, say: Callable[[str], None]):
         self._say = say
         self._run = _start_wandb(config, run_dir)
         if self._run is not None and self._run.offline:
-            say(f"wandb: offline, in {run_dir / 'wandb'}; `wandb login` before a run puts it online")
+            say(f"wandb: offline, in {run_dir / 'wandb'}; for online logging, run `wandb login` before training")
 
     def write(self, values: dict[str, Any]) -> None:
         """Log the numbers of a step."""
@@ -78,16 +78,16 @@ class WandbRun:
         try:
             call()
         except Exception as error:
-            self._say(f"wandb failed and is left alone from here on ({type(error).__name__}: {error})")
+            self._say(f"wandb failed and is disabled for the rest of the run ({type(error).__name__}: {error})")
             self._run = None
             with contextlib.suppress(Exception):
                 import wandb
 
-                wandb.teardown()  # it must not try again, and complain, when Python exits
+                wandb.teardown()  # otherwise it retries and prints errors when Python exits
 
 
 def _start_wandb(config: TrainingConfig, run_dir: Path) -> Any:
-    """A run of wandb's that goes on where an earlier one of the same folder stopped, or None if disabled."""
+    """Start or resume the wandb run of a folder. Returns None if disabled."""
     mode = config.wandb.mode
     if mode == "disabled" or os.environ.get("WANDB_MODE") == "disabled":
         return None
@@ -112,7 +112,7 @@ def _start_wandb(config: TrainingConfig, run_dir: Path) -> Any:
 
 
 def is_logged_in() -> bool:
-    """Whether wandb has a key for its host, in the environment or where ``wandb login`` puts it."""
+    """Whether there is a key for wandb's host, in the environment or from ``wandb login``."""
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     path = os.environ.get("NETRC") or os.path.expanduser("~/.netrc")
     try:
@@ -122,7 +122,7 @@ def is_logged_in() -> bool:
 
 
 def _wandb_id(run_dir: Path) -> str:
-    """The id of this folder's run, made once."""
+    """Return the id of this folder's run, creating it on first use."""
     path = run_dir / "wandb" / "run-id"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""The model as files: the folder of weights, configuration and tokenizer that evaluation and export read."""
+"""The model folder with weights, configuration and tokenizer, read by evaluation and export."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def save_model(engine: "DeepSpeedEngine", folder: Path, plan: Plan, tokenizer_path: Path, world: World) -> None:
-    """Write the weights, in the type they are trained in, as a transformers folder. Every rank calls it."""
+    """Write a transformers folder with the weights in their training dtype. Every rank calls it."""
     weights = gather_weights(engine, world)
     if not world.is_main:
         return
@@ -25,21 +25,25 @@ def save_model(engine: "DeepSpeedEngine", folder: Path, plan: Plan, tokenizer_pa
 
 
 def gather_weights(engine: "DeepSpeedEngine", world: World) -> dict[str, torch.Tensor]:
-    """All weights, on the CPU of rank 0; empty on the others. ZeRO-3's are collected one by one."""
+    """Return all weights on the CPU of rank 0, and an empty dictionary on the others.
+
+    With ZeRO-3 they are gathered one at a time.
+    """
     import deepspeed
 
     weights = {}
     for name, parameter in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             if world.is_main:
-                weights[name] = parameter.detach().cpu().clone()  # a clone of its own: ZeRO's share one storage
+                weights[name] = parameter.detach().cpu().clone()  # cloned because ZeRO's weights share one storage
     return weights
 
 
 def write_tokenizer(folder: Path, plan: Plan, tokenizer_path: Path) -> None:
-    """Put the training tokenizer beside the weights.
+    """Write the training tokenizer to the model folder.
 
-    It knows the sinks, so that no token added later takes their ids, but puts none in front of a text: the model does.
+    It defines the sink tokens, so that tokens added later do not get their ids. It does not prepend
+    them to a text: the model does.
     """
     tokenizer = Tokenizer.from_file(str(tokenizer_path))
     name_sinks(tokenizer, plan.model_config.sink_token_ids)

@@ -1,4 +1,4 @@
-"""Everything a run derives from its recipe, its data and its number of ranks, in one place."""
+"""Values that a run derives from its recipe, its data and its number of ranks."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,12 +16,13 @@ class Plan:
 
     Attributes:
         config: the recipe.
-        world_size: number of ranks; each holds a whole batch row of ZeRO's data parallelism.
+        world_size: number of data-parallel ranks.
         tokenizer_size: the store's largest token id + 1.
         eod_id: the id at the end of each document.
 
     Raises:
-        ValueError: at construction, if the batch cannot be shared or the vocabulary is too small; names the key.
+        ValueError: at construction, if the batch cannot be divided among the ranks or the
+            vocabulary is too small. The message names the key.
     """
 
     config: TrainingConfig
@@ -43,7 +44,7 @@ class Plan:
 
     @property
     def stride(self) -> int:
-        """Tokens from one sample to the next. Without sinks a sample's last token is the next one's first input."""
+        """Tokens between the starts of two samples; without sinks they overlap by one token."""
         return self.tokens_per_sample if self.num_sinks else self.tokens_per_sample - 1
 
     @property
@@ -52,12 +53,12 @@ class Plan:
 
     @property
     def samples_per_step(self) -> int:
-        """The global batch."""
+        """Global batch size in samples."""
         return self.config.train.batch_size_tokens // self.config.train.seq_length
 
     @property
     def num_accumulation_steps(self) -> int:
-        """Micro-batches that a rank takes in a step."""
+        """Micro-batches of a rank in a step."""
         return self.samples_per_step // (self.config.train.micro_batch_size * self.world_size)
 
     @property
@@ -78,7 +79,7 @@ class Plan:
 
     @cached_property
     def model_config(self) -> SinkGPTNeoXConfig:
-        """The model's configuration; the sinks take the first ids that the tokenizer leaves free."""
+        """The model's configuration. The sink tokens have the first ids unused by the tokenizer."""
         model = self.config.model
         sink: dict[str, Any] = {"kind": model.sink.kind}
         if self.num_sinks:
@@ -111,15 +112,15 @@ class Plan:
         )
         if num_samples % world_size:
             raise ValueError(
-                f"{batch} cannot be shared by {world_size} ranks: set train.batch_size_tokens to a multiple of "
+                f"{batch} cannot be divided among {world_size} ranks: set train.batch_size_tokens to a multiple of "
                 f"{world_size * self.config.train.seq_length}, or use another number of ranks"
             )
         share = num_samples // world_size
         if share % micro_batch_size:
             largest = max(n for n in range(1, min(share, micro_batch_size) + 1) if share % n == 0)
             raise ValueError(
-                f"{batch} gives each of {world_size} ranks {share}, which micro-batches of {micro_batch_size} do not "
-                f"divide: set train.micro_batch_size={largest}"
+                f"{batch} gives each of {world_size} ranks {share} samples, which is not a multiple of "
+                f"train.micro_batch_size {micro_batch_size}: set train.micro_batch_size={largest}"
             )
 
     def _check_vocabulary(self) -> None:
@@ -128,5 +129,5 @@ class Plan:
             sinks = f" and {self.num_sinks} sink token{'s' * (self.num_sinks > 1)}" if self.num_sinks else ""
             raise ValueError(
                 f"model.vocab_size {self.vocab_size} is too small for a tokenizer of {self.tokenizer_size} ids{sinks}: "
-                f"set it to {needed} or more, or to null to have it derived"
+                f"set it to {needed} or more, or to null to derive it"
             )

@@ -1,4 +1,4 @@
-"""What a run says while it trains: one line that moves on a terminal, a line now and then in a log file."""
+"""Progress output: a live line on a terminal, periodic lines in a log file."""
 
 import time
 from collections import deque
@@ -13,16 +13,16 @@ from rich.text import Text
 from .memory import GIB
 
 WINDOW = 20  # steps over which the speed is averaged
-LOG_INTERVAL = 10.0  # seconds between lines where there is no terminal
+LOG_INTERVAL = 10.0  # seconds between lines if there is no terminal
 
 
 class Speedometer:
-    """Positions per second over the last steps; pauses (validation, saving) do not count.
+    """Positions per second over the last steps, excluding pauses (validation, saving).
 
     Args:
-        positions_per_step: of all ranks.
+        positions_per_step: positions of all ranks.
         flops_per_position: see `sinklm.models.cost.flops_per_token`.
-        peak_flops: of all ranks' devices together; None where it is not known.
+        peak_flops: sum over the devices of all ranks; None if not known.
     """
 
     def __init__(self, positions_per_step: int, flops_per_position: float, peak_flops: float | None):
@@ -32,15 +32,16 @@ class Speedometer:
         self._started = time.perf_counter()
 
     def start(self) -> None:
-        """Begin to time a step, at the beginning and after a pause."""
+        """Start timing a step, at the start of the run and after a pause."""
         self._started = time.perf_counter()
 
     def lap(self, at_least: float = 0.0) -> float:
-        """A step is done, and the next one begins. Returns the seconds it took.
+        """End the timing of a step and start that of the next. Returns the step's seconds.
 
         Args:
-            at_least: what the host alone needed for it. Where the host runs a step ahead, a step before a pause can be
-                found done as soon as it is asked for.
+            at_least: seconds that the host needed to queue the step, a lower bound. If the host
+                runs one step ahead, the last step before a pause may already be done when it is
+                read.
         """
         now = time.perf_counter()
         seconds, self._started = max(now - self._started, at_least), now
@@ -49,26 +50,26 @@ class Speedometer:
 
     @property
     def num_steps(self) -> int:
-        """Steps timed so far, of those that count."""
+        """Number of steps in the average, at most ``WINDOW``."""
         return len(self._seconds)
 
     @property
     def seconds_per_step(self) -> float:
-        """The median of the last steps, which the first one's compilation does not disturb."""
+        """Median of the last steps, which is robust against compilation in the first one."""
         return sorted(self._seconds)[len(self._seconds) // 2] if self._seconds else float("nan")
 
     def positions_per_second(self, seconds: float | None = None) -> float:
         return self._positions_per_step / (seconds or self.seconds_per_step)
 
     def mfu(self, seconds: float | None = None) -> float | None:
-        """Model FLOPs utilisation: operations that the model needs, over what the devices could do in that time."""
+        """Model FLOPs utilisation: the model's operations divided by the devices' peak."""
         if self._peak_flops is None:
             return None
         return self.positions_per_second(seconds) * self._flops_per_position / self._peak_flops
 
 
 class RunProgress:
-    """The narration of rank 0; silent on the others. A context manager."""
+    """Context manager that prints progress on rank 0 and nothing on other ranks."""
 
     def __init__(self, num_steps: int, *, is_silent: bool):
         self.console = Console(quiet=is_silent, highlight=False, soft_wrap=True)
@@ -90,11 +91,11 @@ class RunProgress:
             self._live.stop()
 
     def say(self, message: str) -> None:
-        """A message that stays."""
+        """Print a message above the live line."""
         self.console.print(message, markup=False)
 
     def update(self, step: int, values: dict, speed: Speedometer, *, is_kept: bool = False) -> None:
-        """Show step ``step``'s values; ``is_kept`` makes it a line that stays."""
+        """Show the values of ``step``; with ``is_kept`` the line remains on screen."""
         line = self._line(step, values, speed)
         if self._live:
             self._live.update(Text(line, no_wrap=True, overflow="ellipsis"))
@@ -114,19 +115,19 @@ class RunProgress:
         if (mfu := speed.mfu()) is not None:
             parts.append(f"MFU {mfu:.1%}")
         parts.append(f"{values['memory_gib']:.1f} GiB")
-        if speed.num_steps > 1:  # the first one says nothing about the others: it may have compiled
+        if speed.num_steps > 1:  # the first one may include compilation
             left = timedelta(seconds=round((self._num_steps - step) * speed.seconds_per_step))
             parts.append(f"{left} left")
         return "  ".join(parts)
 
 
 def process_age() -> float:
-    """Seconds since this process began."""
+    """Seconds since this process started."""
     return time.time() - psutil.Process().create_time()
 
 
 def human(number: float) -> str:
-    """A number with three digits and a unit: 512K, 1.23M."""
+    """Format a number with three digits and a unit: 512K, 1.23M."""
     for unit in ("", "K", "M", "B", "T"):
         if abs(number) < 1000:
             return f"{number:.3g}{unit}"
@@ -135,7 +136,7 @@ def human(number: float) -> str:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory this rank has held: allocated on its GPU, or resident on a CPU."""
+    """Peak memory of this rank: allocated on its GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     import resource

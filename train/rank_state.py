@@ -1,4 +1,4 @@
-"""The part of a checkpoint that each rank writes for itself: random states and loss scale."""
+"""The part of a checkpoint that each rank writes: random states and loss scale."""
 
 import json
 import random
@@ -19,8 +19,8 @@ def rank_path(checkpoint: Path, rank: int) -> Path:
 
 
 def rank_state(engine: "DeepSpeedEngine") -> dict:
-    """Random states, and the loss scale where DeepSpeed does not save it (float16 without ZeRO)."""
-    numpy_state: Any = np.random.get_state()  # noqa: NPY002 (the global one is what we save)
+    """Return random states, and the loss scale that DeepSpeed does not save (fp16, no ZeRO)."""
+    numpy_state: Any = np.random.get_state()  # noqa: NPY002 (the global state is saved)
     scaler = engine.torch_autocast_z0_gradscaler
     return {
         "python": json.dumps(random.getstate()),
@@ -32,7 +32,7 @@ def rank_state(engine: "DeepSpeedEngine") -> dict:
 
 
 def restore_rank_state(engine: "DeepSpeedEngine", state: dict) -> None:
-    """Set what `rank_state` returned."""
+    """Restore the state that `rank_state` returned."""
     version, internal, gauss = json.loads(state["python"])
     random.setstate((version, tuple(internal), gauss))
     keys, *rest = state["numpy"]

@@ -1,4 +1,4 @@
-"""Read a recipe: YAML, its base, and the overrides of the command line, checked with the wrong key named."""
+"""Reads a recipe: YAML, its base and command-line overrides. Errors name the wrong key."""
 
 import difflib
 from collections.abc import Iterator
@@ -17,16 +17,18 @@ CONFIGS_PACKAGE = f"{__package__.rpartition('.')[0]}.configs"
 
 
 def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> TrainingConfig:
-    """The checked configuration of a recipe.
+    """Load and validate the configuration of a recipe.
 
     Args:
-        recipe: a packaged recipe's name (``pythia-160m``, ``paper/vanilla``) or the path of a YAML file. Its key
-            ``base`` may name another recipe, over which it is laid.
-        overrides: ``section.key=value``, later ones win; values are YAML (``null``, ``1e-3``, ``[0.9, 0.95]``).
+        recipe: name of a packaged recipe (``pythia-160m``, ``paper/vanilla``) or path of a YAML
+            file. Its key ``base`` may name another recipe, whose values it overrides.
+        overrides: ``section.key=value``; later ones win. Values are YAML (``null``, ``1e-3``,
+            ``[0.9, 0.95]``).
 
     Raises:
         FileNotFoundError: there is no such recipe.
-        ValueError: the YAML is malformed, a key is unknown (the nearest valid one is named) or a value is impossible.
+        ValueError: the YAML is malformed, a key is unknown (the message names the closest valid
+            one) or a value is invalid.
     """
     merged = OmegaConf.merge(_read(recipe, ()), *(_parse_override(text) for text in overrides))
     try:
@@ -44,7 +46,7 @@ def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Tra
 
 
 def recipe_names() -> list[str]:
-    """Names of the packaged recipes."""
+    """Return the sorted names of the packaged recipes."""
     root = files(CONFIGS_PACKAGE)
     with_folder = [(f"{entry.name}/", entry) for entry in root.iterdir() if entry.is_dir()]
     return sorted(
@@ -56,39 +58,39 @@ def recipe_names() -> list[str]:
 
 
 def _read(recipe: str, readers: tuple[str, ...]) -> DictConfig:
-    """The YAML of a recipe, laid over its base; ``readers`` are the recipes that led here."""
+    """Read a recipe merged over its base; ``readers`` are the recipes derived from it."""
     if recipe in readers:
-        raise ValueError(f"recipe {recipe} is its own base ({' → '.join((*readers, recipe))})")
+        raise ValueError(f"recipe {recipe} is its own base ({' → '.join((*readers, recipe))}): change one base key")
     text = _find(recipe)
     try:
         loaded = OmegaConf.create(text)
     except (YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"recipe {recipe} is not valid YAML: {error}") from error
     if not isinstance(loaded, DictConfig):
-        raise ValueError(f"recipe {recipe} must hold sections with keys (model:, train:, …)")
+        raise ValueError(f"recipe {recipe} must consist of sections with keys (model:, train:, …)")
     base = loaded.pop("base", None)
     if base is None:
         return loaded
     if not isinstance(base, str):
-        raise ValueError(f"recipe {recipe}: base is {base!r}, it should be the name or path of a recipe")
+        raise ValueError(f"recipe {recipe}: base is {base!r}, but it must be the name or path of a recipe")
     if base.endswith((".yaml", ".yml")):
         base = str(Path(recipe).parent / base)
     return cast(DictConfig, OmegaConf.merge(_read(base, (*readers, recipe)), loaded))
 
 
 def _find(recipe: str) -> str:
-    """The text of a recipe that is named or whose path is given."""
+    """Return the text of a recipe, given its name or path."""
     path = Path(recipe)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise FileNotFoundError(f"recipe {recipe}: no such file")
+            raise FileNotFoundError(f"recipe {recipe}: no such file; check the path")
         return path.read_text(encoding="utf-8")
     packaged = files(CONFIGS_PACKAGE).joinpath(f"{recipe}.yaml")
     if not packaged.is_file():
         names = recipe_names()
         near = difflib.get_close_matches(recipe, names, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}, or give the path of a .yaml file"
-        raise FileNotFoundError(f"no recipe is called {recipe!r}: {hint}")
+        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(names)}, or the path of a .yaml file"
+        raise FileNotFoundError(f"there is no recipe {recipe!r}: {hint}")
     return packaged.read_text(encoding="utf-8")
 
 
@@ -107,7 +109,7 @@ def _parse_override(text: str) -> DictConfig | ListConfig:
 
 
 def _explain(recipe: str, error: ValidationError) -> list[str]:
-    """One line for each mistake, with the dotted key first."""
+    """Return one line per error, starting with the dotted key."""
     lines = []
     for mistake in error.errors():
         key = ".".join(str(part) for part in mistake["loc"])
@@ -116,9 +118,9 @@ def _explain(recipe: str, error: ValidationError) -> list[str]:
         if mistake["type"] == "extra_forbidden":
             lines.append(f"unknown key {key}: {_nearest(key)}")
         elif mistake["type"] == "missing":
-            lines.append(f"{key} is not set: recipe {recipe} needs it")
+            lines.append(f"{key} is not set: set it in recipe {recipe} or on the command line")
         elif isinstance(value, dict | BaseModel) and mistake["type"] == "value_error":
-            lines.append(f"{key}: {message}" if key else message)  # about a section, whose value would say nothing
+            lines.append(f"{key}: {message}" if key else message)  # about a section, whose value is too long to print
         else:
             it = "it " if message.startswith("should") else ""
             lines.append(f"{key} is {value!r}: {it}{message}")
@@ -128,18 +130,18 @@ def _explain(recipe: str, error: ValidationError) -> list[str]:
 def _nearest(key: str) -> str:
     known = list(dotted_keys(TrainingConfig))
     near = difflib.get_close_matches(key, known if "." in key else TrainingConfig.model_fields, n=1, cutoff=0.75)
-    if not near:  # perhaps only the section is wrong
+    if not near:  # the key may be right and only the section wrong
         last = key.rpartition(".")[2]
         near = [name for name in known if name.rpartition(".")[2] == last]
     if near:
         return f"did you mean {near[0]}?"
     section = key.partition(".")[0]
     siblings = [name for name in known if name.startswith(f"{section}.")] or list(TrainingConfig.model_fields)
-    return f"known are {', '.join(siblings)}"
+    return f"valid keys are {', '.join(siblings)}"
 
 
 def dotted_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every key of a section and of the sections in it, dotted."""
+    """Yield the dotted names of all keys of a section and its subsections."""
     for name, field in section.model_fields.items():
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
@@ -149,5 +151,5 @@ def dotted_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def config_yaml(config: TrainingConfig) -> str:
-    """The complete configuration as YAML, itself a recipe."""
+    """Return the complete configuration as YAML, which is itself a valid recipe."""
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump()))

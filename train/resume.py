@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, whether it may, and how the checkpoint is loaded."""
+"""Finds the checkpoint to resume from, checks that it matches the run, and loads it."""
 
 import shutil
 from collections.abc import Iterator
@@ -29,23 +29,23 @@ from .rank_state import rank_path, restore_rank_state
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-# A change of these makes it another run: the order of the data, or the model itself.
+# Keys that must not change on resume: they define the model and the order of the data.
 FIXED_KEYS = ("model", "train.seed", "train.seq_length", "train.batch_size_tokens")
 FREE_MODEL_KEYS = ("model.max_position_embeddings",)  # positions are rotary: no weight depends on it
-INIT_KEY = "model.init_from"  # free as well, but at step 0, whose weights are made anew where they are not loaded
-# Where things lie and how they are watched says nothing about the run.
+INIT_KEY = "model.init_from"  # may also change, except at step 0, where weights may be initialized again
+# Paths, logging and similar keys; their changes are not reported.
 SILENT_KEYS = ("data.path", "train.run_dir", "checkpoint", "wandb", "validation", "deepspeed", "train.micro_batch_size")
 
 
 @dataclass(frozen=True)
 class Resume:
-    """A checkpoint to go on from, and everything that follows from it.
+    """A checkpoint to resume from, compared with the run.
 
     Attributes:
-        path: its folder.
+        path: the checkpoint's folder.
         state: its ``state.json``.
         changes: settings that differ from the checkpoint's, as "key: old → new".
-        mismatches: why DeepSpeed's files in it do not fit this run; empty if they do.
+        mismatches: differences that prevent loading DeepSpeed's files directly; empty if none.
     """
 
     path: Path
@@ -59,20 +59,20 @@ class Resume:
 
     @property
     def is_converted(self) -> bool:
-        """Whether `restore` converts the checkpoint, for an engine made with ``load_universal``."""
+        """Whether `restore` converts the checkpoint; the engine then needs ``load_universal``."""
         return bool(self.mismatches) and self.step > 0
 
     def restore(self, engine: "DeepSpeedEngine", plan: Plan, world: World, *, scratch: Path) -> None:
-        """Bring a new engine to the state of the checkpoint. Every rank calls it.
+        """Load the checkpoint into a new engine. Every rank calls it.
 
         Args:
-            scratch: folder for a converted copy, which is removed again.
+            scratch: folder for a temporary converted copy.
 
         Raises:
             SameOnAllRanks: a file is damaged or cannot be read.
         """
         if self.mismatches and not self.is_converted:
-            return  # at step 0: nothing to convert, and the engine has these weights
+            return  # at step 0 there is nothing to convert, and the engine already has these weights
         if self.is_converted:
             self._load_converted(engine, plan, world, scratch / f"{self.path.name}-universal")
         else:
@@ -84,7 +84,7 @@ class Resume:
                 restore_rank_state(engine, torch.load(rank_path(self.path, world.rank), weights_only=True))
 
     def _load_converted(self, engine: "DeepSpeedEngine", plan: Plan, world: World, folder: Path) -> None:
-        """Load the checkpoint through a converted copy in ``folder``, which is removed again."""
+        """Load the checkpoint through a temporary converted copy in ``folder``."""
         with world.all_or_none():
             if world.is_main:
                 universal.convert_to_universal(
@@ -103,24 +103,24 @@ class Resume:
 
     @contextmanager
     def _damage(self) -> Iterator[None]:
-        """Report any error in reading the checkpoint's files, among them pickles, as damage."""
+        """Raise any error in reading the checkpoint's files as an OSError that names the folder."""
         try:
             yield
         except Exception as error:
             reason = (str(error).splitlines() or [""])[0]
             raise OSError(
-                f"cannot load {self.path} ({type(error).__name__}: {reason}): if it is damaged, delete it to go on "
+                f"cannot load {self.path} ({type(error).__name__}: {reason}): if it is damaged, delete it to resume "
                 "from an older one"
             ) from error
 
 
 def find_resume(plan: Plan, fingerprint: str) -> Resume | None:
-    """The checkpoint that ``checkpoint.resume`` means; None to start from the beginning.
+    """Return the checkpoint that ``checkpoint.resume`` selects, or None to start from step 0.
 
     Raises:
-        FileNotFoundError: the named folder is no complete checkpoint.
-        ValueError: the checkpoint belongs to another run (the key that differs is named), or the run's folder holds
-            checkpoints that this run would mix with.
+        FileNotFoundError: the given folder is not a complete checkpoint.
+        ValueError: the checkpoint belongs to another run (the message names the key that differs),
+            or the run's folder contains other checkpoints.
     """
     config = plan.config
     run_dir = Path(config.train.run_dir or "")
@@ -129,8 +129,8 @@ def find_resume(plan: Plan, fingerprint: str) -> Resume | None:
     if choice == "never":
         if existing:
             raise ValueError(
-                f"{run_dir} already holds checkpoints up to step {max(existing)}: set checkpoint.resume=auto to go on "
-                "from there, or another train.run_dir"
+                f"{run_dir} already contains checkpoints up to step {max(existing)}: set checkpoint.resume=auto to "
+                "resume from there, or set another train.run_dir"
             )
         return None
     if choice == "auto":
@@ -142,8 +142,8 @@ def find_resume(plan: Plan, fingerprint: str) -> Resume | None:
     state = read_state(path)
     if choice != "auto" and existing and max(existing) > state.step:
         raise ValueError(
-            f"{run_dir} holds a checkpoint at step {max(existing)}, later than the one to resume from (step "
-            f"{state.step}): delete it, or set another train.run_dir"
+            f"{run_dir} contains a checkpoint at step {max(existing)}, which is later than the one to resume from "
+            f"(step {state.step}): delete it, or set another train.run_dir"
         )
     return Resume(path, state, _compare(path, state, config, fingerprint), _mismatches(state, plan))
 
@@ -157,25 +157,25 @@ def _load_deepspeed(engine: "DeepSpeedEngine", folder: Path, tag: str) -> None:
 
 def _named_checkpoint(path: Path) -> Path:
     if not path.is_dir():
-        raise FileNotFoundError(f"checkpoint.resume={path}: no such folder (or write auto or never)")
+        raise FileNotFoundError(f"checkpoint.resume={path}: no such folder (use a folder, auto or never)")
     if existing := list_checkpoints(path):  # a run's folder
         return existing[max(existing)]
     if not (path / STATE_FILE).exists() and not path.name.startswith("step-"):
-        raise FileNotFoundError(f"checkpoint.resume={path}: not a checkpoint (there is no state.json)")
+        raise FileNotFoundError(f"checkpoint.resume={path}: not a checkpoint, it has no {STATE_FILE}")
     if not (path / COMPLETE_MARKER).exists():
         raise FileNotFoundError(
-            f"checkpoint.resume={path}: an interrupted checkpoint (it has no {COMPLETE_MARKER} file); take an older one"
+            f"checkpoint.resume={path}: interrupted checkpoint (it has no {COMPLETE_MARKER} file); use an older one"
         )
     return path
 
 
 def _compare(path: Path, state: CheckpointState, config: TrainingConfig, fingerprint: str) -> list[str]:
-    """Changed settings that a run may change; raises for the others."""
+    """Return the changed settings. Raises a ValueError for a setting that must not change."""
     if state.data_fingerprint != fingerprint:
         raise ValueError(
-            f"data.path {config.data.path} holds other tokens than those {path} was trained on (fingerprint "
-            f"{fingerprint[:12]} instead of {state.data_fingerprint[:12]}): set data.path to the store of the first "
-            "start, or start a new run with another train.run_dir"
+            f"data.path {config.data.path} contains different data than {path} was trained on (fingerprint "
+            f"{fingerprint[:12]} instead of {state.data_fingerprint[:12]}): set data.path to the original store, or "
+            "start a new run with another train.run_dir"
         )
     then = flatten(OmegaConf.to_container(OmegaConf.load(path / CONFIG_FILE)))
     now = flatten(config.model_dump())
@@ -189,8 +189,8 @@ def _compare(path: Path, state: CheckpointState, config: TrainingConfig, fingerp
         is_free = key in FREE_MODEL_KEYS or (key == INIT_KEY and state.step > 0)
         if _is_in(key, FIXED_KEYS) and not is_free:
             raise ValueError(
-                f"{key} is {after!r}, but {path} was trained with {before!r}: set it back, or start a new run with "
-                "another train.run_dir"
+                f"{key} is {after!r}, but {path} was trained with {before!r}: restore that value, or start a new run "
+                "with another train.run_dir"
             )
         if not _is_in(key, SILENT_KEYS):
             changes.append(f"{key}: {before} → {after}")
@@ -198,7 +198,7 @@ def _compare(path: Path, state: CheckpointState, config: TrainingConfig, fingerp
 
 
 def _mismatches(state: CheckpointState, plan: Plan) -> list[str]:
-    """What DeepSpeed's files depend on and is not the same in this run."""
+    """Return the differences to this run that DeepSpeed's files depend on."""
     compared = {
         "ranks": (state.world_size, plan.world_size),
         "ZeRO stage": (state.zero_stage, plan.config.deepspeed.zero_stage),
@@ -209,7 +209,7 @@ def _mismatches(state: CheckpointState, plan: Plan) -> list[str]:
 
 
 def _resolve(settings: dict[str, Any]) -> None:
-    """Write out what a setting stands for, so that two ways to say the same are no change."""
+    """Replace implicit values by explicit ones, so that equivalent settings compare equal."""
     settings["model.max_position_embeddings"] = (
         settings.get("model.max_position_embeddings") or settings["train.seq_length"]
     )
@@ -218,7 +218,7 @@ def _resolve(settings: dict[str, Any]) -> None:
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one with dotted keys."""
+    """Flatten nested dictionaries into one with dotted keys."""
     if not isinstance(values, dict) or (prefix and not values):
         return {prefix.removesuffix("."): values}
     flat: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""A training run from recipe to last checkpoint: what `sinklm train` does."""
+"""A training run, from the recipe to the last checkpoint (`sinklm train`)."""
 
 import importlib.metadata
 import os
@@ -33,20 +33,21 @@ RECORDED_PACKAGES = ("torch", "transformers", "deepspeed", "tokenizers", "numpy"
 
 
 def train(recipe: str, overrides: list[str] | tuple[str, ...] = (), *, only_describe: bool = False) -> None:
-    """Train a model, or describe what that would be.
+    """Train a model, or only describe the run.
 
-    Started by ``deepspeed``, ``torchrun`` or ``srun`` it is one rank of many, else the only one.
+    If started by ``deepspeed``, ``torchrun`` or ``srun``, this process is one of several ranks;
+    otherwise it is the only one.
 
     Args:
         recipe: name or path, see `sinklm.train.recipe.load_config`.
         overrides: ``section.key=value``.
-        only_describe: print the resolved configuration and its cost, and do nothing.
+        only_describe: print the resolved configuration and its cost without training.
 
     Raises:
-        ValueError: a key, a value or the data is wrong, or training diverged.
+        ValueError: a key, a value or the data is invalid, or training diverged.
         OSError: a file cannot be read or written, or (ConnectionError) another rank is lost.
-        SystemExit: with status 128 + n if signal n ended the run early, its state saved; with 1 on the ranks that leave
-            it to rank 0 to report an error they share.
+        SystemExit: status 128 + n if signal n ended the run early (its state is saved); status 1 on
+            ranks other than 0 for an error that all ranks share, which rank 0 reports.
     """
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
     try:
@@ -59,7 +60,7 @@ def train(recipe: str, overrides: list[str] | tuple[str, ...] = (), *, only_desc
             sys.exit(1)
         raise
     if rank == 0:
-        print("loading DeepSpeed and looking for the other ranks …", flush=True)
+        print("loading DeepSpeed and connecting to the other ranks …", flush=True)
     with connected(patches=config.deepspeed.patches) as world:
         try:
             signal_number = _train_rank(config, world)
@@ -81,24 +82,24 @@ def train(recipe: str, overrides: list[str] | tuple[str, ...] = (), *, only_desc
 
 @contextmanager
 def locked_run(run_dir: Path) -> Iterator[None]:
-    """Keep other trainings out of a run's folder: each would take the other's files for its own.
+    """Lock a run's folder, so that no other training writes to it.
 
     Raises:
-        ValueError: another training uses it.
-        OSError: it cannot be written.
+        ValueError: another training uses the folder.
+        OSError: the folder cannot be written.
     """
-    busy = f"train.run_dir={run_dir} is in use by another training: wait, or set another"
+    busy = f"train.run_dir={run_dir} is in use by another training: wait until it ends, or set another train.run_dir"
     with ExitStack() as held:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(run_dir / LOCK_NAME, busy))
         except OSError as error:
-            raise OSError(f"cannot write in {run_dir}: {error}") from error
+            raise OSError(f"cannot write to {run_dir}: {error}") from error
         yield
 
 
 def _train_rank(config: TrainingConfig, world: World) -> int:
-    """One rank's part. Returns the number of the signal that ended it early, or 0."""
+    """Train as one rank. Returns the number of the signal that ended the run early, or 0."""
     run_dir = Path(config.train.run_dir or "")
     with world.all_or_none():
         store = _open_store(config, world)
@@ -128,7 +129,7 @@ def _train_locked(
         resume = find_resume(plan, store.fingerprint)
         if resume is None and config.model.init_from is not None:
             check_tokenizer(config.model.init_from, store.tokenizer_path)
-    with world.all_or_none(f"cannot write in {run_dir}: "):
+    with world.all_or_none(f"cannot write to {run_dir}: "):
         if world.is_main:
             _write_run_files(run_dir, config)
 
@@ -136,12 +137,12 @@ def _train_locked(
         for line in describe_run(plan, store, windows, resume):
             progress.say(line)
         for path in interrupted_checkpoints(run_dir):
-            progress.say(f"{path} was interrupted while it was written, and is not used")
+            progress.say(f"ignoring {path}, which was interrupted while being written")
         first_step = resume.step if resume else 0
         if first_step >= config.train.num_steps:
-            progress.say(f"all {config.train.num_steps:,} steps are done: raise train.num_steps to go on")
+            progress.say(f"all {config.train.num_steps:,} steps are done: raise train.num_steps to train further")
             return 0
-        progress.say(f"{'drawing' if config.model.init_from is None else 'reading'} the first weights …")
+        progress.say(f"{'drawing' if config.model.init_from is None else 'reading'} the initial weights …")
         with world.all_or_none():
             model = _build_model(plan, world.device)
         progress.say("setting up DeepSpeed …")
@@ -155,7 +156,7 @@ def _train_locked(
             progress.say("hint: on most CPUs train.precision=fp32 is about three times as fast as bf16")
         if compiles(config, world.device):
             progress.say(
-                "compiling the model in the first step: a minute or two, less if it was compiled here before …"
+                "compiling the model in the first step: one or two minutes, less if it is in the compile cache …"
             )
         loop = TrainingLoop(engine, plan, world, store, windows, validation_windows, progress, first_step=first_step)
         signal_number = loop.run()
@@ -164,16 +165,18 @@ def _train_locked(
 
 
 def _open_store(config: TrainingConfig, world: World) -> TokenSource:
-    """Open the data; rank 0 alone checks its content."""
+    """Open the data. Only rank 0 verifies its content."""
     if config.data.path is None:
-        raise ValueError("data.path is not set: give a folder made by `sinklm prepare`, e.g. data.path=stores/pile")
+        raise ValueError(
+            "data.path is not set: set it to a folder made by `sinklm prepare`, e.g. data.path=stores/pile"
+        )
     if world.is_main:
-        print(f"opening {config.data.path} (the first time here all of it is read, for its checksums) …", flush=True)
+        print(f"opening {config.data.path} (on first use, all files are read to verify checksums) …", flush=True)
     return open_store(config.data.path, verify="auto" if world.is_main else "size")
 
 
 def _build_model(plan: Plan, device: torch.device) -> SinkGPTNeoXForCausalLM:
-    """The model in float32, with the first weights of the seed."""
+    """Create the model in float32 with its initial weights."""
     torch.manual_seed(plan.config.train.seed)
     if plan.config.model.init_from is not None:
         return load_weights(plan.config.model.init_from, plan.model_config)
@@ -182,10 +185,11 @@ def _build_model(plan: Plan, device: torch.device) -> SinkGPTNeoXForCausalLM:
 
 
 def _drawing_device(num_parameters: int, device: torch.device) -> torch.device:
-    """Where to draw the first weights.
+    """Return the device on which to draw the initial weights.
 
-    On the CPU a seed gives the same ones whatever the devices are. But it takes ten seconds for a billion, and that
-    memory for every rank: larger models are drawn on the GPU, if it can hold them before ZeRO lowers and shares them.
+    On the CPU, a seed gives the same weights for all devices. But a billion parameters take ten
+    seconds, and every rank needs memory for them, so larger models are drawn on the GPU if they fit
+    there in float32, before ZeRO casts and partitions them.
     """
     if device.type == "cpu" or num_parameters < LARGEST_DRAWN_ON_CPU:
         return torch.device("cpu")
@@ -205,7 +209,7 @@ def _write_run_files(run_dir: Path, config: TrainingConfig) -> None:
 
 
 def _commit() -> str | None:
-    """The commit of the code, where it runs from a checkout."""
+    """Return the commit of the code if it runs from a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -216,6 +220,6 @@ def _commit() -> str | None:
 def _say_goodbye(progress: RunProgress, run_dir: Path, signal_number: int) -> None:
     if signal_number:
         name = signal.Signals(signal_number).name
-        progress.say(f"stopped by {name}, with all saved: start the same command again to go on")
+        progress.say(f"stopped by {name}; the state is saved: run the same command again to resume")
     else:
         progress.say(f"done: {run_dir}")

@@ -1,4 +1,4 @@
-"""What depends on the step alone: the learning rate, and when to validate and to save."""
+"""Functions of the step only: the learning rate, and when to validate and save."""
 
 import math
 from collections.abc import Callable
@@ -10,9 +10,10 @@ PYTHIA_INTERVAL = 1000
 
 
 def learning_rate(step: int, num_steps: int, optimizer: OptimizerSection) -> float:
-    """The rate of update ``step`` (0 to ``num_steps - 1``): linear warm-up, then a cosine to ``min_lr_ratio * lr``.
+    """Return the learning rate of update ``step`` (0 to ``num_steps - 1``).
 
-    A pure function, so there is nothing to save, and a skipped update changes nothing.
+    Linear warm-up, then a cosine to ``min_lr_ratio * lr``. It is a pure function, so it has no
+    state to save, and skipped updates do not affect it.
     """
     num_warmup_steps = round(num_steps * optimizer.warmup_ratio)
     if step < num_warmup_steps:
@@ -24,12 +25,12 @@ def learning_rate(step: int, num_steps: int, optimizer: OptimizerSection) -> flo
 
 
 def is_pythia_step(step: int) -> bool:
-    """Whether Pythia published a checkpoint after ``step`` updates: 0, 1, 2, 4 … 512, 1000, 2000 …"""
+    """Whether Pythia published a checkpoint after ``step`` updates (0, 1, 2, 4 … 512, 1000 …)."""
     return step in PYTHIA_EARLY_STEPS or step % PYTHIA_INTERVAL == 0
 
 
 def saves_after(num_steps: int, checkpoint: CheckpointSection) -> Callable[[int], bool]:
-    """Whether to save after so many updates; always after the last one."""
+    """Return a function of the number of updates that decides whether to save."""
     return lambda step: (
         is_every(step, checkpoint.every_steps)
         or step == num_steps
@@ -38,5 +39,5 @@ def saves_after(num_steps: int, checkpoint: CheckpointSection) -> Callable[[int]
 
 
 def is_every(step: int, every_steps: int | None) -> bool:
-    """Whether ``step`` updates are a multiple of ``every_steps``; never if that is None."""
+    """Whether ``step`` is a positive multiple of ``every_steps``; False if that is None."""
     return every_steps is not None and step > 0 and step % every_steps == 0

@@ -1,4 +1,4 @@
-"""One training step: it is queued on the device first, and its result is read later."""
+"""One training step: first queued on the device; its result is read later."""
 
 import math
 import time
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did."""
+    """The result of a step."""
 
     loss: float  # mean over all targets of the global batch
     grad_norm: float  # of the global batch, before clipping; infinite if the update was skipped
     is_skipped: bool  # float16 only: the scaled gradients overflowed, so there was no update
     loss_scale: float | None  # float16 only
-    is_stop_requested: bool  # some rank was told to stop
+    is_stop_requested: bool  # a rank received a signal to stop
 
 
 @dataclass(frozen=True)
 class PendingStep:
-    """A step that is queued on the device and whose result is not read yet."""
+    """A step that is queued on the device and whose result has not been read."""
 
-    step: int  # number of updates after this one
+    step: int  # number of updates including this one
     lr: float
-    host_seconds: float  # how long the host took to queue it
-    by_rank: HostCopy  # (ranks, 2): the loss of a rank, and 1 if the rank was told to stop
+    host_seconds: float  # time that the host needed to queue it
+    by_rank: HostCopy  # (ranks, 2): the loss of a rank, and 1 if the rank received a signal to stop
     grad_norm: HostCopy
-    is_refused: bool  # the host knows already that there was no update
+    is_refused: bool  # True if the host already detected that there was no update
     loss_scale: float | None  # float16 only
 
     def result(self) -> StepResult:
@@ -54,7 +54,7 @@ class PendingStep:
         grad_norm = math.inf if self.is_refused else self.grad_norm.read()
         if not is_skipped and not math.isfinite(grad_norm):
             raise SameOnAllRanks(
-                f"step {self.step}: the gradient is not finite, though the loss is. Training stopped before the update "
+                f"step {self.step}: the gradient is not finite, but the loss is. Training stopped before the update "
                 "and saved nothing; the newest checkpoint is intact. Lower optimizer.lr, or try train.precision=fp32"
             )
         return StepResult(
@@ -80,11 +80,11 @@ def train_step(
 
     Every sample has the same number of targets, so the mean over the global batch is the mean over
     micro-batches. With `FusedUpdate` the host does not wait for the device, so it can queue the
-    next step before it reads this one. A value that is not finite leaves the weights unchanged, in
-    this step and in those queued behind it.
+    next step before it reads this one. If a loss or gradient is not finite, this step and the steps
+    queued after it do not change the weights.
 
     Raises:
-        SameOnAllRanks: as `PendingStep.result`, if the host knows already that the step failed.
+        SameOnAllRanks: as `PendingStep.result`, if the host already detected that the step failed.
     """
     began = time.perf_counter()
     for group in engine.basic_optimizer.param_groups:
@@ -116,12 +116,12 @@ def train_step(
 
 
 def _nan_unless_finite(loss: torch.Tensor) -> torch.Tensor:
-    """The loss, with a gradient of NaN if it is not finite, so that the norm shows it on all ranks."""
+    """Return the loss. If it is not finite, its gradient is NaN, and so is the norm."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
 def _gather(values: torch.Tensor, world: World) -> torch.Tensor:
-    """The values of every rank, ``(ranks, …)``."""
+    """Return the values of every rank, ``(ranks, …)``."""
     if world.size == 1:
         return values[None]
     by_rank = [torch.empty_like(values) for _ in range(world.size)]
@@ -134,12 +134,12 @@ def _check_losses(losses: list[float], step: int) -> None:
     if bad:
         raise SameOnAllRanks(
             f"step {step}: the loss is {', '.join(bad)}. Training stopped before the update and saved nothing; the "
-            "newest checkpoint is intact. Lower optimizer.lr or optimizer.clip, or look at the data of this step"
+            "newest checkpoint is intact. Lower optimizer.lr or optimizer.clip, or check the data of this step"
         )
 
 
 def _update(engine: "DeepSpeedEngine", plan: Plan) -> tuple[HostCopy, bool]:
-    """Clip and update, unless the gradient is not finite. Returns its norm, and ``is_refused``."""
+    """Clip and update if the gradient is finite. Returns its norm, and ``is_refused``."""
     if plan.config.deepspeed.zero_stage == 0:
         return _update_without_zero(engine, plan)
     engine.step()
@@ -155,7 +155,7 @@ def _update_without_zero(engine: "DeepSpeedEngine", plan: Plan) -> tuple[HostCop
     max_norm = plan.config.optimizer.clip or math.inf
     grad_norm = HostCopy(nn.utils.clip_grad_norm_(engine.module.parameters(), max_norm))
     is_finite = math.isfinite(grad_norm.read())
-    if is_finite or scaler is not None:  # the scaler itself skips the update
+    if is_finite or scaler is not None:  # a scaler skips the update itself
         engine.step()
     return grad_norm, not is_finite
 

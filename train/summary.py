@@ -1,4 +1,4 @@
-"""What a run is, in a few lines; and what it would cost, for ``--dry-run``."""
+"""The description of a run at its start, and its cost for ``--dry-run``."""
 
 from typing import TYPE_CHECKING
 
@@ -25,19 +25,19 @@ WORLD_SIZES = (1, 8, 64)
 
 
 def describe_run(plan: Plan, store: TokenSource, windows: TokenWindows, resume: "Resume | None") -> list[str]:
-    """The lines with which a run begins."""
+    """Return the lines printed at the start of a run."""
     config = plan.config
     lines = [
         f"model: {describe_model(plan)}",
         f"batch: {plan.world_size} rank{'s' * (plan.world_size > 1)} × {config.train.micro_batch_size} samples × "
         f"{plan.num_accumulation_steps} micro-batches = {plan.samples_per_step:,} samples of "
         f"{config.train.seq_length:,} positions; {config.train.precision}, ZeRO-{config.deepspeed.zero_stage}",
-        f"data: {store.path}, {len(windows):,} samples; {config.train.num_steps:,} steps are {epochs(plan, windows)}",
+        f"data: {store.path}, {len(windows):,} samples; {config.train.num_steps:,} steps = {epochs(plan, windows)}",
         f"run: {config.train.run_dir}",
     ]
     if resume is not None:
         lines.append(f"resuming from {resume.path} (step {resume.step:,})")
-        lines += [f"changed since then: {change}" for change in resume.changes]
+        lines += [f"changed since the checkpoint: {change}" for change in resume.changes]
     return lines
 
 
@@ -54,7 +54,7 @@ def epochs(plan: Plan, windows: TokenWindows) -> str:
 
 
 def dry_run(config: TrainingConfig) -> None:
-    """Print the resolved configuration, sizes, steps and memory. Reads the store's sizes, if one is named."""
+    """Print the resolved configuration, sizes, steps and memory."""
     store = open_store(config.data.path, verify="size") if config.data.path else None
     plan = Plan(config, 1, store.tokenizer_size if store else PYTHIA_TOKENIZER_SIZE)
     table = Table(box=box.SIMPLE, show_header=False, title="The run", title_justify="left")
@@ -66,7 +66,8 @@ def dry_run(config: TrainingConfig) -> None:
     console.print(table)
     console.print(_memory_table(plan))
     console.print(
-        "Memory is an estimate, without DeepSpeed's communication buffers and what the allocator loses.", style="dim"
+        "Memory is an estimate. It excludes DeepSpeed's communication buffers and the allocator's fragmentation.",
+        style="dim",
     )
 
 
@@ -76,23 +77,23 @@ def _facts(plan: Plan, store: TokenSource | None) -> dict[str, str]:
     num_operations = flops_per_token(plan.model_config, train.seq_length) * plan.num_positions
     facts = {
         "model": describe_model(plan),
-        "a step": f"{plan.samples_per_step:,} samples of {train.seq_length:,} positions = {train.batch_size_tokens:,}",
+        "batch": f"{plan.samples_per_step:,} samples of {train.seq_length:,} positions = {train.batch_size_tokens:,}",
         "on one rank": f"{plan.num_accumulation_steps:,} micro-batches of {train.micro_batch_size:,} samples",
-        "steps": f"{train.num_steps:,}, {num_warmup_steps:,} of them warm-up",
-        "positions in all": f"{plan.num_positions:,} ({human(plan.num_positions)})",
-        "operations in all": f"{num_operations:.3g} FLOP",
+        "steps": f"{train.num_steps:,}, including {num_warmup_steps:,} warm-up steps",
+        "total positions": f"{plan.num_positions:,} ({human(plan.num_positions)})",
+        "total compute": f"{num_operations:.3g} FLOP",
     }
     if store is None:
-        facts["data"] = f"data.path is not set; Pythia's tokenizer of {PYTHIA_TOKENIZER_SIZE:,} ids is assumed"
+        facts["data"] = f"data.path is not set; assuming Pythia's tokenizer of {PYTHIA_TOKENIZER_SIZE:,} ids"
     else:
         windows, _ = open_windows(store, plan)
-        facts["data"] = f"{len(windows):,} samples in {store.path}, seen for {epochs(plan, windows)}"
+        facts["data"] = f"{len(windows):,} samples in {store.path}, {epochs(plan, windows)}"
     return facts
 
 
 def _memory_table(plan: Plan) -> Table:
-    """States and activations by ZeRO stage and number of GPUs; the recipe's stage is bold."""
-    table = Table(box=box.SIMPLE_HEAD, title="GiB on each GPU: weights, gradients, optimizer + activations")
+    """Return a table of memory by ZeRO stage and number of GPUs; the recipe's stage is bold."""
+    table = Table(box=box.SIMPLE_HEAD, title="Memory per GPU in GiB: weights, gradients and optimizer + activations")
     table.title_justify = "left"
     table.add_column("ZeRO stage")
     for world_size in WORLD_SIZES:

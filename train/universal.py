@@ -1,8 +1,9 @@
-"""Checkpoints between numbers of ranks, ZeRO stages, precisions and orders of parameters: DeepSpeed's universal format.
+"""DeepSpeed's universal checkpoints, for other ranks, ZeRO stages, precisions or parameter orders.
 
-``ds_to_universal`` un-welds a ZeRO checkpoint from the ranks that wrote it: one folder per parameter with its float32
-value and AdamW's moments. What DeepSpeed 0.19 leaves open is closed here: it cannot convert or load stage 0, nor load
-what came from stage 3 into 1 or 2 and the other way round, because their metadata differ.
+``ds_to_universal`` converts a ZeRO checkpoint to a rank-independent layout: one folder per
+parameter with its float32 value and AdamW's moments. This module adds what DeepSpeed 0.19 does not
+support: converting and loading stage 0, and conversion between stage 3 and stages 1 or 2, whose
+metadata differ.
 """
 
 import shutil
@@ -18,18 +19,19 @@ if TYPE_CHECKING:
 
 PARAM = "param"  # the key of a tensor in the format's files
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# Where the engine looks for metadata, by whether it splits the weights (stage 3).
+# Metadata file of the engine, by whether it partitions the weights (stage 3).
 METADATA_NAMES = {False: "mp_rank_00_model_states.pt", True: "zero_pp_rank_0_mp_rank_00_model_states.pt"}
 
 
 def convert_to_universal(source: Path, output: Path, *, zero_stage: int, keep_loss_scale: bool) -> None:
-    """Convert DeepSpeed's files in ``source``, written under ``zero_stage``, into the folder ``output``.
+    """Convert DeepSpeed's files in ``source`` into the folder ``output``.
 
     Args:
-        keep_loss_scale: False if the precision changes, for the scale belongs to float16 alone.
+        zero_stage: stage with which ``source`` was written.
+        keep_loss_scale: set to False if the precision changes; only float16 has a loss scale.
 
     Raises:
-        OSError: the conversion failed; says how.
+        OSError: the conversion failed; the message contains the reason.
     """
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
@@ -41,7 +43,7 @@ def convert_to_universal(source: Path, output: Path, *, zero_stage: int, keep_lo
 
 
 def load_without_zero(engine: "DeepSpeedEngine", universal: Path) -> None:
-    """Load weights and AdamW's state of a universal checkpoint into an engine of ZeRO stage 0."""
+    """Load weights and AdamW's state of a universal checkpoint into an engine without ZeRO."""
     optimizer = engine.basic_optimizer
     for name, parameter in engine.module.named_parameters():
         folder = universal / "zero" / name
@@ -58,7 +60,7 @@ def _load(path: Path):
 
 
 def _write_parameters(source: Path, output: Path) -> None:
-    """The parameter folders of a checkpoint without ZeRO, where one file has everything."""
+    """Write the parameter folders of a checkpoint without ZeRO, which is a single file."""
     checkpoint = _load(source / METADATA_NAMES[False])
     states = checkpoint["optimizer"]["state"]
     for number, name in enumerate(checkpoint["optimizer_parameter_names"]):
@@ -73,7 +75,7 @@ def _write_parameters(source: Path, output: Path) -> None:
 
 
 def _run_converter(source: Path, output: Path) -> None:
-    """Run DeepSpeed's converter, in a process of its own: it prints, and forks workers."""
+    """Run DeepSpeed's converter in a separate process, because it prints and forks workers."""
     module = "deepspeed.checkpoint.ds_to_universal"
     command = [sys.executable, "-m", module, "--input_folder", str(source), "--output_folder", str(output)]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -84,13 +86,13 @@ def _run_converter(source: Path, output: Path) -> None:
 
 
 def _complete_metadata(output: Path, source: Path, *, zero_stage: int, keep_loss_scale: bool) -> None:
-    """Make the folder loadable under every stage."""
+    """Complete the metadata, so that the folder can be loaded with every stage."""
     path = output / "zero" / "optimizer_state.pt"
     state = _load(path)
     if zero_stage == 3:
         step = state["optimizer_state_dict"]["state"][0]["step"]
         state["ds_version"] = _load(output / METADATA_NAMES[True])["ds_version"]
-        for tensor_path in (output / "zero").glob("*/*.pt"):  # bare tensors, where other stages write dictionaries
+        for tensor_path in (output / "zero").glob("*/*.pt"):  # bare tensors; other stages write dictionaries
             torch.save({PARAM: _load(tensor_path)}, tensor_path)
     else:
         step = _find_step(output, source, zero_stage)
@@ -107,7 +109,7 @@ def _complete_metadata(output: Path, source: Path, *, zero_stage: int, keep_loss
 
 
 def _find_step(output: Path, source: Path, zero_stage: int) -> torch.Tensor:
-    """AdamW's own count of updates."""
+    """Return AdamW's step count."""
     if zero_stage == 0:
         return _load(source / METADATA_NAMES[False])["optimizer"]["state"][0]["step"]
     return _load(next((output / "zero").glob("*/step.pt")))

@@ -1,4 +1,4 @@
-"""The loss on held-out text, the same number on any number of ranks."""
+"""The loss on held-out text, which does not depend on the number of ranks."""
 
 from typing import TYPE_CHECKING
 
@@ -21,10 +21,11 @@ IGNORED = -100
 def validation_loss(
     engine: "DeepSpeedEngine", windows: TokenWindows, num_samples: int, plan: Plan, world: World
 ) -> float:
-    """Mean loss over all targets of the first ``num_samples`` windows. Every rank calls it.
+    """Return the mean loss over the first ``num_samples`` windows. Every rank calls it.
 
-    Ranks take equally many micro-batches of equal size, because ZeRO-3 fetches weights together and compiled code
-    knows one size; what is missing to that is filled with samples whose targets do not count.
+    All ranks process the same number of micro-batches of equal size, because ZeRO-3 gathers weights
+    collectively and the compiled model has a fixed batch size. Missing samples are replaced by
+    samples whose targets are ignored.
     """
     micro_batch_size = plan.config.train.micro_batch_size
     engine.eval()

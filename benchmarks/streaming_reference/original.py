@@ -1,12 +1,13 @@
-"""The same losses by the original code, mit-han-lab/streaming-llm, in its own environment.
+"""Compute the losses of `ours.py` with the original code, mit-han-lab/streaming-llm.
 
     python3.11 -m venv original
-    original/bin/pip install torch==2.13.0 transformers==4.33.0 "numpy<2" accelerate==0.23.0 safetensors
+    original/bin/pip install torch==2.13.0 transformers==4.33.0 "numpy<2" accelerate==0.23.0 \\
+        safetensors
     git clone https://github.com/mit-han-lab/streaming-llm
     PYTHONPATH=streaming-llm original/bin/python benchmarks/streaming_reference/original.py FOLDER
 
-Reads what `ours.py FOLDER` wrote and prints how far its losses are from these. The loop is that of the original's
-examples/eval_long_ppl.py.
+Reads the output of `ours.py FOLDER` and prints the differences of the losses. The loop is that of
+the original's examples/eval_long_ppl.py.
 """
 
 import json
@@ -30,7 +31,7 @@ def load(folder: Path):
     missing = [name for name in missing if not any(part in name for part in known)]
     unexpected = [name for name in unexpected if not any(part in name for part in known)]
     if missing or unexpected:
-        raise ValueError(f"weights do not fit: missing {missing}, unexpected {unexpected}")
+        raise ValueError(f"{folder}: weights do not match the model: missing {missing}, unexpected {unexpected}")
     return model
 
 
@@ -54,7 +55,7 @@ def main() -> None:
     for name in ("banded", "token_by_token"):
         mine = torch.tensor(ours[name])
         gap = (mine - losses).abs()
-        print(f"{name}: mean {mine.mean():.6f}, difference at most {gap.max():.2e}, on average {gap.mean():.2e}")
+        print(f"{name}: mean {mine.mean():.6f}, largest difference {gap.max():.2e}, mean difference {gap.mean():.2e}")
 
 
 if __name__ == "__main__":

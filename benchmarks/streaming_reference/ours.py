@@ -1,9 +1,11 @@
-"""Losses of a text under sinklm's streaming cache, and the weights and ids for the original to do the same.
+"""Compute losses with sinklm's streaming cache, for comparison with the original code.
 
-    python benchmarks/streaming_reference/ours.py FOLDER --text book.txt --tokenizer tokenizer.json [--model PATH]
+    python benchmarks/streaming_reference/ours.py FOLDER --text book.txt \\
+        --tokenizer tokenizer.json [--model PATH]
 
-Writes FOLDER/{weights.safetensors, config.json, ids.json, ours.json}; then run `original.py FOLDER` in the original's
-environment. Without --model a GPT-NeoX of random weights, large enough that its attention is sharp.
+Writes FOLDER/{weights.safetensors, config.json, ids.json, ours.json}; then run `original.py FOLDER`
+in the original's environment. The default model is a GPT-NeoX with random weights, large enough
+that its attention is sharp.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from sinklm.streaming import StreamingCache, stream_losses
 
 
 def random_gpt_neox(vocab_size: int) -> PreTrainedModel:
-    """Three layers; weights so large that attention is far from uniform."""
+    """Return a model of three layers with large weights, so that attention is not uniform."""
     torch.manual_seed(0)
     config = GPTNeoXConfig(
         vocab_size=vocab_size,
@@ -47,7 +49,7 @@ def token_by_token(model: PreTrainedModel, ids: torch.Tensor, num_kept: int, win
 
 
 def original_config(model: PreTrainedModel) -> dict:
-    """The configuration in the words of transformers 4.33."""
+    """Return the configuration with the keys of transformers 4.33."""
     config = model.config
     rope = config.rope_parameters
     shared = {

@@ -1,7 +1,8 @@
-"""Where surplus attention goes: sink rates, attention maps, norms and massive activations of any causal LM.
+"""Attention sinks of causal LMs: sink rates, maps, norms and massive activations.
 
-Read in this order: `sequences` (what is read), `observation` (what a forward pass shows of each layer), `statistics`
-(the definitions, and their means over sequences), `report` (JSON and tables), `plots`.
+Modules, in reading order: `sequences` (the input), `observation` (the states of each layer in a
+forward pass), `statistics` (definitions, and means over sequences), `tables` (JSON and tables),
+`plots`.
 """
 
 from .observation import Layer, observe

@@ -1,4 +1,4 @@
-"""One forward pass, layer by layer: what enters it, its queries, keys, values and attention maps."""
+"""Collects the input, queries, keys, values and attention map of each layer in a forward pass."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,14 +19,14 @@ from ...models.cache_argument import CACHE
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer on a batch of sequences of T positions, the model's own sinks among them; H heads, G of keys and values.
+    """The states of a layer: B sequences, T positions (sinks included), H heads, G groups.
 
-    ``attention`` is what the model multiplies its values with. Its rows sum to less than 1 where a model can attend
-    to no token at all.
+    ``attention`` is the matrix that multiplies the values. Its rows sum to less than 1 if the model
+    can attend to no token.
     """
 
-    hidden_states: Tensor  # (B, T, D), the residual stream where it enters the layer
-    queries: Tensor | None  # (B, H, T, d), rotated; None for families that compute attention in code of their own
+    hidden_states: Tensor  # (B, T, D), the residual stream at the layer's input
+    queries: Tensor | None  # (B, H, T, d), rotated; None for families that do not use AttentionInterface
     keys: Tensor  # (B, G, T, d), rotated
     values: Tensor  # (B, G, T, d)
     attention: Tensor  # (B, H, T, T)
@@ -34,13 +34,16 @@ class Layer:
 
 @torch.inference_mode()
 def observe(model: PreTrainedModel, ids: Tensor) -> list[Layer]:
-    """All layers of a causal language model of transformers on ``ids`` ``(B, T)``.
+    """Run a causal language model on ``ids`` ``(B, T)`` and return the states of all layers.
 
     Raises:
-        ValueError: the model has no attention maps (linear attention, state spaces), or transformers shows wrong ones.
+        ValueError: the model has no attention maps (linear attention, state spaces), or
+            transformers returns wrong ones.
     """
     if model.config.model_type == "falcon" and model.config.alibi:
-        raise ValueError("transformers adds the ALiBi biases of Falcon-RW twice where it shows attention maps")
+        raise ValueError(
+            "Falcon-RW is not supported: transformers adds its ALiBi biases twice when it returns attention maps"
+        )
     cache = _full_cache(model)
     with _observed_attention(model) as queries:
         outputs: Any = model(
@@ -54,7 +57,7 @@ def observe(model: PreTrainedModel, ids: Tensor) -> list[Layer]:
     maps = getattr(outputs, "attentions", None) or ()
     if not maps or any(attention is None for attention in maps) or len(maps) != len(cache.layers):
         raise no_maps(model)
-    states = outputs.hidden_states[: len(maps)]  # without the last, which is normalised and enters no layer
+    states = outputs.hidden_states[: len(maps)]  # without the last, which is the normalised output
     layer_queries: Sequence[Tensor | None] = queries or [None] * len(maps)
     return [
         Layer(hidden_states, query, cached.keys, cached.values, attention)
@@ -65,14 +68,14 @@ def observe(model: PreTrainedModel, ids: Tensor) -> list[Layer]:
 def observed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
-    """The eager attention of the module's own family, which returns the attention map; records the queries."""
+    """Call the eager attention of the module's family and record the queries."""
     _queries.get().append(query)
     eager = COLUMN_ATTENTION["eager"] if "column" in kwargs else eager_attention_of(type(module))
     return eager(module, query, key, value, attention_mask, **kwargs)
 
 
 def eager_attention_of(attention: type[nn.Module]) -> Callable:
-    """``eager_attention_forward`` of the module in which transformers defines this class or a base of it."""
+    """Return ``eager_attention_forward`` of the module that defines this class or its base."""
     modules = (sys.modules[base.__module__] for base in attention.__mro__)
     return next(
         vars(module)["eager_attention_forward"] for module in modules if "eager_attention_forward" in vars(module)
@@ -88,7 +91,7 @@ register_column_attention(OBSERVED, observed_attention)
 
 @contextmanager
 def _observed_attention(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Let a model compute attention maps, and collect its queries, layer by layer, where it uses the interface."""
+    """Make a model compute attention maps; yields the queries of AttentionInterface."""
     queries: list[Tensor] = []
     users_choice = model.config._attn_implementation
     model.config._attn_implementation = OBSERVED
@@ -101,7 +104,7 @@ def _observed_attention(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 
 
 def _full_cache(model: PreTrainedModel) -> DynamicCache:
-    """A cache that keeps all keys, also for layers with a sliding window.
+    """Return a cache that keeps all keys, also for layers with a sliding window.
 
     Raises:
         ValueError: some layers have no keys (linear attention, state spaces).
@@ -114,4 +117,7 @@ def _full_cache(model: PreTrainedModel) -> DynamicCache:
 
 
 def no_maps(model: PreTrainedModel) -> ValueError:
-    return ValueError(f"a model of type {model.config.model_type!r} does not show an attention map for each layer")
+    return ValueError(
+        f"models of type {model.config.model_type!r} are not supported: they do not return an attention map for each "
+        "layer"
+    )

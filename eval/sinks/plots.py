@@ -1,4 +1,4 @@
-"""Pictures of attention sinks: by head, as attention maps, by layer, and over the checkpoints of a run."""
+"""Plots of attention sinks: by head, as attention maps, by layer, and over a run's checkpoints."""
 
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from matplotlib.ticker import MaxNLocator
 from ..plots import COLOURS, MARKERS, STYLE, save_figure
 from .tables import shown_positions
 
-FAINTEST = 1e-3  # attention below looks like it
+FAINTEST = 1e-3  # smaller attention is drawn as this value
 GREY = "0.6"
 
 
 def plot_sinks(report: dict[str, Any], folder: Path, title: str | None = None) -> list[Path]:
-    """Save every picture that a report (see `report.as_json`) has numbers for as a PNG; returns the files."""
+    """Save all plots of a report (see `tables.as_json`) as PNGs and return their paths."""
     figures = {"heads": heads_figure(report, title), "maps": maps_figure(report, title)}
     figures["layers"] = layers_figure(report, title)
     if report.get("checkpoints"):
@@ -30,7 +30,7 @@ def plot_sinks(report: dict[str, Any], folder: Path, title: str | None = None) -
 
 
 def heads_figure(report: dict[str, Any], title: str | None = None) -> Figure:
-    """Sink rate and attention of each head at the named positions, one row of panels for each."""
+    """Plot sink rate and attention of each head, with one row of panels for each named position."""
     positions = shown_positions(report)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.0, 0.6 + 2.0 * len(positions)), layout="constrained")
@@ -51,7 +51,7 @@ def heads_figure(report: dict[str, Any], title: str | None = None) -> Figure:
 
 
 def maps_figure(report: dict[str, Any], title: str | None = None) -> Figure:
-    """Mean attention maps of some layers: over all heads (above), and of the strongest head (below)."""
+    """Plot mean attention maps of some layers: all heads (top), strongest head (bottom)."""
     layers = list(dict.fromkeys(found["layer"] for found in report["maps"]))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(0.6 + 1.65 * len(layers), 4.1), layout="constrained")
@@ -76,7 +76,7 @@ def maps_figure(report: dict[str, Any], title: str | None = None) -> Figure:
 
 
 def layers_figure(report: dict[str, Any], title: str | None = None) -> Figure:
-    """Norms, largest activations and cosines against the layer, at the named positions and at all others."""
+    """Plot norms, largest activations and cosines by layer, at named and other positions."""
     positions = {name: k for name, k in report["positions"].items() if k >= 0}
     layers = {name: np.array(values, dtype=float) for name, values in report["layers"].items()}
     with matplotlib.rc_context(STYLE):
@@ -113,13 +113,13 @@ def layers_figure(report: dict[str, Any], title: str | None = None) -> Figure:
 
 
 def checkpoints_figure(report: dict[str, Any], title: str | None = None) -> Figure:
-    """Sink rate, and the attention behind it, against the step of a run's checkpoints."""
+    """Plot sink rate and attention against the step of a run's checkpoints."""
     checkpoints = report["checkpoints"]
     steps = [checkpoint["step"] for checkpoint in checkpoints]
     last = checkpoints[-1]
     has_log_scale = _num_log_ticks(steps) > 1
     notes = ["log scale"] if has_log_scale else []
-    notes += [f"a step is {last['tokens'] / last['step']:,.0f} tokens"] if last["step"] else []
+    notes += [f"{last['tokens'] / last['step']:,.0f} tokens per step"] if last["step"] else []
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.0, 3.2), layout="constrained")
         rates, masses = figure.subplots(1, 2)
@@ -147,12 +147,12 @@ def checkpoints_figure(report: dict[str, Any], title: str | None = None) -> Figu
 
 
 def _num_log_ticks(steps: list[int]) -> int:
-    """Step 0 and powers of ten from the first to the last step."""
+    """Return how many of step 0 and the powers of ten are between the first and the last step."""
     return sum(steps[0] <= tick <= steps[-1] for tick in (0, *(10**k for k in range(len(str(steps[-1]))))))
 
 
 def _draw_positions(axes: Axes, values: np.ndarray, positions: dict[str, int]) -> None:
-    """A line over layers for each named position, and one for the mean of all others, between their extremes."""
+    """Draw a line over layers for each named position, and the mean and range of all others."""
     others = np.delete(values, list(positions.values()), axis=1)  # (L, T - named)
     layers = range(len(values))
     axes.fill_between(layers, others.min(1), others.max(1), color=GREY, alpha=0.25, linewidth=0)

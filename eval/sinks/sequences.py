@@ -1,4 +1,4 @@
-"""Sequences of equal length, spread evenly over a text or over the held-out split of a token store."""
+"""Evenly spaced sequences of a text or of the validation split of a token store."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,21 +16,21 @@ from ..perplexity import read_text_files, text_prefix
 
 @dataclass(frozen=True)
 class Sequences:
-    """What a model is given: ``ids`` ``(N, T)``, the first ``num_prefix`` of each being the tokenizer's own."""
+    """Model inputs ``ids`` ``(N, T)``, each starting with a prefix of ``num_prefix`` ids."""
 
     ids: Tensor
     num_prefix: int
-    source: dict[str, Any]  # where the text is from, ready for JSON
+    source: dict[str, Any]  # the origin of the text, ready for JSON
 
 
 def sequences_of_texts(
     files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, num_sequences: int, num_tokens: int
 ) -> Sequences:
-    """Cut sequences of ``num_tokens`` tokens, those included that the tokenizer puts in front, from text files.
+    """Cut sequences of ``num_tokens`` tokens, including the tokenizer's prefix, from text files.
 
     Raises:
-        FileNotFoundError: for a file that does not exist.
-        ValueError: if the texts are too short.
+        FileNotFoundError: a file does not exist.
+        ValueError: the texts are too short.
     """
     tokenized = read_text_files(files, tokenizer)
     text = tokenized.ids[tokenized.num_prefix :]
@@ -44,19 +44,19 @@ def sequences_of_texts(
 def sequences_of_store(
     path: Path, tokenizer: PreTrainedTokenizerBase, num_sequences: int, num_tokens: int
 ) -> Sequences:
-    """The same from a token store: its held-out documents, or its rows if it is pre-shuffled.
+    """Cut sequences from the validation split of a token store, or from pre-shuffled rows.
 
-    Document borders are ignored, as in training.
+    Document boundaries are ignored, as in training.
 
     Raises:
-        FileNotFoundError: if there is no store.
-        ValueError: if the store was made with another tokenizer, or holds too few tokens.
+        FileNotFoundError: there is no store.
+        ValueError: the store was made with another tokenizer, or has too few tokens.
     """
     store = open_store(path, verify="size")
     ids = Tokenizer.from_file(str(store.tokenizer_path)).get_vocab()
     known = tokenizer.get_vocab()
     if any(known.get(token) != i for token, i in ids.items()):
-        raise ValueError(f"{path} was made with another tokenizer than the model's: give --text instead")
+        raise ValueError(f"{path} was made with a different tokenizer than the model's: use --text instead")
     split = "train" if store.is_shuffled else "validation"
     stream, prefix = store.split(split), torch.tensor(text_prefix(tokenizer), dtype=torch.long)
     num_text = num_tokens - len(prefix)
@@ -67,13 +67,13 @@ def sequences_of_store(
 
 
 def _spread(num_available: int, num_sequences: int, num_tokens: int, place: str) -> range:
-    """Where sequences begin that lie evenly over a text and do not overlap."""
+    """Return the starts of evenly spaced sequences that do not overlap."""
     if num_tokens < 2:
-        raise ValueError("--seq-length leaves no room for two tokens of text: raise it")
+        raise ValueError("--seq-length leaves no room for two tokens of text: increase it")
     if num_available < num_sequences * num_tokens:
         raise ValueError(
-            f"{place} holds {num_available} tokens where {num_sequences} sequences of {num_tokens} are wanted: give "
-            "more text, or lower --num-sequences or --seq-length"
+            f"{place} has {num_available} tokens, but {num_sequences} sequences of {num_tokens} are needed: use more "
+            "text, or lower --num-sequences or --seq-length"
         )
     stride = num_available // num_sequences
     return range(0, num_sequences * stride, stride)

@@ -1,7 +1,8 @@
-"""What is measured of attention sinks, and its means over sequences.
+"""Statistics of attention sinks, and their means over sequences.
 
-Sink rates follow Gu et al., *When Attention Sink Emerges in Language Models* (ICLR 2025), section 3; massive
-activations Sun et al., *Massive Activations in Large Language Models* (COLM 2024).
+Sink rates follow Gu et al., *When Attention Sink Emerges in Language Models* (ICLR 2025), section
+3; massive activations follow Sun et al., *Massive Activations in Large Language Models* (COLM
+2024).
 """
 
 from collections.abc import Callable
@@ -19,19 +20,19 @@ from .observation import Layer, observe
 EPSILON = 0.3
 NUM_MAP_POSITIONS = 16  # as in the figures of Xiao et al.
 MASSIVE, MASSIVE_RATIO = 100.0, 1000.0
-BATCH_ENTRIES = 2**24  # of attention maps at a time, over all layers: bounds the memory, not the result
+BATCH_ENTRIES = 2**24  # entries of attention maps per batch, over all layers; bounds memory, not the result
 
 
 @dataclass(frozen=True)
 class MassiveActivation:
-    """A dimension of the hidden states that is massive at a position, in ``share`` of the sequences."""
+    """A hidden dimension that is massive at a position, in ``share`` of the sequences."""
 
     layer: int
     position: int
     dimension: int
     share: float
-    value: float  # its mean over those sequences
-    ratio: float  # of its magnitude to the median of its sequence and layer, the mean over those sequences
+    value: float  # mean over those sequences
+    ratio: float  # magnitude over the median of its sequence and layer; mean over those sequences
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,11 @@ class Statistics:
 
 
 def attention_mass(attention: Tensor) -> Tensor:
-    """Attention maps ``(…, T, T)``, queries by keys, as ``(…, T + 1)``.
+    """Reduce attention maps ``(…, T, T)``, queries by keys, to the attention mass ``(…, T + 1)``.
 
-    Entry k < T is the mean attention to token k of the queries that see it, Gu et al.'s
-    ``α_k = 1/(T-k+1) Σ_{i≥k} A_ik`` (they count from 1). Entry T is the mean share of a query's attention that goes to
-    no token, ``1 - Σ_k A_ik``.
+    Entry k < T is the mean attention to token k from the queries that can attend to it:
+    ``α_k = 1/(T-k+1) Σ_{i≥k} A_ik`` in Gu et al., counted from 1. Entry T is the mean fraction of
+    attention that goes to no token, ``1 - Σ_k A_ik``.
     """
     num_queries = torch.arange(attention.shape[-1], 0, -1, device=attention.device)
     to_none = (1 - attention.sum(-1)).mean(-1, keepdim=True)
@@ -65,14 +66,16 @@ def attention_mass(attention: Tensor) -> Tensor:
 
 
 def find_massive(hidden_states: Tensor) -> list[tuple[int, int, float, float]]:
-    """Activations ``(B, T, D)`` over 100 that are at least 1000 times the median magnitude of their sequence.
+    """Find massive activations in hidden states ``(B, T, D)``.
+
+    These have a magnitude above 100 and at least 1000 times the median magnitude of their sequence.
 
     Returns:
-        Position, dimension, value and ratio to the median of each.
+        position, dimension, value and ratio to the median of each.
     """
     hidden_states = _wide(hidden_states)
     magnitudes = hidden_states.abs()
-    ratios = magnitudes / _medians(magnitudes).clamp(min=1e-6)[:, None, None]  # finite also where most are 0
+    ratios = magnitudes / _medians(magnitudes).clamp(min=1e-6)[:, None, None]  # finite even if most are 0
     is_massive = (magnitudes > MASSIVE) & (ratios >= MASSIVE_RATIO)
     _, positions, dimensions = (indices.tolist() for indices in is_massive.nonzero(as_tuple=True))
     found = hidden_states[is_massive].tolist(), ratios[is_massive].tolist()
@@ -80,13 +83,19 @@ def find_massive(hidden_states: Tensor) -> list[tuple[int, int, float, float]]:
 
 
 def of_layer(layer: Layer, epsilon: float) -> dict[str, Tensor]:
-    """The statistics of each sequence ``(B, …)`` in one layer; norms and cosines are means over heads.
+    """Return the statistics of each sequence ``(B, …)`` in one layer.
 
-    - ``mass``: see `attention_mass`; ``sink_rate``: 1 where it exceeds ``epsilon``, a sink of this head; ``maps``: the
-      attention among the first `NUM_MAP_POSITIONS`.
-    - ``key_cosine``: of each key with the first one; ``query_cosine``: of each query with the first key;
-      ``query_key_cosine``: of each key with the queries that see it. NaN where queries are not known.
-    - ``largest_activation``, ``median_activation``: magnitudes in the hidden states, by position and over all.
+    Norms and cosines are means over heads.
+
+    - ``mass``: see `attention_mass`.
+    - ``sink_rate``: 1 if the mass exceeds ``epsilon``, so the position is a sink of this head.
+    - ``maps``: the attention among the first `NUM_MAP_POSITIONS`.
+    - ``key_cosine``, ``query_cosine``: of each key and each query with the first key.
+    - ``query_key_cosine``: of each key with the queries that can attend to it.
+    - ``largest_activation``, ``median_activation``: magnitudes in the hidden states, by position
+      and over all.
+
+    Cosines of queries are NaN if queries are not available.
     """
     attention, hidden_states, keys = _wide(layer.attention), _wide(layer.hidden_states), _wide(layer.keys)
     mass = attention_mass(attention)
@@ -111,16 +120,17 @@ def measure(
     """Run sequences ``(N, T - sinks)`` through a model, in batches, and average.
 
     Args:
-        epsilon: the attention mass from which on a position is a sink of a head.
-        progress: is called with the number of sequences done since the last call.
+        epsilon: attention mass above which a position is a sink of a head.
+        progress: called with the number of sequences done since the last call.
 
     Raises:
-        ValueError: the sequences are longer than the model allows, it has no attention maps, or they are NaN.
+        ValueError: the sequences are longer than the model's maximum, or its attention maps are not
+            available or NaN.
     """
     num_positions = ids.shape[1] + getattr(model.config, "num_sinks", 0)
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest and num_positions > longest:
-        raise ValueError(f"--seq-length {num_positions} is more than the model's {longest} positions")
+        raise ValueError(f"--seq-length {num_positions} is more than the model's {longest} positions: lower it")
     sums: dict[str, Tensor] = {}
     massive: dict[tuple[int, int, int], list[tuple[float, float]]] = {}
     for batch in ids.split(_batch_size(model, num_positions)):
@@ -143,7 +153,7 @@ def _query_cosines(queries: Tensor | None, keys: Tensor) -> dict[str, Tensor]:
     if queries is None:
         unknown = keys.new_full((keys.shape[0], keys.shape[2]), float("nan"))
         return {"query_cosine": unknown, "query_key_cosine": unknown}
-    keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)  # each group's for its heads
+    keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)  # one for each query head
     cosines = normalize(_wide(queries), dim=-1) @ normalize(keys, dim=-1).mT  # (B, H, queries, keys)
     return {
         "query_cosine": cosines[..., 0].mean(1),
@@ -154,7 +164,7 @@ def _query_cosines(queries: Tensor | None, keys: Tensor) -> dict[str, Tensor]:
 def _summarize(
     massive: dict[tuple[int, int, int], list[tuple[float, float]]], num_sequences: int
 ) -> list[MassiveActivation]:
-    """The most common ones first."""
+    """Return the activations, the most common ones first."""
     summary = []
     for (layer, position, dimension), found in massive.items():
         values, ratios = zip(*found, strict=True)
@@ -164,12 +174,12 @@ def _summarize(
 
 
 def _medians(magnitudes: Tensor) -> Tensor:
-    """Of ``(B, T, D)``, one for each sequence."""
+    """Return the median ``(B,)`` of each sequence of ``(B, T, D)``."""
     return magnitudes.flatten(1).median(dim=1).values
 
 
 def _wide(states: Tensor) -> Tensor:
-    """In float32 at least."""
+    """Convert to float32, or keep a wider type."""
     return states.to(torch.promote_types(states.dtype, torch.float32))
 
 

@@ -21,21 +21,21 @@ BY_LAYER = (
     "median_activation",
 )
 NUM_MAP_LAYERS = 5
-NUM_NEXT_POSITIONS = 3  # rows of the table behind the first text token
+NUM_NEXT_POSITIONS = 3  # rows of the table after the first text token
 NUM_HEADS_SHOWN = 5
 NUM_MASSIVE_SHOWN = 5
-ROUNDING = 1e-3  # rows of a bfloat16 map sum to 1 within so much
+ROUNDING = 1e-3  # rows of a bfloat16 map sum to 1 within this tolerance
 
 
 def named_positions(num_sinks: int, num_prefix: int) -> dict[str, int]:
-    """The positions at which surplus attention may go, by what stands there; -1 is no token."""
+    """Return the positions that may be sinks, by name; -1 stands for "no token"."""
     names = {f"sink token {i + 1}" if num_sinks > 1 else "sink token": i for i in range(num_sinks)}
     names |= {f"prefix token {i + 1}" if num_prefix > 1 else "prefix token": num_sinks + i for i in range(num_prefix)}
     return names | {"first text token": num_sinks + num_prefix, "no token": -1}
 
 
 def as_json(statistics: Statistics, positions: dict[str, int]) -> dict[str, Any]:
-    """Everything that a table or picture shows, in numbers; docs/evaluation.md says what the keys mean."""
+    """Return all numbers of tables and plots for JSON; see docs/evaluation.md for the keys."""
     mass, rate = statistics.mass, statistics.sink_rate
     return {
         "positions": positions,
@@ -51,7 +51,7 @@ def as_json(statistics: Statistics, positions: dict[str, int]) -> dict[str, Any]
 
 
 def summary(statistics: Statistics, positions: dict[str, int]) -> dict[str, Any]:
-    """Sink rate and attention mass of the named positions, over all layers and heads."""
+    """Return sink rate and attention mass of the named positions, over all layers and heads."""
     return {
         "sink_rate": {name: float(statistics.sink_rate[..., k].mean()) for name, k in positions.items()},
         "mass": {name: float(statistics.mass[..., k].mean()) for name, k in positions.items()},
@@ -59,12 +59,12 @@ def summary(statistics: Statistics, positions: dict[str, int]) -> dict[str, Any]
 
 
 def shown_positions(report: dict[str, Any]) -> dict[str, int]:
-    """The named positions without "no token" where all attention goes to tokens."""
+    """Return the named positions; "no token" only if some attention goes to no token."""
     return {name: k for name, k in report["positions"].items() if name != "no token" or report["mass"][name] > ROUNDING}
 
 
 def _maps(statistics: Statistics) -> list[dict[str, Any]]:
-    """Of some layers: the mean over heads, and the head that attends most to the first position."""
+    """Return maps of some layers: mean over heads, and the head that attends most to position 0."""
     maps = []
     num_layers = len(statistics.maps)
     for layer in torch.linspace(0, num_layers - 1, min(NUM_MAP_LAYERS, num_layers)).round().int().tolist():
@@ -75,7 +75,7 @@ def _maps(statistics: Statistics) -> list[dict[str, Any]]:
 
 
 def _numbers(values: Tensor) -> Any:
-    """Nested lists of six digits each, None where a value is not known."""
+    """Return nested lists of numbers with six digits, and None for NaN."""
     return _rounded(values.tolist())
 
 
@@ -88,7 +88,7 @@ def _rounded(values: Any) -> Any:
 def positions_table(report: dict[str, Any], title: str) -> Table:
     table = Table(title=title)
     table.add_column("Position", justify="right")
-    table.add_column("What stands there")
+    table.add_column("Token")
     table.add_column("Sink rate (%)", justify="right")
     table.add_column("Attention (%)", justify="right")
     names = {k: name for name, k in shown_positions(report).items()}
@@ -104,7 +104,7 @@ def positions_table(report: dict[str, Any], title: str) -> Table:
 
 
 def heads_table(report: dict[str, Any]) -> Table:
-    """The heads with the most attention to one of the named positions."""
+    """Return a table of the heads with the most attention to one of the named positions."""
     table = Table(title="Strongest heads")
     for header in ("Layer", "Head"):
         table.add_column(header, justify="right")
@@ -122,9 +122,9 @@ def heads_table(report: dict[str, Any]) -> Table:
 
 
 def massive_table(report: dict[str, Any]) -> Table:
-    """Massive activations by position and dimension, over layers."""
+    """Return a table of massive activations by position and dimension, over layers."""
     table = Table(title="Massive activations")
-    for header in ("Position", "Dimension", "Layers", "Largest", "× median", "Sequences, at most (%)"):
+    for header in ("Position", "Dimension", "Layers", "Largest", "× median", "Sequences, max. (%)"):
         table.add_column(header, justify="right")
     groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for activation in report["massive_activations"]:
@@ -145,7 +145,7 @@ def massive_table(report: dict[str, Any]) -> Table:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Ascending whole numbers, neighbours drawn together: ``3–9, 12``."""
+    """Format ascending integers, with ranges: ``3–9, 12``."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and runs[-1][-1] == number - 1:

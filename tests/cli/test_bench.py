@@ -76,5 +76,5 @@ def test_counts_are_checked(tmp_path):
         decode(checkpoint, caches="x", output=tmp_path)
     with pytest.raises(ValueError, match="at least 1"):
         decode(checkpoint, batch_sizes="0", output=tmp_path)
-    with pytest.raises(ValueError, match="no room for more than the 4 kept"):
+    with pytest.raises(ValueError, match="the cache size 4 must be larger than the 4 kept tokens"):
         decode(checkpoint, caches="4", output=tmp_path)

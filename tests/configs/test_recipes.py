@@ -1,4 +1,4 @@
-"""Every shipped recipe: it loads, and it is what its source says."""
+"""Every packaged recipe loads and matches its source."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,8 @@ PYTHIA = {
     "6.9b": (6_857_302_016, 1.2e-4),
     "12b": (11_846_072_320, 1.2e-4),
 }
-# Recipes that differ from `paper/vanilla` by their sink, and the parameters that it adds to the 12 layers of width 768.
+# Recipes that differ from `paper/vanilla` by their sink, and its number of parameters in 12 layers
+# of width 768.
 ARMS = {
     "paper/learnable-sink": ("token", 0),
     "paper/two-sinks": ("token", 0),
@@ -113,7 +114,7 @@ def test_an_arm_of_the_study_differs_from_its_vanilla_by_its_sink_alone(name):
     assert vanilla == arm
 
 
-def test_the_study_is_what_the_shipped_models_were_trained_by():
+def test_the_study_matches_the_shipped_models():
     config = load_config("study/vanilla")
     assert (config.train.num_steps, config.train.batch_size_tokens, config.train.seq_length) == (17631, 32768, 256)
     assert (config.optimizer.lr, config.optimizer.weight_decay, config.train.seed) == (1.6e-2, 0.25, 1234)

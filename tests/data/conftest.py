@@ -1,4 +1,4 @@
-"""A small tokenizer and small corpora in the forms that people have them."""
+"""A small tokenizer for the tests of data."""
 
 import random
 from pathlib import Path
@@ -10,7 +10,7 @@ from sinklm.data.tokenizer import train_tokenizer
 
 from .corpora import random_text
 
-settings.register_profile("data", deadline=None)  # a loaded machine is no failure
+settings.register_profile("data", deadline=None)  # tests must not fail on a loaded machine
 settings.load_profile("data")
 
 

@@ -1,4 +1,4 @@
-"""Small corpora for the tests, and what they must become."""
+"""Small corpora for the tests, and the stores expected from them."""
 
 import gzip
 import json
@@ -27,7 +27,7 @@ def records(seed: int, count: int, num_words: int = 60, set_names: tuple[str, ..
 
 
 def write_json_lines(path: Path, rows: list[dict]) -> Path:
-    """Write ``.jsonl``, ``.jsonl.gz`` or ``.jsonl.zst`` (several frames) as the name says."""
+    """Write ``.jsonl``, ``.jsonl.gz`` or ``.jsonl.zst`` (several frames), depending on the suffix."""
     lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows]
     if path.suffix == ".zst":
         middle = len(lines) // 2
@@ -41,7 +41,7 @@ def write_json_lines(path: Path, rows: list[dict]) -> Path:
 
 
 def expected_documents(texts: list[str], tokenizer_file: Path) -> list[list[int]]:
-    """The slow obvious way: each text encoded as a whole, then the end-of-document id 0."""
+    """Reference: encode each text as a whole and append the end-of-document id 0."""
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     return [[*tokenizer.encode(text, add_special_tokens=False).ids, 0] for text in texts]
 
@@ -55,6 +55,6 @@ def stored_documents(store: Path, manifest: Manifest, split: str) -> list[list[i
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, but the note of when files were verified."""
+    """Every file below a folder, except the record of verified files."""
     files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".verified.json"))
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}

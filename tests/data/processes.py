@@ -1,4 +1,4 @@
-"""A stand-in for the pool of processes, for tests that prepare hundreds of times; others use the real one."""
+"""Replaces the pool of processes in tests that prepare hundreds of times."""
 
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -8,7 +8,7 @@ from sinklm.data.tokenizer import load_tokenizer_file
 
 
 class InProcessPool:
-    """Does the same work at once, in this process."""
+    """Does the same work immediately, in this process."""
 
     def __init__(self, num_processes: int, context: object, initializer: object, arguments: tuple):
         tokenizer_file, *others = arguments

@@ -88,7 +88,7 @@ def test_the_dtype_is_the_narrowest_that_holds_every_id() -> None:
 
 def test_misfits_are_refused(tmp_path: Path) -> None:
     writer = MegatronWriter(tmp_path / "x", np.dtype(np.uint16))
-    with pytest.raises(ValueError, match="3 tokens cannot be documents of 2"):
+    with pytest.raises(ValueError, match="got 3 tokens, but the lengths add up to 2"):
         writer.add(np.array([1, 2, 3], np.uint16), [2])
     writer.close()
     with pytest.raises(ValueError, match=r"x\.bin\.partial: 0 bytes, but 14 were committed"):
@@ -104,7 +104,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         (index[:9] + struct.pack("<Q", 2) + index[17:], tokens, "version 2"),
         (index[:17] + b"\x06" + index[18:], tokens, "dtype code 6"),
         (index[:-8], tokens, "the index is damaged"),
-        (index, tokens[:-2], "6 bytes, but the index speaks of 8"),
+        (index, tokens[:-2], "6 bytes, but the index expects 8"),
     ]
     for bad_index, bad_tokens, message in cases:
         (tmp_path / "x.idx").write_bytes(bad_index)

@@ -56,7 +56,7 @@ def test_array_scalar_and_plain_integers_agree(num_samples: int, seed: int, posi
 
 
 def test_the_order_never_changes_between_versions() -> None:
-    # A resumed run must see the samples it would have seen: these numbers are a promise.
+    # A resumed run must get the same samples, so these numbers must never change.
     assert SampleOrder(1000, 1234)(np.arange(998, 1004)).tolist() == [997, 401, 914, 112, 969, 619]
 
 
@@ -72,16 +72,18 @@ def test_epochs_and_seeds_differ(seed: int) -> None:
     assert (first == np.arange(n)).sum() < 12
 
 
-def test_no_structure_is_left_in_the_order() -> None:
+def test_the_order_has_no_structure() -> None:
     n = 10007
     order = np.stack([SampleOrder(n, seed)(np.arange(n)) for seed in range(20)])
     neighbours = np.diff(order, axis=1)
-    # Correlation between position and sample, and between neighbours: standard deviation 1/sqrt(20·n) = 0.0022.
+    # Correlation between position and sample, and between neighbours: standard deviation
+    # 1/sqrt(20·n) = 0.0022.
     assert abs(np.mean([np.corrcoef(np.arange(n), row)[0, 1] for row in order])) < 0.01
     assert abs(np.mean([np.corrcoef(row[:-1], row[1:])[0, 1] for row in order])) < 0.01
-    # In a random permutation a neighbour pair (k, k+1) is met once on average.
+    # A random permutation has one neighbour pair (k, k+1) on average.
     assert (neighbours == 1).sum(axis=1).mean() < 2.5
-    # Every quarter of the epoch draws evenly from every tenth of the data: chi-squared, 27 degrees of freedom.
+    # Every quarter of the epoch draws evenly from every tenth of the data: chi-squared, 27 degrees
+    # of freedom.
     quarters = np.minimum(np.arange(n) * 4 // n, 3)
     chi = [_chi_squared(quarters, np.minimum(row * 10 // n, 9)) for row in order]
     assert np.mean(chi) < 27 * 1.5
@@ -102,12 +104,12 @@ def test_all_permutations_of_a_small_set_are_equally_likely() -> None:
     assert np.abs(counts - 1000).max() < 173
 
 
-def test_without_a_seed_the_own_order_is_kept() -> None:
+def test_without_a_seed_the_order_of_the_data_is_kept() -> None:
     assert SampleOrder(5, None)(np.arange(12)).tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
 
 
 @given(st.integers(0, 1000), st.sampled_from([1, 2, 3, 4, 6, 12]), st.integers(1, 5))
-def test_ranks_share_the_batch_whatever_their_number(step: int, world_size: int, factor: int) -> None:
+def test_any_number_of_ranks_shares_the_same_batch(step: int, world_size: int, factor: int) -> None:
     batch_size = 12 * factor
     shares = [batch_indices(step, batch_size, rank, world_size) for rank in range(world_size)]
     assert {len(share) for share in shares} == {batch_size // world_size}
@@ -130,7 +132,7 @@ def test_impossible_arguments_are_refused() -> None:
     for positions in (-1, 0.5, np.array([3, -2])):
         with pytest.raises(ValueError, match="integers >= 0"):
             SampleOrder(4, 1)(positions)
-    with pytest.raises(ValueError, match="rank 2 does not exist among 2"):
+    with pytest.raises(ValueError, match="rank is 2; it must be between 0 and 1 for 2 ranks"):
         batch_indices(0, 4, 2, 2)
-    with pytest.raises(ValueError, match="cannot be shared by 3 ranks"):
+    with pytest.raises(ValueError, match="cannot be divided among 3 ranks"):
         batch_indices(0, 4, 0, 3)

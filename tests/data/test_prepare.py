@@ -52,7 +52,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare_module, "ProcessPoolExecutor", InProcessPool)
     monkeypatch.setattr(prepare_module, "BATCH_BYTES", 4000)
     monkeypatch.setattr(prepare_module, "COMMIT_SECONDS", 0.0)
-    monkeypatch.setattr(os, "fsync", lambda file: None)  # no power is cut here
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # no test cuts the power
 
 
 def prepare(corpus: list[str], output: Path, tokenizer_file: Path, **changes: object) -> Manifest:
@@ -146,7 +146,7 @@ class Crash(BaseException):
 
 
 def crash_at(call: int, monkeypatch: pytest.MonkeyPatch, output: Path, left: Path) -> None:
-    """Stop at the n-th call that changes something on the disk for good; ``left`` is what a killed process leaves."""
+    """Stop at the n-th call that changes the disk; ``left`` is a copy of the folder then."""
     counter = itertools.count(1)
 
     def crashing(function: Callable) -> Callable:
@@ -176,7 +176,7 @@ def test_after_a_crash_at_any_moment_the_same_command_ends_in_the_same_bytes(
             crash_at(call, patch, output, left)
             try:
                 prepare(corpus, output, tokenizer_file)
-                break  # it came to its end: there is no later moment
+                break  # it finished: there is no later call
             except Crash:
                 pass
         prepare(corpus, left, tokenizer_file)
@@ -232,7 +232,7 @@ def test_a_killed_process_leaves_no_helpers_and_a_store_that_goes_on(
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
     command = [sys.executable, str(script), str(tmp_path / "store"), str(tokenizer_file), *corpus]
-    with open(tmp_path / "helpers", "w") as pids:  # no pipe, which helpers left behind would hold open
+    with open(tmp_path / "helpers", "w") as pids:  # no pipe: surviving helpers would keep it open
         assert subprocess.run(command, stdout=pids, check=False).returncode == -signal.SIGKILL
     helpers = [int(pid) for pid in (tmp_path / "helpers").read_text().split()]
     assert len(helpers) == 2
@@ -268,7 +268,7 @@ def test_the_command_says_that_it_goes_on_only_if_it_does(
 
 
 def run_command(*arguments: object, limit: int | None = None) -> subprocess.CompletedProcess:
-    """Run ``sinklm prepare`` as a user does, perhaps with a limit on the size of files."""
+    """Run ``sinklm prepare`` as a user does, optionally with a limit on the size of files."""
     command = [sys.executable, "-c", "from sinklm.cli.main import main; main()", "prepare", *map(str, arguments)]
     preexec = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None
     return subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=preexec)
@@ -299,11 +299,11 @@ def test_a_bad_record_is_one_line_on_stderr_and_keeps_the_shards_before_it(
     result = run_command(*options)
     assert result.returncode == 1
     assert result.stderr == (
-        f"error: {bad}, line 2: a record with no text (the key text is missing); mend or remove it\n"
+        f'error: {bad}, line 2: the record has no text (key "text" is missing); fix or remove it\n'
     )
     assert (tmp_path / "store/train/00000.bin").exists()
     assert not (tmp_path / "store/manifest.json").exists()
-    bad.write_text('{"text": "fine"}\n{"text": "mended"}\n')
+    bad.write_text('{"text": "fine"}\n{"text": "fixed"}\n')
     result = run_command(*options)
     assert result.returncode == 0, result.stderr
     assert TokenStore(tmp_path / "store").manifest.splits["train"].sets["bad"].documents == 2
@@ -324,7 +324,7 @@ def test_what_was_read_before_a_truncated_file_is_kept(corpus: list[str], tmp_pa
 
 
 def test_an_answer_goes_through_a_file(tmp_path: Path, tokenizer_file: Path) -> None:
-    """Through the pipe to the main process one that is broken off would be waited for for ever."""
+    """The main process would wait indefinitely for one that breaks off in the pipe."""
     InProcessPool(1, None, None, (tokenizer_file, 0, np.dtype(np.uint16), 0.0))
     lines = [JsonLine("a", "a", json.dumps(row).encode()) for row in records(4, 30)]
     answer = tokenizing.tokenize(lines, tmp_path / "answer")
@@ -369,12 +369,10 @@ def test_an_output_made_with_other_settings_is_refused(
 
 
 @pytest.mark.usefixtures("in_process")
-def test_a_command_that_saved_no_work_binds_no_later_one(
-    corpus: list[str], tmp_path: Path, tokenizer_file: Path
-) -> None:
+def test_settings_may_change_if_no_work_was_saved(corpus: list[str], tmp_path: Path, tokenizer_file: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text("{}\n")
-    with pytest.raises(ValueError, match="a record with no text"):
+    with pytest.raises(ValueError, match="the record has no text"):
         prepare([str(bad)], tmp_path / "store", tokenizer_file)
     assert not has_saved_work(tmp_path / "store")
     prepare(corpus, tmp_path / "store", tokenizer_file, validation_fraction=0.2)
@@ -395,7 +393,7 @@ def test_a_changed_input_is_done_again_or_refused(corpus: list[str], tmp_path: P
     prepare(corpus, tmp_path / "whole", tokenizer_file)
     assert content(tmp_path / "store") == content(tmp_path / "whole")
     write_json_lines(Path(corpus[1]), records(8, 31))
-    with pytest.raises(ValueError, match=r"store: is finished, and second\.jsonl has \d+ bytes now"):
+    with pytest.raises(ValueError, match=r"store: already complete, but second\.jsonl now has \d+ bytes"):
         prepare(corpus, tmp_path / "store", tokenizer_file)
 
 
@@ -408,7 +406,7 @@ def test_a_changed_input_of_a_finished_one_is_refused(corpus: list[str], tmp_pat
     with pytest.raises(Crash):
         prepare(corpus, tmp_path / "store", tokenizer_file, report=stop_late)
     write_json_lines(Path(corpus[0]), records(8, 31))
-    with pytest.raises(ValueError, match=r"shard 00000 was made from first\.jsonl\.zst of \d+ bytes"):
+    with pytest.raises(ValueError, match=r"shard 00000 was made from first\.jsonl\.zst with \d+ bytes"):
         prepare(corpus, tmp_path / "store", tokenizer_file)
 
 
@@ -416,7 +414,7 @@ def test_a_changed_input_of_a_finished_one_is_refused(corpus: list[str], tmp_pat
 def test_a_folder_that_is_not_ours_is_left_alone(corpus: list[str], tmp_path: Path, tokenizer_file: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="thesis: is not empty and not a token store"):
+    with pytest.raises(ValueError, match="thesis: is neither empty nor a token store"):
         prepare(corpus, tmp_path / "thesis", tokenizer_file)
     assert content(tmp_path / "thesis") == {"chapter.tex": b"years of work"}
 
@@ -426,7 +424,7 @@ def test_two_runs_do_not_write_into_one_folder(corpus: list[str], tmp_path: Path
     def start_another(progress: PrepareProgress) -> None:
         prepare(corpus, tmp_path / "store", tokenizer_file)
 
-    with pytest.raises(ValueError, match="another `sinklm prepare` is at work"):
+    with pytest.raises(ValueError, match="in use by another `sinklm prepare`"):
         prepare(corpus, tmp_path / "store", tokenizer_file, report=start_another)
 
 

@@ -48,7 +48,7 @@ def test_parquet_gives_texts_and_sets(tmp_path: Path) -> None:
 
 
 def test_a_data_set_is_read_through_datasets(tmp_path: Path) -> None:
-    # A local folder takes the same way through `datasets.load_dataset` as a name on the Hub.
+    # `datasets.load_dataset` treats a local folder like a name on the Hub.
     write_parquet(tmp_path / "train-00000-of-00002.parquet", ROWS[:30])
     write_parquet(tmp_path / "train-00001-of-00002.parquet", ROWS[30:])
     shards = hub_shards(str(tmp_path))
@@ -65,7 +65,7 @@ def test_a_mistyped_path_does_not_go_to_the_hub(name: str, tmp_path: Path, monke
 
 
 def test_a_data_set_out_of_reach_is_one_error() -> None:
-    with pytest.raises(ValueError, match="nobody/nothing: no such file or folder, and no data set that can be loaded"):
+    with pytest.raises(ValueError, match="nobody/nothing: no such file or folder, and it could not be loaded as a Hub"):
         find_inputs(["nobody/nothing"])
 
 
@@ -123,7 +123,7 @@ def garble(path: Path) -> None:
         ("x.jsonl.gz", cut, r"x\.jsonl\.gz: truncated \.gz file"),
         ("x.jsonl.gz", garble, r"x\.jsonl\.gz: damaged \.gz file"),
         ("x.parquet", cut, r"x\.parquet: not a parquet file, or a truncated one"),
-        ("x.jsonl", cut, r"x\.jsonl, line 42: not JSON"),
+        ("x.jsonl", cut, r"x\.jsonl, line 42: not valid JSON"),
     ],
 )
 def test_a_damaged_file_is_one_error_that_names_it(
@@ -138,13 +138,13 @@ def test_a_damaged_file_is_one_error_that_names_it(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("not json", "line 3: not JSON"),
-        ('["text"]', "line 3: a record must be a JSON object, not a list"),
-        ('{"meta": {}}', "line 3: a record with no text .the key text is missing"),
-        ('{"text": ""}', "line 3: a record with no text .the key text is empty"),
-        ('{"text": null}', "line 3: a record with no text .the key text is of type NoneType"),
-        ('{"text": 5}', "line 3: a record with no text .the key text is of type int"),
-        ('{"text": "\\ud800"}', "line 3: not JSON"),
+        ("not json", "line 3: not valid JSON"),
+        ('["text"]', "line 3: not a JSON object but a list"),
+        ('{"meta": {}}', r'line 3: the record has no text \(key "text" is missing'),
+        ('{"text": ""}', r'line 3: the record has no text \(key "text" is empty'),
+        ('{"text": null}', r'line 3: the record has no text \(key "text" is of type NoneType'),
+        ('{"text": 5}', r'line 3: the record has no text \(key "text" is of type int'),
+        ('{"text": "\\ud800"}', "line 3: not valid JSON"),
     ],
 )
 def test_a_bad_record_is_one_error_that_names_file_and_line(tmp_path: Path, line: str, message: str) -> None:
@@ -156,10 +156,10 @@ def test_a_bad_record_is_one_error_that_names_file_and_line(tmp_path: Path, line
 
 def test_a_parquet_file_must_have_texts(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"content": ["a"]}), tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match=r"x\.parquet: has no column text, only content"):
+    with pytest.raises(ValueError, match=r'x\.parquet: has no column "text", only content'):
         read(tmp_path / "x.parquet")
     parquet.write_table(pa.table({"text": ["a", None]}), tmp_path / "y.parquet")
-    with pytest.raises(ValueError, match=r"y\.parquet, row 2: a record with no text"):
+    with pytest.raises(ValueError, match=r"y\.parquet, row 2: the record has no text"):
         read(tmp_path / "y.parquet")
 
 
@@ -171,7 +171,7 @@ def test_an_empty_input_is_an_error(tmp_path: Path, name: str) -> None:
         (tmp_path / name).touch()
     else:
         write_json_lines(tmp_path / name, [])
-    with pytest.raises(ValueError, match=rf"{tmp_path / name}: empty, there is no document in it"):
+    with pytest.raises(ValueError, match=rf"{tmp_path / name}: contains no documents"):
         read(tmp_path / name)
 
 
@@ -183,12 +183,12 @@ def test_text_files_are_documents_and_empty_ones_are_not(tmp_path: Path) -> None
     assert read(tmp_path) == [("über\r\n", tmp_path.name), ("pass\n", tmp_path.name)]
 
 
-def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_files_that_are_not_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("na\xefve".encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin\.txt: not UTF-8 .*at byte 2"):
         read(tmp_path / "latin.txt")
     (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
-    with pytest.raises(ValueError, match=r"image\.png: holds zero bytes"):
+    with pytest.raises(ValueError, match=r"image\.png: contains NUL bytes"):
         read(tmp_path / "image.png")
 
 
@@ -202,7 +202,7 @@ def test_inputs_keep_their_order_and_what_they_hold_is_sorted(tmp_path: Path) ->
     assert names == ["pattern", "a.jsonl", "b.jsonl", tmp_path.name]
     texts = [[path.name for path, _ in shard.files] for shard in found.shards if hasattr(shard, "files")]
     assert texts == [["p.c", "q.c"], ["y.txt", "z.txt"]]
-    assert found.num_ignored == {".png": 1, ".c": 2, "link to another of the files": 1}
+    assert found.num_ignored == {".png": 1, ".c": 2, "link to another input file": 1}
 
 
 def test_a_text_file_named_by_itself_is_its_own_set(tmp_path: Path) -> None:
@@ -215,17 +215,17 @@ def test_a_text_file_named_by_itself_is_its_own_set(tmp_path: Path) -> None:
 
 def test_inputs_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     path = write_json_lines(tmp_path / "a.jsonl", ROWS)
-    with pytest.raises(ValueError, match=r"a\.jsonl: named twice"):
+    with pytest.raises(ValueError, match=r"a\.jsonl: given twice"):
         find_inputs([str(path), str(tmp_path)])
     with pytest.raises(FileNotFoundError, match=r"missing\.jsonl: no such file"):
         find_inputs([str(tmp_path / "missing.jsonl")])
     with pytest.raises(ValueError, match="no file matches"):
         find_inputs([f"{tmp_path}/*.nothing"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"no file in it ends in \.jsonl"):
+    with pytest.raises(ValueError, match=r"contains no file that ends in \.jsonl"):
         find_inputs([str(tmp_path / "empty")])
     for name in ("x.tar", "x.tar.zst", "x.json"):
         (tmp_path / name).touch()
-        with pytest.raises(ValueError, match=f"{name}: cannot be read"):
+        with pytest.raises(ValueError, match=f"{name}: this file type is not supported"):
             find_inputs([str(tmp_path / name)])
     assert find_inputs([str(tmp_path)]).num_ignored == {".tar": 1, ".zst": 1, ".json": 1}

@@ -32,7 +32,7 @@ def flip_a_byte(path: Path, *, keep_time: bool = False) -> None:
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def test_an_open_store_says_what_it_is(store: Path, tokenizer_file: Path) -> None:
+def test_an_open_store_has_its_attributes_and_tokens(store: Path, tokenizer_file: Path) -> None:
     opened = TokenStore(store)
     assert (opened.tokenizer_size, opened.eod_id, opened.is_shuffled) == (320, 0, False)
     assert opened.tokenizer_path.read_bytes() == tokenizer_file.read_bytes()
@@ -96,7 +96,7 @@ def test_sha256_trusts_no_note(store: Path) -> None:
         TokenStore(store, verify="sha256")
 
 
-def test_what_is_no_store_is_refused(store: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_store_is_refused(store: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere: not a token store.*sinklm prepare"):
         TokenStore(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="has no split 'test', only train, validation"):
@@ -104,13 +104,13 @@ def test_what_is_no_store_is_refused(store: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="verify is 'md5'"):
         TokenStore(store, verify="md5")  # type: ignore[arg-type]
     (store / MANIFEST_NAME).write_text('{"format_version": 2}')
-    with pytest.raises(ValueError, match=r"manifest\.json: not a manifest this version can read \(format_version"):
+    with pytest.raises(ValueError, match=r"manifest\.json: damaged, or written by another version \(format_version"):
         TokenStore(store)
 
 
 @pytest.fixture
 def rows(tmp_path: Path, tokenizer_file: Path) -> np.ndarray:
-    """Pre-shuffled rows ``(7, 2049)``, in two files whose border lies inside a row."""
+    """Pre-shuffled rows ``(7, 2049)`` in two files, split inside a row."""
     shutil.copyfile(tokenizer_file, tmp_path / "tokenizer.json")
     rows = np.random.default_rng(0).integers(0, 320, (7, 2049)).astype(np.uint16)
     flat = rows.reshape(-1)
@@ -141,10 +141,10 @@ def test_rows_that_cannot_be_used_are_refused(tmp_path: Path, rows: np.ndarray) 
         open_store(tmp_path).split("validation")
     last = tmp_path / "document-00001-of-00001.bin"
     np.full(rows.size - 5000, 320, np.uint16).tofile(last)
-    with pytest.raises(ValueError, match=r"00001\.bin: id 320 is beyond the 320 of the tokenizer"):
+    with pytest.raises(ValueError, match=r"00001\.bin: contains id 320, but the tokenizer's vocabulary has only 320"):
         open_store(tmp_path)
     last.unlink()
-    with pytest.raises(ValueError, match="5000 tokens are no whole rows of 2049"):
+    with pytest.raises(ValueError, match="5000 tokens are not a whole number of rows of 2049"):
         open_store(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json: missing"):

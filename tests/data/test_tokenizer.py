@@ -64,11 +64,11 @@ def test_cutting_a_long_text_leaves_its_ids_as_they_are(text: str, length: int) 
     cut = cut_text(text, length)
     assert "".join(cut) == text
     assert [id_ for piece in cut for id_ in tokenizer.encode(piece).ids] == tokenizer.encode(text).ids
-    # A piece ends at the first safe place behind `length`, so it has no other one there.
+    # A piece ends at the first safe place after `length`, so it contains no other one there.
     assert all(SAFE_CUT.search(piece, length) is None for piece in cut)
 
 
-def test_only_tokenizers_that_bear_cutting_are_cut() -> None:
+def test_text_is_cut_only_for_tokenizers_that_allow_it() -> None:
     def changed(**changes: object) -> Tokenizer:
         tokenizer = Tokenizer.from_str(TOKENIZER.to_str())
         for key, value in changes.items():
@@ -116,7 +116,7 @@ def test_without_the_hub_a_local_file_is_asked_for() -> None:
         find_tokenizer_file("EleutherAI/gpt-neox-20b")
 
 
-def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_tokenizer_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer\.json"):
@@ -157,6 +157,6 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
 def test_an_error_in_the_text_is_the_command_s_error(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": ')
     arguments = ["tokenizer", "train", str(tmp_path), "--vocab-size", "300", "--output", str(tmp_path / "t.json")]
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: not JSON"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: not valid JSON"):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert not (tmp_path / "t.json").exists()

@@ -43,7 +43,7 @@ def test_windows_are_slices_of_all_tokens_behind_each_other(
     starts = [i for i in range(0, len(tokens), stride) if i + tokens_per_sample <= len(tokens)]
     expected = [tokens[i : i + tokens_per_sample] for i in starts]
     if not expected:
-        with pytest.raises(ValueError, match="less than a sample"):
+        with pytest.raises(ValueError, match="fewer than one sample"):
             TokenWindows(store, "train", tokens_per_sample=tokens_per_sample, stride=stride)
         return
     windows = TokenWindows(store, "train", tokens_per_sample=tokens_per_sample, stride=stride)
@@ -59,14 +59,14 @@ def test_without_sinks_every_token_but_the_first_is_a_target_once(tmp_path: Path
 
 
 def test_of_rows_each_window_is_the_beginning_of_one(tmp_path: Path) -> None:
-    store = store_of(tmp_path, [8, 8, 4], row_length=5)  # four rows; the second and the fourth lie across two files
+    store = store_of(tmp_path, [8, 8, 4], row_length=5)  # four rows; rows 2 and 4 span two files
     whole = TokenWindows(store, "train", tokens_per_sample=5, stride=4)
     assert [whole[i].tolist() for i in range(len(whole))] == np.arange(20).reshape(4, 5).tolist()
     assert whole.num_remaining_tokens == 0
     part = TokenWindows(store, "train", tokens_per_sample=4, stride=4)
     assert [part[i].tolist() for i in range(len(part))] == np.arange(20).reshape(4, 5)[:, :4].tolist()
     assert part.num_remaining_tokens == 4
-    with pytest.raises(ValueError, match="rows of 5 tokens, less than one sample of 6"):
+    with pytest.raises(ValueError, match="rows of 5 tokens, fewer than one sample of 6"):
         TokenWindows(store, "train", tokens_per_sample=6, stride=5)
 
 
@@ -88,9 +88,9 @@ def test_places_outside_are_refused(tmp_path: Path) -> None:
     store = store_of(tmp_path, [10])
     windows = TokenWindows(store, "train", tokens_per_sample=5, stride=4)
     for i in (-1, len(windows)):
-        with pytest.raises(IndexError, match=f"window {i} of 2"):
+        with pytest.raises(IndexError, match=f"window {i} is out of range; there are 2"):
             windows[i]
-    with pytest.raises(IndexError, match="tokens 8 to 11 of 10"):
+    with pytest.raises(IndexError, match="tokens 8 to 11 are out of range; the sequence has 10"):
         store.split("train").read(8, 11)
     for stride in (0, 6):
         with pytest.raises(ValueError, match=f"stride is {stride}"):

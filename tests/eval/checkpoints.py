@@ -1,4 +1,4 @@
-"""Folders as training leaves them: a small random model with the tokenizer it was trained with."""
+"""Model folders as written by training: a small random model with its tokenizer."""
 
 import inspect
 import json
@@ -24,7 +24,7 @@ def small_tokenizer() -> Tokenizer:
 
 
 def small_model(num_sinks: int, dtype: torch.dtype = torch.float32, **overrides) -> SinkGPTNeoXForCausalLM:
-    """A model for `small_tokenizer`, its sinks being the first ids past it."""
+    """A model for `small_tokenizer`; its sink tokens are the first ids after the vocabulary."""
     size = tokenizer_size(small_tokenizer())
     sink = {"kind": "token", "num_tokens": num_sinks, "first_token_id": size} if num_sinks else {"kind": "none"}
     config = tiny_config(num_sinks, **{"sink": sink, "vocab_size": size + 8, **overrides})

@@ -9,7 +9,7 @@ TASKS = Path(__file__).parent / "tasks"
 
 @pytest.fixture(scope="session")
 def task_folder(tmp_path_factory) -> Path:
-    """The task files with the place of their data filled in, as a user without network writes them."""
+    """Task files with the path of their data filled in, as for users without network."""
     folder = tmp_path_factory.mktemp("tasks")
     for task in TASKS.glob("*.yaml"):
         (folder / task.name).write_text(task.read_text().replace("FOLDER", str(TASKS)))

@@ -1,4 +1,4 @@
-"""Per-token losses against the slow and obvious way of computing each of them."""
+"""Per-token losses against slow reference computations."""
 
 import hypothesis.strategies as st
 import pytest
@@ -17,13 +17,13 @@ NUM_TOKENS = 40
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch):
-    """Pieces that divide neither the text nor each other, so that every seam is crossed."""
+    """Chunk sizes that divide neither the text nor each other, to test every boundary."""
     monkeypatch.setattr(losses, "CHUNK", 7)
     monkeypatch.setattr(losses, "RECOMPUTE_TOKENS", 30)
 
 
 def by_hand(logits: torch.Tensor, ids: torch.Tensor, num_sinks: int) -> torch.Tensor:
-    """Losses ``(T,)`` from the logits ``(n + T, V)`` of sinks and text; NaN where nothing predicts."""
+    """Losses ``(T,)`` from logits ``(n + T, V)`` of sinks and text; NaN without context."""
     log_probs = logits.log_softmax(-1)
     return torch.stack(
         [
@@ -46,7 +46,7 @@ def test_stream_losses_follow_the_streaming_contract(num_sinks, num_kept, window
     measured = losses.streaming_losses(model, ids, num_kept, window)
 
     assert measured.dtype == torch.float64
-    # transformers' rotary tables stay float32, also in float64 models
+    # transformers' rotary tables are float32 even in float64 models
     torch.testing.assert_close(measured, by_hand(logits, ids, num_sinks), equal_nan=True, rtol=0, atol=1e-4)
     assert measured.isnan().sum() == (0 if num_sinks else 1)
 
@@ -75,7 +75,9 @@ def test_dense_losses_are_those_of_one_forward_pass(num_sinks):
 @given(num_kept=st.integers(0, 6), window=st.integers(1, 40), num_tokens=st.integers(2, 30))
 def test_a_cache_that_never_fills_is_dense_attention(num_kept, window, num_tokens):
     model, ids = tiny_model(1), text(1, num_tokens)[0]
-    num_full = min(num_kept + window, num_tokens)  # of the cached tokens one is the sink, and a query sees itself too
+    num_full = min(
+        num_kept + window, num_tokens
+    )  # one of the cached tokens is the sink, and a query also attends to itself
 
     stream, dense = losses.streaming_losses(model, ids, num_kept, window), losses.dense_losses(model, ids)
 
@@ -96,7 +98,7 @@ def test_dense_attention_stops_where_memory_ends(monkeypatch):
 @pytest.mark.parametrize("num_sinks", [0, 1, 2])
 @pytest.mark.parametrize("num_prefix", [0, 1])
 @pytest.mark.parametrize("every", [1, 3])
-def test_recompute_losses_run_the_window_anew_for_each_token(num_sinks, num_prefix, every):
+def test_recompute_losses_run_a_new_window_for_each_token(num_sinks, num_prefix, every):
     model, ids, num_keys = tiny_model(num_sinks), text(1, NUM_TOKENS)[0], 12
     twin, num_recent = plain_twin(model), num_keys - num_prefix - num_sinks
     num_head = num_prefix + num_recent
@@ -114,7 +116,7 @@ def test_recompute_losses_run_the_window_anew_for_each_token(num_sinks, num_pref
 
 
 def test_a_window_without_room_for_text_is_refused():
-    with pytest.raises(ValueError, match="leaves none for the text"):
+    with pytest.raises(ValueError, match="leaves no room for text"):
         losses.recompute_losses(tiny_model(2), text(1, 20)[0], num_keys=3, num_prefix=1)
 
 

@@ -1,4 +1,4 @@
-"""The grid of caches on a text: what is read, what is run, what is reported, what is drawn."""
+"""Perplexity by cache configuration: input, configurations, reports and plots."""
 
 import json
 import math
@@ -67,7 +67,7 @@ def test_texts_are_joined_by_a_blank_line_and_cut(checkpoints, tmp_path):
     [("$A", []), ("<s> $A", [0]), ("<s> $A </s>", [0]), ("$A </s>", []), ("<s> </s> $A", [0, 1])],
 )
 @pytest.mark.parametrize("marks_the_first_word", [False, True])
-def test_the_prefix_is_what_stands_before_any_text(template, prefix, marks_the_first_word):
+def test_the_prefix_is_what_precedes_any_text(template, prefix, marks_the_first_word):
     raw = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2, "▁a": 3}, unk_token="a"))
     raw.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 0), ("</s>", 1)])
     if marks_the_first_word:
@@ -75,7 +75,7 @@ def test_the_prefix_is_what_stands_before_any_text(template, prefix, marks_the_f
     assert text_prefix(PreTrainedTokenizerFast(tokenizer_object=raw)) == prefix
 
 
-def test_a_text_may_begin_otherwise_behind_the_prefix():
+def test_a_text_may_begin_differently_after_the_prefix():
     def tokenizer(text, add_special_tokens=True):
         words = {"": [], "a": [8] if add_special_tokens else [7]}[text]
         return {"input_ids": [1, *words] if add_special_tokens else words}
@@ -88,7 +88,7 @@ def test_a_text_is_read_as_it_is_prepared(checkpoints, tmp_path):
     file.write_bytes(b"\xef\xbb\xbffirst line\r\nsecond line\r\n")  # of Windows, as many books of Project Gutenberg
     assert tokenizer.decode(read_text_files([file], tokenizer).ids) == "first line\r\nsecond line\r\n"
     file.write_bytes(b"zero\0byte")
-    with pytest.raises(ValueError, match=r"a\.txt: holds zero bytes"):
+    with pytest.raises(ValueError, match=r"a\.txt: contains NUL bytes"):
         read_text_files([file], tokenizer)
 
 
@@ -97,7 +97,7 @@ def test_unreadable_texts_are_named(checkpoints, tmp_path):
     short, binary = tmp_path / "short.txt", tmp_path / "binary.txt"
     short.write_text("few words")
     binary.write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match=r"short\.txt holds \d+ tokens where 100"):
+    with pytest.raises(ValueError, match=r"short\.txt: \d+ tokens, but 100 are needed"):
         read_text_files([short], tokenizer, num_tokens=100)
     with pytest.raises(ValueError, match=r"binary\.txt: not UTF-8"):
         read_text_files([binary], tokenizer)
@@ -186,7 +186,7 @@ def test_perplexity_is_over_the_scored_text_tokens():
 
 @pytest.mark.parametrize("num_sinks", [1, 2])
 def test_an_export_streams_as_its_checkpoint_does(checkpoints, tmp_path, book, num_sinks):
-    """The tokenizer's sinks at the front of the stream do what the model's own did, and are no text."""
+    """The tokenizer's sink tokens replace the model's and are not scored as text."""
     export = export_model(checkpoints[num_sinks], tmp_path / "export")
     model, plain = load_model(checkpoints[num_sinks]), load_model(export)
     stream = read_text_files([book], load_tokenizer(checkpoints[num_sinks]), 150)
@@ -275,11 +275,11 @@ def test_a_model_that_cannot_stream_is_refused_before_the_work(tmp_path, book, m
     )
     with pytest.raises(ValueError, match="streaming does not support model type 'gpt2'"):
         streaming(str(folder), [book], tokens=100, output=tmp_path)
-    with pytest.raises(ValueError, match="no more than 64 positions for dense attention: lower --tokens"):
+    with pytest.raises(ValueError, match="has only 64 positions for dense attention: lower --tokens"):
         streaming(str(folder), [book], tokens=100, methods="dense", output=tmp_path)
 
 
-def test_a_model_that_looks_ahead_is_refused(tmp_path, book):
+def test_a_model_that_is_not_causal_is_refused(tmp_path, book):
     config = BertConfig(vocab_size=500, hidden_size=16, num_hidden_layers=1, num_attention_heads=1)
     folder = write_checkpoint(tmp_path / "bert", BertLMHeadModel(config))
     with pytest.raises(ValueError, match="bert is not causal"):

@@ -11,6 +11,6 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         ReportFile(tmp_path / "file" / "results.json")
 
 
-def test_to_ask_whether_a_file_can_be_written_leaves_no_trace(tmp_path: Path) -> None:
+def test_checking_whether_a_file_can_be_written_leaves_no_files(tmp_path: Path) -> None:
     ReportFile(tmp_path / "results" / "model" / "streaming.json")
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Attention sinks: definitions against explicit loops, real models of several families, the command."""
+"""Attention sinks: statistics against explicit loops, model families, the command."""
 
 import json
 import math
@@ -28,14 +28,14 @@ from ..streaming import tiny as families
 from ..train.tiny import make_store
 from .checkpoints import small_model, write_checkpoint
 
-EPSILON = 0.15  # of random attention, so that rates are neither 0 nor 1
+EPSILON = 0.15  # for random attention, so that rates are neither 0 nor 1
 
 
-# -- the slow twin: one number at a time, from weights and residual stream ---------------------------------------------
+# -- reference: one number at a time, from weights and residual stream -----------------------------
 
 
 def rotated(states: list[float], position: int, num_dims: int, theta: float) -> list[float]:
-    """The first ``num_dims`` turned, each dimension of their first half with its partner in the second."""
+    """Rotate the first ``num_dims``: each dimension of the first half with one of the second."""
     half = num_dims // 2
     turned = list(states)
     for j in range(half):
@@ -49,10 +49,10 @@ def rotated(states: list[float], position: int, num_dims: int, theta: float) -> 
 
 
 def projections(model, layer: int, states: torch.Tensor):
-    """Queries, keys and values ``[head][position]`` from the residual stream ``(T, D)``, not rotated."""
+    """Unrotated queries, keys and values ``[head][position]`` from the states ``(T, D)``."""
     config, block = model.config, model.base_model.layers[layer]
     normed = block.input_layernorm(states)
-    if config.model_type == "gpt_neox":  # the three of a head lie side by side
+    if config.model_type == "gpt_neox":  # query, key and value of a head are adjacent
         parts = block.attention.query_key_value(normed).view(len(states), config.num_attention_heads, 3, -1)
         return tuple(parts[:, :, i].transpose(0, 1).tolist() for i in range(3))
     attention = block.self_attn
@@ -133,7 +133,7 @@ def by_hand(model, ids: torch.Tensor, epsilon: float) -> dict[str, torch.Tensor]
 
 def assert_equals_loops(measured, expected) -> None:
     for name, values in expected.items():
-        # transformers' rotary tables stay float32, also in float64 models
+        # transformers' rotary tables are float32 even in float64 models
         torch.testing.assert_close(
             getattr(measured, name), values, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
@@ -154,11 +154,11 @@ def test_statistics_of_grouped_heads_are_those_of_explicit_loops():
     assert_equals_loops(measure(model, ids, epsilon=EPSILON), by_hand(model, ids, EPSILON))
 
 
-# -- attention maps made by hand ---------------------------------------------------------------------------------------
+# -- constructed attention maps --------------------------------------------------------------------
 
 
 def obedient_model(num_sinks: int = 1):
-    """One layer in which every key says in one dimension whether it is the sink's, and every query asks for that."""
+    """One layer in which one key dimension marks sink tokens, and every query attends to it."""
     model = tiny_model(num_sinks, hidden_size=8, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8)
     attention, embedding = model.gpt_neox.layers[0].attention, model.gpt_neox.embed_in
     is_sink = torch.zeros(embedding.num_embeddings, dtype=torch.bool)
@@ -166,7 +166,7 @@ def obedient_model(num_sinks: int = 1):
     with torch.no_grad():
         embedding.weight.zero_()
         embedding.weight[:, 0] = torch.where(is_sink, 1.0, -1.0)
-        embedding.weight[:, 1] = -embedding.weight[:, 0]  # what a layer norm leaves as it is
+        embedding.weight[:, 1] = -embedding.weight[:, 0]  # so that the layer norm does not change it
         attention.query_key_value.weight.zero_()
         attention.query_key_value.bias.zero_()
         for query in (0, 12):  # rows of each head: 4 of the query, the key, the value; the last is not rotated
@@ -175,7 +175,7 @@ def obedient_model(num_sinks: int = 1):
     return model
 
 
-def test_a_head_that_puts_everything_on_the_sink_has_rate_1():
+def test_a_head_that_attends_only_to_the_sink_has_rate_1():
     measured = measure(obedient_model(), text(3, 10), epsilon=0.999)
     expected = torch.zeros(1, 2, 12, dtype=torch.float64)
     expected[..., 0] = 1
@@ -185,13 +185,13 @@ def test_a_head_that_puts_everything_on_the_sink_has_rate_1():
 
 def test_two_equal_sinks_share_the_attention():
     mass = measure(obedient_model(2), text(2, 8)).mass
-    queries = range(1, 11)  # the first sink's own query sees no other
+    queries = range(1, 11)  # the first sink's query attends only to itself
     torch.testing.assert_close(mass[0, 0, 0], torch.tensor(sum(1 / min(i, 2) for i in queries) / 10).double())
     torch.testing.assert_close(mass[0, 0, 1:3], torch.tensor([0.5, 0.0]).double())
 
 
 @pytest.mark.parametrize(("logit", "share"), [(50.0, 1.0), (-50.0, 0.0)])
-def test_attention_to_no_token_is_what_rows_lack(logit, share):
+def test_attention_to_no_token_is_the_rest_of_each_row(logit, share):
     """gpt-oss learns a logit for each head that belongs to no token."""
     small = {"num_key_value_heads": 2, "head_dim": 12, "num_local_experts": 2, "num_experts_per_tok": 1}
     config = AutoConfig.for_model("gpt_oss", **families.COMMON | small)
@@ -211,7 +211,7 @@ def test_attention_to_no_token_is_what_rows_lack(logit, share):
 
 @st.composite
 def attention_maps(draw) -> torch.Tensor:
-    """``(2, T, T)``: rows that sum to 1 or less, a query seeing no later key."""
+    """Causal maps ``(2, T, T)`` with rows that sum to 1 or less."""
     size, seed = draw(st.integers(1, 12)), draw(st.integers(0, 2**31))
     generator = torch.Generator().manual_seed(seed)
     scores = draw(st.floats(0, 8)) * torch.randn(2, size, size + 1, generator=generator, dtype=torch.float64)
@@ -222,12 +222,12 @@ def attention_maps(draw) -> torch.Tensor:
 
 @given(attention_maps())
 @settings(deadline=None)
-def test_mass_is_a_share_and_none_is_lost(attention):
+def test_masses_add_up_to_the_attention(attention):
     mass = statistics.attention_mass(attention)
     size = attention.shape[-1]
     assert mass.shape == (2, size + 1)
     assert ((mass > -1e-12) & (mass < 1 + 1e-12)).all()
-    num_queries = torch.tensor([*range(size, 0, -1), size])  # that see a token, and that may see none
+    num_queries = torch.tensor([*range(size, 0, -1), size])  # that can attend to a token, or to none
     torch.testing.assert_close((mass * num_queries).sum(-1), torch.full((2,), size).double())
 
 
@@ -240,7 +240,7 @@ def test_a_higher_threshold_never_gives_more_sinks(attention, a, b):
     assert (low >= high).all()
 
 
-# -- massive activations ----------------------------------------------------------------------------------------------
+# -- massive activations ---------------------------------------------------------------------------
 
 
 def test_activations_are_massive_by_size_and_by_ratio():
@@ -248,12 +248,12 @@ def test_activations_are_massive_by_size_and_by_ratio():
     states[0, 1, 3] = -150.0
     states[0, 2, 4] = 100.0  # 800 times the median, and not over 100
     states[1] *= 8
-    states[1, 0, 3] = 999.0  # of a median of 1
+    states[1, 0, 3] = 999.0  # the median is 1
     states[2] = 0.0
     states[2, 4, 5] = 99.0
     assert statistics.find_massive(states) == [(1, 3, -150.0, 1200.0)]
     states[1, 0, 3] = 1000.0
-    states[2, 4, 5] = 101.0  # of a median of 0
+    states[2, 4, 5] = 101.0  # the median is 0
     first, second, third = statistics.find_massive(states.bfloat16())
     assert (first, second) == ((1, 3, -150.0, 1200.0), (0, 3, 1000.0, 1000.0))
     assert third[:3] == (4, 5, 101.0)
@@ -277,13 +277,13 @@ def test_massive_activations_are_counted_over_sequences(monkeypatch):
     assert list(table.columns[1].cells)[:2] == ["7", "5"]
 
 
-def test_the_table_draws_layers_together():
+def test_the_table_shows_ranges_of_layers():
     facts = {"position": 0, "dimension": 7, "share": 1.0, "value": 200.0, "ratio": 2000.0}
     table = massive_table({"massive_activations": [facts | {"layer": layer} for layer in (5, 3, 4, 9, 12, 11)]})
     assert list(table.columns[2].cells) == ["3–5, 9, 11–12"]
 
 
-# -- real models ------------------------------------------------------------------------------------------------------
+# -- real models -----------------------------------------------------------------------------------
 
 OTHERS: dict[str, dict] = {
     "gpt2": {"vocab_size": families.VOCAB, "n_embd": 48, "n_layer": 2, "n_head": 4},
@@ -300,7 +300,7 @@ OTHERS: dict[str, dict] = {
 
 
 @pytest.mark.parametrize("kind", ["zero", "logit", "kv_bias", "gate"])
-def test_an_arm_shows_its_queries_and_what_it_leaves_unspent(kind):
+def test_an_arm_has_queries_and_attention_to_no_token(kind):
     model = tiny_arm(kind, torch.float32)
     for layer in observe(model, text(2, 12)):
         assert layer.queries is not None
@@ -310,7 +310,7 @@ def test_an_arm_shows_its_queries_and_what_it_leaves_unspent(kind):
 
 @pytest.mark.parametrize("name", [*(name for name in families.FAMILIES if name != "falcon:rw"), *OTHERS])
 def test_what_is_observed_is_what_the_model_does(name):
-    """Keys and values of the second layer depend on the attention of the first, computed here by other kernels."""
+    """Keys of layer 2 depend on the attention of layer 1, computed here by other kernels."""
     config = AutoConfig.for_model(name, **OTHERS[name]) if name in OTHERS else families.config(name)
     model, ids = families.build(config, dtype=torch.float32), families.random_ids(12, batch_size=2)
     implementation = model.config._attn_implementation
@@ -340,16 +340,16 @@ def test_what_is_observed_is_what_the_model_does(name):
             torch.testing.assert_close(scores.masked_fill(mask, -math.inf).softmax(-1), layer.attention)
     has_queries = layers[0].queries is not None
     module = sys.modules[type(model).__module__]
-    assert has_queries == hasattr(module, "eager_attention_forward")  # else its attention is code of its own
+    assert has_queries == hasattr(module, "eager_attention_forward")  # otherwise it does not use AttentionInterface
     assert has_queries or config.model_type in ("gptj", "mpt", "falcon", "bloom")
     assert measure(model, ids).query_cosine.isfinite().all() == has_queries
 
 
 def test_models_without_right_maps_are_refused():
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", hidden_size=16, num_hidden_layers=1))
-    with pytest.raises(ValueError, match="'mamba' does not show an attention map"):
+    with pytest.raises(ValueError, match="'mamba' are not supported: they do not return an attention map"):
         observe(model, families.random_ids(4))
-    with pytest.raises(ValueError, match="ALiBi biases of Falcon-RW twice"):
+    with pytest.raises(ValueError, match="Falcon-RW is not supported: transformers adds its ALiBi biases twice"):
         observe(families.build(families.config("falcon:rw")), families.random_ids(4))
 
 
@@ -366,7 +366,7 @@ def test_sums_in_bfloat16_are_taken_in_float32():
     torch.testing.assert_close(found["mass"], statistics.attention_mass(layer.attention.float()))
 
 
-# -- what is read -----------------------------------------------------------------------------------------------------
+# -- input sequences -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -377,7 +377,7 @@ def book(tmp_path):
 
 
 def report_of(folder, book) -> dict:
-    """What the command reports of 4 sequences of 20 positions."""
+    """The command's report on 4 sequences of 20 positions."""
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     num_sinks = getattr(model.config, "num_sinks", 0)
     sequences = sequences_of_texts([book], tokenizer, 4, 20 - num_sinks)
@@ -392,7 +392,7 @@ def test_sequences_lie_evenly_over_the_text(checkpoints, book, tmp_path):
     stride = len(ids) // 5
     assert torch.equal(sequences.ids, torch.stack([ids[i * stride : i * stride + 40] for i in range(5)]))
     assert sequences.num_prefix == 0
-    with pytest.raises(ValueError, match=rf"book\.txt holds {len(ids)} tokens where 500 sequences of 40 are wanted"):
+    with pytest.raises(ValueError, match=rf"book\.txt has {len(ids)} tokens, but 500 sequences of 40 are needed"):
         sequences_of_texts([book], tokenizer, 500, 40)
     with pytest.raises(ValueError, match="--seq-length leaves no room"):
         sequences_of_texts([book], tokenizer, 5, 1)
@@ -419,18 +419,18 @@ def test_a_store_is_read_in_its_held_out_split(tmp_path, checkpoints):
     stride = len(stream) // 3
     assert sequences.ids.tolist() == [stream.read(i * stride, i * stride + 20).tolist() for i in range(3)]
     assert sequences.source["split"] == "validation"
-    with pytest.raises(ValueError, match="made with another tokenizer"):
+    with pytest.raises(ValueError, match="made with a different tokenizer"):
         sequences_of_store(folder, load_tokenizer(checkpoints[1]), 3, 20)
-    with pytest.raises(ValueError, match=r"the validation split of .* where 999 sequences of 20 are wanted"):
+    with pytest.raises(ValueError, match=r"the validation split of .*, but 999 sequences of 20 are needed"):
         sequences_of_store(folder, tokenizer, 999, 20)
 
 
-# -- the command ------------------------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def run(tmp_path):
-    """A run's folder with checkpoints at three steps, and one that was interrupted."""
+    """A run's folder with three complete checkpoints and an interrupted one."""
     for step in (0, 4, 8, 12):
         folder = tmp_path / "run" / "checkpoints" / f"step-{step}"
         torch.manual_seed(step)
@@ -488,7 +488,7 @@ def test_the_pictures_show_the_report(checkpoints, book):
     assert [line.get_label() for line in rates.lines] == ["sink token", "first text token"]
     assert list(masses.lines[0].get_xdata()) == [0, 1, 2]
     assert list(masses.lines[0].get_ydata()) == [10, 20, 40]
-    assert rates.get_xlabel() == "Step (log scale; a step is 64 tokens)"
+    assert rates.get_xlabel() == "Step (log scale; 64 tokens per step)"
     assert not any(line.get_clip_on() for line in rates.lines)
 
 
@@ -499,7 +499,7 @@ def test_checkpoints_close_to_each_other_have_ticks(checkpoints, book):
     rates, _ = checkpoints_figure(report).axes
     low, high = rates.get_xlim()
     assert sum(low <= tick <= high for tick in rates.get_xticks()) > 2
-    assert rates.get_xlabel() == "Step (a step is 64 tokens)"
+    assert rates.get_xlabel() == "Step (64 tokens per step)"
 
 
 def test_mistakes_are_named(run, book, tmp_path, checkpoints):

@@ -1,4 +1,4 @@
-"""StreamEval: what is asked where, what counts as right, what is shown."""
+"""StreamEval: questions, right answers, and results."""
 
 import json
 import re
@@ -64,7 +64,7 @@ def greedy(model, ids: list[int], num_tokens: int) -> list[int]:
 
 @pytest.mark.parametrize("num_sinks", [0, 1])
 def test_an_answer_is_right_if_greedy_decoding_without_a_cache_writes_it(num_sinks):
-    """Rows of unequal length, in a cache that holds all; asking twice shows that questions leave no trace."""
+    """Rows of unequal length; asking twice shows that questions do not change the cache."""
     model = small_model(num_sinks, dtype=torch.float64, max_position_embeddings=2048)
     records = make_records(3, 20, seed=1)
     streams = StreamBatch(model, num_kept=1, window=900)
@@ -89,7 +89,7 @@ def test_an_answer_is_right_if_greedy_decoding_without_a_cache_writes_it(num_sin
 
 
 class Clerk:
-    """Remembers the last tokens as text and looks the answer up: what a model does that can copy."""
+    """Replaces StreamBatch: looks the answer up in the text of the last tokens."""
 
     def __init__(self, model, num_kept: int, window: int):
         self.window, self.ids, self.num_read = window, None, []
@@ -107,7 +107,7 @@ class Clerk:
         return found is not None and found[0] == asked + TOKENIZER.decode(answer)
 
 
-def test_a_clerk_answers_as_far_back_as_it_remembers(monkeypatch):
+def test_answers_are_right_up_to_the_window(monkeypatch):
     monkeypatch.setattr("sinklm.eval.stream_eval.StreamBatch", Clerk)
     records = make_records(5, 75, seed=0)
     reach = 32 * tokens_per_line(TOKENIZER, records[0])
@@ -170,7 +170,10 @@ def test_the_command_writes_table_json_and_picture(checkpoints, tmp_path, capsys
 
 
 def test_distances_that_cannot_be_asked_are_refused(checkpoints, tmp_path):
-    for distances, message in (("20,50", r"has 50, but the last question comes after line 40 of 50"), ("x", "'x'")):
+    for distances, message in (
+        ("20,50", r"contains 50, but the last question comes after line 40 of 50"),
+        ("x", "'x'"),
+    ):
         with pytest.raises(ValueError, match=f"--distances.*{message}"):
             stream_eval(str(checkpoints[1]), num_lines=50, distances=distances, output=tmp_path)
     with pytest.raises(ValueError, match="the cache 0\\+1 is smaller than the model's 2 sink"):

@@ -1,4 +1,4 @@
-"""lm-eval's numbers against log-likelihoods computed by hand, and against stock lm-eval on the exported model."""
+"""lm-eval's results against reference values, and against lm-eval on the exported model."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ REQUESTS = [
 
 
 def by_hand(model, ids: list[int], num_scored: int) -> float:
-    """Log-likelihood of the last tokens of ``ids``, the sinks put in front by hand, by transformers' own model."""
+    """Log-likelihood of the last ids after the sink tokens, by transformers' model."""
     stream = torch.tensor([*model.config.sink_token_ids, *ids])
     with torch.no_grad():
         log_probs = plain_twin(model)(stream[None, :-1]).logits[0].log_softmax(-1)
@@ -52,13 +52,13 @@ def test_loglikelihoods_equal_those_by_hand(checkpoints, num_sinks, batch_size):
 
     for (context, continuation), (log_likelihood, _) in zip(REQUESTS, measured, strict=True):
         target = tokenizer(continuation)["input_ids"]
-        # lm-eval cuts on the left; the last token is only ever a target
+        # lm-eval truncates on the left; the last token is only a target
         ids = [*(tokenizer(context)["input_ids"] or [tokenizer.eos_token_id]), *target][-(room + 1) :]
         assert log_likelihood == pytest.approx(by_hand(model, ids, len(target)), abs=1e-4)
 
 
 @pytest.mark.parametrize("num_sinks", [0, 1])
-def test_an_answer_longer_than_the_trained_length_is_scored_where_it_is_allowed(checkpoints, num_sinks):
+def test_an_answer_longer_than_the_trained_length_is_scored_if_max_length_allows(checkpoints, num_sinks):
     model, tokenizer = load_model(checkpoints[num_sinks]), load_tokenizer(checkpoints[num_sinks])
     answer = " down to the sea" * model.config.max_position_embeddings
     ids = [*tokenizer("The old man went")["input_ids"], *tokenizer(answer)["input_ids"]]
@@ -104,7 +104,7 @@ def test_rolling_loglikelihood_scores_each_token_once_in_windows_with_sinks(chec
 
 
 def test_the_papers_tasks_are_one_group(tmp_path, checkpoints, task_folder):
-    """Local files with the names of lm-eval's own tasks take their place, so the group needs no network."""
+    """Local files override lm-eval's tasks of the same name, so the group needs no network."""
     for name in PAPER_TASKS:
         source = "last_word" if name == "lambada_openai" else "rooms"
         task = (task_folder / f"{source}.yaml").read_text().replace(f"task: {source}", f"task: {name}")
@@ -181,7 +181,7 @@ def test_an_unknown_task_is_named(checkpoints, monkeypatch):
         evaluate(model, tokenizer, ["hellaswog"])
 
 
-def test_without_network_the_error_tells_of_local_files(checkpoints, task_folder, tmp_path):
+def test_without_network_the_error_suggests_local_files(checkpoints, task_folder, tmp_path):
     task = (task_folder / "rooms.yaml").read_text().replace("dataset_path: json", "dataset_path: somebody/something")
     (tmp_path / "rooms.yaml").write_text(task)
     model, tokenizer = load_model(checkpoints[0]), load_tokenizer(checkpoints[0])

@@ -1,4 +1,4 @@
-"""The trained models in examples/checkpoints: they load as they are, and show what they are there to show."""
+"""The trained models in examples/checkpoints load, and show the effect of a sink token."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ NUM_TOKENS = 2000
 
 
 def perplexities(name: str) -> list[float]:
-    """On the shipped text, with 0, 1 and 4 of 128 cached tokens kept from its beginning."""
+    """Perplexities on the shipped text with 0, 1 and 4 kept tokens in a cache of 128."""
     model = load_model(CHECKPOINTS / name, device="cpu")
     tokenized = read_text_files([CHECKPOINTS / "book.txt"], load_tokenizer(CHECKPOINTS / name), NUM_TOKENS)
     chosen = configurations(("window", "streaming"), [(0, 128), (1, 127), (4, 124)], num_sinks=0)
@@ -28,7 +28,7 @@ def test_plain_transformers_loads_it(name):
     assert not info["unexpected_keys"]
 
 
-def test_without_its_sink_the_token_model_breaks_and_with_it_alone_it_does_not():
+def test_the_token_model_degrades_without_its_sink_and_needs_only_the_sink():
     without, sink_alone, four = perplexities("learnable-sink")
     assert without > 1.2 * sink_alone
     assert sink_alone == pytest.approx(four, rel=0.01)

@@ -1,4 +1,4 @@
-"""Training without DeepSpeed, without a loader and on one rank: slow and obvious, what the real one must equal."""
+"""Reference: training without DeepSpeed and without a loader, on one rank."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ from sinklm.train.schedule import learning_rate
 
 
 def plain_training(plan: Plan, num_steps: int) -> tuple[list[float], list[float], SinkGPTNeoXForCausalLM]:
-    """Losses, gradient norms and the model after ``num_steps``, each step on its whole batch at once."""
+    """Losses, gradient norms and the model after ``num_steps`` on whole batches."""
     config = plan.config
     store = TokenStore(config.data.path)
     windows = TokenWindows(store, "train", tokens_per_sample=plan.tokens_per_sample, stride=plan.stride)
@@ -49,12 +49,12 @@ def plain_training(plan: Plan, num_steps: int) -> tuple[list[float], list[float]
 
 
 def plain_logits(model: SinkGPTNeoXForCausalLM, ids: torch.Tensor) -> torch.Tensor:
-    """Logits where the sinks are fed by hand."""
+    """Logits for ids that already contain the sink tokens."""
     return model.lm_head(model.gpt_neox(ids).last_hidden_state)
 
 
 def plain_adamw_(weights, copy, gradient, exp_avg, exp_avg_sq, step, *, grad_scale, found_inf, **settings) -> None:
-    """The kernel's twin: torch's AdamW on the same state."""
+    """The kernel's reference: torch's AdamW on the same state."""
     weights = weights.detach()
     weights.grad = gradient.float().clone()
     optimizer = torch.optim.AdamW([weights], fused=True, **settings)
@@ -65,6 +65,6 @@ def plain_adamw_(weights, copy, gradient, exp_avg, exp_avg_sq, step, *, grad_sca
 
 
 def play_kernel(replace=setattr) -> None:
-    """On a CPU, by plain torch."""
+    """Replace the kernel by plain torch, for CPUs."""
     replace(fused_update, "kernel", SimpleNamespace(adamw_=plain_adamw_))
     replace(fused_update, "has_kernel", lambda device: True)

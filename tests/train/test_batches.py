@@ -48,7 +48,7 @@ def test_ranks_together_read_the_same_batch(windows, world_size, micro_batch_siz
         assert torch.equal(share, whole[:, rank::world_size])
 
 
-def test_a_later_start_reads_what_would_have_come(windows):
+def test_a_later_start_reads_the_same_batches(windows):
     num_steps = len(windows) // BATCH + 3  # into the second epoch
     assert torch.equal(read(windows, 2, first_step=num_steps - 2), read(windows, num_steps)[-2:])
 

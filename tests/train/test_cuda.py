@@ -1,4 +1,4 @@
-"""What only a GPU shows: float16, compilation, and exact resuming there."""
+"""Tests that need a GPU: float16, compilation, and exact resuming."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The patches of DeepSpeed: which turn themselves off, and which say that they cannot."""
+"""The patches of DeepSpeed: which are disabled automatically, and which raise an error."""
 
 import warnings
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ BF16 = "train.precision=bf16"
 
 @pytest.fixture(scope="module", autouse=True)
 def _connected() -> None:
-    """Process groups made with all patches: without them DeepSpeed may compile its all-reduce here."""
+    """Process groups with all patches, without which DeepSpeed may compile its all-reduce."""
     with connected():
         pass
 
@@ -75,7 +75,7 @@ def test_a_process_whose_state_cannot_be_reset_makes_one_engine(monkeypatch):
     monkeypatch.delattr(torch_autocast, "TORCH_AUTOCAST_INITIALIZED")
     monkeypatch.setattr(deepspeed_patches, "_has_made_engine", False)
     deepspeed_patches.reset_process()
-    with pytest.raises(ValueError, match=r"has no torch_autocast\.\w+: run each training in a process of its own"):
+    with pytest.raises(ValueError, match=r"has no torch_autocast\.\w+: run each training in its own process"):
         deepspeed_patches.reset_process()
 
 

@@ -1,4 +1,4 @@
-"""Two ranks over gloo: the same run as one, stopped and gone on with, in every ZeRO stage."""
+"""Two ranks over gloo: the same run as on one rank, stopped and resumed, with every ZeRO stage."""
 
 import json
 import re
@@ -15,10 +15,11 @@ from .tiny import Ranks, assert_same_weights, copy_checkpoint, losses, metrics, 
 pytestmark = pytest.mark.slow
 
 LONG = ["train.num_steps=400", "validation.every_steps=null", "checkpoint.every_steps=null"]
-# One run for each stage, in both precisions; what the others would show, `test_engine` does on one rank.
+# One run for each stage, in both precisions; `test_engine` tests the other combinations on one
+# rank.
 STAGES = [(0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "fp32")]
 FULL = [(2, 1), (3, 0)]  # ZeRO stage, and the rank whose disk is full; ZeRO-3 gathers weights after the files
-# To another number of ranks: each stage once where a run comes from and once where it goes on.
+# To another number of ranks: each stage once before and once after the conversion.
 CONVERSIONS = [(0, "bf16", 3, "bf16"), (1, "bf16", 0, "fp32"), (2, "fp32", 1, "fp32"), (3, "fp32", 2, "fp32")]
 
 
@@ -35,7 +36,7 @@ def one_rank_run(recipe, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def two_ranks(recipe, one_rank_run, tmp_path_factory) -> Path:
-    """Runs on two ranks, in one world: whole, resumed, converted from one rank, and with a full disk."""
+    """Runs on two ranks: whole, resumed, converted from one rank, and with a full disk."""
     folder = tmp_path_factory.mktemp("two")
     calls: list[dict] = []
     for stage, precision in STAGES:
@@ -75,7 +76,7 @@ def two_ranks(recipe, one_rank_run, tmp_path_factory) -> Path:
 
 
 def outcomes(folder: Path, run: str) -> list[str]:
-    """How a run ended, for each rank that lived to tell."""
+    """How a run ended, for each rank that survived it."""
     calls = json.loads((folder / "calls.json").read_text())
     (number,) = (i for i, call in enumerate(calls) if call["overrides"][0] == f"train.run_dir={folder / run}")
     texts = [(folder / f"output-{rank}").read_text().splitlines() for rank in (0, 1)]
@@ -122,7 +123,7 @@ def test_a_run_goes_on_with_more_ranks(two_ranks, one_rank_run):
 def test_a_disk_that_is_full_on_one_rank_stops_all_and_costs_nothing(two_ranks, stage, rank):
     message, other = outcomes(two_ranks, f"full-{stage}")
     assert re.search(rf"cannot save .*step-8 \(earlier checkpoints are intact\): rank {rank}: writing failed", message)
-    assert other == "exit 1"  # rank 0 has said it
+    assert other == "exit 1"  # rank 0 reports the error
     assert list(list_checkpoints(two_ranks / f"full-{stage}")) == [4]
 
 
@@ -154,7 +155,7 @@ def test_a_dead_rank_ends_the_others_with_a_message(two_ranks):
 
 
 def test_a_killed_run_goes_on_bit_for_bit(recipe, tmp_path):
-    """The real thing: a process is ended by SIGTERM somewhere, and the same command is given again."""
+    """A process is ended by SIGTERM at an arbitrary step, and the same command is run again."""
     steps = ["train.num_steps=40", "train.micro_batch_size=8", "validation.every_steps=null"]
     interrupted = tmp_path / "interrupted"
     process = Ranks(["-m", "sinklm.train", recipe, f"train.run_dir={interrupted}", *steps], world_size=1)

@@ -1,4 +1,4 @@
-"""The fused update against DeepSpeed's own, on one rank and on two, and its kernel against torch's AdamW."""
+"""The fused update against DeepSpeed's, and its kernel against torch's AdamW."""
 
 import math
 import sys
@@ -28,10 +28,10 @@ def plan_of(recipe: str, world_size: int, num_micro_batches: int = 2, *more: str
 
 
 def trained(plan: Plan, world: World) -> tuple[list[torch.Tensor], list[float]]:
-    """This rank's float32 weights, and the norms, after steps on gradients that do not depend on the weights.
+    """This rank's float32 weights and the norms, on gradients independent of the weights.
 
-    So what differs is the update alone: how gradients are added up, reduced, measured and clipped, and how AdamW takes
-    them.
+    The results therefore depend only on the update: how gradients are summed, reduced and clipped,
+    and on AdamW.
     """
     chance = torch.Generator().manual_seed(world.rank)
     is_fused = plan.config.deepspeed.patches
@@ -59,7 +59,7 @@ def trained(plan: Plan, world: World) -> tuple[list[torch.Tensor], list[float]]:
 
 
 def compare(recipe: str, world: World, num_micro_batches: int) -> None:
-    """Equal but for the bfloat16 to which DeepSpeed rounds the gradient before it reduces it."""
+    """Equal except for DeepSpeed's rounding of the gradient to bfloat16 before the reduction."""
     plan = plan_of(recipe, world.size, num_micro_batches)
     lr = plan.config.optimizer.lr
     own, own_norms = trained(plan, world)
@@ -68,9 +68,9 @@ def compare(recipe: str, world: World, num_micro_batches: int) -> None:
     assert own_norms == pytest.approx(their_norms, rel=1e-3)
     assert min(own_norms) < plan.config.optimizer.clip < max(own_norms)
     for ours, reference in zip(own, theirs, strict=True):
-        off = (ours - reference).abs() / lr  # AdamW moves a weight by about lr a step
+        off = (ours - reference).abs() / lr  # AdamW changes a weight by about lr per step
         assert off.mean() < 0.005
-        # Where gradients of two ranks cancel, what DeepSpeed's rounding leaves can be anything.
+        # Where the gradients of two ranks cancel, DeepSpeed's rounding leaves an arbitrary value.
         assert (off > 0.05).float().mean() < (0.01 if world.size > 1 else 1e-9)
 
 
@@ -106,14 +106,14 @@ def test_the_kernel_on_a_gpu(num_weights, dtype):
         weights, copy, _, exp_avg_sq, _ = ours
         if found_inf:
             assert all(map(torch.equal, ours, before))
-            continue  # torch's twin copies all the same
+            continue  # the torch version copies in any case
         assert torch.equal(copy, weights.to(torch.bfloat16))
         for value, twin in zip(ours, theirs, strict=True):
             atol = 0 if value is exp_avg_sq else 1e-6
             torch.testing.assert_close(value, twin, rtol=1e-2 if value is copy else 1e-5, atol=atol)
 
 
-def test_a_deepspeed_without_the_names_it_needs_updates_by_itself(recipe, monkeypatch):
+def test_a_deepspeed_without_the_required_names_is_not_patched(recipe, monkeypatch):
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
     with connected() as world:
@@ -121,7 +121,7 @@ def test_a_deepspeed_without_the_names_it_needs_updates_by_itself(recipe, monkey
         engine = make_engine(SinkGPTNeoXForCausalLM(plan.model_config), plan, world.device)
         assert engine.fused_update is not None
         monkeypatch.delattr(BF16_Optimizer, "update_lp_params")
-        with pytest.warns(RuntimeWarning, match=r"no BF16_Optimizer\.update_lp_params, as 0\.19\.8 had"):
+        with pytest.warns(RuntimeWarning, match=r"no BF16_Optimizer\.update_lp_params, which 0\.19\.8 has"):
             assert deepspeed_patches.fused_update(engine, plan.config) is None
 
 

@@ -1,8 +1,8 @@
-"""A change that should not alter numbers does not: the loss curve of a fixed run, from text to 20th step.
+"""The loss curve of a fixed run, from text to the 20th step, must not change.
 
-The tokenizer, the store, the order of the data, the first weights, the model, the optimizer and the schedule all have a
-part in it. If a change is meant to alter it, print the new curve with ``python -m tests.train.test_golden`` and say in
-the commit why.
+It depends on the tokenizer, the store, the order of the data, the initial weights, the model, the
+optimizer and the schedule. If a change is meant to alter it, print the new curve with ``python -m
+tests.train.test_golden`` and give the reason in the commit message.
 """
 
 import tempfile
@@ -36,8 +36,9 @@ GOLDEN = [
     3.610607,
     3.662022,
 ]
-# Vector instructions (ATEN_CPU_CAPABILITY default, avx2, avx512), 1 or 2 threads and the micro-batch size change it by
-# at most 5e-7; a weight decay of 0.09 in place of 0.1 by 2e-4, an eps of 1e-7 in place of 1e-8 by 4e-5.
+# Vector instructions (ATEN_CPU_CAPABILITY default, avx2, avx512), 1 or 2 threads and the
+# micro-batch size change it by at most 5e-7; a weight decay of 0.09 instead of 0.1 by 2e-4, an eps
+# of 1e-7 instead of 1e-8 by 4e-5.
 TOLERANCE = 1e-5
 OVERRIDES = ["train.num_steps=20", "validation.every_steps=null", "checkpoint.every_steps=null"]
 

@@ -1,4 +1,4 @@
-"""Who this process is among the others, and signals."""
+"""Ranks from the environment, errors on all ranks, and signals."""
 
 import os
 import signal
@@ -14,14 +14,14 @@ def test_without_a_launcher_there_is_one_rank():
     assert (environment["RANK"], environment["WORLD_SIZE"], environment["LOCAL_RANK"]) == ("0", "1", "0")
 
 
-def test_a_launchers_word_stands():
+def test_the_variables_of_a_launcher_are_kept():
     theirs = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "SLURM_STEP_NUM_TASKS": "2"}
     environment = dict(theirs)
     fill_environment(environment)
     assert environment == theirs
 
 
-def test_srun_says_who_we_are():
+def test_the_variables_of_srun_are_used():
     environment = {
         "SLURM_PROCID": "9",
         "SLURM_STEP_NUM_TASKS": "16",
@@ -54,7 +54,7 @@ def test_the_first_host(nodes, first):
     assert first_host(nodes) == first
 
 
-def test_a_signal_is_remembered_and_handlers_are_put_back():
+def test_a_signal_is_recorded_and_handlers_are_restored():
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest() as stop:
         assert not stop.signal_number
@@ -76,7 +76,7 @@ def test_an_error_on_one_rank_is_an_error_on_all():
         raise OSError("full")
 
 
-def test_an_error_of_all_ranks_is_said_once():
+def test_an_error_of_all_ranks_is_reported_once():
     class World3(World):
         def gather(self, value):
             return [value] * 3

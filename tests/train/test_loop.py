@@ -1,4 +1,4 @@
-"""The loop with steps queued ahead, as on a GPU: what is written, and where it stops."""
+"""The loop with steps queued ahead, as on a GPU: its output, and where it stops."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ def _running_ahead() -> Iterator[None]:
 
 @pytest.fixture
 def calls(monkeypatch) -> list[tuple[str, int]]:
-    """What is done with steps, in order."""
+    """The calls that queue and read steps, in order."""
     calls: list[tuple[str, int]] = []
     result = PendingStep.result
 
@@ -58,7 +58,7 @@ def timeless(run_dir: Path) -> list[dict]:
 def test_a_run_ahead_is_the_run_that_reads_each_step_at_once(recipe, tmp_path, monkeypatch, calls, precision):
     settings = [f"train.precision={precision}"]
     train(recipe, [*settings, f"train.run_dir={tmp_path / 'ahead'}"])
-    order = "queue 1, read 1, queue 2, queue 3, read 2, queue 4, read 3, read 4"  # the first one, and one that is saved
+    order = "queue 1, read 1, queue 2, queue 3, read 2, queue 4, read 3, read 4"  # step 1 and saved steps: read at once
     assert ", ".join(f"{what} {step}" for what, step in calls[:8]) == order
     monkeypatch.setattr(loop, "runs_ahead", lambda _: False)
     train(recipe, [*settings, f"train.run_dir={tmp_path / 'at_once'}"])
@@ -86,7 +86,7 @@ def test_a_bad_step_is_named_and_nothing_after_it_is_kept(recipe, tmp_path, prec
 def test_a_stopped_run_saves_a_whole_step_and_goes_on_bit_for_bit(
     recipe, whole_run, tmp_path, monkeypatch, signalled_in, saved
 ):
-    """The step behind the one that tells of the signal is under way, so it is done, and it is the last."""
+    """The step after the one that reports the signal is already queued, so it is the last one."""
     settings = [f"train.run_dir={tmp_path}", "train.precision=bf16"]
 
     def signalled_step(*args, step, **kwargs) -> PendingStep:

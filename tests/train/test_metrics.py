@@ -30,7 +30,7 @@ def test_speed_and_mfu_by_hand(monkeypatch):
     clock = iter([0.0, 0.0, 2.0, 10.0, 12.0, 20.0, 90.0, 90.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     speed = Speedometer(positions_per_step=1000, flops_per_position=6.0, peak_flops=12_000.0)
-    for expected in (2.0, 2.0, 70.0):  # a step that compiles does not spoil the estimate of what is left
+    for expected in (2.0, 2.0, 70.0):  # a step that compiles does not affect the estimate of the time left
         speed.start()
         assert speed.lap() == expected
     assert speed.seconds_per_step == 2.0
@@ -39,14 +39,14 @@ def test_speed_and_mfu_by_hand(monkeypatch):
     assert Speedometer(1000, 6.0, None).mfu(1.0) is None
 
 
-def test_a_step_found_done_took_what_the_host_needed_for_it():
-    """Before a pause, where the host runs ahead and is the slower: the device has long been waiting."""
+def test_a_step_takes_at_least_the_time_of_the_host():
+    """Before a pause, if the host runs ahead and is slower than the device."""
     speed = Speedometer(1000, 6.0, None)
     assert speed.lap(at_least=20.0) == 20.0
     assert speed.lap() < 20.0
 
 
-def test_the_line_has_what_one_looks_for(capsys):
+def test_the_progress_line(capsys):
     speed = Speedometer(1000, 6.0, 12_000.0)
     speed.start()
     speed.lap()
@@ -66,7 +66,7 @@ def test_human_numbers(number, text):
 
 
 class FakeRun:
-    """What wandb.init returns, with a service that dies after the first step."""
+    """Replaces the result of wandb.init; its service dies after the first step."""
 
     offline = True
 
@@ -81,7 +81,7 @@ class FakeRun:
 
 @pytest.fixture
 def wandb_asked(monkeypatch, tmp_path) -> list[dict]:
-    """The options of each call of wandb.init, on a machine where nobody is logged in."""
+    """The options of each call of wandb.init, without a login."""
     wandb = pytest.importorskip("wandb")
     asked: list[dict] = []
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -102,10 +102,10 @@ def test_wandb_is_offline_unless_logged_in(wandb_asked, tmp_path, monkeypatch):
     wandb_run(tmp_path, "auto")
     wandb_run(tmp_path, "disabled")
     assert [options["mode"] for options in wandb_asked] == ["offline", "online"]
-    assert wandb_asked[0]["id"] == wandb_asked[1]["id"]  # a resumed run goes on in the same one
+    assert wandb_asked[0]["id"] == wandb_asked[1]["id"]  # a resumed run continues the same wandb run
 
 
-def test_wandb_online_wants_a_login(wandb_asked, tmp_path):
+def test_wandb_online_requires_a_login(wandb_asked, tmp_path):
     with pytest.raises(ValueError, match=r"not logged in: run `wandb login`, or set wandb\.mode=offline"):
         wandb_run(tmp_path, "online")
 
@@ -123,5 +123,5 @@ def test_training_outlives_wandb(wandb_asked, tmp_path):
         run.write({"step": step, "loss": 1.0})
     run.close()
     assert [line for line in said if "wandb failed" in line] == [
-        "wandb failed and is left alone from here on (BrokenPipeError: the service is gone)"
+        "wandb failed and is disabled for the rest of the run (BrokenPipeError: the service is gone)"
     ]

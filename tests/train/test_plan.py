@@ -18,7 +18,7 @@ def plan(*overrides: str, world_size: int = 1, tokenizer_size: int = 300) -> Pla
 
 
 @given(num_samples=st.integers(1, 200), micro_batch_size=st.integers(1, 50), world_size=st.integers(1, 20))
-def test_a_batch_is_shared_exactly_or_refused_with_a_way_out(num_samples, micro_batch_size, world_size):
+def test_a_batch_is_divided_exactly_or_the_error_has_a_fix(num_samples, micro_batch_size, world_size):
     sizes = [f"train.batch_size_tokens={num_samples * 256}", f"train.micro_batch_size={micro_batch_size}"]
     if num_samples % (world_size * micro_batch_size) == 0:
         accepted = plan(*sizes, world_size=world_size)
@@ -60,7 +60,7 @@ def test_the_estimate_of_operations_equals_torchs_count(kind):
     ids = torch.zeros(1, 64, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids).logits.sum().backward()
-    # torch counts products of matrices; biases and layer norms are what the formula counts beside them
+    # torch counts only matrix products; the formula also counts biases and layer norms
     assert counter.get_total_flops() / 64 == pytest.approx(flops_per_token(sizes.model_config, 64), rel=0.01)
 
 

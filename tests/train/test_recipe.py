@@ -1,4 +1,4 @@
-"""Recipes: bases, overrides, and what is said about a wrong key or value."""
+"""Recipes: bases, overrides, and error messages for wrong keys and values."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ def test_a_resolved_config_is_a_recipe_of_the_same_run(tmp_path):
     assert load_config(str(path)) == config
 
 
-def test_later_words_win(tmp_path):
+def test_later_values_win(tmp_path):
     (tmp_path / "base.yaml").write_text("base: pythia-14m\ntrain: {num_steps: 1, micro_batch_size: 4}")
     (tmp_path / "top.yaml").write_text("base: base.yaml\ntrain: {num_steps: 2}")
     config = load_config(str(tmp_path / "top.yaml"), ["train.seed=1", "train.seed=2"])
@@ -32,14 +32,17 @@ def test_later_words_win(tmp_path):
         (["trian.seed=3"], "unknown key trian: did you mean train?"),
         (["lr=3"], "unknown key lr: did you mean optimizer.lr?"),
         (["model.sink.number=3"], "unknown key model.sink.number: did you mean model.sink.num_tokens?"),
-        (["train.xyz=3"], "unknown key train.xyz: known are train.run_dir, train.seed"),
+        (["train.xyz=3"], "unknown key train.xyz: valid keys are train.run_dir, train.seed"),
         (["train.precision=int8"], "train.precision is 'int8': it should be 'bf16', 'fp16' or 'fp32'"),
         (["train.num_steps=0"], "train.num_steps is 0: it should be greater than or equal to 1"),
         (["train.num_steps=2.5"], "train.num_steps is 2.5: it should be a valid integer"),
         (["train.num_steps=true"], "train.num_steps is True"),
         (["optimizer.lr=-1"], "optimizer.lr is -1: it should be greater than 0"),
-        (["optimizer.betas=[0.9, 1.0]"], "optimizer.betas is [0.9, 1.0]: each must be at least 0 and less than 1"),
-        (["model.sink.kind=magic"], "model.sink.kind is 'magic': choose one of none, token"),
+        (
+            ["optimizer.betas=[0.9, 1.0]"],
+            "optimizer.betas is [0.9, 1.0]: each value must be at least 0 and less than 1",
+        ),
+        (["model.sink.kind=magic"], "model.sink.kind is 'magic': it must be one of none, token"),
         (["model.num_attention_heads=5"], "hidden_size 128 is not a multiple of num_attention_heads 5"),
         (["model.rotary_pct=0.1"], "rotary_pct 0.1 rotates 3 dimensions"),
         (
@@ -47,17 +50,20 @@ def test_later_words_win(tmp_path):
             "train.seq_length 4096 is longer than model.max_position_embeddings 2048",
         ),
         (["train.batch_size_tokens=1000"], "batch_size_tokens 1000 is not a multiple of seq_length 2048"),
-        (["train.compile=true", "deepspeed.zero_stage=3"], "train.compile=true and deepspeed.zero_stage=3 exclude"),
+        (["train.compile=true", "deepspeed.zero_stage=3"], "train.compile=true does not work with deepspeed"),
         (
             ["model.sink.kind=zero", "model.sink.num_tokens=2"],
-            "but kind zero has no tokens: set it to 1",
+            "but kind zero has no sink tokens: set it to 1",
         ),
         (["model.sink.num_tokens=3000"], "model.sink.num_tokens 3000 leaves no room"),
         (["deepspeed.gradient_clipping=1"], "gradient_clipping is derived: set optimizer.clip"),
         (["deepspeed.zero_optimization.stage=2"], "zero_optimization.stage is derived: set deepspeed.zero_stage"),
         (["deepspeed.zero_optimisation.overlap_comm=true"], "zero_optimisation: did you mean zero_optimization?"),
         (["deepspeed.zero_stages=2"], "unknown key zero_stages: did you mean zero_stage?"),
-        (["deepspeed.zero_optimization.round_robin_gradients=true"], "round_robin_gradients is derived: set nothing"),
+        (
+            ["deepspeed.zero_optimization.round_robin_gradients=true"],
+            "round_robin_gradients is derived: remove this key",
+        ),
         (["deepspeed.bf16.enabled=false"], "bf16.enabled is derived: set train.precision"),
         (["deepspeed.zero_stage=4"], "deepspeed.zero_stage is 4: it should be 0, 1, 2 or 3"),
         (["train.num_steps"], "'train.num_steps' is not an override: write section.key=value"),
@@ -79,10 +85,10 @@ def test_every_mistake_is_named_at_once():
     ("text", "message"),
     [
         ("model: [1", "is not valid YAML"),
-        ("- 1", "must hold sections"),
+        ("- 1", "must consist of sections"),
         ("model: {hidden_size: 8}", "model.num_hidden_layers is not set"),
         ("base: bad.yaml", "is its own base"),
-        ("base: 3", "base is 3, it should be the name or path of a recipe"),
+        ("base: 3", "base is 3, but it must be the name or path of a recipe"),
         ("base: pythia-15m", "did you mean pythia-"),
         ("train: {seed: '${nothing}'}", "nothing"),
     ],
@@ -95,7 +101,7 @@ def test_a_bad_file_is_named(tmp_path, text, message):
 
 
 def test_a_recipe_that_does_not_exist_is_named():
-    with pytest.raises(FileNotFoundError, match=r"no recipe is called 'pythia-160': did you mean pythia-160m\?"):
+    with pytest.raises(FileNotFoundError, match=r"there is no recipe 'pythia-160': did you mean pythia-160m\?"):
         load_config("pythia-160")
     with pytest.raises(FileNotFoundError, match=r"recipe runs/mine\.yaml: no such file"):
         load_config("runs/mine.yaml")

@@ -1,4 +1,4 @@
-"""Stop and go on: bit for bit the run that never stopped; and what is never mixed up or lost."""
+"""Stopped runs resume bit for bit; checkpoints are not mixed up or lost."""
 
 import errno
 import json
@@ -66,7 +66,7 @@ def test_another_micro_batch_size_is_the_same_run_to_rounding(recipe, whole_run,
 def test_an_optimizer_in_another_order_is_loaded_by_name(
     recipe, tmp_path, capsys, monkeypatch, stage, precision, is_recorded
 ):
-    """`EVEN_SIZE` puts `sink_logit`, two numbers a layer, behind the biases; 1 leaves it among them, as once it was."""
+    """`EVEN_SIZE` puts `sink_logit` after the biases; with 1 it stays among them."""
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     settings = ["model.sink.kind=logit", f"deepspeed.zero_stage={stage}", f"train.precision={precision}"]
     with monkeypatch.context() as patch:
@@ -129,7 +129,7 @@ def test_the_saved_model_is_an_ordinary_folder(whole_run, store):
     assert json.loads((folder / "config.json").read_text())["use_cache"] is True
 
 
-def test_the_run_folder_says_what_was_run(whole_run):
+def test_the_run_folder_describes_the_run(whole_run):
     assert "hidden_size: 32" in (whole_run / "config.yaml").read_text()
     environment = json.loads((whole_run / "environment.json").read_text())
     assert environment["torch"] == version("torch")
@@ -138,7 +138,7 @@ def test_the_run_folder_says_what_was_run(whole_run):
     assert (state["step"], state["positions"], state["world_size"]) == (4, 4 * 256, 1)
 
 
-# -- what is incomplete ------------------------------------------------------------------------------------------------
+# -- incomplete and damaged checkpoints ------------------------------------------------------------
 
 
 def test_an_interrupted_checkpoint_is_passed_over(recipe, whole_run, stopped_run, capsys):
@@ -148,7 +148,7 @@ def test_an_interrupted_checkpoint_is_passed_over(recipe, whole_run, stopped_run
     train(recipe, [f"train.run_dir={stopped_run}"])
     assert "resuming from" in (output := capsys.readouterr().out)
     assert "step-4 (step 4)" in output.replace("\n", "")
-    assert "step-6 was interrupted" in output.replace("\n", "")
+    assert "step-6, which was interrupted" in output.replace("\n", "")
     assert losses(stopped_run) == losses(whole_run)
 
 
@@ -156,7 +156,7 @@ def test_an_interrupted_checkpoint_cannot_be_named(recipe, whole_run, tmp_path):
     interrupted = tmp_path / "step-4"
     shutil.copytree(whole_run / "checkpoints" / "step-4", interrupted)
     (interrupted / "COMPLETE").unlink()
-    with pytest.raises(ValueError, match="an interrupted checkpoint"):
+    with pytest.raises(ValueError, match="interrupted checkpoint"):
         train(recipe, [f"train.run_dir={tmp_path / 'new'}", f"checkpoint.resume={interrupted}"])
 
 
@@ -174,18 +174,18 @@ def test_a_checkpoint_of_a_later_format_is_refused(recipe, stopped_run):
         train(recipe, [f"train.run_dir={stopped_run}"])
 
 
-def test_where_the_first_weights_came_from_stays_until_there_are_others(recipe, whole_run, tmp_path):
+def test_init_from_may_change_only_after_step_0(recipe, whole_run, tmp_path):
     began = [f"train.run_dir={tmp_path}", "checkpoint.pythia_steps=true", "train.num_steps=2"]
     train(recipe, [*began, f"model.init_from={whole_run}"])
     for step in list_checkpoints(tmp_path):
         if step:
             shutil.rmtree(tmp_path / "checkpoints" / f"step-{step}")
-    with pytest.raises(ValueError, match=r"model\.init_from is None, but .*step-0 was trained with .*: set it back"):
+    with pytest.raises(ValueError, match=r"model\.init_from is None, but .*step-0 was trained with .*: restore that"):
         train(recipe, began)
 
 
 def test_a_full_disk_leaves_the_older_checkpoint(recipe, whole_run, tmp_path):
-    """A limit on the size of files stands for the disk: the weights do not fit, what is smaller does."""
+    """A limit on file sizes simulates a full disk: the weights do not fit, smaller files do."""
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     copy_checkpoint(whole_run, 4, tmp_path)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
@@ -201,7 +201,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(recipe, whole_run, tmp_path):
     assert_same_weights(weights(tmp_path, 8), weights(whole_run, 8))
 
 
-# -- what is kept ------------------------------------------------------------------------------------------------------
+# -- kept checkpoints ------------------------------------------------------------------------------
 
 
 def test_the_newest_checkpoints_are_kept_and_pythias_always(recipe, tmp_path):
@@ -221,7 +221,7 @@ def test_a_run_can_go_on_from_step_0_and_from_another_folder(recipe, whole_run, 
     assert losses(tmp_path / "b") == losses(whole_run)
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -241,24 +241,24 @@ def test_another_run_is_not_resumed(recipe, stopped_run, override, key):
 
 def test_other_data_is_refused(recipe, stopped_run, tmp_path):
     other = make_store(tmp_path / "other", seed=1)
-    with pytest.raises(ValueError, match=r"data\.path .* holds other tokens"):
+    with pytest.raises(ValueError, match=r"data\.path .* contains different data"):
         train(recipe, [f"train.run_dir={stopped_run}", f"data.path={other}"])
 
 
-def test_a_change_that_is_allowed_is_told(recipe, stopped_run, capsys):
+def test_a_change_that_is_allowed_is_reported(recipe, stopped_run, capsys):
     train(recipe, [f"train.run_dir={stopped_run}", "optimizer.lr=0.02"])
-    assert "changed since then: optimizer.lr: 0.01 → 0.02" in capsys.readouterr().out
+    assert "changed since the checkpoint: optimizer.lr: 0.01 → 0.02" in capsys.readouterr().out
     assert metrics(stopped_run)[-1]["step"] == 8
 
 
 def test_never_resuming_does_not_mix_two_runs(recipe, stopped_run):
-    with pytest.raises(ValueError, match=r"already holds checkpoints up to step 4: set checkpoint\.resume=auto"):
+    with pytest.raises(ValueError, match=r"already contains checkpoints up to step 4: set checkpoint\.resume=auto"):
         train(recipe, [f"train.run_dir={stopped_run}", "checkpoint.resume=never"])
 
 
 def test_going_back_in_time_does_not_mix_two_runs(recipe, whole_run):
     old = whole_run / "checkpoints" / "step-4"
-    with pytest.raises(ValueError, match="holds a checkpoint at step 8, later than the one to resume from"):
+    with pytest.raises(ValueError, match="contains a checkpoint at step 8, which is later than the one to resume from"):
         train(recipe, [f"train.run_dir={whole_run}", f"checkpoint.resume={old}"])
 
 
@@ -277,7 +277,7 @@ def test_going_back_in_time_does_not_mix_two_runs(recipe, whole_run):
                 "model.max_position_embeddings=null",
                 "train.batch_size_tokens=10000",
             ],
-            "(to go without: validation.every_steps=null)",
+            "(to disable validation: validation.every_steps=null)",
         ),
     ],
 )
@@ -286,13 +286,13 @@ def test_a_run_that_cannot_start_says_why(recipe, tmp_path, overrides, message):
         train(recipe, [f"train.run_dir={tmp_path / 'run'}", *overrides])
 
 
-def test_a_dry_run_finds_what_the_data_lacks(recipe, store, tmp_path):
+def test_a_dry_run_reports_a_missing_split(recipe, store, tmp_path):
     without = tmp_path / "store"
     shutil.copytree(store, without)
     manifest = json.loads((without / "manifest.json").read_text())
     del manifest["splits"]["validation"]
     (without / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"no split 'validation'.*to go without: validation\.every_steps=null"):
+    with pytest.raises(ValueError, match=r"no split 'validation'.*to disable validation: validation\.every_steps=null"):
         train(recipe, [f"data.path={without}"], only_describe=True)
 
 
@@ -304,7 +304,7 @@ def test_two_trainings_do_not_share_a_folder(recipe, stopped_run):
     train(recipe, [f"train.run_dir={stopped_run}"])
 
 
-def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_locks_no_folder(tmp_path, monkeypatch):
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -324,7 +324,7 @@ def test_a_damaged_store_is_refused(recipe, store, tmp_path):
         train(recipe, [f"train.run_dir={tmp_path / 'run'}", f"data.path={broken}"])
 
 
-# -- warm start --------------------------------------------------------------------------------------------------------
+# -- warm start ------------------------------------------------------------------------------------
 
 
 def test_a_warm_start_begins_where_the_other_run_ended(recipe, whole_run, tmp_path):

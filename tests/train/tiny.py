@@ -1,4 +1,4 @@
-"""A tiny store, a tiny recipe, and runs of it: in this process, or in several that talk through gloo."""
+"""A tiny store, a tiny recipe, and its runs: in this process, or in several connected by gloo."""
 
 import itertools
 import json
@@ -36,7 +36,7 @@ wandb: {mode: disabled}
 
 
 def make_store(folder: Path, seed: int = 0) -> Path:
-    """A store of random words, about 10,000 tokens of a 300-token vocabulary. The same every time."""
+    """A fixed store of random words: about 10,000 tokens, a vocabulary of 300."""
     folder.mkdir(parents=True, exist_ok=True)
     chance = random.Random(seed)
     words = ["".join(chance.choices("etaoinshrdlu", k=chance.randint(2, 7))) for _ in range(200)]
@@ -70,7 +70,7 @@ def assert_same_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Te
 
 
 def copy_checkpoint(run_dir: Path, step: int, other_run_dir: Path) -> None:
-    """Another run's folder as if it had been stopped after ``step``."""
+    """Create another run's folder as if that run had been stopped after ``step``."""
     shutil.copytree(run_dir / "checkpoints" / f"step-{step}", other_run_dir / "checkpoints" / f"step-{step}")
     shutil.copy(run_dir / "metrics.jsonl", other_run_dir / "metrics.jsonl")
 
@@ -83,7 +83,7 @@ def free_port() -> str:
 
 @contextmanager
 def bad_loss_in(step: int, num_micro_batches: int) -> Iterator[None]:
-    """A training step of this process, counted from 1, has a loss that is not a number."""
+    """Make the loss NaN in one training step of this process, counted from 1."""
     forward, calls = SinkGPTNeoXForCausalLM.forward, itertools.count()
 
     def diverging(self: SinkGPTNeoXForCausalLM, *args: Any, **kwargs: Any) -> Any:
@@ -97,7 +97,7 @@ def bad_loss_in(step: int, num_micro_batches: int) -> Iterator[None]:
 
 
 def ahead() -> Any:
-    """A context in which steps are queued before the one before them is read, as on a GPU."""
+    """A context in which a step is queued before the previous one is read, as on a GPU."""
     return patch.object(loop, "runs_ahead", lambda _: True)
 
 
@@ -140,7 +140,7 @@ class Ranks:
 
 
 def wait_for_step(run_dir: Path, step: int, timeout: float = 90) -> None:
-    """Until the run has recorded a step."""
+    """Wait until the run has recorded a step."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         path = run_dir / "metrics.jsonl"

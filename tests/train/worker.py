@@ -1,12 +1,14 @@
-"""One rank of a world that makes several training runs behind each other: starting Python is what takes the time.
+"""One rank that executes several training runs in sequence, because starting Python is slow.
 
-``python -m tests.train.worker CALLS.json``: a list of calls {"recipe", "overrides"}, each with what else happens:
+``python -m tests.train.worker CALLS.json``: a list of calls {"recipe", "overrides"}, each with
+optional events:
 
 - "copy": [run_dir, step, run_dir]: first, a checkpoint is copied;
 - "file_limit": [rank, bytes]: the disk of a rank is full;
-- "signal": [rank, number, step, run_dir]: a rank gets a signal when the run has done that step;
-- "bad_loss": [rank, step, num_micro_batches]: a rank's loss is not a number in that step;
-- "ahead": true: steps are queued before the one before them is read, as on a GPU.
+- "signal": [rank, number, step, run_dir]: a rank receives a signal after the run has done that
+  step;
+- "bad_loss": [rank, step, num_micro_batches]: a rank's loss is NaN in that step;
+- "ahead": true: a step is queued before the previous one is read, as on a GPU.
 
 The outcome of each call is printed as one JSON line.
 """
