@@ -1,7 +1,9 @@
-"""Make the links of README.md absolute, for the page on the package index: python docs/absolute_links.py
+"""Make the links of README.md absolute, for the page on the package index.
 
-The release steps run this before the build and undo it afterwards. The address comes from `[project.urls]`, key
-`Repository`, in pyproject.toml; links point to the tag of the version that is built.
+    python docs/absolute_links.py
+
+The release steps run this before the build and undo it afterwards. The address is the key
+`Repository` of `[project.urls]` in pyproject.toml. Links point to the tag of the built version.
 """
 
 import re

@@ -1,9 +1,10 @@
 """Draw the picture of README.md: perplexity along a book, with the sink token kept and lost.
 
-    python docs/pictures.py --measure   # measures, and writes docs/results/sink-lost.json; minutes on a CPU
-    python docs/pictures.py             # draws docs/results/sink-lost.png from that file
+    python docs/pictures.py --measure  # writes docs/results/sink-lost.json; minutes on a CPU
+    python docs/pictures.py            # draws docs/results/sink-lost.png from that file
 
-The model and the book are in examples/checkpoints. sink-lost.json records the library versions and the hardware.
+The model and the book are in examples/checkpoints. sink-lost.json records the library versions and
+the hardware.
 """
 
 import argparse
@@ -48,7 +49,7 @@ def main() -> None:
 
 
 def measure(hardware: str) -> dict[str, Any]:
-    """Mean losses over consecutive bins of the book, and the perplexity over all of them, for each cache."""
+    """Mean losses over consecutive bins of the book, and the total perplexity, for each cache."""
     folder = CHECKPOINTS / "learnable-sink"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     book = (CHECKPOINTS / "book.txt").read_text(encoding="utf-8")

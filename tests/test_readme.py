@@ -1,4 +1,4 @@
-"""README.md: its Python runs as printed, its versions are the tested ones, and its picture comes from its data."""
+"""README.md: its Python runs, its versions are the tested ones, its picture has its data."""
 
 import json
 import re

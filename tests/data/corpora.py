@@ -27,7 +27,7 @@ def records(seed: int, count: int, num_words: int = 60, set_names: tuple[str, ..
 
 
 def write_json_lines(path: Path, rows: list[dict]) -> Path:
-    """Write ``.jsonl``, ``.jsonl.gz`` or ``.jsonl.zst`` (several frames), depending on the suffix."""
+    """Write ``.jsonl``, ``.jsonl.gz`` or ``.jsonl.zst`` (several frames), by the suffix."""
     lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows]
     if path.suffix == ".zst":
         middle = len(lines) // 2
