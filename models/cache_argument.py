@@ -41,5 +41,8 @@ def single_cache(cache: Cache | None, past_key_values: Cache | None, others: dic
         if isinstance(value, Cache):
             raise ValueError(f"a cache was passed as the unknown argument {name}: pass it as {' or '.join(NAMES)}")
     if cache is not None and past_key_values is not None and cache is not past_key_values:
-        raise ValueError("cache and past_key_values are two names of the same argument: pass only one of them")
+        raise ValueError(
+            "cache and past_key_values are two names of the same argument: pass only one of them (`generate` of "
+            f"transformers {transformers.__version__} takes {CACHE})"
+        )
     return past_key_values if cache is None else cache

@@ -255,7 +255,8 @@ class StreamingCache(Cache):
         """Return the new states unchanged: `streaming_attention` stores them."""
         if self.step is None:
             raise ValueError(
-                "this StreamingCache was made for another model: create one with StreamingCache.for_model(model, …)"
+                "this StreamingCache was made for another model, or the model's forward method was replaced since: "
+                "create a new one with StreamingCache.for_model(model, …)"
             )
         return key_states, value_states
 

@@ -9,7 +9,6 @@ own method.
 
 import copy
 import inspect
-import types
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -60,7 +59,9 @@ register_column_attention(ATTENTION, streaming_attention)
 class SteeredForward:
     """Replaces a decoder's ``forward`` method; all streaming caches of a decoder share one.
 
-    A copied or pickled decoder has no caches and gets the original method instead.
+    A deep copy of the decoder gets its own, without caches; a pickled decoder gets the original
+    method. A shallow copy, and a replica of ``torch.nn.DataParallel``, would run this decoder:
+    delete the caches first.
     """
 
     def __init__(self, decoder: PreTrainedModel):
@@ -79,7 +80,7 @@ class SteeredForward:
     def of(cls, cache: "StreamingCache", decoder: PreTrainedModel) -> "SteeredForward":
         """Replace a decoder's ``forward`` method for the lifetime of a new cache."""
         steering = vars(decoder).get("forward")
-        if not isinstance(steering, cls):
+        if not isinstance(steering, cls) or steering.decoder() is not decoder:
             steering = cls(decoder)
             decoder.forward = steering
         steering.num_caches += 1
@@ -100,8 +101,7 @@ class SteeredForward:
     def __deepcopy__(self, memo: dict) -> Any:
         if self.replaced is not None:
             return copy.deepcopy(self.replaced, memo)
-        twin = memo[id(self.decoder())]
-        return types.MethodType(type(twin).forward, twin)
+        return SteeredForward(memo[id(self.decoder())])
 
     def __reduce__(self) -> Any:
         return getattr, (self.decoder(), "forward")

@@ -128,6 +128,10 @@ def save_on_all_ranks(engine: "DeepSpeedEngine", *args: Any, **kwargs: Any) -> N
         setattr(owner, name, deferred(getattr(owner, name)))
     try:
         engine.save_checkpoint(*args, **kwargs)
+    except (OSError, RuntimeError):  # not in writing a file: the others wait at the final barrier
+        if torch.distributed.get_world_size() > 1:
+            torch.distributed.barrier()
+        raise
     finally:
         for owner, name in replaced:
             delattr(owner, name)  # makes the method of its class visible again

@@ -106,6 +106,8 @@ class Resume:
         """Raise any error in reading the checkpoint's files as an OSError that names the folder."""
         try:
             yield
+        except (torch.OutOfMemoryError, torch.distributed.DistError):
+            raise
         except Exception as error:
             reason = (str(error).splitlines() or [""])[0]
             raise OSError(
