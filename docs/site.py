@@ -1,0 +1,84 @@
+"""Collect the pages of the site in build/pages, with the tables that come from the code: python docs/site.py
+
+`make docs` runs this, and then Zensical with zensical.toml.
+"""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sinklm.train.config import TrainingConfig
+
+ROOT = Path(__file__).parent.parent
+PAGES = ROOT / "build" / "pages"
+MERMAID = ROOT / "build" / "mermaid.min.js"  # `make docs` downloads it
+FILES = ("*.md", "*.png", "*.svg", "*.json", "*.cff")  # pages, and the files that they link to
+MARKER = "<!-- `make docs` puts the reference here -->"
+LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+
+
+def commands() -> str:
+    """Typer's reference of the command `sinklm`, without its title and introduction."""
+    command = [sys.executable, "-m", "typer", "sinklm.cli.main", "utils", "docs", "--name", "sinklm"]
+    reference = subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout
+    return reference[reference.index("\n**Usage**") :]
+
+
+def recipe_keys() -> str:
+    """A heading and a table for each section of a recipe."""
+    schema = TrainingConfig.model_json_schema()
+    return "\n".join(_section("", schema, schema["$defs"]))
+
+
+def _section(path: str, section: dict[str, Any], definitions: dict[str, Any]) -> Iterator[str]:
+    """Lines for one section, and for the sections in it."""
+    inner: list[tuple[str, dict[str, Any]]] = []
+    rows: list[str] = []
+    for name, field in section["properties"].items():
+        key = f"{path}.{name}" if path else name
+        if "$ref" in field:
+            inner.append((key, definitions[field["$ref"].rpartition("/")[2]]))
+        else:
+            default = f"`{_yaml(field['default'])}`" if "default" in field else "required"
+            rows.append(f"| `{key}` | {_type(field)} | {default} | {field.get('description', '')} |")
+    if rows:
+        yield from (f"## `{path}`", "", section.get("description", ""), "")
+        yield from ("| key | type | default | meaning |", "|---|---|---|---|", *rows, "")
+    for key, definition in inner:
+        yield from _section(key, definition, definitions)
+
+
+def _type(field: dict[str, Any]) -> str:
+    """The type of a field and its limits, such as "integer ≥ 1, or null"."""
+    if "anyOf" in field:
+        return ", or ".join(map(_type, field["anyOf"]))
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    limits = " and ".join(f"{sign} {field[name]}" for name, sign in LIMITS.items() if name in field)
+    return f"{field['type']} {limits}".strip()
+
+
+def _yaml(value: object) -> str:
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
+
+
+def main() -> None:
+    shutil.rmtree(PAGES, ignore_errors=True)
+    for folder in ("", "docs/**", "examples/**"):
+        for path in (path for pattern in FILES for path in ROOT.glob(f"{folder}/{pattern}".lstrip("/"))):
+            copy = PAGES / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+    shutil.copy(MERMAID, PAGES)
+    for name, text in {"commands": commands(), "recipe-keys": recipe_keys()}.items():
+        page = PAGES / "docs" / "reference" / f"{name}.md"
+        page.write_text(page.read_text(encoding="utf-8").replace(MARKER, text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
