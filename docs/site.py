@@ -3,9 +3,13 @@
 `make docs` runs this, and then Zensical with zensical.toml.
 """
 
+import hashlib
+import io
 import shutil
 import subprocess
 import sys
+import tarfile
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +20,21 @@ from sinklm.train.config import TrainingConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "build" / "pages"
-MERMAID = ROOT / "build" / "mermaid.min.js"  # `make docs` downloads it
 FILES = ("*.md", "*.png", "*.svg", "*.json", "*.cff")  # pages, and the files that they link to
+# Scripts that the site serves itself, from the npm registry: package and version, file, sha256. The first draws
+# diagrams; with the second, search works from file://.
+SCRIPTS = {
+    "mermaid.min.js": (
+        "mermaid-12.3.0",
+        "dist/mermaid.min.js",
+        "336df803d87a38b70a01e736e666c8f7601d2ce42f5e47c8fafe5d721074b9a3",
+    ),
+    "iframe-worker.js": (
+        "iframe-worker-1.0.4",
+        "shim/index.js",
+        "e8e412dbcfea9b7e31b5ffa288d7b6035915e714c542f4176a0cdbe262fc9609",
+    ),
+}
 MARKER = "<!-- `make docs` puts the reference here -->"
 LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
@@ -67,6 +84,21 @@ def _yaml(value: object) -> str:
     return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
 
 
+def download(name: str, release: str, member: str, sha256: str) -> Path:
+    """The path of a script in build/; a file that is there already is used again."""
+    path = ROOT / "build" / f"{release}-{name}"
+    if not path.exists():
+        package = release.rpartition("-")[0]
+        with urllib.request.urlopen(f"https://registry.npmjs.org/{package}/-/{release}.tgz", timeout=60) as response:
+            packed = io.BytesIO(response.read())
+        with tarfile.open(fileobj=packed) as archive:
+            content = archive.extractfile(f"package/{member}").read()
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise ValueError(f"{release}: {member} is not the file that docs/site.py expects")
+        path.write_bytes(content)
+    return path
+
+
 def main() -> None:
     shutil.rmtree(PAGES, ignore_errors=True)
     for folder in ("", "docs/**", "examples/**"):
@@ -74,7 +106,8 @@ def main() -> None:
             copy = PAGES / path.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, copy)
-    shutil.copy(MERMAID, PAGES)
+    for name, source in SCRIPTS.items():
+        shutil.copy(download(name, *source), PAGES / name)
     for name, text in {"commands": commands(), "recipe-keys": recipe_keys()}.items():
         page = PAGES / "docs" / "reference" / f"{name}.md"
         page.write_text(page.read_text(encoding="utf-8").replace(MARKER, text), encoding="utf-8")
