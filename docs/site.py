@@ -5,6 +5,7 @@
 
 import hashlib
 import io
+import re
 import shutil
 import subprocess
 import sys
@@ -35,8 +36,18 @@ SCRIPTS = {
         "e8e412dbcfea9b7e31b5ffa288d7b6035915e714c542f4176a0cdbe262fc9609",
     ),
 }
-MARKER = "<!-- `make docs` puts the reference here -->"
+MARKER = "<!-- `make docs` puts the {} here -->"
 LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+
+
+def page(text: str) -> str:
+    """A page with the generated parts, and with code in tables in the form that Python-Markdown reads."""
+    for name, generate in {"commands": commands, "recipe keys": recipe_keys}.items():
+        if (marker := MARKER.format(name)) in text:
+            text = text.replace(marker, generate())
+    # GitHub requires `\|` for a bar in a table's code; Python-Markdown would show the backslash.
+    rows = re.compile(r"^\|.*$", flags=re.MULTILINE)
+    return rows.sub(lambda row: re.sub(r"`[^`]+`", lambda code: code[0].replace(r"\|", "|"), row[0]), text)
 
 
 def commands() -> str:
@@ -105,12 +116,9 @@ def main() -> None:
         for path in (path for pattern in FILES for path in ROOT.glob(f"{folder}/{pattern}".lstrip("/"))):
             copy = PAGES / path.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, copy)
+            copy.write_bytes(path.read_bytes() if path.suffix != ".md" else page(path.read_text("utf-8")).encode())
     for name, source in SCRIPTS.items():
         shutil.copy(download(name, *source), PAGES / name)
-    for name, text in {"commands": commands(), "recipe-keys": recipe_keys()}.items():
-        page = PAGES / "docs" / "reference" / f"{name}.md"
-        page.write_text(page.read_text(encoding="utf-8").replace(MARKER, text), encoding="utf-8")
 
 
 if __name__ == "__main__":
