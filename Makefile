@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint types clean
+.PHONY: quickstart test lint types docs clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py
@@ -17,6 +17,15 @@ lint: $(VENV)/installed
 
 types: $(VENV)/installed
 	$(BIN)/mypy -p sinklm
+
+docs: $(VENV)/docs-installed
+	$(BIN)/python docs/site.py
+	$(BIN)/zensical build --clean --strict
+	@echo "The site is in build/site/index.html"
+
+$(VENV)/docs-installed: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group docs
+	@touch $@
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -189,8 +189,8 @@ def _explain_full_disk(store: Path) -> Iterator[None]:
         if error.errno not in FULL_DISK:
             raise
         raise OSError(
-            f"{store}: no space left to write ({os.strerror(error.errno)}); finished work is kept: free some space and run the "
-            "same command again"
+            f"{store}: no space left to write ({os.strerror(error.errno)}); finished work is kept: free some space "
+            "and run the same command again"
         ) from error
 
 

@@ -2,17 +2,23 @@
 
 import re
 import tomllib
+from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from docs.absolute_links import absolute_links, relative_links
+from docs.site import FILES, recipe_keys
+from sinklm.train.config import TrainingConfig
+from sinklm.train.recipe import dotted_keys
 from sinklm.versions import TESTED
 
 from .test_imports import MAY_IMPORT
 
 ROOT = Path(__file__).parent.parent
-PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("NOTE.md")]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -38,6 +44,31 @@ def test_the_page_on_the_package_index_has_no_relative_link():
     assert "](https://example.org/sinklm/blob/v1.2/docs/streaming.md#which-models)" in text
     assert re.search(r"!\[[^\]]*\]\(https://example\.org/sinklm/raw/v1\.2/docs/results/[\w-]+\.png\)", text)
     assert "](https://arxiv.org/abs/2309.17453)" in text
+
+
+def test_every_page_and_all_that_it_links_to_is_on_the_site():
+    nav = tomllib.loads((ROOT / "zensical.toml").read_text())["project"]["nav"]
+    assert sorted(paths_of(nav)) == sorted(str(page.relative_to(ROOT)) for page in PAGES)
+    for page in PAGES:
+        for link in relative_links(page.read_text()):
+            target = page.parent / link.partition("#")[0] if link[0] != "#" else page
+            target = target / "README.md" if target.is_dir() else target
+            assert target.exists(), link
+            assert any(fnmatch(target.name, pattern) for pattern in FILES), f"{link} is not on the site"
+
+
+def paths_of(nav: Any) -> Iterator[str]:
+    """The pages of a navigation: a path, or lists and tables of them."""
+    if isinstance(nav, str):
+        yield nav
+    else:
+        for entry in nav.values() if isinstance(nav, dict) else nav:
+            yield from paths_of(entry)
+
+
+def test_the_reference_of_recipes_has_every_key():
+    keys = re.findall(r"^\| `([\w.]+)` \|", recipe_keys(), flags=re.MULTILINE)
+    assert sorted(keys) == sorted(dotted_keys(TrainingConfig))
 
 
 def test_the_page_of_versions_is_up_to_date():

@@ -1,0 +1,125 @@
+"""Collect the pages of the site in build/pages, with the tables that come from the code: python docs/site.py
+
+`make docs` runs this, and then Zensical with zensical.toml.
+"""
+
+import hashlib
+import io
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sinklm.train.config import TrainingConfig
+
+ROOT = Path(__file__).parent.parent
+PAGES = ROOT / "build" / "pages"
+FILES = ("*.md", "*.png", "*.svg", "*.json", "*.cff")  # pages, and the files that they link to
+# Scripts that the site serves itself, from the npm registry: package and version, file, sha256. The first draws
+# diagrams; with the second, search works from file://.
+SCRIPTS = {
+    "mermaid.min.js": (
+        "mermaid-12.3.0",
+        "dist/mermaid.min.js",
+        "336df803d87a38b70a01e736e666c8f7601d2ce42f5e47c8fafe5d721074b9a3",
+    ),
+    "iframe-worker.js": (
+        "iframe-worker-1.0.4",
+        "shim/index.js",
+        "e8e412dbcfea9b7e31b5ffa288d7b6035915e714c542f4176a0cdbe262fc9609",
+    ),
+}
+MARKER = "<!-- `make docs` puts the {} here -->"
+LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+
+
+def page(text: str) -> str:
+    """A page with the generated parts, and with code in tables in the form that Python-Markdown reads."""
+    for name, generate in {"commands": commands, "recipe keys": recipe_keys}.items():
+        if (marker := MARKER.format(name)) in text:
+            text = text.replace(marker, generate())
+    # GitHub requires `\|` for a bar in a table's code; Python-Markdown would show the backslash.
+    rows = re.compile(r"^\|.*$", flags=re.MULTILINE)
+    return rows.sub(lambda row: re.sub(r"`[^`]+`", lambda code: code[0].replace(r"\|", "|"), row[0]), text)
+
+
+def commands() -> str:
+    """Typer's reference of the command `sinklm`, without its title and introduction."""
+    command = [sys.executable, "-m", "typer", "sinklm.cli.main", "utils", "docs", "--name", "sinklm"]
+    reference = subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout
+    return reference[reference.index("\n**Usage**") :]
+
+
+def recipe_keys() -> str:
+    """A heading and a table for each section of a recipe."""
+    schema = TrainingConfig.model_json_schema()
+    return "\n".join(_section("", schema, schema["$defs"]))
+
+
+def _section(path: str, section: dict[str, Any], definitions: dict[str, Any]) -> Iterator[str]:
+    """Lines for one section, and for the sections in it."""
+    inner: list[tuple[str, dict[str, Any]]] = []
+    rows: list[str] = []
+    for name, field in section["properties"].items():
+        key = f"{path}.{name}" if path else name
+        if "$ref" in field:
+            inner.append((key, definitions[field["$ref"].rpartition("/")[2]]))
+        else:
+            default = f"`{_yaml(field['default'])}`" if "default" in field else "required"
+            rows.append(f"| `{key}` | {_type(field)} | {default} | {field.get('description', '')} |")
+    if rows:
+        yield from (f"## `{path}`", "", section.get("description", ""), "")
+        yield from ("| key | type | default | meaning |", "|---|---|---|---|", *rows, "")
+    for key, definition in inner:
+        yield from _section(key, definition, definitions)
+
+
+def _type(field: dict[str, Any]) -> str:
+    """The type of a field and its limits, such as "integer ≥ 1, or null"."""
+    if "anyOf" in field:
+        return ", or ".join(map(_type, field["anyOf"]))
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    limits = " and ".join(f"{sign} {field[name]}" for name, sign in LIMITS.items() if name in field)
+    return f"{field['type']} {limits}".strip()
+
+
+def _yaml(value: object) -> str:
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
+
+
+def download(name: str, release: str, member: str, sha256: str) -> Path:
+    """The path of a script in build/; a file that is there already is used again."""
+    path = ROOT / "build" / f"{release}-{name}"
+    if not path.exists():
+        package = release.rpartition("-")[0]
+        with urllib.request.urlopen(f"https://registry.npmjs.org/{package}/-/{release}.tgz", timeout=60) as response:
+            packed = io.BytesIO(response.read())
+        with tarfile.open(fileobj=packed) as archive:
+            content = archive.extractfile(f"package/{member}").read()
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise ValueError(f"{release}: {member} is not the file that docs/site.py expects")
+        path.write_bytes(content)
+    return path
+
+
+def main() -> None:
+    shutil.rmtree(PAGES, ignore_errors=True)
+    for folder in ("", "docs/**", "examples/**"):
+        for path in (path for pattern in FILES for path in ROOT.glob(f"{folder}/{pattern}".lstrip("/"))):
+            copy = PAGES / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes() if path.suffix != ".md" else page(path.read_text("utf-8")).encode())
+    for name, source in SCRIPTS.items():
+        shutil.copy(download(name, *source), PAGES / name)
+
+
+if __name__ == "__main__":
+    main()
