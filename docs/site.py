@@ -1,4 +1,4 @@
-"""Collect the pages of the site in build/pages, with the tables that come from the code: python docs/site.py
+"""Collect the pages of the site in build/pages, with the tables that come from the code.
 
 `make docs` runs this, and then Zensical with zensical.toml.
 """
@@ -22,8 +22,8 @@ from sinklm.train.config import TrainingConfig
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "build" / "pages"
 FILES = ("*.md", "*.png", "*.svg", "*.json", "*.cff")  # pages, and the files that they link to
-# Scripts that the site serves itself, from the npm registry: package and version, file, sha256. The first draws
-# diagrams; with the second, search works from file://.
+# Scripts that the site serves itself, from the npm registry: package and version, file, sha256.
+# The first draws diagrams; with the second, search works from file://.
 SCRIPTS = {
     "mermaid.min.js": (
         "mermaid-12.3.0",
@@ -41,7 +41,7 @@ LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiv
 
 
 def page(text: str) -> str:
-    """A page with the generated parts, and with code in tables in the form that Python-Markdown reads."""
+    """A page with the generated parts, and code in tables as Python-Markdown reads it."""
     for name, generate in {"commands": commands, "recipe keys": recipe_keys}.items():
         if (marker := MARKER.format(name)) in text:
             text = text.replace(marker, generate())
@@ -118,7 +118,10 @@ def main() -> None:
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(path.read_bytes() if path.suffix != ".md" else page(path.read_text("utf-8")).encode())
     for name, source in SCRIPTS.items():
-        shutil.copy(download(name, *source), PAGES / name)
+        try:
+            shutil.copy(download(name, *source), PAGES / name)
+        except OSError as error:
+            print(f"warning: the site has no {name}, because it could not be downloaded: {error}")
 
 
 if __name__ == "__main__":
