@@ -224,7 +224,7 @@ def test_the_command_writes_table_json_and_picture(checkpoints, tmp_path, book, 
     assert (tmp_path / "results" / "streaming.png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
     assert f"{report['results'][1]['perplexity']:,.2f}" in shown
-    assert "one token in 4 is scored" in shown
+    assert "one in 4 tokens is scored" in shown
 
 
 def test_the_picture_shows_every_configuration(checkpoints, book):
