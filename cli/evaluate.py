@@ -90,47 +90,34 @@ def streaming(
     ] = 1,
     output: Output = None,
 ) -> None:
-    """Measure perplexity on long text.
-
-    Compares dense attention, window attention, a streaming cache with kept tokens, and
-    re-computation of the window.
-    """
+    """Measure perplexity on long text under several ways of limiting attention: see --methods."""
     from ..checkpoints import load_tokenizer
+    from ..eval import perplexity
     from ..eval.loading import load_causal_model
-    from ..eval.perplexity import (
-        as_json,
-        configurations,
-        default_caches,
-        default_methods,
-        parse_caches,
-        read_text_files,
-        refuse_unmeasurable,
-        results_table,
-    )
     from ..eval.plots import plot_streaming
     from ..eval.report import ReportFile, default_output, new_report
 
     console = Console()
-    tokenized = read_text_files(text, load_tokenizer(model), tokens)
+    tokenized = perplexity.read_text_files(text, load_tokenizer(model), tokens)
     loaded = load_causal_model(model)
-    shapes = default_caches(loaded) if caches is None else parse_caches(caches)
-    chosen = configurations(
-        default_methods(shapes) if methods is None else [name.strip() for name in methods.split(",")],
+    shapes = perplexity.default_caches(loaded) if caches is None else perplexity.parse_caches(caches)
+    chosen = perplexity.configurations(
+        perplexity.default_methods(shapes) if methods is None else [name.strip() for name in methods.split(",")],
         shapes,
         num_sinks=getattr(loaded.config, "num_sinks", 0),
     )
-    refuse_unmeasurable(loaded, tokenized, chosen)
+    perplexity.refuse_unmeasurable(loaded, tokenized, chosen)
     folder = output or default_output(model)
     file = ReportFile(folder / "streaming.json")
     report = new_report(loaded, model, recompute_every=recompute_every)
     results = []
     for result in _measure_all(console, loaded, tokenized, chosen, recompute_every):
         results.append(result)
-        report |= as_json(results, tokenized)
+        report |= perplexity.as_json(results, tokenized)
         file.keep(report)
     file.finish(report)
     plot_streaming(report, folder / "streaming.png", title=model)
-    console.print(results_table(results, f"Perplexity on {report['text']['num_tokens']:,} tokens: {model}"))
+    console.print(perplexity.results_table(results, f"Perplexity on {report['text']['num_tokens']:,} tokens: {model}"))
     _explain_unscored(console, results, tokenized, recompute_every, report["model"]["max_position_embeddings"])
     console.print(f"Results: {file.path}, {folder / 'streaming.png'}")
 

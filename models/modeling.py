@@ -167,14 +167,12 @@ class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
 
         Args:
             input_ids: ``(B, T)`` text without sinks. Alternatively ``inputs_embeds`` ``(B, T, D)``.
-            attention_mask: ``(B, T)``, or ``(B, tokens seen + T)`` with a cache; 0 marks padding,
-                on either side.
+            attention_mask: ``(B, T)``, or ``(B, tokens seen + T)`` with a cache; 0 is padding.
             position_ids: ``(B, T)``, counted from the first text token, without the sinks.
             past_key_values, cache: two names of the same argument (`cache_argument`). The sinks are
                 prepended if the cache is empty or None.
-            labels: ``(B, T)``, where label j is token j as in transformers, or ``(B, T + 1)``,
-                where the last label is the target of the last token. With sinks, label 0 is also a
-                target: the last sink predicts it.
+            labels: ``(B, T)`` as in transformers, or ``(B, T + 1)``, where the last label is the
+                target of the last token. With sinks, label 0 is a target of the last sink.
             skip_logits: return only the loss; logits are computed for one chunk at a time.
             num_items_in_batch: divisor of the summed loss; default: the number of targets.
         """

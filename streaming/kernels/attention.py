@@ -220,10 +220,7 @@ def _decode_kernel(
     HALF_ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_KEPT: tl.constexpr,
     BLOCKS_PER_SPLIT: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """One program per group of heads, row and split of the keys.
-
-    Split 0 has the new key and the kept keys, the others have slots of the ring.
-    """
+    """A program per group of heads, row and split: the new and the kept keys, or slots."""
     SCALE: tl.constexpr = SCALING * LOG2E
     NUM_SLOTS: tl.constexpr = NUM_KEPT + WINDOW + 1
     row_group, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
