@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .. import models  # noqa: F401  (registers the type of our models with transformers)
 from .folders import resolve_model_folder
 
 
