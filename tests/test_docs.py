@@ -38,6 +38,13 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
+def test_the_tests_that_pages_name_exist():
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    for page in PAGES:
+        for name in re.findall(r"`(test_\w+)`", page.read_text()):
+            assert f"def {name}(" in sources or list((ROOT / "tests").rglob(f"{name}.py")), f"{page}: {name}"
+
+
 def test_the_page_on_the_package_index_has_no_relative_link():
     text = absolute_links((ROOT / "README.md").read_text(), "https://example.org/sinklm/", "1.2")
     assert not relative_links(text)

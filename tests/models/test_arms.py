@@ -247,7 +247,10 @@ def test_the_first_values_of_an_arm(kind, names):
 
 def test_untrained_logit_and_kv_bias_arms_equal_the_zero_arm():
     ids = text(1, 9)
-    logits = [seeded(SinkGPTNeoXForCausalLM, tiny_config(0, sink={"kind": kind}))(ids).logits for kind in COLUMN_KINDS]
+    logits = [
+        seeded(SinkGPTNeoXForCausalLM, tiny_config(0, sink={"kind": kind}))(ids).logits
+        for kind in ("zero", "logit", "kv_bias")
+    ]
     # Not bit for bit: the rounding of MKL's products depends on the memory addresses of operands.
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(logits[2], logits[0], rtol=1e-5, atol=1e-6)
