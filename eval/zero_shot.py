@@ -16,6 +16,9 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models import SinkGPTNeoXConfig
+from ..versions import warn_if_untested
+
+warn_if_untested("lm-eval")
 
 PAPER_TASKS = "sinklm_paper"
 TASK_FOLDER = Path(__file__).parent / "tasks"

@@ -1,5 +1,6 @@
 """The tested versions of libraries, and the warning for others."""
 
+import re
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -57,3 +58,10 @@ def test_an_untested_version_warns(monkeypatch, recwarn):
     recwarn.clear()
     versions.warn_if_untested("transformers")
     assert not recwarn
+
+
+@pytest.mark.parametrize("name", versions.TESTED)
+def test_a_part_checks_the_version_of_each_library(name):
+    root = Path(__file__).parent.parent
+    sources = "".join(path.read_text() for part in ("models", "train", "eval") for path in (root / part).rglob("*.py"))
+    assert re.search(rf'(warn_if_untested|is_tested)\([^)]*"{name}"', sources)
