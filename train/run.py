@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoints.folders import CONFIG_FILE, ENVIRONMENT_FILE, interrupted_checkpoints
+from ..checkpoints.folders import CONFIG_FILE, ENVIRONMENT_FILE, damaged_checkpoints, interrupted_checkpoints
 from ..checkpoints.warm_start import check_tokenizer, load_weights
 from ..data import TokenWindows, open_store
 from ..data.store import TokenSource
@@ -21,6 +21,7 @@ from ..models import SinkGPTNeoXForCausalLM
 from ..models.cost import count_parameters
 from .batches import open_windows
 from .config import TrainingConfig
+from .disk import space_warning
 from .launch import SameOnAllRanks, World, connected
 from .plan import Plan
 from .progress import RunProgress
@@ -32,7 +33,13 @@ LOCK_NAME = "lock"
 RECORDED_PACKAGES = ("torch", "transformers", "deepspeed", "tokenizers", "numpy", "safetensors")
 
 
-def train(recipe: str, overrides: list[str] | tuple[str, ...] = (), *, only_describe: bool = False) -> None:
+def train(
+    recipe: str,
+    overrides: list[str] | tuple[str, ...] = (),
+    *,
+    only_describe: bool = False,
+    trust_checkpoint: bool = False,
+) -> None:
     """Train a model, or only describe the run.
 
     If started by ``deepspeed``, ``torchrun`` or ``srun``, this process is one of several ranks;
@@ -42,6 +49,8 @@ def train(recipe: str, overrides: list[str] | tuple[str, ...] = (), *, only_desc
         recipe: name or path, see `sinklm.train.recipe.load_config`.
         overrides: ``section.key=value``.
         only_describe: print the resolved configuration and its cost without training.
+        trust_checkpoint: resume also from a checkpoint without checksums, or whose pickles could
+            run code.
 
     Raises:
         ValueError: a key, a value or the data is invalid, or training diverged.
@@ -63,7 +72,7 @@ def train(recipe: str, overrides: list[str] | tuple[str, ...] = (), *, only_desc
         print("loading DeepSpeed and connecting to the other ranks …", flush=True)
     with connected(patches=config.deepspeed.patches) as world:
         try:
-            signal_number = _train_rank(config, world)
+            signal_number = _train_rank(config, world, trust_checkpoint)
         except SameOnAllRanks:
             if world.is_main:
                 raise
@@ -98,7 +107,7 @@ def locked_run(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def _train_rank(config: TrainingConfig, world: World) -> int:
+def _train_rank(config: TrainingConfig, world: World, trust_checkpoint: bool) -> int:
     """Train as one rank. Returns the number of the signal that ended the run early, or 0."""
     run_dir = Path(config.train.run_dir or "")
     with world.all_or_none():
@@ -109,7 +118,7 @@ def _train_rank(config: TrainingConfig, world: World) -> int:
         with world.all_or_none():
             if world.is_main:
                 held.enter_context(locked_run(run_dir))
-        return _train_locked(run_dir, plan, world, store, *windows)
+        return _train_locked(run_dir, plan, world, store, *windows, trust_checkpoint=trust_checkpoint)
 
 
 def _train_locked(
@@ -119,14 +128,16 @@ def _train_locked(
     store: TokenSource,
     windows: TokenWindows,
     validation_windows: TokenWindows | None,
+    *,
+    trust_checkpoint: bool,
 ) -> int:
     from .engine import compiles, make_engine
     from .loop import TrainingLoop
     from .resume import find_resume
 
     config = plan.config
+    resume = find_resume(plan, store.fingerprint, world, is_trusted=trust_checkpoint)
     with world.all_or_none():
-        resume = find_resume(plan, store.fingerprint)
         if resume is None and config.model.init_from is not None:
             check_tokenizer(config.model.init_from, store.tokenizer_path)
     with world.all_or_none(f"cannot write to {run_dir}: "):
@@ -137,7 +148,11 @@ def _train_locked(
         for line in describe_run(plan, store, windows, resume):
             progress.say(line)
         for path in interrupted_checkpoints(run_dir):
-            progress.say(f"ignoring {path}, which was interrupted while being written")
+            progress.say(f"ignoring {path}, which was interrupted; the next save deletes it")
+        for path in damaged_checkpoints(run_dir):
+            progress.say(f"ignoring {path}, which is damaged; delete it when you do not need it")
+        if warning := space_warning(plan, run_dir, store.tokenizer_path):
+            progress.say(warning)
         first_step = resume.step if resume else 0
         if first_step >= config.train.num_steps:
             progress.say(f"all {config.train.num_steps:,} steps are done: raise train.num_steps to train further")
