@@ -23,7 +23,7 @@ def train(
         bool,
         typer.Option(
             "--trust-checkpoint",
-            help="Resume also from a checkpoint without checksums (sinklm 0.1), or whose files could run code.",
+            help="Resume also from a checkpoint without checksums (of an older version) or with pickled code.",
         ),
     ] = False,
 ) -> None:

@@ -87,7 +87,7 @@ def verified_state(path: Path, world: World, *, is_trusted: bool) -> CheckpointS
     if manifest is None and not is_trusted:
         with world.all_or_none():
             raise ValueError(
-                f"{path} has no checksums (sinklm 0.1 wrote none), so damage to it would go unnoticed: repeat the "
+                f"{path} has no checksums (older versions wrote none), so damage to it would go unnoticed: repeat the "
                 f"command with {TRUST_OPTION} to resume from it nevertheless"
             )
     return state
