@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from .. import models  # noqa: F401  (registers the type of our models with transformers)
+from .checksums import verify_model_folder
 from .folders import resolve_model_folder
 
 
@@ -27,10 +28,11 @@ def load_model(
 
     Raises:
         FileNotFoundError: the folder has no complete checkpoint, or no model can be found.
-        ValueError: the weights are damaged or do not match ``config.json``, or the model is not a
-            causal language model.
+        ValueError: a file differs from its checksum, the weights are damaged or do not match
+            ``config.json``, or the model is not a causal language model.
     """
     folder = resolve_model_folder(name_or_path)
+    verify_model_folder(folder)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         with no_progress_bars() if Path(folder).is_dir() else nullcontext():
@@ -78,8 +80,10 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         FileNotFoundError: there is no tokenizer or it is damaged. transformers would create one
             without a vocabulary.
+        ValueError: a file differs from its checksum.
     """
     folder = resolve_model_folder(name_or_path)
+    verify_model_folder(folder, with_weights=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:

@@ -1,14 +1,20 @@
 """Start training from the weights of another model."""
 
+import re
+from json import JSONDecodeError
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers import AutoConfig, GPTNeoXConfig
 from transformers.utils import cached_file
 
 from ..models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM
+from ..models.arms import ARM_PARAMETERS
+from .checksums import verify_model_folder
 from .folders import resolve_model_folder
 
 SIZES = (
@@ -38,13 +44,20 @@ def check_tokenizer(name_or_path: str | Path, tokenizer_path: Path) -> None:
     """Compare a model's tokenizer, if it has one, with that of the data.
 
     Raises:
-        ValueError: an id is a different token in the two tokenizers.
+        ValueError: an id is a different token in the two tokenizers, or the model's is damaged.
     """
     try:
         found = cached_file(resolve_model_folder(name_or_path), "tokenizer.json")
     except OSError:
         return  # no tokenizer, or no model, for which `load_weights` raises an error
-    theirs, ours = Tokenizer.from_file(found), Tokenizer.from_file(str(tokenizer_path))
+    verify_model_folder(str(Path(found).parent), with_weights=False)
+    try:
+        theirs = Tokenizer.from_file(found)
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise ValueError(
+            f"model.init_from={name_or_path}: {found} is damaged ({first_line(error)}): copy it again"
+        ) from error
+    ours = Tokenizer.from_file(str(tokenizer_path))
     for i in range(min(theirs.get_vocab_size(), ours.get_vocab_size())):
         if theirs.id_to_token(i) != ours.id_to_token(i):
             raise ValueError(
@@ -60,7 +73,8 @@ def load_weights(name_or_path: str | Path, config: SinkGPTNeoXConfig) -> SinkGPT
     Parameters that only the arm of ``config`` has are newly initialised.
 
     Raises:
-        ValueError: the other model is not GPT-NeoX, or its architecture or arm differs.
+        ValueError: the other model is not GPT-NeoX, its architecture or arm differs, or its weights
+            are damaged or incomplete.
         FileNotFoundError: no model was found.
     """
     folder = resolve_model_folder(name_or_path)
@@ -84,4 +98,26 @@ def load_weights(name_or_path: str | Path, config: SinkGPTNeoXConfig) -> SinkGPT
             f"model.sink.kind is {config.sink_kind}, but model.init_from={name_or_path} was trained with {kind}: set "
             f"model.sink.kind={kind}, or start from a model whose sink.kind is none or token"
         )
-    return SinkGPTNeoXForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
+    return _read_weights(name_or_path, folder, config)
+
+
+def _read_weights(name_or_path: str | Path, folder: str, config: SinkGPTNeoXConfig) -> SinkGPTNeoXForCausalLM:
+    verify_model_folder(folder)
+    damage = f"model.init_from={name_or_path}: cannot read the weights"
+    remedy = "copy the folder again, or use another model"
+    try:
+        model, info = SinkGPTNeoXForCausalLM.from_pretrained(
+            folder, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    except OSError as error:
+        raise FileNotFoundError(f"{damage} ({first_line(error)}): {remedy}") from error
+    except (SafetensorError, UnpicklingError, RuntimeError, JSONDecodeError, KeyError) as error:
+        raise ValueError(f"{damage} ({first_line(error)}): {remedy}") from error
+    missing = sorted(key for key in info["missing_keys"] if not re.search(ARM_PARAMETERS, key))
+    if missing:
+        raise ValueError(f"{damage}, because {missing[0]} is missing: {remedy}")
+    return model
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
