@@ -104,6 +104,10 @@ class TrainSection(Section):
     activation_checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass: less memory, about a third more time"
     )
+    deterministic: bool = Field(
+        default=False,
+        description="make runs on the same GPUs equal bit for bit, at some cost in speed; ZeRO stages 0 to 2",
+    )
     hang_timeout_minutes: float | None = Field(
         default=10.0,
         gt=0,
@@ -161,6 +165,11 @@ class CheckpointSection(Section):
         default=False, description="also save at steps 0, 1, 2, 4 … 512 and every 1000, and never delete these"
     )
     keep: Count | None = Field(default=3, description="number of newest checkpoints to keep; null: all")
+    asynchronous: bool | None = Field(
+        default=None,
+        description="write checkpoints from a copy in host memory while training goes on; null: yes on a GPU, if the "
+        "memory is free",
+    )
     resume: str = Field(
         default="auto",
         description="`auto`: the run's newest complete checkpoint, if any; `never`; or a checkpoint folder",
@@ -268,6 +277,8 @@ class TrainingConfig(Section):
                 f"model.sink.num_tokens {self.model.num_sinks} leaves no room for text in train.seq_length "
                 f"{self.train.seq_length}: raise train.seq_length"
             )
+        if self.train.deterministic and self.deepspeed.zero_stage == 3:
+            raise ValueError("train.deterministic=true was not tested with deepspeed.zero_stage=3: use a lower stage")
         if self.train.compile and self.deepspeed.zero_stage == 3:
             raise ValueError(
                 "train.compile=true does not work with deepspeed.zero_stage=3, which partitions the weights: remove "

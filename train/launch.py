@@ -21,6 +21,7 @@ import transformers
 
 from . import deepspeed_patches
 from .hangs import RESUME
+from .stopping import restored_handlers
 from .watchdog import EXIT_TIMEOUT, Watchdog
 
 CONNECT_TIMEOUT = timedelta(minutes=10)  # for all ranks to start
@@ -108,7 +109,7 @@ def connected(*, patches: bool = True, hang_timeout_minutes: float | None = None
         if patches and device.type == "cpu":
             deepspeed_patches.skip_op_build(is_main=rank == 0)
         cpu_group = _join(rank, size, device)
-        with _watched(rank, size, cpu_group, hang_timeout_minutes) as watchdog:
+        with restored_handlers(), _watched(rank, size, cpu_group, hang_timeout_minutes) as watchdog:
             yield World(rank, size, local_rank, device, cpu_group, watchdog)
     atexit.unregister(_leave)
     atexit.register(_leave)

@@ -1,6 +1,7 @@
 """The model folder with weights, configuration and tokenizer, read by evaluation and export."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,7 @@ import torch
 from tokenizers import Tokenizer
 
 from ..checkpoints.export import name_sinks
+from ..models import SinkGPTNeoXForCausalLM
 from .launch import World
 from .plan import Plan
 
@@ -15,20 +17,24 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
-def save_model(engine: "DeepSpeedEngine", folder: Path, plan: Plan, tokenizer_path: Path, world: World) -> None:
-    """Write a transformers folder with the weights in their training dtype. Every rank calls it."""
-    weights = gather_weights(engine, world)
-    if not world.is_main:
-        return
-    engine.module.save_pretrained(folder, state_dict=weights)
+def write_model(folder: Path, weights: dict[str, torch.Tensor], plan: Plan, tokenizer_path: Path) -> None:
+    """Write a transformers folder with the weights in their training dtype."""
+    with torch.device("meta"):  # not the model that trains, which another thread may be using
+        model = SinkGPTNeoXForCausalLM(plan.model_config)
+    model.to(next(iter(weights.values())).dtype).save_pretrained(folder, state_dict=weights)
     write_tokenizer(folder, plan, tokenizer_path)
 
 
-def gather_weights(engine: "DeepSpeedEngine", world: World) -> dict[str, torch.Tensor]:
-    """Return all weights on the CPU of rank 0, and an empty dictionary on the others.
+def gather_weights(
+    engine: "DeepSpeedEngine", world: World, copy: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return copies of all weights on rank 0, and an empty dictionary on the others.
 
     With ZeRO-3 they are gathered one at a time. Small ones, which DeepSpeed keeps on every rank,
     are not: gathering would partition them afterwards, and the next forward pass would fail.
+
+    Args:
+        copy: copies a weight to the host.
     """
     import deepspeed
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -38,7 +44,7 @@ def gather_weights(engine: "DeepSpeedEngine", world: World) -> dict[str, torch.T
         is_partitioned = getattr(parameter, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE
         with deepspeed.zero.GatheredParameters([parameter], enabled=is_partitioned):
             if world.is_main:
-                weights[name] = parameter.detach().cpu().clone()  # cloned because ZeRO's weights share one storage
+                weights[name] = copy(parameter.detach())
     return weights
 
 

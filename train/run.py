@@ -22,6 +22,7 @@ from ..models import SinkGPTNeoXForCausalLM
 from ..models.cost import count_parameters
 from .batches import open_windows
 from .config import TrainingConfig
+from .determinism import deterministic
 from .disk import space_warning
 from .engine import compiles, make_engine
 from .launch import SameOnAllRanks, World, connected
@@ -80,9 +81,12 @@ def train(
     if rank == 0:
         print("loading DeepSpeed and connecting to the other ranks …", flush=True)
     try:
-        with connected(
-            patches=config.deepspeed.patches, hang_timeout_minutes=config.train.hang_timeout_minutes
-        ) as world:
+        with (
+            deterministic(config.train.deterministic),
+            connected(
+                patches=config.deepspeed.patches, hang_timeout_minutes=config.train.hang_timeout_minutes
+            ) as world,
+        ):
             code = _train_rank(config, world, trust_checkpoint)
     except SameOnAllRanks:
         if rank == 0:
@@ -127,9 +131,7 @@ def _train_rank(config: TrainingConfig, world: World, trust_checkpoint: bool) ->
         ) from error
 
 
-def _set_up(
-    config: TrainingConfig, world: World, held: ExitStack, trust_checkpoint: bool
-) -> TrainingLoop | None:
+def _set_up(config: TrainingConfig, world: World, held: ExitStack, trust_checkpoint: bool) -> TrainingLoop | None:
     """Open the data and the run's folder, and make the engine. Returns None if all steps are done.
 
     Args:

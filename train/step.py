@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -75,6 +75,7 @@ def train_step(
     step: int,
     lr: float,
     stop_code: int = 0,
+    before_update: Callable[[], None] = lambda: None,
 ) -> PendingStep:
     """Queue one optimizer step on the next micro-batches ``(b, tokens_per_sample)``.
 
@@ -85,6 +86,7 @@ def train_step(
 
     Args:
         stop_code: why this rank asks all ranks to stop after this step; 0: it does not.
+        before_update: called before the update is queued.
 
     Raises:
         SameOnAllRanks: as `PendingStep.result`, if the host already detected that the step failed.
@@ -106,6 +108,7 @@ def train_step(
     code = loss_sum.new_full((), float(stop_code))
     world.mark("updating the weights")
     by_rank = HostCopy(_gather(torch.stack([loss_sum / plan.num_accumulation_steps, code]), world))
+    before_update()
     grad_norm, is_refused = _update(engine, plan)
     pending = PendingStep(
         step=step,

@@ -55,7 +55,10 @@ def two_ranks(recipe, one_rank_run, tmp_path_factory) -> Path:
         {"overrides": settings(grown, 3, "fp32"), "copy": [str(one_rank_run), 4, str(grown)]},
         *(
             {
-                "overrides": settings(folder / f"full-{stage}", stage, "fp32"),
+                "overrides": [
+                    *settings(folder / f"full-{stage}", stage, "fp32"),
+                    f"checkpoint.asynchronous={stage == 2}",
+                ],
                 "copy": [str(folder / f"whole-{stage}"), 4, str(folder / f"full-{stage}")],
                 "file_limit": [rank, 100_000],
             }
