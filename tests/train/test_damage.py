@@ -14,7 +14,8 @@ from sinklm.checkpoints.folders import DamagedCheckpointError, list_checkpoints
 from sinklm.checkpoints.manifest import FileInfo, Manifest, find_damage, owned_files, owner, read_manifest
 from sinklm.train.run import train
 
-from .tiny import assert_same_weights, edit_state, flip_bit, losses, seal, weights
+from ..checkpoints.seal import seal
+from .tiny import assert_same_weights, edit_state, flip_bit, losses, weights
 
 
 @pytest.fixture(scope="module")

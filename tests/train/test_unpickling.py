@@ -12,7 +12,8 @@ import torch
 from sinklm.train.run import train
 from sinklm.train.unpickling import DEEPSPEED_CLASSES, deepspeed_classes, restricted_unpickling
 
-from .tiny import copy_checkpoint, losses, seal
+from ..checkpoints.seal import seal
+from .tiny import copy_checkpoint, losses
 
 
 class Payload:
