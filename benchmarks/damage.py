@@ -55,7 +55,7 @@ OUTCOMES = ("recovered", "error", "same", "SILENT", "TRACEBACK")
 NEWEST = "checkpoints/step-4"
 RECIPE = """
 model: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, max_position_embeddings: 32}
-train: {seq_length: 32, batch_size_tokens: 128, micro_batch_size: 4, precision: fp32, num_steps: 4}
+train: {seq_length: 32, batch_size_tokens: 128, micro_batch_size: 4, precision: fp32, num_steps: 5}
 optimizer: {lr: 1.0e-2}
 validation: {every_steps: null}
 checkpoint: {every_steps: 2}
@@ -87,10 +87,11 @@ def make_targets(folder: Path, zero_stage: int) -> list[Target]:
     open_store(store)
     recipe.write_text(RECIPE % (zero_stage, store))
     train(str(recipe), [f"train.run_dir={run}"])
+    shutil.rmtree(run / "checkpoints" / "step-5")  # as if it had been stopped after step 4
     export = export_model(run, folder / "export")
 
     def resume(copy: Path) -> str:
-        train(str(recipe), [f"train.run_dir={copy}", "train.num_steps=5"])
+        train(str(recipe), [f"train.run_dir={copy}"])
         lines = map(json.loads, (copy / "metrics.jsonl").read_text().splitlines())
         losses = [(line["step"], line["loss"]) for line in lines]
         return digest(repr(losses).encode(), (copy / "checkpoints/step-5/model/model.safetensors").read_bytes())
@@ -105,7 +106,7 @@ def make_targets(folder: Path, zero_stage: int) -> list[Target]:
 
 def evaluate(copy: Path) -> str:
     model, tokenizer = load_model(copy, device="cpu"), load_tokenizer(copy)
-    ids = tokenizer("the sun and the moon and a stone in the sea", return_tensors="pt").input_ids
+    ids = tokenizer("the sun and the moon", return_tensors="pt").input_ids
     with torch.no_grad():
         logits = model(ids).logits
     settings = model.generation_config.to_dict() | {"transformers_version": None}
@@ -114,7 +115,8 @@ def evaluate(copy: Path) -> str:
 
 def read_store(copy: Path) -> str:
     store = open_store(copy)
-    tokens = [store.split(name)[:].tobytes() for name in ("train", "validation")]
+    splits = [store.split(name) for name in ("train", "validation")]
+    tokens = [split.read(0, len(split)).tobytes() for split in splits]
     return digest(*tokens, store.tokenizer_path.read_bytes(), repr((store.tokenizer_size, store.eod_id)).encode())
 
 
