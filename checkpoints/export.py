@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 
 from ..files import replace_folder, write_json
 from ..models.config import SinkGPTNeoXConfig
+from .checks import read_tokenizer
 from .folders import resolve_model_folder
 from .loading import load_model, load_tokenizer, no_progress_bars
 from .model_card import model_card
@@ -147,7 +148,7 @@ def _write_tokenizer(checkpoint: str | Path, config: SinkGPTNeoXConfig, folder: 
     does not have, and its ``GPTNeoXTokenizer`` drops the template.
     """
     trained = load_tokenizer(checkpoint)
-    backend = Tokenizer.from_file(str(cached_file(resolve_model_folder(checkpoint), "tokenizer.json")))
+    backend = read_tokenizer(cached_file(resolve_model_folder(checkpoint), "tokenizer.json"))
     end_of_text = backend.id_to_token(config.eos_token_id)  # type: ignore[arg-type]
     names = name_sinks(backend, config.sink_token_ids)
     if names:

@@ -1,15 +1,19 @@
 """Start training from the weights of another model."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
-from transformers import AutoConfig, GPTNeoXConfig
+from transformers import GPTNeoXConfig
 from transformers.utils import cached_file
 
 from ..models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM
+from ..models.arms import ARM_PARAMETERS
+from ..text import one_line
+from .checks import check_loaded, checked_config, read_tokenizer
 from .folders import resolve_model_folder
+from .loading import from_pretrained
 
 SIZES = (
     "hidden_size",
@@ -44,7 +48,7 @@ def check_tokenizer(name_or_path: str | Path, tokenizer_path: Path) -> None:
         found = cached_file(resolve_model_folder(name_or_path), "tokenizer.json")
     except OSError:
         return  # no tokenizer, or no model, for which `load_weights` raises an error
-    theirs, ours = Tokenizer.from_file(found), Tokenizer.from_file(str(tokenizer_path))
+    theirs, ours = read_tokenizer(found), read_tokenizer(tokenizer_path)
     for i in range(min(theirs.get_vocab_size(), ours.get_vocab_size())):
         if theirs.id_to_token(i) != ours.id_to_token(i):
             raise ValueError(
@@ -60,14 +64,17 @@ def load_weights(name_or_path: str | Path, config: SinkGPTNeoXConfig) -> SinkGPT
     Parameters that only the arm of ``config`` has are newly initialised.
 
     Raises:
-        ValueError: the other model is not GPT-NeoX, or its architecture or arm differs.
+        ValueError: the other model is not GPT-NeoX, its architecture or arm differs, or its weights
+            are damaged.
         FileNotFoundError: no model was found.
     """
     folder = resolve_model_folder(name_or_path)
     try:
-        theirs = AutoConfig.from_pretrained(folder)
+        theirs = checked_config(folder)
     except OSError as error:
-        raise FileNotFoundError(f"model.init_from={name_or_path}: cannot load a model ({error})") from error
+        raise FileNotFoundError(
+            f"model.init_from={name_or_path}: cannot load a model ({one_line(error)}); check the path"
+        ) from error
     if theirs.model_type not in ("gpt_neox", "sink_gpt_neox"):
         raise ValueError(
             f"model.init_from={name_or_path} has model type {theirs.model_type}: use a GPT-NeoX model, such as Pythia"
@@ -84,4 +91,7 @@ def load_weights(name_or_path: str | Path, config: SinkGPTNeoXConfig) -> SinkGPT
             f"model.sink.kind is {config.sink_kind}, but model.init_from={name_or_path} was trained with {kind}: set "
             f"model.sink.kind={kind}, or start from a model whose sink.kind is none or token"
         )
-    return SinkGPTNeoXForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
+    model, info = from_pretrained(SinkGPTNeoXForCausalLM, folder, config=config, dtype=torch.float32)
+    info["missing_keys"] = {key for key in info["missing_keys"] if not re.search(ARM_PARAMETERS, key)}
+    check_loaded(model, info, folder)
+    return model

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .generate import Model, NumKept, Seed, Temperature, TopK, Window, check_cache_options, describe_cache
+from .generate import Model, NumKept, Seed, Temperature, TopK, Window, check_cache_options, describe_cache, show
 
 if TYPE_CHECKING:
     from ..streaming import Chat
@@ -47,6 +47,8 @@ def chat(
 
 def _messages() -> Iterator[str]:
     """Yield the lines of stdin that are not empty."""
+    if sys.stdin is None:
+        return
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # invalid UTF-8 must not end the conversation
     asks = sys.stdin.isatty()
@@ -67,7 +69,7 @@ def _reply(conversation: "Chat", message: str) -> None:
         for piece in conversation(message):
             shown = piece if has_begun else piece.lstrip()
             has_begun = has_begun or bool(shown)
-            print(shown, end="", flush=True)
+            show(shown)
     except KeyboardInterrupt:
         if conversation.generator.cache.is_damaged:
             typer.echo("Reading the message was interrupted: the next message starts a new conversation.", err=True)

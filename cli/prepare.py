@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from ..console import Console
     from ..data.manifest import Manifest
     from ..data.prepare import PrepareProgress
 
@@ -45,8 +44,7 @@ def prepare(
 
     If it is interrupted, run the same command again to resume.
     """
-    from rich.console import Console
-
+    from ..console import Console
     from ..data.inputs import find_inputs
     from ..data.manifest import MANIFEST_NAME
     from ..data.prepare import has_saved_work, prepare_store
@@ -84,10 +82,10 @@ class ProgressDisplay:
 
         self.console, self.opening = console, opening
         self.bar = progress.Progress(
-            progress.TextColumn("{task.fields[shard]}"),
+            progress.TextColumn("{task.fields[shard]}", markup=False),
             progress.BarColumn(bar_width=20),
             progress.TaskProgressColumn(),
-            progress.TextColumn("{task.description}"),
+            progress.TextColumn("{task.description}", markup=False),
             console=console,
             disable=not console.is_terminal,
             transient=True,
@@ -180,5 +178,6 @@ def print_summary(console: "Console", manifest: "Manifest", output: Path) -> Non
         console.print(f"Skipped {num_empty} empty text files.")
     if manifest.validation_fraction and not held_out.total.documents:
         console.print(
-            "[yellow]No document was held out for validation; to measure validation loss, raise --validation-fraction."
+            "No document was held out for validation; to measure validation loss, raise --validation-fraction.",
+            style="yellow",
         )

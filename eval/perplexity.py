@@ -15,6 +15,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.readers import TextFile
+from ..models.checked import check_ids
 from ..streaming import StreamingCache
 from ..streaming.families import num_embedded_positions
 from .losses import ReportTokens, dense_losses, recompute_losses, streaming_losses
@@ -198,6 +199,7 @@ def refuse_small_caches(caches: Iterable[tuple[int, int]], num_sinks: int) -> No
 
 def refuse_unmeasurable(model: PreTrainedModel, tokenized: TokenizedText, chosen: Sequence[Configuration]) -> None:
     """Raise a ValueError if the model does not support one of the configurations."""
+    check_ids(tokenized.ids, model)
     for configuration in chosen:
         if configuration.method in ("window", "streaming"):
             StreamingCache.for_model(model, num_kept=configuration.num_kept, window=configuration.window)

@@ -11,8 +11,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
+from ..text import one_line
 from .config import TrainingConfig
 
+LARGEST_RECIPE = 2**20  # bytes
 CONFIGS_PACKAGE = f"{__package__.rpartition('.')[0]}.configs"
 
 
@@ -30,11 +32,11 @@ def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Tra
         ValueError: the YAML is malformed, a key is unknown (the message names the closest valid
             one) or a value is invalid.
     """
-    merged = OmegaConf.merge(_read(recipe, ()), *(_parse_override(text) for text in overrides))
     try:
+        merged = _merged(_read(recipe, ()), *(_parse_override(text) for text in overrides))
         values = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ValueError(f"recipe {recipe}: {error}") from error
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise ValueError(f"recipe {recipe}: {one_line(error)}; correct the interpolation ${{…}}") from error
     try:
         config = TrainingConfig.model_validate(values)
     except ValidationError as error:
@@ -64,8 +66,9 @@ def _read(recipe: str, readers: tuple[str, ...]) -> DictConfig:
     text = _find(recipe)
     try:
         loaded = OmegaConf.create(text)
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"recipe {recipe} is not valid YAML: {error}") from error
+    except (YAMLError, OmegaConfBaseException, RecursionError, ValueError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else one_line(error)
+        raise ValueError(f"recipe {recipe} is not valid YAML: {reason}") from error
     if not isinstance(loaded, DictConfig):
         raise ValueError(f"recipe {recipe} must consist of sections with keys (model:, train:, …)")
     base = loaded.pop("base", None)
@@ -75,7 +78,7 @@ def _read(recipe: str, readers: tuple[str, ...]) -> DictConfig:
         raise ValueError(f"recipe {recipe}: base is {base!r}, but it must be the name or path of a recipe")
     if base.endswith((".yaml", ".yml")):
         base = str(Path(recipe).parent / base)
-    return cast(DictConfig, OmegaConf.merge(_read(base, (*readers, recipe)), loaded))
+    return _merged(_read(base, (*readers, recipe)), loaded)
 
 
 def _find(recipe: str) -> str:
@@ -84,7 +87,12 @@ def _find(recipe: str) -> str:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise FileNotFoundError(f"recipe {recipe}: no such file; check the path")
-        return path.read_text(encoding="utf-8")
+        if path.stat().st_size > LARGEST_RECIPE:
+            raise ValueError(f"recipe {recipe} has {path.stat().st_size:,} bytes: pass a recipe, which is a short file")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeError as error:
+            raise ValueError(f"recipe {recipe} is not a text file in UTF-8 ({error}): pass a recipe") from error
     packaged = files(CONFIGS_PACKAGE).joinpath(f"{recipe}.yaml")
     if not packaged.is_file():
         names = recipe_names()
@@ -98,14 +106,23 @@ def _name(recipe: str) -> str:
     return Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe.replace("/", "-")
 
 
+def _merged(*parts: DictConfig | ListConfig) -> DictConfig:
+    """Merge recipes and overrides; later ones win."""
+    try:
+        return cast(DictConfig, OmegaConf.merge(*parts))
+    except TypeError as error:  # a list in place of a section
+        keys = [key for part in parts for key, value in part.items_ex(resolve=False) if isinstance(value, ListConfig)]
+        raise ValueError(f"{keys[-1]} is a list: it must be a section with keys ({error})") from error
+
+
 def _parse_override(text: str) -> DictConfig | ListConfig:
     key, equals, _ = text.partition("=")
-    if not equals or not key or key.startswith("-"):
+    if not equals or not key.strip(".") or key.startswith("-"):
         raise ValueError(f"{text!r} is not an override: write section.key=value, e.g. train.num_steps=100")
     try:
         return OmegaConf.from_dotlist([text])
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"{key}: the value is not valid YAML ({error})") from error
+    except (YAMLError, OmegaConfBaseException, RecursionError, ValueError) as error:
+        raise ValueError(f"{key}: the value is not valid YAML ({one_line(error)})") from error
 
 
 def _explain(recipe: str, error: ValidationError) -> list[str]:
