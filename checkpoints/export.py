@@ -16,7 +16,7 @@ from tokenizers.processors import Sequence, TemplateProcessing
 from transformers import GenerationConfig, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
-from ..files import replace_folder, write_json
+from ..files import check_writable, replace_folder, write_json
 from ..models.config import SinkGPTNeoXConfig
 from .checks import read_tokenizer
 from .folders import resolve_model_folder
@@ -46,6 +46,7 @@ def export_model(checkpoint: str | Path, output: str | Path) -> Path:
     """
     output = Path(output)
     _check_replaceable(output)
+    check_writable(output)
     model = load_model(checkpoint, device="cpu", dtype="auto")
     config = _exportable_config(model, checkpoint)
     partial = output.absolute().with_name(f".{output.absolute().name}.partial")

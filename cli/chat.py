@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .generate import Model, NumKept, Seed, Temperature, TopK, Window, check_cache_options, describe_cache, show
+from .generate import (
+    check_temperature,
+    Model,
+    NumKept,
+    Seed,
+    Temperature,
+    TopK,
+    Window,
+    check_cache_options,
+    describe_cache,
+    show,
+)
 
 if TYPE_CHECKING:
     from ..streaming import Chat
@@ -36,6 +47,7 @@ def chat(
     from .generate import make_generator
 
     check_cache_options(num_kept, window)
+    check_temperature(temperature)
     language_model, tokenizer = load_model(model), load_tokenizer(model)
     generator = make_generator(language_model, num_kept, window, temperature, top_k)
     conversation = Chat(tokenizer, generator, system=system, max_new_tokens=max_new_tokens)

@@ -22,6 +22,8 @@ CACHES_HELP = (
     "cache of half the trained length."
 )
 
+MOST_LINES = 100_000_000
+
 Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
 Output = Annotated[Path | None, typer.Option(help=OUTPUT_HELP, show_default=False)]
 
@@ -134,7 +136,7 @@ def stream_eval(
         str, typer.Option(help="Distances to the lines that questions ask for, in lines, separated by commas.")
     ] = "20,40,60,80,100,150,200",
     batch_size: Annotated[int, typer.Option(min=1, help="Number of streams per batch.")] = 8,
-    seed: Annotated[int, typer.Option(help="Random seed for the numbers in the lines.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed for the numbers in the lines.")] = 0,
     output: Output = None,
 ) -> None:
     """Run StreamEval: recall of numbered lines by their distance in lines."""
@@ -148,6 +150,10 @@ def stream_eval(
     console = Console()
     chosen_distances = whole_numbers("--distances", distances)
     check_distances(chosen_distances, num_lines)
+    if num_samples * num_lines > MOST_LINES:
+        raise ValueError(
+            f"--num-samples {num_samples} × --num-lines {num_lines} are more than {MOST_LINES:,} lines: lower one of them"
+        )
     loaded, tokenizer = load_causal_model(model), load_tokenizer(model)
     shapes = default_caches(loaded) if caches is None else parse_caches(caches)
     refuse_small_caches(shapes, getattr(loaded.config, "num_sinks", 0))
@@ -170,7 +176,7 @@ def whole_numbers(option: str, text: str) -> list[int]:
     try:
         return sorted({int(part) for part in text.split(",")})
     except ValueError as error:
-        raise ValueError(f"{option} is {text!r}: it must be whole numbers separated by commas") from error
+        raise ValueError(f"{option} is {text[:80]!r}: it must be whole numbers separated by commas") from error
 
 
 def _ask_all(

@@ -1,5 +1,6 @@
 """`sinklm generate`: continue a prompt and print the text while it is generated."""
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,6 +72,7 @@ def generate(
     from ..checkpoints import load_model, load_tokenizer
 
     check_cache_options(num_kept, window)
+    check_temperature(temperature)
     prompt = _read_prompt(prompt)
     language_model, tokenizer = load_model(model), load_tokenizer(model)
     ids = tokenizer(prompt, verbose=False)["input_ids"]
@@ -112,6 +114,11 @@ def show(text: str, end: str = "") -> None:
 def check_cache_options(num_kept: int | None, window: int | None) -> None:
     if (num_kept is None) != (window is None):
         raise ValueError("--num-kept and --window must be used together: pass both or neither")
+
+
+def check_temperature(temperature: float) -> None:
+    if not math.isfinite(temperature):
+        raise ValueError(f"--temperature is {temperature}: it must be a finite number of at least 0")
 
 
 def make_generator(

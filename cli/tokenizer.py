@@ -22,9 +22,12 @@ def train(
     from ..data.inputs import find_inputs, read_documents
     from ..data.manifest import Counts
     from ..data.tokenizer import train_tokenizer
-    from ..files import write_text
+    from ..files import check_writable, write_text
 
     console, counts = Console(), Counts()
+    if output.is_dir():
+        raise ValueError(f"--output {output} is a folder: pass the name of a file, such as {output / 'tokenizer.json'}")
+    check_writable(output)
 
     def texts() -> Iterator[str]:
         for document in read_documents(find_inputs(inputs).shards):

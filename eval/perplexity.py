@@ -116,6 +116,8 @@ def text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _read_text(path: Path) -> str:
     """Read a text file as `sinklm prepare` does."""
+    if path.is_char_device() or path.is_block_device():
+        raise ValueError(f"--text {path} is a device: pass a text file")
     try:
         content = Path(path).read_bytes()
     except OSError as error:

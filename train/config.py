@@ -220,7 +220,9 @@ class DeepSpeedSection(BaseModel):
     def _sections_have_keys(self) -> "DeepSpeedSection":
         for key, value in self.extra_keys.items():
             if key in DEEPSPEED_SECTIONS and not isinstance(value, dict):
-                raise ValueError(f"{key} is {value!r}: it is a section of DeepSpeed; set its keys, as deepspeed.{key}.KEY=VALUE")
+                raise ValueError(
+                    f"{key} is {value!r}: it is a section of DeepSpeed; set its keys, as deepspeed.{key}.KEY=VALUE"
+                )
         return self
 
     @model_validator(mode="after")

@@ -25,6 +25,7 @@ from .launch import SameOnAllRanks, World, connected
 from .plan import Plan
 from .progress import RunProgress
 from .recipe import config_yaml, load_config
+from .rendezvous import own_rank
 from .summary import describe_run, dry_run
 
 LARGEST_DRAWN_ON_CPU = 1_000_000_000  # parameters
@@ -49,7 +50,7 @@ def train(recipe: str, overrides: list[str] | tuple[str, ...] = (), *, only_desc
         SystemExit: status 128 + n if signal n ended the run early (its state is saved); status 1 on
             ranks other than 0 for an error that all ranks share, which rank 0 reports.
     """
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    rank = own_rank(os.environ)
     try:
         config = load_config(recipe, overrides)
         if only_describe:
