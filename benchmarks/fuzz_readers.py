@@ -11,6 +11,7 @@ process. Inputs that cause findings are kept in the folder given with --keep.
 import argparse
 import gzip
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -262,7 +263,7 @@ def fuzz(name: str, seconds: float, keep: Path) -> dict:
                 state = [num_tried, begun, findings]
                 process = context.Process(target=work, args=(name, seed, Path(folder), state, left, keep))
                 process.start()
-                while process.is_alive() and not (begun.value and time.monotonic() - begun.value > SECONDS):
+                while process.is_alive() and time.monotonic() - (begun.value or math.inf) < SECONDS:
                     process.join(0.2)
                 is_hanging = process.is_alive()
                 process.kill()

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .generate import (
-    check_temperature,
     Model,
     NumKept,
     Seed,
@@ -16,6 +15,7 @@ from .generate import (
     TopK,
     Window,
     check_cache_options,
+    check_temperature,
     describe_cache,
     show,
 )

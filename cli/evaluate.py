@@ -152,7 +152,8 @@ def stream_eval(
     check_distances(chosen_distances, num_lines)
     if num_samples * num_lines > MOST_LINES:
         raise ValueError(
-            f"--num-samples {num_samples} × --num-lines {num_lines} are more than {MOST_LINES:,} lines: lower one of them"
+            f"--num-samples {num_samples} × --num-lines {num_lines} are more than {MOST_LINES:,} lines: lower one of "
+            "them"
         )
     loaded, tokenizer = load_causal_model(model), load_tokenizer(model)
     shapes = default_caches(loaded) if caches is None else parse_caches(caches)

@@ -237,8 +237,8 @@ class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
         num_seen = _length(cache)
         if not num_seen and not torch.compiler.is_compiling() and ((mask != 0) & (mask != 1)).any():
             raise ValueError(
-                "attention_mask has values other than 0 (padding) and 1 (token): pass the mask of the tokenizer, not one "
-                "that is added to scores"
+                "attention_mask has values other than 0 (padding) and 1 (token): pass the mask of the tokenizer, not "
+                "one that is added to scores"
             )
         if num_seen and mask.shape[1] == num_seen + num_tokens:  # the caller's mask includes the sinks
             return mask

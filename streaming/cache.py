@@ -159,8 +159,8 @@ class StreamingCache(Cache):
             )
         if ((mask != 0) & (mask != 1)).any():
             raise ValueError(
-                "attention_mask has values other than 0 (padding) and 1 (token): pass the mask of the tokenizer, not one "
-                "that is added to scores"
+                "attention_mask has values other than 0 (padding) and 1 (token): pass the mask of the tokenizer, not "
+                "one that is added to scores"
             )
         is_token = mask[:, -num_inputs:].bool()
         if is_token.all():

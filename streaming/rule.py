@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 LARGEST = 2**31 - 1  # tokens in a cache
 
 

@@ -1,13 +1,24 @@
 """Bad inputs, and the message for each, as data. `test_bad_inputs` gives them to the commands."""
 
-import json
-import os
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+
+from .damages import (
+    Damage,
+    as_missing_shards,
+    as_pickle,
+    config,
+    edit_tokens,
+    recipe,
+    regex,
+    set_first,
+    template,
+    truncated,
+    weights,
+    with_code,
+    write,
+)
 
 
 class Case(NamedTuple):
@@ -24,70 +35,8 @@ class Case(NamedTuple):
     name: str
     command: str
     message: str
-    damage: Callable[[Path], Any] = lambda model: None
+    damage: Damage = lambda model: None
     environment: dict[str, str] | None = None
-
-
-def config(**values: Any) -> Callable[[Path], Any]:
-    return lambda model: edit_json(model / "config.json", values)
-
-
-def edit_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def write(name: str, content: str | bytes) -> Callable[[Path], Any]:
-    data = content.encode() if isinstance(content, str) else content
-    return lambda model: (model / name).write_bytes(data)
-
-
-def recipe(content: str | bytes) -> Callable[[Path], Any]:
-    return write("../mine.yaml", content)
-
-
-def weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], Any]:
-    def damage(model: Path) -> None:
-        path = model / "model.safetensors"
-        tensors = load_file(path)
-        change(tensors)
-        save_file(tensors, path, metadata={"format": "pt"})
-
-    return damage
-
-
-def set_first(name: str, value: float) -> Callable[[Path], Any]:
-    return weights(lambda tensors: tensors[name].view(-1)[7:8].fill_(value))
-
-
-def truncated(model: Path) -> None:
-    path = model / "model.safetensors"
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def as_missing_shards(model: Path) -> None:
-    names = load_file(model / "model.safetensors")
-    (model / "model.safetensors").unlink()
-    shards = dict.fromkeys(names, "model-00001-of-00001.safetensors")
-    write("model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": shards}))(model)
-
-
-def as_pickle(model: Path) -> None:
-    (model / "model.safetensors").rename(model / "pytorch_model.bin")
-
-
-def with_code(model: Path) -> None:
-    """A model whose code writes a file when it is imported."""
-    (model / "evil.py").write_text("open('ran', 'w')\n")
-    config(model_type="evil", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})(model)
-
-
-def regex(pattern: str) -> Callable[[Path], Any]:
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    return lambda model: edit_json(model / "tokenizer.json", {"pre_tokenizer": split})
-
-
-def template(text: str) -> Callable[[Path], Any]:
-    return lambda model: edit_json(model / "tokenizer_config.json", {"chat_template": text})
 
 
 GENERATE = "generate {model} hi --max-new-tokens 2"
@@ -505,16 +454,6 @@ ENVIRONMENTS = [
         environment={"RANK": "-1", "WORLD_SIZE": "2"},
     ),
 ]
-
-
-def edit_tokens(model: Path, ids: dict[str, int]) -> None:
-    """Add tokens to a tokenizer, with any ids."""
-    path = model / "tokenizer.json"
-    values = json.loads(path.read_text())
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
-    values["model"]["vocab"] |= ids
-    values["added_tokens"] += [{"id": i, "content": token, **flags} for token, i in ids.items()]
-    path.write_text(json.dumps(values))
 
 
 CASES = [*MODELS, *NOT_FINITE, *OVERFLOW, *RECIPES, *OPTIONS, *ENVIRONMENTS]

@@ -5,21 +5,14 @@ import re
 import shlex
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 
 from sinklm.cli.main import main
 
 from .bad_inputs import CASES, Case
-from .eval.checkpoints import small_model, write_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(scope="module")
-def valid_model(tmp_path_factory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("valid") / "model", small_model(1))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -94,8 +94,8 @@ def _connect(rank: int, host: str, port: int) -> None:
             if time.monotonic() >= deadline:
                 reason = getattr(error, "strerror", None) or str(error)
                 raise ConnectionError(
-                    f"rank {rank} cannot reach rank 0 at MASTER_ADDR={host} MASTER_PORT={port} for {JOIN_SECONDS:.0f} s "
-                    f"({reason}): check the address, the firewall, and the output of rank 0"
+                    f"rank {rank} cannot reach rank 0 at MASTER_ADDR={host} MASTER_PORT={port} within "
+                    f"{JOIN_SECONDS:.0f} s ({reason}): check the address, the firewall, and the output of rank 0"
                 ) from error
             if not has_said:
                 print(f"rank {rank} waits up to {JOIN_SECONDS:.0f} s for rank 0 at {host}:{port} …", flush=True)
