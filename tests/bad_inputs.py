@@ -300,6 +300,12 @@ RECIPES = [
     ),
     Case("no key", TRAIN + "=5", r"'=5' is not an override: write section\.key=value, .*"),
     Case(
+        "a key of several lines",
+        MINE,
+        r"unknown key 'a\\nb': valid keys are .*",
+        recipe('base: pythia-14m\n"a\\nb": 1\n'),
+    ),
+    Case(
         "a binary recipe",
         MINE,
         r"recipe mine\.yaml is not a text file in UTF-8 .*: pass a recipe",

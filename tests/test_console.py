@@ -15,7 +15,8 @@ from rich.table import Table
 from sinklm.cli.prepare import print_summary
 from sinklm.console import Console
 from sinklm.data.manifest import Counts, Manifest, Split
-from sinklm.eval import perplexity, stream_eval, zero_shot
+from sinklm.eval import decode_speed, perplexity, stream_eval, zero_shot
+from sinklm.eval.plots import plot_streaming
 from sinklm.text import LONGEST, one_line, printable
 
 ROOT = Path(__file__).parent.parent
@@ -56,11 +57,19 @@ def test_every_output_of_a_command_shows_a_name_as_it_is(name):
     manifest = Manifest.model_construct(
         splits={name: Split(total=counts, sets={name: counts}, shards=[])}, sources=[], validation_fraction=0.1
     )
+    timed = [{"method": m, "milliseconds": 1.0, "cache_size": 1, "batch_size": 1} for m in decode_speed.METHODS]
+    assert visible in shown(decode_speed.results_table(timed, name))
     console = Console(file=io.StringIO(), width=300)
     print_summary(console, manifest, Path(name))
     assert console.file.getvalue().count(visible) >= 3
     with Console(file=io.StringIO()).status(name):
         pass
+
+
+def test_a_title_with_dollars_is_no_formula(tmp_path):
+    results = [{"configuration": "4+8", "perplexity": 2.0, "binned_losses": [1.0]}]
+    plot_streaming({"bin_edges": [0, 9], "results": results}, tmp_path / "a.png", title="runs/$a{$")
+    assert (tmp_path / "a.png").exists()
 
 
 @given(st.text())

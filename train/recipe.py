@@ -130,6 +130,7 @@ def _explain(recipe: str, error: ValidationError) -> list[str]:
     lines = []
     for mistake in error.errors():
         key = ".".join(str(part) for part in mistake["loc"])
+        key = key if key.isprintable() else repr(key)  # a key of YAML may have several lines
         value = mistake["input"]
         message = mistake["msg"].removeprefix("Value error, ").removeprefix("Input ")
         if mistake["type"] == "extra_forbidden":
