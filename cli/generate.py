@@ -1,6 +1,7 @@
 """`sinklm generate`: continue a prompt and print the text while it is generated."""
 
 import math
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -97,10 +98,15 @@ def _read_prompt(prompt: str) -> str:
     try:
         if prompt == "-":  # as UTF-8, whatever the locale
             prompt = sys.stdin.buffer.read().decode() if hasattr(sys.stdin, "buffer") else sys.stdin.read()
-        prompt.encode()  # a command-line argument can contain any bytes
+        prompt = os.fsencode(prompt).decode() if _has_bytes(prompt) else prompt
     except UnicodeError as error:
         raise ValueError(f"the prompt is not valid UTF-8 ({error}): convert it to UTF-8") from error
     return prompt
+
+
+def _has_bytes(argument: str) -> bool:
+    """Whether an argument contains bytes that are no text in the encoding of the locale."""
+    return any("\udc80" <= character <= "\udcff" for character in argument)
 
 
 def show(text: str, end: str = "") -> None:

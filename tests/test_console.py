@@ -16,14 +16,14 @@ from sinklm.cli.prepare import print_summary
 from sinklm.console import Console
 from sinklm.data.manifest import Counts, Manifest, Split
 from sinklm.eval import decode_speed, perplexity, stream_eval, zero_shot
-from sinklm.eval.plots import plot_streaming
+from sinklm.eval.plots import plot_decoding
 from sinklm.text import LONGEST, one_line, printable
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = (
     "[/bold]",
     "[red]x",
-    "[link=file:///etc]x[/link]",
+    "[link=x]x[/link]",
     "[/b]:smile:",
     "\x1b[31mred",
     "\x1b]0;title\x07",
@@ -67,8 +67,9 @@ def test_every_output_of_a_command_shows_a_name_as_it_is(name):
 
 
 def test_a_title_with_dollars_is_no_formula(tmp_path):
-    results = [{"configuration": "4+8", "perplexity": 2.0, "binned_losses": [1.0]}]
-    plot_streaming({"bin_edges": [0, 9], "results": results}, tmp_path / "a.png", title="runs/$a{$")
+    sizes = {"cache_size": 1, "batch_size": 1, "peak_bytes": None}
+    results = [{"method": method, "milliseconds": 1.0, **sizes} for method in decode_speed.METHODS]
+    plot_decoding({"results": results}, tmp_path / "a.png", title="runs/$a{$")
     assert (tmp_path / "a.png").exists()
 
 
@@ -107,13 +108,12 @@ def sinklm(*arguments: str, **environment: str) -> subprocess.Popen:
     return subprocess.Popen([*COMMAND, *arguments], env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_text_that_stdout_cannot_encode_is_replaced(encoding, valid_model):
+def test_text_that_stdout_cannot_encode_is_replaced(valid_model):
     arguments = ("generate", str(valid_model), "世界 é", "--max-new-tokens", "2", "--stream")
-    process = sinklm(*arguments, LC_ALL="C", PYTHONIOENCODING=encoding, PYTHONUTF8="0")
+    process = sinklm(*arguments, LC_ALL="C", PYTHONIOENCODING="latin-1", PYTHONUTF8="0")
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert out.startswith(b"?? " + ("é".encode(encoding, "replace")))
+    assert out.startswith("?? é".encode("latin-1"))
 
 
 def test_a_reader_that_ends_first_ends_the_command_silently(valid_model):
@@ -128,4 +128,7 @@ def test_a_full_disk_is_one_line():
     with open("/dev/full", "wb") as full:
         result = subprocess.run([*COMMAND, "--version"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert result.returncode == 1
-    assert result.stderr == "error: cannot write to standard output: No space left on device\n"
+    assert (
+        result.stderr
+        == "error: cannot write to standard output or a file: No space left on device; free space on this device\n"
+    )

@@ -1,5 +1,6 @@
 """Runs a command: errors of the user in one line, and output that any terminal or pipe takes."""
 
+import errno
 import io
 import os
 import select
@@ -36,7 +37,11 @@ def run(command: Callable[[], object]) -> None:
         message = _message(error)
         if message is None or os.environ.get("SINKLM_DEBUG"):
             raise
-        _discard_unwritable_output()
+        try:
+            _flush()
+        except OSError as of_output:
+            _discard_output()  # Python would fail with it at exit
+            message = str(of_output)
         sys.exit(f"error: {printable(message)}")
 
 
@@ -47,11 +52,13 @@ def _flush() -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise OSError(f"cannot write to standard output: {error.strerror}") from error
+        raise OSError(f"cannot write to standard output: {error.strerror}; free space or redirect it") from error
 
 
 def _message(error: BaseException) -> str | None:
     """Return what to tell the user, or None for a bug and for an exit on purpose."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.strerror and error.filename is None:
+        return f"cannot write to standard output or a file: {error.strerror}; free space on this device"
     if isinstance(error, ValueError | OSError | MissingExtraError):
         is_library = type(error).__module__.partition(".")[0] not in ("builtins", "sinklm")
         return one_line(error) if is_library else str(error)
@@ -77,14 +84,6 @@ def _has_no_reader() -> bool:
         return any(event & select.POLLERR for _, event in poll.poll(0))
     except (OSError, AttributeError):
         return False
-
-
-def _discard_unwritable_output() -> None:
-    """Discard the rest of stdout if it cannot be written; Python would fail with it at exit."""
-    try:
-        _flush()
-    except OSError:
-        _discard_output()
 
 
 def _discard_output() -> None:

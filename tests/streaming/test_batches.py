@@ -92,11 +92,12 @@ def test_a_row_may_begin_in_a_later_pass(num_sinks):
     turns = [
         [torch.randint(1, 300, (n,)) for n in lengths] for lengths in ((9, 0, 4), (0, 0, 3), (12, 5, 1), (1, 1, 1))
     ]
-    logits = []
+    logits, seen = [], torch.ones(3, 0, dtype=torch.long)
     for streams in turns:
         ids, mask = pad_left(streams)
+        seen = torch.cat((seen, mask), dim=1)
         with torch.no_grad():
-            logits.append(model(ids, mask, past_key_values=cache).logits)
+            logits.append(model(ids, seen, past_key_values=cache).logits)
     for b in range(3):
         stream = torch.cat([streams[b] for streams in turns])
         with_sinks = torch.cat((sinks(model, 1)[0], stream))
