@@ -22,6 +22,7 @@ from ..checkpoints.folders import (
     list_checkpoints,
 )
 from ..files import sync_files
+from ..models.cost import count_parameters
 from . import deepspeed_patches
 from .engine import optimizer_layout, parameter_groups
 from .launch import World
@@ -34,6 +35,9 @@ from .schedule import is_pythia_step
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+
+BYTES_PER_PARAMETER = 16  # weights, float32 copies and two moments
+SLOW_DISK = 20e6  # bytes per second; a slower save counts as a hang
 
 
 class CheckpointWriter:
@@ -49,6 +53,7 @@ class CheckpointWriter:
         self.folder = run_dir / CHECKPOINTS_FOLDER
         self._run_dir, self._plan, self._world = run_dir, plan, world
         self._fingerprint, self._tokenizer_path = fingerprint, tokenizer_path
+        self.num_bytes = BYTES_PER_PARAMETER * count_parameters(plan.model_config)
 
     def save(self, engine: "DeepSpeedEngine", step: int) -> Path:
         """Save the state after ``step`` updates. Every rank calls it.
@@ -57,8 +62,14 @@ class CheckpointWriter:
             SameOnAllRanks: a rank could not write. Older checkpoints are unchanged.
         """
         checkpoint = self.folder / f"step-{step}"
+        with self._world.longer(self.num_bytes / SLOW_DISK, is_saving=True):
+            self._save(engine, checkpoint, step)
+        return checkpoint
+
+    def _save(self, engine: "DeepSpeedEngine", checkpoint: Path, step: int) -> None:
         failed = f"cannot save {checkpoint} (earlier checkpoints are intact): "
         all_or_none = self._world.all_or_none
+        self._world.mark("saving a checkpoint", step=step)
         with all_or_none(failed):
             if self._world.is_main:
                 shutil.rmtree(checkpoint, ignore_errors=True)  # interrupted; complete ones are never saved again
@@ -76,7 +87,6 @@ class CheckpointWriter:
                 sync_files(checkpoint)
                 (checkpoint / COMPLETE_MARKER).touch()
                 self._delete_old()
-        return checkpoint
 
     def _save_deepspeed(self, engine: "DeepSpeedEngine", checkpoint: Path) -> None:
         client_state: dict = {"universal_checkpoint_info": {}}  # required by `ds_to_universal`

@@ -106,6 +106,20 @@ class TrainSection(Section):
     activation_checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass: less memory, about a third more time"
     )
+    hang_timeout_minutes: float | None = Field(
+        default=10.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="time without progress of any rank after which the run ends; first steps and saves get more; "
+        "null: never",
+    )
+    max_minutes: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="time from the start of the process to its end; the run saves in time and ends with status 75 "
+        "if it is not done; null: no limit",
+    )
     compile: bool | None = Field(
         default=None, description="use torch.compile; null: yes on a GPU except with ZeRO-3, no on a CPU"
     )

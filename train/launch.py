@@ -2,32 +2,31 @@
 
 import atexit
 import contextlib
+import faulthandler
 import io
 import os
 import re
-import signal
+import socket
 import sys
-import time
-import types
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import transformers
 
 from . import deepspeed_patches
+from .hangs import RESUME
 from .rendezvous import await_rank_0, check_ranks, read_count
+from .watchdog import EXIT_TIMEOUT, Watchdog
 
-STEP_TIMEOUT = timedelta(minutes=10)  # a rank that does not respond for this long within a step is considered dead
-PATIENT_TIMEOUT = timedelta(hours=6)  # writing and converting checkpoints of large models takes long
-SECOND_INTERRUPT_AFTER = 3.0  # seconds; launchers send several signals for one Ctrl-C
-
-
+CONNECT_TIMEOUT = timedelta(minutes=10)  # for all ranks to start
+COLLECTIVE_TIMEOUT = timedelta(hours=24)  # longer than any limit of the watchdog, which knows what a rank is doing
+NOTICE_AFTER = 10.0  # seconds of waiting for other ranks, after which a rank says so
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -40,26 +39,35 @@ class World:
     """The rank of this process and the number of ranks.
 
     Attributes:
-        patient_group: CPU process group with a long timeout; None if there is one rank.
+        cpu_group: process group for Python objects; None if there is one rank.
+        watchdog: ends the run if a rank dies or hangs.
     """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
-    patient_group: dist.ProcessGroup | None = None
+    cpu_group: dist.ProcessGroup | None = None
+    watchdog: Watchdog | None = None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def gather(self, value: object) -> list:
-        """Return ``value`` of every rank, in rank order. Waits up to ``PATIENT_TIMEOUT``."""
-        if self.size == 1:
-            return [value]
-        values: list = [None] * self.size
-        dist.all_gather_object(values, value, group=self.patient_group)
-        return values
+        """Return ``value`` of every rank, in rank order."""
+        return _gather(value, self.size, self.cpu_group)
+
+    def mark(self, where: str, *, step: int | None = None) -> None:
+        """Tell the watchdog what this rank does next (`Watchdog.mark`). Every rank calls it."""
+        if self.watchdog is not None:
+            self.watchdog.mark(where, step=step)
+
+    def longer(self, seconds: float, *, is_saving: bool = False) -> AbstractContextManager[None]:
+        """Context in which the watchdog waits longer (`Watchdog.longer`). Every rank enters it."""
+        if self.watchdog is None:
+            return contextlib.nullcontext()
+        return self.watchdog.longer(seconds, is_saving=is_saving)
 
     @contextmanager
     def all_or_none(self, prefix: str = "") -> Iterator[None]:
@@ -83,51 +91,111 @@ class World:
 
 
 @contextmanager
-def connected(*, patches: bool = True) -> Iterator[World]:
+def connected(*, patches: bool = True, hang_timeout_minutes: float | None = None) -> Iterator[World]:
     """Connect to the ranks started by a launcher (``deepspeed``, ``torchrun``, ``srun``), if any.
 
     Args:
         patches: the recipe's ``deepspeed.patches``.
+        hang_timeout_minutes: the recipe's ``train.hang_timeout_minutes``.
 
     Raises:
-        ConnectionError: another rank died or does not respond.
+        ConnectionError: another rank died or hangs.
     """
     quieten_libraries()
     with _restored_environment():
-        yield from _join(patches)
-
-
-def _join(patches: bool) -> Iterator[World]:
-    import deepspeed
-
-    fill_environment(os.environ)
-    if not dist.is_initialized():
-        await_rank_0(os.environ)
-    rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    device = _claim_device(local_rank)
-    if patches and device.type == "cpu":
-        deepspeed_patches.skip_op_build(is_main=rank == 0)
-    try:
-        if not dist.is_initialized():  # DeepSpeed keeps its process groups, so a second run in a process reuses them
-            backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-            # Port 0: the system chooses a free port, so that two runs that start together do not
-            # collide.
-            store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True) if size == 1 else None
-            where: dict[str, Any] = {"store": store, "rank": rank, "world_size": size} if store else {}
-            dist.init_process_group(backend, timeout=STEP_TIMEOUT, device_id=device_id, **where)
-            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=STEP_TIMEOUT)
-        patient_group = dist.new_group(backend="gloo", timeout=PATIENT_TIMEOUT) if size > 1 else None
-        yield World(rank, size, local_rank, device, patient_group)
-    except RuntimeError as error:
-        if size > 1 and _is_lost_contact(error):
-            reason = str(error).splitlines()[0].partition(". ")[0]
-            raise ConnectionError(
-                f"rank {rank} lost contact with another rank, which died or hangs: check the output of that rank, then "
-                f"run the same command again to resume from the newest checkpoint ({reason})"
-            ) from error
-        raise
+        fill_environment(os.environ)
+        if not dist.is_initialized():
+            await_rank_0(os.environ)
+        rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        device = _claim_device(local_rank)
+        if patches and device.type == "cpu":
+            deepspeed_patches.skip_op_build(is_main=rank == 0)
+        cpu_group = _join(rank, size, device)
+        with _watched(rank, size, cpu_group, hang_timeout_minutes) as watchdog:
+            yield World(rank, size, local_rank, device, cpu_group, watchdog)
     atexit.unregister(_leave)
     atexit.register(_leave)
+
+
+def _join(rank: int, size: int, device: torch.device) -> dist.ProcessGroup | None:
+    """Create torch's and DeepSpeed's process groups. Returns one for the CPU."""
+    import deepspeed
+
+    if not dist.is_initialized():  # DeepSpeed keeps its process groups, so a second run in a process reuses them
+        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        # Port 0: the system chooses a free port, so that two runs that start together do not
+        # collide.
+        store = _meet(rank, size) if size > 1 else dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+        dist.init_process_group(
+            backend, timeout=COLLECTIVE_TIMEOUT, device_id=device_id, store=store, rank=rank, world_size=size
+        )
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT)
+    return dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if size > 1 else None
+
+
+def _meet(rank: int, size: int) -> dist.Store:
+    """Wait for the other ranks, and return the store through which they exchange addresses.
+
+    Raises:
+        ConnectionError: they cannot be reached, or do not start within ``CONNECT_TIMEOUT``.
+    """
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not host or not port:
+        raise ValueError(f"rank {rank} of {size}: MASTER_ADDR and MASTER_PORT are not set; start it with a launcher")
+    where = f"MASTER_ADDR={host}, MASTER_PORT={port}"
+    notice = threading.Timer(NOTICE_AFTER, lambda: print(f"rank {rank} waits for other ranks ({where}) …", flush=True))
+    notice.daemon = True
+    notice.start()
+    try:
+        socket.getaddrinfo(host, port)
+        store, *_ = next(dist.rendezvous("env://", rank, size, timeout=CONNECT_TIMEOUT))
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ConnectionError(
+            f"rank {rank} of {size} cannot meet the other ranks ({where}): {reason}. Check that this is the host of "
+            "rank 0, that the port is free there, and that all ranks were started"
+        ) from error
+    finally:
+        notice.cancel()
+    store.set_timeout(CONNECT_TIMEOUT)
+    return dist.PrefixStore("sinklm", store)
+
+
+@contextmanager
+def _watched(
+    rank: int, size: int, cpu_group: dist.ProcessGroup | None, hang_timeout_minutes: float | None
+) -> Iterator[Watchdog]:
+    """Context in which a watchdog runs. It learns why the context is left."""
+    watchdog = Watchdog(
+        rank,
+        size,
+        hang_timeout=None if hang_timeout_minutes is None else 60 * hang_timeout_minutes,
+        exchange=lambda value: _gather(value, size, cpu_group),
+        warn=lambda message: warnings.warn(message, RuntimeWarning, stacklevel=2),
+    )
+    failure = ""
+    try:
+        yield watchdog
+    except (SameOnAllRanks, SystemExit):
+        raise
+    except BaseException as error:
+        failure = str(error).splitlines()[0] if str(error) else "it was interrupted"
+        if not isinstance(error, RuntimeError) or size == 1 or not _is_lost_contact(error):
+            raise
+        verdict, is_reported_here = watchdog.verdict()
+        if not is_reported_here:
+            raise SameOnAllRanks(verdict) from error
+        raise ConnectionError(verdict or f"rank {rank} lost contact with another rank: {failure}. {RESUME}") from error
+    finally:
+        watchdog.close(failure)
+
+
+def _gather(value: object, size: int, group: dist.ProcessGroup | None) -> list:
+    if size == 1:
+        return [value]
+    values: list = [None] * size
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 @contextmanager
@@ -145,6 +213,7 @@ def _restored_environment() -> Iterator[None]:
 def _leave() -> None:
     """Destroy the process groups at exit. A rank that failed skips this."""
     if dist.is_initialized():
+        faulthandler.dump_traceback_later(EXIT_TIMEOUT, exit=True)  # another rank may have died by now
         dist.destroy_process_group()
 
 
@@ -223,33 +292,3 @@ def _is_lost_contact(error: RuntimeError) -> bool:
     if isinstance(error, dist.DistError):
         return True
     return bool(re.search(r"gloo|Connection (closed|reset)|Timed out waiting|recv, errno|Broken pipe", str(error)))
-
-
-class StopRequest:
-    """Records SIGTERM and SIGINT until the step is done. On exit it restores the old handlers.
-
-    A second SIGINT more than 3 seconds after the first ends the process immediately.
-
-    Attributes:
-        signal_number: the first signal received, or 0.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self) -> None:
-        self.signal_number = 0
-        self._received_at = 0.0
-
-    def __enter__(self) -> "StopRequest":
-        self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: types.FrameType | None) -> None:
-        if not self.signal_number:
-            self.signal_number, self._received_at = number, time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - self._received_at > SECOND_INTERRUPT_AFTER:
-            raise KeyboardInterrupt

@@ -1,6 +1,8 @@
 """The loop over steps: train, record, validate, save, stop."""
 
-from contextlib import ExitStack
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,17 +13,20 @@ from ..data import SampleOrder, TokenWindows
 from ..data.store import TokenSource
 from ..models.cost import flops_per_token, peak_flops
 from .batches import MicroBatches
-from .checkpoint import CheckpointWriter
-from .launch import StopRequest, World
+from .checkpoint import SLOW_DISK, CheckpointWriter
+from .launch import World
 from .metrics import MetricsFile, WandbRun
 from .plan import Plan
 from .progress import RunProgress, Speedometer, peak_memory_gib, process_age
 from .schedule import is_every, learning_rate, saves_after
 from .step import PendingStep, StepResult, train_step
+from .stopping import TIME_IS_UP, StopRequest, TimeLimit, stop_reason
 from .validation import validation_loss
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+
+FIRST_STEP_SECONDS = 1800.0  # how much longer the first step may take, which may compile
 
 
 class TrainingLoop:
@@ -71,6 +76,7 @@ class TrainingLoop:
             flops_per_token(plan.model_config, config.train.seq_length),
             peak * world.size if peak else None,
         )
+        self._time_limit = TimeLimit(config.train.max_minutes, self._writer.num_bytes / SLOW_DISK)
         self._runs_ahead = runs_ahead(world.device)
         self._pending: PendingStep | None = None
         with world.all_or_none():
@@ -83,23 +89,43 @@ class TrainingLoop:
         """Train to the last step.
 
         Returns:
-            0, or the number of the signal that ended the run early, after saving its state.
+            0, or why the run ended early, after saving its state (`stopping.stop_reason`).
         """
         try:
-            with StopRequest() as stop:
+            with self._stoppable() as stop:
                 if self._first_step == 0 and self._saves_after(0):
                     self._save(0)
                 self._speed.start()
                 for step in range(self._first_step, self._num_steps):
-                    if self._step(step, stop):
-                        return stop.signal_number or StopRequest.SIGNALS[0]
+                    with self._world.longer(FIRST_STEP_SECONDS if step == self._first_step else 0.0):
+                        code = self._step(step, stop)
+                    if code:
+                        self._progress.say(
+                            f"stopped by {stop_reason(code)}; the state is saved: run the same command again to resume"
+                        )
+                        return code
+            self._progress.say(f"done: {self._run_dir}")
             return 0
         finally:
             self._close()
 
-    def _step(self, step: int, stop: StopRequest) -> bool:
-        """Run update ``step``, and validate and save if due. Returns whether to stop."""
-        num_done = step + 1
+    @contextmanager
+    def _stoppable(self) -> Iterator[StopRequest]:
+        """Context in which signals are recorded, and the watchdog is told of them."""
+        watchdog = self._world.watchdog
+        with StopRequest(self._progress.say) as stop:
+            if watchdog is not None:
+                watchdog.stop_request = stop
+            try:
+                yield stop
+            finally:
+                if watchdog is not None:
+                    watchdog.stop_request = None
+
+    def _step(self, step: int, stop: StopRequest) -> int:
+        """Run update ``step``, and validate and save if due. Returns why to stop, or 0."""
+        num_done = stop.step = step + 1
+        is_first, is_last = num_done == self._first_step + 1, num_done == self._num_steps
         queued = train_step(
             self._engine,
             self._batches,
@@ -107,35 +133,40 @@ class TrainingLoop:
             self._world,
             step=num_done,
             lr=learning_rate(step, self._num_steps, self._plan.config.optimizer),
-            is_stop_requested=bool(stop.signal_number),
+            stop_code=stop.code or self._time_code(),
         )
-        stops = self._read_pending()  # the previous step, while the device computes this one
+        code = self._read_pending()  # the previous step, while the device computes this one
         self._pending = queued
-        is_first, is_last = num_done == self._first_step + 1, num_done == self._num_steps
         validates = is_every(num_done, self._plan.config.validation.every_steps) or is_last
         saves = self._saves_after(num_done)
-        if stops or is_first or validates or saves or not self._runs_ahead:
-            stops = self._read_pending() or stops
+        if code or is_first or validates or saves or not self._runs_ahead:
+            code = self._read_pending() or code
         if is_first:
             self._progress.say(f"first step done {process_age():.0f} s after process start")
         if validates:
             self._validate(num_done)
-        if saves or stops:
+        if saves or code:
             self._save(num_done)
         if is_first or validates or saves:
             self._speed.start()
-        return stops and not is_last
+        return 0 if is_last else code
 
-    def _read_pending(self) -> bool:
-        """Read and record the pending step, if any. Returns whether any rank received a signal."""
+    def _time_code(self) -> int:
+        """Return `TIME_IS_UP` if the run must end. Rank 0 decides for all ranks."""
+        is_up = self._world.is_main and self._time_limit.is_up(process_age(), self._speed.seconds_per_step)
+        return TIME_IS_UP if is_up else 0
+
+    def _read_pending(self) -> int:
+        """Read and record the pending step, if any. Returns its stop code."""
         pending, self._pending = self._pending, None
         if pending is None:
-            return False
+            return 0
+        self._world.mark("waiting for the results of a step")
         result = pending.result()
         seconds = self._speed.lap(at_least=pending.host_seconds)
         if self._world.is_main:
             self._record(pending.step, pending.lr, result, seconds)
-        return result.is_stop_requested
+        return result.stop_code
 
     def _record(self, step: int, lr: float, result: StepResult, seconds: float) -> None:
         values: dict[str, Any] = {
@@ -168,7 +199,9 @@ class TrainingLoop:
     def _save(self, step: int) -> None:
         if step in list_checkpoints(self._run_dir):
             return
+        began = time.monotonic()
         path = self._writer.save(self._engine, step)
+        self._time_limit.measure_save(time.monotonic() - began)
         self._progress.say(f"step {step:,}: saved {path}")
 
     def _write(self, values: dict[str, Any]) -> None:

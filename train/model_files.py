@@ -27,13 +27,16 @@ def save_model(engine: "DeepSpeedEngine", folder: Path, plan: Plan, tokenizer_pa
 def gather_weights(engine: "DeepSpeedEngine", world: World) -> dict[str, torch.Tensor]:
     """Return all weights on the CPU of rank 0, and an empty dictionary on the others.
 
-    With ZeRO-3 they are gathered one at a time.
+    With ZeRO-3 they are gathered one at a time. Small ones, which DeepSpeed keeps on every rank,
+    are not: gathering would partition them afterwards, and the next forward pass would fail.
     """
     import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     weights = {}
     for name, parameter in engine.module.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+        is_partitioned = getattr(parameter, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE
+        with deepspeed.zero.GatheredParameters([parameter], enabled=is_partitioned):
             if world.is_main:
                 weights[name] = parameter.detach().cpu().clone()  # cloned because ZeRO's weights share one storage
     return weights

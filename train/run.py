@@ -9,27 +9,36 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..checkpoints.folders import CONFIG_FILE, ENVIRONMENT_FILE, interrupted_checkpoints
 from ..checkpoints.warm_start import check_tokenizer, load_weights
-from ..data import TokenWindows, open_store
+from ..data import open_store
 from ..data.store import TokenSource
 from ..files import locked, write_json
 from ..models import SinkGPTNeoXForCausalLM
 from ..models.cost import count_parameters
 from .batches import open_windows
 from .config import TrainingConfig
+from .engine import compiles, make_engine
 from .launch import SameOnAllRanks, World, connected
+from .loop import TrainingLoop
 from .plan import Plan
 from .progress import RunProgress
 from .recipe import config_yaml, load_config
 from .rendezvous import own_rank
+from .resume import Resume, find_resume
+from .stopping import exit_status
 from .summary import describe_run, dry_run
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 LARGEST_DRAWN_ON_CPU = 1_000_000_000  # parameters
 LOCK_NAME = "lock"
+SETUP_SECONDS = 7200.0  # verifying the store, making or loading the weights, converting a checkpoint
 RECORDED_PACKAGES = ("torch", "transformers", "deepspeed", "tokenizers", "numpy", "safetensors")
 
 
@@ -47,8 +56,8 @@ def train(recipe: str, overrides: list[str] | tuple[str, ...] = (), *, only_desc
     Raises:
         ValueError: a key, a value or the data is invalid, or training diverged.
         OSError: a file cannot be read or written, or (ConnectionError) another rank is lost.
-        SystemExit: status 128 + n if signal n ended the run early (its state is saved); status 1 on
-            ranks other than 0 for an error that all ranks share, which rank 0 reports.
+        SystemExit: the run ended early and its state is saved (`stopping.exit_status`); or status 1
+            on ranks other than 0 for an error that all ranks share, which rank 0 reports.
     """
     rank = own_rank(os.environ)
     try:
@@ -62,23 +71,19 @@ def train(recipe: str, overrides: list[str] | tuple[str, ...] = (), *, only_desc
         raise
     if rank == 0:
         print("loading DeepSpeed and connecting to the other ranks …", flush=True)
-    with connected(patches=config.deepspeed.patches) as world:
-        try:
-            signal_number = _train_rank(config, world)
-        except SameOnAllRanks:
-            if world.is_main:
-                raise
-            sys.exit(1)
-        except KeyboardInterrupt:
-            sys.exit(128 + signal.SIGINT)
-        except torch.OutOfMemoryError as error:
-            less = "" if config.train.activation_checkpointing else ", set train.activation_checkpointing=true"
-            raise ValueError(
-                f"rank {world.rank} is out of GPU memory: lower train.micro_batch_size{less}, or raise "
-                f"deepspeed.zero_stage with more GPUs or an offloaded optimizer ({error})"
-            ) from error
-    if signal_number:
-        sys.exit(128 + signal_number)
+    try:
+        with connected(
+            patches=config.deepspeed.patches, hang_timeout_minutes=config.train.hang_timeout_minutes
+        ) as world:
+            code = _train_rank(config, world)
+    except SameOnAllRanks:
+        if rank == 0:
+            raise
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    if code:
+        sys.exit(exit_status(code))
 
 
 @contextmanager
@@ -100,32 +105,35 @@ def locked_run(run_dir: Path) -> Iterator[None]:
 
 
 def _train_rank(config: TrainingConfig, world: World) -> int:
-    """Train as one rank. Returns the number of the signal that ended the run early, or 0."""
+    """Train as one rank. Returns why the run ended early (`stopping.stop_reason`), or 0."""
+    try:
+        with ExitStack() as held:
+            with world.longer(SETUP_SECONDS):
+                loop = _set_up(config, world, held)
+            return loop.run() if loop is not None else 0
+    except torch.OutOfMemoryError as error:
+        less = "" if config.train.activation_checkpointing else ", set train.activation_checkpointing=true"
+        raise ValueError(
+            f"rank {world.rank} is out of GPU memory: lower train.micro_batch_size{less}, or raise "
+            f"deepspeed.zero_stage with more GPUs or an offloaded optimizer ({error})"
+        ) from error
+
+
+def _set_up(config: TrainingConfig, world: World, held: ExitStack) -> TrainingLoop | None:
+    """Open the data and the run's folder, and make the engine. Returns None if all steps are done.
+
+    Args:
+        held: holds the lock of the folder, and the progress output.
+    """
+    world.mark("opening the data")
     run_dir = Path(config.train.run_dir or "")
     with world.all_or_none():
         store = _open_store(config, world)
         plan = Plan(config, world.size, store.tokenizer_size, store.eod_id)
-        windows = open_windows(store, plan)
-    with ExitStack() as held:
-        with world.all_or_none():
-            if world.is_main:
-                held.enter_context(locked_run(run_dir))
-        return _train_locked(run_dir, plan, world, store, *windows)
-
-
-def _train_locked(
-    run_dir: Path,
-    plan: Plan,
-    world: World,
-    store: TokenSource,
-    windows: TokenWindows,
-    validation_windows: TokenWindows | None,
-) -> int:
-    from .engine import compiles, make_engine
-    from .loop import TrainingLoop
-    from .resume import find_resume
-
-    config = plan.config
+        windows, validation_windows = open_windows(store, plan)
+    with world.all_or_none():
+        if world.is_main:
+            held.enter_context(locked_run(run_dir))
     with world.all_or_none():
         resume = find_resume(plan, store.fingerprint)
         if resume is None and config.model.init_from is not None:
@@ -134,35 +142,40 @@ def _train_locked(
         if world.is_main:
             _write_run_files(run_dir, config)
 
-    with RunProgress(config.train.num_steps, is_silent=not world.is_main) as progress:
-        for line in describe_run(plan, store, windows, resume):
-            progress.say(line)
-        for path in interrupted_checkpoints(run_dir):
-            progress.say(f"ignoring {path}, which was interrupted while being written")
-        first_step = resume.step if resume else 0
-        if first_step >= config.train.num_steps:
-            progress.say(f"all {config.train.num_steps:,} steps are done: raise train.num_steps to train further")
-            return 0
-        progress.say(f"{'drawing' if config.model.init_from is None else 'reading'} the initial weights …")
-        with world.all_or_none():
-            model = _build_model(plan, world.device)
-        progress.say("setting up DeepSpeed …")
-        is_converted = resume is not None and resume.is_converted
-        engine = make_engine(model, plan, world.device, load_universal=is_converted)
-        if resume is not None:
-            if is_converted:
-                progress.say(f"converting the checkpoint, which differs in {', '.join(resume.mismatches)} …")
-            resume.restore(engine, plan, world, scratch=run_dir)
-        if world.device.type == "cpu" and config.train.precision == "bf16":
-            progress.say("hint: on most CPUs train.precision=fp32 is about three times as fast as bf16")
-        if compiles(config, world.device):
-            progress.say(
-                "compiling the model in the first step: one or two minutes, less if it is in the compile cache …"
-            )
-        loop = TrainingLoop(engine, plan, world, store, windows, validation_windows, progress, first_step=first_step)
-        signal_number = loop.run()
-        _say_goodbye(progress, run_dir, signal_number)
-    return signal_number
+    progress = held.enter_context(RunProgress(config.train.num_steps, is_silent=not world.is_main))
+    for line in describe_run(plan, store, windows, resume):
+        progress.say(line)
+    for path in interrupted_checkpoints(run_dir):
+        progress.say(f"ignoring {path}, which was interrupted while being written")
+    first_step = resume.step if resume else 0
+    if first_step >= config.train.num_steps:
+        progress.say(f"all {config.train.num_steps:,} steps are done: raise train.num_steps to train further")
+        return None
+    engine = _ready_engine(plan, world, resume, progress)
+    return TrainingLoop(engine, plan, world, store, windows, validation_windows, progress, first_step=first_step)
+
+
+def _ready_engine(plan: Plan, world: World, resume: Resume | None, progress: RunProgress) -> "DeepSpeedEngine":
+    """Make the engine in the state from which training starts."""
+    config = plan.config
+    progress.say(f"{'drawing' if config.model.init_from is None else 'reading'} the initial weights …")
+    world.mark("making the initial weights")
+    with world.all_or_none():
+        model = _build_model(plan, world.device)
+    progress.say("setting up DeepSpeed …")
+    world.mark("setting up DeepSpeed")
+    is_converted = resume is not None and resume.is_converted
+    engine = make_engine(model, plan, world.device, load_universal=is_converted)
+    if resume is not None:
+        if is_converted:
+            progress.say(f"converting the checkpoint, which differs in {', '.join(resume.mismatches)} …")
+        world.mark(f"loading {resume.path}")
+        resume.restore(engine, plan, world, scratch=Path(config.train.run_dir or ""))
+    if world.device.type == "cpu" and config.train.precision == "bf16":
+        progress.say("hint: on most CPUs train.precision=fp32 is about three times as fast as bf16")
+    if compiles(config, world.device):
+        progress.say("compiling the model in the first step: one or two minutes, less if it is in the compile cache …")
+    return engine
 
 
 def _open_store(config: TrainingConfig, world: World) -> TokenSource:
@@ -216,11 +229,3 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _say_goodbye(progress: RunProgress, run_dir: Path, signal_number: int) -> None:
-    if signal_number:
-        name = signal.Signals(signal_number).name
-        progress.say(f"stopped by {name}; the state is saved: run the same command again to resume")
-    else:
-        progress.say(f"done: {run_dir}")

@@ -26,7 +26,7 @@ class StepResult:
     grad_norm: float  # of the global batch, before clipping; infinite if the update was skipped
     is_skipped: bool  # float16 only: the scaled gradients overflowed, so there was no update
     loss_scale: float | None  # float16 only
-    is_stop_requested: bool  # a rank received a signal to stop
+    stop_code: int  # why to stop after this step (`stopping.stop_reason`), the largest of all ranks; 0: go on
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class PendingStep:
     step: int  # number of updates including this one
     lr: float
     host_seconds: float  # time that the host needed to queue it
-    by_rank: HostCopy  # (ranks, 2): the loss of a rank, and 1 if the rank received a signal to stop
+    by_rank: HostCopy  # (ranks, 2): the loss of a rank, and its stop code
     grad_norm: HostCopy
     is_refused: bool  # True if the host already detected that there was no update
     loss_scale: float | None  # float16 only
@@ -62,7 +62,7 @@ class PendingStep:
             grad_norm=grad_norm,
             is_skipped=is_skipped,
             loss_scale=self.loss_scale,
-            is_stop_requested=any(stop for _, stop in by_rank),
+            stop_code=max(int(code) for _, code in by_rank),
         )
 
 
@@ -74,7 +74,7 @@ def train_step(
     *,
     step: int,
     lr: float,
-    is_stop_requested: bool = False,
+    stop_code: int = 0,
 ) -> PendingStep:
     """Queue one optimizer step on the next micro-batches ``(b, tokens_per_sample)``.
 
@@ -82,6 +82,9 @@ def train_step(
     micro-batches. With `FusedUpdate` the host does not wait for the device, so it can queue the
     next step before it reads this one. If a loss or gradient is not finite, this step and the steps
     queued after it do not change the weights.
+
+    Args:
+        stop_code: why this rank asks all ranks to stop after this step; 0: it does not.
 
     Raises:
         SameOnAllRanks: as `PendingStep.result`, if the host already detected that the step failed.
@@ -91,15 +94,18 @@ def train_step(
         group["lr"] = lr
     loss_sum = torch.zeros((), device=engine.device)
     for micro_step in range(plan.num_accumulation_steps):
+        world.mark("reading samples", step=step)
         samples = next(batches)
+        world.mark("computing a micro-batch")
         loss = engine(input_ids=samples[:, :-1], labels=samples, skip_logits=True, use_cache=False).loss
         loss_sum += loss.detach()
         engine.backward(_nan_unless_finite(loss))
         if micro_step < plan.num_accumulation_steps - 1:
             engine.step()  # counts the micro-batch
 
-    is_stopping = loss_sum.new_full((), float(is_stop_requested))
-    by_rank = HostCopy(_gather(torch.stack([loss_sum / plan.num_accumulation_steps, is_stopping]), world))
+    code = loss_sum.new_full((), float(stop_code))
+    world.mark("updating the weights")
+    by_rank = HostCopy(_gather(torch.stack([loss_sum / plan.num_accumulation_steps, code]), world))
     grad_norm, is_refused = _update(engine, plan)
     pending = PendingStep(
         step=step,

@@ -31,6 +31,7 @@ def validation_loss(
     engine.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)  # of losses, of targets
     for start in range(0, num_samples, micro_batch_size * world.size):
+        world.mark("validating")
         first = start + world.rank * micro_batch_size
         chosen = np.arange(first, first + micro_batch_size)
         counts = chosen < num_samples

@@ -9,6 +9,7 @@ import pytest
 
 from sinklm.checkpoints.folders import list_checkpoints
 from sinklm.train.run import train
+from sinklm.train.stopping import REQUEUE_STATUS
 
 from .tiny import Ranks, assert_same_weights, copy_checkpoint, losses, metrics, wait_for_step, weights
 
@@ -18,6 +19,7 @@ LONG = ["train.num_steps=400", "validation.every_steps=null", "checkpoint.every_
 # One run for each stage, in both precisions; `test_engine` tests the other combinations on one
 # rank.
 STAGES = [(0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "fp32")]
+SAVE_OFTEN = ["checkpoint.every_steps=2", "checkpoint.keep=null"]
 FULL = [(2, 1), (3, 0)]  # ZeRO stage, and the rank whose disk is full; ZeRO-3 gathers weights after the files
 # To another number of ranks: each stage once before and once after the conversion.
 CONVERSIONS = [(0, "bf16", 3, "bf16"), (1, "bf16", 0, "fp32"), (2, "fp32", 1, "fp32"), (3, "fp32", 2, "fp32")]
@@ -41,8 +43,11 @@ def two_ranks(recipe, one_rank_run, tmp_path_factory) -> Path:
     calls: list[dict] = []
     for stage, precision in STAGES:
         whole, resumed = folder / f"whole-{stage}", folder / f"resumed-{stage}"
-        calls.append({"overrides": settings(whole, stage, precision)})
-        calls.append({"overrides": settings(resumed, stage, precision), "copy": [str(whole), 4, str(resumed)]})
+        calls.append({"overrides": settings(whole, stage, precision) + SAVE_OFTEN})
+        # It goes on past two further saves.
+        calls.append(
+            {"overrides": settings(resumed, stage, precision) + SAVE_OFTEN, "copy": [str(whole), 2, str(resumed)]}
+        )
     grown, stopped, ahead, diverged, dead = (
         folder / name for name in ("grown", "stopped", "ahead", "diverged", "dead")
     )
@@ -60,7 +65,7 @@ def two_ranks(recipe, one_rank_run, tmp_path_factory) -> Path:
         {"overrides": [f"train.run_dir={stopped}", *LONG], "signal": [1, signal.SIGTERM, 3, str(stopped)]},
         {
             "overrides": [*settings(ahead, 1, "bf16"), *LONG],
-            "signal": [1, signal.SIGTERM, 3, str(ahead)],
+            "signal": [1, signal.SIGUSR1, 3, str(ahead)],
             "ahead": True,
         },
         {"overrides": settings(diverged, 1, "bf16"), "bad_loss": [1, 7, 2], "ahead": True},
@@ -133,10 +138,12 @@ def test_a_batch_that_the_ranks_cannot_share_is_reported_once(two_ranks):
     assert other == "exit 1"
 
 
-@pytest.mark.parametrize("run", ["stopped", "ahead"])
-def test_a_signal_to_one_rank_saves_on_all(two_ranks, run):
-    assert outcomes(two_ranks, run) == [f"exit {128 + signal.SIGTERM}"] * 2
-    assert "stopped by SIGTERM" in (two_ranks / "output-0").read_text()
+@pytest.mark.parametrize(
+    ("run", "name", "status"), [("stopped", "SIGTERM", 128 + signal.SIGTERM), ("ahead", "SIGUSR1", REQUEUE_STATUS)]
+)
+def test_a_signal_to_one_rank_saves_on_all(two_ranks, run, name, status):
+    assert outcomes(two_ranks, run) == [f"exit {status}"] * 2
+    assert f"stopped by {name}; the state is saved" in (two_ranks / "output-0").read_text()
     (step,) = list_checkpoints(two_ranks / run)
     assert list(losses(two_ranks / run)) == list(range(1, step + 1))
 
@@ -151,7 +158,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(two_ranks):
 
 def test_a_dead_rank_ends_the_others_with_a_message(two_ranks):
     (message,) = outcomes(two_ranks, "dead")
-    assert message.startswith("ConnectionError: rank 0 lost contact with another rank, which died or hangs")
+    assert re.match(r"ConnectionError: rank 1 \(host \S+, process \d+\) died\. It was last seen .*\. All", message)
 
 
 def test_a_killed_run_goes_on_bit_for_bit(recipe, tmp_path):

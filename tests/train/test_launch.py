@@ -1,11 +1,8 @@
-"""Ranks from the environment, errors on all ranks, and signals."""
-
-import os
-import signal
+"""Ranks from the environment, and errors on all ranks."""
 
 import pytest
 
-from sinklm.train.launch import SameOnAllRanks, StopRequest, World, fill_environment, first_host
+from sinklm.train.launch import SameOnAllRanks, World, fill_environment, first_host
 
 
 def test_without_a_launcher_there_is_one_rank():
@@ -52,16 +49,6 @@ def test_a_batch_script_without_srun_is_one_process():
 )
 def test_the_first_host(nodes, first):
     assert first_host(nodes) == first
-
-
-def test_a_signal_is_recorded_and_handlers_are_restored():
-    before = signal.getsignal(signal.SIGTERM)
-    with StopRequest() as stop:
-        assert not stop.signal_number
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)  # launchers send both; the first one counts
-        assert stop.signal_number == signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_an_error_on_one_rank_is_an_error_on_all():

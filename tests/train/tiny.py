@@ -23,6 +23,7 @@ from sinklm.data import find_inputs, prepare_store
 from sinklm.data.tokenizer import train_tokenizer
 from sinklm.models import SinkGPTNeoXForCausalLM
 from sinklm.train import loop
+from sinklm.train.batches import MicroBatches
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPE = """
@@ -93,6 +94,20 @@ def bad_loss_in(step: int, num_micro_batches: int) -> Iterator[None]:
         return output
 
     with patch.object(SinkGPTNeoXForCausalLM, "forward", diverging):
+        yield
+
+
+@contextmanager
+def hang_in(step: int, num_micro_batches: int) -> Iterator[None]:
+    """Wait forever for the samples of one training step of this process, counted from 1."""
+    following, calls = MicroBatches.__next__, itertools.count()
+
+    def hanging(self: MicroBatches) -> torch.Tensor:
+        if next(calls) // num_micro_batches == step - 1:
+            time.sleep(1000)
+        return following(self)
+
+    with patch.object(MicroBatches, "__next__", hanging):
         yield
 
 

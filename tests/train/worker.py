@@ -8,6 +8,8 @@ optional events:
 - "signal": [rank, number, step, run_dir]: a rank receives a signal after the run has done that
   step;
 - "bad_loss": [rank, step, num_micro_batches]: a rank's loss is NaN in that step;
+- "hang": [rank, step, num_micro_batches]: a rank waits forever for the samples of that step;
+- "stop_grace": seconds that a rank may take to obey a signal;
 - "ahead": true: a step is queued before the previous one is read, as on a GPU.
 
 The outcome of each call is printed as one JSON line.
@@ -20,12 +22,14 @@ import sys
 import threading
 from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import torch.distributed as dist
 
+from sinklm.train import watchdog
 from sinklm.train.run import train
 
-from .tiny import ahead, bad_loss_in, copy_checkpoint, wait_for_step
+from .tiny import ahead, bad_loss_in, copy_checkpoint, hang_in, wait_for_step
 
 
 def main() -> None:
@@ -50,6 +54,10 @@ def make(call: dict, rank: int) -> str:
                 stack.enter_context(ahead())
             if "bad_loss" in call and call["bad_loss"][0] == rank:
                 stack.enter_context(bad_loss_in(*call["bad_loss"][1:]))
+            if "hang" in call and call["hang"][0] == rank:
+                stack.enter_context(hang_in(*call["hang"][1:]))
+            if "stop_grace" in call:
+                stack.enter_context(patch.object(watchdog, "STOP_GRACE", call["stop_grace"]))
             train(call["recipe"], call["overrides"])
     except (ValueError, OSError) as error:
         return f"{type(error).__name__}: {error}"

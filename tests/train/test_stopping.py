@@ -1,0 +1,89 @@
+"""A run stops after a signal or when its time is up, with its state saved."""
+
+import os
+import signal
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sinklm.checkpoints.folders import list_checkpoints
+from sinklm.train.run import train
+from sinklm.train.stopping import REQUEUE_STATUS, STOP_SIGNALS, StopRequest, TimeLimit, exit_status
+
+from .tiny import losses, wait_for_step
+
+
+def test_a_signal_is_recorded_and_handlers_are_restored():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        assert not stop.code
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)  # launchers send both; the first one counts
+        assert stop.code == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_ignored_signal_stays_ignored():
+    """As under ``nohup``."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.code
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_first_signal_is_announced_once():
+    said: list[str] = []
+    stop = StopRequest(said.append)
+    stop.step = 1234
+    stop.announce(signal.SIGINT)
+    stop.announce(signal.SIGTERM)
+    assert said == ["SIGINT: finishing step 1,234, then saving; press Ctrl-C again to stop without saving"]
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_every_signal_saves_the_state_and_ends_with_its_status(recipe, tmp_path, number, capsys):
+    def send() -> None:
+        wait_for_step(tmp_path, 2)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=send, daemon=True).start()
+    with pytest.raises(SystemExit) as ended:
+        train(recipe, [f"train.run_dir={tmp_path}", "train.num_steps=100000", "validation.every_steps=null"])
+    assert ended.value.code == {signal.SIGTERM: 143, signal.SIGINT: 130}.get(number, 75)
+    assert max(list_checkpoints(tmp_path)) == max(losses(tmp_path))
+    out = capsys.readouterr().out
+    assert out.index(f"{number.name}: finishing step") < out.index(f"stopped by {number.name}; the state is saved")
+
+
+def test_a_run_whose_time_is_up_saves_and_asks_to_be_run_again(recipe, tmp_path, capsys):
+    overrides = [f"train.run_dir={tmp_path}", "train.num_steps=3"]
+    for expected in ([1], [1, 2]):  # this process is older than that
+        with pytest.raises(SystemExit) as ended:
+            train(recipe, [*overrides, "train.max_minutes=0.001"])
+        assert ended.value.code == REQUEUE_STATUS
+        assert list(list_checkpoints(tmp_path)) == expected
+        assert "stopped by train.max_minutes; the state is saved" in capsys.readouterr().out
+    train(recipe, [*overrides, "train.max_minutes=0.001"])  # the last step needs no further run
+    assert list(losses(tmp_path)) == [1, 2, 3]
+
+
+@given(st.floats(0.01, 1e4), st.floats(0, 1e3), st.floats(0, 1e3), st.floats(0, 1e5))
+def test_the_time_limit_leaves_time_for_a_step_and_a_save(max_minutes, save, step, age):
+    limit = TimeLimit(max_minutes, save_seconds=1e9)
+    limit.measure_save(save)
+    if not limit.is_up(age, step):
+        assert age + step + save <= 60 * max_minutes
+
+
+def test_without_a_limit_time_is_never_up():
+    assert not TimeLimit(None, 0.0).is_up(1e9, float("nan"))
+
+
+def test_only_a_planned_end_asks_to_be_run_again():
+    planned = {number for number in STOP_SIGNALS if exit_status(number) == REQUEUE_STATUS}
+    assert planned == {signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}

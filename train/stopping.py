@@ -1,0 +1,104 @@
+"""How a run is asked to stop: signals and ``train.max_minutes``, and the exit status for each."""
+
+import math
+import signal
+import time
+import types
+from collections.abc import Callable
+
+SECOND_INTERRUPT_AFTER = 3.0  # seconds; launchers send several signals for one Ctrl-C
+TIME_IS_UP = 255  # a stop code besides the numbers of signals: `train.max_minutes` is over
+REQUEUE_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the state is saved, run the same command again
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def exit_status(code: int) -> int:
+    """Return the exit status of a run that stopped early with its state saved.
+
+    Schedulers announce the end of a job by SIGUSR1, SIGUSR2 or SIGHUP, and `TIME_IS_UP` is planned
+    too: ``REQUEUE_STATUS``. After SIGTERM and SIGINT it is 128 + n, as usual.
+    """
+    return 128 + code if code in (signal.SIGTERM, signal.SIGINT) else REQUEUE_STATUS
+
+
+def stop_reason(code: int) -> str:
+    """Return the name of what stopped the run."""
+    return "train.max_minutes" if code == TIME_IS_UP else signal.Signals(code).name
+
+
+class StopRequest:
+    """Records a signal until the step is done. On exit it restores the old handlers.
+
+    A second SIGINT more than 3 seconds after the first ends the process immediately. Signals that
+    the process ignores (``nohup``) stay ignored.
+
+    Args:
+        say: called with a message when the first signal arrives, from the thread of the watchdog.
+
+    Attributes:
+        code: number of the first signal received, or 0.
+    """
+
+    def __init__(self, say: Callable[[str], None] = lambda message: None) -> None:
+        self.code = 0
+        self.step = 0  # the step that is finished before the run stops
+        self._say = say
+        self._received_at = 0.0
+        self._is_announced = False
+
+    def __enter__(self) -> "StopRequest":
+        current = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        self._previous = {number: handler for number, handler in current.items() if handler != signal.SIG_IGN}
+        for number in self._previous:
+            signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def announce(self, number: int) -> None:
+        """Say what happens next. The watchdog calls it, so it also works while a step computes."""
+        if not self._is_announced:
+            self._is_announced = True
+            again = "; press Ctrl-C again to stop without saving" if number == signal.SIGINT else ""
+            self._say(f"{signal.Signals(number).name}: finishing step {self.step:,}, then saving{again}")
+
+    def _receive(self, number: int, frame: types.FrameType | None) -> None:
+        if not self.code:
+            self.code, self._received_at = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._received_at > SECOND_INTERRUPT_AFTER:
+            raise KeyboardInterrupt
+
+
+class TimeLimit:
+    """``train.max_minutes``: says when to stop, so that the last save ends in time.
+
+    Args:
+        max_minutes: time from the start of the process; None: no limit.
+        save_seconds: estimated time of a save, until one was measured.
+    """
+
+    MARGIN = 10.0  # seconds
+
+    def __init__(self, max_minutes: float | None, save_seconds: float):
+        self._max_minutes, self._save_seconds = max_minutes, save_seconds
+        self._is_measured = False
+
+    def measure_save(self, seconds: float) -> None:
+        """Record how long a save took. The longest counts."""
+        self._save_seconds = max(self._save_seconds, seconds) if self._is_measured else seconds
+        self._is_measured = True
+
+    def is_up(self, age: float, step_seconds: float) -> bool:
+        """Whether to stop after the next step.
+
+        Args:
+            age: seconds since the process started.
+            step_seconds: duration of a step; NaN if not known yet.
+        """
+        if self._max_minutes is None:
+            return False
+        step_seconds = 0.0 if math.isnan(step_seconds) else step_seconds
+        needed = 2 * step_seconds + 1.5 * self._save_seconds + self.MARGIN
+        return age + needed > 60 * self._max_minutes
