@@ -63,7 +63,7 @@ def read_state(checkpoint: Path) -> CheckpointState:
     try:
         values = json.loads(path.read_bytes())
         version = values.get("format_version", FORMAT_VERSION)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise damage from error
     if version != FORMAT_VERSION:
         raise ValueError(

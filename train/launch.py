@@ -21,7 +21,7 @@ import transformers
 
 from . import deepspeed_patches
 from .hangs import RESUME
-from .rendezvous import await_rank_0, check_ranks, read_count
+from .ranks import check_ranks, read_count
 from .watchdog import EXIT_TIMEOUT, Watchdog
 
 CONNECT_TIMEOUT = timedelta(minutes=10)  # for all ranks to start
@@ -104,8 +104,6 @@ def connected(*, patches: bool = True, hang_timeout_minutes: float | None = None
     quieten_libraries()
     with _restored_environment():
         fill_environment(os.environ)
-        if not dist.is_initialized():
-            await_rank_0(os.environ)
         rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         device = _claim_device(local_rank)
         if patches and device.type == "cpu":

@@ -27,8 +27,8 @@ from .launch import SameOnAllRanks, World, connected
 from .loop import TrainingLoop
 from .plan import Plan
 from .progress import RunProgress
+from .ranks import own_rank
 from .recipe import config_yaml, load_config
-from .rendezvous import own_rank
 from .resume import Resume, find_resume
 from .stopping import exit_status
 from .summary import describe_run, dry_run
