@@ -19,6 +19,7 @@ from transformers.utils import cached_file
 from ..files import check_writable, replace_folder, write_json
 from ..models.config import SinkGPTNeoXConfig
 from .checks import read_tokenizer
+from .checksums import write_sums
 from .folders import resolve_model_folder
 from .loading import load_model, load_tokenizer, no_progress_bars
 from .model_card import model_card
@@ -28,6 +29,8 @@ EXPORTABLE_KINDS = ("none", "token")
 
 def export_model(checkpoint: str | Path, output: str | Path) -> Path:
     """Write a checkpoint as a plain GPT-NeoX folder: weights, configuration, tokenizer, model card.
+
+    The file ``SHA256SUMS`` has the checksums of the others, except the model card.
 
     The folder gets its final name only when it is complete, and replaces an older export.
 
@@ -59,6 +62,7 @@ def export_model(checkpoint: str | Path, output: str | Path) -> Path:
             model, Path(resolve_model_folder(checkpoint)), output.absolute().name, sink_names(config.num_sinks)
         )
         (partial / "README.md").write_text(card, encoding="utf-8")
+        write_sums(partial)
         replace_folder(partial, output)
     except FileNotFoundError:  # the checkpoint has no tokenizer
         raise

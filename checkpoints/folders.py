@@ -12,7 +12,8 @@
             model/            transformers folder (safetensors) for evaluation and export
             config.yaml       resolved recipe
             state.json        `CheckpointState`
-            COMPLETE          written last; a checkpoint without it is never loaded
+            COMPLETE          `manifest.Manifest`; written last, and without it nothing is loaded
+        checkpoints/step-<N>.damaged    set aside because its files differ from the manifest
 """
 
 import json
@@ -29,14 +30,24 @@ MODEL_FOLDER = "model"
 RANDOM_STATES_FOLDER = "rng"
 STATE_FILE = "state.json"
 COMPLETE_MARKER = "COMPLETE"
-FORMAT_VERSION = 1
+DAMAGED = ".damaged"  # suffix of a checkpoint that was set aside
+FORMAT_VERSION = 2  # 1: COMPLETE is an empty file
+
+
+class DamagedCheckpointError(ValueError):
+    """The files of a checkpoint are not those that were written."""
+
+    def __init__(self, checkpoint: Path, reason: str):
+        super().__init__(f"{checkpoint} is damaged: {reason}")
+        self.reason = reason
 
 
 @dataclass(frozen=True)
 class CheckpointState:
     """``state.json``: progress and data of a checkpoint, and the layout of its DeepSpeed files.
 
-    ``optimizer_layout`` is None in checkpoints from before this key existed.
+    ``optimizer_layout`` is None in checkpoints from before this key existed. ``interpolated`` has a
+    digest of each fixed setting that ``config.yaml`` contains only as an interpolation.
     """
 
     step: int
@@ -46,6 +57,7 @@ class CheckpointState:
     zero_stage: int
     precision: str
     optimizer_layout: str | None = None
+    interpolated: dict | None = None
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
@@ -56,19 +68,20 @@ def read_state(checkpoint: Path) -> CheckpointState:
     """Read ``state.json``.
 
     Raises:
-        ValueError: the file is damaged or has another format version.
+        DamagedCheckpointError: the file is missing or damaged.
+        ValueError: it has a later format version.
     """
     path = checkpoint / STATE_FILE
-    damage = ValueError(f"{path} is damaged: delete {checkpoint} to continue from an older checkpoint")
+    damage = DamagedCheckpointError(checkpoint, f"{STATE_FILE} is missing or damaged")
     try:
         values = json.loads(path.read_bytes())
-        version = values.get("format_version", FORMAT_VERSION)
-    except (ValueError, AttributeError, RecursionError) as error:
+        version = values.get("format_version", 1)
+    except (FileNotFoundError, ValueError, AttributeError, RecursionError) as error:
         raise damage from error
-    if version != FORMAT_VERSION:
+    if version not in range(1, FORMAT_VERSION + 1):
         raise ValueError(
-            f"{path} has format_version {version!r}, this sinklm reads {FORMAT_VERSION}: use the version of sinklm "
-            "that wrote it"
+            f"{path} has format_version {version!r}, this sinklm reads up to {FORMAT_VERSION}: use the version of "
+            "sinklm that wrote it"
         )
     known = {field.name: field.type for field in fields(CheckpointState)}
     try:
@@ -80,19 +93,39 @@ def read_state(checkpoint: Path) -> CheckpointState:
     return state
 
 
+def has_manifest(checkpoint: Path) -> bool:
+    """Whether ``state.json`` says that ``COMPLETE`` is a manifest, since format version 2."""
+    try:
+        return json.loads((checkpoint / STATE_FILE).read_bytes())["format_version"] > 1
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def list_checkpoints(run: Path) -> dict[int, Path]:
     """Return the complete checkpoints of a run by step, in ascending order."""
-    found = {
-        int(match[1]): path
-        for path in (run / CHECKPOINTS_FOLDER).glob("step-*")
-        if (match := re.fullmatch(r"step-(\d+)", path.name)) and (path / COMPLETE_MARKER).exists()
-    }
+    found = {step: path for step, path in _step_folders(run).items() if (path / COMPLETE_MARKER).exists()}
     return dict(sorted(found.items()))
 
 
 def interrupted_checkpoints(run: Path) -> list[Path]:
-    """Return the folders of incomplete checkpoints."""
-    return sorted(path for path in (run / CHECKPOINTS_FOLDER).glob("step-*") if not (path / COMPLETE_MARKER).exists())
+    """Return the folders of incomplete checkpoints: being written, interrupted, or half deleted."""
+    return sorted(path for path in _step_folders(run).values() if not (path / COMPLETE_MARKER).exists())
+
+
+def damaged_checkpoints(run: Path) -> list[Path]:
+    """Return the checkpoints that were set aside because they are damaged."""
+    return sorted((run / CHECKPOINTS_FOLDER).glob(f"step-*{DAMAGED}*"))
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """Return the step in a folder's name, or None if it is not the name of a checkpoint."""
+    match = re.fullmatch(r"step-(0|[1-9]\d*)", checkpoint.name, re.ASCII)
+    return int(match[1]) if match else None
+
+
+def _step_folders(run: Path) -> dict[int, Path]:
+    folders = (path for path in (run / CHECKPOINTS_FOLDER).glob("step-*") if path.is_dir())
+    return {step: path for path in folders if (step := step_of(path)) is not None}
 
 
 def resolve_model_folder(name_or_path: str | Path) -> str:

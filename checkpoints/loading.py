@@ -20,6 +20,7 @@ from .. import models  # noqa: F401  (registers the type of our models with tran
 from ..rust import is_panic
 from ..text import one_line
 from .checks import check_loaded, check_tokenizer, checked_config
+from .checksums import verify_model_folder
 from .folders import resolve_model_folder
 
 
@@ -37,10 +38,11 @@ def load_model(
 
     Raises:
         FileNotFoundError: the folder has no complete checkpoint, or no model can be found.
-        ValueError: ``config.json`` is wrong, the weights are damaged, not finite or do not match
-            it, or the model is not a causal language model.
+        ValueError: a file differs from its checksum, ``config.json`` is wrong, the weights are
+            damaged, not finite or do not match it, or the model is not a causal language model.
     """
     folder = resolve_model_folder(name_or_path)
+    verify_model_folder(folder)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         config = checked_config(folder)
@@ -122,9 +124,11 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         FileNotFoundError: there is no tokenizer or it is damaged. transformers would create one
             without a vocabulary.
-        ValueError: the tokenizer fails on simple texts, or needs seconds for each.
+        ValueError: a file differs from its checksum, or the tokenizer fails on simple texts or
+            needs seconds for each.
     """
     folder = resolve_model_folder(name_or_path)
+    verify_model_folder(folder, with_weights=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except BaseException as error:  # tokenizers raises bare exceptions, and panics

@@ -12,6 +12,7 @@ from ..models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM
 from ..models.arms import ARM_PARAMETERS
 from ..text import one_line
 from .checks import check_loaded, checked_config, read_tokenizer
+from .checksums import verify_model_folder
 from .folders import resolve_model_folder
 from .loading import from_pretrained
 
@@ -42,13 +43,18 @@ def check_tokenizer(name_or_path: str | Path, tokenizer_path: Path) -> None:
     """Compare a model's tokenizer, if it has one, with that of the data.
 
     Raises:
-        ValueError: an id is a different token in the two tokenizers.
+        ValueError: an id is a different token in the two tokenizers, or the model's is damaged.
     """
     try:
         found = cached_file(resolve_model_folder(name_or_path), "tokenizer.json")
     except OSError:
         return  # no tokenizer, or no model, for which `load_weights` raises an error
-    theirs, ours = read_tokenizer(found), read_tokenizer(tokenizer_path)
+    verify_model_folder(str(Path(found).parent), with_weights=False)
+    try:
+        theirs = read_tokenizer(found)
+    except ValueError as error:
+        raise ValueError(f"model.init_from={name_or_path}: {error}") from error
+    ours = read_tokenizer(tokenizer_path)
     for i in range(min(theirs.get_vocab_size(), ours.get_vocab_size())):
         if theirs.id_to_token(i) != ours.id_to_token(i):
             raise ValueError(
@@ -65,7 +71,7 @@ def load_weights(name_or_path: str | Path, config: SinkGPTNeoXConfig) -> SinkGPT
 
     Raises:
         ValueError: the other model is not GPT-NeoX, its architecture or arm differs, or its weights
-            are damaged.
+            are damaged or incomplete.
         FileNotFoundError: no model was found.
     """
     folder = resolve_model_folder(name_or_path)
@@ -91,7 +97,13 @@ def load_weights(name_or_path: str | Path, config: SinkGPTNeoXConfig) -> SinkGPT
             f"model.sink.kind is {config.sink_kind}, but model.init_from={name_or_path} was trained with {kind}: set "
             f"model.sink.kind={kind}, or start from a model whose sink.kind is none or token"
         )
-    model, info = from_pretrained(SinkGPTNeoXForCausalLM, folder, config=config, dtype=torch.float32)
-    info["missing_keys"] = {key for key in info["missing_keys"] if not re.search(ARM_PARAMETERS, key)}
-    check_loaded(model, info, folder)
+    verify_model_folder(folder)
+    try:
+        model, info = from_pretrained(SinkGPTNeoXForCausalLM, folder, config=config, dtype=torch.float32)
+        info["missing_keys"] = {key for key in info["missing_keys"] if not re.search(ARM_PARAMETERS, key)}
+        check_loaded(model, info, folder)
+    except OSError as error:
+        raise FileNotFoundError(f"model.init_from={name_or_path}: {one_line(error)}; copy the folder again") from error
+    except ValueError as error:
+        raise ValueError(f"model.init_from={name_or_path}: {error}") from error
     return model

@@ -19,6 +19,13 @@ def train(
         bool,
         typer.Option("--dry-run", help="Print the resolved settings, model size, memory and steps without training."),
     ] = False,
+    trust_checkpoint: Annotated[
+        bool,
+        typer.Option(
+            "--trust-checkpoint",
+            help="Resume also from a checkpoint without checksums (of an older version) or with pickled code.",
+        ),
+    ] = False,
 ) -> None:
     """Train a model with DeepSpeed. Resumes from the newest checkpoint if there is one.
 
@@ -27,4 +34,4 @@ def train(
     """
     from ..train.run import train as run
 
-    run(recipe, overrides or [], only_describe=dry_run)
+    run(recipe, overrides or [], only_describe=dry_run, trust_checkpoint=trust_checkpoint)

@@ -1,4 +1,4 @@
-"""Writes checkpoints (their contents: `checkpoints.folders`). A marker file is written last."""
+"""Writes checkpoints (their contents: `checkpoints.folders`). The manifest is written last."""
 
 import re
 import shutil
@@ -19,24 +19,26 @@ from ..checkpoints.folders import (
     RANDOM_STATES_FOLDER,
     STATE_FILE,
     CheckpointState,
+    interrupted_checkpoints,
     list_checkpoints,
 )
-from ..files import sync_files
-from ..models.cost import count_parameters
+from ..checkpoints.manifest import Manifest, describe_files, owned_files, write_manifest
+from ..files import sync_folder
 from . import deepspeed_patches
-from .engine import optimizer_layout, parameter_groups
+from .disk import check_free_space, checkpoint_bytes
+from .engine import deepspeed_config, optimizer_layout, parameter_groups
 from .launch import World
 from .memory import GIB
 from .model_files import save_model
 from .plan import Plan
 from .rank_state import rank_path, rank_state
 from .recipe import config_yaml
+from .resume import interpolated_settings
 from .schedule import is_pythia_step
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-BYTES_PER_PARAMETER = 16  # weights, float32 copies and two moments
 SLOW_DISK = 20e6  # bytes per second; a slower save counts as a hang
 
 
@@ -53,7 +55,7 @@ class CheckpointWriter:
         self.folder = run_dir / CHECKPOINTS_FOLDER
         self._run_dir, self._plan, self._world = run_dir, plan, world
         self._fingerprint, self._tokenizer_path = fingerprint, tokenizer_path
-        self.num_bytes = BYTES_PER_PARAMETER * count_parameters(plan.model_config)
+        self.num_bytes = checkpoint_bytes(plan, tokenizer_path)
 
     def save(self, engine: "DeepSpeedEngine", step: int) -> Path:
         """Save the state after ``step`` updates. Every rank calls it.
@@ -75,6 +77,7 @@ class CheckpointWriter:
                 shutil.rmtree(checkpoint, ignore_errors=True)  # interrupted; complete ones are never saved again
                 for name in (DEEPSPEED_FOLDER, RANDOM_STATES_FOLDER):
                     (checkpoint / name).mkdir(parents=True)
+                check_free_space(checkpoint, self.num_bytes)
         with all_or_none(failed), _disk_errors(checkpoint):
             self._save_deepspeed(engine, checkpoint)
             torch.save(rank_state(engine), rank_path(checkpoint, self._world.rank))
@@ -82,20 +85,29 @@ class CheckpointWriter:
             save_model(engine, checkpoint / MODEL_FOLDER, self._plan, self._tokenizer_path, self._world)
             if self._world.is_main:
                 self._save_description(checkpoint, step)
+        with all_or_none(failed), _disk_errors(checkpoint):
+            mine = describe_files(checkpoint, owned_files(checkpoint, self._world.rank, self._world.size))
+        files = {name: info for described in self._world.gather(mine) for name, info in described.items()}
         with all_or_none(failed):
             if self._world.is_main:
-                sync_files(checkpoint)
-                (checkpoint / COMPLETE_MARKER).touch()
-                self._delete_old()
+                write_manifest(checkpoint, Manifest(step, files))
+        with all_or_none(f"{checkpoint} is saved, but cannot delete older ones: "):
+            if self._world.is_main:
+                delete_checkpoints(self._unneeded())
 
     def _save_deepspeed(self, engine: "DeepSpeedEngine", checkpoint: Path) -> None:
         client_state: dict = {"universal_checkpoint_info": {}}  # required by `ds_to_universal`
         if self._plan.config.deepspeed.zero_stage == 0:
             # In the order of the numbers in the optimizer's `state_dict`.
             client_state["optimizer_parameter_names"] = [n for group in parameter_groups(engine.module) for n in group]
-        deepspeed_patches.save_on_all_ranks(
-            engine, checkpoint, tag=DEEPSPEED_FOLDER, client_state=client_state, save_latest=False
-        )
+        config = engine.config
+        engine.config = deepspeed_config(self._plan, is_saved=True)  # it is stored with the weights
+        try:
+            deepspeed_patches.save_on_all_ranks(
+                engine, checkpoint, tag=DEEPSPEED_FOLDER, client_state=client_state, save_latest=False
+            )
+        finally:
+            engine.config = config
 
     def _save_description(self, checkpoint: Path, step: int) -> None:
         config = self._plan.config
@@ -107,19 +119,28 @@ class CheckpointWriter:
             zero_stage=config.deepspeed.zero_stage,
             precision=config.train.precision,
             optimizer_layout=optimizer_layout(self._plan),
+            interpolated=interpolated_settings(config) or None,
         )
         (checkpoint / CONFIG_FILE).write_text(config_yaml(config), encoding="utf-8")
         (checkpoint / STATE_FILE).write_text(state.to_json(), encoding="utf-8")
 
-    def _delete_old(self) -> None:
+    def _unneeded(self) -> list[Path]:
+        """Return interrupted checkpoints, and those beyond ``checkpoint.keep``."""
         section = self._plan.config.checkpoint
+        interrupted = interrupted_checkpoints(self._run_dir)
         if section.keep is None:
-            return
+            return interrupted
         complete = list_checkpoints(self._run_dir)
         passing = [step for step in complete if not (section.pythia_steps and is_pythia_step(step))]
-        for step in passing[: -section.keep]:
-            (complete[step] / COMPLETE_MARKER).unlink()  # first, so that a half-deleted one is not considered complete
-            shutil.rmtree(complete[step])
+        return interrupted + [complete[step] for step in passing[: -section.keep]]
+
+
+def delete_checkpoints(checkpoints: list[Path]) -> None:
+    """Delete checkpoints. One whose deletion is interrupted counts as incomplete."""
+    for checkpoint in checkpoints:
+        (checkpoint / COMPLETE_MARKER).unlink(missing_ok=True)
+        sync_folder(checkpoint)
+        shutil.rmtree(checkpoint)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ sizes and learning rate.
 import difflib
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from ..models.config import SINK_KINDS
 
@@ -257,6 +257,8 @@ class WandbSection(Section):
 
 class TrainingConfig(Section):
     """A complete recipe. `sinklm.train.recipe.load_config` creates it from YAML and overrides."""
+
+    _interpolations: dict[tuple, str] = PrivateAttr(default_factory=dict)  # see `recipe.saved_values`
 
     model: ModelSection
     data: DataSection = DataSection()

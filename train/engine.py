@@ -14,6 +14,7 @@ from . import deepspeed_patches
 from .config import OptimizerSection, TrainingConfig
 from .launch import silent_stdout
 from .plan import Plan
+from .recipe import saved_values
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine  # imported late elsewhere: DeepSpeed selects its device on import
@@ -22,8 +23,12 @@ if TYPE_CHECKING:
 EVEN_SIZE = 8  # 16-bit numbers in 16 bytes, the alignment of arguments that is fastest in cuBLAS
 
 
-def deepspeed_config(plan: Plan, *, load_universal: bool = False) -> dict:
-    """Return DeepSpeed's configuration: keys derived from the recipe, and keys passed through."""
+def deepspeed_config(plan: Plan, *, load_universal: bool = False, is_saved: bool = False) -> dict:
+    """Return DeepSpeed's configuration: keys derived from the recipe, and keys passed through.
+
+    Args:
+        is_saved: return it as it may be stored, see `recipe.saved_values`.
+    """
     config = plan.config
     stage = config.deepspeed.zero_stage
     ours = {
@@ -37,7 +42,11 @@ def deepspeed_config(plan: Plan, *, load_universal: bool = False) -> dict:
         "checkpoint": {"tag_validation": "Ignore", "load_universal": load_universal},
         **_precision(config),
     }
-    return _merge(ours, config.deepspeed.extra_keys)
+    extra = config.deepspeed.extra_keys
+    if is_saved:
+        section = saved_values(config)["deepspeed"]
+        extra = {key: section[key] for key in extra} if isinstance(section, dict) else {}
+    return _merge(ours, extra)
 
 
 def _precision(config: TrainingConfig) -> dict:

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from ..files import write_text
 from .config import TrainingConfig
+from .recipe import saved_values
 
 
 class MetricsFile:
@@ -106,7 +107,7 @@ def _start_wandb(config: TrainingConfig, run_dir: Path) -> Any:
         resume="allow",
         mode=mode,
         dir=run_dir,
-        config=config.model_dump(),
+        config=saved_values(config),
         settings=wandb.Settings(silent=True),
     )
 

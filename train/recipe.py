@@ -1,10 +1,13 @@
 """Reads a recipe: YAML, its base and command-line overrides. Errors name the wrong key."""
 
 import difflib
+import hashlib
+import json
+import re
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -16,6 +19,7 @@ from .config import TrainingConfig
 
 LARGEST_RECIPE = 2**20  # bytes
 CONFIGS_PACKAGE = f"{__package__.rpartition('.')[0]}.configs"
+CHOICES = (("model", "sink", "kind"), ("train", "precision"), ("wandb", "mode"))  # texts that are one of a few
 
 
 def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> TrainingConfig:
@@ -41,6 +45,7 @@ def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Tra
         config = TrainingConfig.model_validate(values)
     except ValidationError as error:
         raise ValueError("\n".join(_explain(recipe, error))) from None
+    config._interpolations = _interpolations(OmegaConf.to_container(merged))
     if config.train.run_dir is None:
         train = config.train.model_copy(update={"run_dir": f"runs/{_name(recipe)}"})
         config = config.model_copy(update={"train": train})
@@ -169,5 +174,48 @@ def dotted_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def config_yaml(config: TrainingConfig) -> str:
-    """Return the complete configuration as YAML, which is itself a valid recipe."""
-    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump()))
+    """Return the complete configuration (`saved_values`) as YAML, itself a valid recipe."""
+    return OmegaConf.to_yaml(OmegaConf.create(saved_values(config)))
+
+
+def saved_values(config: TrainingConfig) -> dict[str, Any]:
+    """Return the configuration as it may be stored: texts from interpolations are not resolved.
+
+    They may be secret (``${oc.env:TOKEN}``). Numbers, and texts that are one of a few choices, are
+    resolved.
+    """
+    return _saved(config.model_dump(), config._interpolations, ())
+
+
+def value_digest(value: object) -> str:
+    """Return a digest of a value that is not stored itself, to notice that it has changed."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _interpolations(source: Any, keys: tuple = ()) -> dict[tuple, str]:
+    """Return the texts with interpolations in a recipe, by their path of keys and list indices."""
+    if isinstance(source, dict | list):
+        items = source.items() if isinstance(source, dict) else enumerate(source)
+        return {path: text for key, each in items for path, text in _interpolations(each, (*keys, key)).items()}
+    is_interpolation = isinstance(source, str) and re.search(r"(?<!\\)(\\\\)*\$\{", source)
+    return {keys: source} if is_interpolation else {}
+
+
+def _saved(value: Any, interpolations: dict[tuple, str], keys: tuple) -> Any:
+    """Return a value of the configuration as it may be stored; ``keys`` is its path."""
+    is_ours = isinstance(value, dict) and keys[:1] != ("deepspeed",)  # a section, whose keys are no secrets
+    if keys in interpolations and keys not in CHOICES and not is_ours and _has_text(value):
+        return interpolations[keys]
+    if isinstance(value, dict):
+        return {key: _saved(each, interpolations, (*keys, key)) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_saved(each, interpolations, (*keys, index)) for index, each in enumerate(value)]
+    if isinstance(value, str):  # `${` in a resolved text is no interpolation
+        return re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + r"\${", value)
+    return value
+
+
+def _has_text(value: object) -> bool:
+    if isinstance(value, dict | list):
+        return any(map(_has_text, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str)

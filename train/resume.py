@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from ..checkpoints.folders import (
     COMPLETE_MARKER,
@@ -17,7 +19,6 @@ from ..checkpoints.folders import (
     STATE_FILE,
     CheckpointState,
     list_checkpoints,
-    read_state,
 )
 from . import deepspeed_patches, universal
 from .config import TrainingConfig
@@ -25,6 +26,9 @@ from .engine import optimizer_layout
 from .launch import World, silent_stdout
 from .plan import Plan
 from .rank_state import rank_path, restore_rank_state
+from .recipe import saved_values, value_digest
+from .unpickling import refused_class, restricted_unpickling
+from .verification import TRUST_OPTION, newest_intact, verified_state
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -35,6 +39,7 @@ FREE_MODEL_KEYS = ("model.max_position_embeddings",)  # positions are rotary: no
 INIT_KEY = "model.init_from"  # may also change, except at step 0, where weights may be initialized again
 # Paths, logging and similar keys; their changes are not reported.
 SILENT_KEYS = ("data.path", "train.run_dir", "checkpoint", "wandb", "validation", "deepspeed", "train.micro_batch_size")
+CONVERTED = "-universal"  # suffix of a temporary converted copy
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,14 @@ class Resume:
         state: its ``state.json``.
         changes: settings that differ from the checkpoint's, as "key: old → new".
         mismatches: differences that prevent loading DeepSpeed's files directly; empty if none.
+        is_trusted: whether to read pickles that could run code.
     """
 
     path: Path
     state: CheckpointState
     changes: list[str]
     mismatches: list[str]
+    is_trusted: bool = False
 
     @property
     def step(self) -> int:
@@ -73,11 +80,15 @@ class Resume:
         """
         if self.mismatches and not self.is_converted:
             return  # at step 0 there is nothing to convert, and the engine already has these weights
-        if self.is_converted:
-            self._load_converted(engine, plan, world, scratch / f"{self.path.name}-universal")
-        else:
-            with world.all_or_none(), self._damage():
-                _load_deepspeed(engine, self.path, DEEPSPEED_FOLDER)
+        if world.is_main:
+            for leftover in scratch.glob(f"step-*{CONVERTED}"):  # of a conversion that was killed
+                shutil.rmtree(leftover)
+        with restricted_unpickling(is_trusted=self.is_trusted):
+            if self.is_converted:
+                self._load_converted(engine, plan, world, scratch / f"{self.path.name}{CONVERTED}")
+            else:
+                with world.all_or_none(), self._damage():
+                    _load_deepspeed(engine, self.path, DEEPSPEED_FOLDER)
         deepspeed_patches.restore_settings(engine, plan.config.optimizer, zero_stage=plan.config.deepspeed.zero_stage)
         if self.state.world_size == world.size:
             with world.all_or_none(), self._damage():
@@ -85,7 +96,7 @@ class Resume:
 
     def _load_converted(self, engine: "DeepSpeedEngine", plan: Plan, world: World, folder: Path) -> None:
         """Load the checkpoint through a temporary converted copy in ``folder``."""
-        with world.all_or_none():
+        with world.all_or_none(), self._damage():
             if world.is_main:
                 universal.convert_to_universal(
                     self.path / DEEPSPEED_FOLDER,
@@ -109,45 +120,56 @@ class Resume:
         except (torch.OutOfMemoryError, torch.distributed.DistError):
             raise
         except Exception as error:
+            if refused := refused_class(str(error)):
+                raise ValueError(
+                    f"{self.path} contains {refused}, which could run code and is in no file that sinklm writes: if "
+                    f"you trust the checkpoint, repeat the command with {TRUST_OPTION}"
+                ) from error
             reason = (str(error).splitlines() or [""])[0]
             raise OSError(
-                f"cannot load {self.path} ({type(error).__name__}: {reason}): if it is damaged, delete it to resume "
-                "from an older one"
+                f"cannot load {self.path} ({type(error).__name__}: {reason}): rename or delete it to resume from an "
+                "older one"
             ) from error
 
 
-def find_resume(plan: Plan, fingerprint: str) -> Resume | None:
+def find_resume(plan: Plan, fingerprint: str, world: World, *, is_trusted: bool = False) -> Resume | None:
     """Return the checkpoint that ``checkpoint.resume`` selects, or None to start from step 0.
 
+    Its files were compared with their checksums. Every rank calls this function.
+
+    Args:
+        is_trusted: whether to accept a checkpoint without checksums, and pickles that could run
+            code.
+
     Raises:
-        FileNotFoundError: the given folder is not a complete checkpoint.
-        ValueError: the checkpoint belongs to another run (the message names the key that differs),
+        SameOnAllRanks: the given folder is not an intact checkpoint, no checkpoint of the run is
+            intact, the checkpoint belongs to another run (the message names the key that differs),
             or the run's folder contains other checkpoints.
     """
     config = plan.config
     run_dir = Path(config.train.run_dir or "")
-    existing = list_checkpoints(run_dir)
     choice = config.checkpoint.resume
+    with world.all_or_none():
+        named = _named_checkpoint(choice, run_dir)
     if choice == "never":
-        if existing:
-            raise ValueError(
-                f"{run_dir} already contains checkpoints up to step {max(existing)}: set checkpoint.resume=auto to "
-                "resume from there, or set another train.run_dir"
-            )
         return None
-    if choice == "auto":
-        if not existing:
-            return None
-        path = existing[max(existing)]
+    if named is None:
+        found = newest_intact(run_dir, world, is_trusted=is_trusted)
     else:
-        path = _named_checkpoint(Path(choice))
-    state = read_state(path)
-    if choice != "auto" and existing and max(existing) > state.step:
-        raise ValueError(
-            f"{run_dir} contains a checkpoint at step {max(existing)}, which is later than the one to resume from "
-            f"(step {state.step}): delete it, or set another train.run_dir"
-        )
-    return Resume(path, state, _compare(path, state, config, fingerprint), _mismatches(state, plan))
+        with world.all_or_none():
+            found = named, verified_state(named, world, is_trusted=is_trusted)
+    if found is None:
+        return None
+    path, state = found
+    with world.all_or_none():
+        newest = max(list_checkpoints(run_dir), default=state.step)
+        if named is not None and newest > state.step:
+            raise ValueError(
+                f"{run_dir} contains a checkpoint at step {newest}, which is later than the one to resume from "
+                f"(step {state.step}): delete it, or set another train.run_dir"
+            )
+        changes = _compare(path, state, config, fingerprint)
+        return Resume(path, state, changes, _mismatches(state, plan), is_trusted)
 
 
 def _load_deepspeed(engine: "DeepSpeedEngine", folder: Path, tag: str) -> None:
@@ -157,7 +179,18 @@ def _load_deepspeed(engine: "DeepSpeedEngine", folder: Path, tag: str) -> None:
         raise OSError(f"DeepSpeed found no checkpoint in {folder / tag}")
 
 
-def _named_checkpoint(path: Path) -> Path:
+def _named_checkpoint(choice: str, run_dir: Path) -> Path | None:
+    """Return the checkpoint that ``checkpoint.resume`` names. ``auto`` and ``never`` name none."""
+    if choice == "auto":
+        return None
+    if choice == "never":
+        if existing := list_checkpoints(run_dir):
+            raise ValueError(
+                f"{run_dir} already contains checkpoints up to step {max(existing)}: set checkpoint.resume=auto to "
+                "resume from there, or set another train.run_dir"
+            )
+        return None
+    path = Path(choice)
     if not path.is_dir():
         raise FileNotFoundError(f"checkpoint.resume={path}: no such folder (use a folder, auto or never)")
     if existing := list_checkpoints(path):  # a run's folder
@@ -179,24 +212,40 @@ def _compare(path: Path, state: CheckpointState, config: TrainingConfig, fingerp
             f"{fingerprint[:12]} instead of {state.data_fingerprint[:12]}): set data.path to the original store, or "
             "start a new run with another train.run_dir"
         )
-    then = flatten(OmegaConf.to_container(OmegaConf.load(path / CONFIG_FILE)))
-    now = flatten(config.model_dump())
-    for settings in (then, now):
+    then, now, now_saved = _saved_settings(path), flatten(config.model_dump()), flatten(saved_values(config))
+    digests = state.interpolated or {}
+    for settings in (then, now, now_saved):
         _resolve(settings)
     changes = []
     for key in sorted(then.keys() | now.keys()):
         before, after = then.get(key), now.get(key)
-        if before == after:
+        # Of an interpolation, the text was saved, and of a fixed key a digest of its value.
+        if digests[key] == value_digest(after) if key in digests else before in (after, now_saved.get(key)):
             continue
         is_free = key in FREE_MODEL_KEYS or (key == INIT_KEY and state.step > 0)
         if _is_in(key, FIXED_KEYS) and not is_free:
             raise ValueError(
-                f"{key} is {after!r}, but {path} was trained with {before!r}: restore that value, or start a new run "
-                "with another train.run_dir"
+                f"{key} is {now_saved.get(key)!r}, but {path} was trained with {before!r}: restore that value, or "
+                "start a new run with another train.run_dir"
             )
         if not _is_in(key, SILENT_KEYS):
-            changes.append(f"{key}: {before} → {after}")
+            changes.append(f"{key}: {before} → {now_saved.get(key)}")
     return changes
+
+
+def interpolated_settings(config: TrainingConfig) -> dict[str, str]:
+    """Return digests of the fixed settings that are saved only as interpolations."""
+    now, saved = flatten(config.model_dump()), flatten(saved_values(config))
+    return {key: value_digest(now[key]) for key in now if _is_in(key, FIXED_KEYS) and saved[key] != now[key]}
+
+
+def _saved_settings(checkpoint: Path) -> dict[str, Any]:
+    """Return the settings in the checkpoint's ``config.yaml``, with interpolations as text."""
+    try:
+        return flatten(OmegaConf.to_container(OmegaConf.load(checkpoint / CONFIG_FILE)))
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{checkpoint / CONFIG_FILE} is not a valid recipe ({reason}): restore it") from error
 
 
 def _mismatches(state: CheckpointState, plan: Plan) -> list[str]:

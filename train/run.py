@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..checkpoints.folders import CONFIG_FILE, ENVIRONMENT_FILE, interrupted_checkpoints
+from ..checkpoints.folders import CONFIG_FILE, ENVIRONMENT_FILE, damaged_checkpoints, interrupted_checkpoints
 from ..checkpoints.warm_start import check_tokenizer, load_weights
 from ..data import open_store
 from ..data.store import TokenSource
@@ -22,6 +22,7 @@ from ..models import SinkGPTNeoXForCausalLM
 from ..models.cost import count_parameters
 from .batches import open_windows
 from .config import TrainingConfig
+from .disk import space_warning
 from .engine import compiles, make_engine
 from .launch import SameOnAllRanks, World, connected
 from .loop import TrainingLoop
@@ -42,7 +43,13 @@ SETUP_SECONDS = 7200.0  # verifying the store, making or loading the weights, co
 RECORDED_PACKAGES = ("torch", "transformers", "deepspeed", "tokenizers", "numpy", "safetensors")
 
 
-def train(recipe: str, overrides: list[str] | tuple[str, ...] = (), *, only_describe: bool = False) -> None:
+def train(
+    recipe: str,
+    overrides: list[str] | tuple[str, ...] = (),
+    *,
+    only_describe: bool = False,
+    trust_checkpoint: bool = False,
+) -> None:
     """Train a model, or only describe the run.
 
     If started by ``deepspeed``, ``torchrun`` or ``srun``, this process is one of several ranks;
@@ -52,6 +59,8 @@ def train(recipe: str, overrides: list[str] | tuple[str, ...] = (), *, only_desc
         recipe: name or path, see `sinklm.train.recipe.load_config`.
         overrides: ``section.key=value``.
         only_describe: print the resolved configuration and its cost without training.
+        trust_checkpoint: resume also from a checkpoint without checksums, or whose pickles could
+            run code.
 
     Raises:
         ValueError: a key, a value or the data is invalid, or training diverged.
@@ -75,7 +84,7 @@ def train(recipe: str, overrides: list[str] | tuple[str, ...] = (), *, only_desc
         with connected(
             patches=config.deepspeed.patches, hang_timeout_minutes=config.train.hang_timeout_minutes
         ) as world:
-            code = _train_rank(config, world)
+            code = _train_rank(config, world, trust_checkpoint)
     except SameOnAllRanks:
         if rank == 0:
             raise
@@ -104,12 +113,12 @@ def locked_run(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def _train_rank(config: TrainingConfig, world: World) -> int:
+def _train_rank(config: TrainingConfig, world: World, trust_checkpoint: bool) -> int:
     """Train as one rank. Returns why the run ended early (`stopping.stop_reason`), or 0."""
     try:
         with ExitStack() as held:
             with world.longer(SETUP_SECONDS):
-                loop = _set_up(config, world, held)
+                loop = _set_up(config, world, held, trust_checkpoint)
             return loop.run() if loop is not None else 0
     except torch.OutOfMemoryError as error:
         less = "" if config.train.activation_checkpointing else ", set train.activation_checkpointing=true"
@@ -119,7 +128,7 @@ def _train_rank(config: TrainingConfig, world: World) -> int:
         ) from error
 
 
-def _set_up(config: TrainingConfig, world: World, held: ExitStack) -> TrainingLoop | None:
+def _set_up(config: TrainingConfig, world: World, held: ExitStack, trust_checkpoint: bool) -> TrainingLoop | None:
     """Open the data and the run's folder, and make the engine. Returns None if all steps are done.
 
     Args:
@@ -134,8 +143,9 @@ def _set_up(config: TrainingConfig, world: World, held: ExitStack) -> TrainingLo
     with world.all_or_none():
         if world.is_main:
             held.enter_context(locked_run(run_dir))
+    world.mark("verifying the newest checkpoint")
+    resume = find_resume(plan, store.fingerprint, world, is_trusted=trust_checkpoint)
     with world.all_or_none():
-        resume = find_resume(plan, store.fingerprint)
         if resume is None and config.model.init_from is not None:
             check_tokenizer(config.model.init_from, store.tokenizer_path)
     with world.all_or_none(f"cannot write to {run_dir}: "):
@@ -146,7 +156,11 @@ def _set_up(config: TrainingConfig, world: World, held: ExitStack) -> TrainingLo
     for line in describe_run(plan, store, windows, resume):
         progress.say(line)
     for path in interrupted_checkpoints(run_dir):
-        progress.say(f"ignoring {path}, which was interrupted while being written")
+        progress.say(f"ignoring {path}, which was interrupted; the next save deletes it")
+    for path in damaged_checkpoints(run_dir):
+        progress.say(f"ignoring {path}, which is damaged; delete it when you do not need it")
+    if warning := space_warning(plan, run_dir, store.tokenizer_path):
+        progress.say(warning)
     first_step = resume.step if resume else 0
     if first_step >= config.train.num_steps:
         progress.say(f"all {config.train.num_steps:,} steps are done: raise train.num_steps to train further")

@@ -12,6 +12,7 @@ from ..data.store import TokenSource
 from ..models.cost import count_parameters, flops_per_token
 from .batches import open_windows
 from .config import TrainingConfig
+from .disk import checkpoint_bytes, checkpoints_kept
 from .memory import GIB, estimate_memory
 from .plan import Plan
 from .progress import human
@@ -83,12 +84,22 @@ def _facts(plan: Plan, store: TokenSource | None) -> dict[str, str]:
         "total positions": f"{plan.num_positions:,} ({human(plan.num_positions)})",
         "total compute": f"{num_operations:.3g} FLOP",
     }
+    size = checkpoint_bytes(plan, store.tokenizer_path if store else None)
+    kept, most = checkpoints_kept(plan.config)
+    facts["on disk"] = (
+        f"{_size(size)} for a checkpoint, {_size(kept * size)} for the {kept:,} that are kept, up to "
+        f"{_size(most * size)} while saving"
+    )
     if store is None:
         facts["data"] = f"data.path is not set; assuming Pythia's tokenizer of {PYTHIA_TOKENIZER_SIZE:,} ids"
     else:
         windows, _ = open_windows(store, plan)
         facts["data"] = f"{len(windows):,} samples in {store.path}, {epochs(plan, windows)}"
     return facts
+
+
+def _size(number: float) -> str:
+    return f"{number / GIB:,.2f} GiB" if number >= GIB / 10 else f"{number / 2**20:,.2f} MiB"
 
 
 def _memory_table(plan: Plan) -> Table:

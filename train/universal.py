@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .unpickling import refused_class
+
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+CONVERTER = f"{__package__}.converter"
 PARAM = "param"  # the key of a tensor in the format's files
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # Metadata file of the engine, by whether it partitions the weights (stage 3).
@@ -32,6 +35,7 @@ def convert_to_universal(source: Path, output: Path, *, zero_stage: int, keep_lo
 
     Raises:
         OSError: the conversion failed; the message contains the reason.
+        ValueError: a file contains a class that `unpickling` refuses; the message names it.
     """
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
@@ -76,11 +80,12 @@ def _write_parameters(source: Path, output: Path) -> None:
 
 def _run_converter(source: Path, output: Path) -> None:
     """Run DeepSpeed's converter in a separate process, because it prints and forks workers."""
-    module = "deepspeed.checkpoint.ds_to_universal"
-    command = [sys.executable, "-m", module, "--input_folder", str(source), "--output_folder", str(output)]
+    command = [sys.executable, "-m", CONVERTER, "--input_folder", str(source), "--output_folder", str(output)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        if refused_class(result.stderr):
+            raise ValueError(result.stderr)
         raise OSError(f"DeepSpeed could not convert {source} to its universal format: {reason}")
     (output.parent / "latest_universal").unlink(missing_ok=True)
 

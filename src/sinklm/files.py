@@ -1,5 +1,6 @@
 """Safe file writing: atomic files and folders, synced to disk, and lock files."""
 
+import errno
 import fcntl
 import json
 import os
@@ -88,12 +89,22 @@ def locked(path: Path, busy: str) -> Iterator[None]:
         yield
 
 
-def sync_files(folder: Path) -> None:
-    """Sync all files of a folder to disk."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+def sync_file(path: Path) -> None:
+    """Sync the content of a file to disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Sync the names in a folder to disk: new, renamed and deleted files."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # not supported by the file system
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def replace_folder(new: Path, output: Path) -> None:

@@ -19,7 +19,7 @@ from sinklm.models import SinkGPTNeoXForCausalLM
 from sinklm.train import engine
 from sinklm.train.run import locked_run, train
 
-from .tiny import assert_same_weights, copy_checkpoint, losses, make_store, metrics, weights
+from .tiny import assert_same_weights, copy_checkpoint, edit_state, losses, make_store, metrics, weights
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +35,6 @@ def stopped_run(whole_run, tmp_path) -> Path:
     """The same run as it was after step 4."""
     copy_checkpoint(whole_run, 4, tmp_path / "run")
     return tmp_path / "run"
-
-
-def edit_state(checkpoint: Path, **values) -> None:
-    path = checkpoint / "state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(recipe, whole_run, stopped_run):
@@ -160,17 +155,9 @@ def test_an_interrupted_checkpoint_cannot_be_named(recipe, whole_run, tmp_path):
         train(recipe, [f"train.run_dir={tmp_path / 'new'}", f"checkpoint.resume={interrupted}"])
 
 
-@pytest.mark.parametrize("name", ["deepspeed/mp_rank_00_model_states.pt", "rng/rank-00000.pt", "state.json"])
-def test_a_damaged_checkpoint_is_named(recipe, stopped_run, name):
-    path = stopped_run / "checkpoints" / "step-4" / name
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"step-4.*delete"):
-        train(recipe, [f"train.run_dir={stopped_run}"])
-
-
 def test_a_checkpoint_of_a_later_format_is_refused(recipe, stopped_run):
-    edit_state(stopped_run / "checkpoints" / "step-4", format_version=2)
-    with pytest.raises(ValueError, match=r"state\.json has format_version 2, this sinklm reads 1"):
+    edit_state(stopped_run / "checkpoints" / "step-4", format_version=3)
+    with pytest.raises(ValueError, match=r"state\.json has format_version 3, this sinklm reads up to 2"):
         train(recipe, [f"train.run_dir={stopped_run}"])
 
 

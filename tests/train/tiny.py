@@ -19,6 +19,8 @@ from unittest.mock import patch
 import torch
 from safetensors.torch import load_file
 
+from sinklm.checkpoints.folders import step_of
+from sinklm.checkpoints.manifest import Manifest, describe_files, owned_files, write_manifest
 from sinklm.data import find_inputs, prepare_store
 from sinklm.data.tokenizer import train_tokenizer
 from sinklm.models import SinkGPTNeoXForCausalLM
@@ -74,6 +76,26 @@ def copy_checkpoint(run_dir: Path, step: int, other_run_dir: Path) -> None:
     """Create another run's folder as if that run had been stopped after ``step``."""
     shutil.copytree(run_dir / "checkpoints" / f"step-{step}", other_run_dir / "checkpoints" / f"step-{step}")
     shutil.copy(run_dir / "metrics.jsonl", other_run_dir / "metrics.jsonl")
+
+
+def seal(checkpoint: Path) -> None:
+    """Write a manifest of the files as they are now, as someone who edits them on purpose would."""
+    files = describe_files(checkpoint, owned_files(checkpoint, 0, 1))
+    write_manifest(checkpoint, Manifest(step_of(checkpoint), files))
+
+
+def edit_state(checkpoint: Path, **values: Any) -> None:
+    """Change values of ``state.json``, and the manifest accordingly."""
+    path = checkpoint / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    seal(checkpoint)
+
+
+def flip_bit(path: Path, position: float = 0.5, bit: int = 0) -> None:
+    """Flip a bit of the byte at a fraction of a file's length."""
+    content = bytearray(path.read_bytes())
+    content[int(position * len(content))] ^= 1 << bit
+    path.write_bytes(content)
 
 
 def free_port() -> str:

@@ -1,0 +1,92 @@
+"""The space that checkpoints take: predicted, checked before a save, and a disk that is full."""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sinklm.checkpoints.folders import list_checkpoints
+from sinklm.train import disk
+from sinklm.train.disk import checkpoint_bytes, checkpoints_kept
+from sinklm.train.plan import Plan
+from sinklm.train.recipe import load_config
+from sinklm.train.run import train
+
+LARGER = ["model.hidden_size=128", "model.num_hidden_layers=4", "model.vocab_size=4096", "validation.every_steps=null"]
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_predicted_size_of_a_checkpoint_is_right(recipe, store, tmp_path, stage, precision):
+    settings = [*LARGER, f"deepspeed.zero_stage={stage}", f"train.precision={precision}", "train.num_steps=1"]
+    train(recipe, [f"train.run_dir={tmp_path}", *settings])
+    plan = Plan(load_config(recipe, settings), 1, 300)
+    predicted = checkpoint_bytes(plan, store / "tokenizer.json")
+    assert predicted == pytest.approx(size_of(tmp_path / "checkpoints" / "step-1"), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept_and_most"),
+    [
+        (["checkpoint.keep=2", "checkpoint.every_steps=1"], (2, 3)),
+        (["checkpoint.keep=null", "checkpoint.every_steps=4"], (2, 2)),
+        (["checkpoint.keep=3", "checkpoint.every_steps=null"], (1, 1)),
+        (["checkpoint.keep=1", "checkpoint.every_steps=3", "checkpoint.pythia_steps=true"], (6, 6)),
+    ],
+)
+def test_the_number_of_checkpoints_is_that_of_a_run(recipe, tmp_path, monkeypatch, settings, kept_and_most):
+    counts = []
+    check = disk.check_free_space
+    monkeypatch.setattr(
+        "sinklm.train.checkpoint.check_free_space",
+        lambda folder, needed: (counts.append(len(list(folder.parent.iterdir()))), check(folder, needed)),
+    )
+    settings = [*settings, "validation.every_steps=null", "train.num_steps=8"]
+    train(recipe, [f"train.run_dir={tmp_path}", *settings])
+    assert checkpoints_kept(load_config(recipe, settings)) == kept_and_most
+    assert (len(list_checkpoints(tmp_path)), max(counts)) == kept_and_most
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 1.5 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = os.geteuid() == 0 and shutil.which("mount")
+    if not mounted or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", folder]).returncode:
+        pytest.skip("needs permission to mount a file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_saving(recipe, small_disk, capsys):
+    with pytest.raises(
+        ValueError,
+        match=r"cannot save .*step-8 \(earlier checkpoints are intact\): it takes 0\.00 GiB, but 0\.00 GiB are free",
+    ):
+        train(recipe, [f"train.run_dir={small_disk}", "checkpoint.keep=1"])
+    output = capsys.readouterr().out
+    assert re.search(
+        r"warning: .* are free on the disk of .*\(2 at once\): free space, or set checkpoint\.keep", output
+    )
+    assert list(list_checkpoints(small_disk)) == [4]
+
+
+def test_a_disk_that_fills_while_saving_costs_nothing(recipe, small_disk, monkeypatch):
+    """Another program writes to it after the check."""
+    monkeypatch.setattr("sinklm.train.checkpoint.check_free_space", lambda folder, needed: None)
+    with pytest.raises(ValueError, match=r"cannot save .*step-8 \(earlier .*: writing failed with 0\.00 GiB free"):
+        train(recipe, [f"train.run_dir={small_disk}", "checkpoint.keep=1"])
+    assert list(list_checkpoints(small_disk)) == [4]
+    monkeypatch.undo()
+    subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
+    train(recipe, [f"train.run_dir={small_disk}", "checkpoint.keep=1"])
+    assert list(list_checkpoints(small_disk)) == [8]

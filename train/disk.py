@@ -1,0 +1,79 @@
+"""The space that checkpoints take on disk."""
+
+import shutil
+from pathlib import Path
+
+from ..checkpoints.folders import list_checkpoints
+from ..models.cost import count_parameters
+from .config import TrainingConfig
+from .memory import GIB
+from .plan import Plan
+from .schedule import is_pythia_step, saves_after
+
+RANK_BYTES = 19_400  # the random states of a rank
+FILE_BYTES = 60_000  # descriptions, DeepSpeed's scripts, the headers of the other files
+TOKENIZER_BYTES = 2_200_000  # Pythia's tokenizer.json
+
+
+def checkpoint_bytes(plan: Plan, tokenizer_path: Path | None = None) -> int:
+    """Return the size of a checkpoint, to 1 % for models of over a million parameters.
+
+    Bytes per parameter, for all numbers of ranks:
+
+    ===== ============================ ============================
+    stage 16-bit                       float32
+    ===== ============================ ============================
+    0     4 ``model/`` + 12            the same
+    1, 2  2 ``model/`` + 2 + 12        4 ``model/`` + 4 + 12
+    3     2 ``model/`` + 12            4 ``model/`` + 12
+    ===== ============================ ============================
+
+    12 is the float32 weights and AdamW's two moments.
+    """
+    config, stage = plan.config, plan.config.deepspeed.zero_stage
+    weight = 4 if stage == 0 or config.train.precision == "fp32" else 2
+    per_parameter = weight + 12 + (weight if stage in (1, 2) else 0)
+    tokenizer = tokenizer_path.stat().st_size if tokenizer_path else TOKENIZER_BYTES
+    return count_parameters(plan.model_config) * per_parameter + tokenizer + plan.world_size * RANK_BYTES + FILE_BYTES
+
+
+def checkpoints_kept(config: TrainingConfig) -> tuple[int, int]:
+    """Return how many checkpoints a run leaves at its end, and how many exist at once at most.
+
+    An old checkpoint is deleted only when a new one is complete.
+    """
+    section, num_steps = config.checkpoint, config.train.num_steps
+    is_saved = saves_after(num_steps, section)
+    permanent = passing = most = 0
+    for step in range(num_steps + 1):
+        if not is_saved(step):
+            continue
+        most = max(most, permanent + passing + 1)
+        if section.pythia_steps and is_pythia_step(step):
+            permanent += 1
+        else:
+            passing = min(passing + 1, section.keep or num_steps + 1)
+    return permanent + passing, most
+
+
+def check_free_space(folder: Path, needed: int) -> None:
+    """Raise an OSError if the disk of ``folder`` has less than ``needed`` bytes left."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"it takes {needed / GIB:.2f} GiB, but {free / GIB:.2f} GiB are free on its disk: delete files, or set "
+            "checkpoint.keep lower"
+        )
+
+
+def space_warning(plan: Plan, run_dir: Path, tokenizer_path: Path) -> str | None:
+    """Return a warning if the disk has too little space for the checkpoints of the run, or None."""
+    _, most = checkpoints_kept(plan.config)
+    missing = max(most - len(list_checkpoints(run_dir)), 1)
+    needed, free = missing * checkpoint_bytes(plan, tokenizer_path), shutil.disk_usage(run_dir).free
+    if free >= needed:
+        return None
+    return (
+        f"warning: {free / GIB:.2f} GiB are free on the disk of {run_dir}, but the checkpoints still to be written "
+        f"take up to {needed / GIB:.2f} GiB ({missing} at once): free space, or set checkpoint.keep lower"
+    )

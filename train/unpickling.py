@@ -1,0 +1,60 @@
+"""Reads DeepSpeed's pickles without running code that they contain.
+
+A pickle can call any function. torch's ``weights_only`` reads tensors, containers and numbers, and
+in addition here the few classes that DeepSpeed's files need.
+"""
+
+import importlib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+# Classes in the files of DeepSpeed's optimizers: none of them runs code when it is created.
+DEEPSPEED_CLASSES = (
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
+FORCE, FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
+
+def deepspeed_classes() -> list[Any]:
+    """Return the classes of ``DEEPSPEED_CLASSES`` that this version of DeepSpeed has."""
+    found = []
+    for name in DEEPSPEED_CLASSES:
+        module, _, attribute = name.rpartition(".")
+        found.append(getattr(importlib.import_module(module), attribute, None))
+    return [each for each in found if each is not None]
+
+
+@contextmanager
+def restricted_unpickling(*, is_trusted: bool = False) -> Iterator[None]:
+    """Context in which ``torch.load`` reads no other classes, here and in child processes.
+
+    DeepSpeed passes ``weights_only=False``, which torch's environment variable overrides.
+
+    Args:
+        is_trusted: read pickles without this restriction.
+    """
+    if is_trusted:
+        yield
+        return
+    before = {name: os.environ.pop(name, None) for name in (FORCE, FORCE_NOT)}
+    os.environ[FORCE] = "1"
+    try:
+        with torch.serialization.safe_globals(deepspeed_classes()):
+            yield
+    finally:
+        del os.environ[FORCE]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def refused_class(message: str) -> str | None:
+    """Return the name of the class or function that a message of ``torch.load`` refuses, if any."""
+    match = re.search(r"(?:Unsupported global: |unsupported )GLOBAL ([\w.]+)", message)
+    return match[1] if match else None
