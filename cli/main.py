@@ -2,7 +2,7 @@
 
 import sys
 from importlib import metadata
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,7 +18,8 @@ from .sinks import sinks
 from .tokenizer import train as train_tokenizer
 from .train import train
 
-UsageError = typer.BadParameter.__base__  # click's, or that of the copy of click in newer versions of typer
+# click's, or that of the copy of click in newer versions of typer.
+UsageError: Any = typer.BadParameter.__base__
 
 app = typer.Typer(
     name="sinklm",
@@ -67,8 +68,9 @@ app.command()(chat)
 
 
 def main() -> None:
-    """Run the command `sinklm`."""
+    """Run the command `sinklm` and end the process."""
     run(_invoke)
+    sys.exit(0)
 
 
 def _invoke() -> None:

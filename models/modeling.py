@@ -178,8 +178,7 @@ class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
         """
         cache = single_cache(cache, past_key_values, kwargs)
         num_new_sinks = 0 if _length(cache) else self.config.num_sinks
-        num_tokens = _count_tokens(input_ids if inputs_embeds is None else inputs_embeds, cache)
-        batch_size = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
+        batch_size, num_tokens = _shape(input_ids if inputs_embeds is None else inputs_embeds, cache)
         mask = self._extend_mask(attention_mask, batch_size, num_tokens, cache)
         position_ids = self._position_ids(position_ids, mask, num_tokens, num_new_sinks)
         if num_new_sinks:
@@ -327,7 +326,7 @@ def _length(cache: Cache | None) -> int:
     return 0 if cache is None else cache.get_seq_length()
 
 
-def _count_tokens(inputs: torch.Tensor | None, cache: Cache | None) -> int:
+def _shape(inputs: torch.Tensor | None, cache: Cache | None) -> tuple[int, int]:
     if inputs is None:
         raise ValueError("no input: pass input_ids or inputs_embeds")
     if inputs.ndim < 2 or inputs.shape[0] == 0:
@@ -337,7 +336,7 @@ def _count_tokens(inputs: torch.Tensor | None, cache: Cache | None) -> int:
             "no new tokens: with a cache, pass `generate` the full sequence, that is the tokens that are already in "
             "the cache followed by the new ones"
         )
-    return inputs.shape[1]
+    return inputs.shape[0], inputs.shape[1]
 
 
 def _keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

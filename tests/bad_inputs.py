@@ -284,7 +284,16 @@ RECIPES = [
         TRAIN + "deepspeed.bf16=5",
         r"deepspeed: bf16 is 5: it is a section .* deepspeed\.bf16\.KEY=VALUE",
     ),
-    Case("a list for a section", TRAIN + "train=[1]", r"train is a list: it must be a section with keys .*"),
+    Case(
+        "a list for a section",
+        TRAIN + "train=[1]",
+        r"train: a list cannot replace a section with keys, .*: set its keys",
+    ),
+    Case(
+        "a list for an inner section",
+        TRAIN + "model.sink=[1]",
+        r"model\.sink is \[1\]: it must be a section with keys, such as model\.sink\.kind",
+    ),
     Case(
         "a number of 5000 digits",
         TRAIN + "optimizer.lr=" + "1" * 5000,

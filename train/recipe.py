@@ -113,11 +113,16 @@ def _name(recipe: str) -> str:
 
 def _merged(*parts: DictConfig | ListConfig) -> DictConfig:
     """Merge recipes and overrides; later ones win."""
-    try:
-        return cast(DictConfig, OmegaConf.merge(*parts))
-    except TypeError as error:  # a list in place of a section
-        keys = [key for part in parts for key, value in part.items_ex(resolve=False) if isinstance(value, ListConfig)]
-        raise ValueError(f"{keys[-1]} is a list: it must be a section with keys ({error})") from error
+    merged = parts[0]
+    for part in parts[1:]:
+        try:
+            merged = OmegaConf.merge(merged, part)
+        except TypeError as error:  # a list in place of a section, or the reverse
+            keys = ", ".join(str(key) for key in part)
+            raise ValueError(
+                f"{keys}: a list cannot replace a section with keys, or a section a list: set its keys"
+            ) from error
+    return cast(DictConfig, merged)
 
 
 def _parse_override(text: str) -> DictConfig | ListConfig:
@@ -142,12 +147,18 @@ def _explain(recipe: str, error: ValidationError) -> list[str]:
             lines.append(f"unknown key {key}: {_nearest(key)}")
         elif mistake["type"] == "missing":
             lines.append(f"{key} is not set: set it in recipe {recipe} or on the command line")
+        elif mistake["type"] == "model_type":
+            lines.append(f"{key} is {value!r}: it must be a section with keys, such as {key}.{_first_key(key)}")
         elif isinstance(value, dict | BaseModel) and mistake["type"] == "value_error":
             lines.append(f"{key}: {message}" if key else message)  # about a section, whose value is too long to print
         else:
             it = "it " if message.startswith("should") else ""
             lines.append(f"{key} is {value!r}: {it}{message}")
     return lines
+
+
+def _first_key(section: str) -> str:
+    return next(key.removeprefix(f"{section}.") for key in dotted_keys(TrainingConfig) if key.startswith(f"{section}."))
 
 
 def _nearest(key: str) -> str:
