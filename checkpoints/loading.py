@@ -19,7 +19,7 @@ from transformers.utils import logging
 from .. import models  # noqa: F401  (registers the type of our models with transformers)
 from ..rust import is_panic
 from ..text import one_line
-from .checks import check_loaded, check_tokenizer, checked_config
+from .checks import check_loaded, check_tokenizer, checked_config, foreign_code
 from .checksums import verify_model_folder
 from .folders import resolve_model_folder
 
@@ -134,6 +134,8 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     except BaseException as error:  # tokenizers raises bare exceptions, and panics
         if not (isinstance(error, Exception) or is_panic(error)):
             raise
+        if "trust_remote_code" in str(error):
+            raise foreign_code(folder) from None
         raise FileNotFoundError(
             f"cannot load a tokenizer from {str(name_or_path)!r}: {one_line(error)}; copy the tokenizer files of the "
             "model to this folder"

@@ -17,6 +17,7 @@ from .damages import (
     truncated,
     weights,
     with_code,
+    with_tokenizer_code,
     write,
 )
 
@@ -192,6 +193,12 @@ MODELS = [
         GENERATE,
         r"cannot load a tokenizer from .*; copy the tokenizer files .*",
         write("tokenizer.json", "{"),
+    ),
+    Case(
+        "foreign code of a tokenizer",
+        GENERATE,
+        r".*/model needs code that comes with it, which is never run: use a model and tokenizer of .*",
+        with_tokenizer_code,
     ),
     Case(
         "a regex bomb",

@@ -65,6 +65,13 @@ def with_code(model: Path) -> None:
     config(model_type="evil", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})(model)
 
 
+def with_tokenizer_code(model: Path) -> None:
+    """A tokenizer whose code writes a file when it is imported."""
+    (model / "evil.py").write_text("open('ran', 'w')\n")
+    code = {"AutoTokenizer": ["evil.T", None]}
+    edit_json(model / "tokenizer_config.json", {"tokenizer_class": "EvilTokenizer", "auto_map": code})
+
+
 def regex(pattern: str) -> Damage:
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     return lambda model: edit_json(model / "tokenizer.json", {"pre_tokenizer": split})
