@@ -288,6 +288,7 @@ def _manifest(store: Path, info: TokenizerInfo, dtype: np.dtype, fraction: float
                 split.sets.setdefault(set_name, Counts()).add(counts)
             if f"{name}/{job.stem}.bin" in files:
                 split.shards.append(f"{name}/{job.stem}")
+                split.shard_sets[f"{name}/{job.stem}"] = job.state.sets[name]
     return Manifest(
         tokenizer=info,
         dtype="uint16" if dtype == np.uint16 else "int32",
