@@ -3,6 +3,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import random
 import resource
 import shutil
 import signal
@@ -26,7 +27,8 @@ from sinklm.data.inputs import read_documents
 from sinklm.data.job import ShardJob
 from sinklm.data.manifest import Counts, Manifest
 from sinklm.data.prepare import PrepareProgress, has_saved_work
-from sinklm.data.readers import JsonLine, Record, Shard
+from sinklm.data.readers import Shard
+from sinklm.data.records import JsonLine, Record
 from sinklm.data.tokenizer import load_tokenizer_file
 from sinklm.data.tokenizing import DocumentTokenizer, is_held_out
 
@@ -138,7 +140,7 @@ def test_a_long_document_is_encoded_in_pieces_to_the_same_ids(
     monkeypatch.setattr(tokenizing, "PIECE_LENGTH", 50)
     text = "the sink  token of\n a cache " * 100
     work = DocumentTokenizer(load_tokenizer_file(tokenizer_file), 0, np.dtype(np.uint16), 0.0)
-    assert [work.encode(text).tolist()] == expected_documents([text], tokenizer_file)
+    assert [work.encode(text, "here").tolist()] == expected_documents([text], tokenizer_file)
 
 
 class Crash(BaseException):
@@ -274,6 +276,55 @@ def run_command(*arguments: object, limit: int | None = None) -> subprocess.Comp
     return subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=preexec)
 
 
+def test_ctrl_c_ends_the_command_in_the_middle_of_a_document(tmp_path: Path, tokenizer_file: Path) -> None:
+    words = random.Random(0).choices([f"word{i}" for i in range(1000)], k=2_000_000)
+    (tmp_path / "x.txt").write_text(" ".join(words))
+    command = [sys.executable, "-c", "from sinklm.cli.main import main; main()", "prepare", str(tmp_path / "x.txt")]
+    command += ["--tokenizer", str(tokenizer_file), "--output", str(tmp_path / "store"), "--processes", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        time.sleep(3)  # the process tokenizes, which takes about 13 s
+        os.killpg(process.pid, signal.SIGINT)
+        assert "Interrupted. Run the same command again to resume." in process.communicate()[0]
+    assert process.returncode == 130
+    # The document was not finished first.
+    assert [path.name for path in (tmp_path / "store/.prepare").glob("answer-*")] == []
+
+
+@pytest.mark.usefixtures("in_process")
+def test_few_large_documents_are_read_ahead(
+    tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise many processes would hold many documents of the largest size."""
+    path = write_json_lines(tmp_path / "x.jsonl", [{"text": "sink " * 10_000}] * 30)
+    waiting = largest = 0
+    submit, take = InProcessPool.submit, prepare_module.take_answer
+
+    def submitted(self: InProcessPool, *arguments: object) -> object:
+        nonlocal waiting, largest
+        waiting += 1
+        largest = max(largest, waiting)
+        return submit(self, *arguments)
+
+    def taken(answer: Path) -> object:
+        nonlocal waiting
+        waiting -= 1
+        return take(answer)
+
+    monkeypatch.setattr(InProcessPool, "submit", submitted)
+    monkeypatch.setattr(prepare_module, "take_answer", taken)
+    prepare([str(path)], tmp_path / "store", tokenizer_file, num_processes=8)
+    assert largest == -(-2 * 4000 * 18 // 50_012)  # 18 batches of twice 4000 bytes
+
+
+def test_a_text_that_cannot_be_cut_has_a_limit(tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizing, "PIECE_LENGTH", 50)
+    monkeypatch.setattr(tokenizing, "MAX_PIECE_LENGTH", 200)
+    work = DocumentTokenizer(load_tokenizer_file(tokenizer_file), 0, np.dtype(np.uint16), 0.0)
+    work.encode("the sink " * 1000, "here")
+    with pytest.raises(ValueError, match=r"here: \d+ characters without a place where this tokenizer allows a cut"):
+        work.encode("the sink " * 5 + "a" * 201, "here")
+
+
 def test_a_full_disk_is_one_error_and_loses_nothing(corpus: list[str], tmp_path: Path, tokenizer_file: Path) -> None:
     big = write_json_lines(tmp_path / "big.jsonl", records(9, 400, num_words=400))
     options = ["--tokenizer", tokenizer_file, "--output", tmp_path / "store", "--processes", 1]
@@ -299,7 +350,8 @@ def test_a_bad_record_is_one_line_on_stderr_and_keeps_the_shards_before_it(
     result = run_command(*options)
     assert result.returncode == 1
     assert result.stderr == (
-        f'error: {bad}, line 2: the record has no text (key "text" is missing); fix or remove it\n'
+        f'error: {bad}, line 2: the record has no text (key "text" is missing); fix or remove it, or name another '
+        "key with --text-key\n"
     )
     assert (tmp_path / "store/train/00000.bin").exists()
     assert not (tmp_path / "store/manifest.json").exists()
@@ -325,7 +377,7 @@ def test_what_was_read_before_a_truncated_file_is_kept(corpus: list[str], tmp_pa
 
 def test_an_answer_goes_through_a_file(tmp_path: Path, tokenizer_file: Path) -> None:
     """The main process would wait indefinitely for one that breaks off in the pipe."""
-    InProcessPool(1, None, None, (tokenizer_file, 0, np.dtype(np.uint16), 0.0))
+    InProcessPool(1, None, None, (None, tokenizer_file, 0, np.dtype(np.uint16), 0.0))
     lines = [JsonLine("a", "a", json.dumps(row).encode()) for row in records(4, 30)]
     answer = tokenizing.tokenize(lines, tmp_path / "answer")
     assert answer == tmp_path / "answer"
@@ -450,7 +502,7 @@ class EndlessShard(Shard):
 def test_reading_is_never_further_ahead_than_the_limit(tmp_path: Path, tokenizer_file: Path) -> None:
     shard = EndlessShard()
     job = ShardJob(tmp_path, tmp_path, 0, shard, np.dtype(np.uint16))
-    pool = InProcessPool(1, None, None, (tokenizer_file, 0, np.dtype(np.uint16), 0.0))
+    pool = InProcessPool(1, None, None, (None, tokenizer_file, 0, np.dtype(np.uint16), 0.0))
     results = prepare_module._tokenized(pool, [job], tmp_path, max_waiting=4)  # type: ignore[arg-type]
     for num_results in range(1, 20):
         next(results)
