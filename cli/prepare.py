@@ -67,8 +67,8 @@ def prepare(
         kinds = ", ".join(f"{count} × {kind}" for kind, count in found.num_ignored.most_common(8))
         console.print(f"Ignored files in folders: {kinds}")
     if unchecked := found.without_checksum():
-        others = f" and {len(unchecked) - 1} others" if len(unchecked) > 1 else ""
-        console.print(f"Note: {unchecked[0]}{others} has no checksums, so damage in it may go unnoticed.")
+        names = ", ".join(unchecked[:3]) + ", …" * (len(unchecked) > 3)
+        console.print(f"Note: no checksums, so damage may go unnoticed, in {len(unchecked)} of the inputs: {names}")
     for what in training_tokenizer(tokenizer).removed:
         console.print(f"Note: the store's tokenizer is without {what}, which training does not use.", soft_wrap=True)
     going_on = f"Resuming the interrupted work in {output}." if was_begun else None

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import orjson
 
-# The largest line, text file or text of a row. Reading and tokenizing a document of this size needs
-# about one GB.
+# The largest line, text file or text of a row. Reading and tokenizing one of this size needs about
+# 1.3 GB in all processes together.
 MAX_DOCUMENT_BYTES = 2**27
 TEXT_KEY = "text"
 

@@ -15,9 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from sinklm.cli.prepare import describe, print_summary
 from sinklm.cli.prepare import prepare as prepare_command
@@ -143,6 +146,44 @@ def test_a_long_document_is_encoded_in_pieces_to_the_same_ids(
     assert [work.encode(text, "here").tolist()] == expected_documents([text], tokenizer_file)
 
 
+@pytest.mark.usefixtures("in_process")
+def test_key_of_the_text_and_end_of_document_can_be_named(tmp_path: Path, tokenizer_file: Path) -> None:
+    rows = [{"content": "a sink"}, {"content": "the token"}]
+    path = str(write_json_lines(tmp_path / "x.jsonl", rows))
+    found, named = find_inputs([path], text_key="content").shards, {"eod_token": "<|padding|>"}
+    settings = {"tokenizer": tokenizer_file, "validation_fraction": 0.0}
+    manifest = prepare_store(found, tmp_path / "store", **settings, **named)
+    expected = [[*ids[:-1], 1] for ids in expected_documents([row["content"] for row in rows], tokenizer_file)]
+    assert stored_documents(tmp_path / "store", manifest, "train") == expected
+    assert (manifest.text_key, TokenStore(tmp_path / "store").eod_id) == ("content", 1)
+    assert prepare_store(found, tmp_path / "store", **settings, **named) == manifest
+    with pytest.raises(ValueError, match=r"other settings \(eod_id: 1 then, 0 now\)"):
+        prepare_store(found, tmp_path / "store", **settings)
+    with pytest.raises(ValueError, match=r"other settings \(text_key: content then, text now\)"):
+        prepare_store(find_inputs([path]).shards, tmp_path / "store", **settings, **named)
+    with pytest.raises(ValueError, match="has no token <end>; pass --eod-token with the name of one that it has"):
+        prepare_store(found, tmp_path / "other", **settings, eod_token="<end>")
+
+
+@pytest.mark.usefixtures("in_process")
+def test_the_command_points_out_what_is_lost_or_unprotected(
+    tmp_path: Path, tokenizer_file: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    tokenizer.enable_truncation(5)
+    token = "<|padding|>"
+    tokenizer.post_processor = TemplateProcessing(single=f"{token} $A", special_tokens=[(token, 1)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for name in "ab":
+        (tmp_path / f"{name}.zst").write_bytes(zstandard.compress(b'{"body": "the sink"}\n'))
+    options = {"tokenizer": str(tmp_path), "text_key": "body", "eod_token": None, "processes": 1}
+    prepare_command([str(tmp_path / "a.zst"), str(tmp_path / "b.zst")], tmp_path / "s", **options)
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "Note: no checksums, so damage may go unnoticed, in 2 of the inputs: a.zst, b.zst" in said
+    for what in ("truncation", "the template that adds <|padding|>"):
+        assert f"Note: the store's tokenizer is without {what}, which training does not use." in said
+
+
 class Crash(BaseException):
     """The process stops here."""
 
@@ -258,7 +299,8 @@ def test_the_command_says_that_it_goes_on_only_if_it_does(
     def crash(progress: PrepareProgress) -> None:
         raise Crash
 
-    store, settings = tmp_path / "store", {"tokenizer": str(tokenizer_file), "processes": 2}
+    store, settings = tmp_path / "store", {"tokenizer": str(tokenizer_file), "processes": 2, "eod_token": None}
+    settings["text_key"] = "text"
     with pytest.raises(Crash):
         prepare(corpus, store, tokenizer_file, report=crash)
     for said in ("Resuming the interrupted work", "is already complete; nothing to do"):
