@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.readers import TextFile
+from ..data.records import TextFile
 from ..models.checked import check_ids
 from ..streaming import StreamingCache
 from ..streaming.families import num_embedded_positions
