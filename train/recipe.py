@@ -113,7 +113,7 @@ def _name(recipe: str) -> str:
 
 def _merged(*parts: DictConfig | ListConfig) -> DictConfig:
     """Merge recipes and overrides; later ones win."""
-    merged = parts[0]
+    merged: Any = parts[0]
     for part in parts[1:]:
         try:
             merged = OmegaConf.merge(merged, part)
