@@ -203,9 +203,12 @@ def _header(path: Path) -> dict[str, str]:
     """Return the dtypes of the tensors in a safetensors file."""
     try:
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(8)
+            if start == b"version ":
+                raise ValueError("the file is a pointer of Git LFS; run git lfs pull")
+            length = int.from_bytes(start, "little")
             if not 0 < length <= min(LARGEST_JSON, path.stat().st_size - 8):
-                raise ValueError(f"{length:,} bytes")
+                raise ValueError(f"a length of {length:,} bytes, in a file of {path.stat().st_size:,}")
             tensors = json.loads(file.read(length))
         return {name: tensor["dtype"] for name, tensor in tensors.items() if name != "__metadata__"}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

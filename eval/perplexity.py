@@ -121,7 +121,7 @@ def _read_text(path: Path) -> str:
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        raise type(error)(f"--text {path} cannot be read: {error.strerror}") from error
+        raise type(error)(f"--text {path} cannot be read: {error.strerror}; pass a text file") from error
     document = TextFile(str(path), "", content).document()
     return document.text if document else ""
 

@@ -158,7 +158,7 @@ MODELS = [
     Case(
         "a pointer of git LFS",
         GENERATE,
-        r"the weights in .* are damaged .*",
+        r"the weights in .* are damaged .* pointer of Git LFS; run git lfs pull\): copy .*",
         write("model.safetensors", "version https://git-lfs"),
     ),
     Case("a missing tensor", GENERATE, rf"the weights in .* lack {DENSE}, .*: {SAME}", weights(lambda t: t.pop(DENSE))),
@@ -380,9 +380,15 @@ OPTIONS = [
         lambda model: edit_tokens(model, {"hi": 999}),
     ),
     Case(
-        "no text", "eval streaming {model} --text no.txt", r"--text no\.txt cannot be read: No such file or directory"
+        "no text",
+        "eval streaming {model} --text no.txt",
+        r"--text no\.txt cannot be read: No such file or directory; pass a text file",
     ),
-    Case("a folder for a text", "eval streaming {model} --text .", r"--text \. cannot be read: Is a directory"),
+    Case(
+        "a folder for a text",
+        "eval streaming {model} --text .",
+        r"--text \. cannot be read: Is a directory; pass a text file",
+    ),
     Case(
         "a device for a text",
         "eval streaming {model} --text /dev/zero",
