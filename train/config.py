@@ -11,12 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator,
 
 from ..models.config import SINK_KINDS
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+LargeCount = Annotated[int, Field(ge=1, le=10**15)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class SinkSection(Section):
@@ -47,7 +49,7 @@ class ModelSection(Section):
     """The sizes of the model."""
 
     hidden_size: Count
-    num_hidden_layers: Count
+    num_hidden_layers: Annotated[int, Field(ge=1, le=10_000)]
     num_attention_heads: Count
     intermediate_size: Count | None = Field(default=None, description="width of the MLP; null: 4 × `hidden_size`")
     vocab_size: Count | None = Field(
@@ -60,7 +62,7 @@ class ModelSection(Section):
     max_position_embeddings: Count | None = Field(
         default=None, description="maximum sequence length, sink tokens included; null: `train.seq_length`"
     )
-    init_from: str | None = Field(
+    init_from: Name | None = Field(
         default=None,
         description="initial weights: a run, checkpoint or transformers folder, or a Hub name; null: random",
     )
@@ -85,17 +87,17 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    path: str | None = Field(default=None, description="the token store, a folder made by `sinklm prepare`")
+    path: Name | None = Field(default=None, description="the token store, a folder made by `sinklm prepare`")
 
 
 class TrainSection(Section):
-    run_dir: str | None = Field(default=None, description="folder of the run; null: `runs/<recipe name>`")
+    run_dir: Name | None = Field(default=None, description="folder of the run; null: `runs/<recipe name>`")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         default=1234, description="random seed of the initial weights and the data order"
     )
-    num_steps: Count = Field(default=143_000, description="total number of optimizer steps")
+    num_steps: LargeCount = Field(default=143_000, description="total number of optimizer steps")
     seq_length: Count = Field(default=2048, description="positions in a sample, sink tokens included")
-    batch_size_tokens: Count = Field(default=1024 * 2048, description="positions in one step, over all ranks")
+    batch_size_tokens: LargeCount = Field(default=1024 * 2048, description="positions in one step, over all ranks")
     micro_batch_size: Count = Field(
         default=16,
         description="samples per rank in one forward pass; affects memory and speed, not the result",
@@ -170,7 +172,7 @@ class CheckpointSection(Section):
         description="write checkpoints from a copy in host memory while training goes on; null: yes on a GPU, if the "
         "memory is free",
     )
-    resume: str = Field(
+    resume: Name = Field(
         default="auto",
         description="`auto`: the run's newest complete checkpoint, if any; `never`; or a checkpoint folder",
     )
@@ -196,16 +198,19 @@ DERIVED_DEEPSPEED_KEYS = {
 }
 
 
-# Sections and switches of DeepSpeed's configuration. DeepSpeed ignores unknown keys silently, so
+# Switches and sections of DeepSpeed's configuration. DeepSpeed ignores unknown keys silently, so
 # typos are checked here.
-DEEPSPEED_KEYS = (
+DEEPSPEED_SECTIONS = (
     *("activation_checkpointing", "aio", "amp", "autotuning", "bf16", "checkpoint", "comet", "comms_logger"),
-    *("communication_data_type", "compile", "compression_training", "csv_monitor", "curriculum_learning"),
-    *("data_efficiency", "data_types", "dataloader_drop_last", "disable_allgather", "dump_state", "elasticity"),
-    *("flops_profiler", "fp16", "gradient_predivide_factor", "memory_breakdown", "prescale_gradients"),
-    *("sequence_parallel_size", "sparse_gradients", "steps_per_print", "tensor_parallel", "tensorboard"),
-    *("use_node_local_storage", "wall_clock_breakdown", "wandb", "zero_allow_untested_optimizer"),
-    *("zero_force_ds_cpu_optimizer", "zero_optimization"),
+    *("compile", "compression_training", "csv_monitor", "curriculum_learning", "data_efficiency", "data_types"),
+    *("elasticity", "flops_profiler", "fp16", "tensor_parallel", "tensorboard", "wandb", "zero_optimization"),
+)
+DEEPSPEED_KEYS = (
+    *DEEPSPEED_SECTIONS,
+    *("communication_data_type", "dataloader_drop_last", "disable_allgather", "dump_state"),
+    *("gradient_predivide_factor", "memory_breakdown", "prescale_gradients", "sequence_parallel_size"),
+    *("sparse_gradients", "steps_per_print", "use_node_local_storage", "wall_clock_breakdown"),
+    *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
     *("patches", "zero_stage"),  # our own keys
 )
 
@@ -235,6 +240,15 @@ class DeepSpeedSection(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _sections_have_keys(self) -> "DeepSpeedSection":
+        for key, value in self.extra_keys.items():
+            if key in DEEPSPEED_SECTIONS and not isinstance(value, dict):
+                raise ValueError(
+                    f"{key} is {value!r}: it is a section of DeepSpeed; set its keys, as deepspeed.{key}.KEY=VALUE"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _no_misspelt_keys(self) -> "DeepSpeedSection":
         for key in self.extra_keys:
             near = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=1, cutoff=0.8)
@@ -247,7 +261,7 @@ class WandbSection(Section):
     mode: Literal["auto", "online", "offline", "disabled"] = Field(
         default="auto", description="`auto`: online if you are logged in, else offline"
     )
-    project: str = "sinklm"
+    project: Name = "sinklm"
 
 
 class TrainingConfig(Section):

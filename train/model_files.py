@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from ..checkpoints.export import name_sinks
 from ..models import SinkGPTNeoXForCausalLM
+from ..special_tokens import padding_token, without_template
 from .launch import World
 from .plan import Plan
 
@@ -52,9 +53,11 @@ def write_tokenizer(folder: Path, plan: Plan, tokenizer_path: Path) -> None:
     """Write the training tokenizer to the model folder.
 
     It defines the sink tokens, so that tokens added later do not get their ids. It does not prepend
-    them to a text: the model does.
+    them to a text: the model does. Like that of the store, it adds no other tokens either.
     """
-    tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    tokenizer = without_template(Tokenizer.from_file(str(tokenizer_path)))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     name_sinks(tokenizer, plan.model_config.sink_token_ids)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     end_of_document = tokenizer.id_to_token(plan.eod_id)
@@ -67,4 +70,6 @@ def write_tokenizer(folder: Path, plan: Plan, tokenizer_path: Path) -> None:
         "model_max_length": plan.model_config.max_position_embeddings - plan.num_sinks,
         "clean_up_tokenization_spaces": False,
     }
+    if (padding := padding_token(tokenizer)) is not None:
+        description["pad_token"] = padding
     (folder / "tokenizer_config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")

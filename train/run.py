@@ -29,6 +29,7 @@ from .launch import SameOnAllRanks, World, connected
 from .loop import TrainingLoop
 from .plan import Plan
 from .progress import RunProgress
+from .ranks import own_rank
 from .recipe import config_yaml, load_config
 from .resume import Resume, find_resume
 from .stopping import exit_status
@@ -68,7 +69,7 @@ def train(
         SystemExit: the run ended early and its state is saved (`stopping.exit_status`); or status 1
             on ranks other than 0 for an error that all ranks share, which rank 0 reports.
     """
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    rank = own_rank(os.environ)
     try:
         config = load_config(recipe, overrides)
         if only_describe:
