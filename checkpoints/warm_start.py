@@ -1,6 +1,8 @@
 """Start training from the weights of another model."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +51,9 @@ def check_tokenizer(name_or_path: str | Path, tokenizer_path: Path) -> None:
         found = cached_file(resolve_model_folder(name_or_path), "tokenizer.json")
     except OSError:
         return  # no tokenizer, or no model, for which `load_weights` raises an error
-    verify_model_folder(str(Path(found).parent), with_weights=False)
-    try:
+    with _init_from(name_or_path):
+        verify_model_folder(str(Path(found).parent), with_weights=False)
         theirs = read_tokenizer(found)
-    except ValueError as error:
-        raise ValueError(f"model.init_from={name_or_path}: {error}") from error
     ours = read_tokenizer(tokenizer_path)
     for i in range(min(theirs.get_vocab_size(), ours.get_vocab_size())):
         if theirs.id_to_token(i) != ours.id_to_token(i):
@@ -75,12 +75,8 @@ def load_weights(name_or_path: str | Path, config: SinkGPTNeoXConfig) -> SinkGPT
         FileNotFoundError: no model was found.
     """
     folder = resolve_model_folder(name_or_path)
-    try:
+    with _init_from(name_or_path):
         theirs = checked_config(folder)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"model.init_from={name_or_path}: cannot load a model ({one_line(error)}); check the path"
-        ) from error
     if theirs.model_type not in ("gpt_neox", "sink_gpt_neox"):
         raise ValueError(
             f"model.init_from={name_or_path} has model type {theirs.model_type}: use a GPT-NeoX model, such as Pythia"
@@ -97,13 +93,22 @@ def load_weights(name_or_path: str | Path, config: SinkGPTNeoXConfig) -> SinkGPT
             f"model.sink.kind is {config.sink_kind}, but model.init_from={name_or_path} was trained with {kind}: set "
             f"model.sink.kind={kind}, or start from a model whose sink.kind is none or token"
         )
-    verify_model_folder(folder)
-    try:
+    with _init_from(name_or_path):
+        verify_model_folder(folder)
         model, info = from_pretrained(SinkGPTNeoXForCausalLM, folder, config=config, dtype=torch.float32)
         info["missing_keys"] = {key for key in info["missing_keys"] if not re.search(ARM_PARAMETERS, key)}
         check_loaded(model, info, folder)
+    return model
+
+
+@contextmanager
+def _init_from(name_or_path: str | Path) -> Iterator[None]:
+    """Name the key of the recipe in every error in reading the model."""
+    try:
+        yield
     except OSError as error:
-        raise FileNotFoundError(f"model.init_from={name_or_path}: {one_line(error)}; copy the folder again") from error
+        raise FileNotFoundError(
+            f"model.init_from={name_or_path}: cannot read the model ({one_line(error)}); check the path and the files"
+        ) from error
     except ValueError as error:
         raise ValueError(f"model.init_from={name_or_path}: {error}") from error
-    return model

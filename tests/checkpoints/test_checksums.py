@@ -112,18 +112,18 @@ def break_index(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (truncate, "MetadataIncompleteBuffer|incomplete"),
+        (truncate, "incomplete metadata"),
         (drop_shard, r"model-00002-of"),
         (break_index, "Expecting property name"),
         (Path.unlink, "no file named model.safetensors"),
-        (lambda path: path.write_bytes(b""), "HeaderTooSmall|header"),
+        (lambda path: path.write_bytes(b""), "header of model.safetensors"),
     ],
 )
 def test_damaged_initial_weights_are_an_error_of_one_line(tmp_path, damage, reason):
     folder = write_checkpoint(tmp_path / "model", small_model(1, torch.float32))
     config = load_model(folder).config
     damage(folder / "model.safetensors")
-    with pytest.raises((ValueError, OSError), match=rf"model\.init_from=.*model: cannot read.*({reason})") as raised:
+    with pytest.raises((ValueError, OSError), match=rf"model\.init_from=.*model: .*{reason}") as raised:
         load_weights(folder, config)
     assert len(str(raised.value).splitlines()) == 1
 
@@ -135,9 +135,7 @@ def test_initial_weights_are_complete(tmp_path):
     weights = load_file(folder / "model.safetensors")
     del weights["gpt_neox.final_layer_norm.bias"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(
-        ValueError, match=r"cannot read the weights, because gpt_neox\.final_layer_norm\.bias is missing"
-    ):
+    with pytest.raises(ValueError, match=r"lack gpt_neox\.final_layer_norm\.bias, which its config\.json requires"):
         load_weights(folder, config)
 
 
@@ -157,5 +155,5 @@ def test_a_damaged_tokenizer_of_the_initial_weights_is_an_error(tmp_path):
     Tokenizer.from_file(str(folder / "tokenizer.json")).save(str(tmp_path / "tokenizer.json"))
     check_tokenizer(folder, tmp_path / "tokenizer.json")
     truncate(folder / "tokenizer.json")
-    with pytest.raises(ValueError, match=r"model\.init_from=.*tokenizer\.json is damaged \(.*\): copy it again"):
+    with pytest.raises(ValueError, match=r"model\.init_from=.*tokenizer\.json is not a tokenizer\.json \(.*\): copy"):
         check_tokenizer(folder, tmp_path / "tokenizer.json")

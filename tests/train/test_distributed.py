@@ -120,7 +120,7 @@ def test_a_damaged_file_of_one_rank_is_noticed_by_all(two_ranks):
     assert outcomes(two_ranks, "damaged") == ["done", "done"]
     (warning,) = (line for line in (two_ranks / "output-0").read_text().splitlines() if line.startswith("warning:"))
     assert "step-8 is damaged: deepspeed/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt has another sha256" in warning
-    assert {path.name for path in (damaged / "checkpoints").iterdir()} == {"step-4", "step-8", "step-8.damaged"}
+    assert {"step-8", "step-8.damaged"} < {path.name for path in (damaged / "checkpoints").iterdir()}
     assert losses(damaged) == losses(whole)
     assert_same_weights(weights(damaged, 8), weights(whole, 8))
 
