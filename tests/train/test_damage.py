@@ -156,9 +156,10 @@ def test_no_flipped_bit_of_a_manifest_is_unnoticed(data):
     manifest = Manifest(8, {"model/config.json": FileInfo(7, "ab" * 32), "rng/rank-00000.pt": FileInfo(9, "cd" * 32)})
     content = bytearray(manifest.to_json().encode())
     content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-    with tempfile.TemporaryDirectory() as folder, pytest.raises(DamagedCheckpointError):
+    with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "COMPLETE").write_bytes(content)
-        read_manifest(Path(folder))
+        with pytest.raises(DamagedCheckpointError):
+            read_manifest(Path(folder))
 
 
 def test_the_manifest_of_a_checkpoint_covers_every_file(whole_run):

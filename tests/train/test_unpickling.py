@@ -86,7 +86,7 @@ def test_a_payload_in_the_old_format_is_not_run(recipe, run, tmp_path, other_sta
         torch.save({**content, "payload": Payload(mark)}, path, _use_new_zipfile_serialization=False)
     seal(copy / "checkpoints" / "step-4")
     converted = [] if other_stage is None else [f"deepspeed.zero_stage={other_stage}"]
-    with pytest.raises(ValueError, match="cannot load|could not convert"):
+    with pytest.raises(ValueError, match=r"cannot load|could not convert"):
         train(recipe, [*settings, f"train.run_dir={copy}", *converted])
     assert not mark.exists()
 
