@@ -12,6 +12,7 @@ from .schedule import is_pythia_step, saves_after
 
 RANK_BYTES = 19_400  # the random states of a rank
 FILE_BYTES = 60_000  # descriptions, DeepSpeed's scripts, the headers of the other files
+SLACK = 2**24  # bytes; gaps between tensors, and small ones
 TOKENIZER_BYTES = 2_200_000  # Pythia's tokenizer.json
 
 
@@ -35,6 +36,15 @@ def checkpoint_bytes(plan: Plan, tokenizer_path: Path | None = None) -> int:
     per_parameter = weight + 12 + (weight if stage in (1, 2) else 0)
     tokenizer = tokenizer_path.stat().st_size if tokenizer_path else TOKENIZER_BYTES
     return count_parameters(plan.model_config) * per_parameter + tokenizer + plan.world_size * RANK_BYTES + FILE_BYTES
+
+
+def snapshot_bytes(plan: Plan, *, is_main: bool) -> int:
+    """Return the size of what one rank writes to a checkpoint, and a little more."""
+    stage, parameters = plan.config.deepspeed.zero_stage, count_parameters(plan.model_config)
+    weight = 4 if stage == 0 or plan.config.train.precision == "fp32" else 2
+    optimizer = 12 * parameters // plan.world_size if stage else 12 * parameters * is_main
+    weights = weight * parameters * is_main * (2 if stage in (1, 2) else 1)
+    return int(1.01 * (optimizer + weights)) + SLACK
 
 
 def checkpoints_kept(config: TrainingConfig) -> tuple[int, int]:

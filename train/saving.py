@@ -13,7 +13,7 @@ import torch.distributed as dist
 from ..checkpoints.folders import CHECKPOINTS_FOLDER, DEEPSPEED_FOLDER, CheckpointState
 from . import deepspeed_patches
 from .checkpoint import Snapshot, make_folders, write_snapshot
-from .disk import checkpoint_bytes
+from .disk import checkpoint_bytes, snapshot_bytes
 from .engine import deepspeed_config, optimizer_layout, parameter_groups
 from .launch import World
 from .memory import GIB
@@ -62,7 +62,9 @@ class CheckpointWriter:
         self._fingerprint, self._tokenizer_path = fingerprint, tokenizer_path
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._memory = HostMemory(world.device) if self._is_asynchronous(say) else None
+        self._memory: HostMemory | None = None
+        if self._is_asynchronous(say):
+            self._memory = HostMemory(world.device, snapshot_bytes(plan, is_main=world.is_main))
         # The thread's collectives need a group that the main thread does not use.
         group = dist.new_group(backend="gloo") if self._memory is not None and world.size > 1 else None
         self._thread_world = replace(world, cpu_group=group, watchdog=None)

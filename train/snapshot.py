@@ -1,12 +1,16 @@
 """Copies of the training state in host memory, taken while training goes on."""
 
+import contextlib
 import copy
+import mmap
+import threading
+import warnings
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-SMALL = 2**20  # bytes; torch allocates larger pinned memory in powers of two
+ALIGNMENT = 64  # bytes
 
 
 def copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
@@ -17,16 +21,27 @@ def copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
 class HostMemory:
     """Host memory that is reused by every snapshot. On a GPU it is pinned.
 
-    A snapshot is valid until the next one begins.
+    A thread allocates it, because pinning takes about a second for 3 GB. A snapshot is valid until
+    the next one begins.
+
+    Args:
+        num_bytes: expected size of a snapshot. What is beyond it is allocated when it is copied.
     """
 
-    def __init__(self, device: torch.device):
-        self._is_cuda = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if self._is_cuda else None
-        self._buffers: list[torch.Tensor] = []
+    def __init__(self, device: torch.device, num_bytes: int):
+        self._device = device
+        self._memory = mmap.mmap(-1, max(num_bytes, mmap.PAGESIZE))
         self._num_used = 0
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._sources: list[torch.Tensor] = []
         self._copied: torch.cuda.Event | None = None
+        self._pinning = threading.Thread(target=self._pin, name="sinklm memory", daemon=True)
+        self._pinning.start()
+
+    def begin(self) -> None:
+        """Begin a snapshot, which overwrites the one before."""
+        self._pinning.join()
+        self._num_used = 0
 
     def copy(self, state: Any) -> Any:
         """Return a copy of nested dictionaries and lists with their tensors in host memory.
@@ -53,37 +68,36 @@ class HostMemory:
             self._copied.synchronize()
         self._sources.clear()
 
-    def begin(self) -> None:
-        """Begin a snapshot, which overwrites the one before."""
-        self._num_used = 0
-
     @torch.no_grad()
     def _copy_leaf(self, leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return copy.deepcopy(leaf)
-        num_bytes = leaf.numel() * leaf.element_size()
-        if not num_bytes:
+        if not leaf.numel():
             return torch.empty(leaf.shape, dtype=leaf.dtype)
-        buffer = self._take(num_bytes)
-        copied = buffer.view(leaf.dtype).view(leaf.shape)
+        copied = self._take(leaf.numel() * leaf.element_size()).view(leaf.dtype).view(leaf.shape)
         copied.copy_(leaf, non_blocking=leaf.is_cuda)
         if leaf.is_cuda:
             self._sources.append(leaf)  # not freed while it is copied
         return copied
 
     def _take(self, num_bytes: int) -> torch.Tensor:
-        """Return the next buffer. Its size is exact, because torch.save writes whole storages."""
-        if self._num_used == len(self._buffers):
-            self._buffers.append(self._allocate(num_bytes))
-        elif self._buffers[self._num_used].numel() != num_bytes:
-            self._buffers[self._num_used] = self._allocate(num_bytes)
-        self._num_used += 1
-        return self._buffers[self._num_used - 1]
+        """Return memory with a storage of its own, because torch.save writes whole storages."""
+        start, end = self._num_used, self._num_used + num_bytes
+        if end > len(self._memory):
+            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._stream is not None)
+        self._num_used = end + -end % ALIGNMENT
+        return torch.frombuffer(self._memory, dtype=torch.uint8, count=num_bytes, offset=start)
 
-    def _allocate(self, num_bytes: int) -> torch.Tensor:
-        if self._is_cuda and num_bytes < SMALL:
-            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-        buffer = torch.empty(num_bytes, dtype=torch.uint8)
-        if self._is_cuda:  # without pinned memory, the copy would be slower and block Python
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), num_bytes, 0))
-        return buffer
+    def _pin(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):
+            self._memory.madvise(mmap.MADV_HUGEPAGE)  # large pages are pinned faster
+        if self._stream is None:
+            return
+        torch.cuda.set_device(self._device)
+        whole = torch.frombuffer(self._memory, dtype=torch.uint8)
+        try:
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), whole.numel(), 0))
+        except RuntimeError as error:
+            warnings.warn(
+                f"saving is slower, because its memory cannot be pinned: {error}", RuntimeWarning, stacklevel=1
+            )

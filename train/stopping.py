@@ -2,6 +2,7 @@
 
 import math
 import signal
+import sys
 import threading
 import time
 import types
@@ -32,12 +33,18 @@ def stop_reason(code: int) -> str:
 
 @contextmanager
 def restored_handlers() -> Iterator[None]:
-    """Restore the handlers of signals at the end, if this is the main thread."""
+    """Restore the handlers of signals at the end, if this is the main thread.
+
+    Until a `StopRequest`, signals that ask to be run again end the process with their status.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
+        for number, handler in before.items():
+            if exit_status(number) == REQUEUE_STATUS and handler == signal.SIG_DFL:
+                signal.signal(number, lambda number, frame: sys.exit(exit_status(number)))
         yield
     finally:
         for number, handler in before.items():

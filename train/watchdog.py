@@ -21,7 +21,7 @@ from typing import Any
 
 from .hangs import RESUME, Mark, RankState, describe_hang, find_hang
 from .peers import SIGNAL, Address, Peers
-from .stopping import SECOND_INTERRUPT_AFTER, STOP_SIGNALS, StopRequest
+from .stopping import SECOND_INTERRUPT_AFTER, STOP_SIGNALS, StopRequest, exit_status
 
 TICK = 0.5  # seconds between two looks at the ranks
 HEARTBEAT = 1.0  # seconds between two messages to another rank
@@ -268,4 +268,4 @@ class Watchdog:
             name = signal.Signals(first).name
             self._peers.send({"left": f"it was ended by {name}"})
             place = self._states[self._rank].place
-            self._exit(f"{name}: ended without saving, because the process was blocked ({place})", 128 + first)
+            self._exit(f"{name}: ended without saving, because the process was blocked ({place})", exit_status(first))

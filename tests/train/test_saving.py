@@ -88,9 +88,9 @@ states = st.recursive(
 )
 
 
-@given(states)
-def test_a_snapshot_is_an_equal_copy_with_storages_of_its_own(state):
-    memory = HostMemory(CPU)
+@given(states, st.sampled_from([0, 100, 2**20]))
+def test_a_snapshot_is_an_equal_copy_with_storages_of_its_own(state, num_bytes):
+    memory = HostMemory(CPU, num_bytes)
     memory.begin()
     copied = memory.copy(state)
     (old, spec), (new, other_spec) = pytree.tree_flatten(state), pytree.tree_flatten(copied)
@@ -106,7 +106,7 @@ def test_a_snapshot_is_an_equal_copy_with_storages_of_its_own(state):
 
 
 def test_a_snapshot_reuses_the_memory_of_the_one_before():
-    memory = HostMemory(CPU)
+    memory = HostMemory(CPU, 4096)
     state = {"weights": torch.randn(7, 3), "steps": [torch.tensor(1.0)], "view": torch.arange(10)[2:5]}
     memory.begin()
     first = [tensor.data_ptr() for tensor in pytree.tree_leaves(memory.copy(state))]
@@ -116,14 +116,33 @@ def test_a_snapshot_reuses_the_memory_of_the_one_before():
     assert [tensor.data_ptr() for tensor in pytree.tree_leaves(second)] == first
     assert torch.equal(second["weights"], state["weights"])
     memory.begin()
-    larger = memory.copy({"weights": torch.ones(100)})
-    assert torch.equal(larger["weights"], torch.ones(100))
+    larger = memory.copy({"weights": torch.ones(2000)})
+    assert torch.equal(larger["weights"], torch.ones(2000))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_snapshot_fits_into_the_memory_that_was_allocated(recipe, tmp_path, monkeypatch, stage, precision):
+    sizes = []
+    take = HostMemory._take
+
+    def measured(self, num_bytes):
+        taken = take(self, num_bytes)
+        sizes.append((self._num_used, len(self._memory)))
+        return taken
+
+    monkeypatch.setattr(HostMemory, "_take", measured)
+    settings = [f"deepspeed.zero_stage={stage}", f"train.precision={precision}", "train.num_steps=1"]
+    monkeypatch.setattr("sinklm.train.disk.SLACK", 2**16)
+    train(recipe, [*settings, f"train.run_dir={tmp_path}", "checkpoint.asynchronous=true"])
+    used, size = sizes[-1]
+    assert 0.5 * size < used <= size
 
 
 @pytest.mark.gpu
 def test_a_snapshot_is_what_it_was_when_it_was_taken():
     device = torch.device("cuda")
-    memory = HostMemory(device)
+    memory = HostMemory(device, 2**28 + 2**20)
     state = {"large": torch.zeros(2**26, device=device), "small": torch.zeros(3, dtype=torch.bfloat16, device=device)}
     for value in range(1, 6):
         memory.begin()

@@ -36,6 +36,15 @@ def test_after_an_error_a_signal_is_still_recorded():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP])
+def test_during_the_setup_a_planned_end_has_its_status_too(number):
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended, restored_handlers():
+        os.kill(os.getpid(), number)
+    assert ended.value.code == REQUEUE_STATUS
+    assert signal.getsignal(number) is before
+
+
 def test_an_ignored_signal_stays_ignored():
     """As under ``nohup``."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
