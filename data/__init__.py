@@ -6,6 +6,7 @@ require_extra("data")
 
 from .inputs import find_inputs
 from .megatron import MegatronReader, MegatronWriter
+from .mixture import SetWindows, WeightedOrder
 from .order import SampleOrder, batch_indices
 from .prepare import prepare_store
 from .preshuffled import PreshuffledStore, open_store
@@ -17,8 +18,10 @@ __all__ = [
     "MegatronWriter",
     "PreshuffledStore",
     "SampleOrder",
+    "SetWindows",
     "TokenStore",
     "TokenWindows",
+    "WeightedOrder",
     "batch_indices",
     "find_inputs",
     "open_store",

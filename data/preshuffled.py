@@ -58,6 +58,14 @@ class PreshuffledStore:
             raise ValueError(f"{self.path}: pre-shuffled rows have no {name} split; disable validation for them")
         return self._stream
 
+    def documents_of_set(self, split: str, set_name: str) -> TokenSequence:
+        """Raise an error: the order of the rows is fixed."""
+        raise ValueError(f"{self.path}: pre-shuffled rows have no sets; remove data.weights")
+
+    def document(self, split: str, number: int) -> np.ndarray:
+        """Raise an error: rows do not say where documents begin."""
+        raise ValueError(f"{self.path}: pre-shuffled rows have no list of documents; look at samples")
+
     def _probe(self) -> str:
         digest = hashlib.sha256(sha256_of(self.tokenizer_path).encode())
         for path, start, stop in zip(self._stream.paths, self._stream.starts, self._stream.starts[1:], strict=False):

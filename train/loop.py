@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..checkpoints.folders import METRICS_FILE, list_checkpoints
-from ..data import SampleOrder, TokenWindows
+from ..data import TokenWindows
 from ..data.store import TokenSource
 from ..models.cost import flops_per_token, peak_flops
-from .batches import MicroBatches
+from .batches import MicroBatches, Windows, sample_order
 from .checkpoint import CheckpointWriter
 from .launch import StopRequest, World
 from .metrics import MetricsFile, WandbRun
@@ -40,7 +40,7 @@ class TrainingLoop:
         plan: Plan,
         world: World,
         store: TokenSource,
-        windows: TokenWindows,
+        windows: Windows,
         validation_windows: TokenWindows | None,
         progress: RunProgress,
         *,
@@ -57,7 +57,7 @@ class TrainingLoop:
         )
         self._batches = MicroBatches(
             windows,
-            SampleOrder(len(windows), None if store.is_shuffled else config.train.seed),
+            sample_order(store, windows, plan),
             samples_per_step=plan.samples_per_step,
             micro_batch_size=config.train.micro_batch_size,
             first_step=first_step,

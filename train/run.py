@@ -19,7 +19,7 @@ from ..data.store import TokenSource
 from ..files import locked, write_json
 from ..models import SinkGPTNeoXForCausalLM
 from ..models.cost import count_parameters
-from .batches import open_windows
+from .batches import Windows, open_windows
 from .config import TrainingConfig
 from .launch import SameOnAllRanks, World, connected
 from .plan import Plan
@@ -117,7 +117,7 @@ def _train_locked(
     plan: Plan,
     world: World,
     store: TokenSource,
-    windows: TokenWindows,
+    windows: Windows,
     validation_windows: TokenWindows | None,
 ) -> int:
     from .engine import compiles, make_engine
