@@ -81,7 +81,7 @@ def _show_summary(console: "Console", store: "TokenSource") -> None:
         print_summary(console, store.manifest, store.path)
         console.print(f"sources: {len(store.manifest.sources):,}")
     else:
-        console.print(f"{store.path}: {len(store.split('train')):,} tokens in rows, in Pythia's order")
+        console.print(f"{store.path}: {len(store.split('train')):,} tokens in rows, in their own order")
     console.print(f"tokenizer: {store.tokenizer_size:,} ids, documents end with id {store.eod_id}")
     console.print(f"fingerprint {store.fingerprint}")
 

@@ -6,6 +6,7 @@ require_extra("data")
 
 from .inputs import find_inputs
 from .megatron import MegatronReader, MegatronWriter
+from .megatron_order import MegatronOrderStore
 from .mixture import SetWindows, WeightedOrder
 from .order import SampleOrder, batch_indices
 from .prepare import prepare_store
@@ -14,6 +15,7 @@ from .store import TokenStore
 from .windows import TokenWindows
 
 __all__ = [
+    "MegatronOrderStore",
     "MegatronReader",
     "MegatronWriter",
     "PreshuffledStore",

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .manifest import MANIFEST_NAME, TOKENIZER_NAME, sha256_of
+from .megatron_order import MegatronOrderStore
 from .sequence import TokenSequence
 from .store import TokenStore, Verify
 from .tokenizer import eod_id, load_tokenizer_file, tokenizer_size
@@ -77,9 +78,14 @@ class PreshuffledStore:
         return digest.hexdigest()
 
 
-def open_store(path: str | os.PathLike, *, verify: Verify = "auto") -> TokenStore | PreshuffledStore:
-    """Open a folder of training data: pre-shuffled rows or a token store."""
+def open_store(
+    path: str | os.PathLike, *, verify: Verify = "auto"
+) -> TokenStore | PreshuffledStore | MegatronOrderStore:
+    """Open a folder of training data: a token store, pre-shuffled rows or an order of Megatron."""
     folder = Path(path)
-    if not (folder / MANIFEST_NAME).exists() and any(folder.glob("*.bin")):
-        return PreshuffledStore(folder)
+    if not (folder / MANIFEST_NAME).exists():
+        if any(folder.glob("*_idx.npy")):
+            return MegatronOrderStore(folder)
+        if any(folder.glob("*.bin")):
+            return PreshuffledStore(folder)
     return TokenStore(folder, verify=verify)

@@ -19,8 +19,18 @@ VERIFIED_NAME = ".verified.json"
 Verify = Literal["auto", "size", "sha256"]
 
 
+class Tokens(Protocol):
+    """What training requires of a split: :class:`TokenSequence` and :class:`OrderedRows`."""
+
+    row_length: int | None
+
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> np.ndarray: ...
+
+
 class TokenSource(Protocol):
-    """What training requires of :class:`TokenStore` and :class:`PreshuffledStore`."""
+    """What training requires of a store, see :func:`open_store`."""
 
     path: Path
     tokenizer_size: int
@@ -29,9 +39,9 @@ class TokenSource(Protocol):
     fingerprint: str
     is_shuffled: bool
 
-    def split(self, name: str) -> TokenSequence: ...
+    def split(self, name: str) -> Tokens: ...
 
-    def documents_of_set(self, split: str, set_name: str) -> TokenSequence: ...
+    def documents_of_set(self, split: str, set_name: str) -> Tokens: ...
 
     def document(self, split: str, number: int) -> np.ndarray: ...
 
