@@ -1,3 +1,4 @@
+import json
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -165,6 +166,22 @@ def test_sets_that_cannot_be_weighted_are_refused(corpus: tuple, tokenizer_file:
         store.documents_of_set("train", "D")
     with pytest.raises(ValueError, match=r"set 'A' in the train split has \d+ tokens, fewer than one sample of 9999"):
         SetWindows(store, "train", ["A"], tokens_per_sample=9999, stride=9999)
+
+
+def test_stores_of_older_versions_have_no_counts_by_shard(tmp_path: Path, corpus: tuple, tokenizer_file: Path) -> None:
+    for name, rows in (("one", [{"text": "a sink"}] * 9), ("two", records(1, 40))):
+        path = write_json_lines(tmp_path / f"{name}.jsonl", rows)
+        prepare_store(find_inputs([str(path)]).shards, tmp_path / name, tokenizer=tokenizer_file)
+        manifest = json.loads((tmp_path / name / "manifest.json").read_bytes())
+        for split in manifest["splits"].values():
+            del split["shard_sets"]
+        for key in ("text_key", "split_sets"):
+            del manifest[key]
+        (tmp_path / name / "manifest.json").write_text(json.dumps(manifest))
+    one, two = TokenStore(tmp_path / "one"), TokenStore(tmp_path / "two")
+    assert len(one.documents_of_set("train", "one")) == len(one.split("train"))
+    with pytest.raises(ValueError, match=r"'A' are in the same files .*--split-sets"):
+        two.documents_of_set("train", "A")
 
 
 def test_after_a_crash_the_files_of_sets_are_the_same(
