@@ -74,11 +74,13 @@ def inspect(
 
 
 def _show_summary(console: "Console", store: "TokenSource") -> None:
+    from rich.console import Console
+
     from ..data import TokenStore
     from .prepare import print_summary
 
     if isinstance(store, TokenStore):
-        print_summary(console, store.manifest, store.path)
+        print_summary(Console(), store.manifest, store.path)
         console.print(f"sources: {len(store.manifest.sources):,}")
     else:
         console.print(f"{store.path}: {len(store.split('train')):,} tokens in rows, in their own order")
