@@ -11,7 +11,7 @@ The first line is of rank 0, which also looks for changed files. The others only
 import argparse
 import hashlib
 import os
-import resource
+import re
 import shutil
 import subprocess
 import sys
@@ -79,8 +79,9 @@ def make_store(folder: Path, *, split_sets: bool) -> None:
 
 
 def memory() -> float:
-    """Largest resident memory of this process in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Largest resident memory of this process in MB (`getrusage` would include its parent's)."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
 
 
 def open_as_rank(folder: Path, rank: int, *, split_sets: bool) -> None:
