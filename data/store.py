@@ -22,7 +22,8 @@ Verify = Literal["auto", "size", "sha256"]
 class Tokens(Protocol):
     """What training requires of a split: :class:`TokenSequence` and :class:`OrderedRows`."""
 
-    row_length: int | None
+    @property
+    def row_length(self) -> int | None: ...
 
     def __len__(self) -> int: ...
 
