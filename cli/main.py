@@ -10,6 +10,7 @@ from ..command import run
 from ..text import printable
 from .bench import decode
 from .chat import chat
+from .data import inspect, merge
 from .evaluate import stream_eval, streaming, zero_shot
 from .export import export
 from .generate import generate
@@ -29,6 +30,7 @@ app = typer.Typer(
     add_completion=False,
 )
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Train tokenizers.")
+data_app = typer.Typer(no_args_is_help=True, help="Join token stores, and look into one.")
 eval_app = typer.Typer(
     no_args_is_help=True,
     help="Evaluate a model: zero-shot benchmarks, streaming perplexity and recall, attention sinks.",
@@ -52,9 +54,12 @@ def _options(
 
 
 app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(data_app, name="data")
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 app.command()(prepare)
+data_app.command("merge")(merge)
+data_app.command("inspect")(inspect)
 tokenizer_app.command("train")(train_tokenizer)
 app.command()(train)
 eval_app.command("zero-shot")(zero_shot)

@@ -44,6 +44,9 @@ def prepare(
             "text.",
         ),
     ] = 0.01,
+    split_sets: Annotated[
+        bool, typer.Option("--split-sets", help="Give each set files of its own, for training with data.weights.")
+    ] = False,
     processes: Annotated[
         int | None, typer.Option(min=1, help="Number of tokenizing processes.", show_default="number of CPUs")
     ] = None,
@@ -77,6 +80,7 @@ def prepare(
             tokenizer=tokenizer,
             eod_token=eod_token,
             validation_fraction=validation_fraction,
+            split_sets=split_sets,
             num_processes=processes,
             report=display.show,
         )

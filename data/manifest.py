@@ -108,6 +108,7 @@ class Manifest(_Strict):
     dtype: Literal["uint16", "int32"]
     validation_fraction: Annotated[float, Field(ge=0, lt=1)]
     text_key: str = "text"
+    split_sets: bool = False
     sources: list[Source]
     splits: Annotated[dict[str, Split], Field(min_length=1)]
     files: dict[str, FileInfo]

@@ -66,6 +66,7 @@ class MegatronReader:
 
     Args:
         prefix: common path of the two files without suffix.
+        check: whether to read and check the whole index, which has 20 bytes per document.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
@@ -73,7 +74,7 @@ class MegatronReader:
             the two files do not match.
     """
 
-    def __init__(self, prefix: str | os.PathLike):
+    def __init__(self, prefix: str | os.PathLike, *, check: bool = True):
         index_path, token_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
         header = read_index_header(index_path)
         self.dtype = header.dtype
@@ -84,7 +85,8 @@ class MegatronReader:
         self.pointers = content[lengths_end:pointers_end].view(np.int64)
         indices_end = pointers_end + header.num_document_indices * 8
         self.document_indices = content[pointers_end:indices_end].view(np.int64)
-        self._check_index(index_path, token_path)
+        if check:
+            self._check_index(index_path, token_path)
         self._tokens = TokenFile(token_path, self.dtype)
 
     def _check_index(self, index_path: Path, token_path: Path) -> None:

@@ -55,6 +55,7 @@ class Settings(BaseModel):
     sources: list[str]
     text_key: str = TEXT_KEY
     eod_id: int | None = None  # None only in files of older versions
+    split_sets: bool = False
 
 
 class PrepareProgress(NamedTuple):
@@ -77,6 +78,7 @@ def prepare_store(
     tokenizer: str | os.PathLike = DEFAULT_TOKENIZER,
     eod_token: str | None = None,
     validation_fraction: float = 0.01,
+    split_sets: bool = False,
     num_processes: int | None = None,
     report: Callable[[PrepareProgress], None] = lambda progress: None,
 ) -> Manifest:
@@ -93,6 +95,7 @@ def prepare_store(
             without truncation, padding and template, see :func:`training_tokenizer`.
         eod_token: the token that ends each document; None: see :func:`eod_id`.
         validation_fraction: share of documents in the validation split, chosen by hash.
+        split_sets: give each set of a shard files of its own, for training with ``data.weights``.
         num_processes: number of tokenizing processes; None uses every processor. It only affects
             speed.
         report: called after each batch.
@@ -117,6 +120,7 @@ def prepare_store(
         sources=[shard.name for shard in shards],
         text_key=shards[0].text_key,
         eod_id=info.eod_id,
+        split_sets=split_sets,
     )
     if (store / MANIFEST_NAME).exists():
         return _finished_store(store, settings, shards)
@@ -124,8 +128,8 @@ def prepare_store(
         with atomic_file(store / TOKENIZER_NAME, binary=True) as file:
             file.write(encoder.content)
         dtype = token_dtype(info.size)
-        jobs = [ShardJob(store, notes, i, shard, dtype) for i, shard in enumerate(shards)]
-        start = (str(store / TOKENIZER_NAME), info.eod_id, dtype, validation_fraction)
+        jobs = [ShardJob(store, notes, i, shard, dtype, split_sets) for i, shard in enumerate(shards)]
+        start = (str(store / TOKENIZER_NAME), info.eod_id, dtype, validation_fraction, split_sets)
         _run(jobs, notes, num_processes or num_processors(), start, report)
         manifest = _manifest(store, info, dtype, settings, jobs)
         write_json(store / MANIFEST_NAME, manifest.model_dump(), ensure_ascii=False)
@@ -152,6 +156,7 @@ def _finished_store(store: Path, settings: Settings, shards: list[Shard]) -> Man
         sources=[source.name for source in manifest.sources],
         text_key=manifest.text_key,
         eod_id=manifest.tokenizer.eod_id,
+        split_sets=manifest.split_sets,
     )
     _check_same(store, made_with, settings)
     for source, shard in zip(manifest.sources, shards, strict=True):
@@ -315,14 +320,21 @@ def _manifest(store: Path, info: TokenizerInfo, dtype: np.dtype, settings: Setti
             split.total.add(job.state.total(name))
             for set_name, counts in job.state.sets[name].items():
                 split.sets.setdefault(set_name, Counts()).add(counts)
-            if f"{name}/{job.stem}.bin" in files:
-                split.shards.append(f"{name}/{job.stem}")
-                split.shard_sets[f"{name}/{job.stem}"] = job.state.sets[name]
+        for part, shard in job.parts().items():
+            if f"{shard}.bin" in files:
+                sets = job.state.sets[part.split]
+                split = splits[part.split]
+                split.shards.append(shard)
+                split.shard_sets[shard] = sets if part.set_name is None else {part.set_name: sets[part.set_name]}
+    for split in splits.values():
+        split.shards.sort()
+        split.shard_sets = {shard: split.shard_sets[shard] for shard in split.shards}
     return Manifest(
         tokenizer=info,
         dtype="uint16" if dtype == np.uint16 else "int32",
         validation_fraction=settings.validation_fraction,
         text_key=settings.text_key,
+        split_sets=settings.split_sets,
         sources=[Source(**job.state.model_dump(include={"name", "bytes", "num_empty_files"})) for job in jobs],
         splits={name: split for name, split in splits.items() if split.shards},
         files=files,

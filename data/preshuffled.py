@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .manifest import MANIFEST_NAME, TOKENIZER_NAME, sha256_of
+from .megatron_order import MegatronOrderStore
 from .sequence import TokenSequence
 from .store import TokenStore, Verify
 from .tokenizer import eod_id, load_tokenizer_file, tokenizer_size
@@ -58,6 +59,14 @@ class PreshuffledStore:
             raise ValueError(f"{self.path}: pre-shuffled rows have no {name} split; disable validation for them")
         return self._stream
 
+    def documents_of_set(self, split: str, set_name: str) -> TokenSequence:
+        """Raise an error: the order of the rows is fixed."""
+        raise ValueError(f"{self.path}: pre-shuffled rows have no sets; remove data.weights")
+
+    def document(self, split: str, number: int) -> np.ndarray:
+        """Raise an error: rows do not say where documents begin."""
+        raise ValueError(f"{self.path}: pre-shuffled rows have no list of documents; look at samples")
+
     def _probe(self) -> str:
         digest = hashlib.sha256(sha256_of(self.tokenizer_path).encode())
         for path, start, stop in zip(self._stream.paths, self._stream.starts, self._stream.starts[1:], strict=False):
@@ -69,9 +78,14 @@ class PreshuffledStore:
         return digest.hexdigest()
 
 
-def open_store(path: str | os.PathLike, *, verify: Verify = "auto") -> TokenStore | PreshuffledStore:
-    """Open a folder of training data: pre-shuffled rows or a token store."""
+def open_store(
+    path: str | os.PathLike, *, verify: Verify = "auto"
+) -> TokenStore | PreshuffledStore | MegatronOrderStore:
+    """Open a folder of training data: a token store, pre-shuffled rows or an order of Megatron."""
     folder = Path(path)
-    if not (folder / MANIFEST_NAME).exists() and any(folder.glob("*.bin")):
-        return PreshuffledStore(folder)
+    if not (folder / MANIFEST_NAME).exists():
+        if any(folder.glob("*_idx.npy")):
+            return MegatronOrderStore(folder)
+        if any(folder.glob("*.bin")):
+            return PreshuffledStore(folder)
     return TokenStore(folder, verify=verify)

@@ -103,17 +103,23 @@ class TokenSequence:
             begin = start + filled - int(self.starts[file])
             end = min(begin + len(tokens) - filled, int(self.starts[file + 1] - self.starts[file]))
             piece = self._open(file).read(begin, end)
-            self._check_ids(piece, file, begin)
+            check_ids(piece, self.vocab_size, self.paths[file], begin)
             tokens[filled : filled + len(piece)] = piece
             filled += len(piece)
             file += 1
         return tokens
 
-    def _check_ids(self, tokens: np.ndarray, file: int, begin: int) -> None:
-        if not len(tokens) or (tokens.max() < self.vocab_size and tokens.min() >= 0):
-            return
-        first = int(np.flatnonzero((tokens >= self.vocab_size) | (tokens < 0))[0])
-        raise ValueError(
-            f"{self.paths[file]}: contains id {tokens[first]} (token {begin + first}), but the tokenizer's vocabulary "
-            f"has only {self.vocab_size} ids; use the tokenizer that the data was made with, or prepare it again"
-        )
+
+def check_ids(tokens: np.ndarray, vocab_size: int, path: Path, begin: int) -> None:
+    """Check that tokens, of which the first is number ``begin`` of a file, are ids.
+
+    Raises:
+        ValueError: a token is negative, or not less than ``vocab_size``.
+    """
+    if not len(tokens) or (tokens.max() < vocab_size and tokens.min() >= 0):
+        return
+    first = int(np.flatnonzero((tokens >= vocab_size) | (tokens < 0))[0])
+    raise ValueError(
+        f"{path}: contains id {tokens[first]} (token {begin + first}), but the tokenizer's vocabulary has only "
+        f"{vocab_size} ids; use the tokenizer that the data was made with, or prepare it again"
+    )

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..files import write_json
 from .manifest import MANIFEST_NAME, TOKENIZER_NAME, FileInfo, Manifest, read_manifest, sha256_of, sha256_of_all
-from .megatron import read_index_header
+from .megatron import MegatronReader, read_index_header
 from .sequence import TokenSequence
 from .tokenizer import load_tokenizer_file, tokenizer_size
 
@@ -19,8 +19,19 @@ VERIFIED_NAME = ".verified.json"
 Verify = Literal["auto", "size", "sha256"]
 
 
+class Tokens(Protocol):
+    """What training requires of a split: :class:`TokenSequence` and :class:`OrderedRows`."""
+
+    @property
+    def row_length(self) -> int | None: ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> np.ndarray: ...
+
+
 class TokenSource(Protocol):
-    """What training requires of :class:`TokenStore` and :class:`PreshuffledStore`."""
+    """What training requires of a store, see :func:`open_store`."""
 
     path: Path
     tokenizer_size: int
@@ -29,7 +40,11 @@ class TokenSource(Protocol):
     fingerprint: str
     is_shuffled: bool
 
-    def split(self, name: str) -> TokenSequence: ...
+    def split(self, name: str) -> Tokens: ...
+
+    def documents_of_set(self, split: str, set_name: str) -> Tokens: ...
+
+    def document(self, split: str, number: int) -> np.ndarray: ...
 
 
 class TokenStore:
@@ -82,6 +97,46 @@ class TokenStore:
         if name not in self.manifest.splits:
             raise ValueError(f"{self.path}: has no split {name!r}, only {', '.join(self.manifest.splits)}")
         return self._sequence(self.manifest.splits[name].shards)
+
+    def documents_of_set(self, split: str, set_name: str) -> TokenSequence:
+        """Return the tokens of a set in a split, in manifest order.
+
+        Raises:
+            ValueError: there is no such set, or it is mixed with others in a shard.
+        """
+        self.split(split)
+        found = self.manifest.splits[split]
+        if set_name not in found.sets:
+            raise ValueError(
+                f"{self.path}: has no set {set_name!r} in the {split} split, only {', '.join(sorted(found.sets))}"
+            )
+        shard_sets = found.shard_sets
+        if not shard_sets and len(found.sets) == 1:  # of an older version
+            shard_sets = dict.fromkeys(found.shards, found.sets)
+        shards = [shard for shard, sets in shard_sets.items() if set_name in sets]
+        if not shards or any(len(shard_sets[shard]) > 1 for shard in shards):
+            raise ValueError(
+                f"{self.path}: documents of set {set_name!r} are in the same files as those of other sets; prepare it "
+                "with --split-sets"
+            )
+        return self._sequence(shards)
+
+    def document(self, split: str, number: int) -> np.ndarray:
+        """Return document ``number`` of a split, from 0, with its end-of-document token.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        self.split(split)
+        found = self.manifest.splits[split]
+        if not 0 <= number < found.total.documents:
+            raise ValueError(f"{self.path}: the {split} split has {found.total.documents:,} documents, numbered from 0")
+        for shard in found.shards:
+            size = read_index_header(self.path / f"{shard}.idx").num_sequences
+            if number < size:
+                return np.asarray(MegatronReader(self.path / shard)[number])
+            number -= size
+        raise AssertionError("the indexes were compared with the manifest")
 
     def _sequence(self, shards: list[str]) -> TokenSequence:
         paths = [self.path / f"{shard}.bin" for shard in shards]

@@ -8,7 +8,7 @@ import threading
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -31,8 +31,15 @@ class SplitPart:
     sets: dict[str, Counts]
 
 
+class Part(NamedTuple):
+    """A pair of files of a shard: a split, or the documents of one set in it."""
+
+    split: str
+    set_name: str | None = None
+
+
 class TokenizedBatch(NamedTuple):
-    parts: dict[str, SplitPart]
+    parts: dict[Part, SplitPart]
     num_records: int
     num_empty_files: int
 
@@ -46,20 +53,22 @@ class DocumentTokenizer:
         eod_id: id appended to each document.
         dtype: dtype of the tokens.
         validation_fraction: share of documents held out, see :func:`is_held_out`.
+        split_sets: whether each set is a part of its own.
     """
 
     tokenizer: Tokenizer
     eod_id: int
     dtype: np.dtype
     validation_fraction: float
+    split_sets: bool = False
     piece_length: int | None = field(init=False)
 
     def __post_init__(self):
         self.piece_length = PIECE_LENGTH if cuts_at_spaces(self.tokenizer) else None
 
     def __call__(self, records: list[Record]) -> TokenizedBatch:
-        tokens: dict[str, list[np.ndarray]] = {}
-        parts: dict[str, SplitPart] = {}
+        tokens: dict[Part, list[np.ndarray]] = {}
+        parts: dict[Part, SplitPart] = {}
         num_empty_files = 0
         for record in records:
             document = record.document()
@@ -68,14 +77,15 @@ class DocumentTokenizer:
                 continue
             content = document.text.encode()
             split = HELD_OUT_SPLIT if is_held_out(content, self.validation_fraction) else OTHER_SPLIT
-            part = parts.setdefault(split, SplitPart(np.empty(0), [], {}))
+            key = Part(split, document.set_name if self.split_sets else None)
+            part = parts.setdefault(key, SplitPart(np.empty(0), [], {}))
             ids = self.encode(document.text, record.place)
-            tokens.setdefault(split, []).append(ids)
+            tokens.setdefault(key, []).append(ids)
             part.lengths.append(len(ids))
             counts = Counts(documents=1, tokens=len(ids), bytes=len(content))
             part.sets.setdefault(document.set_name, Counts()).add(counts)
-        for split, part in parts.items():
-            part.tokens = np.concatenate(tokens[split])
+        for key, part in parts.items():
+            part.tokens = np.concatenate(tokens[key])
         return TokenizedBatch(parts, len(records), num_empty_files)
 
     def encode(self, text: str, place: str) -> np.ndarray:
@@ -116,12 +126,11 @@ def is_held_out(content: bytes, fraction: float) -> bool:
 _work: DocumentTokenizer | None = None
 
 
-def start_process(
-    stop: Connection, tokenizer_file: str, eod_id: int, dtype: np.dtype, validation_fraction: float
-) -> None:
+def start_process(stop: Connection, tokenizer_file: str, *settings: Any) -> None:
     """Initialize this process for :func:`tokenize`.
 
     Args:
+        settings: those of :class:`DocumentTokenizer`.
         stop: a pipe from the main process. When its other end is closed, this process exits, even
             in the middle of a document.
     """
@@ -129,7 +138,7 @@ def start_process(
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
     threading.Thread(target=_exit_at_end_of, args=(stop,), daemon=True).start()
-    _work = DocumentTokenizer(load_tokenizer_file(tokenizer_file), eod_id, dtype, validation_fraction)
+    _work = DocumentTokenizer(load_tokenizer_file(tokenizer_file), *settings)
 
 
 def _exit_at_end_of(stop: Connection) -> None:

@@ -19,6 +19,7 @@ class TokenWindows:
         tokens_per_sample: tokens in a window.
         stride: distance between the starts of two windows in tokens, from 1 to
             ``tokens_per_sample``.
+        set_name: use only the documents of this set, see :meth:`TokenStore.documents_of_set`.
 
     Attributes:
         num_remaining_tokens: tokens that are in no window.
@@ -27,15 +28,18 @@ class TokenWindows:
         ValueError: the split does not exist, has fewer tokens than one window, or has shorter rows.
     """
 
-    def __init__(self, store: TokenSource, split: str, *, tokens_per_sample: int, stride: int):
+    def __init__(
+        self, store: TokenSource, split: str, *, tokens_per_sample: int, stride: int, set_name: str | None = None
+    ):
         if not 1 <= stride <= tokens_per_sample:
             raise ValueError(f"stride is {stride}; it must be between 1 and tokens_per_sample ({tokens_per_sample})")
-        self.stream = store.split(split)
+        self.stream = store.split(split) if set_name is None else store.documents_of_set(split, set_name)
         num_tokens, row_length = len(self.stream), self.stream.row_length
         if num_tokens < tokens_per_sample:
+            what = f"the {split} split" if set_name is None else f"set {set_name!r} in the {split} split"
             more = "a larger --validation-fraction or more text" if split == "validation" else "more text"
             raise ValueError(
-                f"{store.path}: the {split} split has {num_tokens} tokens, fewer than one sample of "
+                f"{store.path}: {what} has {num_tokens} tokens, fewer than one sample of "
                 f"{tokens_per_sample}; prepare it with {more}, or train with a shorter seq_length"
             )
         if row_length is not None and tokens_per_sample > row_length:

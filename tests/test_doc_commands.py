@@ -119,9 +119,8 @@ def check_sinklm(arguments: list[str]) -> None:
         assert name in command.commands, name
         command = command.commands[name]
     context = command.make_context(name, arguments)  # raises an error for a wrong option or argument
-    if "recipe" in context.params:
-        recipe = context.params["recipe"].replace("RECIPE", "pythia-14m")
-        load_config(recipe, context.params["overrides"] or [])
+    if recipe := context.params.get("recipe"):
+        load_config(recipe.replace("RECIPE", "pythia-14m"), context.params["overrides"] or [])
 
 
 @pytest.mark.parametrize(

@@ -3,31 +3,56 @@
 import queue
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..data import SampleOrder, TokenWindows, batch_indices
+from ..data import SampleOrder, SetWindows, TokenStore, TokenWindows, WeightedOrder, batch_indices
+from ..data.mixture import shares_of
 from ..data.store import TokenSource
 from .plan import Plan
 
 NUM_READ_AHEAD = 8  # micro-batches
+Windows = TokenWindows | SetWindows
 
 
-def open_windows(store: TokenSource, plan: Plan) -> tuple[TokenWindows, TokenWindows | None]:
+def open_windows(store: TokenSource, plan: Plan) -> tuple[Windows, TokenWindows | None]:
     """Return the training samples, and the validation samples or None if validation is disabled.
 
     Raises:
-        ValueError: a split is missing or shorter than one sample.
+        ValueError: a split is missing or shorter than one sample, or ``data.weights`` does not name
+            the sets of the store.
     """
-    sizes = {"tokens_per_sample": plan.tokens_per_sample, "stride": plan.stride}
+    sizes: dict[str, Any] = {"tokens_per_sample": plan.tokens_per_sample, "stride": plan.stride}
     validation = None
     if plan.config.validation.every_steps is not None:
         try:
             validation = TokenWindows(store, "validation", **sizes)
         except ValueError as error:
             raise ValueError(f"{error} (to disable validation: validation.every_steps=null)") from None
-    return TokenWindows(store, "train", **sizes), validation
+    weights = plan.config.data.weights
+    if weights is None:
+        return TokenWindows(store, "train", **sizes), validation
+    if not isinstance(store, TokenStore):
+        raise ValueError(f"{store.path}: its order is fixed and it has no sets; remove data.weights")
+    if missing := store.manifest.splits["train"].sets.keys() - weights.keys():
+        raise ValueError(
+            f"data.weights has no weight of {', '.join(sorted(missing))}, which {store.path} contains: set it, to 0 to "
+            "leave the set out"
+        )
+    try:
+        return SetWindows(store, "train", [*shares_of(weights)], **sizes), validation
+    except ValueError as error:
+        raise ValueError(f"data.weights: {error}") from None
+
+
+def sample_order(store: TokenSource, windows: Windows, plan: Plan) -> SampleOrder | WeightedOrder:
+    """Return the order of the training samples."""
+    weights, seed = plan.config.data.weights, plan.config.train.seed
+    if weights is not None and isinstance(windows, SetWindows):
+        return WeightedOrder(windows.num_windows, weights, seed)
+    return SampleOrder(len(windows), None if store.is_shuffled else seed)
 
 
 class MicroBatches:
@@ -47,8 +72,8 @@ class MicroBatches:
 
     def __init__(
         self,
-        windows: TokenWindows,
-        order: SampleOrder,
+        windows: Windows,
+        order: SampleOrder | WeightedOrder,
         *,
         samples_per_step: int,
         micro_batch_size: int,
@@ -101,7 +126,7 @@ class MicroBatches:
             return
 
 
-def read_samples(windows: TokenWindows, chosen: np.ndarray, *, pin: bool) -> torch.Tensor:
+def read_samples(windows: Windows, chosen: np.ndarray, *, pin: bool) -> torch.Tensor:
     """Return the windows ``chosen`` as an int64 tensor ``(len(chosen), tokens_per_sample)``.
 
     Args:

@@ -88,6 +88,18 @@ class ModelSection(Section):
 
 class DataSection(Section):
     path: Name | None = Field(default=None, description="the token store, a folder made by `sinklm prepare`")
+    weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = Field(
+        default=None,
+        description="share of each set in the samples, in any unit; every set must be named, 0 leaves it out; null: "
+        "all documents once in an epoch",
+    )
+
+    @field_validator("weights")
+    @classmethod
+    def _some_weight(cls, weights: dict[str, float] | None) -> dict[str, float] | None:
+        if weights is not None and not any(weights.values()):
+            raise ValueError("at least one weight must be greater than 0")
+        return weights
 
 
 class TrainSection(Section):

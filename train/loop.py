@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..checkpoints.folders import METRICS_FILE, list_checkpoints
-from ..data import SampleOrder, TokenWindows
+from ..data import TokenWindows
 from ..data.store import TokenSource
 from ..models.cost import flops_per_token, peak_flops
-from .batches import MicroBatches
+from .batches import MicroBatches, Windows, sample_order
 from .launch import World
 from .metrics import MetricsFile, WandbRun
 from .plan import Plan
@@ -44,7 +44,7 @@ class TrainingLoop:
         plan: Plan,
         world: World,
         store: TokenSource,
-        windows: TokenWindows,
+        windows: Windows,
         validation_windows: TokenWindows | None,
         progress: RunProgress,
         *,
@@ -67,7 +67,7 @@ class TrainingLoop:
         )
         self._batches = MicroBatches(
             windows,
-            SampleOrder(len(windows), None if store.is_shuffled else config.train.seed),
+            sample_order(store, windows, plan),
             samples_per_step=plan.samples_per_step,
             micro_batch_size=config.train.micro_batch_size,
             first_step=first_step,

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 # Keys that must not change on resume: they define the model and the order of the data.
-FIXED_KEYS = ("model", "train.seed", "train.seq_length", "train.batch_size_tokens")
+FIXED_KEYS = ("model", "train.seed", "train.seq_length", "train.batch_size_tokens", "data.weights")
 FREE_MODEL_KEYS = ("model.max_position_embeddings",)  # positions are rotary: no weight depends on it
 INIT_KEY = "model.init_from"  # may also change, except at step 0, where weights may be initialized again
 # Paths, logging and similar keys; their changes are not reported.

@@ -7,10 +7,11 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from ..console import Console
-from ..data import TokenWindows, open_store
+from ..data import SetWindows, open_store
+from ..data.mixture import shares_of
 from ..data.store import TokenSource
 from ..models.cost import count_parameters, flops_per_token
-from .batches import open_windows
+from .batches import Windows, open_windows
 from .config import TrainingConfig
 from .disk import checkpoint_bytes, checkpoints_kept
 from .memory import GIB, estimate_memory
@@ -25,7 +26,7 @@ PYTHIA_TOKENIZER_SIZE = 50277
 WORLD_SIZES = (1, 8, 64)
 
 
-def describe_run(plan: Plan, store: TokenSource, windows: TokenWindows, resume: "Resume | None") -> list[str]:
+def describe_run(plan: Plan, store: TokenSource, windows: Windows, resume: "Resume | None") -> list[str]:
     """Return the lines printed at the start of a run."""
     config = plan.config
     lines = [
@@ -49,7 +50,15 @@ def describe_model(plan: Plan) -> str:
     return f"{count_parameters(plan.model_config):,} parameters, vocabulary {plan.vocab_size:,}, {sink}"
 
 
-def epochs(plan: Plan, windows: TokenWindows) -> str:
+def epochs(plan: Plan, windows: Windows) -> str:
+    """Return the number of epochs, of each set if ``data.weights`` is set."""
+    if isinstance(windows, SetWindows):
+        shares = shares_of(plan.config.data.weights or {})
+        sets = [
+            f"{name} {float(share):.3g} ({float(plan.num_samples * share) / windows.num_windows[name]:.3g} epochs)"
+            for name, share in shares.items()
+        ]
+        return f"samples of {', '.join(sets)}"
     number = plan.num_samples / len(windows)
     return f"{number:.3g} epoch{'s' * (number != 1)}"
 

@@ -1,0 +1,124 @@
+"""``sinklm data``: join token stores, and look into one."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.console import Console
+
+    from ..data.store import TokenSource
+
+PREVIEW_LENGTH = 60  # characters
+
+
+def merge(
+    output: Annotated[Path, typer.Argument(help="Folder to create.")],
+    stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Finished token stores, in order.")],
+) -> None:
+    """Join token stores into one without copying tokens.
+
+    Prepare one input file per job, on any number of machines, then join the stores. Their files
+    move to the new store.
+    """
+    from rich.console import Console
+
+    from ..data.merge import merge_stores
+    from .prepare import print_summary
+
+    console = Console()
+    manifest = merge_stores(stores, output)
+    print_summary(console, manifest, output)
+    console.print(f"fingerprint {manifest.fingerprint}", highlight=False, soft_wrap=True)
+
+
+def inspect(
+    store: Annotated[Path, typer.Argument(help="Token store, or folder of pre-shuffled rows.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe, as for `sinklm train`.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of the documents.")] = "train",
+    document: Annotated[int | None, typer.Option(min=0, help="Print this document.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe that defines samples and steps.")] = None,
+    sample: Annotated[int | None, typer.Option(min=0, help="Print this training sample of the recipe.")] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="List the samples of this step of the recipe.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read all files and compare their checksums.")] = False,
+) -> None:
+    """Show what is in a token store: counts by set, a document, a sample, or a step's samples."""
+    from rich.console import Console
+
+    from ..data import open_store
+    from ..data.tokenizer import load_tokenizer_file
+
+    if recipe is None and (sample is not None or step is not None or overrides):
+        raise ValueError("samples and steps depend on the recipe: pass --recipe with its name or path")
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    opened = open_store(store, verify="sha256" if verify else "size")
+    tokenizer = load_tokenizer_file(opened.tokenizer_path)
+
+    def text(ids: "np.ndarray") -> str:
+        return tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+
+    if document is not None:
+        ids = opened.document(split, document)
+        console.print(f"document {document} of the {split} split, {len(ids):,} tokens:")
+        console.out(text(ids), highlight=False)
+    if recipe is not None:
+        _show_samples(console, opened, recipe, list(overrides or ()), sample, step, text)
+    if document is None and recipe is None:
+        _show_summary(console, opened)
+    if verify:
+        console.print("all checksums are right")
+
+
+def _show_summary(console: "Console", store: "TokenSource") -> None:
+    from rich.console import Console
+
+    from ..data import TokenStore
+    from .prepare import print_summary
+
+    if isinstance(store, TokenStore):
+        print_summary(Console(), store.manifest, store.path)
+        console.print(f"sources: {len(store.manifest.sources):,}")
+    else:
+        console.print(f"{store.path}: {len(store.split('train')):,} tokens in rows, in their own order")
+    console.print(f"tokenizer: {store.tokenizer_size:,} ids, documents end with id {store.eod_id}")
+    console.print(f"fingerprint {store.fingerprint}")
+
+
+def _show_samples(
+    console: "Console",
+    store: "TokenSource",
+    recipe: str,
+    overrides: list[str],
+    sample: int | None,
+    step: int | None,
+    text,
+) -> None:
+    from ..data import SetWindows, batch_indices
+    from ..train.batches import open_windows, sample_order
+    from ..train.plan import Plan
+    from ..train.recipe import load_config
+
+    config = load_config(recipe, [*overrides, f"data.path={store.path}", "validation.every_steps=null"])
+    plan = Plan(config, 1, store.tokenizer_size, store.eod_id)
+    windows, _ = open_windows(store, plan)
+    if sample is not None:
+        if sample >= len(windows):
+            raise ValueError(f"--sample {sample}: there are {len(windows):,} samples, numbered from 0")
+        console.print(f"sample {sample} of {len(windows):,}, {plan.tokens_per_sample:,} tokens:")
+        console.out(text(windows[sample]), highlight=False)
+    if step is not None:
+        positions = batch_indices(step, plan.samples_per_step)
+        console.print(f"step {step}: positions {positions[0]:,} to {positions[-1]:,} of the data order")
+        console.print("position  sample  text")
+        for position, number in zip(positions, sample_order(store, windows, plan)(positions), strict=True):
+            name = f"[{windows.place_of(number)[0]}] " if isinstance(windows, SetWindows) else ""
+            preview = text(windows[number][: 2 * PREVIEW_LENGTH])[:PREVIEW_LENGTH]
+            console.print(f"{position}  {number}  {name}{preview!r}")
+    if sample is None and step is None:
+        console.print(
+            f"{len(windows):,} samples of {plan.tokens_per_sample:,} tokens, {plan.samples_per_step:,} per step"
+        )

@@ -1,0 +1,85 @@
+"""``sinklm data inspect``; ``merge`` is tested in tests/data/test_merge.py."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from sinklm.cli.main import app
+from sinklm.data import TokenStore, find_inputs, prepare_store
+from sinklm.data.tokenizer import load_tokenizer_file
+from sinklm.train.batches import open_windows, sample_order
+from sinklm.train.plan import Plan
+from sinklm.train.recipe import load_config
+
+from ..data.corpora import records, stored_documents, write_json_lines
+from ..data.processes import InProcessPool
+from ..eval.checkpoints import small_tokenizer
+
+SIZES = ["train.seq_length=32", "train.batch_size_tokens=128", "train.micro_batch_size=1"]
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("sinklm.data.prepare.ProcessPoolExecutor", InProcessPool)
+    small_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    inputs = [str(write_json_lines(tmp_path / f"{seed}.jsonl", records(seed, 30))) for seed in (1, 2)]
+    shards = find_inputs(inputs).shards
+    prepare_store(shards, tmp_path / "store", tokenizer=tmp_path, validation_fraction=0.3, split_sets=True)
+    return tmp_path / "store"
+
+
+def inspect(store: Path, *arguments: object) -> str:
+    command = ["data", "inspect", str(store), *map(str, arguments)]
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_the_summary_has_counts_sources_and_fingerprint(store: Path) -> None:
+    opened, said = TokenStore(store), inspect(store, "--verify")
+    for name, counts in opened.manifest.splits["validation"].sets.items():
+        assert f" {name} " in said
+        assert f" {counts.documents}" in said
+    assert "sources: 2\n" in said
+    assert f"tokenizer: {opened.tokenizer_size} ids, documents end with id 0\n" in said
+    assert f"fingerprint {opened.fingerprint}\n" in said
+    assert said.endswith("all checksums are right\n")
+
+
+def test_any_document_is_printed(store: Path) -> None:
+    opened, tokenizer = TokenStore(store), load_tokenizer_file(store)
+    for split in ("train", "validation"):
+        documents = stored_documents(store, opened.manifest, split)
+        for i, ids in enumerate(documents):
+            assert opened.document(split, i).tolist() == ids
+        last = len(documents) - 1
+        said = inspect(store, "--document", last, "--split", split)
+        assert said.startswith(f"document {last} of the {split} split, {len(documents[last])} tokens:\n")
+        assert tokenizer.decode(documents[last], skip_special_tokens=False) in said
+        with pytest.raises(ValueError, match=rf"the {split} split has {last + 1} documents, numbered from 0"):
+            inspect(store, "--document", last + 1, "--split", split)
+
+
+def test_samples_and_steps_are_those_of_training(store: Path) -> None:
+    tokenizer = load_tokenizer_file(store)
+    for weights in ((), ("data.weights={A: 1, B: 3}",)):
+        plan = Plan(load_config("quickstart", [*SIZES, *weights]), 1, TokenStore(store).tokenizer_size)
+        windows, _ = open_windows(TokenStore(store), plan)
+        numbers = sample_order(TokenStore(store), windows, plan)(np.arange(12, 16))
+        said = inspect(store, "--recipe", "quickstart", "--step", 3, *SIZES, *weights)
+        assert said.startswith("step 3: positions 12 to 15 of the data order\n")
+        for line, position, number in zip(said.splitlines()[2:], range(12, 16), numbers, strict=True):
+            name = f"[{windows.place_of(number)[0]}] " if weights else ""
+            text = tokenizer.decode(windows[number].tolist(), skip_special_tokens=False)
+            assert line == f"{position}  {number}  {name}{text[:60]!r}"
+        said = inspect(store, "--recipe", "quickstart", "--sample", int(numbers[0]), *SIZES, *weights)
+        assert tokenizer.decode(windows[numbers[0]].tolist(), skip_special_tokens=False) in said
+        with pytest.raises(ValueError, match=rf"--sample {len(windows)}: there are {len(windows)} samples"):
+            inspect(store, "--recipe", "quickstart", "--sample", len(windows), *SIZES, *weights)
+
+
+def test_samples_without_a_recipe_are_an_error(store: Path) -> None:
+    with pytest.raises(ValueError, match="samples and steps depend on the recipe: pass --recipe"):
+        inspect(store, "--step", 3)

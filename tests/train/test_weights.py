@@ -1,0 +1,90 @@
+"""Training on sets with given weights."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sinklm.data import SampleOrder, SetWindows, TokenStore, TokenWindows, WeightedOrder, find_inputs, prepare_store
+from sinklm.train.batches import open_windows, sample_order
+from sinklm.train.plan import Plan
+from sinklm.train.recipe import load_config
+from sinklm.train.run import train
+from sinklm.train.summary import epochs
+
+from .tiny import copy_checkpoint, losses
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory, store) -> Path:
+    """A store of the sets "code" and "web (en)"."""
+    folder = tmp_path_factory.mktemp("sets")
+    chance = random.Random(5)
+    rows = []
+    for _ in range(200):
+        name = chance.choice(["code", "web (en)"])
+        text = " ".join(chance.choices(["sink", "token", "window", "cache"], k=40))
+        rows.append(json.dumps({"text": text, "meta": {"pile_set_name": name}}) + "\n")
+    (folder / "corpus.jsonl").write_text("".join(rows))
+    shards = find_inputs([str(folder / "corpus.jsonl")]).shards
+    prepare_store(shards, folder / "store", tokenizer=store, validation_fraction=0.1, split_sets=True, num_processes=1)
+    return folder / "store"
+
+
+def plan_of(recipe: str, sets: Path, *overrides: str) -> Plan:
+    return Plan(load_config(recipe, [f"data.path={sets}", *overrides]), 1, TokenStore(sets).tokenizer_size)
+
+
+def test_a_recipe_with_weights_reads_sets_in_their_order(recipe, sets):
+    plan = plan_of(recipe, sets, "data.weights={code: 3, web (en): 1}")
+    windows, _ = open_windows(TokenStore(sets), plan)
+    order = sample_order(TokenStore(sets), windows, plan)
+    assert isinstance(windows, SetWindows)
+    assert isinstance(order, WeightedOrder)
+    names = [windows.place_of(i)[0] for i in order(np.arange(4096)).tolist()]
+    assert names.count("code") == 3072
+    num_code = windows.num_windows["code"]
+    assert epochs(plan, windows).startswith(f"samples of code 0.75 ({64 * 0.75 / num_code:.3g} epochs), web (en) 0.25")
+    plain = plan_of(recipe, sets)
+    windows, _ = open_windows(TokenStore(sets), plain)
+    assert isinstance(windows, TokenWindows)
+    assert isinstance(sample_order(TokenStore(sets), windows, plain), SampleOrder)
+
+
+def test_a_set_of_weight_0_is_left_out(recipe, sets):
+    plan = plan_of(recipe, sets, "data.weights={code: 0, web (en): 0.1}")
+    windows, _ = open_windows(TokenStore(sets), plan)
+    assert list(windows.num_windows) == ["web (en)"]
+    order = sample_order(TokenStore(sets), windows, plan)
+    assert sorted(order(np.arange(len(windows))).tolist()) != list(range(len(windows)))  # blocks end elsewhere
+    assert set(order(np.arange(1024 * len(windows))).tolist()) == set(range(len(windows)))
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("{code: 1}", r"data\.weights has no weight of web \(en\), which .* contains: set it, to 0"),
+        ("{code: 1, web (en): 1, law: 1}", r"data\.weights: .*has no set 'law' in the train split, only code, web"),
+        ("{code: 0, web (en): 0}", r"data\.weights.*at least one weight must be greater than 0"),
+        ("{code: -1, web (en): 1}", r"data\.weights\.code is -1: it should be greater than or equal to 0"),
+        ("{code: .inf, web (en): 1}", r"data\.weights\.code is inf: it should be a finite number"),
+        ("{code: many, web (en): 1}", r"data\.weights\.code is 'many'"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(recipe, sets, weights, message):
+    with pytest.raises(ValueError, match=message):
+        open_windows(TokenStore(sets), plan_of(recipe, sets, f"data.weights={weights}"))
+
+
+def test_a_run_with_weights_resumes_exactly_and_only_with_them(recipe, sets, tmp_path):
+    data = [f"data.path={sets}", "data.weights={web (en): 0.3, code: 0.7}"]
+    train(recipe, [*data, f"train.run_dir={tmp_path / 'whole'}"])
+    copy_checkpoint(tmp_path / "whole", 4, tmp_path / "resumed")
+    data[1] = "data.weights={code: 0.7, web (en): 0.3}"
+    train(recipe, [*data, f"train.run_dir={tmp_path / 'resumed'}"])
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")
+    for other in ("data.weights={web (en): 0.4, code: 0.6}", "data.weights=null"):
+        with pytest.raises(ValueError, match=r"data\.weights\.code is .*, but .* was trained with 0\.7: restore"):
+            train(recipe, [data[0], other, f"train.run_dir={tmp_path / 'resumed'}", "train.num_steps=9"])
