@@ -14,6 +14,7 @@ from .evaluate import stream_eval, streaming, zero_shot
 from .export import export
 from .generate import generate
 from .prepare import prepare
+from .runs import runs
 from .sinks import sinks
 from .tokenizer import train as train_tokenizer
 from .train import train
@@ -54,6 +55,7 @@ app.add_typer(bench_app, name="bench")
 app.command()(prepare)
 tokenizer_app.command("train")(train_tokenizer)
 app.command()(train)
+app.command()(runs)
 eval_app.command("zero-shot")(zero_shot)
 eval_app.command("streaming")(streaming)
 eval_app.command("stream-eval")(stream_eval)

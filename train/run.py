@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..checkpoints.folders import CONFIG_FILE, ENVIRONMENT_FILE, damaged_checkpoints, interrupted_checkpoints
+from ..checkpoints.folders import (
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    LOCK_FILE,
+    damaged_checkpoints,
+    interrupted_checkpoints,
+)
 from ..checkpoints.warm_start import check_tokenizer, load_weights
 from ..data import open_store
 from ..data.store import TokenSource
@@ -37,7 +43,6 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 LARGEST_DRAWN_ON_CPU = 1_000_000_000  # parameters
-LOCK_NAME = "lock"
 SETUP_SECONDS = 7200.0  # verifying the store, making or loading the weights, converting a checkpoint
 RECORDED_PACKAGES = ("torch", "transformers", "deepspeed", "tokenizers", "numpy", "safetensors")
 
@@ -106,7 +111,7 @@ def locked_run(run_dir: Path) -> Iterator[None]:
     with ExitStack() as held:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked(run_dir / LOCK_NAME, busy))
+            held.enter_context(locked(run_dir / LOCK_FILE, busy))
         except OSError as error:
             raise OSError(f"cannot write to {run_dir}: {error}") from error
         yield
@@ -127,9 +132,7 @@ def _train_rank(config: TrainingConfig, world: World, trust_checkpoint: bool) ->
         ) from error
 
 
-def _set_up(
-    config: TrainingConfig, world: World, held: ExitStack, trust_checkpoint: bool
-) -> TrainingLoop | None:
+def _set_up(config: TrainingConfig, world: World, held: ExitStack, trust_checkpoint: bool) -> TrainingLoop | None:
     """Open the data and the run's folder, and make the engine. Returns None if all steps are done.
 
     Args:
