@@ -239,6 +239,10 @@ class WandbSection(Section):
         default="auto", description="`auto`: online if you are logged in, else offline"
     )
     project: str = "sinklm"
+    entity: str | None = Field(default=None, description="user or team; null: your default one")
+    name: str | None = Field(default=None, description="name of the run; null: that of its folder")
+    group: str | None = Field(default=None, description="group in which wandb shows the run")
+    tags: list[str] = Field(default=[], description="tags of the run")
 
 
 class TrainingConfig(Section):
