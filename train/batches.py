@@ -101,6 +101,14 @@ class MicroBatches:
             return
 
 
+def samples_of_step(order: SampleOrder, step: int, samples_per_step: int) -> np.ndarray:
+    """Return the samples of step ``step`` (from 0), int64 ``(samples_per_step,)``.
+
+    Of N ranks, rank r computes every Nth of them from the rth on.
+    """
+    return order(batch_indices(step, samples_per_step))
+
+
 def read_samples(windows: TokenWindows, chosen: np.ndarray, *, pin: bool) -> torch.Tensor:
     """Return the windows ``chosen`` as an int64 tensor ``(len(chosen), tokens_per_sample)``.
 

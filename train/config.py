@@ -118,6 +118,10 @@ class TrainSection(Section):
         description="time from the start of the process to its end; the run saves in time and ends with status 75 "
         "if it is not done; null: no limit",
     )
+    on_spike: Literal["warn", "skip", "stop"] = Field(
+        default="warn",
+        description="at a spike of the loss or of the gradient's norm: `warn`; `skip` its update; `stop` the run",
+    )
     compile: bool | None = Field(
         default=None, description="use torch.compile; null: yes on a GPU except with ZeRO-3, no on a CPU"
     )
@@ -272,9 +276,31 @@ class TrainingConfig(Section):
                 f"model.sink.num_tokens {self.model.num_sinks} leaves no room for text in train.seq_length "
                 f"{self.train.seq_length}: raise train.seq_length"
             )
+        self._check_skipping()
         if self.train.compile and self.deepspeed.zero_stage == 3:
             raise ValueError(
                 "train.compile=true does not work with deepspeed.zero_stage=3, which partitions the weights: remove "
                 "train.compile, or use a lower stage"
             )
         return self
+
+    def _check_skipping(self) -> None:
+        """Refuse `skip` where DeepSpeed updates weights outside of torch's AdamW."""
+        zero = _section(self.deepspeed.extra_keys, "zero_optimization")
+        offload = _section(zero, "offload_optimizer")
+        others = {
+            "zenflow": zero.get("zenflow") is not None,
+            "offload_optimizer.super_offload": offload.get("super_offload"),
+            "offload_optimizer.ratio": offload.get("ratio", 1) != 1,
+        }
+        for key, is_set in others.items():
+            if self.train.on_spike == "skip" and is_set:
+                raise ValueError(
+                    f"train.on_spike=skip does not work with deepspeed.zero_optimization.{key}: remove one of them"
+                )
+
+
+def _section(values: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return a section of DeepSpeed's configuration, empty if there is none."""
+    found = values.get(key)
+    return found if isinstance(found, dict) else {}

@@ -1,8 +1,10 @@
 """The loop over steps: train, record, validate, save, stop."""
 
+import math
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +14,15 @@ from ..checkpoints.folders import METRICS_FILE, list_checkpoints
 from ..data import SampleOrder, TokenWindows
 from ..data.store import TokenSource
 from ..models.cost import flops_per_token, peak_flops
-from .batches import MicroBatches
+from .batches import MicroBatches, samples_of_step
 from .checkpoint import SLOW_DISK, CheckpointWriter
 from .launch import World
 from .metrics import MetricsFile, WandbRun
 from .plan import Plan
 from .progress import RunProgress, Speedometer, peak_memory_gib, process_age
 from .schedule import is_every, learning_rate, saves_after
-from .step import PendingStep, StepResult, train_step
+from .spikes import describe_spikes
+from .step import SAMPLES, BadStep, PendingStep, StepResult, train_step
 from .stopping import TIME_IS_UP, StopRequest, TimeLimit, stop_reason
 from .validation import validation_loss
 
@@ -60,9 +63,10 @@ class TrainingLoop:
         self._writer = CheckpointWriter(
             self._run_dir, plan, world, fingerprint=store.fingerprint, tokenizer_path=store.tokenizer_path
         )
+        self._order = SampleOrder(len(windows), None if store.is_shuffled else config.train.seed)
         self._batches = MicroBatches(
             windows,
-            SampleOrder(len(windows), None if store.is_shuffled else config.train.seed),
+            self._order,
             samples_per_step=plan.samples_per_step,
             micro_batch_size=config.train.micro_batch_size,
             first_step=first_step,
@@ -79,6 +83,7 @@ class TrainingLoop:
         self._time_limit = TimeLimit(config.train.max_minutes, self._writer.num_bytes / SLOW_DISK)
         self._runs_ahead = runs_ahead(world.device)
         self._pending: PendingStep | None = None
+        self._is_in_spike = False
         with world.all_or_none():
             self._records: list[MetricsFile | WandbRun] = []
             if world.is_main:
@@ -106,6 +111,11 @@ class TrainingLoop:
                         return code
             self._progress.say(f"done: {self._run_dir}")
             return 0
+        except BadStep as error:
+            with suppress(BadStep):
+                self._read_pending()  # of the step before, if the host noticed this one first
+            self._write({"step": error.step, "error": str(error), **self._batch(error.step, error.losses)})
+            raise
         finally:
             self._close()
 
@@ -183,9 +193,32 @@ class TrainingLoop:
             values["mfu"] = round(mfu, 5)
         if result.loss_scale is not None:
             values |= {"loss_scale": result.loss_scale, "is_skipped": result.is_skipped}
+        self._add_spikes(values, result)
         self._write(values)
         is_kept = step in (self._first_step + 1, self._num_steps)
         self._progress.update(step, {**values, "grad_norm": result.grad_norm}, self._speed, is_kept=is_kept)
+
+    def _add_spikes(self, values: dict[str, Any], result: StepResult) -> None:
+        """Add the spikes of a step to its record and say so, once if steps in a row have them."""
+        if result.spikes:
+            is_skipped = self._plan.config.train.on_spike == "skip"
+            values["spikes"] = {
+                name: {key: value if math.isfinite(value) else None for key, value in asdict(spike).items()}
+                for name, spike in result.spikes.items()
+            }
+            values |= {"is_skipped": is_skipped, **self._batch(values["step"], result.losses)}
+            if not self._is_in_spike:
+                done = "its update was skipped" if is_skipped else "training goes on (train.on_spike=warn)"
+                self._progress.say(f"step {values['step']:,}: {describe_spikes(result.spikes)}; {done}. {SAMPLES}")
+        self._is_in_spike = bool(result.spikes)
+
+    def _batch(self, step: int, losses: list[float]) -> dict[str, Any]:
+        """Return the samples of a step, in the order of the data, and the loss of each rank."""
+        samples = samples_of_step(self._order, step - 1, self._plan.samples_per_step)
+        return {
+            "samples": samples.tolist(),
+            "loss_by_rank": [loss if math.isfinite(loss) else None for loss in losses],
+        }
 
     def _validate(self, step: int) -> None:
         if self._validation_windows is None:

@@ -25,7 +25,7 @@ from .config import TrainingConfig
 from .engine import optimizer_layout
 from .launch import World, silent_stdout
 from .plan import Plan
-from .rank_state import rank_path, restore_rank_state
+from .rank_state import rank_path, restore_rank_state, restore_window
 from .recipe import saved_values, value_digest
 from .unpickling import refused_class, restricted_unpickling
 from .verification import TRUST_OPTION, newest_intact, verified_state
@@ -90,9 +90,11 @@ class Resume:
                 with world.all_or_none(), self._damage():
                     _load_deepspeed(engine, self.path, DEEPSPEED_FOLDER)
         deepspeed_patches.restore_settings(engine, plan.config.optimizer, zero_stage=plan.config.deepspeed.zero_stage)
-        if self.state.world_size == world.size:
-            with world.all_or_none(), self._damage():
+        with world.all_or_none(), self._damage():
+            if self.state.world_size == world.size:
                 restore_rank_state(engine, torch.load(rank_path(self.path, world.rank), weights_only=True))
+            else:
+                restore_window(engine, torch.load(rank_path(self.path, 0), weights_only=True))
 
     def _load_converted(self, engine: "DeepSpeedEngine", plan: Plan, world: World, folder: Path) -> None:
         """Load the checkpoint through a temporary converted copy in ``folder``."""

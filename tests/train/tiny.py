@@ -105,14 +105,14 @@ def free_port() -> str:
 
 
 @contextmanager
-def bad_loss_in(step: int, num_micro_batches: int) -> Iterator[None]:
-    """Make the loss NaN in one training step of this process, counted from 1."""
+def bad_loss_in(step: int, num_micro_batches: int, factor: float = float("nan")) -> Iterator[None]:
+    """Multiply the loss in one training step of this process, counted from 1."""
     forward, calls = SinkGPTNeoXForCausalLM.forward, itertools.count()
 
     def diverging(self: SinkGPTNeoXForCausalLM, *args: Any, **kwargs: Any) -> Any:
         output = forward(self, *args, **kwargs)
         if self.training and next(calls) // num_micro_batches == step - 1:
-            output.loss = output.loss * float("nan")
+            output.loss = output.loss * factor
         return output
 
     with patch.object(SinkGPTNeoXForCausalLM, "forward", diverging):
