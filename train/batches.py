@@ -27,6 +27,12 @@ def open_windows(store: TokenSource, plan: Plan) -> tuple[TokenWindows, TokenWin
             validation = TokenWindows(store, "validation", **sizes)
         except ValueError as error:
             raise ValueError(f"{error} (to disable validation: validation.every_steps=null)") from None
+        section, num_tokens = plan.config.validation, len(validation.stream)
+        if section.streaming_tokens is not None and section.streaming_tokens > num_tokens:
+            raise ValueError(
+                f"validation.streaming_tokens is {section.streaming_tokens}, but the validation split of {store.path} "
+                f"has {num_tokens} tokens: lower it, or prepare the store with a larger --validation-fraction"
+            )
     return TokenWindows(store, "train", **sizes), validation
 
 

@@ -19,6 +19,7 @@ from .checkpoint import SLOW_DISK, CheckpointWriter
 from .launch import World
 from .metrics import MetricsFile, WandbRun
 from .plan import Plan
+from .probes import Probes, describe_probes
 from .progress import RunProgress, Speedometer, peak_memory_gib, process_age
 from .schedule import is_every, learning_rate, saves_after
 from .spikes import describe_spikes
@@ -57,6 +58,7 @@ class TrainingLoop:
         config = plan.config
         self._engine, self._plan, self._world, self._progress = engine, plan, world, progress
         self._validation_windows = validation_windows
+        self._probes = Probes(plan, world, store, validation_windows) if validation_windows is not None else None
         self._first_step, self._num_steps = first_step, config.train.num_steps
         self._run_dir = Path(config.train.run_dir or "")
         self._saves_after = saves_after(self._num_steps, config.checkpoint)
@@ -221,13 +223,17 @@ class TrainingLoop:
         }
 
     def _validate(self, step: int) -> None:
-        if self._validation_windows is None:
+        if self._validation_windows is None or self._probes is None:
             return
         num_samples = min(self._plan.config.validation.num_samples, len(self._validation_windows))
         loss = validation_loss(self._engine, self._validation_windows, num_samples, self._plan, self._world)
+        with self._world.all_or_none():
+            others = self._probes.measure(self._engine)
         if self._world.is_main:
-            self._write({"step": step, "validation_loss": loss, "num_validation_samples": num_samples})
+            self._write({"step": step, "validation_loss": loss, "num_validation_samples": num_samples, **others})
             self._progress.say(f"step {step:,}: validation loss {loss:.4f} over {num_samples:,} samples")
+            for line in describe_probes(others):
+                self._progress.say(line)
 
     def _save(self, step: int) -> None:
         if step in list_checkpoints(self._run_dir):
