@@ -34,7 +34,7 @@ def build(config, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
 
 def score(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict:
     if args.model:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, trust_remote_code=False).to(device).eval()
     else:
         shape = {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
         model = build(LlamaConfig(intermediate_size=1536, vocab_size=49152, **shape), device, dtype)

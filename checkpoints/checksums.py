@@ -7,7 +7,7 @@ A checkpoint of a run has a manifest, and an export has the file ``SHA256SUMS``,
 import re
 from pathlib import Path
 
-from .folders import COMPLETE_MARKER, MODEL_FOLDER
+from .folders import COMPLETE_MARKER, CONFIG_FILE, MODEL_FOLDER, STATE_FILE
 from .manifest import FileInfo, describe_file, find_damage, read_manifest
 
 SUMS_FILE = "SHA256SUMS"
@@ -51,6 +51,19 @@ def verify_model_folder(name_or_folder: str, *, with_weights: bool = True) -> No
     damage += [f"{name} is not listed with the other files" for name in unlisted]
     if damage:
         raise ValueError(f"{folder} is damaged: {damage[0]}: {remedy}")
+
+
+def verify_description(checkpoint: Path) -> None:
+    """Compare ``state.json`` and ``config.yaml`` of a checkpoint with their checksums, if any.
+
+    Raises:
+        ValueError: one of them differs.
+    """
+    manifest = read_manifest(checkpoint) if (checkpoint / COMPLETE_MARKER).is_file() else None
+    files = manifest.files if manifest else {}
+    damage = find_damage(checkpoint, {name: files[name] for name in (STATE_FILE, CONFIG_FILE) if name in files})
+    if damage:
+        raise ValueError(f"{checkpoint} is damaged: {damage[0]}: copy it again, or use another checkpoint")
 
 
 def _files_of_checkpoint(checkpoint: Path) -> dict[str, FileInfo]:

@@ -16,8 +16,10 @@ from tokenizers.processors import Sequence, TemplateProcessing
 from transformers import GenerationConfig, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
-from ..files import replace_folder, write_json
+from ..files import check_writable, replace_folder, write_json
 from ..models.config import SinkGPTNeoXConfig
+from ..special_tokens import padding_token, without_template
+from .checks import read_tokenizer
 from .checksums import write_sums
 from .folders import resolve_model_folder
 from .loading import load_model, load_tokenizer, no_progress_bars
@@ -48,6 +50,7 @@ def export_model(checkpoint: str | Path, output: str | Path) -> Path:
     """
     output = Path(output)
     _check_replaceable(output)
+    check_writable(output)
     model = load_model(checkpoint, device="cpu", dtype="auto")
     config = _exportable_config(model, checkpoint)
     partial = output.absolute().with_name(f".{output.absolute().name}.partial")
@@ -147,11 +150,18 @@ def _older_keys(config: GPTNeoXConfig) -> dict[str, Any]:
 def _write_tokenizer(checkpoint: str | Path, config: SinkGPTNeoXConfig, folder: Path) -> None:
     """Write ``tokenizer.json``, whose template prepends the sinks, and ``tokenizer_config.json``.
 
+    No other token is put before a text. Checkpoints of older versions may have a template that adds
+    a begin-of-text token, which the model was never trained on. Without a token for padding, none
+    is set.
+
     ``save_pretrained`` is not used: in transformers 5 it writes a class name that transformers 4
     does not have, and its ``GPTNeoXTokenizer`` drops the template.
     """
     trained = load_tokenizer(checkpoint)
-    backend = Tokenizer.from_file(str(cached_file(resolve_model_folder(checkpoint), "tokenizer.json")))
+    path = cached_file(resolve_model_folder(checkpoint), "tokenizer.json")
+    backend = without_template(read_tokenizer(path))
+    backend.no_truncation()
+    backend.no_padding()
     end_of_text = backend.id_to_token(config.eos_token_id)  # type: ignore[arg-type]
     names = name_sinks(backend, config.sink_token_ids)
     if names:
@@ -162,10 +172,12 @@ def _write_tokenizer(checkpoint: str | Path, config: SinkGPTNeoXConfig, folder: 
         "bos_token": names[0] if names else end_of_text,
         "eos_token": end_of_text,
         "unk_token": end_of_text,
-        "pad_token": trained.pad_token or end_of_text,
         "clean_up_tokenization_spaces": False,
         "model_max_length": config.max_position_embeddings,
     }
+    chosen = trained.pad_token if trained.pad_token != end_of_text else None
+    if (padding := chosen or padding_token(backend)) is not None:
+        settings["pad_token"] = padding
     if len(names) == 1:  # with several sinks, transformers 5 would replace the template by a single token
         settings["add_bos_token"] = True
     write_json(folder / "tokenizer_config.json", settings, sort_keys=True)

@@ -78,7 +78,7 @@ def read_state(checkpoint: Path) -> CheckpointState:
     try:
         values = json.loads(path.read_bytes())
         version = values.get("format_version", 1)
-    except (FileNotFoundError, ValueError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, AttributeError, RecursionError) as error:
         raise damage from error
     if version not in range(1, FORMAT_VERSION + 1):
         raise ValueError(

@@ -3,13 +3,23 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from .. import models  # noqa: F401  (registers the type of our models with transformers)
+from ..rust import is_panic
+from ..text import one_line
+from .checks import check_loaded, check_tokenizer, checked_config, foreign_code
 from .checksums import verify_model_folder
 from .folders import resolve_model_folder
 
@@ -28,37 +38,71 @@ def load_model(
 
     Raises:
         FileNotFoundError: the folder has no complete checkpoint, or no model can be found.
-        ValueError: a file differs from its checksum, the weights are damaged or do not match
-            ``config.json``, or the model is not a causal language model.
+        ValueError: a file differs from its checksum, ``config.json`` is wrong, the weights are
+            damaged, not finite or do not match it, or the model is not a causal language model.
     """
     folder = resolve_model_folder(name_or_path)
     verify_model_folder(folder)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
-        with no_progress_bars() if Path(folder).is_dir() else nullcontext():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder, dtype="auto" if dtype is None else dtype, output_loading_info=True
-            )
+        config = checked_config(folder)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ValueError(f"{name_or_path} is not a causal language model: use a model that predicts the next token")
+        model, info = from_pretrained(AutoModelForCausalLM, folder, dtype="auto" if dtype is None else dtype)
     except OSError as error:
-        raise FileNotFoundError(f"cannot load a model from {str(name_or_path)!r}: {error}") from error
+        raise FileNotFoundError(f"cannot load a model from {str(name_or_path)!r}: {one_line(error)}") from error
+    model = model.to(device).eval()
+    check_loaded(model, info, folder)
+    if dtype is None and device.type == "cpu" and not has_instructions_for(model.dtype):
+        model = model.float()
+    return model
+
+
+def from_pretrained(loader: Any, folder: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Call ``loader.from_pretrained``, which reads only safetensors and runs no code of the model.
+
+    Returns:
+        The model and its loading info, which `check_loaded` checks.
+
+    Raises:
+        ValueError: the files are damaged or do not fit together.
+        OSError: the files cannot be found or read.
+    """
+    try:
+        with quiet_loading(is_local=Path(folder).is_dir()):
+            return loader.from_pretrained(
+                folder,
+                **options,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # `check_loaded` names them
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
     except SafetensorError as error:
         raise ValueError(
             f"the weights in {folder} are damaged ({error}): copy them again or use another checkpoint"
         ) from error
-    except ValueError as error:
-        if not str(error).startswith("Unrecognized configuration class"):  # its message lists all classes
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers raises anything for files that do not fit together
+        if "can't allocate memory" in str(error):
             raise
         raise ValueError(
-            f"{name_or_path} is not a causal language model: use a model that predicts the next token"
-        ) from None
-    if info["missing_keys"]:
-        raise ValueError(
-            f"the weights in {folder} lack {sorted(info['missing_keys'])[0]}, which its config.json requires: use the "
-            "weights and the config.json of the same model"
-        )
-    if dtype is None and device.type == "cpu" and not has_instructions_for(model.dtype):
-        model = model.float()
-    return model.to(device).eval()
+            f"cannot load a model from {folder}: {one_line(error)}; use the config.json and the weights of the same "
+            "model"
+        ) from error
+
+
+@contextmanager
+def quiet_loading(*, is_local: bool) -> Iterator[None]:
+    """Hide transformers' report on the loaded keys, and its progress bars for local files."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with no_progress_bars() if is_local else nullcontext():
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 # CPU instructions for 16-bit matrix products on x86 and ARM, as in `torch.cpu.get_capabilities`.
@@ -80,18 +124,27 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         FileNotFoundError: there is no tokenizer or it is damaged. transformers would create one
             without a vocabulary.
-        ValueError: a file differs from its checksum.
+        ValueError: a file differs from its checksum, or the tokenizer fails on simple texts or
+            needs seconds for each.
     """
     folder = resolve_model_folder(name_or_path)
     verify_model_folder(folder, with_weights=False)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"cannot load a tokenizer from {str(name_or_path)!r}: {error}") from error
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except BaseException as error:  # tokenizers raises bare exceptions, and panics
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
+        if "trust_remote_code" in str(error):
+            raise foreign_code(folder) from None
+        raise FileNotFoundError(
+            f"cannot load a tokenizer from {str(name_or_path)!r}: {one_line(error)}; copy the tokenizer files of the "
+            "model to this folder"
+        ) from error
     if Path(folder).is_dir() and _is_made_up(tokenizer, Path(folder)):
         raise FileNotFoundError(
             f"{folder} has no tokenizer.json: copy the one that the model was trained with to this folder"
         )
+    check_tokenizer(tokenizer, folder)
     return tokenizer
 
 

@@ -59,7 +59,7 @@ def owned_files(checkpoint: Path, rank: int, world_size: int) -> list[str]:
     Rank 0 owns the files that are not of one rank. All lists together contain each file once, with
     any number of ranks.
     """
-    names = (path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file())
+    names = _file_names(checkpoint, checkpoint)
     owned = [name for name in names if owner(name, world_size) == rank]
     return sorted(name for name in owned if name not in (COMPLETE_MARKER, f"{COMPLETE_MARKER}.partial"))
 
@@ -146,13 +146,18 @@ def find_damage(folder: Path, files: dict[str, FileInfo]) -> list[str]:
 
 def unexpected_files(checkpoint: Path, manifest: Manifest) -> list[str]:
     """Return what is wrong with files that the manifest lacks, where readers could find them."""
-    present = (path for name in CLOSED_FOLDERS for path in sorted((checkpoint / name).rglob("*")) if path.is_file())
-    names = (path.relative_to(checkpoint).as_posix() for path in present if not path.name.startswith(".nfs"))
+    names = (name for folder in CLOSED_FOLDERS for name in sorted(_file_names(checkpoint, checkpoint / folder)))
     return [f"{name} is not in {COMPLETE_MARKER}" for name in names if name not in manifest.files]
 
 
 def num_threads() -> int:
     return min(MAX_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def _file_names(checkpoint: Path, folder: Path) -> list[str]:
+    """Return the files below a folder, without hidden ones, which some file systems add."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return [path.relative_to(checkpoint).as_posix() for path in files]
 
 
 def _damage_of(path: Path, name: str, expected: FileInfo) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel
 
+from .checksums import verify_description
 from .folders import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, STATE_FILE, read_state
 
 TEMPLATE = """\
@@ -108,6 +109,7 @@ def run_facts(folder: Path) -> dict[str, str]:
     checkpoint, run = folder.absolute().parent, folder.absolute().parents[2]
     if not (checkpoint / STATE_FILE).exists():
         return {"Exported by": f"sinklm {metadata.version('sinklm')}"}
+    verify_description(checkpoint)
     state = read_state(checkpoint)
     config = yaml.safe_load((checkpoint / CONFIG_FILE).read_text(encoding="utf-8"))
     train = config["train"]
@@ -130,11 +132,20 @@ def _loss_facts(metrics: Path, num_steps: int) -> dict[str, str]:
         return {}
     newest: dict[str, Any] = {}
     for line in metrics.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        if record["step"] <= num_steps:
+        record = _read_line(line)
+        if record.get("step", num_steps + 1) <= num_steps:
             newest |= record
     names = {"loss": "Training loss", "validation_loss": "Validation loss"}
     return {name: f"{newest[key]:.4f} nats per token" for key, name in names.items() if newest.get(key) is not None}
+
+
+def _read_line(line: str) -> dict[str, Any]:
+    """Return the values of a line, or none of a line that is damaged or being written."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _data_facts(store: Path) -> dict[str, str]:
@@ -151,7 +162,10 @@ def _data_facts(store: Path) -> dict[str, str]:
 def _version_facts(environment: Path) -> dict[str, str]:
     if not environment.exists():
         return {}
-    recorded = json.loads(environment.read_text(encoding="utf-8"))
+    try:
+        recorded = json.loads(environment.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{environment} is damaged ({error}): restore or delete it") from error
     versions = {"sinklm": recorded["sinklm"]["version"]} | {
         name: version for name, version in recorded.items() if isinstance(version, str) and name != "devices"
     }

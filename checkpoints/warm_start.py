@@ -1,21 +1,20 @@
 """Start training from the weights of another model."""
 
 import re
-from json import JSONDecodeError
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from tokenizers import Tokenizer
-from transformers import AutoConfig, GPTNeoXConfig
+from transformers import GPTNeoXConfig
 from transformers.utils import cached_file
 
 from ..models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM
 from ..models.arms import ARM_PARAMETERS
+from ..text import one_line
+from .checks import check_loaded, checked_config, read_tokenizer
 from .checksums import verify_model_folder
 from .folders import resolve_model_folder
+from .loading import from_pretrained
 
 SIZES = (
     "hidden_size",
@@ -52,12 +51,10 @@ def check_tokenizer(name_or_path: str | Path, tokenizer_path: Path) -> None:
         return  # no tokenizer, or no model, for which `load_weights` raises an error
     verify_model_folder(str(Path(found).parent), with_weights=False)
     try:
-        theirs = Tokenizer.from_file(found)
-    except Exception as error:  # tokenizers raises nothing more specific
-        raise ValueError(
-            f"model.init_from={name_or_path}: {found} is damaged ({first_line(error)}): copy it again"
-        ) from error
-    ours = Tokenizer.from_file(str(tokenizer_path))
+        theirs = read_tokenizer(found)
+    except ValueError as error:
+        raise ValueError(f"model.init_from={name_or_path}: {error}") from error
+    ours = read_tokenizer(tokenizer_path)
     for i in range(min(theirs.get_vocab_size(), ours.get_vocab_size())):
         if theirs.id_to_token(i) != ours.id_to_token(i):
             raise ValueError(
@@ -79,9 +76,11 @@ def load_weights(name_or_path: str | Path, config: SinkGPTNeoXConfig) -> SinkGPT
     """
     folder = resolve_model_folder(name_or_path)
     try:
-        theirs = AutoConfig.from_pretrained(folder)
+        theirs = checked_config(folder)
     except OSError as error:
-        raise FileNotFoundError(f"model.init_from={name_or_path}: cannot load a model ({error})") from error
+        raise FileNotFoundError(
+            f"model.init_from={name_or_path}: cannot load a model ({one_line(error)}); check the path"
+        ) from error
     if theirs.model_type not in ("gpt_neox", "sink_gpt_neox"):
         raise ValueError(
             f"model.init_from={name_or_path} has model type {theirs.model_type}: use a GPT-NeoX model, such as Pythia"
@@ -98,26 +97,13 @@ def load_weights(name_or_path: str | Path, config: SinkGPTNeoXConfig) -> SinkGPT
             f"model.sink.kind is {config.sink_kind}, but model.init_from={name_or_path} was trained with {kind}: set "
             f"model.sink.kind={kind}, or start from a model whose sink.kind is none or token"
         )
-    return _read_weights(name_or_path, folder, config)
-
-
-def _read_weights(name_or_path: str | Path, folder: str, config: SinkGPTNeoXConfig) -> SinkGPTNeoXForCausalLM:
     verify_model_folder(folder)
-    damage = f"model.init_from={name_or_path}: cannot read the weights"
-    remedy = "copy the folder again, or use another model"
     try:
-        model, info = SinkGPTNeoXForCausalLM.from_pretrained(
-            folder, config=config, dtype=torch.float32, output_loading_info=True
-        )
+        model, info = from_pretrained(SinkGPTNeoXForCausalLM, folder, config=config, dtype=torch.float32)
+        info["missing_keys"] = {key for key in info["missing_keys"] if not re.search(ARM_PARAMETERS, key)}
+        check_loaded(model, info, folder)
     except OSError as error:
-        raise FileNotFoundError(f"{damage} ({first_line(error)}): {remedy}") from error
-    except (SafetensorError, UnpicklingError, RuntimeError, JSONDecodeError, KeyError) as error:
-        raise ValueError(f"{damage} ({first_line(error)}): {remedy}") from error
-    missing = sorted(key for key in info["missing_keys"] if not re.search(ARM_PARAMETERS, key))
-    if missing:
-        raise ValueError(f"{damage}, because {missing[0]} is missing: {remedy}")
+        raise FileNotFoundError(f"model.init_from={name_or_path}: {one_line(error)}; copy the folder again") from error
+    except ValueError as error:
+        raise ValueError(f"model.init_from={name_or_path}: {error}") from error
     return model
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

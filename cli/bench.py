@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+
+from ..console import Console
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .generate import Model, NumKept, Seed, Temperature, TopK, Window, check_cache_options, describe_cache
+from .generate import (
+    Model,
+    NumKept,
+    Seed,
+    Temperature,
+    TopK,
+    Window,
+    check_cache_options,
+    check_temperature,
+    describe_cache,
+    show,
+)
 
 if TYPE_CHECKING:
     from ..streaming import Chat
@@ -36,6 +47,7 @@ def chat(
     from .generate import make_generator
 
     check_cache_options(num_kept, window)
+    check_temperature(temperature)
     language_model, tokenizer = load_model(model), load_tokenizer(model)
     generator = make_generator(language_model, num_kept, window, temperature, top_k)
     conversation = Chat(tokenizer, generator, system=system, max_new_tokens=max_new_tokens)
@@ -47,6 +59,8 @@ def chat(
 
 def _messages() -> Iterator[str]:
     """Yield the lines of stdin that are not empty."""
+    if sys.stdin is None:
+        return
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # invalid UTF-8 must not end the conversation
     asks = sys.stdin.isatty()
@@ -67,7 +81,7 @@ def _reply(conversation: "Chat", message: str) -> None:
         for piece in conversation(message):
             shown = piece if has_begun else piece.lstrip()
             has_begun = has_begun or bool(shown)
-            print(shown, end="", flush=True)
+            show(shown)
     except KeyboardInterrupt:
         if conversation.generator.cache.is_damaged:
             typer.echo("Reading the message was interrupted: the next message starts a new conversation.", err=True)

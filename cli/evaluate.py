@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+
+from ..console import Console
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -20,6 +21,8 @@ CACHES_HELP = (
     "Caches as KEPT+WINDOW in tokens, separated by commas, e.g. 0+1024,4+1020; default: 0, 1, 2 and 4 kept tokens in a "
     "cache of half the trained length."
 )
+
+MOST_LINES = 100_000_000
 
 Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
 Output = Annotated[Path | None, typer.Option(help=OUTPUT_HELP, show_default=False)]
@@ -133,7 +136,7 @@ def stream_eval(
         str, typer.Option(help="Distances to the lines that questions ask for, in lines, separated by commas.")
     ] = "20,40,60,80,100,150,200",
     batch_size: Annotated[int, typer.Option(min=1, help="Number of streams per batch.")] = 8,
-    seed: Annotated[int, typer.Option(help="Random seed for the numbers in the lines.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed for the numbers in the lines.")] = 0,
     output: Output = None,
 ) -> None:
     """Run StreamEval: recall of numbered lines by their distance in lines."""
@@ -147,6 +150,11 @@ def stream_eval(
     console = Console()
     chosen_distances = whole_numbers("--distances", distances)
     check_distances(chosen_distances, num_lines)
+    if num_samples * num_lines > MOST_LINES:
+        raise ValueError(
+            f"--num-samples {num_samples} × --num-lines {num_lines} are more than {MOST_LINES:,} lines: lower one of "
+            "them"
+        )
     loaded, tokenizer = load_causal_model(model), load_tokenizer(model)
     shapes = default_caches(loaded) if caches is None else parse_caches(caches)
     refuse_small_caches(shapes, getattr(loaded.config, "num_sinks", 0))
@@ -169,7 +177,7 @@ def whole_numbers(option: str, text: str) -> list[int]:
     try:
         return sorted({int(part) for part in text.split(",")})
     except ValueError as error:
-        raise ValueError(f"{option} is {text!r}: it must be whole numbers separated by commas") from error
+        raise ValueError(f"{option} is {text[:80]!r}: it must be whole numbers separated by commas") from error
 
 
 def _ask_all(
@@ -205,7 +213,12 @@ def _ask_all(
 def progress_bars(console: Console) -> "Progress":
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description:>16}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description:>16}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     return Progress(*columns, console=console)
 
 

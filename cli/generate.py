@@ -1,9 +1,13 @@
 """`sinklm generate`: continue a prompt and print the text while it is generated."""
 
+import math
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ..text import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,7 +38,7 @@ Window = Annotated[
         min=1, help="Number of recent tokens that stay in the cache; requires --num-kept.", show_default=False
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Random seed for sampling.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed for sampling.")]
 
 LONG_TEXT = 1000  # number of tokens from which compiling the step on a GPU saves time
 
@@ -69,6 +73,7 @@ def generate(
     from ..checkpoints import load_model, load_tokenizer
 
     check_cache_options(num_kept, window)
+    check_temperature(temperature)
     prompt = _read_prompt(prompt)
     language_model, tokenizer = load_model(model), load_tokenizer(model)
     ids = tokenizer(prompt, verbose=False)["input_ids"]
@@ -88,17 +93,38 @@ def generate(
 def _read_prompt(prompt: str) -> str:
     import sys
 
+    if prompt == "-" and sys.stdin is None:
+        raise ValueError("standard input is closed: pass the prompt as an argument, or open standard input")
     try:
-        prompt = sys.stdin.read() if prompt == "-" else prompt
-        prompt.encode()  # a command-line argument can contain any bytes
+        if prompt == "-":  # as UTF-8, whatever the locale
+            prompt = sys.stdin.buffer.read().decode() if hasattr(sys.stdin, "buffer") else sys.stdin.read()
+        prompt = os.fsencode(prompt).decode() if _has_bytes(prompt) else prompt
     except UnicodeError as error:
         raise ValueError(f"the prompt is not valid UTF-8 ({error}): convert it to UTF-8") from error
     return prompt
 
 
+def _has_bytes(argument: str) -> bool:
+    """Whether an argument contains bytes that are no text in the encoding of the locale."""
+    return any("\udc80" <= character <= "\udcff" for character in argument)
+
+
+def show(text: str, end: str = "") -> None:
+    """Print generated text. A terminal gets control characters as escapes, a file or pipe as is."""
+    import sys
+
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    print(printable(text) if is_terminal else text, end=end, flush=True)
+
+
 def check_cache_options(num_kept: int | None, window: int | None) -> None:
     if (num_kept is None) != (window is None):
         raise ValueError("--num-kept and --window must be used together: pass both or neither")
+
+
+def check_temperature(temperature: float) -> None:
+    if not math.isfinite(temperature):
+        raise ValueError(f"--temperature is {temperature}: it must be a finite number of at least 0")
 
 
 def make_generator(
@@ -145,11 +171,15 @@ def _generate_dense(
     top_k: int | None,
 ) -> None:
     import torch
-    from transformers import LogitsProcessorList, TextStreamer
+    from transformers import TextStreamer
 
+    class Shown(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            show(text, end="\n" if stream_end else "")
+
+    from ..models.checked import checked_passes
     from ..streaming.families import num_embedded_positions
     from ..streaming.generation import MIN_TEMPERATURE
-    from ..streaming.scoring import refuse_nan
 
     num_positions = num_embedded_positions(model.config)
     if num_positions and len(prompt_ids) + max_new_tokens > num_positions:
@@ -161,15 +191,16 @@ def _generate_dense(
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": max(temperature, MIN_TEMPERATURE), "top_k": top_k or 0}
-    model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        pad_token_id=min(end_of_text_ids(model, tokenizer), default=None),
-        logits_processor=LogitsProcessorList([lambda _, logits: refuse_nan(logits)]),
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-        **sampling,
-    )
+    with checked_passes(model):
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=min(end_of_text_ids(model, tokenizer), default=None),
+            streamer=Shown(tokenizer, skip_special_tokens=True),
+            trust_remote_code=False,
+            **sampling,
+        )
 
 
 def _print_stream(
@@ -187,14 +218,14 @@ def _print_stream(
 
     speed = Speed()
     text = TextStream(tokenizer)
-    print(prompt, end="", flush=True)
+    show(prompt)
     try:
         tokens = takewhile(lambda token: token not in end_ids, generator(prompt_ids))
         for token in speed.count(islice(tokens, max_new_tokens)):
-            print(text.push(token), end="", flush=True)
+            show(text.push(token))
     except KeyboardInterrupt:
         pass
-    print(text.flush(), flush=True)
+    show(text.flush(), end="\n")
     typer.echo(f"{speed}; {describe_cache(generator.cache)}", err=True)
 
 

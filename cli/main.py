@@ -1,13 +1,13 @@
 """The command `sinklm`: argument parsing and calls only."""
 
-import os
 import sys
 from importlib import metadata
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ..extras import MissingExtraError
+from ..command import run
+from ..text import printable
 from .bench import decode
 from .chat import chat
 from .evaluate import stream_eval, streaming, zero_shot
@@ -18,6 +18,9 @@ from .runs import runs
 from .sinks import sinks
 from .tokenizer import train as train_tokenizer
 from .train import train
+
+# click's, or that of the copy of click in newer versions of typer.
+UsageError: Any = typer.BadParameter.__base__
 
 app = typer.Typer(
     name="sinklm",
@@ -67,21 +70,28 @@ app.command()(chat)
 
 
 def main() -> None:
-    """Run the command. An error of the user is printed to stderr in one line, with exit status 1.
+    """Run the command `sinklm` and end the process."""
+    run(_invoke)
+    sys.exit(0)
 
-    Set ``SINKLM_DEBUG=1`` to see the traceback.
+
+def _invoke() -> None:
+    """Parse the arguments and call the function of the command.
+
+    Raises:
+        ValueError: wrong arguments.
+        SystemExit: with the status of the command.
     """
+    command = typer.main.get_command(app)
     try:
-        app()
-    except Exception as error:
-        says_it_itself = isinstance(error, ValueError | OSError | MissingExtraError)
-        if os.environ.get("SINKLM_DEBUG") or not (says_it_itself or _is_lack_of_memory(error)):
-            raise
-        hint = "" if says_it_itself else "out of memory; reduce the cache, batch size or number of processes: "
-        sys.exit(f"error: {hint}{error}")
-
-
-def _is_lack_of_memory(error: Exception) -> bool:
-    """Whether torch or numpy ran out of memory; checked without importing them."""
-    signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
+        with command.make_context("sinklm", sys.argv[1:]) as context:
+            command.invoke(context)
+    except typer.Exit as end:
+        sys.exit(end.exit_code)
+    except UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help
+            error.show()
+        else:
+            wanted = f"; see {error.ctx.command_path} --help" if error.ctx else ""
+            print(f"error: {printable(error.format_message()).rstrip('.')}{wanted}", file=sys.stderr)
+        sys.exit(error.exit_code)

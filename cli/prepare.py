@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from ..console import Console
     from ..data.manifest import Manifest
     from ..data.prepare import PrepareProgress
 
@@ -20,7 +19,7 @@ def prepare(
         list[str],
         typer.Argument(
             metavar="INPUT...",
-            help="Files (.jsonl.zst, .jsonl.gz, .jsonl, .parquet; any other file is one text document), folders, "
+            help="Files (.jsonl.zst, .jsonl.gz, .jsonl, .parquet; a file of text is one document), folders, "
             "quoted patterns ('src/**/*.c'), or a data set on the Hugging Face Hub "
             "(EleutherAI/the_pile_deduplicated, owner/name:config).",
         ),
@@ -29,6 +28,14 @@ def prepare(
     tokenizer: Annotated[
         str, typer.Option(help="Name on the Hugging Face Hub, or path of a tokenizer.json.")
     ] = "EleutherAI/gpt-neox-20b",
+    text_key: Annotated[str, typer.Option(help="Key of the text in JSON lines, or its column in parquet.")] = "text",
+    eod_token: Annotated[
+        str | None,
+        typer.Option(
+            help="Token that ends each document.",
+            show_default="the first that the tokenizer has of <|endoftext|>, <|end_of_text|>, </s>, <eos>",
+        ),
+    ] = None,
     validation_fraction: Annotated[
         float,
         typer.Option(
@@ -45,24 +52,30 @@ def prepare(
 
     If it is interrupted, run the same command again to resume.
     """
-    from rich.console import Console
-
+    from ..console import Console
     from ..data.inputs import find_inputs
     from ..data.manifest import MANIFEST_NAME
     from ..data.prepare import has_saved_work, prepare_store
+    from ..data.tokenizer import training_tokenizer
 
     console = Console()
     was_complete, was_begun = (output / MANIFEST_NAME).exists(), has_saved_work(output)
-    found = find_inputs(inputs)
+    found = find_inputs(inputs, text_key=text_key)
     if found.num_ignored:
         kinds = ", ".join(f"{count} × {kind}" for kind, count in found.num_ignored.most_common(8))
         console.print(f"Ignored files in folders: {kinds}")
+    if unchecked := found.without_checksum():
+        names = ", ".join(unchecked[:3]) + ", …" * (len(unchecked) > 3)
+        console.print(f"Note: no checksums, so damage may go unnoticed, in {len(unchecked)} of the inputs: {names}")
+    for what in training_tokenizer(tokenizer).removed:
+        console.print(f"Note: the store's tokenizer is without {what}, which training does not use.", soft_wrap=True)
     going_on = f"Resuming the interrupted work in {output}." if was_begun else None
     with ProgressDisplay(console, opening=going_on) as display:
         manifest = prepare_store(
             found.shards,
             output,
             tokenizer=tokenizer,
+            eod_token=eod_token,
             validation_fraction=validation_fraction,
             num_processes=processes,
             report=display.show,
@@ -84,10 +97,10 @@ class ProgressDisplay:
 
         self.console, self.opening = console, opening
         self.bar = progress.Progress(
-            progress.TextColumn("{task.fields[shard]}"),
+            progress.TextColumn("{task.fields[shard]}", markup=False),
             progress.BarColumn(bar_width=20),
             progress.TaskProgressColumn(),
-            progress.TextColumn("{task.description}"),
+            progress.TextColumn("{task.description}", markup=False),
             console=console,
             disable=not console.is_terminal,
             transient=True,
@@ -180,5 +193,6 @@ def print_summary(console: "Console", manifest: "Manifest", output: Path) -> Non
         console.print(f"Skipped {num_empty} empty text files.")
     if manifest.validation_fraction and not held_out.total.documents:
         console.print(
-            "[yellow]No document was held out for validation; to measure validation loss, raise --validation-fraction."
+            "No document was held out for validation; to measure validation loss, raise --validation-fraction.",
+            style="yellow",
         )

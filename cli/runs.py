@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from ..console import Console
 
 if TYPE_CHECKING:
     from ..checkpoints.runs import RunSummary
@@ -32,12 +33,12 @@ def runs(
         print(json.dumps([asdict(summary) | {"path": str(summary.path)} for summary in summaries], indent=2))
         return
     console = Console(highlight=False, soft_wrap=True)
-    console.print(runs_table(summaries) if summaries else "no runs", markup=False)
+    console.print(runs_table(summaries) if summaries else "no runs")
     for summary in summaries:
         if summary.note:
-            console.print(plain(f"{summary.path}: {summary.note}"))
+            console.print(f"{summary.path}: {summary.note}")
         if summary.command:
-            console.print(plain(f"resume: {summary.command}"))
+            console.print(f"resume: {summary.command}")
 
 
 def runs_table(summaries: "list[RunSummary]") -> Table:
@@ -49,7 +50,7 @@ def runs_table(summaries: "list[RunSummary]") -> Table:
         table.add_column(name, justify="right")
     for run in summaries:
         table.add_row(
-            plain(str(run.path)),
+            str(run.path),
             Text(run.state, STYLES[run.state]),
             f"{run.step:,}/{run.num_steps:,}" if run.num_steps is not None else f"{run.step:,}",
             "–" if run.saved_step is None else f"{run.saved_step:,}",
@@ -65,8 +66,3 @@ def human_age(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds:.0f} s"
-
-
-def plain(text: str) -> Text:
-    """Return text from outside without markup, and with escapes for control characters."""
-    return Text("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))

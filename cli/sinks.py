@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
+from ..console import Console
 from .evaluate import Model, Output, progress_bars
 
 if TYPE_CHECKING:

@@ -18,14 +18,16 @@ def train(
     output: Annotated[Path, typer.Option(help="File to write.")] = Path("tokenizer.json"),
 ) -> None:
     """Train a byte-level BPE tokenizer like that of GPT-NeoX."""
-    from rich.console import Console
-
+    from ..console import Console
     from ..data.inputs import find_inputs, read_documents
     from ..data.manifest import Counts
     from ..data.tokenizer import train_tokenizer
-    from ..files import write_text
+    from ..files import check_writable, write_text
 
     console, counts = Console(), Counts()
+    if output.is_dir():
+        raise ValueError(f"--output {output} is a folder: pass the name of a file, such as {output / 'tokenizer.json'}")
+    check_writable(output)
 
     def texts() -> Iterator[str]:
         for document in read_documents(find_inputs(inputs).shards):
@@ -38,4 +40,5 @@ def train(
     size = tokenizer.get_vocab_size()
     console.print(f"{output}: {size:,} tokens from {counts.documents:,} documents, {counts.bytes / 1e6:,.1f} MB")
     if size < vocab_size:
-        console.print(f"[yellow]The text yields only {size:,} of the {vocab_size:,} requested tokens; use more text.")
+        few = f"The text yields only {size:,} of the {vocab_size:,} requested tokens; use more text."
+        console.print(few, style="yellow")

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from .compression import has_checksum
 from .readers import (
     FOLDER_SUFFIXES,
     JSON_LINES_SUFFIXES,
     PARQUET_SUFFIX,
-    Document,
     HubShard,
     JsonLinesShard,
     ParquetShard,
@@ -19,9 +19,15 @@ from .readers import (
     TextShard,
     stem,
 )
+from .records import TEXT_KEY, Document
 
 HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::([\w.-]+))?")
-ARCHIVES = (".tar", ".tar.gz", ".tar.zst", ".tgz", ".zip", ".7z", ".bz2", ".xz", ".json", ".arrow", ".bin", ".idx")
+# Files whose content is not text, by the remedy. Compressed JSON lines are recognised before these.
+ARCHIVES = (".tar", ".tar.gz", ".tar.zst", ".tgz", ".zip", ".7z", ".rar")
+OTHER_COMPRESSION = (".gz", ".bz2", ".xz", ".lzma", ".lz4", ".br", ".z")
+TABLES = (".csv", ".tsv", ".arrow", ".feather", ".orc", ".avro", ".msgpack", ".npy", ".npz", ".h5")
+MEGATRON_FILES = (".bin", ".idx")
+REFUSED = (*ARCHIVES, *OTHER_COMPRESSION, *TABLES, *MEGATRON_FILES)
 
 
 class Inputs(NamedTuple):
@@ -30,34 +36,48 @@ class Inputs(NamedTuple):
     shards: list[Shard]
     num_ignored: Counter[str]
 
+    def without_checksum(self) -> list[str]:
+        """Return the names of the compressed files in which damage may go unnoticed."""
+        files = [shard for shard in self.shards if isinstance(shard, JsonLinesShard)]
+        return [shard.name for shard in files if not has_checksum(shard.path)]
 
-def find_inputs(names: list[str]) -> Inputs:
+
+def find_inputs(names: list[str], *, text_key: str = TEXT_KEY) -> Inputs:
     """Expand the inputs of a command line into shards.
 
     A name is a file, a folder (its files of known types, at any depth), a pattern (``src/**/*.c``;
     quote it) or a Hub data set (``EleutherAI/the_pile_deduplicated`` or ``owner/name:config``).
     Inputs keep their order; the files of a folder or pattern are sorted by path. A file of an
     unknown type is read as text. Consecutive text files form one shard; every other file is one
-    shard.
+    shard. ``text_key`` is the key or column of the text in JSON lines, parquet files and data sets.
+    Suffixes may be in upper case.
 
     Raises:
         FileNotFoundError: a name is none of these.
-        ValueError: a folder or pattern has no usable file, a file is named twice, or a file is an
-            archive.
+        ValueError: a folder or pattern has no usable file, a file is named twice, or a file is of a
+            type that contains no plain text, such as an archive.
     """
     shards: list[Shard] = []
     seen: set[Path] = set()
     num_ignored: Counter[str] = Counter()
+
+    def add(files: list[Path], set_name: str) -> None:
+        for file in files:
+            if file.resolve() in seen:
+                raise ValueError(f"{file}: given twice as input, so its documents would be duplicated; name it once")
+            seen.add(file.resolve())
+            _add_file(shards, file, set_name, text_key)
+
     for name in names:
         path = Path(name)
         if path.is_dir():
-            _add_files(shards, _files_of_folder(path, num_ignored), seen, set_name=path.resolve().name)
+            add(_files_of_folder(path, num_ignored), path.resolve().name)
         elif path.is_file():
-            _add_files(shards, [path], seen, set_name=stem(path))
+            add([path], stem(path))
         elif glob.has_magic(name):
-            _add_files(shards, _files_of_pattern(name, num_ignored), seen, set_name=_fixed_folder(name).name)
-        elif HUB_NAME.fullmatch(name) and not name.endswith((*FOLDER_SUFFIXES, *ARCHIVES)):
-            shards.extend(hub_shards(name))
+            add(_files_of_pattern(name, num_ignored), _fixed_folder(name).name)
+        elif HUB_NAME.fullmatch(name) and not name.lower().endswith((*FOLDER_SUFFIXES, ".json", *REFUSED)):
+            shards.extend(hub_shards(name, text_key))
         else:
             raise FileNotFoundError(f"{name}: no such file or folder; check the path")
     return Inputs(shards, num_ignored)
@@ -66,7 +86,8 @@ def find_inputs(names: list[str]) -> Inputs:
 def _files_of_folder(folder: Path, num_ignored: Counter[str]) -> list[Path]:
     files = []
     for file in _without_double_links(folder.rglob("*"), num_ignored):
-        if file.name.endswith(FOLDER_SUFFIXES) and not file.name.endswith(ARCHIVES):
+        name = file.name.lower()
+        if name.endswith(FOLDER_SUFFIXES) and not _is_refused(name):
             files.append(file)
         else:
             num_ignored[file.suffix or "no suffix"] += 1
@@ -95,25 +116,38 @@ def _without_double_links(paths: Iterable[Path], num_ignored: Counter[str]) -> l
     return chosen
 
 
-def _add_files(shards: list[Shard], files: list[Path], seen: set[Path], set_name: str) -> None:
-    for file in files:
-        if file.resolve() in seen:
-            raise ValueError(f"{file}: given twice as input, so its documents would be duplicated; name it once")
-        seen.add(file.resolve())
-        if file.name.endswith(ARCHIVES):
-            raise ValueError(
-                f"{file}: this file type is not supported; use {', '.join(JSON_LINES_SUFFIXES)}, parquet or text files"
-            )
-        if file.name.endswith(JSON_LINES_SUFFIXES):
-            shards.append(JsonLinesShard(file))
-        elif file.name.endswith(PARQUET_SUFFIX):
-            shards.append(ParquetShard(file))
-        else:
-            last = shards[-1] if shards else None
-            if not isinstance(last, TextShard):
-                last = TextShard(set_name)
-                shards.append(last)
-            last.add(file, set_name)
+def _add_file(shards: list[Shard], file: Path, set_name: str, text_key: str) -> None:
+    name = file.name.lower()
+    if _is_refused(name):
+        raise ValueError(f"{file}: this file type is not supported; {_remedy(file)}")
+    if name.endswith(JSON_LINES_SUFFIXES):
+        shards.append(JsonLinesShard(file, text_key))
+    elif name.endswith(PARQUET_SUFFIX):
+        shards.append(ParquetShard(file, text_key))
+    else:
+        last = shards[-1] if shards else None
+        if not isinstance(last, TextShard):
+            last = TextShard(set_name, text_key)
+            shards.append(last)
+        last.add(file, set_name)
+
+
+def _is_refused(name: str) -> bool:
+    return name.endswith(ARCHIVES) or (name.endswith(REFUSED) and not name.endswith(JSON_LINES_SUFFIXES))
+
+
+def _remedy(file: Path) -> str:
+    """Return what to do with a file that is refused."""
+    name = file.name.lower()
+    if name.endswith(ARCHIVES):
+        return "unpack it and name the folder"
+    if name.endswith(OTHER_COMPRESSION):
+        tool = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".lz4": "lz4"}.get(file.suffix.lower())
+        command = f": {tool} -dk {file}" if tool else ""
+        return f"decompress it{command} (only JSON lines may be compressed, as .jsonl.gz or .jsonl.zst)"
+    if name.endswith(MEGATRON_FILES):
+        return "it is tokenized already, so it needs no `sinklm prepare`"
+    return f"convert it to JSON lines ({JSON_LINES_SUFFIXES[0]}) or parquet with a column of text"
 
 
 def read_documents(shards: list[Shard]) -> Iterator[Document]:
@@ -147,11 +181,12 @@ def _fixed_folder(pattern: str) -> Path:
     return Path(*parts[:first]).resolve()
 
 
-def hub_shards(name: str) -> list[Shard]:
+def hub_shards(name: str, text_key: str = TEXT_KEY) -> list[Shard]:
     """Return one shard for each file of a data set's train split.
 
     Args:
         name: Hub name, ``owner/name:config``, or a local folder that ``datasets`` can load.
+        text_key: the column of the text.
 
     Raises:
         ValueError: ``datasets`` cannot load it.
@@ -167,4 +202,4 @@ def hub_shards(name: str) -> list[Shard]:
             f"{name}: no such file or folder, and it could not be loaded as a Hub data set ({error})"
         ) from error
     count = dataset.num_shards
-    return [HubShard(dataset.shard(count, i), f"{name}, file {i + 1} of {count}", name) for i in range(count)]
+    return [HubShard(dataset.shard(count, i), f"{name}, file {i + 1} of {count}", name, text_key) for i in range(count)]

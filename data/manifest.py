@@ -4,14 +4,16 @@ import hashlib
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePath
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
 SPLITS = ("train", "validation")
+Natural = Annotated[int, Field(ge=0)]
 
 
 class _Strict(BaseModel):
@@ -21,9 +23,9 @@ class _Strict(BaseModel):
 class Counts(_Strict):
     """Documents, tokens (end-of-document tokens included) and bytes of UTF-8 text."""
 
-    documents: int = 0
-    tokens: int = 0
-    bytes: int = 0
+    documents: Natural = 0
+    tokens: Natural = 0
+    bytes: Natural = 0
 
     def add(self, other: "Counts") -> None:
         self.documents += other.documents
@@ -32,19 +34,46 @@ class Counts(_Strict):
 
 
 class Split(_Strict):
-    """One split: counts in total and for each Pile set, and its shards (paths without suffix)."""
+    """One split: counts in total and for each Pile set, and its shards (paths without suffix).
+
+    ``shard_sets`` gives the counts by set of each shard; stores of older versions lack it.
+    """
 
     total: Counts
     sets: dict[str, Counts]
     shards: list[str]
+    shard_sets: dict[str, dict[str, Counts]] = {}
+
+    @model_validator(mode="after")
+    def _counts_agree(self) -> "Split":
+        if self.shards != sorted(set(self.shards)):
+            raise ValueError("its shards are not in the order of their names")
+        if _sum(self.sets.values()) != self.total:
+            raise ValueError("the counts of its sets do not add up to its total")
+        if self.shard_sets:
+            if list(self.shard_sets) != self.shards:
+                raise ValueError("shard_sets and shards name different shards")
+            by_set: dict[str, Counts] = {}
+            for sets in self.shard_sets.values():
+                for name, counts in sets.items():
+                    by_set.setdefault(name, Counts()).add(counts)
+            if by_set != self.sets:
+                raise ValueError("the counts of its shards do not add up to those of its sets")
+        return self
 
 
 class TokenizerInfo(_Strict):
     """``size`` is the largest id + 1, added tokens included; ``eod_id`` ends each document."""
 
     sha256: str
-    size: int
-    eod_id: int
+    size: Annotated[int, Field(ge=1)]
+    eod_id: Natural
+
+    @model_validator(mode="after")
+    def _eod_is_an_id(self) -> "TokenizerInfo":
+        if self.eod_id >= self.size:
+            raise ValueError(f"eod_id {self.eod_id} is not an id of a tokenizer of {self.size} ids")
+        return self
 
 
 class Source(_Strict):
@@ -56,20 +85,61 @@ class Source(_Strict):
 
 
 class FileInfo(_Strict):
-    bytes: int
+    bytes: Natural
     sha256: str
 
 
+def _sum(many: Iterable[Counts]) -> Counts:
+    total = Counts()
+    for counts in many:
+        total.add(counts)
+    return total
+
+
 class Manifest(_Strict):
-    """``manifest.json``. ``files`` lists every other file of the store by its relative path."""
+    """``manifest.json``. ``files`` lists every other file of the store by its relative path.
+
+    Raises:
+        ValueError: at construction, if a path leaves the store's folder or the parts disagree.
+    """
 
     format_version: Literal[1] = 1
     tokenizer: TokenizerInfo
     dtype: Literal["uint16", "int32"]
-    validation_fraction: float
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)]
+    text_key: str = "text"
     sources: list[Source]
-    splits: dict[str, Split]
+    splits: Annotated[dict[str, Split], Field(min_length=1)]
     files: dict[str, FileInfo]
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "Manifest":
+        for name in self.files:
+            path = PurePath(name)
+            if path.is_absolute() or ".." in path.parts or str(path) != name or "\0" in name:
+                raise ValueError(f"files: {name!r} is not a path inside the store")
+        if (found := self.files.get(TOKENIZER_NAME)) is None or found.sha256 != self.tokenizer.sha256:
+            raise ValueError(f"files: {TOKENIZER_NAME} is missing or not the tokenizer")
+        itemsize = np.dtype(self.dtype).itemsize
+        if self.tokenizer.size > np.iinfo(self.dtype).max + 1:
+            raise ValueError(f"dtype: {self.dtype} cannot hold {self.tokenizer.size} ids")
+        for name, split in self.splits.items():
+            if not split.shards:
+                raise ValueError(f"splits.{name}: has no shards")
+            for shard in split.shards:
+                if missing := {f"{shard}.bin", f"{shard}.idx"} - self.files.keys():
+                    raise ValueError(f"splits.{name}: {missing.pop()} is not in files")
+                held = self.shard_counts(name, shard)
+                if held is not None and held.tokens * itemsize != self.files[f"{shard}.bin"].bytes:
+                    raise ValueError(f"splits.{name}: the size of {shard}.bin is not that of its {held.tokens} tokens")
+            if split.total.tokens * itemsize != sum(self.files[f"{shard}.bin"].bytes for shard in split.shards):
+                raise ValueError(f"splits.{name}: the sizes of its files do not match its {split.total.tokens} tokens")
+        return self
+
+    def shard_counts(self, split: str, shard: str) -> Counts | None:
+        """Return the counts of a shard, or None if the store was made by an older version."""
+        sets = self.splits[split].shard_sets.get(shard)
+        return None if sets is None else _sum(sets.values())
 
     @property
     def fingerprint(self) -> str:

@@ -7,15 +7,19 @@ GPT-NeoX and Megatron-DeepSpeed also use, so the files are interchangeable with 
 import os
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from ..files import atomic_file
+from .sequence import TokenFile
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, number of sequences, length of the document index
 TOKEN_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+AGAIN = "copy or prepare it again"
+CHECKED_AT_ONCE = 2**20  # sequences
 DTYPE_CODES = {np.dtype(dtype): code for code, dtype in TOKEN_DTYPES.items()}
 
 
@@ -24,47 +28,19 @@ def token_dtype(tokenizer_size: int) -> np.dtype:
     return np.dtype(np.uint16 if tokenizer_size <= 65535 else np.int32)
 
 
-class MegatronReader:
-    """Random access to the documents of one ``.bin``/``.idx`` pair, through memory maps.
+class IndexHeader(NamedTuple):
+    """The first bytes of an index: dtype of the tokens and the lengths of its arrays."""
 
-    ``len(reader)`` is the number of sequences (here: documents); ``reader[i]`` is the i-th, of
-    shape ``(length,)`` in the file's dtype.
+    dtype: np.dtype
+    num_sequences: int
+    num_document_indices: int
 
-    Args:
-        prefix: common path of the two files without suffix.
+
+def read_index_header(path: Path) -> IndexHeader:
+    """Read the header of an ``.idx`` file.
 
     Raises:
-        FileNotFoundError: one of the two files is missing.
-        ValueError: the index is not ``MMIDIDX`` version 1 with integer tokens, or the two files do
-            not match.
-    """
-
-    def __init__(self, prefix: str | os.PathLike):
-        index_path, token_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-        self.dtype, self.lengths, self.pointers, self.document_indices = _read_index(index_path)
-        num_bytes = token_path.stat().st_size
-        expected = int(self.lengths.sum(dtype=np.int64)) * self.dtype.itemsize
-        if num_bytes != expected:
-            raise ValueError(
-                f"{token_path}: {num_bytes} bytes, but the index expects {expected}; "
-                "the file is damaged, copy or prepare it again"
-            )
-        self.tokens = map_tokens(token_path, self.dtype)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        start = int(self.pointers[i]) // self.dtype.itemsize
-        return self.tokens[start : start + int(self.lengths[i])]
-
-
-def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
-    """Read an index.
-
-    Returns:
-        dtype, lengths ``(num_sequences,)``, byte pointers ``(num_sequences,)`` and document index
-        ``(num_documents + 1,)``.
+        ValueError: it is not ``MMIDIDX`` version 1 with integer tokens, or its size is wrong.
     """
     with open(path, "rb") as file:
         head = file.read(HEADER.size)
@@ -77,26 +53,78 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarra
         raise ValueError(f"{path}: dtype code {code} is not an integer type, so these are not token ids")
     expected = HEADER.size + num_sequences * 12 + num_document_indices * 8
     # Multimodal data sets append one byte per sequence ("modes"), which is not used here.
-    if path.stat().st_size not in (expected, expected + num_sequences):
-        raise ValueError(
-            f"{path}: {path.stat().st_size} bytes instead of {expected}; the index is damaged, copy or prepare it again"
-        )
-    content = np.memmap(path, dtype=np.uint8, mode="r")
-    lengths_end = HEADER.size + num_sequences * 4
-    pointers_end = lengths_end + num_sequences * 8
-    return (
-        np.dtype(TOKEN_DTYPES[code]),
-        content[HEADER.size : lengths_end].view(np.int32),
-        content[lengths_end:pointers_end].view(np.int64),
-        content[pointers_end:expected].view(np.int64),
-    )
+    if (size := path.stat().st_size) not in (expected, expected + num_sequences):
+        raise ValueError(f"{path}: {size} bytes instead of {expected}; the index is damaged, {AGAIN}")
+    return IndexHeader(np.dtype(TOKEN_DTYPES[code]), num_sequences, num_document_indices)
 
 
-def map_tokens(path: str | os.PathLike, dtype: np.dtype) -> np.ndarray:
-    """Map a file as a read-only array ``(num_tokens,)``; also supports empty files, unlike mmap."""
-    if os.path.getsize(path) == 0:
-        return np.empty(0, dtype)
-    return np.memmap(path, dtype=dtype, mode="r")
+class MegatronReader:
+    """Random access to the documents of one ``.bin``/``.idx`` pair.
+
+    ``len(reader)`` is the number of sequences (here: documents); ``reader[i]`` is the i-th, of
+    shape ``(length,)`` in the file's dtype. The index is a memory map.
+
+    Args:
+        prefix: common path of the two files without suffix.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        ValueError: the index is not ``MMIDIDX`` version 1 with integer tokens, it is damaged, or
+            the two files do not match.
+    """
+
+    def __init__(self, prefix: str | os.PathLike):
+        index_path, token_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+        header = read_index_header(index_path)
+        self.dtype = header.dtype
+        content = np.memmap(index_path, dtype=np.uint8, mode="r", offset=0)
+        lengths_end = HEADER.size + header.num_sequences * 4
+        pointers_end = lengths_end + header.num_sequences * 8
+        self.lengths = content[HEADER.size : lengths_end].view(np.int32)
+        self.pointers = content[lengths_end:pointers_end].view(np.int64)
+        indices_end = pointers_end + header.num_document_indices * 8
+        self.document_indices = content[pointers_end:indices_end].view(np.int64)
+        self._check_index(index_path, token_path)
+        self._tokens = TokenFile(token_path, self.dtype)
+
+    def _check_index(self, index_path: Path, token_path: Path) -> None:
+        """Check that every sequence is inside the file and that the documents are in order."""
+        num_bytes, size, total = token_path.stat().st_size, self.dtype.itemsize, 0
+        for start in range(0, len(self.lengths), CHECKED_AT_ONCE):
+            lengths = self.lengths[start : start + CHECKED_AT_ONCE].astype(np.int64)
+            pointers = self.pointers[start : start + CHECKED_AT_ONCE]
+            if lengths.min() < 0:
+                raise ValueError(f"{index_path}: a sequence has a negative length; the index is damaged, {AGAIN}")
+            total += int(lengths.sum()) * size
+            is_outside = (pointers < 0) | (pointers > num_bytes - lengths * size)
+            if total <= num_bytes and (is_outside.any() or (pointers % size).any()):
+                raise ValueError(
+                    f"{index_path}: points outside of {token_path.name}, or between two tokens; the index is damaged, "
+                    f"{AGAIN}"
+                )
+        if total != num_bytes:
+            raise ValueError(
+                f"{token_path}: {num_bytes} bytes, but the index expects {total}; the file is damaged, {AGAIN}"
+            )
+        previous = 0
+        for start in range(0, len(self.document_indices), CHECKED_AT_ONCE):
+            indices = np.concatenate([[previous], self.document_indices[start : start + CHECKED_AT_ONCE]])
+            if (np.diff(indices) < 0).any() or (start == 0 and indices[1] != 0):
+                previous = -1
+                break
+            previous = int(indices[-1])
+        if previous != len(self.lengths):
+            raise ValueError(
+                f"{index_path}: the document index does not rise from 0 to {len(self.lengths)}; the index is damaged, "
+                f"{AGAIN}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        start = int(self.pointers[i]) // self.dtype.itemsize
+        return self._tokens.read(start, start + int(self.lengths[i]))
 
 
 class MegatronWriter:

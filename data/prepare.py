@@ -5,6 +5,7 @@ Only a few batches are in memory at a time.
 
 import contextlib
 import errno
+import hashlib
 import itertools
 import os
 import shutil
@@ -20,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from pydantic import BaseModel
 
-from ..files import locked, write_json
+from ..files import atomic_file, locked, write_json
 from .job import ShardJob
 from .manifest import (
     MANIFEST_NAME,
@@ -32,12 +33,12 @@ from .manifest import (
     Source,
     Split,
     TokenizerInfo,
-    sha256_of,
 )
 from .megatron import token_dtype
-from .readers import Record, Shard
+from .readers import Shard
+from .records import TEXT_KEY, Record
 from .store import TokenStore, note_verified
-from .tokenizer import DEFAULT_TOKENIZER, eod_id, find_tokenizer_file, load_tokenizer_file, tokenizer_size
+from .tokenizer import DEFAULT_TOKENIZER, eod_id, tokenizer_size, training_tokenizer
 from .tokenizing import TokenizedBatch, start_process, take_answer, tokenize
 
 NOTES_NAME = ".prepare"  # folder for unfinished work, inside the output folder
@@ -52,6 +53,8 @@ class Settings(BaseModel):
     tokenizer_sha256: str
     validation_fraction: float
     sources: list[str]
+    text_key: str = TEXT_KEY
+    eod_id: int | None = None  # None only in files of older versions
 
 
 class PrepareProgress(NamedTuple):
@@ -72,6 +75,7 @@ def prepare_store(
     output: str | os.PathLike,
     *,
     tokenizer: str | os.PathLike = DEFAULT_TOKENIZER,
+    eod_token: str | None = None,
     validation_fraction: float = 0.01,
     num_processes: int | None = None,
     report: Callable[[PrepareProgress], None] = lambda progress: None,
@@ -85,7 +89,9 @@ def prepare_store(
         shards: the inputs, see :func:`find_inputs`.
         output: folder of the store; new, empty, or from an earlier run with the same settings. If
             the earlier run saved no work, the settings may differ.
-        tokenizer: Hub name, or path of a ``tokenizer.json`` or of its folder.
+        tokenizer: Hub name, or path of a ``tokenizer.json`` or of its folder. The store has a copy
+            without truncation, padding and template, see :func:`training_tokenizer`.
+        eod_token: the token that ends each document; None: see :func:`eod_id`.
         validation_fraction: share of documents in the validation split, chosen by hash.
         num_processes: number of tokenizing processes; None uses every processor. It only affects
             speed.
@@ -99,23 +105,29 @@ def prepare_store(
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation_fraction is {validation_fraction}; it must be at least 0 and below 1")
     store = Path(output)
-    tokenizer_file = find_tokenizer_file(tokenizer)
-    encoder = load_tokenizer_file(tokenizer_file)
-    info = TokenizerInfo(sha256=sha256_of(tokenizer_file), size=tokenizer_size(encoder), eod_id=eod_id(encoder))
+    encoder = training_tokenizer(tokenizer)
+    info = TokenizerInfo(
+        sha256=hashlib.sha256(encoder.content).hexdigest(),
+        size=tokenizer_size(encoder.tokenizer),
+        eod_id=eod_id(encoder.tokenizer, eod_token),
+    )
     settings = Settings(
         tokenizer_sha256=info.sha256,
         validation_fraction=validation_fraction,
         sources=[shard.name for shard in shards],
+        text_key=shards[0].text_key,
+        eod_id=info.eod_id,
     )
     if (store / MANIFEST_NAME).exists():
         return _finished_store(store, settings, shards)
     with _explain_full_disk(store), _claim(store, settings) as notes:
-        shutil.copyfile(tokenizer_file, store / TOKENIZER_NAME)
+        with atomic_file(store / TOKENIZER_NAME, binary=True) as file:
+            file.write(encoder.content)
         dtype = token_dtype(info.size)
         jobs = [ShardJob(store, notes, i, shard, dtype) for i, shard in enumerate(shards)]
-        start = (str(tokenizer_file), info.eod_id, dtype, validation_fraction)
+        start = (str(store / TOKENIZER_NAME), info.eod_id, dtype, validation_fraction)
         _run(jobs, notes, num_processes or num_processors(), start, report)
-        manifest = _manifest(store, info, dtype, validation_fraction, jobs)
+        manifest = _manifest(store, info, dtype, settings, jobs)
         write_json(store / MANIFEST_NAME, manifest.model_dump(), ensure_ascii=False)
         note_verified(store, manifest.files)
         shutil.rmtree(notes)
@@ -138,6 +150,8 @@ def _finished_store(store: Path, settings: Settings, shards: list[Shard]) -> Man
         tokenizer_sha256=manifest.tokenizer.sha256,
         validation_fraction=manifest.validation_fraction,
         sources=[source.name for source in manifest.sources],
+        text_key=manifest.text_key,
+        eod_id=manifest.tokenizer.eod_id,
     )
     _check_same(store, made_with, settings)
     for source, shard in zip(manifest.sources, shards, strict=True):
@@ -152,7 +166,7 @@ def _finished_store(store: Path, settings: Settings, shards: list[Shard]) -> Man
 
 def _check_same(store: Path, before: Settings, now: Settings) -> None:
     for key, value in now:
-        if (old := getattr(before, key)) != value:
+        if key in before.model_fields_set and (old := getattr(before, key)) != value:
             raise ValueError(
                 f"{store}: was started with other settings ({key}: {_brief(old)} then, {_brief(value)} now); "
                 "use the same settings, delete the folder, or choose another --output"
@@ -208,7 +222,9 @@ def _run(
         for split in SPLITS:
             done.add(job.state.total(split))
     committed_at = time.monotonic()
-    pool = ProcessPoolExecutor(num_processes, get_context("spawn"), start_process, start)
+    context = get_context("spawn")
+    stop, running = context.Pipe(duplex=False)  # closing `running` ends the processes at once
+    pool = ProcessPoolExecutor(num_processes, context, start_process, (stop, *start))
     try:
         for job, batch in _tokenized(pool, open_jobs, notes, max_waiting=2 * num_processes + 2):
             if batch is None:
@@ -226,6 +242,9 @@ def _run(
         raise OSError(
             "a tokenizing process was killed, possibly out of memory; run again with fewer --processes"
         ) from error
+    except BaseException:  # an error or Ctrl-C: no result of a running process is used any more
+        running.close()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
         for job in open_jobs:
@@ -237,17 +256,27 @@ def _tokenized(
 ) -> Iterator[tuple[ShardJob, TokenizedBatch | None]]:
     """Yield the tokenized batches of all jobs in order, and None at the end of each job.
 
-    At most ``max_waiting`` batches are read ahead. A read error is raised after earlier batches.
+    At most ``max_waiting`` batches are read ahead, and fewer if they are larger than usual. A read
+    error is raised after earlier batches.
     """
-    waiting: deque[tuple[ShardJob, Future | Exception | None]] = deque()
+    waiting: deque[tuple[ShardJob, Future | Exception | None, int]] = deque()
     answers = (notes / f"answer-{number}" for number in itertools.count())
     work = _work(jobs)
     while True:
-        for job, item in itertools.islice(work, max_waiting - len(waiting)):
-            waiting.append((job, pool.submit(tokenize, item, next(answers)) if isinstance(item, list) else item))
+        num_bytes = sum(size for _, _, size in waiting)
+        while len(waiting) < max_waiting and num_bytes < 2 * BATCH_BYTES * max_waiting:
+            if (found := next(work, None)) is None:
+                break
+            job, item = found
+            if isinstance(item, list):
+                size = sum(record.num_bytes for record in item)
+                waiting.append((job, pool.submit(tokenize, item, next(answers)), size))
+                num_bytes += size
+            else:
+                waiting.append((job, item, 0))
         if not waiting:
             return
-        job, result = waiting.popleft()
+        job, result, _ = waiting.popleft()
         if isinstance(result, Exception):
             raise result
         yield job, take_answer(result.result()) if result else None
@@ -276,7 +305,7 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield batch
 
 
-def _manifest(store: Path, info: TokenizerInfo, dtype: np.dtype, fraction: float, jobs: list[ShardJob]) -> Manifest:
+def _manifest(store: Path, info: TokenizerInfo, dtype: np.dtype, settings: Settings, jobs: list[ShardJob]) -> Manifest:
     path = store / TOKENIZER_NAME
     files = {TOKENIZER_NAME: FileInfo(bytes=path.stat().st_size, sha256=info.sha256)}
     splits = {split: Split(total=Counts(), sets={}, shards=[]) for split in SPLITS}
@@ -288,10 +317,12 @@ def _manifest(store: Path, info: TokenizerInfo, dtype: np.dtype, fraction: float
                 split.sets.setdefault(set_name, Counts()).add(counts)
             if f"{name}/{job.stem}.bin" in files:
                 split.shards.append(f"{name}/{job.stem}")
+                split.shard_sets[f"{name}/{job.stem}"] = job.state.sets[name]
     return Manifest(
         tokenizer=info,
         dtype="uint16" if dtype == np.uint16 else "int32",
-        validation_fraction=fraction,
+        validation_fraction=settings.validation_fraction,
+        text_key=settings.text_key,
         sources=[Source(**job.state.model_dump(include={"name", "bytes", "num_empty_files"})) for job in jobs],
         splits={name: split for name, split in splits.items() if split.shards},
         files=files,

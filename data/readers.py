@@ -1,107 +1,32 @@
-"""Readers for JSON lines (the Pile's format), parquet, text files and Hub data sets.
+"""Shards of the input: JSON lines (the Pile's format), parquet, text files and Hub data sets.
 
-One process reads raw records, which is cheap; many processes parse them (``record.document()``). No
-record is skipped silently: one that is not a document raises an error that names file and line.
+One process reads raw records, which is cheap; many processes parse them (``record.document()``).
+Memory is bounded: files are read in pieces, and a document has at most ``MAX_DOCUMENT_BYTES``.
 """
 
-import gzip
-import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import orjson
-import zstandard
+
+from .compression import decompressed, lines
+from .records import MAX_DOCUMENT_BYTES, TEXT_KEY, JsonLine, Record, Row, TextFile, too_large
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
-JSON_LINES_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".zst")
+JSON_KINDS = (".jsonl", ".ndjson", ".jsonlines", ".json")
+# The longest suffixes first, so that `stem` removes all of it.
+JSON_LINES_SUFFIXES = (*(f"{kind}{packed}" for packed in (".zst", ".gz", "") for kind in JSON_KINDS), ".zst")
 PARQUET_SUFFIX = ".parquet"
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")  # in folders; named files and patterns may have other suffixes
-FOLDER_SUFFIXES = (*JSON_LINES_SUFFIXES, PARQUET_SUFFIX, *TEXT_SUFFIXES)
-MAX_ZSTD_WINDOW = 2**31  # the Pile's shards need 2**27 (`zstd --long=27`), more than zstandard allows by default
-BLOCK = 2**16  # bytes read at a time
-
-
-class Document(NamedTuple):
-    text: str
-    set_name: str
-
-
-class JsonLine(NamedTuple):
-    """One line of a JSON-lines file, ``{"text": …, "meta": {"pile_set_name": …}}``."""
-
-    place: str
-    set_name: str
-    line: bytes
-
-    @property
-    def num_bytes(self) -> int:
-        return len(self.line)
-
-    def document(self) -> Document:
-        try:
-            row = orjson.loads(self.line)
-        except orjson.JSONDecodeError as error:
-            raise ValueError(f"{self.place}: not valid JSON ({error}); fix or remove this line") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{self.place}: not a JSON object but a {type(row).__name__}; fix or remove this line")
-        return _document_of(row, self.place, self.set_name)
-
-
-class Row(NamedTuple):
-    """One row of a parquet file or a Hub data set, with the same fields."""
-
-    place: str
-    set_name: str
-    row: dict
-
-    @property
-    def num_bytes(self) -> int:
-        text = self.row.get("text")
-        return len(text) if isinstance(text, str) else 0
-
-    def document(self) -> Document:
-        return _document_of(self.row, self.place, self.set_name)
-
-
-class TextFile(NamedTuple):
-    """One text file, which is one document unless it is empty (such as ``__init__.py``)."""
-
-    place: str
-    set_name: str
-    content: bytes
-
-    @property
-    def num_bytes(self) -> int:
-        return len(self.content)
-
-    def document(self) -> Document | None:
-        if b"\0" in self.content:
-            raise ValueError(f"{self.place}: contains NUL bytes, so it is not a text file; remove it from the inputs")
-        try:
-            text = self.content.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{self.place}: not UTF-8 ({error.reason} at byte {error.start}); convert or remove the file"
-            ) from None
-        return Document(text, self.set_name) if text else None
-
-
-Record = JsonLine | Row | TextFile
-
-
-def _document_of(row: dict, place: str, set_name: str) -> Document:
-    text, meta = row.get("text"), row.get("meta")
-    if not isinstance(text, str) or not text:
-        found = "is empty" if text == "" else f"is of type {type(text).__name__}" if "text" in row else "is missing"
-        raise ValueError(f'{place}: the record has no text (key "text" {found}); fix or remove it')
-    if isinstance(meta, dict) and isinstance(meta.get("pile_set_name"), str):
-        set_name = meta["pile_set_name"]
-    return Document(text, set_name)
+KNOWN_SUFFIXES = (*JSON_LINES_SUFFIXES, PARQUET_SUFFIX, *TEXT_SUFFIXES)
+# `.json` files in folders are mostly not JSON lines, so they must be named.
+FOLDER_SUFFIXES = tuple(suffix for suffix in KNOWN_SUFFIXES if suffix != ".json")
+PARQUET_ROWS = 16  # read at a time
 
 
 class Shard(ABC):
@@ -109,11 +34,13 @@ class Shard(ABC):
 
     Attributes:
         name: name of the source, for messages and the manifest.
+        text_key: key or column of the text.
         num_bytes: its size on disk, or None if not known.
         position: number of these bytes that the current ``read()`` has consumed.
     """
 
     name: str
+    text_key: str
     num_bytes: int | None
     position: int = 0
 
@@ -124,9 +51,10 @@ class Shard(ABC):
 
 @dataclass
 class JsonLinesShard(Shard):
-    """A ``.jsonl``, ``.jsonl.gz``, ``.jsonl.zst`` or ``.zst`` file. Blank lines are skipped."""
+    """A file of one of ``JSON_LINES_SUFFIXES``. Blank lines are skipped."""
 
     path: Path
+    text_key: str = TEXT_KEY
     position: int = 0
 
     def __post_init__(self):
@@ -135,73 +63,26 @@ class JsonLinesShard(Shard):
 
     def read(self, skip: int = 0) -> Iterator[JsonLine]:
         set_name = stem(self.path)
-        for number, line in enumerate(_lines(self._chunks()), start=1):
+        for number, line in enumerate(lines(self._chunks(), self.path), start=1):
             if not line or line.isspace():
                 continue
             if skip:
                 skip -= 1
                 continue
-            yield JsonLine(f"{self.path}, line {number}", set_name, line)
+            yield JsonLine(f"{self.path}, line {number}", set_name, line, self.text_key)
 
     def _chunks(self) -> Iterator[bytes]:
-        decompress = {".zst": _unzstd, ".gz": _gunzip}.get(self.path.suffix, _blocks)
-        with open(self.path, "rb") as file:
-            for chunk in decompress(file, self.path):
-                self.position = file.tell()
-                yield chunk
-
-
-def _blocks(file: IO[bytes] | gzip.GzipFile, path: Path) -> Iterator[bytes]:
-    while block := file.read(BLOCK):
-        yield block
-
-
-def _unzstd(file: IO[bytes], path: Path) -> Iterator[bytes]:
-    """Decompress one or more frames. zstandard's stream_reader does not report truncated frames."""
-    decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW)
-    frame = None
-    for block in _blocks(file, path):
-        while block:
-            frame = frame or decompressor.decompressobj()
-            try:
-                yield frame.decompress(block)
-            except zstandard.ZstdError as error:
-                raise ValueError(f"{path}: damaged .zst file ({error}); download it again") from None
-            block = frame.unused_data
-            frame = None if frame.eof else frame
-    if frame is not None:
-        raise ValueError(f"{path}: truncated .zst file, it ends inside a frame; download it again")
-
-
-def _gunzip(file: IO[bytes], path: Path) -> Iterator[bytes]:
-    try:
-        with gzip.GzipFile(fileobj=file) as stream:
-            yield from _blocks(stream, path)
-    except EOFError:
-        raise ValueError(f"{path}: truncated .gz file; download it again") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: damaged .gz file ({error}); download it again") from None
-
-
-def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Split a stream of bytes at newlines only (``bytes.splitlines`` also splits elsewhere)."""
-    begun: list[bytes] = []
-    for chunk in chunks:
-        first, *others = chunk.split(b"\n")
-        begun.append(first)
-        if others:
-            yield b"".join(begun)
-            yield from others[:-1]
-            begun = [others[-1]]
-    if last := b"".join(begun):
-        yield last
+        for chunk, position in decompressed(self.path):
+            self.position = position
+            yield chunk
 
 
 @dataclass
 class ParquetShard(Shard):
-    """A parquet file with a string column ``text`` and an optional struct column ``meta``."""
+    """A parquet file with a string column ``text_key`` and an optional struct column ``meta``."""
 
     path: Path
+    text_key: str = TEXT_KEY
     position: int = 0
 
     def __post_init__(self):
@@ -209,28 +90,47 @@ class ParquetShard(Shard):
         self.num_bytes = self.path.stat().st_size
 
     def read(self, skip: int = 0) -> Iterator[Row]:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowException
 
         try:
-            file = parquet.ParquetFile(self.path)
-        except ArrowInvalid as error:
-            raise ValueError(
-                f"{self.path}: not a parquet file, or a truncated one ({error}); download it again"
-            ) from None
-        with file:
-            columns = [name for name in ("text", "meta") if name in file.schema_arrow.names]
-            if "text" not in columns:
+            yield from self._rows(skip)
+        except (ArrowException, UnicodeDecodeError) as error:
+            raise self._damage(error) from None
+        except OSError as error:  # pyarrow's own have no errno
+            raise error if error.errno else self._damage(error) from None
+
+    def _damage(self, error: Exception) -> ValueError:
+        reason = (str(error).splitlines() or [""])[0]
+        return ValueError(
+            f"{self.path}: not a parquet file, or a damaged or truncated one ({reason}); download it again"
+        )
+
+    def _rows(self, skip: int) -> Iterator[Row]:
+        from pyarrow import parquet
+
+        # Unbuffered, pyarrow reads whole column chunks, which may have gigabytes.
+        with parquet.ParquetFile(self.path, buffer_size=2**20, pre_buffer=False) as file:
+            names = file.schema_arrow.names
+            if self.text_key not in names:
                 raise ValueError(
-                    f'{self.path}: has no column "text", only {", ".join(file.schema_arrow.names)}; rename the column'
+                    f'{self.path}: has no column "{self.text_key}", only {", ".join(names)}; name the column of the '
+                    "text with --text-key"
                 )
+            columns = [name for name in (self.text_key, "meta") if name in names]
             number, num_bytes, set_name = 0, self.path.stat().st_size, stem(self.path)
-            for batch in file.iter_batches(batch_size=256, columns=columns):
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
                 rows = batch.slice(min(max(skip - number, 0), len(batch))).to_pylist()
                 number += len(batch) - len(rows)
                 for row in rows:
                     number += 1
                     self.position = num_bytes * number // file.metadata.num_rows
-                    yield Row(f"{self.path}, row {number}", set_name, row)
+                    yield _bounded(Row(f"{self.path}, row {number}", set_name, row, self.text_key))
+
+
+def _bounded(row: Row) -> Row:
+    if row.num_bytes > MAX_DOCUMENT_BYTES:
+        raise too_large(row.place, row.num_bytes)
+    return row
 
 
 @dataclass
@@ -240,9 +140,11 @@ class TextShard(Shard):
     Args:
         name: name of the input that the first file came from.
         files: the paths, each with the name of its set.
+        text_key: a file whose first line is a JSON object with this key is refused.
     """
 
     name: str
+    text_key: str = TEXT_KEY
     files: list[tuple[Path, str]] = field(default_factory=list)
     num_bytes: int = 0
     position: int = 0
@@ -254,9 +156,25 @@ class TextShard(Shard):
     def read(self, skip: int = 0) -> Iterator[TextFile]:
         self.position = sum(path.stat().st_size for path, _ in self.files[:skip])
         for path, set_name in self.files[skip:]:
+            if (size := path.stat().st_size) > MAX_DOCUMENT_BYTES:
+                raise too_large(str(path), size)
             content = path.read_bytes()
+            if _is_json_lines(content, self.text_key):
+                raise ValueError(
+                    f"{path}: contains JSON lines, but its name does not say so, so it would be one document of raw "
+                    "JSON; give it a name that ends in .jsonl"
+                )
             self.position += len(content)
             yield TextFile(str(path), set_name, content)
+
+
+def _is_json_lines(content: bytes, text_key: str) -> bool:
+    if not content.startswith(b"{"):
+        return False
+    try:
+        return text_key in orjson.loads(content.partition(b"\n")[0])
+    except orjson.JSONDecodeError:
+        return False
 
 
 @dataclass
@@ -272,17 +190,18 @@ class HubShard(Shard):
     dataset: "IterableDataset"
     name: str
     set_name: str
+    text_key: str = TEXT_KEY
     num_bytes: int | None = None
     position: int = 0
 
     def read(self, skip: int = 0) -> Iterator[Row]:
         for number, row in enumerate(self.dataset.skip(skip), start=skip + 1):
-            yield Row(f"{self.name}, row {number}", self.set_name, row)
+            yield _bounded(Row(f"{self.name}, row {number}", self.set_name, row, self.text_key))
 
 
 def stem(path: Path) -> str:
     """Return the file's name without its suffix, if the suffix is a known one."""
-    for suffix in FOLDER_SUFFIXES:
-        if path.name.endswith(suffix):
-            return path.name.removesuffix(suffix)
+    for suffix in KNOWN_SUFFIXES:
+        if path.name.lower().endswith(suffix):
+            return path.name[: -len(suffix)]
     return path.name

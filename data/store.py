@@ -1,6 +1,7 @@
 """The token store: tokenized documents as Megatron file pairs, described by a manifest."""
 
 import contextlib
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -9,55 +10,13 @@ from typing import Literal, Protocol
 import numpy as np
 
 from ..files import write_json
-from .manifest import MANIFEST_NAME, TOKENIZER_NAME, FileInfo, read_manifest, sha256_of_all
-from .megatron import map_tokens
+from .manifest import MANIFEST_NAME, TOKENIZER_NAME, FileInfo, Manifest, read_manifest, sha256_of, sha256_of_all
+from .megatron import read_index_header
+from .sequence import TokenSequence
+from .tokenizer import load_tokenizer_file, tokenizer_size
 
 VERIFIED_NAME = ".verified.json"
 Verify = Literal["auto", "size", "sha256"]
-
-
-class TokenSequence:
-    """The tokens of several files, concatenated. ``len()`` is in tokens.
-
-    Args:
-        paths: the ``.bin`` files, in order.
-        dtype: dtype of the tokens in them.
-        row_length: length of a row if the data consists of rows (pre-shuffled files).
-    """
-
-    def __init__(self, paths: list[Path], dtype: np.dtype, row_length: int | None = None):
-        self.paths, self.dtype, self.row_length = paths, np.dtype(dtype), row_length
-        sizes = [path.stat().st_size // self.dtype.itemsize for path in paths]
-        self.starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-        self._maps: list[np.ndarray | None] = [None] * len(paths)
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def __getstate__(self) -> dict:
-        # Pickling a memory map would copy all its data.
-        return {**self.__dict__, "_maps": [None] * len(self.paths)}
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Return a copy of the tokens ``start … stop - 1``, int64 ``(stop - start,)``."""
-        if not 0 <= start <= stop <= len(self):
-            raise IndexError(f"tokens {start} to {stop} are out of range; the sequence has {len(self)} tokens")
-        tokens = np.empty(stop - start, np.int64)
-        file = int(np.searchsorted(self.starts, start, side="right")) - 1
-        filled = 0
-        while filled < len(tokens):
-            begin = start + filled - int(self.starts[file])
-            piece = self._map(file)[begin : begin + len(tokens) - filled]
-            tokens[filled : filled + len(piece)] = piece
-            filled += len(piece)
-            file += 1
-        return tokens
-
-    def _map(self, file: int) -> np.ndarray:
-        tokens = self._maps[file]
-        if tokens is None:
-            tokens = self._maps[file] = map_tokens(self.paths[file], self.dtype)
-        return tokens
 
 
 class TokenSource(Protocol):
@@ -79,9 +38,8 @@ class TokenStore:
     Args:
         path: the folder.
         verify: how files are checked against the manifest. "size" checks that every file exists and
-            has the right size; "sha256" also reads every file; "auto" also reads the files whose
-            size or modification time changed since they were last verified (recorded in
-            ``.verified.json``).
+            has the right size, and the tokenizer; "sha256" also reads every file; "auto" also reads
+            the files that are new or changed since they were last verified, see `note_verified`.
 
     Attributes:
         manifest: see :class:`Manifest`.
@@ -108,15 +66,26 @@ class TokenStore:
         self.eod_id = self.manifest.tokenizer.eod_id
         self.fingerprint = self.manifest.fingerprint
         check_sizes(self.path, self.manifest.files)
+        check_indexes(self.path, self.manifest)
+        if sha256_of(self.tokenizer_path) != self.manifest.tokenizer.sha256:
+            raise ValueError(_differs(self.tokenizer_path))
         if verify != "size":
             check_hashes(self.path, self.manifest.files, trust_note=verify == "auto")
+            if (size := tokenizer_size(load_tokenizer_file(self.tokenizer_path))) != self.tokenizer_size:
+                raise ValueError(
+                    f"{self.tokenizer_path}: has {size} ids, but {MANIFEST_NAME} says {self.tokenizer_size}; copy or "
+                    "prepare the store again"
+                )
 
     def split(self, name: str) -> TokenSequence:
         """Return the tokens of a split ("train" or "validation"), in manifest order."""
         if name not in self.manifest.splits:
             raise ValueError(f"{self.path}: has no split {name!r}, only {', '.join(self.manifest.splits)}")
-        shards = self.manifest.splits[name].shards
-        return TokenSequence([self.path / f"{shard}.bin" for shard in shards], np.dtype(self.manifest.dtype))
+        return self._sequence(self.manifest.splits[name].shards)
+
+    def _sequence(self, shards: list[str]) -> TokenSequence:
+        paths = [self.path / f"{shard}.bin" for shard in shards]
+        return TokenSequence(paths, np.dtype(self.manifest.dtype), vocab_size=self.tokenizer_size)
 
 
 def check_sizes(store: Path, files: dict[str, FileInfo]) -> None:
@@ -129,32 +98,82 @@ def check_sizes(store: Path, files: dict[str, FileInfo]) -> None:
             raise ValueError(f"{path}: {size} bytes instead of {info.bytes}; copy or prepare the store again")
 
 
+def check_indexes(store: Path, manifest: Manifest) -> None:
+    """Compare the header of every index with the manifest: dtype and number of documents."""
+    for name, split in manifest.splits.items():
+        num_documents = 0
+        for shard in split.shards:
+            path = store / f"{shard}.idx"
+            header = read_index_header(path)
+            if header.dtype != np.dtype(manifest.dtype):
+                raise ValueError(
+                    f"{path}: the tokens are {header.dtype}, but {MANIFEST_NAME} says {manifest.dtype}; copy or "
+                    "prepare the store again"
+                )
+            counts = manifest.shard_counts(name, shard)
+            if counts is not None and counts.documents != header.num_sequences:
+                raise ValueError(_miscounted(path, header.num_sequences, counts.documents))
+            num_documents += header.num_sequences
+        if num_documents != split.total.documents:
+            raise ValueError(_miscounted(store / name, num_documents, split.total.documents))
+
+
+def _miscounted(path: Path, found: int, listed: int) -> str:
+    return f"{path}: has {found} documents, but {MANIFEST_NAME} says {listed}; copy or prepare the store again"
+
+
+def _differs(path: Path) -> str:
+    return f"{path}: checksum differs from {MANIFEST_NAME}; copy or prepare the store again"
+
+
 def check_hashes(store: Path, files: dict[str, FileInfo], *, trust_note: bool) -> None:
     """Verify the checksums of all files, or of those changed since the last verification."""
     stamps = _stamps(store, files)
-    noted = _read_note(store) if trust_note else {}
-    names = [name for name in files if noted.get(name) != stamps[name]]
+    notes = _read_notes(store) if trust_note else []
+    names = [name for name in files if not any(note.get(name) == stamps[name] for note in notes)]
     for name, sha256 in zip(names, sha256_of_all(store / name for name in names), strict=True):
         if sha256 != files[name].sha256:
-            raise ValueError(f"{store / name}: checksum differs from {MANIFEST_NAME}; copy or prepare the store again")
+            raise ValueError(_differs(store / name))
     if names:
-        note_verified(store, files)
+        _write_note(store, stamps)
 
 
 def note_verified(store: Path, files: dict[str, FileInfo]) -> None:
-    """Record that these files are intact. Without write access they are read again next time."""
-    with contextlib.suppress(OSError):
-        write_json(store / VERIFIED_NAME, _stamps(store, files))
+    """Record that these files are intact, so that opening the store need not read them.
+
+    The record ``.verified.json`` is in the store, or in the user's cache if the store cannot be
+    written. It identifies each file by inode and change time, which no copy keeps (``cp -a`` keeps
+    the modification time). So a copied or changed file is read again. Device numbers are not used:
+    on network file systems they differ between machines.
+    """
+    _write_note(store, _stamps(store, files))
 
 
-def _read_note(store: Path) -> dict[str, list]:
-    try:
-        return json.loads((store / VERIFIED_NAME).read_bytes())
-    except (OSError, ValueError):
-        return {}
+def _write_note(store: Path, stamps: dict[str, list]) -> None:
+    for path in _note_paths(store):
+        with contextlib.suppress(OSError):
+            write_json(path, stamps)
+            return
+
+
+def _read_notes(store: Path) -> list[dict[str, list]]:
+    notes = []
+    for path in _note_paths(store):
+        with contextlib.suppress(OSError, ValueError):
+            notes.append(json.loads(path.read_bytes()))
+    return [note for note in notes if isinstance(note, dict)]
+
+
+def _note_paths(store: Path) -> tuple[Path, Path]:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    name = hashlib.sha256(os.fsencode(store.resolve())).hexdigest()
+    return store / VERIFIED_NAME, cache / "sinklm" / "verified" / f"{name}.json"
 
 
 def _stamps(store: Path, files: dict[str, FileInfo]) -> dict[str, list]:
-    """Return for each file its expected checksum, its size and its modification time in ns."""
+    """Return what identifies the content of each file: checksum, size, times in ns and inode."""
     stats = {name: (store / name).stat() for name in files}
-    return {name: [files[name].sha256, stats[name].st_size, stats[name].st_mtime_ns] for name in files}
+    return {
+        name: [files[name].sha256, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        for name, stat in stats.items()
+    }

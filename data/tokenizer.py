@@ -5,12 +5,14 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from ..special_tokens import PADDING_TOKENS, drop_template, without_template
+
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"  # Pythia's
 EOD_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
-PADDING_TOKEN = "<|padding|>"
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
@@ -42,20 +44,54 @@ def find_tokenizer_file(name_or_path: str | os.PathLike) -> Path:
         ) from error
 
 
-def load_tokenizer_file(name_or_path: str | os.PathLike) -> Tokenizer:
-    """Load a tokenizer (see :func:`find_tokenizer_file`) with truncation and padding disabled.
+class TrainingTokenizer(NamedTuple):
+    """A ``tokenizer.json`` for training: it neither adds tokens to a text nor removes any.
+
+    Attributes:
+        tokenizer: the tokenizer.
+        content: its file; that of the original, byte for byte, if nothing had to be removed.
+        removed: what was removed, in words.
+    """
+
+    tokenizer: Tokenizer
+    content: bytes
+    removed: list[str]
+
+
+def training_tokenizer(name_or_path: str | os.PathLike) -> TrainingTokenizer:
+    """Read a tokenizer (see :func:`find_tokenizer_file`) without truncation, padding and template.
+
+    A template adds special tokens to each text, such as a begin-of-text token. Training does not
+    use them, so a tokenizer that added them would not fit the trained model.
 
     Raises:
         ValueError: the file is not a tokenizer.
     """
     path = find_tokenizer_file(name_or_path)
+    content, removed = path.read_bytes(), []
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        Tokenizer.from_buffer(content)
+        state = json.loads(content)
     except Exception as error:  # tokenizers raises a bare Exception
         raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+    for key in ("truncation", "padding"):
+        if state.get(key) is not None:
+            state[key] = None
+            removed.append(key)
+    state["post_processor"], names = drop_template(state.get("post_processor"))
+    if names:
+        removed.append(f"the template that adds {' and '.join(names)}")
+    if removed:
+        content = (json.dumps(state, ensure_ascii=False, indent=2) + "\n").encode()
+    try:
+        return TrainingTokenizer(without_template(Tokenizer.from_buffer(content)), content, removed)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def load_tokenizer_file(name_or_path: str | os.PathLike) -> Tokenizer:
+    """Return the tokenizer of :func:`training_tokenizer`."""
+    return training_tokenizer(name_or_path).tokenizer
 
 
 def tokenizer_size(tokenizer: Tokenizer) -> int:
@@ -63,16 +99,23 @@ def tokenizer_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
-def eod_id(tokenizer: Tokenizer) -> int:
-    """Return the end-of-document id: the first of ``EOD_TOKENS`` in the vocabulary.
+def eod_id(tokenizer: Tokenizer, token: str | None = None) -> int:
+    """Return the id of the end-of-document token.
+
+    Args:
+        token: its name; None: the first of ``EOD_TOKENS`` in the vocabulary.
 
     Raises:
-        ValueError: none of them is in the vocabulary.
+        ValueError: it is not in the vocabulary.
     """
-    for token in EOD_TOKENS:
-        if (id_ := tokenizer.token_to_id(token)) is not None:
+    for name in EOD_TOKENS if token is None else (token,):
+        if (id_ := tokenizer.token_to_id(name)) is not None:
             return id_
-    raise ValueError(f"the tokenizer has no end-of-document token; add one of {', '.join(EOD_TOKENS)}")
+    if token is not None:
+        raise ValueError(f"the tokenizer has no token {token}; pass --eod-token with the name of one that it has")
+    raise ValueError(
+        f"the tokenizer has no end-of-document token ({', '.join(EOD_TOKENS)}); pass --eod-token with another name"
+    )
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -85,7 +128,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Raises:
         ValueError: ``vocab_size`` is too small for the bytes and the two special tokens.
     """
-    special_tokens = [EOD_TOKENS[0], PADDING_TOKEN]
+    special_tokens = [EOD_TOKENS[0], PADDING_TOKENS[0]]
     smallest = len(special_tokens) + 256
     if vocab_size < smallest:
         raise ValueError(f"vocab_size is {vocab_size}; a byte-level tokenizer needs at least {smallest}")

@@ -1,12 +1,12 @@
 """The work of one tokenizing process: converts batches of raw records to token ids and counts."""
 
 import hashlib
-import multiprocessing
 import os
 import pickle
 import signal
 import threading
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,10 +14,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from .manifest import Counts
-from .readers import Record
+from .records import Record
 from .tokenizer import cut_text, cuts_at_spaces, load_tokenizer_file
 
 PIECE_LENGTH = 2**17  # characters; tokenizers needs about 130 bytes for each of them while encoding
+MAX_PIECE_LENGTH = 2**24  # characters of a text without a place to cut; 2 GB
 OTHER_SPLIT, HELD_OUT_SPLIT = "train", "validation"
 
 
@@ -68,7 +69,7 @@ class DocumentTokenizer:
             content = document.text.encode()
             split = HELD_OUT_SPLIT if is_held_out(content, self.validation_fraction) else OTHER_SPLIT
             part = parts.setdefault(split, SplitPart(np.empty(0), [], {}))
-            ids = self.encode(document.text)
+            ids = self.encode(document.text, record.place)
             tokens.setdefault(split, []).append(ids)
             part.lengths.append(len(ids))
             counts = Counts(documents=1, tokens=len(ids), bytes=len(content))
@@ -77,14 +78,25 @@ class DocumentTokenizer:
             part.tokens = np.concatenate(tokens[split])
         return TokenizedBatch(parts, len(records), num_empty_files)
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, place: str) -> np.ndarray:
         """Return the ids of a document and the end-of-document id, ``(num_tokens + 1,)``.
+
+        Args:
+            place: where the text is from, for messages.
 
         No other special token is added. If the text contains a special token's name, it becomes
         that token, as in Pythia's data.
+
+        Raises:
+            ValueError: a part of the text is too long for encoding it at once.
         """
         pieces = [text] if self.piece_length is None else cut_text(text, self.piece_length)
         arrays = []
+        if (longest := max(map(len, pieces))) > MAX_PIECE_LENGTH:
+            raise ValueError(
+                f"{place}: {longest:,} characters without a place where this tokenizer allows a cut, more than the "
+                f"{MAX_PIECE_LENGTH:,} that are encoded at once; split or remove this document"
+            )
         for piece in pieces:
             (encoding,) = self.tokenizer.encode_batch_fast([piece], add_special_tokens=False)
             arrays.append(np.array(encoding.ids, dtype=self.dtype))
@@ -104,21 +116,26 @@ def is_held_out(content: bytes, fraction: float) -> bool:
 _work: DocumentTokenizer | None = None
 
 
-def start_process(tokenizer_file: str, eod_id: int, dtype: np.dtype, validation_fraction: float) -> None:
-    """Initialize this process for :func:`tokenize`."""
+def start_process(
+    stop: Connection, tokenizer_file: str, eod_id: int, dtype: np.dtype, validation_fraction: float
+) -> None:
+    """Initialize this process for :func:`tokenize`.
+
+    Args:
+        stop: a pipe from the main process. When its other end is closed, this process exits, even
+            in the middle of a document.
+    """
     global _work
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_at_end_of, args=(stop,), daemon=True).start()
     _work = DocumentTokenizer(load_tokenizer_file(tokenizer_file), eod_id, dtype, validation_fraction)
 
 
-def _end_with_parent() -> None:
-    """Exit when the main process ends, even if it was killed."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+def _exit_at_end_of(stop: Connection) -> None:
+    """Exit when the pipe closes, which it also does when the main process is killed."""
+    stop.poll(None)
+    os._exit(1)
 
 
 def tokenize(records: list[Record], answer: Path) -> Path:

@@ -51,9 +51,11 @@ def main() -> None:
 def measure(hardware: str) -> dict[str, Any]:
     """Mean losses over consecutive bins of the book, and the total perplexity, for each cache."""
     folder = CHECKPOINTS / "learnable-sink"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     book = (CHECKPOINTS / "book.txt").read_text(encoding="utf-8")
-    ids = AutoTokenizer.from_pretrained(folder)(book, return_tensors="pt")["input_ids"][:, : NUM_TOKENS + 1]
+    ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(book, return_tensors="pt")["input_ids"][
+        :, : NUM_TOKENS + 1
+    ]
     losses = {
         cache: torch.cat(list(stream_losses(model, ids, num_kept=num_kept, window=window)), dim=1)[0].double()
         for cache, (num_kept, window) in CACHES.items()

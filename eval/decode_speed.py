@@ -13,6 +13,7 @@ from rich.table import Table
 from transformers import DynamicCache, PreTrainedModel
 
 from ..models.cache_argument import CACHE
+from ..models.checked import checked_passes
 from ..streaming import Generator, StreamingCache
 from ..streaming.generation import DEFAULT_NUM_KEPT
 
@@ -40,12 +41,16 @@ def measure_decoding(
         bandwidth: bytes per second, see `copy_bandwidth`.
 
     Raises:
-        ValueError: the cache has no room for more than the kept tokens.
+        ValueError: the cache has no room for more than the kept tokens, or the logits are not
+            finite.
     """
     num_kept = getattr(model.config, "num_sinks", 0) or DEFAULT_NUM_KEPT
     if cache_size <= num_kept:
         raise ValueError(f"the cache size {cache_size} must be larger than the {num_kept} kept tokens: increase it")
-    ids = torch.randint(1, 256, (batch_size, cache_size + EXTRA_TOKENS), device=model.device)
+    num_ids = min(256, model.get_input_embeddings().weight.shape[0])
+    ids = torch.randint(num_ids, (batch_size, cache_size + EXTRA_TOKENS), device=model.device)
+    with torch.inference_mode(), checked_passes(model):
+        model(ids[:, :EXTRA_TOKENS], logits_to_keep=1, use_cache=False)
     row = {"cache_size": cache_size, "batch_size": batch_size, "num_kept": num_kept}
     costs = [
         time_streaming(model, ids, num_kept, cache_size - num_kept, num_steps),

@@ -6,13 +6,14 @@ import torch
 from transformers import PreTrainedModel
 
 from ..checkpoints import load_model
+from ..models.checked import refuse_nonfinite_logits
 
 
 def load_causal_model(name_or_path: str | Path) -> PreTrainedModel:
     """Load a model with `load_model` and check that it is causal (unlike, for example, BERT).
 
     Raises:
-        ValueError: if the model is not causal.
+        ValueError: the model is not causal, or its outputs are not finite.
     """
     model = load_model(name_or_path)
     if not is_causal(model):
@@ -22,8 +23,13 @@ def load_causal_model(name_or_path: str | Path) -> PreTrainedModel:
 
 @torch.inference_mode()
 def is_causal(model: PreTrainedModel) -> bool:
-    """Whether the logits of the first token are independent of later tokens, to rounding."""
+    """Whether the logits of the first token are independent of later tokens, to rounding.
+
+    Raises:
+        ValueError: the logits are not finite.
+    """
     ids = torch.tensor([[0, 1, 1, 1], [0, 2, 3, 4]], device=model.device)
-    one, other = model(ids, use_cache=False).logits[:, 0].float()  # (V,) each
+    one, other = refuse_nonfinite_logits(model(ids, use_cache=False).logits)[:, 0].float()  # (V,) each
     tolerance = max(1e-4, torch.finfo(model.dtype).eps)
-    return not bool((one - other).abs().max() > tolerance * one.abs().max())  # NaN logits are inconclusive: True
+    both = one.isfinite() & other.isfinite()  # a model may exclude tokens by -∞
+    return not bool((one - other)[both].abs().max() > tolerance * one[both].abs().max())

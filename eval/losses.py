@@ -2,8 +2,8 @@
 
 All functions take a stream ``ids`` ``(T,)`` and return float64 ``(T,)``: entry t is the negative
 log-likelihood of token t in nats. Tokens that are not scored are NaN, such as token 0 of a model
-without sink tokens, which has no context. If the model itself produces NaN losses, a ValueError is
-raised.
+without sink tokens, which has no context. If the model itself produces losses that are not finite,
+a ValueError is raised.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from .. import streaming
 from ..models.cache_argument import CACHE
-from ..streaming.scoring import refuse_nan
+from ..models.checked import refuse_nonfinite_losses
 
 CHUNK = 512  # tokens per pass; bounds the memory of logits and a dense mask, does not change the result
 GPU_STREAM_CHUNK = 4096  # large enough to use a whole GPU; its logits need 1.6 GB
@@ -39,7 +39,7 @@ def streaming_losses(
     end = 1
     for chunk in streaming.stream_losses(model, ids[None], num_kept=num_kept, window=window, chunk_size=size):
         start, end = end, end + chunk.shape[1]
-        losses[start:end] = refuse_nan(chunk[0].to("cpu", torch.float64))
+        losses[start:end] = refuse_nonfinite_losses(chunk[0].to("cpu", torch.float64))
         _advance(progress, end - start)
     return losses
 
@@ -123,7 +123,7 @@ def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return losses ``(M,)`` of ``targets`` ``(M,)`` under the first M logits of ``(N, V)``."""
     logits = logits[: len(targets)].to(torch.promote_types(logits.dtype, torch.float32))
     losses = nn.functional.cross_entropy(logits, targets.to(logits.device), reduction="none")
-    return refuse_nan(losses.to("cpu", torch.float64))
+    return refuse_nonfinite_losses(losses.to("cpu", torch.float64))
 
 
 def _batch(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,8 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.readers import TextFile
+from ..data.records import TextFile
+from ..models.checked import check_ids
 from ..streaming import StreamingCache
 from ..streaming.families import num_embedded_positions
 from .losses import ReportTokens, dense_losses, recompute_losses, streaming_losses
@@ -115,10 +116,12 @@ def text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _read_text(path: Path) -> str:
     """Read a text file as `sinklm prepare` does."""
+    if path.is_char_device() or path.is_block_device():
+        raise ValueError(f"--text {path} is a device: pass a text file")
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        raise type(error)(f"--text {path} cannot be read: {error.strerror}") from error
+        raise type(error)(f"--text {path} cannot be read: {error.strerror}; pass a text file") from error
     document = TextFile(str(path), "", content).document()
     return document.text if document else ""
 
@@ -198,6 +201,7 @@ def refuse_small_caches(caches: Iterable[tuple[int, int]], num_sinks: int) -> No
 
 def refuse_unmeasurable(model: PreTrainedModel, tokenized: TokenizedText, chosen: Sequence[Configuration]) -> None:
     """Raise a ValueError if the model does not support one of the configurations."""
+    check_ids(tokenized.ids, model)
     for configuration in chosen:
         if configuration.method in ("window", "streaming"):
             StreamingCache.for_model(model, num_kept=configuration.num_kept, window=configuration.window)

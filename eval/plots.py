@@ -20,6 +20,7 @@ STYLE: dict[Any, Any] = {
     "axes.linewidth": 0.8,
     "lines.linewidth": 1.4,
     "legend.frameon": False,
+    "text.parse_math": False,  # a model's name may contain "$"
     "figure.dpi": 300,
 }
 

@@ -4,7 +4,6 @@ import errno
 import os
 import platform
 import re
-import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..checkpoints.folders import resolve_model_folder
-from ..files import named_errors, write_json
+from ..files import check_writable, named_errors, write_json
 
 JSON_OPTIONS: dict[str, Any] = {"default": str, "allow_nan": False}
 LIBRARIES = ("sinklm", "torch", "transformers", "tokenizers", "lm-eval", "datasets", "numpy")
@@ -59,8 +58,7 @@ class ReportFile:
         with named_errors(path):
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            folder = next(parent for parent in path.absolute().parents if parent.exists())
-            tempfile.TemporaryFile(dir=folder).close()
+        check_writable(path)
 
     def keep(self, report: dict[str, Any]) -> None:
         """Write the results so far to a separate file, in case the evaluation fails later."""

@@ -17,6 +17,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.cache_argument import CACHE
+from ..models.checked import checked_passes
 from ..streaming import StreamingCache
 from .perplexity import text_prefix
 
@@ -68,8 +69,10 @@ class RecordTokens:
         if with_answer[: len(question)] != question:
             raise ValueError("StreamEval does not support this tokenizer: it merges the answer with the question")
         answer = with_answer[len(question) :]
-        closing = next(i for i in range(len(answer)) if ">" in self.tokenizer.decode(answer[: i + 1]))
-        return question, answer[: closing + 1]
+        closing = [i for i in range(len(answer)) if ">" in self.tokenizer.decode(answer[: i + 1])]
+        if not closing:
+            raise ValueError("StreamEval does not support this tokenizer: it has no token for the character >")
+        return question, answer[: closing[0] + 1]
 
     def _after_line(self, text: str) -> list[int]:
         """Encode text after a line's end, where tokenizers do not prepend a space."""
@@ -109,13 +112,14 @@ class StreamBatch:
         ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
         is_token = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
         past = is_token.new_ones(len(rows), cache.get_seq_length())
-        return self.model(
-            ids,
-            attention_mask=torch.cat((past, is_token), dim=1),
-            use_cache=True,
-            logits_to_keep=logits_to_keep,
-            **{CACHE: cache},
-        ).logits
+        with checked_passes(self.model):
+            return self.model(
+                ids,
+                attention_mask=torch.cat((past, is_token), dim=1),
+                use_cache=True,
+                logits_to_keep=logits_to_keep,
+                **{CACHE: cache},
+            ).logits
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models import SinkGPTNeoXConfig
+from ..models.checked import checked_passes
 from ..versions import warn_if_untested
 
 warn_if_untested("lm-eval")
@@ -47,6 +48,7 @@ def as_lm(
         max_length=num_positions - model.config.num_sinks if ours else num_positions,
         add_bos_token=False if ours else None,  # None: use the tokenizer's default
         prefix_token_id=model.config.eos_token_id if ours else None,
+        trust_remote_code=False,
     )
 
 
@@ -77,24 +79,25 @@ def evaluate(
             "versions": …}``.
 
     Raises:
-        ValueError: a task does not exist.
+        ValueError: a task does not exist, or the model's outputs are not finite.
         FileNotFoundError: ``include_path`` does not exist.
         ConnectionError: a task's data set is neither available locally nor can be downloaded.
     """
     task_manager = _task_manager(tasks, include_path)
     try:
-        output = simple_evaluate(
-            model=as_lm(model, tokenizer, batch_size=batch_size, max_length=max_length),
-            tasks=list(tasks),
-            task_manager=task_manager,
-            limit=limit,
-            num_fewshot=num_fewshot,
-            log_samples=False,
-            random_seed=SEED,
-            numpy_random_seed=SEED,
-            torch_random_seed=SEED,
-            fewshot_random_seed=SEED,
-        )
+        with checked_passes(model):
+            output = simple_evaluate(
+                model=as_lm(model, tokenizer, batch_size=batch_size, max_length=max_length),
+                tasks=list(tasks),
+                task_manager=task_manager,
+                limit=limit,
+                num_fewshot=num_fewshot,
+                log_samples=False,
+                random_seed=SEED,
+                numpy_random_seed=SEED,
+                torch_random_seed=SEED,
+                fewshot_random_seed=SEED,
+            )
     except ConnectionError as error:
         raise ConnectionError(
             f"a data set of {', '.join(tasks)} is not available locally and cannot be downloaded: {error}. Without "

@@ -38,9 +38,10 @@ class SinkGPTNeoXConfig(GPTNeoXConfig):
         super().__post_init__(**kwargs)
 
     def validate_sink(self) -> None:
-        if self.num_sinks and self.sink_token_ids[-1] >= self.vocab_size:
+        first, last = self.sink.get("first_token_id", 0), self.sink.get("first_token_id", 0) + self.num_sinks - 1
+        if self.num_sinks and last >= self.vocab_size:
             raise ValueError(
-                f"the sink token ids {self.sink_token_ids[0]}…{self.sink_token_ids[-1]} are outside the vocabulary of "
+                f"the sink token ids {first}…{last} are outside the vocabulary of "
                 f"{self.vocab_size}: raise vocab_size or lower sink.first_token_id"
             )
 

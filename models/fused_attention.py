@@ -48,7 +48,8 @@ def kernel_for(query: Tensor) -> Kernel | None:
     if query.dtype == torch.float32 or device.major < 8:
         return EFFICIENT
     is_trained = torch.is_grad_enabled() and query.requires_grad and query.shape[2] > 1
-    if is_trained and device.major >= 9 and head_size <= 128:  # cuDNN makes a plan per length: too slow to generate
+    # cuDNN makes a plan per length, too slow to generate. Its backward pass adds in any order.
+    if is_trained and device.major >= 9 and head_size <= 128 and not torch.are_deterministic_algorithms_enabled():
         return CUDNN
     largest = 192 if is_trained and (device.major, device.minor) in LITTLE_SHARED_MEMORY else 256
     return FLASH if head_size <= largest else EFFICIENT

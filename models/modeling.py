@@ -178,8 +178,8 @@ class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
         """
         cache = single_cache(cache, past_key_values, kwargs)
         num_new_sinks = 0 if _length(cache) else self.config.num_sinks
-        num_tokens = _count_tokens(input_ids if inputs_embeds is None else inputs_embeds, cache)
-        mask = self._extend_mask(attention_mask, num_tokens, cache)
+        batch_size, num_tokens = _shape(input_ids if inputs_embeds is None else inputs_embeds, cache)
+        mask = self._extend_mask(attention_mask, batch_size, num_tokens, cache)
         position_ids = self._position_ids(position_ids, mask, num_tokens, num_new_sinks)
         if num_new_sinks:
             input_ids, inputs_embeds = self._prepend_sinks(input_ids, inputs_embeds)
@@ -224,16 +224,21 @@ class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
             return torch.cat([sinks, input_ids], dim=1), None
         return None, torch.cat([self.gpt_neox.embed_in(sinks).to(inputs_embeds.dtype), inputs_embeds], dim=1)
 
-    def _extend_mask(self, mask, num_tokens: int, cache: Cache | None):
+    def _extend_mask(self, mask, batch_size: int, num_tokens: int, cache: Cache | None):
         """Extend a mask over the text by ones for the sinks."""
         if mask is None or not self.config.num_sinks:
             return mask
-        if mask.ndim != 2:
+        if mask.ndim != 2 or mask.shape[0] != batch_size:
             raise ValueError(
-                f"attention_mask has {mask.ndim} dimensions: a model with sink tokens requires a mask of shape "
-                "(batch, tokens)"
+                f"attention_mask has shape {tuple(mask.shape)}: a model with sink tokens requires a mask of shape "
+                f"(batch, tokens) for a batch of {batch_size}"
             )
         num_seen = _length(cache)
+        if not num_seen and not torch.compiler.is_compiling() and ((mask != 0) & (mask != 1)).any():
+            raise ValueError(
+                "attention_mask has values other than 0 (padding) and 1 (token): pass the mask of the tokenizer, not "
+                "one that is added to scores"
+            )
         if num_seen and mask.shape[1] == num_seen + num_tokens:  # the caller's mask includes the sinks
             return mask
         num_text = max(num_seen - self.config.num_sinks, 0) + num_tokens
@@ -321,15 +326,17 @@ def _length(cache: Cache | None) -> int:
     return 0 if cache is None else cache.get_seq_length()
 
 
-def _count_tokens(inputs: torch.Tensor | None, cache: Cache | None) -> int:
+def _shape(inputs: torch.Tensor | None, cache: Cache | None) -> tuple[int, int]:
     if inputs is None:
         raise ValueError("no input: pass input_ids or inputs_embeds")
+    if inputs.ndim < 2 or inputs.shape[0] == 0:
+        raise ValueError(f"the input has shape {tuple(inputs.shape)}: pass (batch, tokens) with at least one row")
     if inputs.shape[1] == 0 and _length(cache):
         raise ValueError(
             "no new tokens: with a cache, pass `generate` the full sequence, that is the tokens that are already in "
             "the cache followed by the new ones"
         )
-    return inputs.shape[1]
+    return inputs.shape[0], inputs.shape[1]
 
 
 def _keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

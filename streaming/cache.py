@@ -141,7 +141,7 @@ class StreamingCache(Cache):
 
         Raises:
             ValueError: the cache is damaged, the batch size has changed, or the mask has the wrong
-                shape or pads on the right.
+                shape or values, or pads on the right.
         """
         self.check_whole()
         batch_size, num_inputs = inputs.shape[:2]
@@ -157,10 +157,17 @@ class StreamingCache(Cache):
                 f"attention_mask has shape {tuple(mask.shape)}: a StreamingCache requires a mask of shape "
                 f"(batch, tokens) for at least the {num_inputs} new tokens of {batch_size} rows"
             )
+        if ((mask != 0) & (mask != 1)).any():
+            raise ValueError(
+                "attention_mask has values other than 0 (padding) and 1 (token): pass the mask of the tokenizer, not "
+                "one that is added to scores"
+            )
         is_token = mask[:, -num_inputs:].bool()
         if is_token.all():
             return None
-        if (is_token.any(-1) & ~is_token[:, -1]).any():  # a row may consist of padding only
+        num_new_sinks = 0 if self.counters is not None else getattr(self.decoder.config, "num_sinks", 0)
+        is_text = is_token[:, num_new_sinks:]  # the model adds its sinks to the mask
+        if (is_text.any(-1) & ~is_text[:, -1]).any():  # a row may consist of padding only
             raise ValueError(
                 "the batch is padded on the right: pad it on the left (padding_side='left' in the tokenizer)"
             )

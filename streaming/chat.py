@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from transformers import PreTrainedTokenizerBase
 
 from .generation import Generator, TextStream
+from .templates import render
 
 REPLY = "\N{OBJECT REPLACEMENT CHARACTER}"  # placeholder of a reply in a rendered template
 
@@ -46,7 +47,8 @@ class TemplateTurns:
 
     def first(self, message: str, system: str | None) -> list[int]:
         instructions = [{"role": "system", "content": system}] if system else []
-        return self._encode(self._render([*instructions, {"role": "user", "content": message}], reply_begins=True))
+        conversation = [*instructions, {"role": "user", "content": message}]
+        return self._encode(render(self.tokenizer, conversation, reply_begins=True))
 
     def next(self, message: str, end_of_reply: str) -> list[int]:
         return self._encode(self._after_reply(message))
@@ -58,16 +60,13 @@ class TemplateTurns:
         """Render the text after a reply: its end, and the next message up to its reply."""
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": REPLY}]
         messages += [] if message is None else [{"role": "user", "content": message}]
-        rendered = self._render(messages, reply_begins=message is not None)
+        rendered = render(self.tokenizer, messages, reply_begins=message is not None)
         if REPLY not in rendered:
             raise ValueError(
                 "this tokenizer's chat template leaves out earlier replies, so turns cannot share a cache: use a "
                 "tokenizer with another template, or without one"
             )
         return rendered.split(REPLY, 1)[1]
-
-    def _render(self, messages: list[dict[str, str]], *, reply_begins: bool) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply_begins)
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

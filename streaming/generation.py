@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..models.checked import check_ids, refuse_nonfinite_logits
 from .cache import StreamingCache
 from .decoding import StreamingDecoder
-from .scoring import refuse_nan
 
 DEFAULT_CACHE_SIZE = 1024
 DEFAULT_NUM_KEPT = 4  # for a model without sink tokens (Xiao et al. 2024, Table 2)
@@ -75,12 +75,15 @@ class Generator:
         error, because both texts would share one cache.
 
         Raises:
-            ValueError: the prompt is empty, another prompt was read since, or its logits are NaN.
+            ValueError: the prompt is empty or has ids that the model does not have, the logits are
+                not finite, or another prompt was read since.
         """
         if not prompt_ids:
             raise ValueError("the prompt is empty: pass at least one token")
         self.turn = turn = self.turn + 1
-        logits = refuse_nan(self.decoder.prefill(torch.tensor([prompt_ids], device=self.device)))
+        prompt = torch.tensor([prompt_ids])
+        check_ids(prompt, self.decoder.model)
+        logits = self.decoder.prefill(prompt.to(self.device))
         self.unread = []
         while True:
             token = self.sample(logits[:, -1])
@@ -96,7 +99,7 @@ class Generator:
 
     def sample(self, logits: Tensor) -> Tensor:
         """Sample the next tokens ``(B, 1)`` from logits ``(B, V)``; sinks are never sampled."""
-        scores = logits.float().index_fill(-1, self.sink_ids, float("-inf"))
+        scores = refuse_nonfinite_logits(logits).float().index_fill(-1, self.sink_ids, float("-inf"))
         if self.temperature == 0:
             return scores.argmax(-1, keepdim=True)
         scores = scores / max(self.temperature, MIN_TEMPERATURE)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LARGEST = 2**31 - 1  # tokens in a cache
+
 
 @dataclass(frozen=True)
 class StreamShape:
@@ -27,6 +29,8 @@ class StreamShape:
             raise ValueError(f"num_kept is {self.num_kept}: it must be at least 0")
         if self.window < 1:
             raise ValueError(f"window is {self.window}: it must be at least 1")
+        if self.num_cached > LARGEST:
+            raise ValueError(f"a cache of {self.num_kept}+{self.window} tokens is too large: use at most {LARGEST:,}")
 
     @property
     def num_cached(self) -> int:

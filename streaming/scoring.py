@@ -47,14 +47,3 @@ def stream_losses(
                 # Keep the vocabulary in the last dimension: CPU kernels sum others less accurately.
                 scores = logits[:, : targets.shape[1]].flatten(0, 1).float()
                 yield F.cross_entropy(scores, targets.flatten(), reduction="none").view_as(targets)
-
-
-def refuse_nan(outputs: Tensor) -> Tensor:
-    """Return logits or losses of a model unchanged.
-
-    Raises:
-        ValueError: some of them are NaN.
-    """
-    if outputs.isnan().any():
-        raise ValueError("the model's outputs are NaN: the checkpoint is damaged or its training diverged; use another")
-    return outputs

@@ -1,9 +1,8 @@
 """``python -m sinklm.train RECIPE key=value …``, for launchers (deepspeed, torchrun, srun)."""
 
 import argparse
-import os
-import sys
 
+from ..command import run
 from .run import train
 
 
@@ -19,17 +18,14 @@ def main() -> None:
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     arguments = parser.parse_intermixed_args()
-    try:
-        train(
+    run(
+        lambda: train(
             arguments.recipe,
             arguments.overrides,
             only_describe=arguments.dry_run,
             trust_checkpoint=arguments.trust_checkpoint,
         )
-    except (ValueError, OSError) as error:
-        if os.environ.get("SINKLM_DEBUG"):
-            raise
-        sys.exit(f"error: {error}")
+    )
 
 
 if __name__ == "__main__":

@@ -11,12 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator,
 
 from ..models.config import SINK_KINDS
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+LargeCount = Annotated[int, Field(ge=1, le=10**15)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class SinkSection(Section):
@@ -47,7 +49,7 @@ class ModelSection(Section):
     """The sizes of the model."""
 
     hidden_size: Count
-    num_hidden_layers: Count
+    num_hidden_layers: Annotated[int, Field(ge=1, le=10_000)]
     num_attention_heads: Count
     intermediate_size: Count | None = Field(default=None, description="width of the MLP; null: 4 × `hidden_size`")
     vocab_size: Count | None = Field(
@@ -60,7 +62,7 @@ class ModelSection(Section):
     max_position_embeddings: Count | None = Field(
         default=None, description="maximum sequence length, sink tokens included; null: `train.seq_length`"
     )
-    init_from: str | None = Field(
+    init_from: Name | None = Field(
         default=None,
         description="initial weights: a run, checkpoint or transformers folder, or a Hub name; null: random",
     )
@@ -85,17 +87,17 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    path: str | None = Field(default=None, description="the token store, a folder made by `sinklm prepare`")
+    path: Name | None = Field(default=None, description="the token store, a folder made by `sinklm prepare`")
 
 
 class TrainSection(Section):
-    run_dir: str | None = Field(default=None, description="folder of the run; null: `runs/<recipe name>`")
+    run_dir: Name | None = Field(default=None, description="folder of the run; null: `runs/<recipe name>`")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         default=1234, description="random seed of the initial weights and the data order"
     )
-    num_steps: Count = Field(default=143_000, description="total number of optimizer steps")
+    num_steps: LargeCount = Field(default=143_000, description="total number of optimizer steps")
     seq_length: Count = Field(default=2048, description="positions in a sample, sink tokens included")
-    batch_size_tokens: Count = Field(default=1024 * 2048, description="positions in one step, over all ranks")
+    batch_size_tokens: LargeCount = Field(default=1024 * 2048, description="positions in one step, over all ranks")
     micro_batch_size: Count = Field(
         default=16,
         description="samples per rank in one forward pass; affects memory and speed, not the result",
@@ -103,6 +105,10 @@ class TrainSection(Section):
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     activation_checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass: less memory, about a third more time"
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="make runs on the same GPUs equal bit for bit, at some cost in speed; ZeRO stages 0 to 2",
     )
     hang_timeout_minutes: float | None = Field(
         default=10.0,
@@ -180,7 +186,12 @@ class CheckpointSection(Section):
         default=False, description="also save at steps 0, 1, 2, 4 … 512 and every 1000, and never delete these"
     )
     keep: Count | None = Field(default=3, description="number of newest checkpoints to keep; null: all")
-    resume: str = Field(
+    asynchronous: bool | None = Field(
+        default=None,
+        description="write checkpoints from a copy in host memory while training goes on; null: yes on a GPU, if the "
+        "memory is free",
+    )
+    resume: Name = Field(
         default="auto",
         description="`auto`: the run's newest complete checkpoint, if any; `never`; or a checkpoint folder",
     )
@@ -206,16 +217,19 @@ DERIVED_DEEPSPEED_KEYS = {
 }
 
 
-# Sections and switches of DeepSpeed's configuration. DeepSpeed ignores unknown keys silently, so
+# Switches and sections of DeepSpeed's configuration. DeepSpeed ignores unknown keys silently, so
 # typos are checked here.
-DEEPSPEED_KEYS = (
+DEEPSPEED_SECTIONS = (
     *("activation_checkpointing", "aio", "amp", "autotuning", "bf16", "checkpoint", "comet", "comms_logger"),
-    *("communication_data_type", "compile", "compression_training", "csv_monitor", "curriculum_learning"),
-    *("data_efficiency", "data_types", "dataloader_drop_last", "disable_allgather", "dump_state", "elasticity"),
-    *("flops_profiler", "fp16", "gradient_predivide_factor", "memory_breakdown", "prescale_gradients"),
-    *("sequence_parallel_size", "sparse_gradients", "steps_per_print", "tensor_parallel", "tensorboard"),
-    *("use_node_local_storage", "wall_clock_breakdown", "wandb", "zero_allow_untested_optimizer"),
-    *("zero_force_ds_cpu_optimizer", "zero_optimization"),
+    *("compile", "compression_training", "csv_monitor", "curriculum_learning", "data_efficiency", "data_types"),
+    *("elasticity", "flops_profiler", "fp16", "tensor_parallel", "tensorboard", "wandb", "zero_optimization"),
+)
+DEEPSPEED_KEYS = (
+    *DEEPSPEED_SECTIONS,
+    *("communication_data_type", "dataloader_drop_last", "disable_allgather", "dump_state"),
+    *("gradient_predivide_factor", "memory_breakdown", "prescale_gradients", "sequence_parallel_size"),
+    *("sparse_gradients", "steps_per_print", "use_node_local_storage", "wall_clock_breakdown"),
+    *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
     *("patches", "zero_stage"),  # our own keys
 )
 
@@ -245,6 +259,15 @@ class DeepSpeedSection(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _sections_have_keys(self) -> "DeepSpeedSection":
+        for key, value in self.extra_keys.items():
+            if key in DEEPSPEED_SECTIONS and not isinstance(value, dict):
+                raise ValueError(
+                    f"{key} is {value!r}: it is a section of DeepSpeed; set its keys, as deepspeed.{key}.KEY=VALUE"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _no_misspelt_keys(self) -> "DeepSpeedSection":
         for key in self.extra_keys:
             near = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=1, cutoff=0.8)
@@ -257,11 +280,11 @@ class WandbSection(Section):
     mode: Literal["auto", "online", "offline", "disabled"] = Field(
         default="auto", description="`auto`: online if you are logged in, else offline"
     )
-    project: str = "sinklm"
-    entity: str | None = Field(default=None, description="user or team; null: your default one")
-    name: str | None = Field(default=None, description="name of the run; null: that of its folder")
-    group: str | None = Field(default=None, description="group in which wandb shows the run")
-    tags: list[str] = Field(default=[], description="tags of the run")
+    project: Name = "sinklm"
+    entity: Name | None = Field(default=None, description="user or team; null: your default one")
+    name: Name | None = Field(default=None, description="name of the run; null: that of its folder")
+    group: Name | None = Field(default=None, description="group in which wandb shows the run")
+    tags: list[Name] = Field(default=[], description="tags of the run")
 
 
 class TrainingConfig(Section):
@@ -292,6 +315,8 @@ class TrainingConfig(Section):
                 f"{self.train.seq_length}: raise train.seq_length"
             )
         self._check_skipping()
+        if self.train.deterministic and self.deepspeed.zero_stage == 3:
+            raise ValueError("train.deterministic=true was not tested with deepspeed.zero_stage=3: use a lower stage")
         if self.train.compile and self.deepspeed.zero_stage == 3:
             raise ValueError(
                 "train.compile=true does not work with deepspeed.zero_stage=3, which partitions the weights: remove "

@@ -4,7 +4,7 @@ They use names that are not public, and are tested with the versions in `version
 `skip_op_build`, `no_memory_reports` and `fused_update` save time. The recipe key
 ``deepspeed.patches`` enables them, and they are disabled with a RuntimeWarning under other versions
 or if a name is missing.
-`reset_process`, `save_on_all_ranks` and `restore_settings` are required for correctness, so they
+`reset_process`, `collect_files` and `restore_settings` are required for correctness, so they
 are always active; their docstrings state what happens if a name is missing.
 """
 
@@ -12,6 +12,7 @@ import importlib.metadata
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -100,43 +101,39 @@ def reset_process() -> None:
     _has_made_engine = True
 
 
-def save_on_all_ranks(engine: "DeepSpeedEngine", *args: Any, **kwargs: Any) -> None:
-    """Call ``engine.save_checkpoint``, and raise an error in writing a file only at its end.
+def collect_files(engine: "DeepSpeedEngine", folder: Path, tag: str, client_state: dict) -> list[tuple[Path, Any]]:
+    """Call ``engine.save_checkpoint``, and return the files instead of writing them.
 
-    After the files are written, all ranks wait for each other, and ZeRO-3 gathers weights. If one
-    rank raised earlier, the others would wait there. Replaces `checkpoint_engine.save` and
-    `_copy_recovery_script` during this call. If the first is missing, a RuntimeWarning is issued:
-    errors are raised immediately, and the other ranks end after `launch.STEP_TIMEOUT`. No
-    checkpoint is lost.
+    So they can be written later, and an error in writing does not leave the other ranks waiting at
+    the end of the call. Replaces `checkpoint_engine.save`, and `_copy_recovery_script`, whose
+    script is not needed because the weights are saved beside these files.
+
+    Returns:
+        for each file of this rank its path and the object to pass to ``torch.save``.
+
+    Raises:
+        ValueError: `checkpoint_engine.save` is missing.
     """
-    errors: list[Exception] = []
-
-    def deferred(write: Callable[..., Any]) -> Callable[..., None]:
-        def call(*args: Any, **kwargs: Any) -> None:
-            try:
-                write(*args, **kwargs)
-            except (OSError, RuntimeError) as error:
-                errors.append(error)
-
-        return call
-
-    writers = ((getattr(engine, "checkpoint_engine", None), "save"), (engine, "_copy_recovery_script"))
-    replaced = [(owner, name) for owner, name in writers if hasattr(owner, name)]
-    if writers[0] not in replaced:
-        _warn("has no checkpoint_engine.save. If a rank cannot write, the others end minutes later", True)
-    for owner, name in replaced:
-        setattr(owner, name, deferred(getattr(owner, name)))
+    files: list[tuple[Path, Any]] = []
+    writer = getattr(engine, "checkpoint_engine", None)
+    if not hasattr(writer, "save"):
+        _fail("checkpoint_engine.save, which saving needs: ")
+    replaced: list[tuple[Any, str, Callable]] = [
+        (writer, "save", lambda state_dict, path: files.append((Path(path), state_dict))),
+        (engine, "_copy_recovery_script", lambda path: None),
+    ]
+    for owner, name, replacement in replaced:
+        setattr(owner, name, replacement)
     try:
-        engine.save_checkpoint(*args, **kwargs)
-    except (OSError, RuntimeError):  # not in writing a file: the others wait at the final barrier
+        engine.save_checkpoint(folder, tag=tag, client_state=client_state, save_latest=False)
+    except (OSError, RuntimeError):  # the others wait at the final barrier
         if torch.distributed.get_world_size() > 1:
             torch.distributed.barrier()
         raise
     finally:
-        for owner, name in replaced:
+        for owner, name, _ in replaced:
             delattr(owner, name)  # makes the method of its class visible again
-    if errors:
-        raise errors[0]
+    return files
 
 
 def restore_settings(engine: "DeepSpeedEngine", settings: OptimizerSection, *, zero_stage: int) -> None:

@@ -21,6 +21,8 @@ import transformers
 
 from . import deepspeed_patches
 from .hangs import RESUME
+from .ranks import check_ranks, read_count
+from .stopping import restored_handlers
 from .watchdog import EXIT_TIMEOUT, Watchdog
 
 CONNECT_TIMEOUT = timedelta(minutes=10)  # for all ranks to start
@@ -108,7 +110,7 @@ def connected(*, patches: bool = True, hang_timeout_minutes: float | None = None
         if patches and device.type == "cpu":
             deepspeed_patches.skip_op_build(is_main=rank == 0)
         cpu_group = _join(rank, size, device)
-        with _watched(rank, size, cpu_group, hang_timeout_minutes) as watchdog:
+        with restored_handlers(), _watched(rank, size, cpu_group, hang_timeout_minutes) as watchdog:
             yield World(rank, size, local_rank, device, cpu_group, watchdog)
     atexit.unregister(_leave)
     atexit.register(_leave)
@@ -241,18 +243,21 @@ def fill_environment(environment: "os._Environ[str] | dict[str, str]") -> None:
     ``srun`` sets its own variables; without a launcher this is rank 0 of 1. A batch script that is
     not run by ``srun`` has no SLURM_STEP_NUM_TASKS, and is one process regardless of the job's
     number of tasks.
+
+    Raises:
+        ValueError: a variable is not a number, or they contradict each other.
     """
-    if "RANK" in environment and "WORLD_SIZE" in environment:
+    if "RANK" in environment or "WORLD_SIZE" in environment:
         environment.setdefault("LOCAL_RANK", "0")
-        return
-    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        environment["RANK"] = environment["SLURM_PROCID"]
-        environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
-        environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
-        environment.setdefault("MASTER_ADDR", first_host(environment["SLURM_STEP_NODELIST"]))
-        environment.setdefault("MASTER_PORT", str(10_000 + int(environment["SLURM_JOB_ID"]) % 20_000))
-        return
-    environment |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    elif environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        environment["RANK"] = str(read_count(environment, "SLURM_PROCID"))
+        environment["WORLD_SIZE"] = str(read_count(environment, "SLURM_STEP_NUM_TASKS", at_least=1))
+        environment["LOCAL_RANK"] = str(read_count(environment, "SLURM_LOCALID"))
+        environment.setdefault("MASTER_ADDR", first_host(environment.get("SLURM_STEP_NODELIST", "")))
+        environment.setdefault("MASTER_PORT", str(10_000 + read_count(environment, "SLURM_JOB_ID") % 20_000))
+    else:
+        environment |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    check_ranks(environment)
 
 
 def first_host(node_list: str) -> str:

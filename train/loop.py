@@ -1,7 +1,6 @@
 """The loop over steps: train, record, validate, save, stop."""
 
 import math
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
@@ -15,16 +14,16 @@ from ..data import SampleOrder, TokenWindows
 from ..data.store import TokenSource
 from ..models.cost import flops_per_token, peak_flops
 from .batches import MicroBatches, samples_of_step
-from .checkpoint import SLOW_DISK, CheckpointWriter
 from .launch import World
 from .metrics import MetricsFile, WandbRun
 from .plan import Plan
 from .probes import Probes, describe_probes
 from .progress import RunProgress, Speedometer, peak_memory_gib, process_age
+from .saving import SLOW_DISK, CheckpointWriter
 from .schedule import is_every, learning_rate, saves_after
 from .spikes import describe_spikes
 from .step import SAMPLES, BadStep, PendingStep, StepResult, train_step
-from .stopping import TIME_IS_UP, StopRequest, TimeLimit, stop_reason
+from .stopping import SAVE_FAILED, TIME_IS_UP, StopRequest, TimeLimit, stop_reason
 from .validation import validation_loss
 
 if TYPE_CHECKING:
@@ -63,7 +62,13 @@ class TrainingLoop:
         self._run_dir = Path(config.train.run_dir or "")
         self._saves_after = saves_after(self._num_steps, config.checkpoint)
         self._writer = CheckpointWriter(
-            self._run_dir, plan, world, fingerprint=store.fingerprint, tokenizer_path=store.tokenizer_path
+            self._run_dir,
+            plan,
+            world,
+            fingerprint=store.fingerprint,
+            tokenizer_path=store.tokenizer_path,
+            on_saved=self._report_save,
+            say=progress.say,
         )
         self._order = SampleOrder(len(windows), None if store.is_shuffled else config.train.seed)
         self._batches = MicroBatches(
@@ -107,10 +112,12 @@ class TrainingLoop:
                     with self._world.longer(FIRST_STEP_SECONDS if step == self._first_step else 0.0):
                         code = self._step(step, stop)
                     if code:
+                        self._writer.finish()
                         self._progress.say(
                             f"stopped by {stop_reason(code)}; the state is saved: run the same command again to resume"
                         )
                         return code
+            self._writer.finish()
             self._progress.say(f"done: {self._run_dir}")
             return 0
         except BadStep as error:
@@ -145,7 +152,8 @@ class TrainingLoop:
             self._world,
             step=num_done,
             lr=learning_rate(step, self._num_steps, self._plan.config.optimizer),
-            stop_code=stop.code or self._time_code(),
+            stop_code=SAVE_FAILED if self._writer.has_failed else stop.code or self._time_code(),
+            before_update=self._writer.before_update,
         )
         code = self._read_pending()  # the previous step, while the device computes this one
         self._pending = queued
@@ -153,6 +161,8 @@ class TrainingLoop:
         saves = self._saves_after(num_done)
         if code or is_first or validates or saves or not self._runs_ahead:
             code = self._read_pending() or code
+        if code == SAVE_FAILED:
+            self._writer.finish()  # raises the error, in the same step on all ranks
         if is_first:
             self._progress.say(f"first step done {process_age():.0f} s after process start")
         if validates:
@@ -238,10 +248,11 @@ class TrainingLoop:
     def _save(self, step: int) -> None:
         if step in list_checkpoints(self._run_dir):
             return
-        began = time.monotonic()
-        path = self._writer.save(self._engine, step)
-        self._time_limit.measure_save(time.monotonic() - began)
-        self._progress.say(f"step {step:,}: saved {path}")
+        self._writer.save(self._engine, step)
+
+    def _report_save(self, path: Path, seconds: float) -> None:
+        self._time_limit.measure_save(seconds)
+        self._progress.say(f"saved {path}")
 
     def _write(self, values: dict[str, Any]) -> None:
         for record in self._records:
@@ -252,6 +263,7 @@ class TrainingLoop:
             for record in reversed(self._records):
                 stack.callback(record.close)
             stack.callback(self._read_pending)
+            stack.callback(self._writer.join)
             stack.callback(self._batches.close)
 
 

@@ -6,10 +6,10 @@ from datetime import timedelta
 
 import psutil
 import torch
-from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from ..console import Console
 from .memory import GIB
 
 WINDOW = 20  # steps over which the speed is averaged
@@ -92,7 +92,7 @@ class RunProgress:
 
     def say(self, message: str) -> None:
         """Print a message above the live line."""
-        self.console.print(message, markup=False)
+        self.console.print(message)
 
     def update(self, step: int, values: dict, speed: Speedometer, *, is_kept: bool = False) -> None:
         """Show the values of ``step``; with ``is_kept`` the line remains on screen."""

@@ -14,8 +14,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
+from ..text import one_line
 from .config import TrainingConfig
 
+LARGEST_RECIPE = 2**20  # bytes
 CONFIGS_PACKAGE = f"{__package__.rpartition('.')[0]}.configs"
 CHOICES = (("model", "sink", "kind"), ("train", "precision"), ("wandb", "mode"))  # texts that are one of a few
 
@@ -34,11 +36,11 @@ def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Tra
         ValueError: the YAML is malformed, a key is unknown (the message names the closest valid
             one) or a value is invalid.
     """
-    merged = OmegaConf.merge(_read(recipe, ()), *(_parse_override(text) for text in overrides))
     try:
+        merged = _merged(_read(recipe, ()), *(_parse_override(text) for text in overrides))
         values = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ValueError(f"recipe {recipe}: {error}") from error
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise ValueError(f"recipe {recipe}: {one_line(error)}; correct the interpolation ${{…}}") from error
     try:
         config = TrainingConfig.model_validate(values)
     except ValidationError as error:
@@ -69,8 +71,9 @@ def _read(recipe: str, readers: tuple[str, ...]) -> DictConfig:
     text = _find(recipe)
     try:
         loaded = OmegaConf.create(text)
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"recipe {recipe} is not valid YAML: {error}") from error
+    except (YAMLError, OmegaConfBaseException, RecursionError, ValueError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else one_line(error)
+        raise ValueError(f"recipe {recipe} is not valid YAML: {reason}") from error
     if not isinstance(loaded, DictConfig):
         raise ValueError(f"recipe {recipe} must consist of sections with keys (model:, train:, …)")
     base = loaded.pop("base", None)
@@ -80,7 +83,7 @@ def _read(recipe: str, readers: tuple[str, ...]) -> DictConfig:
         raise ValueError(f"recipe {recipe}: base is {base!r}, but it must be the name or path of a recipe")
     if base.endswith((".yaml", ".yml")):
         base = str(Path(recipe).parent / base)
-    return cast(DictConfig, OmegaConf.merge(_read(base, (*readers, recipe)), loaded))
+    return _merged(_read(base, (*readers, recipe)), loaded)
 
 
 def _find(recipe: str) -> str:
@@ -89,7 +92,12 @@ def _find(recipe: str) -> str:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise FileNotFoundError(f"recipe {recipe}: no such file; check the path")
-        return path.read_text(encoding="utf-8")
+        if path.stat().st_size > LARGEST_RECIPE:
+            raise ValueError(f"recipe {recipe} has {path.stat().st_size:,} bytes: pass a recipe, which is a short file")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeError as error:
+            raise ValueError(f"recipe {recipe} is not a text file in UTF-8 ({error}): pass a recipe") from error
     packaged = files(CONFIGS_PACKAGE).joinpath(f"{recipe}.yaml")
     if not packaged.is_file():
         names = recipe_names()
@@ -103,14 +111,28 @@ def _name(recipe: str) -> str:
     return Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe.replace("/", "-")
 
 
+def _merged(*parts: DictConfig | ListConfig) -> DictConfig:
+    """Merge recipes and overrides; later ones win."""
+    merged: Any = parts[0]
+    for part in parts[1:]:
+        try:
+            merged = OmegaConf.merge(merged, part)
+        except TypeError as error:  # a list in place of a section, or the reverse
+            keys = ", ".join(str(key) for key in part)
+            raise ValueError(
+                f"{keys}: a list cannot replace a section with keys, or a section a list: set its keys"
+            ) from error
+    return cast(DictConfig, merged)
+
+
 def _parse_override(text: str) -> DictConfig | ListConfig:
     key, equals, _ = text.partition("=")
-    if not equals or not key or key.startswith("-"):
+    if not equals or not key.strip(".") or key.startswith("-"):
         raise ValueError(f"{text!r} is not an override: write section.key=value, e.g. train.num_steps=100")
     try:
         return OmegaConf.from_dotlist([text])
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"{key}: the value is not valid YAML ({error})") from error
+    except (YAMLError, OmegaConfBaseException, RecursionError, ValueError) as error:
+        raise ValueError(f"{key}: the value is not valid YAML ({one_line(error)})") from error
 
 
 def _explain(recipe: str, error: ValidationError) -> list[str]:
@@ -118,18 +140,25 @@ def _explain(recipe: str, error: ValidationError) -> list[str]:
     lines = []
     for mistake in error.errors():
         key = ".".join(str(part) for part in mistake["loc"])
+        key = key if key.isprintable() else repr(key)  # a key of YAML may have several lines
         value = mistake["input"]
         message = mistake["msg"].removeprefix("Value error, ").removeprefix("Input ")
         if mistake["type"] == "extra_forbidden":
             lines.append(f"unknown key {key}: {_nearest(key)}")
         elif mistake["type"] == "missing":
             lines.append(f"{key} is not set: set it in recipe {recipe} or on the command line")
+        elif mistake["type"] == "model_type":
+            lines.append(f"{key} is {value!r}: it must be a section with keys, such as {key}.{_first_key(key)}")
         elif isinstance(value, dict | BaseModel) and mistake["type"] == "value_error":
             lines.append(f"{key}: {message}" if key else message)  # about a section, whose value is too long to print
         else:
             it = "it " if message.startswith("should") else ""
             lines.append(f"{key} is {value!r}: {it}{message}")
     return lines
+
+
+def _first_key(section: str) -> str:
+    return next(key.removeprefix(f"{section}.") for key in dotted_keys(TrainingConfig) if key.startswith(f"{section}."))
 
 
 def _nearest(key: str) -> str:

@@ -20,6 +20,7 @@ from ..checkpoints.folders import (
     CheckpointState,
     list_checkpoints,
 )
+from ..checkpoints.manifest import owned_files
 from . import deepspeed_patches, universal
 from .config import TrainingConfig
 from .engine import optimizer_layout
@@ -27,7 +28,7 @@ from .launch import World, silent_stdout
 from .plan import Plan
 from .rank_state import rank_path, restore_rank_state, restore_window
 from .recipe import saved_values, value_digest
-from .unpickling import refused_class, restricted_unpickling
+from .unpickling import refused_names, restricted_unpickling
 from .verification import TRUST_OPTION, newest_intact, verified_state
 
 if TYPE_CHECKING:
@@ -76,13 +77,16 @@ class Resume:
             scratch: folder for a temporary converted copy.
 
         Raises:
-            SameOnAllRanks: a file is damaged or cannot be read.
+            SameOnAllRanks: a file cannot be read, or contains code and is not trusted.
         """
         if self.mismatches and not self.is_converted:
             return  # at step 0 there is nothing to convert, and the engine already has these weights
         if world.is_main:
             for leftover in scratch.glob(f"step-*{CONVERTED}"):  # of a conversion that was killed
                 shutil.rmtree(leftover)
+        with world.all_or_none():
+            if not self.is_trusted:
+                self._refuse_code(world)
         with restricted_unpickling(is_trusted=self.is_trusted):
             if self.is_converted:
                 self._load_converted(engine, plan, world, scratch / f"{self.path.name}{CONVERTED}")
@@ -90,15 +94,15 @@ class Resume:
                 with world.all_or_none(), self._damage():
                     _load_deepspeed(engine, self.path, DEEPSPEED_FOLDER)
         deepspeed_patches.restore_settings(engine, plan.config.optimizer, zero_stage=plan.config.deepspeed.zero_stage)
+        is_same = self.state.world_size == world.size
         with world.all_or_none(), self._damage():
-            if self.state.world_size == world.size:
-                restore_rank_state(engine, torch.load(rank_path(self.path, world.rank), weights_only=True))
-            else:
-                restore_window(engine, torch.load(rank_path(self.path, 0), weights_only=True))
+            path = rank_path(self.path, world.rank if is_same else 0)
+            state = torch.load(path, weights_only=not self.is_trusted)
+            (restore_rank_state if is_same else restore_window)(engine, state)
 
     def _load_converted(self, engine: "DeepSpeedEngine", plan: Plan, world: World, folder: Path) -> None:
         """Load the checkpoint through a temporary converted copy in ``folder``."""
-        with world.all_or_none(), self._damage():
+        with world.all_or_none():
             if world.is_main:
                 universal.convert_to_universal(
                     self.path / DEEPSPEED_FOLDER,
@@ -114,6 +118,15 @@ class Resume:
         if world.is_main:
             shutil.rmtree(folder)
 
+    def _refuse_code(self, world: World) -> None:
+        """Raise a ValueError if a file would not be read, on all ranks before one of them loads."""
+        for name in owned_files(self.path, world.rank, world.size):
+            if refused := refused_names(self.path / name) if name.endswith(".pt") else ():
+                raise ValueError(
+                    f"{self.path / name} contains {refused[0]}, which could run code and is in no file that sinklm "
+                    f"writes: if you trust the checkpoint, repeat the command with {TRUST_OPTION}"
+                )
+
     @contextmanager
     def _damage(self) -> Iterator[None]:
         """Raise any error in reading the checkpoint's files as an OSError that names the folder."""
@@ -122,11 +135,6 @@ class Resume:
         except (torch.OutOfMemoryError, torch.distributed.DistError):
             raise
         except Exception as error:
-            if refused := refused_class(str(error)):
-                raise ValueError(
-                    f"{self.path} contains {refused}, which could run code and is in no file that sinklm writes: if "
-                    f"you trust the checkpoint, repeat the command with {TRUST_OPTION}"
-                ) from error
             reason = (str(error).splitlines() or [""])[0]
             raise OSError(
                 f"cannot load {self.path} ({type(error).__name__}: {reason}): rename or delete it to resume from an "

@@ -28,12 +28,14 @@ from ..models import SinkGPTNeoXForCausalLM
 from ..models.cost import count_parameters
 from .batches import open_windows
 from .config import TrainingConfig
+from .determinism import deterministic
 from .disk import space_warning
 from .engine import compiles, make_engine
 from .launch import SameOnAllRanks, World, connected
 from .loop import TrainingLoop
 from .plan import Plan
 from .progress import RunProgress
+from .ranks import own_rank
 from .recipe import config_yaml, load_config
 from .resume import Resume, find_resume
 from .stopping import exit_status
@@ -72,7 +74,7 @@ def train(
         SystemExit: the run ended early and its state is saved (`stopping.exit_status`); or status 1
             on ranks other than 0 for an error that all ranks share, which rank 0 reports.
     """
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    rank = own_rank(os.environ)
     try:
         config = load_config(recipe, overrides)
         if only_describe:
@@ -85,9 +87,12 @@ def train(
     if rank == 0:
         print("loading DeepSpeed and connecting to the other ranks …", flush=True)
     try:
-        with connected(
-            patches=config.deepspeed.patches, hang_timeout_minutes=config.train.hang_timeout_minutes
-        ) as world:
+        with (
+            deterministic(config.train.deterministic),
+            connected(
+                patches=config.deepspeed.patches, hang_timeout_minutes=config.train.hang_timeout_minutes
+            ) as world,
+        ):
             code = _train_rank(config, world, trust_checkpoint)
     except SameOnAllRanks:
         if rank == 0:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -111,6 +111,7 @@ def train_step(
     step: int,
     lr: float,
     stop_code: int = 0,
+    before_update: Callable[[], None] = lambda: None,
 ) -> PendingStep:
     """Queue one optimizer step on the next micro-batches ``(b, tokens_per_sample)``.
 
@@ -121,6 +122,7 @@ def train_step(
 
     Args:
         stop_code: why this rank asks all ranks to stop after this step; 0: it does not.
+        before_update: called before the update is queued.
 
     Raises:
         BadStep: as `PendingStep.result`, if the host already detected that the step failed.
@@ -144,6 +146,7 @@ def train_step(
     gathered = _gather(torch.stack([loss_sum / plan.num_accumulation_steps, code]), world)
     by_rank = HostCopy(gathered)
     engine.spike_guard.begin(gathered[:, 0].mean())
+    before_update()
     grad_norm, is_refused = _update(engine, plan)
     pending = PendingStep(
         step=step,

@@ -2,12 +2,16 @@
 
 import math
 import signal
+import threading
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 SECOND_INTERRUPT_AFTER = 3.0  # seconds; launchers send several signals for one Ctrl-C
-TIME_IS_UP = 255  # a stop code besides the numbers of signals: `train.max_minutes` is over
+# Stop codes besides the numbers of signals:
+TIME_IS_UP = 254  # `train.max_minutes` is over
+SAVE_FAILED = 255  # a checkpoint could not be written
 REQUEUE_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the state is saved, run the same command again
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -26,8 +30,25 @@ def stop_reason(code: int) -> str:
     return "train.max_minutes" if code == TIME_IS_UP else signal.Signals(code).name
 
 
+@contextmanager
+def restored_handlers() -> Iterator[None]:
+    """Restore the handlers of signals at the end, if this is the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class StopRequest:
     """Records a signal until the step is done. On exit it restores the old handlers.
+
+    After an error it does not: a launcher sends SIGTERM when it notices that a rank has died, which
+    must not end this rank before it has reported the error. `restored_handlers` restores them then.
 
     A second SIGINT more than 3 seconds after the first ends the process immediately. Signals that
     the process ignores (``nohup``) stay ignored.
@@ -53,7 +74,9 @@ class StopRequest:
             signal.signal(number, self._receive)
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is not None:
+            return
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
+from ..console import Console
 from ..data import TokenWindows, open_store
 from ..data.store import TokenSource
 from ..models.cost import count_parameters, flops_per_token

@@ -6,9 +6,10 @@ in addition here the few classes that DeepSpeed's files need.
 
 import importlib
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -54,7 +55,14 @@ def restricted_unpickling(*, is_trusted: bool = False) -> Iterator[None]:
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
-def refused_class(message: str) -> str | None:
-    """Return the name of the class or function that a message of ``torch.load`` refuses, if any."""
-    match = re.search(r"(?:Unsupported global: |unsupported )GLOBAL ([\w.]+)", message)
-    return match[1] if match else None
+def refused_names(path: Path) -> list[str]:
+    """Return the classes and functions in a file of ``torch.save`` that would not be read.
+
+    The file is not unpickled. Of a file in another format or a damaged one, nothing is returned:
+    reading it raises an error.
+    """
+    with torch.serialization.safe_globals(deepspeed_classes()):
+        try:
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        except (ValueError, RuntimeError, UnpicklingError):
+            return []

@@ -73,6 +73,8 @@ def verified_state(path: Path, world: World, *, is_trusted: bool) -> CheckpointS
     """
     manifest, damage = _on_main(world, lambda: _read_manifest(path))
     if manifest is not None:
+        if world.is_main:
+            print(f"verifying the checksums of {path} …", flush=True)
         found: list[str] = []
         with world.all_or_none():
             mine = {name: info for name, info in manifest.files.items() if owner(name, world.size) == world.rank}

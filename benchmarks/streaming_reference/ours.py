@@ -92,7 +92,7 @@ def main() -> None:
     text = args.text.read_text(encoding="utf-8")[: 20 * args.num_tokens]
     ids = tokenizer.encode(text, add_special_tokens=False).ids[: args.num_tokens]
     if args.model:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, trust_remote_code=False)
     else:
         model = random_gpt_neox(-(-tokenizer.get_vocab_size() // 128) * 128)
     model.eval()

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 from transformers import PreTrainedModel
 
-from ...streaming.scoring import refuse_nan
+from ...models.checked import checked_passes
 from .observation import Layer, observe
 
 EPSILON = 0.3
@@ -124,8 +124,8 @@ def measure(
         progress: called with the number of sequences done since the last call.
 
     Raises:
-        ValueError: the sequences are longer than the model's maximum, or its attention maps are not
-            available or NaN.
+        ValueError: the sequences are longer than the model's maximum, or has no attention maps, or
+            its outputs are not finite.
     """
     num_positions = ids.shape[1] + getattr(model.config, "num_sinks", 0)
     longest = getattr(model.config, "max_position_embeddings", None)
@@ -134,9 +134,9 @@ def measure(
     sums: dict[str, Tensor] = {}
     massive: dict[tuple[int, int, int], list[tuple[float, float]]] = {}
     for batch in ids.split(_batch_size(model, num_positions)):
-        layers = observe(model, batch)
+        with checked_passes(model):
+            layers = observe(model, batch)
         found = [of_layer(layer, epsilon) for layer in layers]
-        refuse_nan(found[-1]["mass"])
         for name in found[0]:
             total = torch.stack([values[name].sum(0, dtype=torch.float64).cpu() for values in found])  # (L, …)
             sums[name] = total + sums.get(name, 0)

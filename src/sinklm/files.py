@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -48,6 +49,17 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any, **options: Any) -> None:
     """Write ``value`` as indented JSON with `write_text`; ``options`` are those of `json.dumps`."""
     write_text(path, json.dumps(value, indent=2, **options) + "\n")
+
+
+def check_writable(path: Path) -> None:
+    """Check that a file or folder can be created at ``path``; nothing is created or changed.
+
+    Raises:
+        OSError: it cannot.
+    """
+    with named_errors(path):
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 @contextmanager

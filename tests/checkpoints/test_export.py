@@ -22,6 +22,7 @@ from sinklm.models.arms import ARMS
 from sinklm.train.recipe import config_yaml, load_config
 
 from ..eval.checkpoints import END_OF_TEXT, small_model, small_tokenizer, write_checkpoint
+from .seal import seal
 
 TEXT = "The old man went down to the sea"
 KINDS = [(0, torch.float32), (1, torch.float32), (1, torch.bfloat16), (2, torch.float32), (2, torch.bfloat16)]
@@ -221,9 +222,9 @@ def test_the_model_card_has_the_facts_of_the_run(tmp_path, capsys):
     state = {"data_fingerprint": "", "world_size": 1, "zero_stage": 1, "precision": "fp32"}
     (checkpoint / "state.json").write_text(CheckpointState(step=200, positions=819_200, **state).to_json())
     (checkpoint / "config.yaml").write_text(config_yaml(config))
-    (checkpoint / "COMPLETE").touch()
+    seal(checkpoint)
     records = [{"step": 190, "loss": 3.5}, {"step": 200, "validation_loss": 3.25}, {"step": 210, "loss": 0.5}]
-    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + '{"st')
     environment = {
         "python": "3.11",
         "sinklm": {"version": "0.1.0", "commit": None},
@@ -255,6 +256,12 @@ def test_the_model_card_has_the_facts_of_the_run(tmp_path, capsys):
     assert str(tmp_path) not in card  # a published card must not contain local paths
     said = "".join(capsys.readouterr().out.split())  # without the line breaks of rich
     assert "my-modelisaplainGPTNeoXForCausalLM" in said
+    for name in ("config.yaml", "state.json"):
+        text = (checkpoint / name).read_text()
+        (checkpoint / name).write_text(text.replace("0", "1"))
+        with pytest.raises(ValueError, match=rf"step-200 is damaged: {name} has another sha256"):
+            export_model(tmp_path / "run", tmp_path / "my-model")
+        (checkpoint / name).write_text(text)
 
 
 def hidden_files(folder: Path) -> list[Path]:

@@ -1,3 +1,6 @@
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import GPTNeoXConfig, T5Config
@@ -86,3 +89,18 @@ def test_damaged_files_are_named(run_folder):
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(FileNotFoundError, match="cannot load a tokenizer from"):
         load_tokenizer(run_folder)
+
+
+def test_no_call_may_run_code_of_a_model():
+    """transformers asks on standard input if the argument is missing."""
+    root, num_calls = Path(__file__).parents[2], 0
+    for folder in ("benchmarks", "checkpoints", "cli", "data", "docs", "eval", "models", "streaming", "study", "train"):
+        for path in (root / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".from_pretrained"):
+                    if ast.unparse(node.func).startswith("super()"):
+                        continue  # passes the caller's arguments on
+                    arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                    assert arguments.get("trust_remote_code") == "False", f"{path}:{node.lineno}"
+                    num_calls += 1
+    assert num_calls >= 6

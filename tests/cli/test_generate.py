@@ -91,7 +91,7 @@ def test_a_model_with_nan_outputs_is_an_error(checkpoint, monkeypatch, stream):
     with torch.no_grad():
         model.lm_head.weight[5, 0] = float("nan")
     monkeypatch.setattr("sinklm.checkpoints.load_model", lambda name: model)
-    with pytest.raises(ValueError, match="outputs are NaN"):
+    with pytest.raises(ValueError, match="outputs are not finite"):
         generate(checkpoint, "import os", stream=stream)
 
 

@@ -18,7 +18,7 @@ from sinklm.cli import main as module
     ],
 )
 def test_an_error_of_the_user_is_one_line(monkeypatch, error, line):
-    monkeypatch.setattr(module, "app", raising(error))
+    monkeypatch.setattr(module, "_invoke", raising(error))
     with pytest.raises(SystemExit, match=f"^{line}$"):
         module.main()
     monkeypatch.setenv("SINKLM_DEBUG", "1")
@@ -27,7 +27,7 @@ def test_an_error_of_the_user_is_one_line(monkeypatch, error, line):
 
 
 def test_a_bug_shows_its_traceback(monkeypatch):
-    monkeypatch.setattr(module, "app", raising(RuntimeError("a bug")))
+    monkeypatch.setattr(module, "_invoke", raising(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         module.main()
 

@@ -31,7 +31,7 @@ def write_json_lines(path: Path, rows: list[dict]) -> Path:
     lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows]
     if path.suffix == ".zst":
         middle = len(lines) // 2
-        compressor = zstandard.ZstdCompressor()
+        compressor = zstandard.ZstdCompressor(write_checksum=True)
         path.write_bytes(b"".join(compressor.compress(b"".join(part)) for part in (lines[:middle], lines[middle:])))
     elif path.suffix == ".gz":
         path.write_bytes(gzip.compress(b"".join(lines)))

@@ -11,7 +11,7 @@ class InProcessPool:
     """Does the same work immediately, in this process."""
 
     def __init__(self, num_processes: int, context: object, initializer: object, arguments: tuple):
-        tokenizer_file, *others = arguments
+        _, tokenizer_file, *others = arguments
         tokenizing._work = tokenizing.DocumentTokenizer(load_tokenizer_file(tokenizer_file), *others)
 
     def submit(self, function: Callable, *arguments: object) -> Future:

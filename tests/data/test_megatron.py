@@ -98,6 +98,12 @@ def test_misfits_are_refused(tmp_path: Path) -> None:
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "x", [[1, 2, 3], [4]])
     index, tokens = (tmp_path / "x.idx").read_bytes(), (tmp_path / "x.bin").read_bytes()
+
+    def changed(offset: int, kind: str, value: int) -> bytes:
+        content = bytearray(index)
+        struct.pack_into(kind, content, offset, value)
+        return bytes(content)
+
     cases = [
         (b"PAR1" + index[4:], tokens, "not a Megatron index"),
         (index[:20], tokens, "not a Megatron index"),
@@ -105,6 +111,15 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         (index[:17] + b"\x06" + index[18:], tokens, "dtype code 6"),
         (index[:-8], tokens, "the index is damaged"),
         (index, tokens[:-2], "6 bytes, but the index expects 8"),
+        (changed(34, "<i", -3), tokens, r"x\.idx: a sequence has a negative length"),
+        (changed(34, "<i", 2), tokens, r"x\.bin: 8 bytes, but the index expects 6"),
+        (changed(42, "<q", -2), tokens, r"x\.idx: points outside of x\.bin"),
+        (changed(50, "<q", 8), tokens, r"x\.idx: points outside of x\.bin"),
+        (changed(50, "<q", 2**62), tokens, r"x\.idx: points outside of x\.bin"),
+        (changed(50, "<q", 5), tokens, "between two tokens"),
+        (changed(58, "<q", 1), tokens, r"x\.idx: the document index does not rise from 0 to 2"),
+        (changed(66, "<q", 3), tokens, "the document index does not rise from 0 to 2"),
+        (changed(74, "<q", 1), tokens, "the document index does not rise from 0 to 2"),
     ]
     for bad_index, bad_tokens, message in cases:
         (tmp_path / "x.idx").write_bytes(bad_index)

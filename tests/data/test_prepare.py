@@ -3,6 +3,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import random
 import resource
 import shutil
 import signal
@@ -14,9 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from sinklm.cli.prepare import describe, print_summary
 from sinklm.cli.prepare import prepare as prepare_command
@@ -26,7 +30,8 @@ from sinklm.data.inputs import read_documents
 from sinklm.data.job import ShardJob
 from sinklm.data.manifest import Counts, Manifest
 from sinklm.data.prepare import PrepareProgress, has_saved_work
-from sinklm.data.readers import JsonLine, Record, Shard
+from sinklm.data.readers import Shard
+from sinklm.data.records import JsonLine, Record
 from sinklm.data.tokenizer import load_tokenizer_file
 from sinklm.data.tokenizing import DocumentTokenizer, is_held_out
 
@@ -138,7 +143,45 @@ def test_a_long_document_is_encoded_in_pieces_to_the_same_ids(
     monkeypatch.setattr(tokenizing, "PIECE_LENGTH", 50)
     text = "the sink  token of\n a cache " * 100
     work = DocumentTokenizer(load_tokenizer_file(tokenizer_file), 0, np.dtype(np.uint16), 0.0)
-    assert [work.encode(text).tolist()] == expected_documents([text], tokenizer_file)
+    assert [work.encode(text, "here").tolist()] == expected_documents([text], tokenizer_file)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_key_of_the_text_and_end_of_document_can_be_named(tmp_path: Path, tokenizer_file: Path) -> None:
+    rows = [{"content": "a sink"}, {"content": "the token"}]
+    path = str(write_json_lines(tmp_path / "x.jsonl", rows))
+    found, named = find_inputs([path], text_key="content").shards, {"eod_token": "<|padding|>"}
+    settings = {"tokenizer": tokenizer_file, "validation_fraction": 0.0}
+    manifest = prepare_store(found, tmp_path / "store", **settings, **named)
+    expected = [[*ids[:-1], 1] for ids in expected_documents([row["content"] for row in rows], tokenizer_file)]
+    assert stored_documents(tmp_path / "store", manifest, "train") == expected
+    assert (manifest.text_key, TokenStore(tmp_path / "store").eod_id) == ("content", 1)
+    assert prepare_store(found, tmp_path / "store", **settings, **named) == manifest
+    with pytest.raises(ValueError, match=r"other settings \(eod_id: 1 then, 0 now\)"):
+        prepare_store(found, tmp_path / "store", **settings)
+    with pytest.raises(ValueError, match=r"other settings \(text_key: content then, text now\)"):
+        prepare_store(find_inputs([path]).shards, tmp_path / "store", **settings, **named)
+    with pytest.raises(ValueError, match="has no token <end>; pass --eod-token with the name of one that it has"):
+        prepare_store(found, tmp_path / "other", **settings, eod_token="<end>")
+
+
+@pytest.mark.usefixtures("in_process")
+def test_the_command_points_out_what_is_lost_or_unprotected(
+    tmp_path: Path, tokenizer_file: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    tokenizer.enable_truncation(5)
+    token = "<|padding|>"
+    tokenizer.post_processor = TemplateProcessing(single=f"{token} $A", special_tokens=[(token, 1)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for name in "ab":
+        (tmp_path / f"{name}.zst").write_bytes(zstandard.compress(b'{"body": "the sink"}\n'))
+    options = {"tokenizer": str(tmp_path), "text_key": "body", "eod_token": None, "processes": 1}
+    prepare_command([str(tmp_path / "a.zst"), str(tmp_path / "b.zst")], tmp_path / "s", **options)
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "Note: no checksums, so damage may go unnoticed, in 2 of the inputs: a.zst, b.zst" in said
+    for what in ("truncation", "the template that adds <|padding|>"):
+        assert f"Note: the store's tokenizer is without {what}, which training does not use." in said
 
 
 class Crash(BaseException):
@@ -256,7 +299,8 @@ def test_the_command_says_that_it_goes_on_only_if_it_does(
     def crash(progress: PrepareProgress) -> None:
         raise Crash
 
-    store, settings = tmp_path / "store", {"tokenizer": str(tokenizer_file), "processes": 2}
+    store, settings = tmp_path / "store", {"tokenizer": str(tokenizer_file), "processes": 2, "eod_token": None}
+    settings["text_key"] = "text"
     with pytest.raises(Crash):
         prepare(corpus, store, tokenizer_file, report=crash)
     for said in ("Resuming the interrupted work", "is already complete; nothing to do"):
@@ -272,6 +316,55 @@ def run_command(*arguments: object, limit: int | None = None) -> subprocess.Comp
     command = [sys.executable, "-c", "from sinklm.cli.main import main; main()", "prepare", *map(str, arguments)]
     preexec = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None
     return subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=preexec)
+
+
+def test_ctrl_c_ends_the_command_in_the_middle_of_a_document(tmp_path: Path, tokenizer_file: Path) -> None:
+    words = random.Random(0).choices([f"word{i}" for i in range(1000)], k=2_000_000)
+    (tmp_path / "x.txt").write_text(" ".join(words))
+    command = [sys.executable, "-c", "from sinklm.cli.main import main; main()", "prepare", str(tmp_path / "x.txt")]
+    command += ["--tokenizer", str(tokenizer_file), "--output", str(tmp_path / "store"), "--processes", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        time.sleep(3)  # the process tokenizes, which takes about 13 s
+        os.killpg(process.pid, signal.SIGINT)
+        assert "Interrupted. Run the same command again to resume." in process.communicate()[0]
+    assert process.returncode == 130
+    # The document was not finished first.
+    assert [path.name for path in (tmp_path / "store/.prepare").glob("answer-*")] == []
+
+
+@pytest.mark.usefixtures("in_process")
+def test_few_large_documents_are_read_ahead(
+    tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise many processes would hold many documents of the largest size."""
+    path = write_json_lines(tmp_path / "x.jsonl", [{"text": "sink " * 10_000}] * 30)
+    waiting = largest = 0
+    submit, take = InProcessPool.submit, prepare_module.take_answer
+
+    def submitted(self: InProcessPool, *arguments: object) -> object:
+        nonlocal waiting, largest
+        waiting += 1
+        largest = max(largest, waiting)
+        return submit(self, *arguments)
+
+    def taken(answer: Path) -> object:
+        nonlocal waiting
+        waiting -= 1
+        return take(answer)
+
+    monkeypatch.setattr(InProcessPool, "submit", submitted)
+    monkeypatch.setattr(prepare_module, "take_answer", taken)
+    prepare([str(path)], tmp_path / "store", tokenizer_file, num_processes=8)
+    assert largest == -(-2 * 4000 * 18 // 50_012)  # 18 batches of twice 4000 bytes
+
+
+def test_a_text_that_cannot_be_cut_has_a_limit(tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizing, "PIECE_LENGTH", 50)
+    monkeypatch.setattr(tokenizing, "MAX_PIECE_LENGTH", 200)
+    work = DocumentTokenizer(load_tokenizer_file(tokenizer_file), 0, np.dtype(np.uint16), 0.0)
+    work.encode("the sink " * 1000, "here")
+    with pytest.raises(ValueError, match=r"here: \d+ characters without a place where this tokenizer allows a cut"):
+        work.encode("the sink " * 5 + "a" * 201, "here")
 
 
 def test_a_full_disk_is_one_error_and_loses_nothing(corpus: list[str], tmp_path: Path, tokenizer_file: Path) -> None:
@@ -299,7 +392,8 @@ def test_a_bad_record_is_one_line_on_stderr_and_keeps_the_shards_before_it(
     result = run_command(*options)
     assert result.returncode == 1
     assert result.stderr == (
-        f'error: {bad}, line 2: the record has no text (key "text" is missing); fix or remove it\n'
+        f'error: {bad}, line 2: the record has no text (key "text" is missing); fix or remove it, or name another '
+        "key with --text-key\n"
     )
     assert (tmp_path / "store/train/00000.bin").exists()
     assert not (tmp_path / "store/manifest.json").exists()
@@ -325,7 +419,7 @@ def test_what_was_read_before_a_truncated_file_is_kept(corpus: list[str], tmp_pa
 
 def test_an_answer_goes_through_a_file(tmp_path: Path, tokenizer_file: Path) -> None:
     """The main process would wait indefinitely for one that breaks off in the pipe."""
-    InProcessPool(1, None, None, (tokenizer_file, 0, np.dtype(np.uint16), 0.0))
+    InProcessPool(1, None, None, (None, tokenizer_file, 0, np.dtype(np.uint16), 0.0))
     lines = [JsonLine("a", "a", json.dumps(row).encode()) for row in records(4, 30)]
     answer = tokenizing.tokenize(lines, tmp_path / "answer")
     assert answer == tmp_path / "answer"
@@ -450,7 +544,7 @@ class EndlessShard(Shard):
 def test_reading_is_never_further_ahead_than_the_limit(tmp_path: Path, tokenizer_file: Path) -> None:
     shard = EndlessShard()
     job = ShardJob(tmp_path, tmp_path, 0, shard, np.dtype(np.uint16))
-    pool = InProcessPool(1, None, None, (tokenizer_file, 0, np.dtype(np.uint16), 0.0))
+    pool = InProcessPool(1, None, None, (None, tokenizer_file, 0, np.dtype(np.uint16), 0.0))
     results = prepare_module._tokenized(pool, [job], tmp_path, max_waiting=4)  # type: ignore[arg-type]
     for num_results in range(1, 20):
         next(results)

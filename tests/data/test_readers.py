@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from sinklm.data import find_inputs
+from sinklm.data import compression, find_inputs, readers
 from sinklm.data.inputs import hub_shards, read_documents
-from sinklm.data.readers import Document, _lines
+from sinklm.data.records import Document
 
 from .corpora import records, write_json_lines
 
@@ -95,7 +95,7 @@ def test_lines_end_at_newlines_wherever_the_stream_is_cut(lines: list[bytes], da
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=6)))
     chunks = [stream[a:b] for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
     expected = lines[:-1] if lines and not lines[-1] else lines
-    assert list(_lines(chunks)) == expected
+    assert list(compression.lines(chunks, Path("x"))) == expected
 
 
 def test_other_line_separators_and_blank_lines_do_not_end_or_make_a_record(tmp_path: Path) -> None:
@@ -115,6 +115,12 @@ def garble(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
+def garble_inside(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[4:200] = bytes(196)
+    path.write_bytes(bytes(content))
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
@@ -122,7 +128,8 @@ def garble(path: Path) -> None:
         ("x.jsonl.zst", garble, r"x\.jsonl\.zst: damaged \.zst file"),
         ("x.jsonl.gz", cut, r"x\.jsonl\.gz: truncated \.gz file"),
         ("x.jsonl.gz", garble, r"x\.jsonl\.gz: damaged \.gz file"),
-        ("x.parquet", cut, r"x\.parquet: not a parquet file, or a truncated one"),
+        ("x.parquet", cut, r"x\.parquet: not a parquet file, or a damaged or truncated one"),
+        ("x.parquet", garble_inside, r"x\.parquet: not a parquet file, or a damaged or truncated one"),
         ("x.jsonl", cut, r"x\.jsonl, line 42: not valid JSON"),
     ],
 )
@@ -224,8 +231,109 @@ def test_inputs_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"contains no file that ends in \.jsonl"):
         find_inputs([str(tmp_path / "empty")])
-    for name in ("x.tar", "x.tar.zst", "x.json"):
+    for name, remedy in (
+        ("x.tar", "unpack it"),
+        ("x.TAR.zst", "unpack it"),
+        ("x.jsonl.xz", "decompress it: xz -dk"),
+        ("x.jsonl.bz2", "decompress it: bzip2 -dk"),
+        ("x.txt.gz", "decompress it: gzip -dk"),
+        ("x.GZ", "decompress it"),
+        ("x.csv", "convert it to JSON lines"),
+        ("x.bin", "it is tokenized already"),
+    ):
         (tmp_path / name).touch()
-        with pytest.raises(ValueError, match=f"{name}: this file type is not supported"):
+        with pytest.raises(ValueError, match=f"{name}: this file type is not supported; {remedy}"):
             find_inputs([str(tmp_path / name)])
-    assert find_inputs([str(tmp_path)]).num_ignored == {".tar": 1, ".zst": 1, ".json": 1}
+    (tmp_path / "package.json").touch()
+    ignored = {".tar": 1, ".zst": 1, ".xz": 1, ".bz2": 1, ".gz": 1, ".GZ": 1, ".csv": 1, ".bin": 1, ".json": 1}
+    assert find_inputs([str(tmp_path)]).num_ignored == ignored
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".ndjson", ".jsonlines", ".json", ".JSONL"])
+@pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
+def test_json_lines_have_several_names(tmp_path: Path, kind: str, packed: str) -> None:
+    path = write_json_lines(tmp_path / f"corpus{kind}{packed}", ROWS)
+    assert read(path) == as_documents(ROWS, "corpus")
+    if kind + packed != ".json":
+        assert read(tmp_path) == as_documents(ROWS, "corpus")
+
+
+def test_suffixes_in_upper_case_are_the_same(tmp_path: Path) -> None:
+    for name in ("A.JSONL.ZST", "B.JSONL.GZ"):
+        plain = write_json_lines(tmp_path / name.lower(), ROWS)
+        assert read(plain.rename(tmp_path / name)) == as_documents(ROWS, name[0])
+    assert read(write_parquet(tmp_path / "C.PARQUET", ROWS)) == as_documents(ROWS, "C")
+
+
+def test_json_lines_under_a_wrong_name_are_no_document(tmp_path: Path) -> None:
+    for name in ("part-00000", "x.jsonl.bak", "x.txt"):
+        write_json_lines(tmp_path / name, ROWS)
+        with pytest.raises(ValueError, match=rf"{name}: contains JSON lines, but its name does not say so"):
+            read(tmp_path / name)
+    (tmp_path / "x.js").write_text('{"text": "an object in a program"};\n')
+    (tmp_path / "y.txt").write_text('{"content": "no text"}\n')
+    assert len(read(f"{tmp_path}/[xy].js")) == 1
+    assert len(read(tmp_path / "y.txt")) == 1
+
+
+def test_the_text_may_have_another_key(tmp_path: Path) -> None:
+    rows = [{"content": "a", "text": 5, "meta": {"pile_set_name": "S"}}, {"content": "b", "meta": None}]
+    expected = [("a", "S"), ("b", "x")]
+    write_json_lines(tmp_path / "x.jsonl.gz", rows)
+    table = pa.table({"content": ["a", "b"], "text": [5, 6], "meta": [{"pile_set_name": "S"}, None]})
+    parquet.write_table(table, tmp_path / "x.parquet")
+    for name in ("x.jsonl.gz", "x.parquet"):
+        assert list(read_documents(find_inputs([str(tmp_path / name)], text_key="content").shards)) == expected
+    with pytest.raises(ValueError, match=r'x\.jsonl\.gz, line 1: .*key "body" is missing.*--text-key'):
+        list(read_documents(find_inputs([str(tmp_path / "x.jsonl.gz")], text_key="body").shards))
+    with pytest.raises(ValueError, match=r'x\.parquet: has no column "body", only content, text, meta; .*--text-key'):
+        list(read_documents(find_inputs([str(tmp_path / "x.parquet")], text_key="body").shards))
+
+
+def zstd(content: bytes, **parameters: int) -> bytes:
+    """One frame whose size is not known in advance."""
+    settings = zstandard.ZstdCompressionParameters(**parameters)
+    compressor = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    return compressor.compress(content) + compressor.flush()
+
+
+def test_a_small_file_is_decompressed_in_bounded_pieces(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl.zst"
+    path.write_bytes(zstd(b"a" * 2**28))
+    assert path.stat().st_size < 2**14
+    sizes = [len(chunk) for chunk, _ in compression.decompressed(path)]
+    assert sum(sizes) == 2**28
+    assert max(sizes) <= compression.ZSTD_BLOCK // 4 * 2**17
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.jsonl.zst", "x.txt", "x.parquet"])
+def test_a_document_above_the_limit_is_an_error(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (compression, readers):
+        monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 1000)
+    rows = [{"text": "a" * 950}, {"text": "b" * (1001 if "parquet" in name else 989)}]
+    if name.endswith("txt"):
+        (tmp_path / name).write_text("a" * 1000)
+        assert len(read(tmp_path / name)) == 1
+        (tmp_path / name).write_text("a" * 1001)
+    else:
+        write = write_parquet if name.endswith("parquet") else write_json_lines
+        assert len(read(write(tmp_path / name, [*rows[:1]] * 9))) == 9
+        write(tmp_path / name, rows)
+    place = {"x.txt": "", "x.parquet": ", row 2"}.get(name, ", line 2")
+    with pytest.raises(ValueError, match=rf"{name}{place}: a document of [\d,]+ bytes or more; the limit is"):
+        read(tmp_path / name)
+
+
+def test_a_zstd_window_above_the_limit_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl.zst").write_bytes(zstd(b'{"text": "a"}\n', window_log=28))
+    with pytest.raises(ValueError, match=r"x\.jsonl\.zst: its zstd window is larger than 128 MiB; compress it again"):
+        read(tmp_path / "x.jsonl.zst")
+
+
+def test_files_without_checksums_are_known(tmp_path: Path) -> None:
+    write_json_lines(tmp_path / "a.jsonl.gz", ROWS)
+    write_json_lines(tmp_path / "b.jsonl.zst", ROWS)
+    (tmp_path / "c.jsonl.zst").write_bytes(zstd(b'{"text": "a"}\n', write_checksum=False))
+    (tmp_path / "d.jsonl.zst").write_bytes(b"damaged")
+    (tmp_path / "e.parquet").touch()
+    assert find_inputs([str(tmp_path)]).without_checksum() == ["c.jsonl.zst"]

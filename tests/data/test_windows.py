@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sinklm.data import TokenWindows
-from sinklm.data.store import TokenSequence
+from sinklm.data.sequence import TokenSequence
 
 
 class FakeStore:
@@ -29,7 +29,7 @@ def store_of(folder: Path, sizes: list[int], dtype: type = np.uint16, row_length
         paths.append(folder / f"{i}.bin")
         np.arange(start, start + size, dtype=dtype).tofile(paths[-1])
         start += size
-    return FakeStore(TokenSequence(paths, np.dtype(dtype), row_length))
+    return FakeStore(TokenSequence(paths, np.dtype(dtype), vocab_size=2**16, row_length=row_length))
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -16,6 +16,7 @@ from sinklm.eval.sinks import measure, sequences_of_store, sequences_of_texts
 from sinklm.eval.sinks.plots import checkpoints_figure, heads_figure, layers_figure, maps_figure
 from sinklm.eval.sinks.tables import as_json, named_positions
 
+from ..checkpoints.seal import seal
 from ..train.tiny import make_store
 from .checkpoints import small_model, write_checkpoint
 
@@ -91,7 +92,7 @@ def run(tmp_path):
         facts = {"data_fingerprint": "", "world_size": 1, "zero_stage": 1, "precision": "fp32"}
         (folder / "state.json").write_text(CheckpointState(step=step, positions=100 * step, **facts).to_json())
         if step < 12:
-            (folder / "COMPLETE").touch()
+            seal(folder)
     return tmp_path / "run"
 
 

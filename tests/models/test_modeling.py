@@ -338,5 +338,11 @@ def test_wrong_masks_are_an_error():
     model, ids = tiny_model(1), text(1, 5)
     with pytest.raises(ValueError, match="covers 4 tokens, but the text has 5"):
         model(ids, attention_mask=torch.ones(1, 4, dtype=torch.long))
-    with pytest.raises(ValueError, match="dimensions"):
-        model(ids, attention_mask=torch.ones(1, 1, 5, 5, dtype=torch.long))
+    for shape in ((1, 1, 5, 5), (2, 5)):
+        with pytest.raises(ValueError, match=r"requires a mask of shape \(batch, tokens\) for a batch of 1$"):
+            model(ids, attention_mask=torch.ones(shape, dtype=torch.long))
+    for wrong in (torch.full((1, 5), -torch.inf), torch.full((1, 5), 2)):
+        with pytest.raises(ValueError, match="values other than 0 "):
+            model(ids, attention_mask=wrong)
+    with pytest.raises(ValueError, match=r"has shape \(0, 5\): pass \(batch, tokens\)"):
+        model(ids[:0])

@@ -84,6 +84,50 @@ def test_sinks_stay_in_front_of_padding():
         torch.testing.assert_close(logits[b, -len(stream) :], expected, rtol=0, atol=5e-5)
 
 
+@pytest.mark.parametrize("num_sinks", [0, 1, 2])
+def test_a_row_may_begin_in_a_later_pass(num_sinks):
+    """Its first pass consists of padding only, after the model's sinks."""
+    model = tiny_model(num_sinks)
+    cache = StreamingCache.for_model(model, num_kept=max(num_sinks, 1), window=6)
+    turns = [
+        [torch.randint(1, 300, (n,)) for n in lengths] for lengths in ((9, 0, 4), (0, 0, 3), (12, 5, 1), (1, 1, 1))
+    ]
+    logits, seen = [], torch.ones(3, 0, dtype=torch.long)
+    for streams in turns:
+        ids, mask = pad_left(streams)
+        seen = torch.cat((seen, mask), dim=1)
+        with torch.no_grad():
+            logits.append(model(ids, seen, past_key_values=cache).logits)
+    for b in range(3):
+        stream = torch.cat([streams[b] for streams in turns])
+        with_sinks = torch.cat((sinks(model, 1)[0], stream))
+        expected = oracle.stream_logits(plain_twin(model), with_sinks, max(num_sinks, 1), 6)[num_sinks:]
+        found = torch.cat(
+            [out[b, out.shape[1] - len(streams[b]) :] for out, streams in zip(logits, turns, strict=True)]
+        )
+        torch.testing.assert_close(found, expected, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("num_sinks", [0, 1])
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.tensor([[1, 1, 1, 0]]), "padded on the right"),
+        (torch.tensor([[0.0, 0.0, -1e9, 0.0]]), "values other than 0 "),
+        (torch.full((1, 4), 2), "values other than 0 "),
+        (torch.ones(1, 3), "attention_mask"),
+        (torch.ones(2, 4), "attention_mask has shape"),
+        (torch.ones(1, 1, 4, 4), "attention_mask has"),
+    ],
+)
+def test_a_wrong_mask_is_an_error(num_sinks, mask, message):
+    model = tiny_model(num_sinks)
+    cache = StreamingCache.for_model(model, num_kept=1, window=6)
+    with pytest.raises(ValueError, match=message):
+        model(torch.randint(1, 300, (1, 4)), attention_mask=mask, past_key_values=cache)
+    assert not cache.is_initialized
+
+
 @torch.no_grad()
 def test_rows_can_be_reordered_repeated_and_selected():
     model = tiny.build(tiny.config("llama"))

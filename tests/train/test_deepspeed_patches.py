@@ -1,6 +1,7 @@
 """The patches of DeepSpeed: which are disabled automatically, and which raise an error."""
 
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import deepspeed
@@ -90,24 +91,27 @@ def test_an_optimizer_whose_clip_cannot_be_set_is_not_resumed(recipe):
         deepspeed_patches.restore_settings(engine, settings, zero_stage=1)
 
 
-def test_an_error_in_writing_is_raised_after_all_collectives():
+def test_the_files_of_a_checkpoint_are_collected_and_not_written(tmp_path):
     class Files:
-        def save(self, number: int) -> None:
-            raise OSError(f"file {number}")
+        def save(self, state_dict: dict, path: str) -> None:
+            raise AssertionError("written")
 
     class Engine:
         def __init__(self) -> None:
-            self.checkpoint_engine, self.is_done = Files(), False
+            self.checkpoint_engine = Files()
 
-        def save_checkpoint(self, number: int) -> None:
-            self.checkpoint_engine.save(number)
-            self.is_done = True
+        def _copy_recovery_script(self, path: str) -> None:
+            raise AssertionError("written")
+
+        def save_checkpoint(self, folder: Path, *, tag: str, client_state: dict, save_latest: bool) -> None:
+            self.checkpoint_engine.save(state_dict=client_state, path=f"{folder}/{tag}/a.pt")
+            self.checkpoint_engine.save({"b": 2}, f"{folder}/{tag}/b.pt")
+            self._copy_recovery_script(str(folder))
 
     engine = Engine()
-    with pytest.raises(OSError, match="file 3"):
-        deepspeed_patches.save_on_all_ranks(engine, 3)
-    assert engine.is_done
-    assert "save" not in vars(engine.checkpoint_engine)
+    files = deepspeed_patches.collect_files(engine, tmp_path, "deepspeed", {"a": 1})
+    assert files == [(tmp_path / "deepspeed/a.pt", {"a": 1}), (tmp_path / "deepspeed/b.pt", {"b": 2})]
+    assert not {"save", "_copy_recovery_script"} & {*vars(engine.checkpoint_engine), *vars(engine)}
     del engine.checkpoint_engine
-    with pytest.warns(RuntimeWarning, match=r"has no checkpoint_engine\.save"), pytest.raises(AttributeError):
-        deepspeed_patches.save_on_all_ranks(engine, 3)
+    with pytest.raises(ValueError, match=r"has no checkpoint_engine\.save, which saving needs: install deepspeed=="):
+        deepspeed_patches.collect_files(engine, tmp_path, "deepspeed", {})

@@ -51,11 +51,19 @@ def two_ranks(recipe, one_rank_run, tmp_path_factory) -> Path:
     grown, stopped, ahead, diverged, dead = (
         folder / name for name in ("grown", "stopped", "ahead", "diverged", "dead")
     )
+    damaged, file = folder / "damaged", "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
     calls += [
+        {
+            "overrides": settings(damaged, 1, "bf16"),
+            "damage": [str(folder / "whole-1"), str(damaged), f"checkpoints/step-8/deepspeed/{file}"],
+        },
         {"overrides": settings(grown, 3, "fp32"), "copy": [str(one_rank_run), 4, str(grown)]},
         *(
             {
-                "overrides": settings(folder / f"full-{stage}", stage, "fp32"),
+                "overrides": [
+                    *settings(folder / f"full-{stage}", stage, "fp32"),
+                    f"checkpoint.asynchronous={stage == 2}",
+                ],
                 "copy": [str(folder / f"whole-{stage}"), 4, str(folder / f"full-{stage}")],
                 "file_limit": [rank, 100_000],
             }
@@ -105,6 +113,16 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(two_ranks, stag
     whole, resumed = two_ranks / f"whole-{stage}", two_ranks / f"resumed-{stage}"
     assert losses(resumed) == losses(whole)
     assert_same_weights(weights(resumed, 8), weights(whole, 8))
+
+
+def test_a_damaged_file_of_one_rank_is_noticed_by_all(two_ranks):
+    damaged, whole = two_ranks / "damaged", two_ranks / "whole-1"
+    assert outcomes(two_ranks, "damaged") == ["done", "done"]
+    (warning,) = (line for line in (two_ranks / "output-0").read_text().splitlines() if line.startswith("warning:"))
+    assert "step-8 is damaged: deepspeed/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt has another sha256" in warning
+    assert {path.name for path in (damaged / "checkpoints").iterdir()} == {"step-4", "step-8", "step-8.damaged"}
+    assert losses(damaged) == losses(whole)
+    assert_same_weights(weights(damaged, 8), weights(whole, 8))
 
 
 @pytest.mark.parametrize(("stage", "precision", "new_stage", "new_precision"), CONVERSIONS)

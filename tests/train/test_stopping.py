@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sinklm.checkpoints.folders import list_checkpoints
 from sinklm.train.run import train
-from sinklm.train.stopping import REQUEUE_STATUS, STOP_SIGNALS, StopRequest, TimeLimit, exit_status
+from sinklm.train.stopping import REQUEUE_STATUS, STOP_SIGNALS, StopRequest, TimeLimit, exit_status, restored_handlers
 
 from .tiny import losses, wait_for_step
 
@@ -21,6 +21,17 @@ def test_a_signal_is_recorded_and_handlers_are_restored():
         assert not stop.code
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)  # launchers send both; the first one counts
+        assert stop.code == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_after_an_error_a_signal_is_still_recorded():
+    """Launchers send SIGTERM when another rank fails."""
+    before = signal.getsignal(signal.SIGTERM)
+    with restored_handlers():
+        with pytest.raises(RuntimeError, match="lost contact"), StopRequest() as stop:
+            raise RuntimeError("lost contact")
+        os.kill(os.getpid(), signal.SIGTERM)
         assert stop.code == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
 

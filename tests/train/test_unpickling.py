@@ -12,7 +12,8 @@ import torch
 from sinklm.train.run import train
 from sinklm.train.unpickling import DEEPSPEED_CLASSES, deepspeed_classes, restricted_unpickling
 
-from .tiny import copy_checkpoint, losses, seal
+from ..checkpoints.seal import seal
+from .tiny import copy_checkpoint, losses
 
 
 class Payload:
@@ -52,7 +53,7 @@ def test_a_payload_is_refused_in_every_file(recipe, run, tmp_path):
         copy_checkpoint(whole, 4, copy)
         poison(copy / name, mark)
         seal(copy / "checkpoints" / "step-4")  # an attacker who can write the file can write its checksum
-        with pytest.raises(ValueError, match=r"step-4 contains (posix|nt)\.system, which could run code.*--trust-chec"):
+        with pytest.raises(ValueError, match=rf"{name} contains (posix|nt)\.system, which could.*--trust-chec"):
             train(recipe, [*settings, f"train.run_dir={copy}"])
         assert not mark.exists()
 
@@ -67,8 +68,26 @@ def test_a_payload_is_refused_in_a_conversion(recipe, run, tmp_path):
     copy_checkpoint(whole, 4, copy)
     poison(copy / "checkpoints" / "step-4" / "deepspeed" / name, mark)
     seal(copy / "checkpoints" / "step-4")
-    with pytest.raises(ValueError, match=r"step-4 contains (posix|nt)\.system, which could run code"):
+    with pytest.raises(ValueError, match=rf"{name} contains (posix|nt)\.system, which could run code"):
         train(recipe, [*settings, f"train.run_dir={copy}", f"deepspeed.zero_stage={1 if stage == 0 else 0}"])
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("other_stage", [None, 0])
+def test_a_payload_in_the_old_format_is_not_run(recipe, run, tmp_path, other_stage):
+    """The search for classes does not read it; loading and conversion refuse it nevertheless."""
+    whole, settings = run
+    copy, mark = tmp_path / "copy", tmp_path / "mark"
+    if other_stage is not None and "deepspeed.zero_stage=3" not in settings:
+        pytest.skip("one conversion is enough")
+    copy_checkpoint(whole, 4, copy)
+    for path in (copy / "checkpoints" / "step-4" / "deepspeed").iterdir():
+        content = torch.load(path, weights_only=False)
+        torch.save({**content, "payload": Payload(mark)}, path, _use_new_zipfile_serialization=False)
+    seal(copy / "checkpoints" / "step-4")
+    converted = [] if other_stage is None else [f"deepspeed.zero_stage={other_stage}"]
+    with pytest.raises(ValueError, match=r"cannot load|could not convert"):
+        train(recipe, [*settings, f"train.run_dir={copy}", *converted])
     assert not mark.exists()
 
 

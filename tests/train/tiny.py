@@ -19,13 +19,13 @@ from unittest.mock import patch
 import torch
 from safetensors.torch import load_file
 
-from sinklm.checkpoints.folders import step_of
-from sinklm.checkpoints.manifest import Manifest, describe_files, owned_files, write_manifest
 from sinklm.data import find_inputs, prepare_store
 from sinklm.data.tokenizer import train_tokenizer
 from sinklm.models import SinkGPTNeoXForCausalLM
 from sinklm.train import loop
 from sinklm.train.batches import MicroBatches
+
+from ..checkpoints.seal import seal
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPE = """
@@ -76,12 +76,6 @@ def copy_checkpoint(run_dir: Path, step: int, other_run_dir: Path) -> None:
     """Create another run's folder as if that run had been stopped after ``step``."""
     shutil.copytree(run_dir / "checkpoints" / f"step-{step}", other_run_dir / "checkpoints" / f"step-{step}")
     shutil.copy(run_dir / "metrics.jsonl", other_run_dir / "metrics.jsonl")
-
-
-def seal(checkpoint: Path) -> None:
-    """Write a manifest of the files as they are now, as someone who edits them on purpose would."""
-    files = describe_files(checkpoint, owned_files(checkpoint, 0, 1))
-    write_manifest(checkpoint, Manifest(step_of(checkpoint), files))
 
 
 def edit_state(checkpoint: Path, **values: Any) -> None:

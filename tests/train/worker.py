@@ -4,6 +4,7 @@
 optional events:
 
 - "copy": [run_dir, step, run_dir]: first, a checkpoint is copied;
+- "damage": [run_dir, run_dir, file]: first, a run is copied, and a bit of a file is flipped;
 - "file_limit": [rank, bytes]: the disk of a rank is full;
 - "signal": [rank, number, step, run_dir]: a rank receives a signal after the run has done that
   step;
@@ -20,6 +21,7 @@ The outcome of each call is printed as one JSON line.
 import json
 import os
 import resource
+import shutil
 import sys
 import threading
 from contextlib import ExitStack
@@ -31,7 +33,7 @@ import torch.distributed as dist
 from sinklm.train import spikes, watchdog
 from sinklm.train.run import train
 
-from .tiny import ahead, bad_loss_in, copy_checkpoint, hang_in, wait_for_step
+from .tiny import ahead, bad_loss_in, copy_checkpoint, flip_bit, hang_in, wait_for_step
 
 
 def main() -> None:
@@ -44,6 +46,12 @@ def make(call: dict, rank: int) -> str:
         source, step, target = call["copy"]
         if rank == 0:
             copy_checkpoint(Path(source), step, Path(target))
+        dist.barrier()
+    if "damage" in call:
+        source, target, name = call["damage"]
+        if rank == 0:
+            shutil.copytree(source, target)
+            flip_bit(Path(target) / name)
         dist.barrier()
     if "signal" in call and call["signal"][0] == rank:
         threading.Thread(target=send_signal, args=call["signal"][1:], daemon=True).start()

@@ -1,0 +1,64 @@
+"""Special tokens of a tokenizer: those that its template adds, and the one for padding."""
+
+import json
+from typing import Any
+
+from tokenizers import Tokenizer
+
+PADDING_TOKENS = ("<|padding|>", "<pad>", "<|pad|>", "[PAD]", "<PAD>", "<|finetune_right_pad_id|>", "<|PAD_TOKEN|>")
+
+
+def drop_template(processor: dict[str, Any] | None) -> tuple[dict[str, Any] | None, list[str]]:
+    """Remove from a post-processor what adds special tokens to a text.
+
+    Args:
+        processor: the value of ``post_processor`` in a ``tokenizer.json``.
+
+    Returns:
+        The rest of the post-processor, and the names of the tokens that it no longer adds.
+    """
+    kind = (processor or {}).get("type")
+    if processor is None or kind == "ByteLevel":  # it changes offsets only
+        return processor, []
+    if kind == "Sequence":
+        parts = [drop_template(part) for part in processor["processors"]]
+        kept = [part for part, _ in parts if part is not None]
+        names = [name for _, names in parts for name in names]
+        return ({**processor, "processors": kept} if kept else None), names
+    if kind == "TemplateProcessing":
+        pieces = [*processor["single"], *processor["pair"]]
+        names = [piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece]
+        return (None, list(dict.fromkeys(names))) if names else (processor, [])
+    if kind == "BertProcessing":
+        return None, [processor["cls"][0], processor["sep"][0]]
+    if kind == "RobertaProcessing":
+        rest = {key: processor[key] for key in ("add_prefix_space", "trim_offsets")}
+        return {"type": "ByteLevel", **rest, "use_regex": True}, [processor["cls"][0], processor["sep"][0]]
+    return processor, []
+
+
+def without_template(tokenizer: Tokenizer) -> Tokenizer:
+    """Return a tokenizer that adds no special tokens to a text; the same object if it adds none.
+
+    Raises:
+        ValueError: its post-processor is of an unknown type that adds tokens.
+    """
+    state = json.loads(tokenizer.to_str())
+    state["post_processor"], names = drop_template(state["post_processor"])
+    if names:
+        tokenizer = Tokenizer.from_str(json.dumps(state, ensure_ascii=False))
+    if tokenizer.num_special_tokens_to_add(False):
+        raise ValueError(
+            f"the tokenizer's post-processor {state['post_processor']['type']} adds special tokens to each text and is "
+            "not supported; remove it from tokenizer.json"
+        )
+    return tokenizer
+
+
+def padding_token(tokenizer: Tokenizer) -> str | None:
+    """Return the tokenizer's padding token, or None.
+
+    The end-of-text token is no substitute: in fine-tuning, padding is masked in the labels, so the
+    model would not learn to end a text.
+    """
+    return next((name for name in PADDING_TOKENS if tokenizer.token_to_id(name) is not None), None)

@@ -1,0 +1,137 @@
+"""A checkpoint written while training goes on is the one that training waited for."""
+
+import time
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils import _pytree as pytree
+
+from sinklm.checkpoints.folders import list_checkpoints
+from sinklm.train import saving
+from sinklm.train.run import train
+from sinklm.train.snapshot import HostMemory
+
+from .tiny import assert_same_weights, copy_checkpoint, losses, weights
+
+OFTEN = ["checkpoint.every_steps=2", "checkpoint.keep=null", "validation.every_steps=null"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """Writing takes longer than the steps until the next save."""
+    write = saving.write_snapshot
+
+    def slow(*args):
+        time.sleep(0.2)
+        write(*args)
+
+    monkeypatch.setattr(saving, "write_snapshot", slow)
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "bf16"), (1, "bf16"), (1, "fp32"), (2, "bf16"), (3, "bf16")])
+def test_it_is_the_checkpoint_that_training_waited_for(recipe, tmp_path, slow_disk, stage, precision):
+    settings = [*OFTEN, f"deepspeed.zero_stage={stage}", f"train.precision={precision}"]
+    train(recipe, [*settings, f"train.run_dir={tmp_path / 'waited'}", "checkpoint.asynchronous=false"])
+    train(recipe, [*settings, f"train.run_dir={tmp_path / 'behind'}", "checkpoint.asynchronous=true"])
+    assert list(list_checkpoints(tmp_path / "behind")) == [2, 4, 6, 8]
+    for step in (2, 4, 6, 8):
+        assert_same_weights(weights(tmp_path / "behind", step), weights(tmp_path / "waited", step))
+    copy_checkpoint(tmp_path / "behind", 2, tmp_path / "resumed")
+    train(recipe, [*settings, f"train.run_dir={tmp_path / 'resumed'}"])
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "waited")
+    assert_same_weights(weights(tmp_path / "resumed", 8), weights(tmp_path / "waited", 8))
+
+
+def test_it_is_written_while_training_goes_on(recipe, tmp_path, monkeypatch):
+    """The folder of step 2 is complete only after step 3 was recorded."""
+    write, done = saving.write_snapshot, []
+
+    def slow(snapshot, *args):
+        while snapshot.state.step == 2 and max(losses(tmp_path)) < 4:
+            time.sleep(0.01)
+        write(snapshot, *args)
+        done.append((snapshot.state.step, max(losses(tmp_path))))
+
+    monkeypatch.setattr(saving, "write_snapshot", slow)
+    train(recipe, [*OFTEN, f"train.run_dir={tmp_path}", "checkpoint.asynchronous=true"])
+    assert done[0] == (2, 4)
+    assert [step for step, _ in done] == [2, 4, 6, 8]
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(recipe, tmp_path, monkeypatch):
+    write = saving.write_snapshot
+
+    def failing(snapshot, *args):
+        if snapshot.state.step == 4:
+            snapshot.path.rename(snapshot.path.with_name("gone"))
+        write(snapshot, *args)
+
+    monkeypatch.setattr(saving, "write_snapshot", failing)
+    with pytest.raises(ValueError, match=r"cannot save .*step-4 \(earlier checkpoints are intact\)"):
+        train(recipe, [*OFTEN, f"train.run_dir={tmp_path}", "checkpoint.asynchronous=true"])
+    assert list(list_checkpoints(tmp_path)) == [2]
+    assert max(losses(tmp_path)) >= 4
+
+
+tensors = st.builds(
+    lambda shape, dtype: torch.randn(shape).to(dtype),
+    st.lists(st.integers(0, 5), max_size=3),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool]),
+)
+states = st.recursive(
+    st.one_of(tensors, st.none(), st.integers(), st.text(max_size=3)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=3)),
+    max_leaves=8,
+)
+
+
+@given(states)
+def test_a_snapshot_is_an_equal_copy_with_storages_of_its_own(state):
+    memory = HostMemory(CPU)
+    memory.begin()
+    copied = memory.copy(state)
+    (old, spec), (new, other_spec) = pytree.tree_flatten(state), pytree.tree_flatten(copied)
+    assert spec == other_spec
+    for left, right in zip(old, new, strict=True):
+        if not isinstance(left, torch.Tensor):
+            assert left == right
+            continue
+        assert left.dtype == right.dtype
+        assert torch.equal(left, right)
+        assert right.untyped_storage().nbytes() == right.numel() * right.element_size()
+        assert not left.numel() or left.data_ptr() != right.data_ptr()
+
+
+def test_a_snapshot_reuses_the_memory_of_the_one_before():
+    memory = HostMemory(CPU)
+    state = {"weights": torch.randn(7, 3), "steps": [torch.tensor(1.0)], "view": torch.arange(10)[2:5]}
+    memory.begin()
+    first = [tensor.data_ptr() for tensor in pytree.tree_leaves(memory.copy(state))]
+    memory.begin()
+    state["weights"] += 1
+    second = memory.copy(state)
+    assert [tensor.data_ptr() for tensor in pytree.tree_leaves(second)] == first
+    assert torch.equal(second["weights"], state["weights"])
+    memory.begin()
+    larger = memory.copy({"weights": torch.ones(100)})
+    assert torch.equal(larger["weights"], torch.ones(100))
+
+
+@pytest.mark.gpu
+def test_a_snapshot_is_what_it_was_when_it_was_taken():
+    device = torch.device("cuda")
+    memory = HostMemory(device)
+    state = {"large": torch.zeros(2**26, device=device), "small": torch.zeros(3, dtype=torch.bfloat16, device=device)}
+    for value in range(1, 6):
+        memory.begin()
+        for tensor in state.values():
+            tensor.fill_(value)
+        copied = memory.copy(state)
+        memory.wait_on_device()
+        for tensor in state.values():
+            tensor.fill_(-1)
+        memory.wait_on_host()
+        assert all(bool((tensor == value).all()) and tensor.is_pinned() for tensor in copied.values())
