@@ -36,7 +36,7 @@ def runs(
     console.print(runs_table(summaries) if summaries else "no runs")
     for summary in summaries:
         if summary.note:
-            console.print(f"{summary.path}: {summary.note}")
+            console.print(summary.note if str(summary.path) in summary.note else f"{summary.path}: {summary.note}")
         if summary.command:
             console.print(f"resume: {summary.command}")
 
@@ -46,7 +46,7 @@ def runs_table(summaries: "list[RunSummary]") -> Table:
     table = Table()
     table.add_column("run", overflow="fold")
     table.add_column("state")
-    for name in ("step", "saved", "loss", "validation loss", "last record"):
+    for name in ("step", "saved", "loss", "validation", "updated"):
         table.add_column(name, justify="right")
     for run in summaries:
         table.add_row(
