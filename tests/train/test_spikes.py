@@ -19,6 +19,7 @@ from sinklm.train.recipe import load_config
 from sinklm.train.run import train
 from sinklm.train.spikes import MIN_STEPS, NUM_DEVIATIONS, WINDOW, SpikeGuard, find_spikes
 
+from .plain import play_kernel
 from .tiny import ahead, assert_same_weights, bad_loss_in, copy_checkpoint, losses, metrics, moments, weights
 
 NUM_MICRO_BATCHES = 4  # of a step in the tiny recipe
@@ -119,6 +120,14 @@ def test_a_skipped_step_changes_neither_weights_nor_optimizer_and_resumes_bit_fo
         train(recipe, [f"train.run_dir={tmp_path / 'resumed'}", "train.on_spike=skip", *EVERY_STEP, *path])
     assert losses(tmp_path / "resumed") == losses(whole)
     assert_same_weights(weights(tmp_path / "resumed", 8), weights(whole, 8))
+
+
+def test_the_kernel_skips_a_spike(recipe, tmp_path, monkeypatch):
+    play_kernel(monkeypatch.setattr)
+    run(recipe, tmp_path, "train.on_spike=skip", "train.precision=bf16", *EVERY_STEP)
+    assert all(map(torch.equal, moments(tmp_path, SPIKE - 1), moments(tmp_path, SPIKE)))
+    assert_same_weights(weights(tmp_path, SPIKE - 1), weights(tmp_path, SPIKE))
+    assert not all(map(torch.equal, moments(tmp_path, SPIKE), moments(tmp_path, SPIKE + 1)))
 
 
 @pytest.mark.parametrize("is_ahead", [False, True])
