@@ -6,6 +6,7 @@
         config.yaml           resolved recipe of the last start
         environment.json      library versions and devices
         metrics.jsonl         one line per step
+        lock                  locked while a training uses the folder
         checkpoints/step-<N>/
             deepspeed/        weights, optimizer and counters in DeepSpeed's format
             rng/              random states of all ranks
@@ -24,6 +25,7 @@ from pathlib import Path
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
 METRICS_FILE = "metrics.jsonl"
+LOCK_FILE = "lock"
 CHECKPOINTS_FOLDER = "checkpoints"
 DEEPSPEED_FOLDER = "deepspeed"
 MODEL_FOLDER = "model"

@@ -7,8 +7,8 @@ import typer
 
 if TYPE_CHECKING:
     import numpy as np
-    from rich.console import Console
 
+    from ..console import Console
     from ..data.store import TokenSource
 
 PREVIEW_LENGTH = 60  # characters
@@ -23,8 +23,7 @@ def merge(
     Prepare one input file per job, on any number of machines, then join the stores. Their files
     move to the new store.
     """
-    from rich.console import Console
-
+    from ..console import Console
     from ..data.merge import merge_stores
     from .prepare import print_summary
 
@@ -47,14 +46,13 @@ def inspect(
     verify: Annotated[bool, typer.Option("--verify", help="Read all files and compare their checksums.")] = False,
 ) -> None:
     """Show what is in a token store: counts by set, a document, a sample, or a step's samples."""
-    from rich.console import Console
-
+    from ..console import Console
     from ..data import open_store
     from ..data.tokenizer import load_tokenizer_file
 
     if recipe is None and (sample is not None or step is not None or overrides):
         raise ValueError("samples and steps depend on the recipe: pass --recipe with its name or path")
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True)
     opened = open_store(store, verify="sha256" if verify else "size")
     tokenizer = load_tokenizer_file(opened.tokenizer_path)
 
@@ -74,8 +72,7 @@ def inspect(
 
 
 def _show_summary(console: "Console", store: "TokenSource") -> None:
-    from rich.console import Console
-
+    from ..console import Console
     from ..data import TokenStore
     from .prepare import print_summary
 

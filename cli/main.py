@@ -15,6 +15,7 @@ from .evaluate import stream_eval, streaming, zero_shot
 from .export import export
 from .generate import generate
 from .prepare import prepare
+from .runs import runs
 from .sinks import sinks
 from .tokenizer import train as train_tokenizer
 from .train import train
@@ -62,6 +63,7 @@ data_app.command("merge")(merge)
 data_app.command("inspect")(inspect)
 tokenizer_app.command("train")(train_tokenizer)
 app.command()(train)
+app.command()(runs)
 eval_app.command("zero-shot")(zero_shot)
 eval_app.command("streaming")(streaming)
 eval_app.command("stream-eval")(stream_eval)

@@ -31,6 +31,12 @@ def open_windows(store: TokenSource, plan: Plan) -> tuple[Windows, TokenWindows 
             validation = TokenWindows(store, "validation", **sizes)
         except ValueError as error:
             raise ValueError(f"{error} (to disable validation: validation.every_steps=null)") from None
+        section, num_tokens = plan.config.validation, len(validation.stream)
+        if section.streaming_tokens is not None and section.streaming_tokens > num_tokens:
+            raise ValueError(
+                f"validation.streaming_tokens is {section.streaming_tokens}, but the validation split of {store.path} "
+                f"has {num_tokens} tokens: lower it, or prepare the store with a larger --validation-fraction"
+            )
     weights = plan.config.data.weights
     if weights is None:
         return TokenWindows(store, "train", **sizes), validation
@@ -124,6 +130,14 @@ class MicroBatches:
             except queue.Full:
                 continue
             return
+
+
+def samples_of_step(order: SampleOrder | WeightedOrder, step: int, samples_per_step: int) -> np.ndarray:
+    """Return the samples of step ``step`` (from 0), int64 ``(samples_per_step,)``.
+
+    Of N ranks, rank r computes every Nth of them from the rth on.
+    """
+    return order(batch_indices(step, samples_per_step))
 
 
 def read_samples(windows: Windows, chosen: np.ndarray, *, pin: bool) -> torch.Tensor:

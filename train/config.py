@@ -136,6 +136,10 @@ class TrainSection(Section):
         description="time from the start of the process to its end; the run saves in time and ends with status 75 "
         "if it is not done; null: no limit",
     )
+    on_spike: Literal["warn", "skip", "stop"] = Field(
+        default="warn",
+        description="at a spike of the loss or of the gradient's norm: `warn`; `skip` its update; `stop` the run",
+    )
     compile: bool | None = Field(
         default=None, description="use torch.compile; null: yes on a GPU except with ZeRO-3, no on a CPU"
     )
@@ -171,6 +175,21 @@ class OptimizerSection(Section):
 class ValidationSection(Section):
     every_steps: Count | None = Field(default=1000, description="steps between validations; null: no validation")
     num_samples: Count = Field(default=512, description="samples from the start of the validation split; at most all")
+    streaming_tokens: Annotated[int, Field(ge=2)] | None = Field(
+        default=None,
+        description="also stream this many tokens of the split through a cache of constant size; null: none",
+    )
+    sample_tokens: Count | None = Field(
+        default=None, description="also continue the first 32 tokens of the split by this many tokens; null: none"
+    )
+    sink_rate: bool = Field(default=False, description="also measure the attention to the first positions")
+
+    @model_validator(mode="after")
+    def _is_validated(self) -> "ValidationSection":
+        for key in ("streaming_tokens", "sample_tokens", "sink_rate"):
+            if getattr(self, key) and self.every_steps is None:
+                raise ValueError(f"{key} is set, but every_steps is null: set every_steps, or remove {key}")
+        return self
 
 
 class CheckpointSection(Section):
@@ -274,6 +293,10 @@ class WandbSection(Section):
         default="auto", description="`auto`: online if you are logged in, else offline"
     )
     project: Name = "sinklm"
+    entity: Name | None = Field(default=None, description="user or team; null: your default one")
+    name: Name | None = Field(default=None, description="name of the run; null: that of its folder")
+    group: Name | None = Field(default=None, description="group in which wandb shows the run")
+    tags: list[Name] = Field(default=[], description="tags of the run")
 
 
 class TrainingConfig(Section):
@@ -303,6 +326,7 @@ class TrainingConfig(Section):
                 f"model.sink.num_tokens {self.model.num_sinks} leaves no room for text in train.seq_length "
                 f"{self.train.seq_length}: raise train.seq_length"
             )
+        self._check_skipping()
         if self.train.deterministic and self.deepspeed.zero_stage == 3:
             raise ValueError("train.deterministic=true was not tested with deepspeed.zero_stage=3: use a lower stage")
         if self.train.compile and self.deepspeed.zero_stage == 3:
@@ -311,3 +335,24 @@ class TrainingConfig(Section):
                 "train.compile, or use a lower stage"
             )
         return self
+
+    def _check_skipping(self) -> None:
+        """Refuse `skip` where DeepSpeed updates weights outside of torch's AdamW."""
+        zero = _section(self.deepspeed.extra_keys, "zero_optimization")
+        offload = _section(zero, "offload_optimizer")
+        others = {
+            "zenflow": zero.get("zenflow") is not None,
+            "offload_optimizer.super_offload": offload.get("super_offload"),
+            "offload_optimizer.ratio": offload.get("ratio", 1) != 1,
+        }
+        for key, is_set in others.items():
+            if self.train.on_spike == "skip" and is_set:
+                raise ValueError(
+                    f"train.on_spike=skip does not work with deepspeed.zero_optimization.{key}: remove one of them"
+                )
+
+
+def _section(values: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return a section of DeepSpeed's configuration, empty if there is none."""
+    found = values.get(key)
+    return found if isinstance(found, dict) else {}

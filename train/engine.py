@@ -15,6 +15,7 @@ from .config import OptimizerSection, TrainingConfig
 from .launch import silent_stdout
 from .plan import Plan
 from .recipe import saved_values
+from .spikes import SpikeGuard, guard_updates
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine  # imported late elsewhere: DeepSpeed selects its device on import
@@ -147,6 +148,8 @@ def make_engine(
             f"DeepSpeed rejects keys of the section deepspeed ({error.title}); fix or remove them: {reasons}"
         ) from error
     engine.fused_update = deepspeed_patches.fused_update(engine, config)
+    holds_back = config.train.on_spike == "skip"
+    guard_updates(engine, SpikeGuard(device, plan.vocab_size, holds_back=holds_back))
     if compiles(config, device):
         # Without this, torch does not cache the traced model, because the loss is a custom autograd
         # function.

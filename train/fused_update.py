@@ -10,6 +10,7 @@ the gradient by ``grad_scale``, which clips it, and does nothing if ``found_inf`
 """
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,9 +41,12 @@ class FusedUpdate:
         grad_norm: norm of the last step's gradient, before clipping. The device has it before the
             update. If it is not finite, this update and those of all steps that are queued behind
             it leave the weights unchanged.
+        judge: called with the norm before the update; returns 1 on the device to hold this update
+            back, else 0 (`spikes.SpikeGuard.judge`).
     """
 
     grad_norm: HostCopy
+    judge: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __init__(self, engine: "DeepSpeedEngine", max_norm: float):
         zero = engine.optimizer
@@ -64,7 +68,7 @@ class FusedUpdate:
             for gradient in whole[: sum(group)].split(group)
         ]
         self._is_first = True
-        zero.optimizer.found_inf = torch.zeros((), device=engine.device)
+        self._is_over = torch.zeros((), device=engine.device)  # 1 from the first step that is not finite
         engine.enable_backward_allreduce = False
         zero.update_hp_grads = self._accumulate
         zero.clear_hp_grads = self._begin_again
@@ -115,7 +119,9 @@ class FusedUpdate:
         optimizer = self._zero.optimizer
         optimizer.grad_scale = self._num_ranks * (grad_norm / self._max_norm).clamp(min=1.0)
         is_bad = 1.0 - grad_norm.isfinite().float()
-        optimizer.found_inf = torch.maximum(optimizer.found_inf, is_bad)
+        self._is_over = torch.maximum(self._is_over, is_bad)
+        is_held = self._is_over if self.judge is None else torch.maximum(self._is_over, self.judge(grad_norm))
+        optimizer.found_inf = is_held
         return grad_norm
 
     def _update_in_one_pass(self) -> None:

@@ -1,7 +1,9 @@
 """The loop over steps: train, record, validate, save, stop."""
 
+import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +13,16 @@ from ..checkpoints.folders import METRICS_FILE, list_checkpoints
 from ..data import TokenWindows
 from ..data.store import TokenSource
 from ..models.cost import flops_per_token, peak_flops
-from .batches import MicroBatches, Windows, sample_order
+from .batches import MicroBatches, Windows, sample_order, samples_of_step
 from .launch import World
 from .metrics import MetricsFile, WandbRun
 from .plan import Plan
+from .probes import Probes, describe_probes
 from .progress import RunProgress, Speedometer, peak_memory_gib, process_age
 from .saving import SLOW_DISK, CheckpointWriter
 from .schedule import is_every, learning_rate, saves_after
-from .step import PendingStep, StepResult, train_step
+from .spikes import describe_spikes
+from .step import SAMPLES, BadStep, PendingStep, StepResult, train_step
 from .stopping import SAVE_FAILED, TIME_IS_UP, StopRequest, TimeLimit, stop_reason
 from .validation import validation_loss
 
@@ -53,6 +57,7 @@ class TrainingLoop:
         config = plan.config
         self._engine, self._plan, self._world, self._progress = engine, plan, world, progress
         self._validation_windows = validation_windows
+        self._probes = Probes(plan, world, store, validation_windows) if validation_windows is not None else None
         self._first_step, self._num_steps = first_step, config.train.num_steps
         self._run_dir = Path(config.train.run_dir or "")
         self._saves_after = saves_after(self._num_steps, config.checkpoint)
@@ -65,9 +70,10 @@ class TrainingLoop:
             on_saved=self._report_save,
             say=progress.say,
         )
+        self._order = sample_order(store, windows, plan)
         self._batches = MicroBatches(
             windows,
-            sample_order(store, windows, plan),
+            self._order,
             samples_per_step=plan.samples_per_step,
             micro_batch_size=config.train.micro_batch_size,
             first_step=first_step,
@@ -84,6 +90,7 @@ class TrainingLoop:
         self._time_limit = TimeLimit(config.train.max_minutes, self._writer.num_bytes / SLOW_DISK)
         self._runs_ahead = runs_ahead(world.device)
         self._pending: PendingStep | None = None
+        self._is_in_spike = False
         with world.all_or_none():
             self._records: list[MetricsFile | WandbRun] = []
             if world.is_main:
@@ -113,6 +120,11 @@ class TrainingLoop:
             self._writer.finish()
             self._progress.say(f"done: {self._run_dir}")
             return 0
+        except BadStep as error:
+            with suppress(BadStep):
+                self._read_pending()  # of the step before, if the host noticed this one first
+            self._write({"step": error.step, "error": str(error), **self._batch(error.step, error.losses)})
+            raise
         finally:
             self._close()
 
@@ -193,18 +205,45 @@ class TrainingLoop:
             values["mfu"] = round(mfu, 5)
         if result.loss_scale is not None:
             values |= {"loss_scale": result.loss_scale, "is_skipped": result.is_skipped}
+        self._add_spikes(values, result)
         self._write(values)
         is_kept = step in (self._first_step + 1, self._num_steps)
         self._progress.update(step, {**values, "grad_norm": result.grad_norm}, self._speed, is_kept=is_kept)
 
+    def _add_spikes(self, values: dict[str, Any], result: StepResult) -> None:
+        """Add the spikes of a step to its record and say so, once if steps in a row have them."""
+        if result.spikes:
+            is_skipped = self._plan.config.train.on_spike == "skip"
+            values["spikes"] = {
+                name: {key: value if math.isfinite(value) else None for key, value in asdict(spike).items()}
+                for name, spike in result.spikes.items()
+            }
+            values |= {"is_skipped": is_skipped, **self._batch(values["step"], result.losses)}
+            if not self._is_in_spike:
+                done = "its update was skipped" if is_skipped else "training goes on (train.on_spike=warn)"
+                self._progress.say(f"step {values['step']:,}: {describe_spikes(result.spikes)}; {done}. {SAMPLES}")
+        self._is_in_spike = bool(result.spikes)
+
+    def _batch(self, step: int, losses: list[float]) -> dict[str, Any]:
+        """Return the samples of a step, in the order of the data, and the loss of each rank."""
+        samples = samples_of_step(self._order, step - 1, self._plan.samples_per_step)
+        return {
+            "samples": samples.tolist(),
+            "loss_by_rank": [loss if math.isfinite(loss) else None for loss in losses],
+        }
+
     def _validate(self, step: int) -> None:
-        if self._validation_windows is None:
+        if self._validation_windows is None or self._probes is None:
             return
         num_samples = min(self._plan.config.validation.num_samples, len(self._validation_windows))
         loss = validation_loss(self._engine, self._validation_windows, num_samples, self._plan, self._world)
+        with self._world.all_or_none():
+            others = self._probes.measure(self._engine)
         if self._world.is_main:
-            self._write({"step": step, "validation_loss": loss, "num_validation_samples": num_samples})
+            self._write({"step": step, "validation_loss": loss, "num_validation_samples": num_samples, **others})
             self._progress.say(f"step {step:,}: validation loss {loss:.4f} over {num_samples:,} samples")
+            for line in describe_probes(others):
+                self._progress.say(line)
 
     def _save(self, step: int) -> None:
         if step in list_checkpoints(self._run_dir):

@@ -66,8 +66,8 @@ class WandbRun:
             say(f"wandb: offline, in {run_dir / 'wandb'}; for online logging, run `wandb login` before training")
 
     def write(self, values: dict[str, Any]) -> None:
-        """Log the numbers of a step."""
-        numbers = {key: value for key, value in values.items() if key != "step"}
+        """Log the numbers and texts of a step, but not its lists."""
+        numbers = {key: value for key, value in values.items() if key != "step" and not isinstance(value, list)}
         self._attempt(lambda: self._run.log(numbers, step=values["step"]))
 
     def close(self) -> None:
@@ -102,7 +102,10 @@ def _start_wandb(config: TrainingConfig, run_dir: Path) -> Any:
         mode = "online" if is_logged_in() else "offline"
     return wandb.init(
         project=config.wandb.project,
-        name=run_dir.name,
+        entity=config.wandb.entity,
+        name=config.wandb.name or run_dir.name,
+        group=config.wandb.group,
+        tags=config.wandb.tags,
         id=_wandb_id(run_dir),
         resume="allow",
         mode=mode,

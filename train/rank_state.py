@@ -1,4 +1,4 @@
-"""The part of a checkpoint that each rank writes: random states and loss scale."""
+"""The part of a checkpoint that each rank writes: random states, loss scale, window of losses."""
 
 import json
 import random
@@ -19,7 +19,9 @@ def rank_path(checkpoint: Path, rank: int) -> Path:
 
 
 def rank_state(engine: "DeepSpeedEngine") -> dict:
-    """Return random states, and the loss scale that DeepSpeed does not save (fp16, no ZeRO)."""
+    """Return random states, the loss scale that DeepSpeed does not save (fp16, no ZeRO), and the
+    window by which spikes are judged.
+    """
     numpy_state: Any = np.random.get_state()  # noqa: NPY002 (the global state is saved)
     scaler = engine.torch_autocast_z0_gradscaler
     return {
@@ -28,11 +30,19 @@ def rank_state(engine: "DeepSpeedEngine") -> dict:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "scaler": scaler.state_dict() if scaler is not None else None,
+        "spikes": engine.spike_guard.state_dict(),
     }
 
 
+def restore_window(engine: "DeepSpeedEngine", state: dict) -> None:
+    """Restore the window of losses and norms, which is the same on every rank."""
+    if "spikes" in state:  # not in checkpoints from before it existed
+        engine.spike_guard.load_state_dict(state["spikes"])
+
+
 def restore_rank_state(engine: "DeepSpeedEngine", state: dict) -> None:
-    """Restore the state that `rank_state` returned."""
+    """Restore the state that `rank_state` returned, on the same rank."""
+    restore_window(engine, state)
     version, internal, gauss = json.loads(state["python"])
     random.setstate((version, tuple(internal), gauss))
     keys, *rest = state["numpy"]

@@ -26,7 +26,7 @@ from .config import TrainingConfig
 from .engine import optimizer_layout
 from .launch import World, silent_stdout
 from .plan import Plan
-from .rank_state import rank_path, restore_rank_state
+from .rank_state import rank_path, restore_rank_state, restore_window
 from .recipe import saved_values, value_digest
 from .unpickling import refused_names, restricted_unpickling
 from .verification import TRUST_OPTION, newest_intact, verified_state
@@ -94,10 +94,11 @@ class Resume:
                 with world.all_or_none(), self._damage():
                     _load_deepspeed(engine, self.path, DEEPSPEED_FOLDER)
         deepspeed_patches.restore_settings(engine, plan.config.optimizer, zero_stage=plan.config.deepspeed.zero_stage)
-        if self.state.world_size == world.size:
-            with world.all_or_none(), self._damage():
-                path = rank_path(self.path, world.rank)
-                restore_rank_state(engine, torch.load(path, weights_only=not self.is_trusted))
+        is_same = self.state.world_size == world.size
+        with world.all_or_none(), self._damage():
+            path = rank_path(self.path, world.rank if is_same else 0)
+            state = torch.load(path, weights_only=not self.is_trusted)
+            (restore_rank_state if is_same else restore_window)(engine, state)
 
     def _load_converted(self, engine: "DeepSpeedEngine", plan: Plan, world: World, folder: Path) -> None:
         """Load the checkpoint through a temporary converted copy in ``folder``."""

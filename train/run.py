@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..checkpoints.folders import CONFIG_FILE, ENVIRONMENT_FILE, damaged_checkpoints, interrupted_checkpoints
+from ..checkpoints.folders import (
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    LOCK_FILE,
+    damaged_checkpoints,
+    interrupted_checkpoints,
+)
 from ..checkpoints.warm_start import check_tokenizer, load_weights
 from ..data import open_store
 from ..data.store import TokenSource
@@ -39,7 +45,6 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 LARGEST_DRAWN_ON_CPU = 1_000_000_000  # parameters
-LOCK_NAME = "lock"
 SETUP_SECONDS = 7200.0  # verifying the store, making or loading the weights, converting a checkpoint
 RECORDED_PACKAGES = ("torch", "transformers", "deepspeed", "tokenizers", "numpy", "safetensors")
 
@@ -111,7 +116,7 @@ def locked_run(run_dir: Path) -> Iterator[None]:
     with ExitStack() as held:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked(run_dir / LOCK_NAME, busy))
+            held.enter_context(locked(run_dir / LOCK_FILE, busy))
         except OSError as error:
             raise OSError(f"cannot write to {run_dir}: {error}") from error
         yield

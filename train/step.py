@@ -13,9 +13,12 @@ from torch import nn
 from .host_copy import HostCopy
 from .launch import SameOnAllRanks, World
 from .plan import Plan
+from .spikes import Spike, describe_spikes, find_spikes
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+
+SAMPLES = "The numbers of its samples are in metrics.jsonl"  # written by the loop
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,21 @@ class StepResult:
     is_skipped: bool  # float16 only: the scaled gradients overflowed, so there was no update
     loss_scale: float | None  # float16 only
     stop_code: int  # why to stop after this step (`stopping.stop_reason`), the largest of all ranks; 0: go on
+    losses: list[float]  # of each rank
+    spikes: dict[str, Spike]  # by quantity (`spikes.QUANTITIES`); empty if the step is none
+
+
+class BadStep(SameOnAllRanks):
+    """A step after which training must not go on.
+
+    Attributes:
+        step: number of updates including this one.
+        losses: of each rank.
+    """
+
+    def __init__(self, message: str, step: int, losses: list[float]):
+        super().__init__(message)
+        self.step, self.losses = step, losses
 
 
 @dataclass(frozen=True)
@@ -40,12 +58,15 @@ class PendingStep:
     grad_norm: HostCopy
     is_refused: bool  # True if the host already detected that there was no update
     loss_scale: float | None  # float16 only
+    verdict: HostCopy | None  # (2, 3): `SpikeGuard.verdict`; None if there was no update
+    stops_at_spike: bool
 
     def result(self) -> StepResult:
         """Wait until the device has computed the result.
 
         Raises:
-            SameOnAllRanks: a loss or the gradient is not finite. There was no update.
+            BadStep: a loss or the gradient is not finite, and there was no update; or the step is a
+                spike at which the run stops.
         """
         by_rank = self.by_rank.read()
         losses = [loss for loss, _ in by_rank]
@@ -53,16 +74,31 @@ class PendingStep:
         is_skipped = self.is_refused and self.loss_scale is not None and self.loss_scale > 1
         grad_norm = math.inf if self.is_refused else self.grad_norm.read()
         if not is_skipped and not math.isfinite(grad_norm):
-            raise SameOnAllRanks(
+            raise BadStep(
                 f"step {self.step}: the gradient is not finite, but the loss is. Training stopped before the update "
-                "and saved nothing; the newest checkpoint is intact. Lower optimizer.lr, or try train.precision=fp32"
+                "and saved nothing; the newest checkpoint is intact. Lower optimizer.lr, or try train.precision=fp32. "
+                f"{SAMPLES}",
+                self.step,
+                losses,
+            )
+        loss = math.fsum(losses) / len(losses)
+        spikes = {} if self.verdict is None else find_spikes(self.verdict.read(), loss, grad_norm)
+        if spikes and self.stops_at_spike:
+            raise BadStep(
+                f"step {self.step}: {describe_spikes(spikes)}. Training stopped (train.on_spike=stop) and saved "
+                "nothing; the newest checkpoint is intact. Lower optimizer.lr, resume from an older checkpoint, or set "
+                f"train.on_spike=skip. {SAMPLES}",
+                self.step,
+                losses,
             )
         return StepResult(
-            loss=math.fsum(losses) / len(losses),
+            loss=loss,
             grad_norm=grad_norm,
             is_skipped=is_skipped,
             loss_scale=self.loss_scale,
             stop_code=max(int(code) for _, code in by_rank),
+            losses=losses,
+            spikes=spikes,
         )
 
 
@@ -89,7 +125,7 @@ def train_step(
         before_update: called before the update is queued.
 
     Raises:
-        SameOnAllRanks: as `PendingStep.result`, if the host already detected that the step failed.
+        BadStep: as `PendingStep.result`, if the host already detected that the step failed.
     """
     began = time.perf_counter()
     for group in engine.basic_optimizer.param_groups:
@@ -107,7 +143,9 @@ def train_step(
 
     code = loss_sum.new_full((), float(stop_code))
     world.mark("updating the weights")
-    by_rank = HostCopy(_gather(torch.stack([loss_sum / plan.num_accumulation_steps, code]), world))
+    gathered = _gather(torch.stack([loss_sum / plan.num_accumulation_steps, code]), world)
+    by_rank = HostCopy(gathered)
+    engine.spike_guard.begin(gathered[:, 0].mean())
     before_update()
     grad_norm, is_refused = _update(engine, plan)
     pending = PendingStep(
@@ -118,6 +156,8 @@ def train_step(
         grad_norm=grad_norm,
         is_refused=is_refused,
         loss_scale=_loss_scale(engine) if plan.config.train.precision == "fp16" else None,
+        verdict=None if is_refused else HostCopy(engine.spike_guard.verdict),
+        stops_at_spike=plan.config.train.on_spike == "stop",
     )
     if is_refused:
         pending.result()  # raises, except after a float16 overflow, so that no step follows
@@ -141,9 +181,11 @@ def _gather(values: torch.Tensor, world: World) -> torch.Tensor:
 def _check_losses(losses: list[float], step: int) -> None:
     bad = [f"{loss} on rank {rank}" for rank, loss in enumerate(losses) if not math.isfinite(loss)]
     if bad:
-        raise SameOnAllRanks(
+        raise BadStep(
             f"step {step}: the loss is {', '.join(bad)}. Training stopped before the update and saved nothing; the "
-            "newest checkpoint is intact. Lower optimizer.lr or optimizer.clip, or check the data of this step"
+            f"newest checkpoint is intact. Lower optimizer.lr or optimizer.clip, or check the data. {SAMPLES}",
+            step,
+            losses,
         )
 
 
@@ -154,7 +196,10 @@ def _update(engine: "DeepSpeedEngine", plan: Plan) -> tuple[HostCopy, bool]:
     engine.step()
     if engine.fused_update is not None:
         return engine.fused_update.grad_norm, False
-    return HostCopy(torch.as_tensor(engine.get_global_grad_norm())), engine.optimizer.overflow
+    grad_norm, is_refused = torch.as_tensor(engine.get_global_grad_norm()), engine.optimizer.overflow
+    if not is_refused and engine.spike_guard.verdict is None:  # DeepSpeed's own CPU updates call no hook
+        engine.spike_guard.judge(grad_norm)
+    return HostCopy(grad_norm), is_refused
 
 
 def _update_without_zero(engine: "DeepSpeedEngine", plan: Plan) -> tuple[HostCopy, bool]:
@@ -162,8 +207,11 @@ def _update_without_zero(engine: "DeepSpeedEngine", plan: Plan) -> tuple[HostCop
     if scaler is not None:
         scaler.unscale_(engine.optimizer)
     max_norm = plan.config.optimizer.clip or math.inf
-    grad_norm = HostCopy(nn.utils.clip_grad_norm_(engine.module.parameters(), max_norm))
+    norm = nn.utils.clip_grad_norm_(engine.module.parameters(), max_norm)
+    grad_norm = HostCopy(norm)
     is_finite = math.isfinite(grad_norm.read())
+    if is_finite:
+        engine.spike_guard.judge(norm)
     if is_finite or scaler is not None:  # a scaler skips the update itself
         engine.step()
     return grad_norm, not is_finite

@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 PARTIAL = ".partial"  # suffix of a file that is being written
+NUM_LOCK_ATTEMPTS = 4  # `is_locked` of another process may have the lock for a moment
 
 
 @contextmanager
@@ -80,13 +82,30 @@ def locked(path: Path, busy: str) -> Iterator[None]:
         OSError: the file cannot be created.
     """
     with open(path, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(busy) from None
-        except OSError:
-            pass
+        for attempts_left in reversed(range(NUM_LOCK_ATTEMPTS)):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not attempts_left:
+                    raise ValueError(busy) from None
+                time.sleep(0.1)
+                continue
+            except OSError:
+                pass
+            break
         yield
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock of a file. False on a file system without locks."""
+    try:
+        with open(path) as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def sync_file(path: Path) -> None:

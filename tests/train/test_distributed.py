@@ -6,12 +6,14 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from sinklm.checkpoints.folders import list_checkpoints
 from sinklm.train.run import train
 from sinklm.train.stopping import REQUEUE_STATUS
 
-from .tiny import Ranks, assert_same_weights, copy_checkpoint, losses, metrics, wait_for_step, weights
+from .test_probes import PROBES, check_same_run, probed
+from .tiny import Ranks, assert_same_weights, copy_checkpoint, losses, metrics, moments, wait_for_step, weights
 
 pytestmark = pytest.mark.slow
 
@@ -23,6 +25,10 @@ SAVE_OFTEN = ["checkpoint.every_steps=2", "checkpoint.keep=null"]
 FULL = [(2, 1), (3, 0)]  # ZeRO stage, and the rank whose disk is full; ZeRO-3 gathers weights after the files
 # To another number of ranks: each stage once before and once after the conversion.
 CONVERSIONS = [(0, "bf16", 3, "bf16"), (1, "bf16", 0, "fp32"), (2, "fp32", 1, "fp32"), (3, "fp32", 2, "fp32")]
+
+
+# With a spike in step 8: name of the run, ZeRO stage, precision, `train.on_spike`.
+SPIKES = [("skipped-1", 1, "bf16", "skip"), ("skipped-3", 3, "fp32", "skip"), ("spiked", 1, "bf16", "stop")]
 
 
 def settings(run_dir: Path, stage: int, precision: str) -> list[str]:
@@ -77,6 +83,20 @@ def two_ranks(recipe, one_rank_run, tmp_path_factory) -> Path:
             "ahead": True,
         },
         {"overrides": settings(diverged, 1, "bf16"), "bad_loss": [1, 7, 2], "ahead": True},
+        *(
+            {
+                "overrides": [
+                    *settings(folder / run, stage, precision),
+                    f"train.on_spike={choice}",
+                    "checkpoint.every_steps=7",
+                ],
+                "bad_loss": [1, 8, 2, 1000.0],
+                "min_steps": 3,
+                "ahead": True,
+            }
+            for run, stage, precision, choice in SPIKES
+        ),
+        {"overrides": [*settings(folder / "measured", 3, "fp32"), *SAVE_OFTEN, *PROBES]},
         {"overrides": [f"train.run_dir={dead}", *LONG], "signal": [1, signal.SIGKILL, 2, str(dead)]},
     ]
     path = folder / "calls.json"
@@ -172,6 +192,31 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(two_ranks):
     assert other == "exit 1"
     assert list(losses(two_ranks / "diverged")) == [1, 2, 3, 4, 5, 6]
     assert list(list_checkpoints(two_ranks / "diverged")) == [4]
+
+
+@pytest.mark.parametrize("run", ["skipped-1", "skipped-3"])
+def test_a_spike_on_one_rank_is_skipped_on_all(two_ranks, run):
+    assert outcomes(two_ranks, run) == ["done"] * 2
+    assert_same_weights(weights(two_ranks / run, 7), weights(two_ranks / run, 8))
+    assert all(map(torch.equal, moments(two_ranks / run, 7), moments(two_ranks / run, 8)))
+    (line,) = (line for line in metrics(two_ranks / run) if "spikes" in line)
+    assert (line["step"], line["is_skipped"]) == (8, True)
+    assert line["loss_by_rank"][1] > 100 * line["loss_by_rank"][0]
+
+
+def test_a_spike_on_one_rank_stops_all(two_ranks):
+    message, other = outcomes(two_ranks, "spiked")
+    assert re.match(r"BadStep: step 8: the loss .* is a spike", message)
+    assert other == "exit 1"
+    assert list(list_checkpoints(two_ranks / "spiked")) == [7]
+
+
+def test_measuring_with_partitioned_weights_does_not_change_the_run(recipe, two_ranks, tmp_path):
+    check_same_run(two_ranks / "whole-3", two_ranks / "measured")
+    train(recipe, [f"train.run_dir={tmp_path}", *PROBES])
+    for alone, two in zip(probed(tmp_path), probed(two_ranks / "measured"), strict=True):
+        assert two["streaming_loss"] == pytest.approx(alone["streaming_loss"], abs=1e-5)
+        assert two["attention_mass"] == pytest.approx(alone["attention_mass"], abs=1e-5)
 
 
 def test_a_dead_rank_ends_the_others_with_a_message(two_ranks):

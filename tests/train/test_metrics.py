@@ -1,6 +1,10 @@
 """metrics.jsonl and the progress line."""
 
 import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -124,4 +128,53 @@ def test_training_outlives_wandb(wandb_asked, tmp_path):
     run.close()
     assert [line for line in said if "wandb failed" in line] == [
         "wandb failed and is disabled for the rest of the run (BrokenPipeError: the service is gone)"
+    ]
+
+
+def wandb_records(path: Path) -> Iterator[Any]:
+    """Read a `.wandb` file: protobuf records in the log format of LevelDB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, position, record = path.read_bytes(), 7, b""
+    assert content.startswith(b":W&B")
+    while position < len(content):
+        if (left := 32768 - position % 32768) < 7:  # the rest of a block is empty
+            position += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, position)
+        record += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or its last piece
+            yield Record.FromString(record)
+            record = b""
+
+
+def test_what_lands_in_an_offline_run(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    settings = ["mode=offline", "project=sinks", "entity=team", "name=first try", "group=arms", "tags=[small, sink]"]
+    config = load_config("quickstart", [f"wandb.{setting}" for setting in settings])
+    run = WandbRun(config, tmp_path, lambda _: None)
+    run.write({"step": 1, "loss": 2.5, "samples": [7, 8], "spikes": {"loss": {"mean": 1.0}}, "sample_text": "a b"})
+    run.write({"step": 1, "validation_loss": 2.25})
+    run.write({"step": 2, "loss": 2.0})
+    run.close()
+    wandb.teardown()  # waits until its process has written everything
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    records = list(wandb_records(path))
+    (begun,) = (record.run for record in records if record.WhichOneof("record_type") == "run")
+    assert (begun.project, begun.entity, begun.display_name, begun.run_group) == ("sinks", "team", "first try", "arms")
+    assert list(begun.tags) == ["small", "sink"]
+    told = {item.key: json.loads(item.value_json) for item in begun.config.update}
+    assert told["train"] == config.model_dump()["train"]
+    history = [
+        {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.WhichOneof("record_type") == "history"
+    ]
+    logged = [{key: value for key, value in line.items() if not key.startswith("_")} for line in history]
+    assert logged == [
+        {"loss": 2.5, "spikes.loss.mean": 1, "sample_text": "a b", "validation_loss": 2.25},
+        {"loss": 2.0},
     ]

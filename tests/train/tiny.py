@@ -66,6 +66,25 @@ def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(run_dir / "checkpoints" / f"step-{step}" / "model" / "model.safetensors")
 
 
+def moments(run_dir: Path, step: int) -> list[torch.Tensor]:
+    """AdamW's state in a checkpoint."""
+    found: list[torch.Tensor] = []
+
+    def search(value: object, key: str = "") -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                search(inner, str(name))
+        elif isinstance(value, list):
+            for inner in value:
+                search(inner, key)
+        elif isinstance(value, torch.Tensor) and key in ("exp_avg", "exp_avg_sq", "step"):
+            found.append(value)
+
+    for path in sorted((run_dir / "checkpoints" / f"step-{step}" / "deepspeed").glob("*.pt")):
+        search(torch.load(path, weights_only=False))
+    return found
+
+
 def assert_same_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
     assert left.keys() == right.keys()
     for name in left:
@@ -99,14 +118,14 @@ def free_port() -> str:
 
 
 @contextmanager
-def bad_loss_in(step: int, num_micro_batches: int) -> Iterator[None]:
-    """Make the loss NaN in one training step of this process, counted from 1."""
+def bad_loss_in(step: int, num_micro_batches: int, factor: float = float("nan")) -> Iterator[None]:
+    """Multiply the loss in one training step of this process, counted from 1."""
     forward, calls = SinkGPTNeoXForCausalLM.forward, itertools.count()
 
     def diverging(self: SinkGPTNeoXForCausalLM, *args: Any, **kwargs: Any) -> Any:
         output = forward(self, *args, **kwargs)
         if self.training and next(calls) // num_micro_batches == step - 1:
-            output.loss = output.loss * float("nan")
+            output.loss = output.loss * factor
         return output
 
     with patch.object(SinkGPTNeoXForCausalLM, "forward", diverging):

@@ -8,7 +8,9 @@ optional events:
 - "file_limit": [rank, bytes]: the disk of a rank is full;
 - "signal": [rank, number, step, run_dir]: a rank receives a signal after the run has done that
   step;
-- "bad_loss": [rank, step, num_micro_batches]: a rank's loss is NaN in that step;
+- "bad_loss": [rank, step, num_micro_batches]: a rank's loss is NaN in that step, or multiplied by a
+  fourth number;
+- "min_steps": steps after which spikes are judged;
 - "hang": [rank, step, num_micro_batches]: a rank waits forever for the samples of that step;
 - "stop_grace": seconds that a rank may take to obey a signal;
 - "ahead": true: a step is queued before the previous one is read, as on a GPU.
@@ -28,7 +30,7 @@ from unittest.mock import patch
 
 import torch.distributed as dist
 
-from sinklm.train import watchdog
+from sinklm.train import spikes, watchdog
 from sinklm.train.run import train
 
 from .tiny import ahead, bad_loss_in, copy_checkpoint, flip_bit, hang_in, wait_for_step
@@ -62,6 +64,8 @@ def make(call: dict, rank: int) -> str:
                 stack.enter_context(ahead())
             if "bad_loss" in call and call["bad_loss"][0] == rank:
                 stack.enter_context(bad_loss_in(*call["bad_loss"][1:]))
+            if "min_steps" in call:
+                stack.enter_context(patch.object(spikes, "MIN_STEPS", call["min_steps"]))
             if "hang" in call and call["hang"][0] == rank:
                 stack.enter_context(hang_in(*call["hang"][1:]))
             if "stop_grace" in call:
