@@ -1,5 +1,7 @@
 """Progress output: a live line on a terminal, periodic lines in a log file."""
 
+import os
+import sys
 import time
 from collections import deque
 from datetime import timedelta
@@ -91,8 +93,12 @@ class RunProgress:
             self._live.stop()
 
     def say(self, message: str) -> None:
-        """Print a message above the live line."""
-        self.console.print(message)
+        """Print a message above the live line. If nobody reads the output, training goes on."""
+        try:
+            self.console.print(message)
+        except BrokenPipeError:
+            self.console.quiet = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def update(self, step: int, values: dict, speed: Speedometer, *, is_kept: bool = False) -> None:
         """Show the values of ``step``; with ``is_kept`` the line remains on screen."""
