@@ -198,10 +198,9 @@ class CheckpointSection(Section):
         default=False, description="also save at steps 0, 1, 2, 4 … 512 and every 1000, and never delete these"
     )
     keep: Count | None = Field(default=3, description="number of newest checkpoints to keep; null: all")
-    asynchronous: bool | None = Field(
-        default=None,
-        description="write checkpoints from a copy in host memory while training goes on; null: yes on a GPU, if the "
-        "memory is free",
+    asynchronous: bool = Field(
+        default=False,
+        description="write checkpoints from a copy in host memory while training goes on, if the memory is free",
     )
     resume: Name = Field(
         default="auto",

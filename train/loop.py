@@ -263,7 +263,7 @@ class TrainingLoop:
             for record in reversed(self._records):
                 stack.callback(record.close)
             stack.callback(self._read_pending)
-            stack.callback(self._writer.join)
+            stack.callback(self._writer.close)
             stack.callback(self._batches.close)
 
 

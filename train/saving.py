@@ -109,13 +109,18 @@ class CheckpointWriter:
         """
         with self._world.longer(self.num_bytes / SLOW_DISK, is_saving=True):
             self._world.mark("waiting until a checkpoint is written")
-            self.join()
+            self._join()
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
-    def join(self) -> None:
-        """Wait for the thread, and ignore its error."""
+    def close(self) -> None:
+        """Wait for the thread, ignore its error, and give its memory back."""
+        self._join()
+        if self._memory is not None:
+            self._memory.close()
+
+    def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -126,8 +131,8 @@ class CheckpointWriter:
         with self._world.all_or_none(failed):
             if self._world.is_main:
                 make_folders(path, self.num_bytes)
-        if self._memory is not None:
-            self._memory.begin()
+            if self._memory is not None:
+                self._memory.begin()
         with self._world.all_or_none(failed):
             files = self._deepspeed_files(engine, path)
             if self._memory is not None:
@@ -135,11 +140,14 @@ class CheckpointWriter:
             files.append((rank_path(path, self._world.rank), rank_state(engine)))
             # Without a copy, ZeRO's weights share one storage.
             weights = gather_weights(engine, self._world, self._memory.copy if self._memory else copy_to_host)
+            if self._memory is not None:
+                self._memory.end()
         return Snapshot(path, state, files, weights)
 
     def _write(self, snapshot: Snapshot, world: World, began: float) -> None:
-        if self._memory is not None:
-            self._memory.wait_on_host()
+        with world.all_or_none(snapshot.failed):
+            if self._memory is not None:
+                self._memory.wait_on_host()
         write_snapshot(snapshot, self._plan, self._tokenizer_path, world)
         self._on_saved(snapshot.path, time.monotonic() - began)
 
@@ -175,11 +183,8 @@ class CheckpointWriter:
         )
 
     def _is_asynchronous(self, say: Callable[[str], None]) -> bool:
-        """Whether to save in a thread: as the recipe says, else on a GPU if the memory is free."""
-        wanted = self._plan.config.checkpoint.asynchronous
-        if wanted is not None:
-            return wanted
-        if self._world.device.type != "cuda":
+        """Whether to save in a thread: if the recipe says so and all hosts have the memory."""
+        if not self._plan.config.checkpoint.asynchronous:
             return False
         free = min(self._world.gather(psutil.virtual_memory().available))
         if free > self.num_bytes:  # as if all ranks were on one host

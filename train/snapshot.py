@@ -1,16 +1,17 @@
 """Copies of the training state in host memory, taken while training goes on."""
 
-import contextlib
 import copy
 import mmap
+import secrets
 import threading
-import warnings
+import weakref
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 ALIGNMENT = 64  # bytes
+NUM_PROBES = 16  # bytes
 
 
 def copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
@@ -21,8 +22,10 @@ def copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
 class HostMemory:
     """Host memory that is reused by every snapshot. On a GPU it is pinned.
 
-    A thread allocates it, because pinning takes about a second for 3 GB. A snapshot is valid until
-    the next one begins.
+    A thread pins it, because that takes about a second for 3 GB. A snapshot is valid until the next
+    one begins. Memory that is unmapped while it is pinned would make later copies to the same
+    address go astray, so `close` ends the pinning, and every snapshot ends with random bytes whose
+    copy is compared.
 
     Args:
         num_bytes: expected size of a snapshot. What is beyond it is allocated when it is copied.
@@ -31,6 +34,9 @@ class HostMemory:
     def __init__(self, device: torch.device, num_bytes: int):
         self._device = device
         self._memory = mmap.mmap(-1, max(num_bytes, mmap.PAGESIZE))
+        self._error: RuntimeError | None = None
+        self._probe, self._copied_probe = b"", torch.empty(0)
+        self.close = lambda: None
         self._num_used = 0
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._sources: list[torch.Tensor] = []
@@ -39,8 +45,14 @@ class HostMemory:
         self._pinning.start()
 
     def begin(self) -> None:
-        """Begin a snapshot, which overwrites the one before."""
+        """Begin a snapshot, which overwrites the one before.
+
+        Raises:
+            RuntimeError: the memory could not be pinned.
+        """
         self._pinning.join()
+        if self._error is not None:
+            raise self._error
         self._num_used = 0
 
     def copy(self, state: Any) -> Any:
@@ -62,11 +74,23 @@ class HostMemory:
         if self._copied is not None:
             torch.cuda.current_stream().wait_event(self._copied)
 
+    def end(self) -> None:
+        """End a snapshot, after its last copy."""
+        self._probe = secrets.token_bytes(NUM_PROBES)
+        probe = torch.frombuffer(bytearray(self._probe), dtype=torch.uint8).to(self._device)
+        self._copied_probe = self.copy(probe)
+
     def wait_on_host(self) -> None:
-        """Wait until the snapshot is complete. Any thread may call it."""
+        """Wait until the snapshot is complete. Any thread may call it.
+
+        Raises:
+            RuntimeError: the copy is wrong.
+        """
         if self._copied is not None:
             self._copied.synchronize()
         self._sources.clear()
+        if bytes(self._copied_probe.tolist()) != self._probe:
+            raise RuntimeError("the copy of the state in host memory is wrong: set checkpoint.asynchronous=false")
 
     @torch.no_grad()
     def _copy_leaf(self, leaf: Any) -> Any:
@@ -89,15 +113,15 @@ class HostMemory:
         return torch.frombuffer(self._memory, dtype=torch.uint8, count=num_bytes, offset=start)
 
     def _pin(self) -> None:
-        with contextlib.suppress(AttributeError, OSError):
-            self._memory.madvise(mmap.MADV_HUGEPAGE)  # large pages are pinned faster
         if self._stream is None:
             return
         torch.cuda.set_device(self._device)
-        whole = torch.frombuffer(self._memory, dtype=torch.uint8)
+        address = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
+        runtime = torch.cuda.cudart()
         try:
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), whole.numel(), 0))
+            torch.cuda.check_error(runtime.cudaHostRegister(address, len(self._memory), 0))
         except RuntimeError as error:
-            warnings.warn(
-                f"saving is slower, because its memory cannot be pinned: {error}", RuntimeWarning, stacklevel=1
-            )
+            self._error = RuntimeError(f"cannot pin host memory ({error}): set checkpoint.asynchronous=false")
+        else:
+            # The memory is an argument, so that it is not unmapped before.
+            self.close = weakref.finalize(self, lambda memory: runtime.cudaHostUnregister(address), self._memory)

@@ -139,6 +139,32 @@ def test_a_snapshot_fits_into_the_memory_that_was_allocated(recipe, tmp_path, mo
     assert 0.5 * size < used <= size
 
 
+def test_a_copy_that_went_astray_is_noticed():
+    memory = HostMemory(CPU, 4096)
+    memory.begin()
+    memory.copy({"weights": torch.ones(3)})
+    memory.end()
+    memory.wait_on_host()
+    memory._memory[:4096] = bytes(4096)
+    with pytest.raises(RuntimeError, match=r"is wrong: set checkpoint\.asynchronous=false"):
+        memory.wait_on_host()
+
+
+@pytest.mark.gpu
+def test_memory_at_the_address_of_another_is_pinned_again():
+    """As in a second run in the same process."""
+    device = torch.device("cuda")
+    for value in range(1, 6):
+        memory = HostMemory(device, 2**24)
+        memory.begin()
+        copied = memory.copy(torch.full((2**20,), float(value), device=device))
+        memory.end()
+        memory.wait_on_host()
+        assert bool((copied == value).all())
+        del copied
+        memory.close()
+
+
 @pytest.mark.gpu
 def test_a_snapshot_is_what_it_was_when_it_was_taken():
     device = torch.device("cuda")
@@ -149,6 +175,7 @@ def test_a_snapshot_is_what_it_was_when_it_was_taken():
         for tensor in state.values():
             tensor.fill_(value)
         copied = memory.copy(state)
+        memory.end()
         memory.wait_on_device()
         for tensor in state.values():
             tensor.fill_(-1)
