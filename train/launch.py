@@ -250,17 +250,19 @@ def fill_environment(environment: "os._Environ[str] | dict[str, str]") -> None:
         environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
         environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
         environment.setdefault("MASTER_ADDR", first_host(environment["SLURM_STEP_NODELIST"]))
-        environment.setdefault("MASTER_PORT", str(10_000 + int(environment["SLURM_JOB_ID"]) % 20_000))
+        # Jobs and steps on one host need different ports. Linux itself uses those from 32768 on.
+        number = int(environment["SLURM_JOB_ID"]) + 1009 * int(environment.get("SLURM_STEP_ID", 0))
+        environment.setdefault("MASTER_PORT", str(10_000 + number % 20_000))
         return
     environment |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
 def first_host(node_list: str) -> str:
     """Return the first host of a Slurm node list: ``gpu003`` for ``gpu[003-007,9],login``."""
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", node_list)
+    match = re.match(r"(?:[^\[\],]|\[[\w,-]+\])+", node_list)
     if match is None:
         raise ValueError(f"SLURM_STEP_NODELIST is {node_list!r}, which contains no host name: set MASTER_ADDR")
-    return match[1] + (match[2] or "")
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", match[0])
 
 
 def _claim_device(local_rank: int) -> torch.device:

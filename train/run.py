@@ -27,6 +27,7 @@ from .launch import SameOnAllRanks, World, connected
 from .loop import TrainingLoop
 from .plan import Plan
 from .progress import RunProgress
+from .ranks import check_same, check_settings, check_shared, has_other_copy, say_ranks
 from .recipe import config_yaml, load_config
 from .resume import Resume, find_resume
 from .stopping import exit_status
@@ -58,15 +59,18 @@ def train(recipe: str, overrides: list[str] | tuple[str, ...] = (), *, only_desc
         SystemExit: the run ended early and its state is saved (`stopping.exit_status`); or status 1
             on ranks other than 0 for an error that all ranks share, which rank 0 reports.
     """
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    rank, local_rank = (
+        int(os.environ.get(ours, os.environ.get(slurms, 0)))
+        for ours, slurms in (("RANK", "SLURM_PROCID"), ("LOCAL_RANK", "SLURM_LOCALID"))
+    )
     try:
         config = load_config(recipe, overrides)
         if only_describe:
             dry_run(config)
             return
     except (ValueError, OSError):
-        if rank:
-            sys.exit(1)
+        if local_rank:
+            sys.exit(1)  # the first rank of each host reports it, because the hosts may have different files
         raise
     if rank == 0:
         print("loading DeepSpeed and connecting to the other ranks …", flush=True)
@@ -124,15 +128,19 @@ def _set_up(config: TrainingConfig, world: World, held: ExitStack) -> TrainingLo
     Args:
         held: holds the lock of the folder, and the progress output.
     """
+    world.mark("comparing the ranks")
+    say_ranks(world)
+    check_settings(config, world)
     world.mark("opening the data")
     run_dir = Path(config.train.run_dir or "")
+    store = _open_store(config, world)
     with world.all_or_none():
-        store = _open_store(config, world)
         plan = Plan(config, world.size, store.tokenizer_size, store.eod_id)
         windows, validation_windows = open_windows(store, plan)
     with world.all_or_none():
         if world.is_main:
             held.enter_context(locked_run(run_dir))
+    check_shared(run_dir, world)
     with world.all_or_none():
         resume = find_resume(plan, store.fingerprint)
         if resume is None and config.model.init_from is not None:
@@ -178,14 +186,22 @@ def _ready_engine(plan: Plan, world: World, resume: Resume | None, progress: Run
 
 
 def _open_store(config: TrainingConfig, world: World) -> TokenSource:
-    """Open the data. Only rank 0 verifies its content."""
-    if config.data.path is None:
-        raise ValueError(
-            "data.path is not set: set it to a folder made by `sinklm prepare`, e.g. data.path=stores/pile"
-        )
-    if world.is_main:
-        print(f"opening {config.data.path} (on first use, all files are read to verify checksums) …", flush=True)
-    return open_store(config.data.path, verify="auto" if world.is_main else "size")
+    """Open the data. Rank 0 verifies its content, and so does one rank of each host with a copy."""
+    with world.all_or_none():
+        if config.data.path is None:
+            raise ValueError(
+                "data.path is not set: set it to a folder made by `sinklm prepare`, e.g. data.path=stores/pile"
+            )
+        if world.is_main:
+            print(f"opening {config.data.path} (on first use, all files are read to verify checksums) …", flush=True)
+        store = open_store(config.data.path, verify="auto" if world.is_main else "size")
+    name = f"the fingerprint of {config.data.path}"
+    check_same(world, {name: store.fingerprint[:12]}, "copy the store of rank 0 to all hosts, or share it")
+    is_other_copy = has_other_copy(store.path, world)
+    with world.all_or_none():
+        if is_other_copy:
+            open_store(config.data.path, verify="auto")
+    return store
 
 
 def _build_model(plan: Plan, device: torch.device) -> SinkGPTNeoXForCausalLM:

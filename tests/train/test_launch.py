@@ -45,10 +45,34 @@ def test_a_batch_script_without_srun_is_one_process():
         ("gpu[003-007,9],login", "gpu003"),
         ("n[7,8]", "n7"),
         ("rack-2-node[10-12]", "rack-2-node10"),
+        ("rack[1-2]node[03,05],x", "rack1node03"),
+        ("gpu[7-8]-ib", "gpu7-ib"),
     ],
 )
 def test_the_first_host(nodes, first):
     assert first_host(nodes) == first
+
+
+def test_a_node_list_without_a_host_is_an_error():
+    with pytest.raises(ValueError, match="set MASTER_ADDR"):
+        first_host("")
+
+
+def test_steps_of_one_job_have_ports_of_their_own():
+    ports = set()
+    for step in range(16):
+        environment = {
+            "SLURM_PROCID": "0",
+            "SLURM_STEP_NUM_TASKS": "2",
+            "SLURM_LOCALID": "0",
+            "SLURM_STEP_NODELIST": "a",
+            "SLURM_JOB_ID": "29999",
+            "SLURM_STEP_ID": str(step),
+        }
+        fill_environment(environment)
+        ports.add(environment["MASTER_PORT"])
+    assert len(ports) == 16
+    assert all(10_000 <= int(port) < 30_000 for port in ports)
 
 
 def test_an_error_on_one_rank_is_an_error_on_all():
