@@ -17,7 +17,7 @@ set -u
 source .venv/bin/activate
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not take it over from sbatch
 
-srun --kill-on-bad-exit=0 python -m sinklm.train "$@"
+srun --kill-on-bad-exit=0 --wait=60 python -m sinklm.train "$@"
 status=$?
 if [ $status -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit $status

@@ -97,6 +97,9 @@ def check(words: list[str]) -> None:
         check_sinklm(arguments)
     elif program in LAUNCHERS and "sinklm.train" in arguments:
         check_sinklm(["train", *arguments[arguments.index("sinklm.train") + 1 :]])
+    elif program == "sbatch":
+        assert (ROOT / arguments[0]).is_file(), line
+        check_sinklm(["train", *arguments[1:]])
     elif program == "make":
         targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[1].split()
         assert set(arguments) <= set(targets), line
@@ -134,6 +137,7 @@ def check_sinklm(arguments: list[str]) -> None:
         "sinklm train pythia-15m",
         "deepspeed --module sinklm.train pythia-14m train.micro_batch=3",
         "torchrun --module sinklm.train pythia-14m train.num_steps=0",
+        "sbatch examples/slurm.sh pythia-14m train.micro_batch=3",
         "make everything",
         "python study/nothing.py",
         "rm -r /",

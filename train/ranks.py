@@ -72,14 +72,16 @@ def check_shared(run_dir: Path, world: World) -> None:
     with world.all_or_none(f"cannot write to {run_dir}: "):
         if world.is_main:
             path.touch()
-    with world.all_or_none():
-        if not _appears(path):
-            raise ValueError(
-                f"{run_dir.absolute()} on {socket.gethostname()} is not the folder that rank 0 uses: set train.run_dir "
-                "to a folder on a file system that all hosts share"
-            )
-    if world.is_main:
-        path.unlink()
+    try:
+        with world.all_or_none():
+            if not _appears(path):
+                raise ValueError(
+                    f"{run_dir.absolute()} on {socket.gethostname()} is not the folder that rank 0 uses: set "
+                    "train.run_dir to a folder on a file system that all hosts share"
+                )
+    finally:
+        if world.is_main:
+            path.unlink()
 
 
 def _appears(path: Path) -> bool:

@@ -36,7 +36,11 @@ def start_slurm(hosts: list[Host], folder: Path) -> dict[str, str]:
     hosts[0].run("slurmctld", "-i", **variables)
     for host in hosts:
         host.run("slurmd", **variables)
-    wait_for(
-        lambda: hosts[0].run("sinfo", "--noheader", "--format=%T", **variables) == "idle\n", "the nodes are not idle"
-    )
+    wait_until_idle(hosts[0], variables)
     return variables
+
+
+def wait_until_idle(host: Host, variables: dict[str, str]) -> None:
+    """Wait until all nodes are idle and answer."""
+    sinfo = ["sinfo", "--noheader", "--format=%T"]
+    wait_for(lambda: host.run(*sinfo, **variables) == "idle\n", "the nodes of Slurm are not idle", timeout=180)

@@ -21,7 +21,7 @@ from sinklm.train.launch import first_host
 
 from ..train.tiny import RECIPE, losses, make_store, metrics, wait_for_step
 from .hosts import BIN, ROOT, Host, two_hosts, wait_for
-from .slurm import start_slurm
+from .slurm import start_slurm, wait_until_idle
 
 pytestmark = pytest.mark.skipif(not os.environ.get("SINKLM_CLUSTER"), reason="needs root and SINKLM_CLUSTER=1")
 
@@ -150,8 +150,39 @@ def test_two_hosts_have_the_losses_of_one_process(cluster: Cluster, one_rank: di
     note(launcher, "none", statuses, 0)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-@pytest.mark.parametrize("rank", [0, 1])
+def test_a_job_saves_before_its_time_limit_and_requeues_itself(cluster: Cluster) -> None:
+    """examples/slurm.sh, with a limit of two minutes."""
+    home = cluster.folder / "home"
+    (home / ".venv" / "bin").mkdir(parents=True)
+    (home / ".venv" / "bin" / "activate").write_text(f"export PATH={BIN}:$PATH PYTHONPATH={ROOT / 'src'}\n")
+    folder, recipe = cluster.folder / "job", cluster.folder / "job.yaml"
+    recipe.write_text((cluster.folder / "tiny.yaml").read_text().replace("num_steps: 8", "num_steps: 100000"))
+    one_process_each = ["--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
+    # Slurm sends the signal up to a minute early, so one minute or more after the start.
+    limits = ["--time=2", "--signal=USR1@30", f"--chdir={home}", f"--output={home}/job.out"]
+    overrides = [f"train.run_dir={folder}", *LONG[1:]]
+    script = [ROOT / "examples" / "slurm.sh", recipe, *overrides]
+    number = cluster.hosts[0].run("sbatch", "--parsable", *one_process_each, *limits, *script, **cluster.slurm).strip()
+    wait_for(lambda: list_checkpoints(folder) if folder.exists() else None, "the job does not save", timeout=180)
+    (step,) = list_checkpoints(folder)
+    recipe.write_text(recipe.read_text().replace("num_steps: 100000", f"num_steps: {step + 20}"))
+
+    def ended() -> str | None:
+        facts = cluster.hosts[0].run("scontrol", "show", "job", number, **cluster.slurm)
+        return facts if re.search("JobState=(COMPLETED|FAILED|TIMEOUT|CANCELLED)", facts) else None
+
+    facts = wait_for(ended, "the job does not end", timeout=180)
+    output = (home / "job.out").read_text()
+    assert "JobState=COMPLETED" in facts, output
+    assert "Restarts=1 " in facts
+    assert "stopped by SIGUSR1; the state is saved" in output
+    assert "resuming from" in output
+    assert [line["step"] for line in metrics(folder)] == list(range(1, step + 21))
+
+
+@pytest.mark.parametrize(
+    ("launcher", "rank"), [*((launcher, 1) for launcher in LAUNCHERS), ("torchrun", 0), ("srun", 0)]
+)
 def test_a_killed_rank_ends_the_other(long_run: Run, launcher: str, rank: int) -> None:
     long_run.send("KILL", rank)
     seconds = long_run.wait_until_ranks_end(0, 1)
@@ -183,6 +214,7 @@ def test_a_host_without_network_is_named(cluster: Cluster, long_run: Run, launch
         seconds = long_run.wait_until_ranks_end(0, 1)
     finally:
         cluster.hosts[1].run("ip", "link", "set", "eth0", "up")
+        wait_until_idle(cluster.hosts[0], cluster.slurm)
     statuses = long_run.wait()
     note(launcher, "node2 has no network", statuses, seconds, long_run.output)
     assert re.search(f"error: {DOES_NOT_ANSWER}", long_run.output)
@@ -242,29 +274,3 @@ def test_node_lists_are_read_as_slurm_writes_them(cluster: Cluster, nodes: str) 
     names = cluster.hosts[0].run("scontrol", "show", "hostnames", node_list, **cluster.slurm).split()
     assert names == nodes.split(",")
     assert first_host(node_list) == names[0]
-
-
-def test_a_job_saves_before_its_time_limit_and_requeues_itself(cluster: Cluster) -> None:
-    """examples/slurm.sh, with a limit of two minutes."""
-    home = cluster.folder / "home"
-    (home / ".venv" / "bin").mkdir(parents=True)
-    (home / ".venv" / "bin" / "activate").write_text(f"export PATH={BIN}:$PATH PYTHONPATH={ROOT / 'src'}\n")
-    folder = cluster.folder / "job"
-    one_process_each = ["--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
-    # Slurm sends the signal up to a minute early, so one minute or more after the start.
-    limits = ["--time=2", "--signal=USR1@30", f"--chdir={home}", f"--output={home}/job.out"]
-    overrides = [f"train.run_dir={folder}", *LONG, "train.num_steps=6000"]
-    script = [ROOT / "examples" / "slurm.sh", cluster.folder / "tiny.yaml", *overrides]
-    number = cluster.hosts[0].run("sbatch", "--parsable", *one_process_each, *limits, *script, **cluster.slurm).strip()
-
-    def ended() -> str | None:
-        facts = cluster.hosts[0].run("scontrol", "show", "job", number, **cluster.slurm)
-        return facts if re.search("JobState=(COMPLETED|FAILED|TIMEOUT|CANCELLED)", facts) else None
-
-    facts = wait_for(ended, "the job does not end", timeout=600)
-    output = (home / "job.out").read_text()
-    assert "JobState=COMPLETED" in facts, output
-    assert int(re.search(r"Restarts=(\d+)", facts)[1]) >= 1
-    assert "stopped by SIGUSR1; the state is saved" in output
-    assert "resuming from" in output
-    assert [line["step"] for line in metrics(folder)] == list(range(1, 6001))
