@@ -31,11 +31,11 @@ RANK = r"^\S*python\S* (-u )?-m sinklm[.]train "  # the command line of a rank
 DOES_NOT_ANSWER = "rank 1 .* has not answered for .* s: it is stopped, or its host cannot be reached"
 
 
-def begins(launcher: str, hostfile: Path) -> list[list[object]]:
+def begins(launcher: str, hostfile: Path, master: str) -> list[list[object]]:
     """Return the beginning of the command on each host, or of the only command."""
     torchrun = ["torchrun", "--nnodes", 2, "--nproc-per-node", 1]
-    no_ssh = ["deepspeed", "--hostfile", hostfile, "--no_ssh", "--master_addr", "node1", "--node_rank"]
-    static = [*torchrun, "--master-addr", "node1", "--master-port", 29500, "--node-rank"]
+    no_ssh = ["deepspeed", "--hostfile", hostfile, "--no_ssh", "--master_addr", master, "--node_rank"]
+    static = [*torchrun, "--master-addr", master, "--master-port", 29500, "--node-rank"]
     c10d = [*torchrun, "--rdzv-backend", "c10d", "--rdzv-endpoint", "node1:29400", "--rdzv-id", "run1", "--module"]
     return {
         "deepspeed over ssh": [["deepspeed", "--hostfile", hostfile, "--module"]],
@@ -54,15 +54,15 @@ class Cluster:
     folder: Path
     slurm: dict[str, str]
 
-    def start(self, launcher: str, run: str, *overrides: object) -> "Run":
+    def start(self, launcher: str, run: str, *overrides: object, master: str = "node1", **variables: object) -> "Run":
         """Start a run with one rank on each host."""
         folder = self.folder / run
         arguments = ["sinklm.train", self.folder / "tiny.yaml", f"train.run_dir={folder}", *overrides]
-        commands = [[*begin, *arguments] for begin in begins(launcher, self.folder / "hostfile")]
+        commands = [[*begin, *arguments] for begin in begins(launcher, self.folder / "hostfile", master)]
         hosts = self.hosts[: len(commands)]
         logs = [self.folder / f"{run}-{host.name}.log" for host in hosts]
         processes = [
-            host.start(*command, log=log, **self.slurm)
+            host.start(*command, log=log, **self.slurm, **variables)
             for host, command, log in zip(hosts, commands, logs, strict=True)
         ]
         return Run(self, folder, processes, logs)
@@ -274,3 +274,23 @@ def test_node_lists_are_read_as_slurm_writes_them(cluster: Cluster, nodes: str) 
     names = cluster.hosts[0].run("scontrol", "show", "hostnames", node_list, **cluster.slurm).split()
     assert names == nodes.split(",")
     assert first_host(node_list) == names[0]
+
+
+def test_a_host_name_with_a_loopback_address_needs_an_interface(cluster: Cluster, one_rank: dict[int, float]) -> None:
+    """As on Debian and Ubuntu, where /etc/hosts contains "127.0.1.1 HOST"."""
+    for host in cluster.hosts:
+        lines = (cluster.folder / "hosts").read_text().replace("localhost\n", f"localhost\n127.0.1.1 {host.name}\n")
+        host.run("bash", "-c", f"printf '{lines}' > /run/hosts; mount --bind /run/hosts /etc/hosts")
+    try:
+        run = cluster.start("deepspeed --no_ssh", "loopback", master="10.77.0.1")
+        wait_for(lambda: "error: rank" in run.output, "no rank reports an error")
+        assert re.search(
+            r"rank \d of 2 on node\d cannot connect to the other ranks .* set GLOO_SOCKET_IFNAME", run.output
+        )
+        run.end()
+        run = cluster.start("deepspeed --no_ssh", "interface", master="10.77.0.1", GLOO_SOCKET_IFNAME="eth0")
+        assert run.wait() == [0, 0]
+        assert losses(run.folder) == pytest.approx(one_rank, abs=1e-5)
+    finally:
+        for host in cluster.hosts:
+            host.run("umount", "/etc/hosts")

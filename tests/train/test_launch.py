@@ -1,7 +1,10 @@
 """Ranks from the environment, and errors on all ranks."""
 
+import threading
+
 import pytest
 
+from sinklm.train import launch
 from sinklm.train.launch import SameOnAllRanks, World, fill_environment, first_host
 
 
@@ -94,3 +97,19 @@ def test_an_error_of_all_ranks_is_reported_once():
 
     with pytest.raises(SameOnAllRanks, match=r"^wrong key$"), World3(1, 3, 0, None).all_or_none():
         raise ValueError("wrong key")
+
+
+def test_ranks_that_cannot_connect_are_told_what_to_set():
+    message = r"^rank 1 of 2 on \S+ cannot connect to the other ranks \(refused\)\. Check .* set GLOO_SOCKET_IFNAME"
+    with pytest.raises(ConnectionError, match=message), launch._connecting(1, 2):
+        raise RuntimeError("refused\nmore")
+
+
+def test_a_rank_that_connects_forever_ends(monkeypatch, capfd):
+    statuses, has_ended = [], threading.Event()
+    monkeypatch.setattr(launch, "LONGEST_JOIN", 0.01)
+    monkeypatch.setattr(launch.os, "_exit", lambda status: (statuses.append(status), has_ended.set()))
+    with launch._connecting(1, 2):
+        assert has_ended.wait(10)
+    assert statuses == [1]
+    assert capfd.readouterr().err.startswith("error: rank 1 of 2 on ")
