@@ -83,7 +83,7 @@ def describe_hang(behind: list[RankState], num_ranks: int, limit: float) -> str:
             f"{first} has not answered for {first.silent:.0f} s: it is stopped, or its host cannot be reached. It was "
             f"last seen {first.place}. "
         )
-        end = f"The others have ended. End {first} if it still runs"
+        end = "All others have ended. End it if it still runs"
     else:
         limit_text = f"{limit / 60:.3g} minutes (train.hang_timeout_minutes)"
         if 1 < num_ranks == len(behind):

@@ -26,6 +26,7 @@ from .slurm import start_slurm, wait_until_idle
 pytestmark = pytest.mark.skipif(not os.environ.get("SINKLM_CLUSTER"), reason="needs root and SINKLM_CLUSTER=1")
 
 LONG = ["train.num_steps=100000", "validation.every_steps=null", "checkpoint.every_steps=null"]
+PATIENCE = 300.0  # seconds; a busy machine takes minutes to start two ranks
 LAUNCHERS = ["deepspeed over ssh", "deepspeed --no_ssh", "torchrun", "torchrun c10d", "srun"]
 RANK = r"^\S*python\S* (-u )?-m sinklm[.]train "  # the command line of a rank
 DOES_NOT_ANSWER = "rank 1 .* has not answered for .* s: it is stopped, or its host cannot be reached"
@@ -79,7 +80,7 @@ class Run:
     launchers: list[subprocess.Popen[str]]
     logs: list[Path]
 
-    def wait(self, timeout: float = 120) -> list[int]:
+    def wait(self, timeout: float = PATIENCE) -> list[int]:
         """Return the exit statuses of the launchers."""
         deadline = time.monotonic() + timeout
         return [launcher.wait(max(0.1, deadline - time.monotonic())) for launcher in self.launchers]
@@ -90,7 +91,7 @@ class Run:
     def wait_until_ranks_end(self, *numbers: int) -> float:
         """Return the seconds until these ranks have ended."""
         start = time.monotonic()
-        wait_for(lambda: not any(self.cluster.ranks()[number] for number in numbers), "a rank does not end")
+        wait_for(lambda: not any(self.cluster.ranks()[number] for number in numbers), "a rank goes on", PATIENCE)
         return time.monotonic() - start
 
     @property
@@ -119,7 +120,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def one_rank(cluster: Cluster) -> dict[int, float]:
     """Losses of the run in one process."""
     folder = cluster.folder / "one"
-    cluster.hosts[0].run("python", "-m", "sinklm.train", cluster.folder / "tiny.yaml", f"train.run_dir={folder}")
+    cluster.hosts[0].run(
+        "python", "-m", "sinklm.train", cluster.folder / "tiny.yaml", f"train.run_dir={folder}", timeout=PATIENCE
+    )
     return losses(folder)
 
 
@@ -128,7 +131,7 @@ def long_run(cluster: Cluster, launcher: str, request: pytest.FixtureRequest) ->
     """A run that does its steps, and would not end for a long time."""
     run = cluster.start(launcher, re.sub(r"\W+", "-", request.node.name), *LONG, "train.hang_timeout_minutes=0.2")
     try:
-        wait_for_step(run.folder, 50)
+        wait_for_step(run.folder, 50, timeout=PATIENCE)
         yield run
     finally:
         run.end()
@@ -163,7 +166,7 @@ def test_a_job_saves_before_its_time_limit_and_requeues_itself(cluster: Cluster)
     overrides = [f"train.run_dir={folder}", *LONG[1:]]
     script = [ROOT / "examples" / "slurm.sh", recipe, *overrides]
     number = cluster.hosts[0].run("sbatch", "--parsable", *one_process_each, *limits, *script, **cluster.slurm).strip()
-    wait_for(lambda: list_checkpoints(folder) if folder.exists() else None, "the job does not save", timeout=180)
+    wait_for(lambda: list_checkpoints(folder) if folder.exists() else None, "the job does not save", timeout=PATIENCE)
     (step,) = list_checkpoints(folder)
     recipe.write_text(recipe.read_text().replace("num_steps: 100000", f"num_steps: {step + 20}"))
 
@@ -171,7 +174,7 @@ def test_a_job_saves_before_its_time_limit_and_requeues_itself(cluster: Cluster)
         facts = cluster.hosts[0].run("scontrol", "show", "job", number, **cluster.slurm)
         return facts if re.search("JobState=(COMPLETED|FAILED|TIMEOUT|CANCELLED)", facts) else None
 
-    facts = wait_for(ended, "the job does not end", timeout=180)
+    facts = wait_for(ended, "the job does not end", timeout=PATIENCE)
     output = (home / "job.out").read_text()
     assert "JobState=COMPLETED" in facts, output
     assert "Restarts=1 " in facts
@@ -242,7 +245,7 @@ def test_a_run_goes_on_with_one_host_less(cluster: Cluster, one_rank: dict[int, 
     for step in (6, 8):
         subprocess.run(["rm", "-r", run.folder / "checkpoints" / f"step-{step}"], check=True)
     command = ["-m", "sinklm.train", cluster.folder / "tiny.yaml", f"train.run_dir={run.folder}", *settings]
-    output = cluster.hosts[1].run("python", *command)
+    output = cluster.hosts[1].run("python", *command, timeout=PATIENCE)
     assert "converting the checkpoint, which differs in ranks 2 → 1" in output
     assert losses(run.folder) == pytest.approx(one_rank, abs=1e-5)
 
@@ -263,7 +266,7 @@ def test_a_recipe_that_one_host_lacks_is_an_error_there(cluster: Cluster) -> Non
     recipe = cluster.folder / "local" / "own.yaml"
     command = ["srun", "--nodes=2", "--ntasks-per-node=1", "--wait=5", "python", "-m", "sinklm.train", recipe]
     process = cluster.hosts[0].start(*command, f"train.run_dir={cluster.folder / 'lacks'}", **cluster.slurm)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode
     assert f"error: recipe {recipe}: no such file" in output
 
@@ -283,7 +286,7 @@ def test_a_host_name_with_a_loopback_address_needs_an_interface(cluster: Cluster
         host.run("bash", "-c", f"printf '{lines}' > /run/hosts; mount --bind /run/hosts /etc/hosts")
     try:
         run = cluster.start("deepspeed --no_ssh", "loopback", master="10.77.0.1")
-        wait_for(lambda: "error: rank" in run.output, "no rank reports an error")
+        wait_for(lambda: "error: rank" in run.output, "no rank reports an error", PATIENCE)
         assert re.search(
             r"rank \d of 2 on node\d cannot connect to the other ranks .* set GLOO_SOCKET_IFNAME", run.output
         )

@@ -60,9 +60,10 @@ def make_stores(folder: Path, store: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(recipe, one_rank_run, tmp_path_factory) -> Path:
+def two_ranks(recipe, store, one_rank_run, tmp_path_factory) -> Path:
     """Runs on two ranks: whole, resumed, converted from one rank, and with a full disk."""
     folder = tmp_path_factory.mktemp("two")
+    make_stores(folder, store)
     calls: list[dict] = []
     for stage, precision in STAGES:
         whole, resumed = folder / f"whole-{stage}", folder / f"resumed-{stage}"
