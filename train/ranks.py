@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import TrainingConfig
-from .launch import World
+from .launch import SameOnAllRanks, World
 from .resume import flatten
 
 MAY_DIFFER = ("data.path", "train.run_dir")  # paths; what is there is compared
@@ -48,10 +48,12 @@ def check_same(world: World, values: dict[str, Any], remedy: str) -> None:
         SameOnAllRanks: names the first rank and value that differ from those of rank 0.
     """
     main = world.gather(values if world.is_main else None)[0]
-    with world.all_or_none():
-        for name in sorted(main.keys() | values.keys()):
-            if (own := values.get(name)) != (expected := main.get(name)):
-                raise ValueError(f"{name} is {own!r} on {socket.gethostname()}, but {expected!r} on rank 0: {remedy}")
+    error = ""
+    for name in sorted(main.keys() | values.keys()):
+        if (own := values.get(name)) != (expected := main.get(name)):
+            error = f"{name} is {own!r} on {socket.gethostname()}, but {expected!r} on rank 0: {remedy}"
+            break
+    _raise_first(error, world)
 
 
 def check_settings(config: TrainingConfig, world: World) -> None:
@@ -72,21 +74,31 @@ def check_shared(run_dir: Path, world: World) -> None:
     with world.all_or_none(f"cannot write to {run_dir}: "):
         if world.is_main:
             path.touch()
+    error = ""
+    if not _appears(path):
+        error = (
+            f"{run_dir.absolute()} on {socket.gethostname()} is not the folder that rank 0 uses: set train.run_dir to "
+            "a folder on a file system that all hosts share"
+        )
     try:
-        with world.all_or_none():
-            if not _appears(path):
-                raise ValueError(
-                    f"{run_dir.absolute()} on {socket.gethostname()} is not the folder that rank 0 uses: set "
-                    "train.run_dir to a folder on a file system that all hosts share"
-                )
+        _raise_first(error, world)
     finally:
         if world.is_main:
             path.unlink()
 
 
+def _raise_first(error: str, world: World) -> None:
+    """Raise the error of the first rank that has one, on all ranks."""
+    errors = world.gather(error)
+    ranks = [rank for rank, text in enumerate(errors) if text]
+    if ranks:
+        others = f" and {len(ranks) - 1} more" if len(ranks) > 1 else ""
+        raise SameOnAllRanks(f"rank {ranks[0]}{others}: {errors[ranks[0]]}")
+
+
 def _appears(path: Path) -> bool:
     deadline = time.monotonic() + APPEARS_WITHIN
-    while not path.exists():
+    while not os.path.exists(path):  # False without permission, too
         if time.monotonic() > deadline:
             return False
         time.sleep(0.1)
