@@ -88,7 +88,7 @@ def test_commands_beside_output_are_valid(block):
 
 
 def check(words: list[str]) -> None:
-    while re.match(r"[A-Z]+=", words[0]):  # a variable of the environment
+    while re.match(r"[A-Z_]+=", words[0]):  # a variable of the environment
         words = words[1:]
     line = shlex.join(words)
     program, *arguments = words

@@ -111,8 +111,8 @@ def has_other_copy(folder: Path, world: World) -> bool:
     Every rank calls it. Files of a shared file system have the same inode number and change time on
     all hosts. Hidden files are ignored.
     """
-    entries = sorted((entry for entry in os.scandir(folder) if entry.name[0] != "."), key=lambda entry: entry.name)
-    files = repr([(entry.name, entry.inode(), entry.stat().st_ctime_ns) for entry in entries])
+    found = sorted((entry.name, entry.stat()) for entry in os.scandir(folder) if entry.is_file())
+    files = repr([(name, stat.st_ino, stat.st_ctime_ns) for name, stat in found if name[0] != "."])
     own = socket.gethostname(), hashlib.sha256(files.encode()).hexdigest()
     copies = world.gather(own)
     return own[1] != copies[0][1] and copies.index(own) == world.rank
