@@ -53,7 +53,7 @@ def make_stores(folder: Path, store: Path) -> None:
     make_store(folder / "data", seed=1).rename(folder / "other")
     for name in ("damaged", "same"):
         shutil.copytree(store, folder / name, ignore=shutil.ignore_patterns(".verified.json"))
-    shard = max((folder / "damaged").glob("*.bin"), key=lambda path: path.stat().st_size)
+    shard = max((folder / "damaged").rglob("*.bin"), key=lambda path: path.stat().st_size)
     content = bytearray(shard.read_bytes())
     content[100] ^= 1
     shard.write_bytes(content)
