@@ -195,8 +195,8 @@ def _open_store(config: TrainingConfig, world: World) -> TokenSource:
         if world.is_main:
             print(f"opening {config.data.path} (on first use, all files are read to verify checksums) …", flush=True)
         store = open_store(config.data.path, verify="auto" if world.is_main else "size")
-    name = f"the fingerprint of {config.data.path}"
-    check_same(world, {name: store.fingerprint[:12]}, "copy the store of rank 0 to all hosts, or share it")
+    fingerprint = {"the fingerprint of data.path": store.fingerprint[:12]}
+    check_same(world, fingerprint, "copy the store of rank 0 to all hosts, or share it")
     is_other_copy = has_other_copy(store.path, world)
     with world.all_or_none():
         if is_other_copy:

@@ -42,7 +42,11 @@ def unlike_ranks(folder: Path) -> list[tuple[str, list[str], str]]:
     return [
         ("other-lr", ["optimizer.lr=0.5"], r"^rank 1: optimizer.lr is 0.5 on \S+, but 0.01 on rank 0: start all ranks"),
         ("unshared", [f"train.run_dir={folder / 'elsewhere'}"], r"^rank 1: .*elsewhere on \S+ is not the folder that"),
-        ("other-data", [f"data.path={folder / 'other'}"], r"^rank 1: the fingerprint of .*other is '\w+' on .*: copy"),
+        (
+            "other-data",
+            [f"data.path={folder / 'other'}"],
+            r"^rank 1: the fingerprint of data.path is '\w+' on .*: copy",
+        ),
         ("damaged", [f"data.path={folder / 'damaged'}"], r"^rank 1: .*damaged\S+: checksum differs from"),
         ("same-data", [f"data.path={folder / 'same'}"], "^done$"),
     ]
