@@ -88,7 +88,7 @@ def test_commands_beside_output_are_valid(block):
 
 
 def check(words: list[str]) -> None:
-    while re.match(r"[A-Z]+=", words[0]):  # a variable of the environment
+    while re.match(r"[A-Z_]+=", words[0]):  # a variable of the environment
         words = words[1:]
     line = shlex.join(words)
     program, *arguments = words
@@ -97,6 +97,9 @@ def check(words: list[str]) -> None:
         check_sinklm(arguments)
     elif program in LAUNCHERS and "sinklm.train" in arguments:
         check_sinklm(["train", *arguments[arguments.index("sinklm.train") + 1 :]])
+    elif program == "sbatch":
+        assert (ROOT / arguments[0]).is_file(), line
+        check_sinklm(["train", *arguments[1:]])
     elif program == "make":
         targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[1].split()
         assert set(arguments) <= set(targets), line
@@ -133,6 +136,7 @@ def check_sinklm(arguments: list[str]) -> None:
         "sinklm train pythia-15m",
         "deepspeed --module sinklm.train pythia-14m train.micro_batch=3",
         "torchrun --module sinklm.train pythia-14m train.num_steps=0",
+        "sbatch examples/slurm.sh pythia-14m train.micro_batch=3",
         "make everything",
         "python study/nothing.py",
         "rm -r /",

@@ -77,11 +77,13 @@ def find_hang(states: list[RankState], limit: float) -> list[RankState]:
 def describe_hang(behind: list[RankState], num_ranks: int, limit: float) -> str:
     """Return the message for the result of `find_hang`."""
     first = behind[0]
+    end = "All ranks have ended"
     if first.silent > min(limit, UNANSWERED):
         reason = (
             f"{first} has not answered for {first.silent:.0f} s: it is stopped, or its host cannot be reached. It was "
             f"last seen {first.place}. "
         )
+        end = "All others have ended. End it if it still runs"
     else:
         limit_text = f"{limit / 60:.3g} minutes (train.hang_timeout_minutes)"
         if 1 < num_ranks == len(behind):
@@ -90,4 +92,4 @@ def describe_hang(behind: list[RankState], num_ranks: int, limit: float) -> str:
             others = f" and {len(behind) - 1} other ranks have" if len(behind) > 1 else " has"
             reason = f"{first}{others} made no progress for {limit_text}. It was {first.place}. "
     stack = f"Its Python stack:\n{first.stack}" if first.stack else ""
-    return f"{reason}{stack}All ranks have ended; {RESUME}"
+    return f"{reason}{stack}{end}; {RESUME}"

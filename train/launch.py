@@ -26,6 +26,7 @@ from .stopping import restored_handlers
 from .watchdog import EXIT_TIMEOUT, Watchdog
 
 CONNECT_TIMEOUT = timedelta(minutes=10)  # for all ranks to start
+LONGEST_JOIN = 2 * CONNECT_TIMEOUT.total_seconds()  # for all ranks to start and to connect to each other
 COLLECTIVE_TIMEOUT = timedelta(hours=24)  # longer than any limit of the watchdog, which knows what a rank is doing
 NOTICE_AFTER = 10.0  # seconds of waiting for other ranks, after which a rank says so
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -120,16 +121,45 @@ def _join(rank: int, size: int, device: torch.device) -> dist.ProcessGroup | Non
     """Create torch's and DeepSpeed's process groups. Returns one for the CPU."""
     import deepspeed
 
-    if not dist.is_initialized():  # DeepSpeed keeps its process groups, so a second run in a process reuses them
-        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        # Port 0: the system chooses a free port, so that two runs that start together do not
-        # collide.
-        store = _meet(rank, size) if size > 1 else dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
-        dist.init_process_group(
-            backend, timeout=COLLECTIVE_TIMEOUT, device_id=device_id, store=store, rank=rank, world_size=size
-        )
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT)
-    return dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if size > 1 else None
+    with _connecting(rank, size):
+        if not dist.is_initialized():  # DeepSpeed keeps its process groups, so a second run in a process reuses them
+            backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+            # Port 0: the system chooses a free port, so that two runs that start together do not
+            # collide.
+            store = _meet(rank, size) if size > 1 else dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+            dist.init_process_group(
+                backend, timeout=COLLECTIVE_TIMEOUT, device_id=device_id, store=store, rank=rank, world_size=size
+            )
+            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT)
+        return dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if size > 1 else None
+
+
+@contextmanager
+def _connecting(rank: int, size: int) -> Iterator[None]:
+    """Context in which the ranks connect to each other. It ends with one error if they cannot.
+
+    If a rank fails, gloo and NCCL may wait for it forever in the others.
+    """
+    failed = f"rank {rank} of {size} on {socket.gethostname()} cannot connect to the other ranks"
+    remedy = (
+        "Check that every host reaches the others on all ports, and set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to "
+        "the network interface that they share"
+    )
+
+    def end() -> None:
+        print(f"error: {failed} within {LONGEST_JOIN / 60:.0f} minutes. {remedy}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(LONGEST_JOIN, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except RuntimeError as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ConnectionError(f"{failed} ({reason}). {remedy}") from error
+    finally:
+        timer.cancel()
 
 
 def _meet(rank: int, size: int) -> dist.Store:
@@ -254,7 +284,9 @@ def fill_environment(environment: "os._Environ[str] | dict[str, str]") -> None:
         environment["WORLD_SIZE"] = str(read_count(environment, "SLURM_STEP_NUM_TASKS", at_least=1))
         environment["LOCAL_RANK"] = str(read_count(environment, "SLURM_LOCALID"))
         environment.setdefault("MASTER_ADDR", first_host(environment.get("SLURM_STEP_NODELIST", "")))
-        environment.setdefault("MASTER_PORT", str(10_000 + read_count(environment, "SLURM_JOB_ID") % 20_000))
+        # Jobs and steps on one host need different ports. Linux itself uses those from 32768 on.
+        number = read_count(environment, "SLURM_JOB_ID") + 1009 * int(environment.get("SLURM_STEP_ID", 0))
+        environment.setdefault("MASTER_PORT", str(10_000 + number % 20_000))
     else:
         environment |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     check_ranks(environment)
@@ -262,10 +294,10 @@ def fill_environment(environment: "os._Environ[str] | dict[str, str]") -> None:
 
 def first_host(node_list: str) -> str:
     """Return the first host of a Slurm node list: ``gpu003`` for ``gpu[003-007,9],login``."""
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", node_list)
+    match = re.match(r"(?:[^\[\],]|\[[\w,-]+\])+", node_list)
     if match is None:
         raise ValueError(f"SLURM_STEP_NODELIST is {node_list!r}, which contains no host name: set MASTER_ADDR")
-    return match[1] + (match[2] or "")
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", match[0])
 
 
 def _claim_device(local_rank: int) -> torch.device:

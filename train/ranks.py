@@ -20,10 +20,16 @@ def read_count(environment: Mapping[str, str], name: str, *, at_least: int = 0) 
 REMEDY = "start the run with deepspeed, torchrun or srun, or unset the variables for a single process"
 
 
-def own_rank(environment: Mapping[str, str]) -> int:
-    """Return the rank of this process before it has joined the others; 0 without a launcher."""
-    name = next((name for name in ("RANK", "SLURM_PROCID") if name in environment), None)
-    return 0 if name is None else read_count(environment, name)
+def own_rank(environment: Mapping[str, str]) -> tuple[int, int]:
+    """Return rank and local rank of this process before it has joined the others.
+
+    Both are 0 without a launcher.
+    """
+    found = []
+    for names in (("RANK", "SLURM_PROCID"), ("LOCAL_RANK", "SLURM_LOCALID")):
+        name = next((name for name in names if name in environment), None)
+        found.append(0 if name is None else read_count(environment, name))
+    return found[0], found[1]
 
 
 def check_ranks(environment: Mapping[str, str]) -> None:

@@ -31,6 +31,7 @@ from .config import TrainingConfig
 from .determinism import deterministic
 from .disk import space_warning
 from .engine import compiles, make_engine
+from .hosts import check_same, check_settings, check_shared, has_other_copy, say_ranks
 from .launch import SameOnAllRanks, World, connected
 from .loop import TrainingLoop
 from .plan import Plan
@@ -74,15 +75,15 @@ def train(
         SystemExit: the run ended early and its state is saved (`stopping.exit_status`); or status 1
             on ranks other than 0 for an error that all ranks share, which rank 0 reports.
     """
-    rank = own_rank(os.environ)
+    rank, local_rank = own_rank(os.environ)
     try:
         config = load_config(recipe, overrides)
         if only_describe:
             dry_run(config)
             return
     except (ValueError, OSError):
-        if rank:
-            sys.exit(1)
+        if local_rank:
+            sys.exit(1)  # the first rank of each host reports it, because the hosts may have different files
         raise
     if rank == 0:
         print("loading DeepSpeed and connecting to the other ranks …", flush=True)
@@ -143,15 +144,19 @@ def _set_up(config: TrainingConfig, world: World, held: ExitStack, trust_checkpo
     Args:
         held: holds the lock of the folder, and the progress output.
     """
+    world.mark("comparing the ranks")
+    say_ranks(world)
+    check_settings(config, world)
     world.mark("opening the data")
     run_dir = Path(config.train.run_dir or "")
+    store = _open_store(config, world)
     with world.all_or_none():
-        store = _open_store(config, world)
         plan = Plan(config, world.size, store.tokenizer_size, store.eod_id)
         windows, validation_windows = open_windows(store, plan)
     with world.all_or_none():
         if world.is_main:
             held.enter_context(locked_run(run_dir))
+    check_shared(run_dir, world)
     world.mark("verifying the newest checkpoint")
     resume = find_resume(plan, store.fingerprint, world, is_trusted=trust_checkpoint)
     with world.all_or_none():
@@ -202,14 +207,22 @@ def _ready_engine(plan: Plan, world: World, resume: Resume | None, progress: Run
 
 
 def _open_store(config: TrainingConfig, world: World) -> TokenSource:
-    """Open the data. Only rank 0 verifies its content."""
-    if config.data.path is None:
-        raise ValueError(
-            "data.path is not set: set it to a folder made by `sinklm prepare`, e.g. data.path=stores/pile"
-        )
-    if world.is_main:
-        print(f"opening {config.data.path} (on first use, all files are read to verify checksums) …", flush=True)
-    return open_store(config.data.path, verify="auto" if world.is_main else "size")
+    """Open the data. Rank 0 verifies its content, and so does one rank of each host with a copy."""
+    with world.all_or_none():
+        if config.data.path is None:
+            raise ValueError(
+                "data.path is not set: set it to a folder made by `sinklm prepare`, e.g. data.path=stores/pile"
+            )
+        if world.is_main:
+            print(f"opening {config.data.path} (on first use, all files are read to verify checksums) …", flush=True)
+        store = open_store(config.data.path, verify="auto" if world.is_main else "size")
+    fingerprint = {"the fingerprint of data.path": store.fingerprint[:12]}
+    check_same(world, fingerprint, "copy the store of rank 0 to all hosts, or share it")
+    is_other_copy = has_other_copy(store.path, world)
+    with world.all_or_none():
+        if is_other_copy:
+            open_store(config.data.path, verify="auto")
+    return store
 
 
 def _build_model(plan: Plan, device: torch.device) -> SinkGPTNeoXForCausalLM:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -13,7 +14,17 @@ from sinklm.train.run import train
 from sinklm.train.stopping import REQUEUE_STATUS
 
 from .test_probes import PROBES, check_same_run, probed
-from .tiny import Ranks, assert_same_weights, copy_checkpoint, losses, metrics, moments, wait_for_step, weights
+from .tiny import (
+    Ranks,
+    assert_same_weights,
+    copy_checkpoint,
+    losses,
+    make_store,
+    metrics,
+    moments,
+    wait_for_step,
+    weights,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -42,10 +53,37 @@ def one_rank_run(recipe, tmp_path_factory) -> Path:
     return run_dir
 
 
+def unlike_ranks(folder: Path) -> list[tuple[str, list[str], str]]:
+    """Runs whose rank 1 has other settings: a name, these settings, and the error."""
+    return [
+        ("other-lr", ["optimizer.lr=0.5"], r"^rank 1: optimizer.lr is 0.5 on \S+, but 0.01 on rank 0: start all ranks"),
+        ("unshared", [f"train.run_dir={folder / 'elsewhere'}"], r"^rank 1: .*elsewhere on \S+ is not the folder that"),
+        (
+            "other-data",
+            [f"data.path={folder / 'other'}"],
+            r"^rank 1: the fingerprint of data.path is '\w+' on .*: copy",
+        ),
+        ("damaged", [f"data.path={folder / 'damaged'}"], r"^rank 1: .*damaged\S+: checksum differs from"),
+        ("same-data", [f"data.path={folder / 'same'}"], "^done$"),
+    ]
+
+
+def make_stores(folder: Path, store: Path) -> None:
+    """Make the stores of `unlike_ranks`: other data, a damaged copy and an intact copy."""
+    make_store(folder / "data", seed=1).rename(folder / "other")
+    for name in ("damaged", "same"):
+        shutil.copytree(store, folder / name, ignore=shutil.ignore_patterns(".verified.json"))
+    shard = max((folder / "damaged").rglob("*.bin"), key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+
+
 @pytest.fixture(scope="module")
-def two_ranks(recipe, one_rank_run, tmp_path_factory) -> Path:
+def two_ranks(recipe, store, one_rank_run, tmp_path_factory) -> Path:
     """Runs on two ranks: whole, resumed, converted from one rank, and with a full disk."""
     folder = tmp_path_factory.mktemp("two")
+    make_stores(folder, store)
     calls: list[dict] = []
     for stage, precision in STAGES:
         whole, resumed = folder / f"whole-{stage}", folder / f"resumed-{stage}"
@@ -76,6 +114,10 @@ def two_ranks(recipe, one_rank_run, tmp_path_factory) -> Path:
             for stage, rank in FULL
         ),
         {"overrides": [f"train.run_dir={folder / 'bad'}", "train.batch_size_tokens=96"]},
+        *(
+            {"overrides": [f"train.run_dir={folder / name}"], "only": [1, overrides]}
+            for name, overrides, _ in unlike_ranks(folder)
+        ),
         {"overrides": [f"train.run_dir={stopped}", *LONG], "signal": [1, signal.SIGTERM, 3, str(stopped)]},
         {
             "overrides": [*settings(ahead, 1, "bf16"), *LONG],
@@ -168,6 +210,16 @@ def test_a_disk_that_is_full_on_one_rank_stops_all_and_costs_nothing(two_ranks, 
     assert re.search(rf"cannot save .*step-8 \(earlier checkpoints are intact\): rank {rank}: writing failed", message)
     assert other == "exit 1"  # rank 0 reports the error
     assert list(list_checkpoints(two_ranks / f"full-{stage}")) == [4]
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_ranks_that_differ_are_named_before_training(two_ranks, number):
+    name, _, expected = unlike_ranks(two_ranks)[number]
+    message, other = outcomes(two_ranks, name)
+    assert re.search(expected, message.partition(": ")[2] or message)
+    assert other == ("done" if message == "done" else "exit 1")
+    assert (two_ranks / name / "metrics.jsonl").exists() == (message == "done")
+    assert not list(two_ranks.glob("*/.shared-*"))
 
 
 def test_a_batch_that_the_ranks_cannot_share_is_reported_once(two_ranks):

@@ -42,6 +42,6 @@ def test_wrong_variables_are_named(environment, message):
 
 
 def test_the_own_rank():
-    assert own_rank({}) == 0
-    assert own_rank(SLURM) == 1
-    assert own_rank(TWO | SLURM) == 1
+    assert own_rank({}) == (0, 0)
+    assert own_rank(SLURM) == (1, 1)
+    assert own_rank(TWO | SLURM | {"LOCAL_RANK": "0"}) == (1, 0)

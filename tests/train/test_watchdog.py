@@ -71,7 +71,7 @@ def test_a_rank_that_has_left_is_not_behind():
             RankState(Address(3, "gpu7", "", 42), Mark(5, 0, "opening the data"), 601.0, 599.0),
             8,
             "rank 3 (host gpu7, process 42) has not answered for 599 s: it is stopped, or its host cannot be reached. "
-            "It was last seen opening the data. All ranks have ended",
+            "It was last seen opening the data. All others have ended. End it if it still runs; run the same command",
         ),
     ],
 )

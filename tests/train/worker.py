@@ -3,6 +3,7 @@
 ``python -m tests.train.worker CALLS.json``: a list of calls {"recipe", "overrides"}, each with
 optional events:
 
+- "only": [rank, overrides]: a rank has other settings than the rest;
 - "copy": [run_dir, step, run_dir]: first, a checkpoint is copied;
 - "damage": [run_dir, run_dir, file]: first, a run is copied, and a bit of a file is flipped;
 - "file_limit": [rank, bytes]: the disk of a rank is full;
@@ -30,7 +31,7 @@ from unittest.mock import patch
 
 import torch.distributed as dist
 
-from sinklm.train import spikes, watchdog
+from sinklm.train import hosts, spikes, watchdog
 from sinklm.train.run import train
 
 from .tiny import ahead, bad_loss_in, copy_checkpoint, flip_bit, hang_in, wait_for_step
@@ -68,9 +69,11 @@ def make(call: dict, rank: int) -> str:
                 stack.enter_context(patch.object(spikes, "MIN_STEPS", call["min_steps"]))
             if "hang" in call and call["hang"][0] == rank:
                 stack.enter_context(hang_in(*call["hang"][1:]))
+            if "only" in call:
+                stack.enter_context(patch.object(hosts, "APPEARS_WITHIN", 0.3))
             if "stop_grace" in call:
                 stack.enter_context(patch.object(watchdog, "STOP_GRACE", call["stop_grace"]))
-            train(call["recipe"], call["overrides"])
+            train(call["recipe"], call["overrides"] + (call["only"][1] if call.get("only", [None])[0] == rank else []))
     except (ValueError, OSError) as error:
         return f"{type(error).__name__}: {error}"
     except SystemExit as exit_:
