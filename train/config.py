@@ -175,6 +175,10 @@ class OptimizerSection(Section):
 class ValidationSection(Section):
     every_steps: Count | None = Field(default=1000, description="steps between validations; null: no validation")
     num_samples: Count = Field(default=512, description="samples from the start of the validation split; at most all")
+    by_set: bool = Field(
+        default=False,
+        description="also measure the loss of each set, over as many samples; for stores made with `--split-sets`",
+    )
     streaming_tokens: Annotated[int, Field(ge=2)] | None = Field(
         default=None,
         description="also stream this many tokens of the split through a cache of constant size; null: none",
@@ -186,7 +190,7 @@ class ValidationSection(Section):
 
     @model_validator(mode="after")
     def _is_validated(self) -> "ValidationSection":
-        for key in ("streaming_tokens", "sample_tokens", "sink_rate"):
+        for key in ("by_set", "streaming_tokens", "sample_tokens", "sink_rate"):
             if getattr(self, key) and self.every_steps is None:
                 raise ValueError(f"{key} is set, but every_steps is null: set every_steps, or remove {key}")
         return self

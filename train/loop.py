@@ -24,7 +24,7 @@ from .schedule import is_every, learning_rate, saves_after
 from .spikes import describe_spikes
 from .step import SAMPLES, BadStep, PendingStep, StepResult, train_step
 from .stopping import SAVE_FAILED, TIME_IS_UP, StopRequest, TimeLimit, stop_reason
-from .validation import validation_loss
+from .validation import set_windows, validation_loss
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -57,6 +57,8 @@ class TrainingLoop:
         config = plan.config
         self._engine, self._plan, self._world, self._progress = engine, plan, world, progress
         self._validation_windows = validation_windows
+        with world.all_or_none():
+            self._set_windows = set_windows(store, plan)
         self._probes = Probes(plan, world, store, validation_windows) if validation_windows is not None else None
         self._first_step, self._num_steps = first_step, config.train.num_steps
         self._run_dir = Path(config.train.run_dir or "")
@@ -235,15 +237,24 @@ class TrainingLoop:
     def _validate(self, step: int) -> None:
         if self._validation_windows is None or self._probes is None:
             return
-        num_samples = min(self._plan.config.validation.num_samples, len(self._validation_windows))
-        loss = validation_loss(self._engine, self._validation_windows, num_samples, self._plan, self._world)
+        loss, num_samples = self._validation_loss(self._validation_windows)
+        by_set = {name: self._validation_loss(windows)[0] for name, windows in self._set_windows.items()}
         with self._world.all_or_none():
             others = self._probes.measure(self._engine)
         if self._world.is_main:
+            others |= {"validation_loss_by_set": by_set} if by_set else {}
             self._write({"step": step, "validation_loss": loss, "num_validation_samples": num_samples, **others})
-            self._progress.say(f"step {step:,}: validation loss {loss:.4f} over {num_samples:,} samples")
+            sets = ", ".join(f"{name} {value:.4f}" for name, value in by_set.items())
+            self._progress.say(
+                f"step {step:,}: validation loss {loss:.4f} over {num_samples:,} samples{f' ({sets})' if sets else ''}"
+            )
             for line in describe_probes(others):
                 self._progress.say(line)
+
+    def _validation_loss(self, windows: TokenWindows) -> tuple[float, int]:
+        """Return the mean loss and the number of samples."""
+        num_samples = min(self._plan.config.validation.num_samples, len(windows))
+        return validation_loss(self._engine, windows, num_samples, self._plan, self._world), num_samples
 
     def _save(self, step: int) -> None:
         if step in list_checkpoints(self._run_dir):

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..data import TokenWindows
+from ..data import TokenStore, TokenWindows
+from ..data.store import TokenSource
 from .batches import read_samples
 from .launch import World
 from .plan import Plan
@@ -15,6 +16,29 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 IGNORED = -100
+
+
+def set_windows(store: TokenSource, plan: Plan) -> dict[str, TokenWindows]:
+    """Return the validation samples of each set, sorted by name, for ``validation.by_set``.
+
+    Sets with fewer tokens than one sample are left out.
+
+    Raises:
+        ValueError: the store does not hold its sets apart, or no set has a sample.
+    """
+    if not plan.config.validation.by_set:
+        return {}
+    if not isinstance(store, TokenStore):
+        raise ValueError(f"{store.path}: it has no sets; remove validation.by_set")
+    sizes = {"tokens_per_sample": plan.tokens_per_sample, "stride": plan.stride}
+    sets = store.manifest.splits["validation"].sets
+    large = sorted(name for name, counts in sets.items() if counts.tokens >= plan.tokens_per_sample)
+    try:
+        if not large:
+            raise ValueError(f"{store.path}: no set has a sample of {plan.tokens_per_sample} tokens for validation")
+        return {name: TokenWindows(store, "validation", set_name=name, **sizes) for name in large}
+    except ValueError as error:
+        raise ValueError(f"{error} (or remove validation.by_set)") from None
 
 
 @torch.no_grad()

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from sinklm.checkpoints import load_model
 from sinklm.data import SampleOrder, SetWindows, TokenStore, TokenWindows, WeightedOrder, find_inputs, prepare_store
 from sinklm.train.batches import open_windows, sample_order
 from sinklm.train.plan import Plan
@@ -14,7 +16,7 @@ from sinklm.train.recipe import load_config
 from sinklm.train.run import train
 from sinklm.train.summary import epochs
 
-from .tiny import copy_checkpoint, losses
+from .tiny import copy_checkpoint, losses, metrics
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +90,29 @@ def test_a_run_with_weights_resumes_exactly_and_only_with_them(recipe, sets, tmp
     for other in ("data.weights={web (en): 0.4, code: 0.6}", "data.weights=null"):
         with pytest.raises(ValueError, match=r"data\.weights\.code is .*, but .* was trained with 0\.7: restore"):
             train(recipe, [data[0], other, f"train.run_dir={tmp_path / 'resumed'}", "train.num_steps=9"])
+
+
+def test_the_validation_loss_of_each_set_is_that_of_its_documents(recipe, store, sets, tmp_path, capsys):
+    settings = [f"data.path={sets}", f"train.run_dir={tmp_path}", "validation.by_set=true", "validation.num_samples=50"]
+    train(recipe, settings)
+    last = metrics(tmp_path)[-1]
+    by_set = last["validation_loss_by_set"]
+    model, opened = load_model(tmp_path), TokenStore(sets)
+    for name, loss in by_set.items():
+        windows = TokenWindows(opened, "validation", tokens_per_sample=32, stride=32, set_name=name)
+        ids = torch.from_numpy(np.stack([windows[i] for i in range(min(50, len(windows)))]))
+        with torch.no_grad():
+            assert model(ids, labels=ids).loss.item() == pytest.approx(loss, abs=1e-5)
+    assert sorted(by_set) == ["code", "web (en)"]
+    assert by_set["code"] != by_set["web (en)"]
+    assert f"(code {by_set['code']:.4f}, web (en) {by_set['web (en)']:.4f})" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"prepare it with --split-sets \(or remove validation\.by_set\)"):
+        train(recipe, [f"data.path={mixed(sets, tmp_path)}", *settings[1:], f"train.run_dir={tmp_path / 'other'}"])
+
+
+def mixed(sets: Path, folder: Path) -> Path:
+    """A store of the same documents whose sets are not held apart."""
+    shards = find_inputs([str(sets.parent / "corpus.jsonl")]).shards
+    tokenizer = str(sets / "tokenizer.json")
+    prepare_store(shards, folder / "mixed", tokenizer=tokenizer, validation_fraction=0.1, num_processes=1)
+    return folder / "mixed"
