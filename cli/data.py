@@ -1,13 +1,12 @@
 """``sinklm data``: join token stores, and look into one."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..console import Console
     from ..data.store import TokenSource
 
@@ -56,8 +55,8 @@ def inspect(
     opened = open_store(store, verify="sha256" if verify else "size")
     tokenizer = load_tokenizer_file(opened.tokenizer_path)
 
-    def text(ids: "np.ndarray") -> str:
-        return tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+    def text(ids: Iterable[int]) -> str:
+        return tokenizer.decode(list(ids), skip_special_tokens=False)
 
     if document is not None:
         ids = opened.document(split, document)

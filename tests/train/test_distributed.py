@@ -95,7 +95,7 @@ def two_ranks(recipe, store, one_rank_run, tmp_path_factory) -> Path:
     grown, stopped, ahead, diverged, dead = (
         folder / name for name in ("grown", "stopped", "ahead", "diverged", "dead")
     )
-    damaged, file = folder / "damaged", "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    damaged, file = folder / "flipped", "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
     calls += [
         {
             "overrides": settings(damaged, 1, "bf16"),
@@ -178,8 +178,8 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(two_ranks, stag
 
 
 def test_a_damaged_file_of_one_rank_is_noticed_by_all(two_ranks):
-    damaged, whole = two_ranks / "damaged", two_ranks / "whole-1"
-    assert outcomes(two_ranks, "damaged") == ["done", "done"]
+    damaged, whole = two_ranks / "flipped", two_ranks / "whole-1"
+    assert outcomes(two_ranks, "flipped") == ["done", "done"]
     (warning,) = (line for line in (two_ranks / "output-0").read_text().splitlines() if line.startswith("warning:"))
     assert "step-8 is damaged: deepspeed/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt has another sha256" in warning
     assert {"step-8", "step-8.damaged"} < {path.name for path in (damaged / "checkpoints").iterdir()}
