@@ -6,8 +6,9 @@ For each ZeRO stage and number of ranks, a tiny model is trained to its end once
 is killed (SIGKILL) again and again, after a random time since its start or since a step: all ranks
 at once, or a single one, after which the others must end by themselves. Each time the same command
 is run again, until the run reaches its end. Its weights and its `metrics.jsonl` (without times and
-memory) must equal those of the undisturbed run bit for bit. Checkpoints are saved asynchronously
-every two steps, so most kills hit a save. Runs on a CPU.
+memory) must equal those of the undisturbed run bit for bit. Then the next run begins, until there
+were enough kills. Checkpoints are saved asynchronously every two steps, so most kills hit a save.
+Runs on a CPU.
 """
 
 import argparse
@@ -59,7 +60,13 @@ class Outcome:
     kills_in_a_save: int = 0
     kills_of_one_rank: int = 0
     slowest_end: float = 0.0  # seconds until the other ranks ended
-    is_equal: bool = False
+    runs: int = 0  # that reached their end
+    equal_runs: int = 0
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether all runs equal the undisturbed one."""
+        return self.runs == self.equal_runs > 0
 
 
 def rank_main(rank: int, size: int, port: int, recipe: str, overrides: list[str], log: str) -> None:
@@ -122,8 +129,11 @@ def make_store(folder: Path) -> Path:
     return folder / "store"
 
 
-def disturb(runs: Runs, run_dir: Path, outcome: Outcome, min_kills: int, chance: random.Random) -> None:
-    """Run, kill and run again until the run ends by itself after at least ``min_kills`` kills."""
+def disturb(runs: Runs, run_dir: Path, whole: Path, outcome: Outcome, min_kills: int, chance: random.Random) -> None:
+    """Run, kill and run again, and compare each run that reaches its end with the undisturbed one.
+
+    Ends after at least ``min_kills`` kills.
+    """
     while True:
         processes = runs.start(run_dir, outcome.stage, outcome.precision, outcome.ranks)
         is_last = outcome.kills >= min_kills
@@ -136,12 +146,15 @@ def disturb(runs: Runs, run_dir: Path, outcome: Outcome, min_kills: int, chance:
             for process in processes:
                 process.kill()
                 process.join()
-        if all(process.exitcode == 0 for process in processes):
-            return
-        if is_last:
+        has_ended = all(process.exitcode == 0 for process in processes)
+        if is_last and not has_ended:
             raise RuntimeError(f"{run_dir}: exit status {[p.exitcode for p in processes]}, see {run_dir}-rank-0.log")
-        if last_step(run_dir) >= 38 and outcome.kills < min_kills:  # almost done: begin again
+        if has_ended:
+            outcome.runs += 1
+            outcome.equal_runs += are_equal(whole, run_dir)
             shutil.rmtree(run_dir)
+        if is_last:
+            return
 
 
 def kill_at_random(processes: list[BaseProcess], run_dir: Path, outcome: Outcome, chance: random.Random) -> None:
@@ -215,21 +228,20 @@ def inject(folder: Path, stages: list[tuple[int, str]], ranks: list[int], kills:
         whole, disturbed = folder / f"whole-{stage}-{size}", folder / f"disturbed-{stage}-{size}"
         processes = runs.start(whole, stage, precision, size)
         wait(processes, START_TIMEOUT)
-        disturb(runs, disturbed, outcome, -(-kills // len(cases)), chance)
-        outcome.is_equal = are_equal(whole, disturbed)
+        disturb(runs, disturbed, whole, outcome, -(-kills // len(cases)), chance)
         outcomes.append(outcome)
         print(json.dumps(asdict(outcome)), flush=True)
     return outcomes
 
 
 def markdown(outcomes: list[Outcome]) -> str:
-    lines = ["| ZeRO | precision | ranks | kills | in a save | of one rank | others ended within | equal |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    lines = ["| ZeRO | precision | ranks | kills | in a save | of one rank | others ended within | runs | equal |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
     for o in outcomes:
         end = f"{o.slowest_end:.1f} s" if o.kills_of_one_rank else ""
         lines.append(
             f"| {o.stage} | {o.precision} | {o.ranks} | {o.kills} | {o.kills_in_a_save} | {o.kills_of_one_rank or ''} "
-            f"| {end} | {'yes' if o.is_equal else 'NO'} |"
+            f"| {end} | {o.runs} | {o.equal_runs} |"
         )
     return "\n".join(lines) + "\n"
 
