@@ -23,6 +23,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -100,8 +101,12 @@ class Runs:
         self.recipe = str(folder / "recipe.yaml")
         Path(self.recipe).write_text(f"{RECIPE}\ndata: {{path: {store}}}\n")
 
-    def start(self, run_dir: Path, stage: int, precision: str, ranks: int) -> list[BaseProcess]:
+    def start(
+        self, run_dir: Path, stage: int, precision: str, ranks: int, settings: Sequence[str] = ()
+    ) -> list[BaseProcess]:
+        """Start all ranks of a run."""
         overrides = [f"train.run_dir={run_dir}", f"deepspeed.zero_stage={stage}", f"train.precision={precision}"]
+        overrides += settings
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

@@ -36,6 +36,7 @@ class RankState:
         silent: seconds since the latest message of the rank.
         stack: stack of its main thread, if it was asked for.
         has_left: whether the rank ended as planned.
+        is_connected: whether messages of the rank can arrive; else nothing is known of it.
     """
 
     address: Address
@@ -44,6 +45,7 @@ class RankState:
     silent: float = 0.0
     stack: str = ""
     has_left: bool = False
+    is_connected: bool = True
 
     def __str__(self) -> str:
         return f"rank {self.address.rank} (host {self.address.host}, process {self.address.pid})"
@@ -65,7 +67,7 @@ def find_hang(states: list[RankState], limit: float) -> list[RankState]:
     Args:
         limit: seconds that a rank may be without progress, or without a message.
     """
-    present = [state for state in states if not state.has_left]
+    present = [state for state in states if state.is_connected and not state.has_left]
     if not any(state.is_late(limit) for state in present):
         return []
     if silent := [state for state in present if state.silent > min(limit, UNANSWERED)]:

@@ -82,8 +82,8 @@ class World:
         try:
             yield
         except (ValueError, OSError, RuntimeError) as error:
-            if isinstance(error, SameOnAllRanks):
-                raise
+            if isinstance(error, (SameOnAllRanks, torch.OutOfMemoryError)):
+                raise  # out of memory in a collective, the others do not come here: the watchdog ends them
             caught = error
         messages = self.gather(None if caught is None else str(caught))
         if any(messages):

@@ -19,7 +19,7 @@ from .metrics import MetricsFile, WandbRun
 from .plan import Plan
 from .probes import Probes, describe_probes
 from .progress import RunProgress, Speedometer, peak_memory_gib, process_age
-from .saving import SLOW_DISK, CheckpointWriter
+from .saving import SLOW_DISK, TYPICAL_DISK, CheckpointWriter
 from .schedule import is_every, learning_rate, saves_after
 from .spikes import describe_spikes
 from .step import SAMPLES, BadStep, PendingStep, StepResult, train_step
@@ -29,6 +29,7 @@ from .validation import set_windows, validation_loss
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+CLOSE_SECONDS = 1800.0  # how much longer than a step the end of a run may take, with online logging
 FIRST_STEP_SECONDS = 1800.0  # how much longer the first step may take, which may compile
 
 
@@ -89,10 +90,10 @@ class TrainingLoop:
             flops_per_token(plan.model_config, config.train.seq_length),
             peak * world.size if peak else None,
         )
-        self._time_limit = TimeLimit(config.train.max_minutes, self._writer.num_bytes / SLOW_DISK)
+        self._time_limit = TimeLimit(config.train.max_minutes, self._writer.num_bytes / TYPICAL_DISK)
         self._runs_ahead = runs_ahead(world.device)
         self._pending: PendingStep | None = None
-        self._is_in_spike = False
+        self._is_in_spike = self._has_validated = False
         with world.all_or_none():
             self._records: list[MetricsFile | WandbRun] = []
             if world.is_main:
@@ -107,28 +108,39 @@ class TrainingLoop:
         """
         try:
             with self._stoppable() as stop:
-                if self._first_step == 0 and self._saves_after(0):
-                    self._save(0)
-                self._speed.start()
-                for step in range(self._first_step, self._num_steps):
-                    with self._world.longer(FIRST_STEP_SECONDS if step == self._first_step else 0.0):
-                        code = self._step(step, stop)
-                    if code:
-                        self._writer.finish()
-                        self._progress.say(
-                            f"stopped by {stop_reason(code)}; the state is saved: run the same command again to resume"
-                        )
-                        return code
-            self._writer.finish()
-            self._progress.say(f"done: {self._run_dir}")
-            return 0
+                code = self._train(stop)
+                self._writer.finish()
         except BadStep as error:
             with suppress(BadStep):
                 self._read_pending()  # of the step before, if the host noticed this one first
             self._write({"step": error.step, "error": str(error), **self._batch(error.step, error.losses)})
             raise
+        except KeyboardInterrupt:
+            self._writer.abandon()
+            raise
         finally:
-            self._close()
+            with self._world.longer(self._writer.num_bytes / SLOW_DISK, is_saving=True):
+                self._close()
+        if code:
+            reason = stop_reason(code)
+            self._progress.say(f"stopped by {reason}; the state is saved: run the same command again to resume")
+        else:
+            self._progress.say(f"done: {self._run_dir}")
+        with self._world.longer(CLOSE_SECONDS):
+            self._world.gather(None)  # no rank leaves while another still closes its records
+        return code
+
+    def _train(self, stop: StopRequest) -> int:
+        """Run all steps. Returns why to stop, or 0."""
+        if self._first_step == 0 and self._saves_after(0):
+            self._save(0)
+        self._speed.start()
+        for step in range(self._first_step, self._num_steps):
+            with self._world.longer(FIRST_STEP_SECONDS if step == self._first_step else 0.0):
+                code = self._step(step, stop)
+            if code:
+                return code
+        return 0
 
     @contextmanager
     def _stoppable(self) -> Iterator[StopRequest]:
@@ -167,9 +179,14 @@ class TrainingLoop:
             self._writer.finish()  # raises the error, in the same step on all ranks
         if is_first:
             self._progress.say(f"first step done {process_age():.0f} s after process start")
+        if code:  # before the validation, for which there may be no time
+            self._save(num_done)
+            self._writer.finish()
         if validates:
-            self._validate(num_done)
-        if saves or code:
+            with self._world.longer(0.0 if self._has_validated else FIRST_STEP_SECONDS):  # it may compile
+                self._validate(num_done)
+            self._has_validated = True
+        if saves and not code:
             self._save(num_done)
         if is_first or validates or saves:
             self._speed.start()

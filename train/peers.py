@@ -41,10 +41,14 @@ class Address:
 
 
 class Line:
-    """One connection. It sends and receives JSON objects, and never blocks for long."""
+    """One connection. It sends and receives JSON objects, and never blocks for long.
 
-    def __init__(self, connection: socket.socket):
-        self.connection = connection
+    Attributes:
+        rank: at its other end; None until that is known.
+    """
+
+    def __init__(self, connection: socket.socket, rank: int | None = None):
+        self.connection, self.rank = connection, rank
         connection.settimeout(CONNECT_TIMEOUT)
         self._received = b""
 
@@ -66,7 +70,7 @@ class Line:
         *lines, self._received = (self._received + block).split(b"\n")
         try:
             messages = [json.loads(line) for line in lines]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise EOFError from error
         if not block or len(self._received) > LONGEST_LINE or not all(isinstance(m, dict) for m in messages):
             raise EOFError
@@ -114,10 +118,13 @@ class Peers:
             if not host or (host == "127.0.0.1" and main.machine != _machine()):
                 continue
             with contextlib.suppress(OSError, EOFError):
-                line = Line(socket.create_connection((host, main.port), timeout=CONNECT_TIMEOUT))
+                line = Line(socket.create_connection((host, main.port), timeout=CONNECT_TIMEOUT), rank=0)
                 line.send({"token": main.token, "rank": self._rank})
-                if line.receive() == [{"welcome": main.token}]:
-                    self._add(0, line)
+                while not (messages := line.receive()):
+                    continue
+                if messages[0] == {"welcome": main.token}:  # what follows are states, which come again
+                    self._keep(line)
+                    self._selector.register(line.connection, selectors.EVENT_READ, line)
                     return
                 line.connection.close()
         raise ConnectionError(
@@ -132,10 +139,10 @@ class Peers:
                 found += [(SIGNAL, number) for number in self._signals.recv(64)]
             elif key.fileobj is self._server:
                 self._accept()
-            elif key.data in self.lines:
-                found += self._read(key.data)
-            else:
+            elif key.data.rank is None:
                 self._welcome(key.data)
+            else:
+                found += self._read(key.data)
         return found
 
     def send(self, message: dict[str, Any]) -> None:
@@ -149,42 +156,46 @@ class Peers:
         self._selector.close()
         self._wakeup.close()
 
-    def _read(self, rank: int) -> list[tuple[int, dict[str, Any] | int | None]]:
+    def _read(self, line: Line) -> list[tuple[int, dict[str, Any] | int | None]]:
+        assert line.rank is not None
         try:
-            return [(rank, message) for message in self.lines[rank].receive()]
+            return [(line.rank, message) for message in line.receive()]
         except EOFError:
-            line = self.lines.pop(rank)
-            self._selector.unregister(line.connection)
-            line.connection.close()
-            return [(rank, None)]
+            self._drop(line)
+            if self.lines.get(line.rank) is not line:
+                return []  # the rank has connected again
+            del self.lines[line.rank]
+            return [(line.rank, None)]
 
     def _accept(self) -> None:
         assert self._server is not None
-        connection, _ = self._server.accept()
-        self._selector.register(connection, selectors.EVENT_READ, Line(connection))
+        with contextlib.suppress(OSError):
+            line = Line(self._server.accept()[0])
+            self._selector.register(line.connection, selectors.EVENT_READ, line)
 
     def _welcome(self, line: Line) -> None:
         """Read the first message of a connection, and keep it if it comes from a rank."""
-        self._selector.unregister(line.connection)
         try:
-            (hello,) = line.receive()
+            hello, *_ = line.receive()
             rank = int(hello["rank"])
             is_known = secrets.compare_digest(str(hello["token"]), self._token) and 0 < rank < self._size
-        except (EOFError, LookupError, TypeError, ValueError):
+        except (EOFError, LookupError, TypeError, ValueError, OverflowError):
             is_known = False
         if not is_known:
-            line.connection.close()
+            self._drop(line)
             return
+        line.rank = rank
+        self._keep(line)
         line.send({"welcome": self._token})
-        self._add(rank, line)
-        if len(self.lines) == self._size - 1 and self._server:
-            self._selector.unregister(self._server)
-            self._server.close()
-            self._server = None
 
-    def _add(self, rank: int, line: Line) -> None:
-        self.lines[rank] = line
-        self._selector.register(line.connection, selectors.EVENT_READ, rank)
+    def _keep(self, line: Line) -> None:
+        """Use a connection for its rank, in place of an earlier one of the same rank."""
+        assert line.rank is not None
+        self.lines[line.rank] = line
+
+    def _drop(self, line: Line) -> None:
+        self._selector.unregister(line.connection)
+        line.connection.close()
 
 
 def _listen(size: int) -> socket.socket:

@@ -1,5 +1,6 @@
 """Saves a run's state: takes a snapshot, and writes it while training goes on."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
+import torch
 import torch.distributed as dist
 
 from ..checkpoints.folders import CHECKPOINTS_FOLDER, DEEPSPEED_FOLDER, CheckpointState
@@ -15,7 +17,7 @@ from . import deepspeed_patches
 from .checkpoint import Snapshot, make_folders, write_snapshot
 from .disk import checkpoint_bytes, snapshot_bytes
 from .engine import deepspeed_config, optimizer_layout, parameter_groups
-from .launch import World
+from .launch import COLLECTIVE_TIMEOUT, World
 from .memory import GIB
 from .model_files import gather_weights
 from .plan import Plan
@@ -26,7 +28,8 @@ from .snapshot import HostMemory, copy_to_host
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-SLOW_DISK = 20e6  # bytes per second; a slower save counts as a hang
+SLOW_DISK, TYPICAL_DISK = 20e6, 200e6  # bytes per second; a save that is slower than the first counts as a hang
+CGROUP = Path("/sys/fs/cgroup")
 
 
 class CheckpointWriter:
@@ -66,7 +69,11 @@ class CheckpointWriter:
         if self._is_asynchronous(say):
             self._memory = HostMemory(world.device, snapshot_bytes(plan, is_main=world.is_main))
         # The thread's collectives need a group that the main thread does not use.
-        group = dist.new_group(backend="gloo") if self._memory is not None and world.size > 1 else None
+        group = (
+            dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+            if self._memory is not None and world.size > 1
+            else None
+        )
         self._thread_world = replace(world, cpu_group=group, watchdog=None)
 
     @property
@@ -120,6 +127,10 @@ class CheckpointWriter:
         if self._memory is not None:
             self._memory.close()
 
+    def abandon(self) -> None:
+        """Let the thread be, which ends with the process. Its checkpoint stays incomplete."""
+        self._thread = None
+
     def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
@@ -138,11 +149,18 @@ class CheckpointWriter:
             if self._memory is not None:
                 files = self._memory.copy(files)
             files.append((rank_path(path, self._world.rank), rank_state(engine)))
-            # Without a copy, ZeRO's weights share one storage.
-            weights = gather_weights(engine, self._world, self._memory.copy if self._memory else copy_to_host)
+            weights = gather_weights(engine, self._world, self._copy_weight)
             if self._memory is not None:
                 self._memory.end()
         return Snapshot(path, state, files, weights)
+
+    def _copy_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        if self._memory is None:
+            return copy_to_host(weight)  # ZeRO's weights share one storage
+        copied = self._memory.copy(weight)
+        if self._plan.config.deepspeed.zero_stage == 3:
+            self._memory.wait_if_large()  # gathered weights, which DeepSpeed would have freed
+        return copied
 
     def _write(self, snapshot: Snapshot, world: World, began: float) -> None:
         with world.all_or_none(snapshot.failed):
@@ -152,6 +170,8 @@ class CheckpointWriter:
         self._on_saved(snapshot.path, time.monotonic() - began)
 
     def _write_behind(self, snapshot: Snapshot, began: float) -> None:
+        if self._world.device.type == "cuda":
+            torch.cuda.set_device(self._world.device)
         try:
             self._write(snapshot, self._thread_world, began)
         except BaseException as error:
@@ -186,7 +206,7 @@ class CheckpointWriter:
         """Whether to save in a thread: if the recipe says so and all hosts have the memory."""
         if not self._plan.config.checkpoint.asynchronous:
             return False
-        free = min(self._world.gather(psutil.virtual_memory().available))
+        free = min(self._world.gather(free_memory()))
         if free > self.num_bytes:  # as if all ranks were on one host
             return True
         say(
@@ -194,3 +214,12 @@ class CheckpointWriter:
             f"host memory and {free / GIB:.1f} GiB are free"
         )
         return False
+
+
+def free_memory() -> int:
+    """Return how many bytes this process could still use, of the host and of its cgroup."""
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # no cgroup, or without a limit
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, max(limit - used, 0))
+    return free

@@ -5,6 +5,7 @@ import mmap
 import secrets
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 ALIGNMENT = 64  # bytes
 NUM_PROBES = 16  # bytes
+MOST_QUEUED = 2**30  # bytes
 
 
 def copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
@@ -36,13 +38,19 @@ class HostMemory:
         self._memory = mmap.mmap(-1, max(num_bytes, mmap.PAGESIZE))
         self._error: RuntimeError | None = None
         self._probe, self._copied_probe = b"", torch.empty(0)
-        self.close = lambda: None
+        self._unpin: Callable[[], object] = lambda: None
         self._num_used = 0
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._sources: list[torch.Tensor] = []
         self._copied: torch.cuda.Event | None = None
         self._pinning = threading.Thread(target=self._pin, name="sinklm memory", daemon=True)
         self._pinning.start()
+
+    def wait_if_large(self) -> None:
+        """Wait for the copies that are queued, if their sources take much memory on the device."""
+        if sum(source.numel() * source.element_size() for source in self._sources) > MOST_QUEUED and self._copied:
+            self._copied.synchronize()
+            self._sources.clear()
 
     def begin(self) -> None:
         """Begin a snapshot, which overwrites the one before.
@@ -73,6 +81,13 @@ class HostMemory:
         """Let the device's computations that are queued from now on wait until it is copied."""
         if self._copied is not None:
             torch.cuda.current_stream().wait_event(self._copied)
+
+    def close(self) -> None:
+        """Give the memory back. Snapshots in it must not be used any more."""
+        self._pinning.join()
+        if self._copied is not None:
+            self._copied.synchronize()
+        self._unpin()
 
     def end(self) -> None:
         """End a snapshot, after its last copy."""
@@ -124,4 +139,4 @@ class HostMemory:
             self._error = RuntimeError(f"cannot pin host memory ({error}): set checkpoint.asynchronous=false")
         else:
             # The memory is an argument, so that it is not unmapped before.
-            self.close = weakref.finalize(self, lambda memory: runtime.cudaHostUnregister(address), self._memory)
+            self._unpin = weakref.finalize(self, lambda memory: runtime.cudaHostUnregister(address), self._memory)

@@ -110,6 +110,8 @@ class TimeLimit:
     """
 
     MARGIN = 10.0  # seconds
+    SAVES = 2.5  # a save that is under way, the last one, and a margin
+    LARGEST_ESTIMATE = 0.1  # of the time in all
 
     def __init__(self, max_minutes: float | None, save_seconds: float):
         self._max_minutes, self._save_seconds = max_minutes, save_seconds
@@ -130,5 +132,7 @@ class TimeLimit:
         if self._max_minutes is None:
             return False
         step_seconds = 0.0 if math.isnan(step_seconds) else step_seconds
-        needed = 2 * step_seconds + 1.5 * self._save_seconds + self.MARGIN
-        return age + needed > 60 * self._max_minutes
+        limit, save_seconds = 60 * self._max_minutes, self._save_seconds
+        if not self._is_measured:
+            save_seconds = min(save_seconds, self.LARGEST_ESTIMATE * limit)
+        return age + 2 * step_seconds + self.SAVES * save_seconds + self.MARGIN > limit

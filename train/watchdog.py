@@ -7,6 +7,7 @@ rank without progress for too long hangs. Rank 0 decides which one it is, and al
 """
 
 import atexit
+import contextlib
 import faulthandler
 import os
 import signal
@@ -66,17 +67,20 @@ class Watchdog:
         self._suspected_at: float | None = None
         self._sent_at = 0.0
         self._slowest = 0.0  # longest time between two marks
+        self._clock = 0.0  # seconds that this process ran; a process that is stopped does not count them
         self._signals: list[tuple[int, float]] = []  # number, and when it arrived
         self._signalled = Mark()  # the latest mark since a signal, and when it was made
         self._signalled_at = 0.0
         self._verdict = ""
         self._is_reported_here = True
         self._has_verdict, self._is_taken, self._is_closed = threading.Event(), threading.Event(), threading.Event()
+        for state in self._states.values():
+            state.is_connected = state.address.rank == rank
         if rank:
             try:
                 self._peers.connect(addresses[0])
             except ConnectionError as error:
-                warn(f"{error}: if another rank dies, this one ends only after train.hang_timeout_minutes")
+                warn(f"{error}: a rank that dies is noticed only when this rank has waited for it for too long")
         if not faulthandler.is_enabled():
             faulthandler.enable()
         self._watches_signals = threading.current_thread() is threading.main_thread()
@@ -132,22 +136,25 @@ class Watchdog:
         while not self._is_closed.is_set():
             events = self._peers.wait(TICK)
             now = time.monotonic()
-            self._count(min(now - before, 4 * TICK))  # a process that was stopped does not count that time
+            passed = min(now - before, 4 * TICK)  # a process that was stopped does not count that time
+            self._clock += passed
+            self._count(passed)
             before = now
             for rank, message in events:
                 self._receive(rank, message)
             if now - self._sent_at > HEARTBEAT:
                 self._send_state()
             self._look_for_hang(now)
-            self._obey(now)
+            self._obey()
             if self._verdict:
                 self._end()
                 return
 
     def _count(self, seconds: float) -> None:
-        for state in self._states.values():
+        for number, state in self._states.items():
+            state.is_connected |= number in self._peers.lines
             state.idle += seconds
-            state.silent += seconds
+            state.silent = state.silent + seconds if state.is_connected else 0.0
         own = self._states[self._rank]
         own.silent = 0.0
         if own.mark is not self._mark:
@@ -172,6 +179,7 @@ class Watchdog:
         elif "left" in message:
             state.has_left = True
             if message["left"]:
+                self._is_reported_here = rank != 0  # rank 0 has reported its own error
                 self._decide(f"{state} failed: {message['left']}")
         elif "end" in message:
             self._is_reported_here = False
@@ -185,7 +193,8 @@ class Watchdog:
     def _look_for_hang(self, now: float) -> None:
         if self._hang_timeout is None or self._verdict:
             return
-        limit = self._hang_timeout + (PATIENCE if self._rank else 0)
+        # A step that is slower than the limit is not a hang if those before were as slow.
+        limit = max(self._hang_timeout, 3 * self._slowest) + (PATIENCE if self._rank else 0)
         states = list(self._states.values())
         if not (behind := find_hang(states, limit)):
             self._suspected_at = None
@@ -215,10 +224,8 @@ class Watchdog:
         pids = [pid for machine, pid in processes if machine == own]
         for number in (signal.SIGABRT, signal.SIGKILL):
             for pid in pids:
-                try:
+                with contextlib.suppress(OSError):  # it has ended, or belongs to another user
                     os.kill(pid, number)
-                except ProcessLookupError:
-                    continue
             time.sleep(0.5 if pids else 0)
 
     def _end(self) -> None:
@@ -246,22 +253,22 @@ class Watchdog:
     def _receive_signal(self, number: int) -> None:
         if number not in STOP_SIGNALS:
             return
-        now = time.monotonic()
         if not self._signals:
-            self._signalled, self._signalled_at = self._mark, now
+            self._signalled, self._signalled_at = self._mark, self._clock
             if self.stop_request and self._rank == 0:
-                self.stop_request.announce(number)
-        self._signals.append((number, now))
+                with contextlib.suppress(OSError):
+                    self.stop_request.announce(number)
+        self._signals.append((number, self._clock))
 
-    def _obey(self, now: float) -> None:
+    def _obey(self) -> None:
         """End the process after a signal if the main thread is blocked, and cannot obey it."""
         if not self._signals or self._verdict or self._mark.is_saving:
             return
         (first, first_at), (last, last_at) = self._signals[0], self._signals[-1]
         is_again = last == signal.SIGINT and last_at - first_at > SECOND_INTERRUPT_AFTER
         if self._mark is not self._signalled:
-            self._signalled, self._signalled_at = self._mark, now
-        waited = now - (last_at if is_again else self._signalled_at)
+            self._signalled, self._signalled_at = self._mark, self._clock
+        waited = self._clock - (last_at if is_again else self._signalled_at)
         is_urgent = is_again or self.stop_request is None
         limit = INTERRUPT_GRACE if is_urgent else max(STOP_GRACE, 2 * self._slowest)
         if waited > limit:

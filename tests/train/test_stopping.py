@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from sinklm.checkpoints.folders import list_checkpoints
 from sinklm.train.run import train
+from sinklm.train.saving import TYPICAL_DISK
 from sinklm.train.stopping import REQUEUE_STATUS, STOP_SIGNALS, StopRequest, TimeLimit, exit_status, restored_handlers
 
 from .tiny import losses, wait_for_step
@@ -97,7 +98,13 @@ def test_the_time_limit_leaves_time_for_a_step_and_a_save(max_minutes, save, ste
     limit = TimeLimit(max_minutes, save_seconds=1e9)
     limit.measure_save(save)
     if not limit.is_up(age, step):
-        assert age + step + save <= 60 * max_minutes
+        assert age + 2 * step + 2 * save <= 60 * max_minutes
+
+
+@pytest.mark.parametrize("num_bytes", [2e9, 20e9, 190e9])
+def test_a_model_of_any_size_trains_before_its_first_save(num_bytes):
+    limit = TimeLimit(120, num_bytes / TYPICAL_DISK)
+    assert not limit.is_up(3600, 60)
 
 
 def test_without_a_limit_time_is_never_up():

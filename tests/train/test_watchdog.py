@@ -51,6 +51,12 @@ def test_those_that_are_silent_or_else_those_with_the_fewest_marks_are_behind(st
         assert all(s.silent > 0 for s in behind)
 
 
+def test_a_rank_that_could_not_connect_is_not_behind():
+    apart = RankState(Address(1, "host", "machine", 1), idle=1e6, silent=1e6, is_connected=False)
+    present = RankState(Address(0, "host", "machine", 1), idle=1.0)
+    assert find_hang([apart, present], LIMIT) == []
+
+
 def test_a_rank_that_has_left_is_not_behind():
     left = RankState(Address(1, "host", "machine", 1), idle=1e6, silent=1e6, has_left=True)
     present = RankState(Address(0, "host", "machine", 1), idle=1.0)
@@ -123,6 +129,53 @@ def test_a_stranger_is_not_a_rank(hello):
         assert main.lines == {}
         with pytest.raises(EOFError):
             Line(stranger).receive()
+    main.close()
+
+
+def test_a_welcome_and_what_follows_may_arrive_together():
+    main, other = Peers(0, 2), Peers(1, 2)
+    answered = threading.Event()
+
+    def answer() -> None:
+        while not main.lines:
+            main.wait(0.05)
+        main.send({"idle": 1.0})  # a heartbeat, right behind the welcome
+        answered.set()
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    address = main.address()
+    receive_one = Line.receive
+
+    def late(line: Line) -> list:
+        assert answered.wait(5)
+        return receive_one(line)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Line, "receive", lambda line: late(line) if line.rank == 0 else receive_one(line))
+        other.connect(address)
+    thread.join()
+    other.send({"idle": 2.0})
+    assert receive(main) == [(1, {"idle": 2.0})]
+    main.close()
+    other.close()
+
+
+def test_a_rank_that_connects_again_is_not_dead():
+    main = Peers(0, 2)
+    address = main.address()
+    first, second = Peers(1, 2), Peers(1, 2)
+    for peers in (first, second):
+        connecting = threading.Thread(target=peers.connect, args=(address,))
+        connecting.start()
+        while connecting.is_alive():
+            assert main.wait(0.05) == []
+    first.close()
+    assert main.wait(0.2) == main.wait(0.2) == []
+    second.send({"idle": 2.0})
+    assert receive(main) == [(1, {"idle": 2.0})]
+    second.close()
+    assert receive(main) == [(1, None)]
     main.close()
 
 
