@@ -19,8 +19,9 @@ def merge(
 ) -> None:
     """Join token stores into one without copying tokens.
 
-    Prepare one input file per job, on any number of machines, then join the stores. Their files
-    move to the new store.
+    Prepare one input file per job, on any number of machines, then join the stores. The new store
+    consists of hard links to their files, so all must be on one file system. The stores remain and
+    can be deleted.
     """
     from ..console import Console
     from ..data.merge import merge_stores
@@ -30,6 +31,10 @@ def merge(
     manifest = merge_stores(stores, output)
     print_summary(console, manifest, output)
     console.print(f"fingerprint {manifest.fingerprint}", highlight=False, soft_wrap=True)
+    console.print(
+        "The merged stores remain and can be deleted. After that, the next opening reads all files once, because a "
+        "deleted link changes the change time of the file."
+    )
 
 
 def inspect(
