@@ -69,7 +69,7 @@ class OrderedRows:
         tokens = self._sample(int(self.shuffle_idx[i]))
         if len(tokens) != self.row_length:
             raise ValueError(
-                f"{self.path}: sample {i} has {len(tokens)} tokens instead of {self.row_length}; {MISMATCH}"
+                f"{self.path}: row {i} has {len(tokens)} tokens instead of {self.row_length}; {MISMATCH}"
             )
         check_ids(tokens, self.vocab_size, self.path, 0)
         return tokens.astype(np.int64)
