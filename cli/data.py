@@ -19,8 +19,9 @@ def merge(
 ) -> None:
     """Join token stores into one without copying tokens.
 
-    Prepare one input file per job, on any number of machines, then join the stores. Their files
-    move to the new store.
+    Prepare one input file per job, on any number of machines, then join the stores. The new store
+    consists of hard links to their files, so all must be on one file system. The stores remain and
+    can be deleted.
     """
     from ..console import Console
     from ..data.merge import merge_stores
@@ -30,29 +31,39 @@ def merge(
     manifest = merge_stores(stores, output)
     print_summary(console, manifest, output)
     console.print(f"fingerprint {manifest.fingerprint}", highlight=False, soft_wrap=True)
+    console.print(
+        "The merged stores remain and can be deleted. After that, the next opening reads all files once, because a "
+        "deleted link changes the change time of the file."
+    )
 
 
 def inspect(
-    store: Annotated[Path, typer.Argument(help="Token store, or folder of pre-shuffled rows.")],
+    store: Annotated[
+        Path, typer.Argument(help="Token store, or folder of pre-shuffled rows or of an order of Megatron.")
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe, as for `sinklm train`.")
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of the documents.")] = "train",
+    split: Annotated[str, typer.Option(help="Split of the document.")] = "train",
     document: Annotated[int | None, typer.Option(min=0, help="Print this document.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Recipe that defines samples and steps.")] = None,
     sample: Annotated[int | None, typer.Option(min=0, help="Print this training sample of the recipe.")] = None,
-    step: Annotated[int | None, typer.Option(min=0, help="List the samples of this step of the recipe.")] = None,
+    step: Annotated[
+        int | None, typer.Option(min=1, help="List the samples of this step, from 1 as in metrics.jsonl.")
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read all files and compare their checksums.")] = False,
 ) -> None:
     """Show what is in a token store: counts by set, a document, a sample, or a step's samples."""
     from ..console import Console
-    from ..data import open_store
+    from ..data import TokenStore, open_store
     from ..data.tokenizer import load_tokenizer_file
 
     if recipe is None and (sample is not None or step is not None or overrides):
         raise ValueError("samples and steps depend on the recipe: pass --recipe with its name or path")
     console = Console(highlight=False, soft_wrap=True)
     opened = open_store(store, verify="sha256" if verify else "size")
+    if split != "train":
+        opened.split(split)  # an error if it does not exist
     tokenizer = load_tokenizer_file(opened.tokenizer_path)
 
     def text(ids: Iterable[int]) -> str:
@@ -67,7 +78,10 @@ def inspect(
     if document is None and recipe is None:
         _show_summary(console, opened)
     if verify:
-        console.print("all checksums are right")
+        is_checked = isinstance(opened, TokenStore)
+        console.print(
+            "all checksums are right" if is_checked else f"{store}: has no checksums, so nothing was verified"
+        )
 
 
 def _show_summary(console: "Console", store: "TokenSource") -> None:
@@ -94,7 +108,7 @@ def _show_samples(
     text,
 ) -> None:
     from ..data import SetWindows, batch_indices
-    from ..train.batches import open_windows, sample_order
+    from ..train.batches import open_windows, sample_order, samples_of_step
     from ..train.plan import Plan
     from ..train.recipe import load_config
 
@@ -107,10 +121,11 @@ def _show_samples(
         console.print(f"sample {sample} of {len(windows):,}, {plan.tokens_per_sample:,} tokens:")
         console.out(text(windows[sample]), highlight=False)
     if step is not None:
-        positions = batch_indices(step, plan.samples_per_step)
+        positions = batch_indices(step - 1, plan.samples_per_step)
         console.print(f"step {step}: positions {positions[0]:,} to {positions[-1]:,} of the data order")
         console.print("position  sample  text")
-        for position, number in zip(positions, sample_order(store, windows, plan)(positions), strict=True):
+        numbers = samples_of_step(sample_order(store, windows, plan), step - 1, plan.samples_per_step)
+        for position, number in zip(positions, numbers, strict=True):
             name = f"[{windows.place_of(number)[0]}] " if isinstance(windows, SetWindows) else ""
             preview = text(windows[number][: 2 * PREVIEW_LENGTH])[:PREVIEW_LENGTH]
             console.print(f"{position}  {number}  {name}{preview!r}")

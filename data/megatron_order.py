@@ -68,9 +68,7 @@ class OrderedRows:
     def _row(self, i: int) -> np.ndarray:
         tokens = self._sample(int(self.shuffle_idx[i]))
         if len(tokens) != self.row_length:
-            raise ValueError(
-                f"{self.path}: sample {i} has {len(tokens)} tokens instead of {self.row_length}; {MISMATCH}"
-            )
+            raise ValueError(f"{self.path}: row {i} has {len(tokens)} tokens instead of {self.row_length}; {MISMATCH}")
         check_ids(tokens, self.vocab_size, self.path, 0)
         return tokens.astype(np.int64)
 

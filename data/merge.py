@@ -2,68 +2,75 @@
 
 import errno
 import os
-import shutil
-from collections import Counter
 from pathlib import Path
 
-from ..files import write_json
-from .manifest import MANIFEST_NAME, SPLITS, TOKENIZER_NAME, Counts, FileInfo, Manifest, Split
-from .store import VERIFIED_NAME, TokenStore, note_verified
+from ..files import PARTIAL, atomic_file, locked, sync_folder, write_json
+from .manifest import MANIFEST_NAME, TOKENIZER_NAME, Counts, FileInfo, Manifest, Split
+from .store import TokenStore, note_verified
 
 SAME = ("tokenizer", "dtype", "validation_fraction", "text_key", "split_sets")  # settings that must agree
 NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK)
+LOCK_NAME = ".merge.lock"
 
 
 def merge_stores(paths: list[Path], output: Path) -> Manifest:
     """Join stores, in this order, into the store that one preparation of all their inputs makes.
 
-    The files move to the new store, and the other stores are deleted when it is complete. (With
-    hard links between them, deleting a store would change the change times of the others' files, so
-    these would be verified again, see `note_verified`.) If every input is a file of JSON lines or
-    parquet, the new store is the same, byte for byte, as that of one preparation, and so is its
-    fingerprint. (Text files that follow each other form one shard only within a preparation.)
+    The new store consists of hard links to the files of the others, which stay as they are. If
+    every input is a file of JSON lines or parquet, it is the same, byte for byte, as that of one
+    preparation, and so is its fingerprint. (Text files that follow each other form one shard only
+    within a preparation.)
 
-    After an interruption, call it again with the same arguments: until the new store is complete,
-    the others are unchanged.
+    After an interruption, call it again with the same arguments.
 
     Args:
         paths: folders of finished stores. Files changed since they were last verified are read.
         output: the new folder, on the same file system.
 
     Raises:
-        ValueError: the stores were made with different settings, or hold the same documents.
+        ValueError: the output exists, a store is named twice, or the stores were made with
+            different settings.
         OSError: a store is not readable, or hard links to it are not possible.
     """
-    if output.exists() and any(output.iterdir()) and not (output / f".{MANIFEST_NAME}.merging").exists():
-        raise ValueError(f"{output}: is not empty; choose another folder")
+    _check_no_store(output)
     stores = [TokenStore(path) for path in paths]
     _check_alike(stores)
     manifest = _joined([store.manifest for store in stores])
+    links = _links(stores, output)
+    _check_contents(output, links, stores[0].tokenizer_path)
     output.mkdir(parents=True, exist_ok=True)
-    marker = output / f".{MANIFEST_NAME}.merging"
-    marker.touch()
-    offset = 0
-    for store in stores:
-        for name in store.manifest.files:
-            if name != TOKENIZER_NAME:
-                _link(store.path / name, output / _renumbered(name, offset))
-        offset += len(store.manifest.sources)
-    shutil.copyfile(stores[0].tokenizer_path, output / TOKENIZER_NAME)
-    write_json(output / MANIFEST_NAME, manifest.model_dump(), ensure_ascii=False)
-    for store in stores:
-        _delete(store)
-    note_verified(output, manifest.files)
-    marker.unlink()
+    lock = output / LOCK_NAME
+    with locked(lock, busy=f"{output}: another `sinklm data merge` writes it; wait for it or stop it"):
+        _check_no_store(output)
+        _check_contents(output, links, stores[0].tokenizer_path)
+        for target, source in links.items():
+            _link(source, target)
+        with atomic_file(output / TOKENIZER_NAME, binary=True) as file:
+            file.write(stores[0].tokenizer_path.read_bytes())
+        for folder in {target.parent for target in links} | {output}:
+            sync_folder(folder)
+        write_json(output / MANIFEST_NAME, manifest.model_dump(), ensure_ascii=False)
+        sync_folder(output)
+        note_verified(output, manifest.files)
+        lock.unlink()
     return manifest
 
 
+def _check_no_store(output: Path) -> None:
+    if (output / MANIFEST_NAME).exists():
+        raise ValueError(f"{output}: exists already and is a token store; choose another folder")
+
+
 def _check_alike(stores: list[TokenStore]) -> None:
-    """Check that all stores have the same settings and no documents in common."""
+    """Check that no store is named twice, and that all have the same settings."""
+    seen: dict[str, Path] = {}
+    for store in stores:
+        if store.fingerprint in seen:
+            raise ValueError(
+                f"{store.path}: is the same store as {seen[store.fingerprint]}, named before; name each store once"
+            )
+        seen[store.fingerprint] = store.path
     first = stores[0]
-    owners: dict[str, str] = {}
-    for path, times in Counter(store.path.resolve() for store in stores).items():
-        if times > 1:
-            raise ValueError(f"{path}: is named {times} times, so its documents would be repeated; name it once")
     for store in stores:
         for key in SAME:
             if (theirs := getattr(store.manifest, key)) != (ours := getattr(first.manifest, key)):
@@ -71,11 +78,53 @@ def _check_alike(stores: list[TokenStore]) -> None:
                     f"{store.path}: was prepared with other settings than {first.path} ({key}: {theirs} and {ours}); "
                     "prepare it again with the same"
                 )
-        for name, info in store.manifest.files.items():
-            if name.endswith(".bin"):
-                place = f"{store.path}/{name}"
-                if (other := owners.setdefault(info.sha256, place)) != place:
-                    raise ValueError(f"{place}: has the same tokens as {other}; name each store and each input once")
+
+
+def _links(stores: list[TokenStore], output: Path) -> dict[Path, Path]:
+    """Return the source of each file of the new store, except its tokenizer and manifest."""
+    links, offset = {}, 0
+    for store in stores:
+        for name in store.manifest.files:
+            if name != TOKENIZER_NAME:
+                links[output / _renumbered(name, offset)] = (store.path / name).resolve()
+        offset += len(store.manifest.sources)
+    return links
+
+
+def _check_contents(output: Path, links: dict[Path, Path], tokenizer: Path) -> None:
+    """Check that the output has nothing but what an interrupted merge of these stores left."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output}: is not a folder; choose another")
+    unfinished = {output / f"{name}{PARTIAL}" for name in (TOKENIZER_NAME, MANIFEST_NAME)} | {output / LOCK_NAME}
+    for path in output.rglob("*"):
+        if path.is_symlink():
+            is_ours = False
+        elif path in links:
+            is_ours = path.samefile(links[path])
+        elif path == output / TOKENIZER_NAME:
+            is_ours = path.read_bytes() == tokenizer.read_bytes()
+        else:
+            is_ours = path.is_dir() or path in unfinished
+        if not is_ours:
+            raise ValueError(
+                f"{output}: contains {path.relative_to(output)}, which is not of an unfinished merge of these stores; "
+                "choose another folder, or delete it"
+            )
+
+
+def _link(source: Path, target: Path) -> None:
+    if target.exists():  # compared by `_check_contents`
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        raise OSError(
+            f"{target}: cannot be a hard link to {source} ({os.strerror(error.errno)}); copy the store to the file "
+            f"system of the output first (`cp -rL STORE {target.parents[1].absolute().parent}`), and merge the copy"
+        ) from error
 
 
 def _joined(manifests: list[Manifest]) -> Manifest:
@@ -113,26 +162,3 @@ def _renumbered(name: str, offset: int) -> str:
     if not number.isdecimal() or int(number) + offset > 99999:
         raise ValueError(f"{name}: not the name of a shard, or more than 100,000 shards in all")
     return f"{folder}/{int(number) + offset:05d}{dot}{rest}"
-
-
-def _delete(store: TokenStore) -> None:
-    """Delete the files of a store, and its folders if nothing else is in them."""
-    for name in (MANIFEST_NAME, VERIFIED_NAME, *store.manifest.files):
-        (store.path / name).unlink(missing_ok=True)
-    for folder in (*(store.path / split for split in SPLITS), store.path):
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-
-
-def _link(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        target.unlink(missing_ok=True)
-        os.link(source, target)
-    except OSError as error:
-        if error.errno not in NO_LINKS:
-            raise
-        raise OSError(
-            f"{target}: cannot be a hard link to {source} ({error.strerror}); stores and output must be on one file "
-            "system that has hard links: copy the store there"
-        ) from error

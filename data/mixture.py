@@ -3,8 +3,9 @@
 Positions of the training stream are divided into blocks. A block has a fixed number of positions of
 each set, in random order. In the first b blocks, a set of share p has ⌊b·B·p⌋ positions (B is the
 size of a block; the largest set has the rest), so shares are exact over any length, for any
-weights. The n-th position of a set is the n-th of its own `SampleOrder`: each set has epochs of its
-own. All is computed from (seed, position), so there is no state.
+weights. If a set has n positions in the first b blocks, its windows there are the first n of its
+own `SampleOrder`, in random order within each block: each set has epochs of its own. All is
+computed from (seed, position), so there is no state.
 """
 
 import hashlib

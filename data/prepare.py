@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 from pydantic import BaseModel
+from tokenizers import Tokenizer
 
 from ..files import atomic_file, locked, write_json
 from .job import ShardJob
@@ -53,8 +54,9 @@ class Settings(BaseModel):
     tokenizer_sha256: str
     validation_fraction: float
     sources: list[str]
+    # The defaults are what older versions used, whose files lack these keys.
     text_key: str = TEXT_KEY
-    eod_id: int | None = None  # None only in files of older versions
+    eod_id: int | None = None  # None: that of `eod_id(tokenizer)`
     split_sets: bool = False
 
 
@@ -124,7 +126,7 @@ def prepare_store(
     )
     if (store / MANIFEST_NAME).exists():
         return _finished_store(store, settings, shards)
-    with _explain_full_disk(store), _claim(store, settings) as notes:
+    with _explain_full_disk(store), _claim(store, settings, encoder.tokenizer) as notes:
         with atomic_file(store / TOKENIZER_NAME, binary=True) as file:
             file.write(encoder.content)
         dtype = token_dtype(info.size)
@@ -171,7 +173,7 @@ def _finished_store(store: Path, settings: Settings, shards: list[Shard]) -> Man
 
 def _check_same(store: Path, before: Settings, now: Settings) -> None:
     for key, value in now:
-        if key in before.model_fields_set and (old := getattr(before, key)) != value:
+        if (old := getattr(before, key)) != value:
             raise ValueError(
                 f"{store}: was started with other settings ({key}: {_brief(old)} then, {_brief(value)} now); "
                 "use the same settings, delete the folder, or choose another --output"
@@ -183,7 +185,7 @@ def _brief(value: object) -> str:
 
 
 @contextlib.contextmanager
-def _claim(store: Path, settings: Settings) -> Iterator[Path]:
+def _claim(store: Path, settings: Settings, tokenizer: Tokenizer) -> Iterator[Path]:
     """Create or reopen the output folder and lock it; yields the folder of the notes."""
     notes = store / NOTES_NAME
     if store.is_file():
@@ -194,7 +196,10 @@ def _claim(store: Path, settings: Settings) -> Iterator[Path]:
     with locked(notes / "lock", busy=f"{store}: in use by another `sinklm prepare`; wait for it or stop it"):
         path = notes / "settings.json"
         if has_saved_work(store):
-            _check_same(store, Settings.model_validate_json(path.read_bytes()), settings)
+            before = Settings.model_validate_json(path.read_bytes())
+            if before.eod_id is None and before.tokenizer_sha256 == settings.tokenizer_sha256:
+                before.eod_id = eod_id(tokenizer)
+            _check_same(store, before, settings)
         else:
             write_json(path, settings.model_dump(), ensure_ascii=False)
         yield notes

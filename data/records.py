@@ -53,7 +53,9 @@ class Row(NamedTuple):
     @property
     def num_bytes(self) -> int:
         text = self.row.get(self.text_key)
-        return len(text) if isinstance(text, str) else 0
+        if not isinstance(text, str):
+            return 0
+        return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
 
     def document(self) -> Document:
         return _document_of(self.row, self)

@@ -27,6 +27,9 @@ class TokenFile:
         self.path, self.dtype = Path(path), np.dtype(dtype)
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
+    def __reduce__(self) -> tuple:
+        return type(self), (self.path, self.dtype)  # a copy opens the file again
+
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):
             os.close(self._descriptor)

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..text import one_line
+from ..text import message_of
 
 SECONDS = 2.0
 LONGEST = 10_000_000  # characters
@@ -20,7 +20,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *
         reply_begins: end with the beginning of a reply.
 
     Raises:
-        ValueError: the template fails, takes more than `SECONDS`, or its text is too long.
+        ValueError: the template fails, takes more than `SECONDS`, or returns no text or too much.
     """
 
     def call() -> Any:
@@ -31,8 +31,10 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *
     except TimeoutError:
         raise _wrong(f"takes more than {SECONDS:.0f} s") from None
     except Exception as error:  # a template can raise anything
-        raise _wrong(f"fails ({one_line(str(error)) or type(error).__name__})") from error
-    if not isinstance(text, str) or len(text) > LONGEST:
+        raise _wrong(f"fails ({message_of(error)})") from error
+    if not isinstance(text, str):
+        raise _wrong(f"returns a {type(text).__name__} and not text")
+    if len(text) > LONGEST:
         raise _wrong(f"returns more than {LONGEST:,} characters")
     return text
 

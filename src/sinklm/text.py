@@ -23,3 +23,8 @@ def one_line(error: object) -> str:
     if len(text) > LONGEST:
         text = text[: LONGEST - 2] + " …"
     return text if text and isinstance(error, OSError | ValueError | str) else f"{type(error).__name__}: {text}"
+
+
+def message_of(error: BaseException) -> str:
+    """Return the message of an error in one line without its type, or the type if it is empty."""
+    return one_line(str(error).strip() or type(error).__name__)

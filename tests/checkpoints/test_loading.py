@@ -1,11 +1,13 @@
 import ast
+import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import GPTNeoXConfig, T5Config
 
-from sinklm.checkpoints import load_model, load_tokenizer, loading
+from sinklm.checkpoints import checks, load_model, load_tokenizer, loading
 from sinklm.checkpoints.folders import is_local, resolve_model_folder
 
 from ..models.tiny import tiny_model
@@ -104,3 +106,21 @@ def test_no_call_may_run_code_of_a_model():
                     assert arguments.get("trust_remote_code") == "False", f"{path}:{node.lineno}"
                     num_calls += 1
     assert num_calls >= 6
+
+
+def busy(seconds: float) -> None:
+    started = time.thread_time()
+    while time.thread_time() - started < seconds:
+        pass
+
+
+@pytest.mark.parametrize(("spend", "is_slow"), [(time.sleep, False), (busy, True)])
+def test_a_tokenizer_that_waits_for_a_processor_is_not_a_slow_one(spend, is_slow, monkeypatch):
+    monkeypatch.setattr(checks, "SLOW", 0.02)
+    monkeypatch.setattr(checks, "PROBES", ("a",))
+
+    def tokenizer(text: str) -> None:
+        spend(0.05)
+
+    with pytest.raises(ValueError, match=r"more than 0\.02 s of processor time") if is_slow else nullcontext():
+        checks.check_tokenizer(tokenizer, "folder")

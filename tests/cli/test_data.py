@@ -12,10 +12,14 @@ from sinklm.data.tokenizer import load_tokenizer_file
 from sinklm.train.batches import open_windows, sample_order
 from sinklm.train.plan import Plan
 from sinklm.train.recipe import load_config
+from sinklm.train.run import train
 
 from ..data.corpora import records, stored_documents, write_json_lines
 from ..data.processes import InProcessPool
+from ..data.test_megatron_order import build_arrays
+from ..data.test_megatron_order import write as write_order
 from ..eval.checkpoints import small_tokenizer
+from ..train.tiny import RECIPE, bad_loss_in, metrics
 
 SIZES = ["train.seq_length=32", "train.batch_size_tokens=128", "train.micro_batch_size=1"]
 
@@ -68,8 +72,8 @@ def test_samples_and_steps_are_those_of_training(store: Path) -> None:
         plan = Plan(load_config("quickstart", [*SIZES, *weights]), 1, TokenStore(store).tokenizer_size)
         windows, _ = open_windows(TokenStore(store), plan)
         numbers = sample_order(TokenStore(store), windows, plan)(np.arange(12, 16))
-        said = inspect(store, "--recipe", "quickstart", "--step", 3, *SIZES, *weights)
-        assert said.startswith("step 3: positions 12 to 15 of the data order\n")
+        said = inspect(store, "--recipe", "quickstart", "--step", 4, *SIZES, *weights)
+        assert said.startswith("step 4: positions 12 to 15 of the data order\n")
         for line, position, number in zip(said.splitlines()[2:], range(12, 16), numbers, strict=True):
             name = f"[{windows.place_of(number)[0]}] " if weights else ""
             text = tokenizer.decode(windows[number].tolist(), skip_special_tokens=False)
@@ -78,6 +82,42 @@ def test_samples_and_steps_are_those_of_training(store: Path) -> None:
         assert tokenizer.decode(windows[numbers[0]].tolist(), skip_special_tokens=False) in said
         with pytest.raises(ValueError, match=rf"--sample {len(windows)}: there are {len(windows)} samples"):
             inspect(store, "--recipe", "quickstart", "--sample", len(windows), *SIZES, *weights)
+
+
+@pytest.mark.parametrize("weights", [(), ("data.weights={A: 1, B: 3}",)])
+def test_a_step_has_the_number_and_samples_of_the_runs_metrics(store: Path, tmp_path: Path, weights) -> None:
+    (tmp_path / "tiny.yaml").write_text(f"{RECIPE}\ndata: {{path: {store}}}\n")
+    settings = [f"train.run_dir={tmp_path / 'run'}", "validation.every_steps=null", *weights]
+    with bad_loss_in(2, num_micro_batches=4), pytest.raises(ValueError, match="loss is nan"):
+        train(str(tmp_path / "tiny.yaml"), settings)
+    record = metrics(tmp_path / "run")[-1]
+    assert record["step"] == 2
+    said = inspect(store, "--recipe", tmp_path / "run/config.yaml", "--step", 2)
+    assert [int(line.split()[1]) for line in said.splitlines()[2:]] == record["samples"]
+
+
+def test_there_is_no_step_0(store: Path) -> None:
+    command = ["data", "inspect", str(store), "--recipe", "quickstart", "--step", "0"]
+    assert CliRunner().invoke(app, command).exit_code == 2
+
+
+def test_a_split_that_does_not_exist_is_an_error(store: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no split 'test', only train, validation"):
+        inspect(store, "--split", "test")
+
+
+@pytest.mark.parametrize("kind", ["rows", "order"])
+def test_what_has_no_checksums_is_not_called_right(kind: str, tmp_path: Path) -> None:
+    small_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    if kind == "order":
+        arrays = build_arrays(np.full(10, 20), 16, 1, 0)
+        folder = write_order(tmp_path / "order", tmp_path / "tokenizer.json", [np.zeros(20, np.uint16)] * 10, arrays)
+    else:
+        folder = tmp_path
+        np.zeros(2 * 2049, np.uint16).tofile(folder / "x.bin")
+    said = inspect(folder, "--verify")
+    assert said.endswith(f"{folder}: has no checksums, so nothing was verified\n")
+    assert "right" not in said
 
 
 def test_samples_without_a_recipe_are_an_error(store: Path) -> None:

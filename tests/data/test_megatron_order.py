@@ -94,7 +94,7 @@ def test_the_fingerprint_sees_order_and_documents(order: Path) -> None:
         ("shuffle_idx", lambda a: a + 1, "shuffle_idx contains 12, which sample_idx does not have"),
         ("sample_idx", lambda a: a + np.array([90, 0]), "sample_idx contains places that doc_idx does not have"),
         ("doc_idx", lambda a: a + 10, "doc_idx contains documents that the .idx file does not have"),
-        ("sample_idx", lambda a: np.concatenate([a[:3], a[4:]]), r"sample \d+ has 33 tokens instead of 17|shuffle_idx"),
+        ("sample_idx", lambda a: np.concatenate([a[:3], a[4:]]), r"row \d+ has 33 tokens instead of 17|shuffle_idx"),
         ("sample_idx", lambda a: a[:, 0], "are not those of an order"),
         ("shuffle_idx", lambda a: a[:0], "are not those of an order"),
         ("doc_idx", lambda a: a.astype(float), r"doc_idx\.npy: contains float64 and not integers"),
@@ -117,4 +117,12 @@ def test_missing_and_damaged_files_are_refused(order: Path) -> None:
         open_store(order)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"has 0 files \*_doc_idx\.npy; an order of Megatron needs exactly one"):
+        open_store(order)
+
+
+def test_the_message_names_the_row_and_not_the_sample(order: Path) -> None:
+    sample_idx = np.load(array_of(order, "sample_idx"))
+    np.save(array_of(order, "sample_idx"), np.concatenate([sample_idx[:3], sample_idx[4:]]))  # sample 2 is two
+    np.save(array_of(order, "shuffle_idx"), np.arange(11)[::-1])
+    with pytest.raises(ValueError, match="row 8 has 33 tokens instead of 17"):
         open_store(order)

@@ -1,5 +1,6 @@
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from typer.testing import CliRunner
 from sinklm.cli.main import app
 from sinklm.data import TokenStore, find_inputs, prepare_store
 from sinklm.data.merge import merge_stores
+from sinklm.files import locked
 
 from .corpora import content, records, write_json_lines
 from .processes import InProcessPool
@@ -33,20 +35,22 @@ def test_merged_stores_are_the_store_of_one_preparation(
 ) -> None:
     whole = prepare(inputs, tmp_path / "whole", tokenizer_file, split_sets=split_sets)
     parts = [prepare([path], tmp_path / path.name[0], tokenizer_file, split_sets=split_sets) for path in inputs]
+    before = [content(part) for part in parts]
     numbers = {path.stat().st_ino for part in parts for path in part.rglob("*.bin")}
-    (parts[1] / "mine.txt").touch()
     merge_stores(parts[:2], tmp_path / "two")
     manifest = merge_stores([tmp_path / "two", parts[2]], tmp_path / "merged")
     assert content(tmp_path / "merged") == content(whole)
     assert manifest == TokenStore(whole).manifest
     assert manifest.fingerprint == TokenStore(whole).fingerprint
-    # Nothing was copied, nothing is left, and nothing has to be read again.
+    # Nothing was copied, the sources are unchanged, and nothing has to be read again.
     assert {path.stat().st_ino for path in (tmp_path / "merged").rglob("*.bin")} == numbers
-    assert [part.exists() for part in (*parts, tmp_path / "two")] == [False, True, False, False]
-    assert [path.name for path in parts[1].iterdir()] == ["mine.txt"]
+    assert [content(part) for part in parts] == before
     monkeypatch.setattr("sinklm.data.store.sha256_of_all", lambda paths: [pytest.fail(str(path)) for path in paths])
     TokenStore(tmp_path / "merged")
     monkeypatch.undo()
+    for part in (*parts, tmp_path / "two"):
+        shutil.rmtree(part)
+    assert content(tmp_path / "merged") == content(whole)
     TokenStore(tmp_path / "merged", verify="sha256")
 
 
@@ -69,8 +73,41 @@ def test_after_an_interruption_the_same_call_completes_it(
     with pytest.raises(FileNotFoundError, match="not a token store"):
         TokenStore(tmp_path / "merged")
     monkeypatch.setattr(os, "link", link)
+    with pytest.raises(ValueError, match=r"merged: contains train/00000\S+, which is not of an unfinished merge"):
+        merge_stores(parts[1:], tmp_path / "merged")
     merge_stores(parts, tmp_path / "merged")
     assert content(tmp_path / "merged") == whole
+    with pytest.raises(ValueError, match="merged: exists already"):
+        merge_stores(parts, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("linked", ["store", "shards"])
+def test_symbolic_links_are_followed(inputs: list[Path], tmp_path: Path, tokenizer_file: Path, linked: str) -> None:
+    whole = content(prepare(inputs[::2], tmp_path / "whole", tokenizer_file))
+    parts = [prepare([path], tmp_path / path.name[0], tokenizer_file) for path in inputs[::2]]
+    if linked == "store":
+        (tmp_path / "link").symlink_to(parts[0])
+        parts[0] = tmp_path / "link"
+    else:
+        for path in [*parts[0].rglob("*.bin"), *parts[0].rglob("*.idx")]:
+            path.rename(tmp_path / f"{path.parent.name}-{path.name}")
+            path.symlink_to(tmp_path / f"{path.parent.name}-{path.name}")
+    merge_stores(parts, tmp_path / "merged")
+    assert not any(path.is_symlink() for path in (tmp_path / "merged").rglob("*"))
+    for path in tmp_path.glob("*-0*"):
+        path.unlink()
+    for part in parts:
+        shutil.rmtree(part.resolve())
+    assert content(tmp_path / "merged") == whole
+
+
+def test_two_merges_at_once_are_refused(inputs: list[Path], tmp_path: Path, tokenizer_file: Path) -> None:
+    parts = [prepare([path], tmp_path / path.name[0], tokenizer_file) for path in inputs]
+    (tmp_path / "merged").mkdir()
+    with locked(tmp_path / "merged/.merge.lock", busy=""), pytest.raises(ValueError, match="another `sinklm data mer"):
+        merge_stores(parts, tmp_path / "merged")
+    merge_stores(parts, tmp_path / "merged")
+    assert not (tmp_path / "merged/.merge.lock").exists()
 
 
 def test_stores_that_do_not_belong_together_are_refused(
@@ -81,14 +118,19 @@ def test_stores_that_do_not_belong_together_are_refused(
     other = prepare(inputs[1:], tmp_path / "other", tokenizer_file, validation_fraction=0.2)
     b = prepare(inputs[2:], tmp_path / "b", tokenizer_file)
     output = tmp_path / "merged"
-    with pytest.raises(ValueError, match=r"same/train/00000\.bin: has the same tokens as .*a/train/00000\.bin"):
-        merge_stores([a, same], output)
-    with pytest.raises(ValueError, match=r"a: is named 2 times, so its documents would be repeated"):
-        merge_stores([a, a], output)
+    (tmp_path / "link").symlink_to(a)
+    for again in (same, a, tmp_path / "link"):
+        with pytest.raises(ValueError, match=rf"{again.name}: is the same store as .*/a, named before"):
+            merge_stores([a, again], output)
     with pytest.raises(ValueError, match=r"other: was prepared with other settings than .*\(validation_fraction: 0\.2"):
         merge_stores([a, other], output)
-    with pytest.raises(ValueError, match=r"b: is not empty; choose another folder"):
+    with pytest.raises(ValueError, match=r"b: exists already and is a token store"):
         merge_stores([a], b)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").touch()
+    with pytest.raises(ValueError, match=r"mine: contains notes\.txt, which is not of an unfinished merge"):
+        merge_stores([a, b], tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
     assert not output.exists()
 
     def no_link(source: object, target: object) -> None:
@@ -96,7 +138,7 @@ def test_stores_that_do_not_belong_together_are_refused(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "link", no_link)
-        with pytest.raises(OSError, match=r"cannot be a hard link to .* must be on one file system"):
+        with pytest.raises(OSError, match=r"cannot be a hard link to .*; copy the store to the file system"):
             merge_stores([a, b], output)
     (b / "train/00000.bin").write_bytes((b / "train/00000.bin").read_bytes()[::-1])
     with pytest.raises(ValueError, match=r"b/train/00000\.bin: checksum differs"):
@@ -108,3 +150,5 @@ def test_the_command_prints_the_merged_store(inputs: list[Path], tmp_path: Path,
     result = CliRunner().invoke(app, ["data", "merge", str(tmp_path / "merged"), *parts], catch_exceptions=False)
     assert result.exit_code == 0
     assert f"fingerprint {TokenStore(tmp_path / 'merged').fingerprint}" in result.output.replace("\n", "")
+    assert "The merged stores remain and can be deleted." in result.output.replace("\n", " ")
+    assert all(Path(part).exists() for part in parts)

@@ -438,6 +438,31 @@ def test_a_killed_tokenizing_process_is_an_error(corpus: list[str], tmp_path: Pa
 
 
 @pytest.mark.usefixtures("in_process")
+def test_an_interrupted_preparation_of_an_older_version_has_its_defaults(
+    corpus: list[str], tmp_path: Path, tokenizer_file: Path
+) -> None:
+    def stop(progress: PrepareProgress) -> None:
+        raise Crash
+
+    whole = prepare(corpus, tmp_path / "whole", tokenizer_file)
+    with pytest.raises(Crash):
+        prepare(corpus, tmp_path / "store", tokenizer_file, report=stop)
+    path = tmp_path / "store/.prepare/settings.json"
+    old = ("tokenizer_sha256", "validation_fraction", "sources")
+    path.write_text(json.dumps({key: json.loads(path.read_bytes())[key] for key in old}))
+    for settings, message in (
+        ({"eod_token": "<|padding|>"}, "eod_id: 0 then, 1 now"),
+        ({"split_sets": True}, "split_sets: False then, True now"),
+    ):
+        with pytest.raises(ValueError, match=rf"other settings \({message}\)"):
+            prepare(corpus, tmp_path / "store", tokenizer_file, **settings)
+    shards = find_inputs(corpus, text_key="body").shards
+    with pytest.raises(ValueError, match=r"other settings \(text_key: text then, body now\)"):
+        prepare_store(shards, tmp_path / "store", tokenizer=tokenizer_file, validation_fraction=0.3)
+    assert prepare(corpus, tmp_path / "store", tokenizer_file) == whole
+
+
+@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("is_finished", [True, False])
 def test_an_output_made_with_other_settings_is_refused(
     corpus: list[str], tmp_path: Path, tokenizer_file: Path, is_finished: bool

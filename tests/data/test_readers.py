@@ -324,6 +324,18 @@ def test_a_document_above_the_limit_is_an_error(tmp_path: Path, name: str, monke
         read(tmp_path / name)
 
 
+@pytest.mark.parametrize("character", ["a", "é", "漢", "🙂"])
+def test_the_limit_of_a_row_is_in_bytes(tmp_path: Path, character: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "MAX_DOCUMENT_BYTES", 1000)
+    size = len(character.encode())
+    path = write_parquet(tmp_path / "x.parquet", [{"text": character * (1000 // size)}])
+    assert len(read(path)) == 1
+    write_parquet(path, [{"text": character * (1000 // size + 1)}])
+    num_bytes = f"{size * (1000 // size + 1):,}"
+    with pytest.raises(ValueError, match=f"row 1: a document of {num_bytes} bytes or more; the limit is"):
+        read(path)
+
+
 def test_a_zstd_window_above_the_limit_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl.zst").write_bytes(zstd(b'{"text": "a"}\n', window_log=28))
     with pytest.raises(ValueError, match=r"x\.jsonl\.zst: its zstd window is larger than 128 MiB; compress it again"):

@@ -1,3 +1,4 @@
+import copy
 import pickle
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sinklm.data import TokenWindows
-from sinklm.data.sequence import TokenSequence
+from sinklm.data.sequence import TokenFile, TokenSequence
 
 
 class FakeStore:
@@ -95,3 +96,12 @@ def test_places_outside_are_refused(tmp_path: Path) -> None:
     for stride in (0, 6):
         with pytest.raises(ValueError, match=f"stride is {stride}"):
             TokenWindows(store, "train", tokens_per_sample=5, stride=stride)
+
+
+def test_a_copy_of_a_file_has_a_descriptor_of_its_own(tmp_path: Path) -> None:
+    np.arange(9, dtype=np.uint16).tofile(tmp_path / "x.bin")
+    file = TokenFile(tmp_path / "x.bin", np.dtype(np.uint16))
+    for copied in (pickle.loads(pickle.dumps(file)), copy.copy(file), copy.deepcopy(file)):
+        assert copied.read(2, 5).tolist() == [2, 3, 4]
+    del copied
+    assert file.read(2, 5).tolist() == [2, 3, 4]
