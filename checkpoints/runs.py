@@ -19,6 +19,7 @@ from .folders import (
     LOCK_FILE,
     METRICS_FILE,
     DamagedCheckpointError,
+    damaged_checkpoints,
     list_checkpoints,
     read_state,
 )
@@ -122,7 +123,7 @@ def _intact_checkpoint(run: Path) -> tuple[int | None, int, str]:
     Raises:
         ValueError: there are only damaged ones.
     """
-    damaged: list[str] = []
+    damaged = [f"{path.name} was set aside" for path in damaged_checkpoints(run)]
     for step, path in reversed(list_checkpoints(run).items()):
         try:
             _check_files(path)

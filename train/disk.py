@@ -11,7 +11,7 @@ from .plan import Plan
 from .schedule import is_pythia_step, saves_after
 
 RANK_BYTES = 19_400  # the random states of a rank
-FILE_BYTES = 60_000  # descriptions, DeepSpeed's scripts, the headers of the other files
+FILE_BYTES = 60_000  # descriptions, and the headers of the other files
 SLACK = 2**24  # bytes; gaps between tensors, and small ones
 TOKENIZER_BYTES = 2_200_000  # Pythia's tokenizer.json
 

@@ -123,6 +123,13 @@ def test_the_error_that_stopped_a_run_is_its_note(tmp_path):
     assert (summarize(run).note, summarize(run).step, summarize(run).loss) == ("step 31: the loss is nan", 31, 4.7)
 
 
+def test_a_run_whose_checkpoints_were_all_set_aside_is_damaged(tmp_path):
+    run = make_run(tmp_path / "run", saved=(20,))
+    (run / "checkpoints" / "step-20").rename(run / "checkpoints" / "step-20.damaged")
+    found = summarize(run)
+    assert (found.state, found.command, found.note) == ("damaged", None, "step-20.damaged was set aside")
+
+
 @pytest.mark.parametrize("block", [1, 7, 64, 10_000])
 def test_records_are_read_from_the_end_in_blocks_of_any_size(tmp_path, monkeypatch, block):
     run = make_run(tmp_path / "run")
