@@ -109,10 +109,12 @@ def _show_samples(
 ) -> None:
     from ..data import SetWindows, batch_indices
     from ..train.batches import open_windows, sample_order, samples_of_step
+    from ..train.config import ValidationSection
     from ..train.plan import Plan
     from ..train.recipe import load_config
 
-    config = load_config(recipe, [*overrides, f"data.path={store.path}", "validation.every_steps=null"])
+    config = load_config(recipe, [*overrides, f"data.path={store.path}"])
+    config = config.model_copy(update={"validation": ValidationSection(every_steps=None)})  # its split is not needed
     plan = Plan(config, 1, store.tokenizer_size, store.eod_id)
     windows, _ = open_windows(store, plan)
     if sample is not None:

@@ -21,7 +21,7 @@ def merge_stores(paths: list[Path], output: Path) -> Manifest:
     preparation, and so is its fingerprint. (Text files that follow each other form one shard only
     within a preparation.)
 
-    After an interruption, call it again with the same arguments.
+    After an interruption, call it again with the same arguments. If it was done, nothing changes.
 
     Args:
         paths: folders of finished stores. Files changed since they were last verified are read.
@@ -32,10 +32,12 @@ def merge_stores(paths: list[Path], output: Path) -> Manifest:
             different settings.
         OSError: a store is not readable, or hard links to it are not possible.
     """
-    _check_no_store(output)
     stores = [TokenStore(path) for path in paths]
     _check_alike(stores)
     manifest = _joined([store.manifest for store in stores])
+    if (output / MANIFEST_NAME).exists() and TokenStore(output).fingerprint == manifest.fingerprint:
+        return manifest  # it is done
+    _check_no_store(output)
     links = _links(stores, output)
     _check_contents(output, links, stores[0].tokenizer_path)
     output.mkdir(parents=True, exist_ok=True)

@@ -157,7 +157,7 @@ class TrainingLoop:
 
     def _step(self, step: int, stop: StopRequest) -> int:
         """Run update ``step``, and validate and save if due. Returns why to stop, or 0."""
-        num_done = stop.step = step + 1
+        num_done = step + 1
         is_first, is_last = num_done == self._first_step + 1, num_done == self._num_steps
         queued = train_step(
             self._engine,

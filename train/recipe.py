@@ -20,6 +20,7 @@ from .config import TrainingConfig
 LARGEST_RECIPE = 2**20  # bytes
 CONFIGS_PACKAGE = f"{__package__.rpartition('.')[0]}.configs"
 CHOICES = (("model", "sink", "kind"), ("train", "precision"), ("wandb", "mode"))  # texts that are one of a few
+WEIGHTS_KEY = "data.weights"
 
 
 def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> TrainingConfig:
@@ -112,11 +113,14 @@ def _name(recipe: str) -> str:
 
 
 def _merged(*parts: DictConfig | ListConfig) -> DictConfig:
-    """Merge recipes and overrides; later ones win."""
+    """Merge recipes and overrides; later ones win. ``data.weights`` is replaced as a whole."""
     merged: Any = parts[0]
     for part in parts[1:]:
         try:
+            weights = OmegaConf.select(part, WEIGHTS_KEY) if isinstance(part, DictConfig) else None
             merged = OmegaConf.merge(merged, part)
+            if weights is not None:
+                merged.data.weights = weights
         except TypeError as error:  # a list in place of a section, or the reverse
             keys = ", ".join(str(key) for key in part)
             raise ValueError(
@@ -129,6 +133,8 @@ def _parse_override(text: str) -> DictConfig | ListConfig:
     key, equals, _ = text.partition("=")
     if not equals or not key.strip(".") or key.startswith("-"):
         raise ValueError(f"{text!r} is not an override: write section.key=value, e.g. train.num_steps=100")
+    if key.startswith(f"{WEIGHTS_KEY}."):
+        raise ValueError(f"{key}: name all sets in one value, {WEIGHTS_KEY}={{set: weight, …}}")
     try:
         return OmegaConf.from_dotlist([text])
     except (YAMLError, OmegaConfBaseException, RecursionError, ValueError) as error:

@@ -69,7 +69,6 @@ class StopRequest:
 
     def __init__(self, say: Callable[[str], None] = lambda message: None) -> None:
         self.code = 0
-        self.step = 0  # the step that is finished before the run stops
         self._say = say
         self._received_at = 0.0
         self._is_announced = False
@@ -91,8 +90,8 @@ class StopRequest:
         """Say what happens next. The watchdog calls it, so it also works while a step computes."""
         if not self._is_announced:
             self._is_announced = True
-            again = "; press Ctrl-C again to stop without saving" if number == signal.SIGINT else ""
-            self._say(f"{signal.Signals(number).name}: finishing step {self.step:,}, then saving{again}")
+            again = "; press Ctrl-C again after 3 seconds to stop without saving" if number == signal.SIGINT else ""
+            self._say(f"{signal.Signals(number).name}: finishing the current steps, then saving{again}")
 
     def _receive(self, number: int, frame: types.FrameType | None) -> None:
         if not self.code:

@@ -72,7 +72,7 @@ def test_samples_and_steps_are_those_of_training(store: Path) -> None:
         plan = Plan(load_config("quickstart", [*SIZES, *weights]), 1, TokenStore(store).tokenizer_size)
         windows, _ = open_windows(TokenStore(store), plan)
         numbers = sample_order(TokenStore(store), windows, plan)(np.arange(12, 16))
-        said = inspect(store, "--recipe", "quickstart", "--step", 4, *SIZES, *weights)
+        said = inspect(store, "--recipe", "quickstart", "--step", 4, *SIZES, *weights, "validation.by_set=true")
         assert said.startswith("step 4: positions 12 to 15 of the data order\n")
         for line, position, number in zip(said.splitlines()[2:], range(12, 16), numbers, strict=True):
             name = f"[{windows.place_of(number)[0]}] " if weights else ""

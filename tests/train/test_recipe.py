@@ -25,6 +25,18 @@ def test_later_values_win(tmp_path):
     assert config.train.run_dir == "runs/top"
 
 
+def test_weights_of_sets_are_replaced_as_a_whole(tmp_path):
+    (tmp_path / "base.yaml").write_text("base: pythia-14m\ndata: {weights: {wiki: 1, web: 3}}\n")
+    (tmp_path / "child.yaml").write_text("base: base.yaml\ndata: {weights: {books: 1, code: 2}}\n")
+    assert load_config(str(tmp_path / "base.yaml")).data.weights == {"wiki": 1.0, "web": 3.0}
+    child = str(tmp_path / "child.yaml")
+    assert load_config(child).data.weights == {"books": 1.0, "code": 2.0}
+    assert load_config(child, ["data.weights={books: 5}"]).data.weights == {"books": 5.0}
+    assert load_config(child, ["data.weights=null"]).data.weights is None
+    with pytest.raises(ValueError, match=r"data\.weights\.code: name all sets in one value"):
+        load_config(child, ["data.weights.code=3"])
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

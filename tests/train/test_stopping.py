@@ -60,10 +60,11 @@ def test_an_ignored_signal_stays_ignored():
 def test_the_first_signal_is_announced_once():
     said: list[str] = []
     stop = StopRequest(said.append)
-    stop.step = 1234
     stop.announce(signal.SIGINT)
     stop.announce(signal.SIGTERM)
-    assert said == ["SIGINT: finishing step 1,234, then saving; press Ctrl-C again to stop without saving"]
+    assert said == [
+        "SIGINT: finishing the current steps, then saving; press Ctrl-C again after 3 seconds to stop without saving"
+    ]
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -78,7 +79,9 @@ def test_every_signal_saves_the_state_and_ends_with_its_status(recipe, tmp_path,
     assert ended.value.code == {signal.SIGTERM: 143, signal.SIGINT: 130}.get(number, 75)
     assert max(list_checkpoints(tmp_path)) == max(losses(tmp_path))
     out = capsys.readouterr().out
-    assert out.index(f"{number.name}: finishing step") < out.index(f"stopped by {number.name}; the state is saved")
+    assert out.index(f"{number.name}: finishing the current steps") < out.index(
+        f"stopped by {number.name}; the state is saved"
+    )
 
 
 def test_a_run_whose_time_is_up_saves_and_asks_to_be_run_again(recipe, tmp_path, capsys):
