@@ -173,11 +173,8 @@ def read_manifest(store: Path) -> Manifest:
 
 def sha256_of(path: str | os.PathLike) -> str:
     """Return the sha256 of a file's content in hexadecimal."""
-    digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_of_all(paths: Iterable[Path]) -> list[str]:
