@@ -72,7 +72,7 @@ def inspect(
     if document is not None:
         ids = opened.document(split, document)
         console.print(f"document {document} of the {split} split, {len(ids):,} tokens:")
-        console.out(text(ids), highlight=False)
+        console.write(text(ids))
     if recipe is not None:
         _show_samples(console, opened, recipe, list(overrides or ()), sample, step, text)
     if document is None and recipe is None:
@@ -121,7 +121,7 @@ def _show_samples(
         if sample >= len(windows):
             raise ValueError(f"--sample {sample}: there are {len(windows):,} samples, numbered from 0")
         console.print(f"sample {sample} of {len(windows):,}, {plan.tokens_per_sample:,} tokens:")
-        console.out(text(windows[sample]), highlight=False)
+        console.write(text(windows[sample]))
     if step is not None:
         positions = batch_indices(step - 1, plan.samples_per_step)
         console.print(f"step {step}: positions {positions[0]:,} to {positions[-1]:,} of the data order")

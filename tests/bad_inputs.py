@@ -364,7 +364,7 @@ OPTIONS = [
         r"a cache of 1\+10+ tokens is too large: use at most .*",
     ),
     Case("half a cache", GENERATE + " --window 5", r"--num-kept and --window must be used together: .*"),
-    Case("an unknown option", "generate --nope", r"No such option: --nope.*; see sinklm generate --help"),
+    Case("an unknown option", "generate --nope", r"No such option.*--nope.*; see sinklm generate --help"),
     Case("an unknown command", "evaluate", r"No such command 'evaluate'.*; see sinklm --help"),
     Case("an empty prompt", "generate {model} ''", r"the prompt is empty: pass at least one character"),
     Case(

@@ -22,6 +22,10 @@ class Console(rich.console.Console):
     def render_str(self, text: str, **options: Any) -> Text:  # all strings, those of tables too
         return super().render_str(printable(text), **options)
 
+    def write(self, text: str) -> None:
+        """Print a text as it is, without wrapping; `print` strips spaces in rich before 14."""
+        self.file.write(printable(text) + "\n")
+
     def on_broken_pipe(self) -> None:
         """Raise the BrokenPipeError, which `sinklm.command.run` handles; rich exits with 1."""
         raise
