@@ -1,6 +1,6 @@
 """Compare the losses of one run on 1, 2 and 4 ranks, with all micro-batches and ZeRO stages.
 
-    python benchmarks/rank_matrix.py --output results/ranks
+    python -m benchmarks.rank_matrix --output results/ranks
 
 Every run trains the same tiny model in float32 on the same 8 samples a step, for 40 steps. The
 table has the largest difference of a loss from that of one rank without ZeRO. Runs on a CPU.
