@@ -178,7 +178,7 @@ def _generate_dense(
             show(text, end="\n" if stream_end else "")
 
     from ..models.checked import checked_passes
-    from ..streaming.families import num_embedded_positions
+    from ..streaming.refusals import num_embedded_positions
     from ..streaming.generation import MIN_TEMPERATURE
 
     num_positions = num_embedded_positions(model.config)

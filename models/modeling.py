@@ -8,11 +8,11 @@ the cache is empty and removes their positions from the logits, so callers never
 import math
 import re
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXForCausalLM, GPTNeoXModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPTNeoXForCausalLM, GPTNeoXModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
@@ -27,6 +27,7 @@ from .cache_argument import CACHE, single_cache
 from .config import SinkGPTNeoXConfig
 from .layer import SinkGPTNeoXLayer
 from .loss import IGNORED, linear_cross_entropy
+from .run_folders import refuse_run
 
 
 class PythiaInitialisation:
@@ -58,7 +59,16 @@ class PythiaInitialisation:
             yield from (layer.attention.dense, layer.mlp.dense_4h_to_h)
 
 
-class SinkGPTNeoXModel(PythiaInitialisation, GPTNeoXModel):
+class LoadsModelFolders:
+    """Refuses the folders around a model's folder and names the one to load."""
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse_run(name_or_path)
+        return super().from_pretrained(name_or_path, *args, **kwargs)  # type: ignore[misc]
+
+
+class SinkGPTNeoXModel(LoadsModelFolders, PythiaInitialisation, GPTNeoXModel):
     """The decoder without the language-model head. It does not prepend sinks."""
 
     config_class = SinkGPTNeoXConfig
@@ -113,7 +123,7 @@ class SinkGPTNeoXModel(PythiaInitialisation, GPTNeoXModel):
         return BaseModelOutputWithPast(last_hidden_state=self.final_layer_norm(hidden_states))
 
 
-class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
+class SinkGPTNeoXForCausalLM(LoadsModelFolders, PythiaInitialisation, GPTNeoXForCausalLM):
     """GPT-NeoX with ``config.num_sinks`` learnable sink tokens in front of every text.
 
     A sink is never a target and is never sampled. Hidden states, attentions and the cache include
@@ -370,6 +380,7 @@ def _cross_entropy(logits, targets, num_items_in_batch) -> torch.Tensor:
 
 
 AutoConfig.register("sink_gpt_neox", SinkGPTNeoXConfig)
+AutoModel.register(SinkGPTNeoXConfig, SinkGPTNeoXModel)
 AutoModelForCausalLM.register(SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM)
 register_checkpoint_conversion_mapping(  # the head is `embed_out.weight` on disk, as in Pythia checkpoints
     "SinkGPTNeoXForCausalLM", get_checkpoint_conversion_mapping("GPTNeoXForCausalLM"), overwrite=True

@@ -1,0 +1,55 @@
+"""Finding the model and its decoder inside of wrappers (PEFT, data parallelism, compilation)."""
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def unwrapped(model: Any) -> PreTrainedModel:
+    """Return the transformers model inside of wrappers.
+
+    Raises:
+        ValueError: there is none, or a wrapper cannot stream.
+    """
+    while not isinstance(model, PreTrainedModel):
+        name = type(model).__name__
+        if hasattr(model, "peft_config"):
+            refuse_prompts(model)
+            model = model.get_base_model()
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
+            model = model._orig_mod
+        elif isinstance(getattr(model, "module", None), nn.Module):  # data parallelism, DeepSpeed
+            if len(getattr(model, "device_ids", None) or ()) > 1:
+                raise ValueError(
+                    f"streaming does not support {name} on several devices, since it copies the model for each pass: "
+                    "pass its .module"
+                )
+            model = model.module
+        else:
+            raise ValueError(f"{name} is not a model of transformers: pass a PreTrainedModel")
+    return model
+
+
+def refuse_prompts(model: Any) -> None:
+    """Raise a ValueError for methods of PEFT that add virtual tokens or keys of their own."""
+    for config in model.peft_config.values():
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if getattr(config, "is_prompt_learning", False) or kind == "ADAPTION_PROMPT":
+            raise ValueError(
+                f"streaming does not support PEFT's {kind}: its virtual tokens are no tokens of the stream. Methods "
+                "that change weights, such as LoRA, are supported"
+            )
+
+
+def decoder_of(model: Any) -> Any:
+    """Return the decoder of a model, its part without the head.
+
+    Raises:
+        ValueError: as `unwrapped`.
+    """
+    model = unwrapped(model)
+    decoder: Any = model.get_decoder()
+    if decoder is model and isinstance(getattr(model, "model", None), PreTrainedModel):  # Llama4ForCausalLM
+        return model.model
+    return decoder
