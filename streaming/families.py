@@ -227,6 +227,12 @@ def sliding_window(config: PreTrainedConfig) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
+def is_one_graph(config: PreTrainedConfig) -> bool:
+    """Whether a step can be compiled, which it cannot if it chooses its rotary frequencies."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope.get("rope_type") not in SWITCHING_ROPE_TYPES
+
+
 def num_equal_positions(config: PreTrainedConfig) -> int:
     """Return the number of positions that a model treats alike.
 

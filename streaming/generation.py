@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..models.checked import check_ids, refuse_nonfinite_logits
 from .cache import StreamingCache
 from .decoding import StreamingDecoder
+from .families import is_one_graph
 from .wrappers import unwrapped
 
 DEFAULT_CACHE_SIZE = 1024
@@ -67,7 +68,7 @@ class Generator:
         sink_ids = getattr(unwrapped(model).config, "sink_token_ids", [])
         self.sink_ids = torch.tensor(sink_ids, dtype=torch.long, device=self.device)
         self.decoder = StreamingDecoder(model, cache)
-        self.is_compiled = compile and self.device.type == "cuda"
+        self.is_compiled = compile and self.device.type == "cuda" and is_one_graph(cache.decoder.config)
         self.read_one = self.decoder if self.is_compiled else self.decoder.prefill
 
     def __call__(self, prompt_ids: list[int]) -> Iterator[int]:

@@ -245,9 +245,7 @@ class ChunkStep(Step):
                 column,
             )
         values, mask = torch.cat((kept_value, band_value), dim=2), self.visible[:, None]
-        return two_phase_attention(
-            query, turned, kept_key, band_key, values, mask, scaling, self.encoding.dims, column
-        )
+        return two_phase_attention(query, turned, kept_key, band_key, values, mask, scaling, self.encoding.dims, column)
 
     def _store(self, layer: StreamingLayer, key: Tensor, value: Tensor) -> None:
         """Write the chunk's tokens to the slots in which they are after the chunk."""

@@ -5,6 +5,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+UNSUPPORTED_PEFT = (
+    "streaming does not support {} of PEFT, which adds virtual tokens: use a method that changes weights, such as LoRA"
+)
+
 
 def unwrapped(model: Any) -> PreTrainedModel:
     """Return the transformers model inside of wrappers.
@@ -36,10 +40,7 @@ def refuse_prompts(model: Any) -> None:
     for config in model.peft_config.values():
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if getattr(config, "is_prompt_learning", False) or kind == "ADAPTION_PROMPT":
-            raise ValueError(
-                f"streaming does not support PEFT's {kind}: its virtual tokens are no tokens of the stream. Methods "
-                "that change weights, such as LoRA, are supported"
-            )
+            raise ValueError(UNSUPPORTED_PEFT.format(kind))
 
 
 def decoder_of(model: Any) -> Any:
@@ -49,6 +50,8 @@ def decoder_of(model: Any) -> Any:
         ValueError: as `unwrapped`.
     """
     model = unwrapped(model)
+    if any(type(module).__name__ == "AdaptedAttention" for module in model.modules()):
+        raise ValueError(UNSUPPORTED_PEFT.format("ADAPTION_PROMPT"))
     decoder: Any = model.get_decoder()
     if decoder is model and isinstance(getattr(model, "model", None), PreTrainedModel):  # Llama4ForCausalLM
         return model.model

@@ -1,121 +1,140 @@
-"""Every supported family computes the streaming rule: the table of families in docs/streaming.md."""
+"""Every supported family computes the streaming rule, and the others are refused."""
+
+import re
+from functools import partial
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from sinklm.streaming.families import FAMILIES
-from sinklm.streaming.testing import check_family, random_model
+from sinklm.streaming import Rotary, StreamingCache, families, register_family, shared_rotary
+from sinklm.streaming.families import FAMILIES, Family
+from sinklm.streaming.refusals import refusal
+from sinklm.streaming.rule import StreamShape
+from sinklm.streaming.testing import check_family, random_model, reference_logits
 
-SMALL = {
-    "vocab_size": 101,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "attention_dropout": 0.0,
-}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-DEEPSEEK = {
-    "num_key_value_heads": 4,
-    "moe_intermediate_size": 16,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "first_k_dense_replace": 1,
-    "kv_lora_rank": 16,
-    "q_lora_rank": 12,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 6,
-    "n_group": 1,
-    "topk_group": 1,
-}
-SETTINGS: dict[str, dict] = {
-    "gpt_neox": {},
-    "sink_gpt_neox": {"sink": {"kind": "kv_bias"}},
-    "llama": {},
-    "mistral": {"sliding_window": 7},
-    "qwen2": {},
-    "qwen3": {"head_dim": 16},
-    "gemma": {"num_key_value_heads": 1, "head_dim": 16},
-    "phi": {"partial_rotary_factor": 0.5},
-    "olmo": {},
-    "olmo2": {},
-    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
-    "mpt": {"max_seq_len": 32},
-    "gptj": {"rotary_dim": 4, "n_positions": 24, "n_inner": 48, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
-    "mixtral": {"num_local_experts": 4, "sliding_window": None},
-    "ministral3": {"head_dim": 8, "sliding_window": None},
-    "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 16},
-    "qwen3_moe": EXPERTS | {"head_dim": 8},
-    "phi3": {"sliding_window": 7},
-    "phimoe": {"num_local_experts": 4, "sliding_window": None},
-    "olmoe": EXPERTS,
-    "granite": {"attention_multiplier": 0.4, "embedding_multiplier": 3.0, "residual_multiplier": 0.7, "logits_scaling": 2.0},
-    "granitemoe": {
-        "num_local_experts": 4,
-        "attention_multiplier": 0.4,
-        "embedding_multiplier": 3.0,
-        "residual_multiplier": 0.7,
-        "logits_scaling": 2.0,
-    },
-    "starcoder2": {"sliding_window": 7},
-    "glm4_moe": DEEPSEEK | {"num_key_value_heads": 2, "head_dim": 8, "partial_rotary_factor": 0.5, "use_qk_norm": True},
-    "hunyuan_v1_dense": {"head_dim": 8},
-    "hunyuan_v1_moe": {"head_dim": 8, "num_experts": 4, "moe_topk": 2},
-    "arcee": {},
-    "apertus": {},
-    "seed_oss": {"head_dim": 8},
-    "glm": {"head_dim": 8, "partial_rotary_factor": 0.5},
-    "glm4": {"head_dim": 8, "partial_rotary_factor": 0.5},
-    "ernie4_5": {"head_dim": 8},
-    "ernie4_5_moe": {
-        "moe_num_experts": 4,
-        "moe_k": 2,
-        "moe_intermediate_size": 16,
-        "moe_num_shared_experts": 1,
-        "moe_layer_start_index": 1,
-    },
-    "helium": {"head_dim": 8},
-    "cohere": {"use_qk_norm": True},
-    "stablelm": {"partial_rotary_factor": 0.5},
-    "nemotron": {"partial_rotary_factor": 0.5, "head_dim": 8},
-    "codegen": {"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4, "n_positions": 24, "n_inner": 48},
-    "bloom": {"n_layer": 2, "n_head": 4},
-    "smollm3": {"no_rope_layers": [1, 0], "use_sliding_window": False},
-    "exaone4": {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]},
-    "llama4_text": {
-        "head_dim": 8,
-        "no_rope_layers": [1, 0],
-        "layer_types": ["chunked_attention", "full_attention"],
-        "attention_chunk_size": 7,
-        "floor_scale": 15,
-        "attn_temperature_tuning": True,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 1,
-        "intermediate_size_mlp": 48,
-        "interleave_moe_layer_step": 1,
-        "moe_layers": [1],
-    },
-    "deepseek_v2": DEEPSEEK | {"topk_method": "greedy"},
-    "deepseek_v3": DEEPSEEK,
+from . import oracle, small_families, tiny
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """The families, which a test may change."""
+    monkeypatch.setattr(families, "FAMILIES", dict(FAMILIES))
+    return families.FAMILIES
+
+
+@pytest.mark.parametrize("name", small_families.FAMILIES)
+def test_every_family_equals_the_stock_model(name):
+    assert check_family(random_model(small_families.config(name))) < 2e-5
+
+
+def test_the_table_in_the_docs_has_every_family():
+    page = small_families.PAGE.read_text()
+    shown = page[page.index(small_families.HEADER) :].partition("\n\n")[0]
+    differences = [float(cell) for cell in re.findall(r"\| ([0-9e.-]+) \|$", shown, flags=re.MULTILINE)]
+    assert shown + "\n" == small_families.table(dict(zip(small_families.FAMILIES, differences, strict=True)))
+    assert max(differences) < 1e-4
+    assert {name.partition(":")[0] for name in small_families.FAMILIES} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama:yarn", "qwen3", "olmo2", "phi", "falcon:40b", "falcon:rw"])
+@pytest.mark.parametrize("shape", [(0, 6), (4, 2)])
+def test_the_reference_equals_the_oracle(family, shape):
+    """It runs the stock model; the oracle computes each layer itself."""
+    model, ids = tiny.build(tiny.config(family)), tiny.random_ids(13)[0]
+    tiny.use_float64(model)
+    expected = oracle.stream_logits(model, ids, *shape)
+    torch.testing.assert_close(reference_logits(model, ids, *shape), expected, rtol=0, atol=1e-12)
+
+
+WRONG = {
+    "other pairs": ("glm", Family(shared_rotary)),
+    "pairs of halves as interleaved": ("llama", Family(partial(shared_rotary, interleaved=True))),
+    "first dimensions instead of the last": ("deepseek_v3", Family(shared_rotary)),
+    "layers without positions": ("smollm3", Family(shared_rotary)),
+    "other frequencies": ("llama", Family(lambda decoder, shape: Rotary(lambda: decoder.rotary_emb.inv_freq * 1.02))),
+    "scaled by the length of the stream": ("llama4_text", Family(FAMILIES["llama4_text"].encoding)),
+    "no distances": ("bloom", Family(lambda *_: families.Alibi(torch.zeros(4, 7)), FAMILIES["bloom"].adapter)),
 }
 
 
-def config(model_type: str, **overrides):
-    return AutoConfig.for_model(model_type, **SMALL | SETTINGS[model_type] | overrides)
+@pytest.mark.parametrize("mistake", WRONG)
+def test_a_wrong_family_does_not_pass(mistake, registry):
+    model_type, registry[model_type] = WRONG[mistake][0], WRONG[mistake][1]
+    with pytest.raises(AssertionError, match="logits differ from the streaming rule"):
+        check_family(random_model(small_families.config(model_type)))
 
 
-@pytest.mark.parametrize("model_type", SETTINGS)
-def test_family(model_type):
-    check_family(random_model(config(model_type)))
+def test_a_check_that_proves_nothing_is_an_error():
+    config = small_families.config("llama")
+    with pytest.raises(ValueError, match="hardly depend on the size of the cache 0\\+6"):
+        check_family(AutoModelForCausalLM.from_config(config))
+    with pytest.raises(ValueError, match="more than twice the size"):
+        check_family(random_model(config), num_tokens=14)
+    with pytest.raises(ValueError, match=r"is in torch\.bfloat16"):
+        check_family(random_model(config).bfloat16())
 
 
-def test_all_families_are_tested():
-    assert set(SETTINGS) == set(FAMILIES)
+def test_a_family_can_be_registered_from_outside(registry):
+    config = AutoConfig.for_model("persimmon", **small_families.SMALL)
+    model = random_model(config)
+    with pytest.raises(ValueError, match=r"'persimmon': it was not tested .*add-a-model-family.md"):
+        StreamingCache.for_model(model, num_kept=1, window=5)
+    register_family("persimmon", shared_rotary)
+    check_family(model, shapes=[(1, 5)])
+    with pytest.raises(ValueError, match="'persimmon' is registered"):
+        register_family("persimmon", shared_rotary)
+    with pytest.raises(ValueError, match="'gpt2' cannot be registered for streaming: it adds absolute"):
+        register_family("gpt2", shared_rotary)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("gpt2", "absolute position embeddings"),
+        ("gemma2", "sliding window"),
+        ("gpt_oss", "sliding window"),
+        ("mamba", "no keys to keep"),
+        ("qwen3_5_text", "no keys to keep"),  # by the kinds of its layers
+        ("xlnet", "neither rotary nor ALiBi"),
+        ("persimmon", "not tested"),
+    ],
+)
+def test_other_families_are_refused_with_the_reason(model_type, reason):
+    config = AutoConfig.for_model(model_type)
+    with pytest.raises(ValueError, match=f"does not support model type '{model_type}': .*{reason}"):
+        families.family_of(config, StreamShape(4, 6))
+    assert (refusal(model_type, config) is None) == (reason == "not tested")
+
+
+LIMITED = {
+    "mistral": "num_kept \\+ window must be at most 6",
+    "phi3": "num_kept \\+ window must be at most 6",
+    "starcoder2": "num_kept \\+ window must be at most 6",
+    "exaone4": "num_kept \\+ window must be at most 6",
+    "llama4_text": "num_kept \\+ window must be at most 6",
+    "ministral3": "num_kept \\+ 2 \\* window must be at most 13",
+    "phi3:longrope": "num_kept \\+ 2 \\* window must be at most 13",
+    "phimoe": "num_kept \\+ 2 \\* window must be at most 13",
+    "llama:dynamic": "num_kept \\+ 2 \\* window must be at most 13",
+}
+
+
+@pytest.mark.parametrize("name", LIMITED)
+def test_a_cache_in_which_the_model_computes_something_else_is_an_error(name):
+    with pytest.raises(ValueError, match=LIMITED[name]):
+        families.family_of(small_families.config(name), StreamShape(0, 7))
+
+
+def test_frequencies_chosen_by_length_may_have_changed_before():
+    """A long text without a cache sets the model's current frequencies."""
+    for name in ("llama:dynamic", "phi3:longrope"):
+        model, ids = random_model(small_families.config(name)), tiny.random_ids(40)
+        expected = reference_logits(model, ids[0], 1, 5)
+        cache = StreamingCache.for_model(model, num_kept=1, window=5)
+        logits = []
+        with torch.no_grad():
+            for piece in ids.split(8, dim=1):
+                logits.append(model(piece, past_key_values=cache).logits)
+                model(ids, use_cache=False)
+        torch.testing.assert_close(torch.cat(logits, dim=1)[0], expected, rtol=0, atol=1e-4)
