@@ -60,7 +60,7 @@ HALF = "rotary, a part of each head"
 # model_type, with a variant after a colon: the name and positions in the table, and settings
 FAMILIES: dict[str, tuple[str, str, dict]] = {
     "gpt_neox": ("Pythia, GPT-NeoX", HALF, {}),
-    "sink_gpt_neox": ("sinklm's own", HALF, {"sink": {"kind": "kv_bias"}}),
+    "sink_gpt_neox": ("models of sinklm", HALF, {"sink": {"kind": "kv_bias"}}),
     "llama": ("Llama 1–3", "rotary", {}),
     "llama:dynamic": (
         "",
@@ -101,7 +101,11 @@ FAMILIES: dict[str, tuple[str, str, dict]] = {
     "gemma": ("Gemma 1", "rotary", {"num_key_value_heads": 1, "head_dim": 16}),
     "phi": ("Phi-1, 1.5, 2", HALF, {"partial_rotary_factor": 0.5}),
     "phi3": ("Phi-3, Phi-4", "rotary", {"sliding_window": 7}),
-    "phi3:longrope": ("", "`longrope`", {"sliding_window": None, "rope_parameters": LONGROPE}),
+    "phi3:longrope": (
+        "",
+        "`longrope`",
+        {"sliding_window": None, "rope_parameters": LONGROPE, "original_max_position_embeddings": 15},
+    ),
     "phimoe": (
         "Phi-3.5-MoE",
         "rotary, `longrope`",
