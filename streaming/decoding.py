@@ -70,8 +70,8 @@ class StreamingDecoder:
             raise ValueError(
                 f"token_ids has shape {tuple(token_ids.shape)}: pass one token of each stream, ({len(num_seen)}, 1)"
             )
-        if not is_one_graph(self.cache.decoder.config):
-            rope_type = self.cache.decoder.config.rope_parameters["rope_type"]
+        if not is_one_graph(self.cache.decoder):
+            rope_type = self.cache.decoder.rotary_emb.rope_type
             raise ValueError(
                 f"a step with rope_type {rope_type!r} is not one graph, since each pass chooses the frequencies: "
                 "call generate, or Generator with compile=False"

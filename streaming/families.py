@@ -227,10 +227,10 @@ def sliding_window(config: PreTrainedConfig) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
-def is_one_graph(config: PreTrainedConfig) -> bool:
+def is_one_graph(decoder: Any) -> bool:
     """Whether a step can be compiled, which it cannot if it chooses its rotary frequencies."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    return rope.get("rope_type") not in SWITCHING_ROPE_TYPES
+    rotary = getattr(decoder, "rotary_emb", None)
+    return getattr(rotary, "rope_type", None) not in SWITCHING_ROPE_TYPES
 
 
 def num_equal_positions(config: PreTrainedConfig) -> int:

@@ -33,7 +33,12 @@ def reference_logits(model: PreTrainedModel, ids: Tensor, num_kept: int, window:
 
     Returns:
         Logits ``(T, V)``.
+
+    Raises:
+        ValueError: the model has sink tokens, which it puts in front of every text.
     """
+    if getattr(model.config, "num_sinks", 0):
+        raise ValueError("the model has sink tokens of its own: check one with another kind of sink, or with none")
     return _logits_of(model, ids, [cached_tokens(query, num_kept, window) for query in range(len(ids))])
 
 

@@ -53,6 +53,5 @@ def decoder_of(model: Any) -> Any:
     if any(type(module).__name__ == "AdaptedAttention" for module in model.modules()):
         raise ValueError(UNSUPPORTED_PEFT.format("ADAPTION_PROMPT"))
     decoder: Any = model.get_decoder()
-    if decoder is model and isinstance(getattr(model, "model", None), PreTrainedModel):  # Llama4ForCausalLM
-        return model.model
-    return decoder
+    inner = getattr(decoder, "model", None)  # Llama 4 returns the model with its head
+    return inner if isinstance(inner, PreTrainedModel) else decoder

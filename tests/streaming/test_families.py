@@ -14,6 +14,7 @@ from sinklm.streaming.refusals import refusal
 from sinklm.streaming.rule import StreamShape
 from sinklm.streaming.testing import check_family, random_model, reference_logits
 
+from ..models.tiny import tiny_model
 from . import oracle, small_families, tiny
 
 GUIDE = small_families.PAGE.parent / "guides" / "add-a-model-family.md"
@@ -83,6 +84,8 @@ def test_a_check_that_proves_nothing_is_an_error():
         check_family(random_model(config), num_tokens=14)
     with pytest.raises(ValueError, match=r"is in torch\.bfloat16"):
         check_family(random_model(config).bfloat16())
+    with pytest.raises(ValueError, match="has sink tokens"):
+        check_family(tiny_model(num_sinks=1))
 
 
 def test_a_family_can_be_registered_from_outside_as_in_the_guide(registry, capsys):
@@ -105,7 +108,6 @@ def test_a_family_can_be_registered_from_outside_as_in_the_guide(registry, capsy
         ("gemma2", "sliding window"),
         ("gpt_oss", "sliding window"),
         ("mamba", "no keys to keep"),
-        ("qwen3_5_text", "no keys to keep"),  # by the kinds of its layers
         ("xlnet", "neither rotary nor ALiBi"),
         ("persimmon", "not tested"),
     ],
@@ -115,6 +117,21 @@ def test_other_families_are_refused_with_the_reason(model_type, reason):
     with pytest.raises(ValueError, match=f"does not support model type '{model_type}': .*{reason}"):
         families.family_of(config, StreamShape(4, 6))
     assert (refusal(model_type, config) is None) == (reason == "not tested")
+
+
+@pytest.mark.parametrize(
+    ("layer_type", "reason"),
+    [
+        ("sliding_attention", "own sliding window"),
+        ("linear_attention", "no keys to keep"),
+        ("indexed_attention", "index of the whole text"),
+    ],
+)
+def test_a_new_family_is_refused_by_the_kinds_of_its_layers(layer_type, reason):
+    config = AutoConfig.for_model("persimmon")
+    config.layer_types = ["full_attention", layer_type]
+    with pytest.raises(ValueError, match=f"'persimmon': .*{reason}"):
+        families.family_of(config, StreamShape(4, 6))
 
 
 LIMITED = {
