@@ -59,16 +59,33 @@ class PythiaInitialisation:
             yield from (layer.attention.dense, layer.mlp.dense_4h_to_h)
 
 
-class LoadsModelFolders:
-    """Refuses the folders around a model's folder and names the one to load."""
+class CheckedLoading:
+    """Loads the model of a folder, or raises an error where transformers would load another one."""
 
     @classmethod
-    def from_pretrained(cls, name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        refuse_run(name_or_path)
-        return super().from_pretrained(name_or_path, *args, **kwargs)  # type: ignore[misc]
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """Like the method of transformers, but parameters of another arm raise an error.
+
+        transformers would ignore them.
+
+        Raises:
+            ValueError: the weights were trained with another ``sink.kind``.
+            OSError: the folder is that of a run or of a checkpoint, which contains that of a model.
+        """
+        name = pretrained_model_name_or_path
+        refuse_run(name)
+        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        if foreign := sorted(key for key in info["unexpected_keys"] if re.search(ARM_PARAMETERS, key)):
+            raise ValueError(
+                f"{name} contains the parameter {foreign[0]}, which sink.kind={model.config.sink_kind!r} does not "
+                "have: load the model with the sink.kind that it was trained with"
+            )
+        return (model, info) if output_loading_info else model
 
 
-class SinkGPTNeoXModel(LoadsModelFolders, PythiaInitialisation, GPTNeoXModel):
+class SinkGPTNeoXModel(CheckedLoading, PythiaInitialisation, GPTNeoXModel):
     """The decoder without the language-model head. It does not prepend sinks."""
 
     config_class = SinkGPTNeoXConfig
@@ -123,7 +140,7 @@ class SinkGPTNeoXModel(LoadsModelFolders, PythiaInitialisation, GPTNeoXModel):
         return BaseModelOutputWithPast(last_hidden_state=self.final_layer_norm(hidden_states))
 
 
-class SinkGPTNeoXForCausalLM(LoadsModelFolders, PythiaInitialisation, GPTNeoXForCausalLM):
+class SinkGPTNeoXForCausalLM(CheckedLoading, PythiaInitialisation, GPTNeoXForCausalLM):
     """GPT-NeoX with ``config.num_sinks`` learnable sink tokens in front of every text.
 
     A sink is never a target and is never sampled. Hidden states, attentions and the cache include
@@ -138,24 +155,6 @@ class SinkGPTNeoXForCausalLM(LoadsModelFolders, PythiaInitialisation, GPTNeoXFor
         self.gpt_neox = SinkGPTNeoXModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """Like the method of transformers, but parameters of another arm raise an error.
-
-        transformers would ignore them.
-
-        Raises:
-            ValueError: the weights were trained with another ``sink.kind``.
-        """
-        name = pretrained_model_name_or_path
-        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
-        if foreign := sorted(key for key in info["unexpected_keys"] if re.search(ARM_PARAMETERS, key)):
-            raise ValueError(
-                f"{name} contains the parameter {foreign[0]}, which sink.kind={model.config.sink_kind!r} does not "
-                "have: load the model with the sink.kind that it was trained with"
-            )
-        return (model, info) if output_loading_info else model
 
     @can_return_tuple
     def forward(
