@@ -42,7 +42,7 @@ def masked(s: dict[str, Tensor], window: int, rotary_dim: int) -> Tensor:
     mask = torch.cat((torch.ones(chunk, NUM_KEPT, dtype=torch.bool, device=device), band), dim=1)
     values = torch.cat((s["kept_value"], s["band_value"]), dim=2)
     return two_phase_attention(
-        s["query"], s["turned"], s["kept_key"], s["band_key"], values, mask[None, None], 0.1, rotary_dim
+        s["query"], s["turned"], s["kept_key"], s["band_key"], values, mask[None, None], 0.1, slice(0, rotary_dim)
     )
 
 

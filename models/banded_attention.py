@@ -56,19 +56,19 @@ def two_phase_attention(
     value: Tensor,
     mask: Tensor,
     scaling: float,
-    rotary_dim: int,
+    rotary: slice,
     column: SinkColumn | None = None,
 ) -> Tensor:
     """Compute one softmax over kept keys (scored with ``turned_query``) and band keys (``query``).
 
     Queries are concatenations of both phases, and each key is zero in the dimensions of the phase
-    that does not apply to it. One product of ``D + rotary_dim`` dimensions thus computes the scores
-    of both kinds, and no merge is needed.
+    that does not apply to it. One product of D dimensions and the ``rotary`` ones again thus
+    computes the scores of both kinds, and no merge is needed.
     """
-    zeros_kept = kept_key.new_zeros(*kept_key.shape[:-1], rotary_dim)
-    zeros_band = band_key.new_zeros(*band_key.shape[:-1], rotary_dim)
-    both_phases = torch.cat((turned_query[..., :rotary_dim], query), dim=-1)
-    kept = torch.cat((kept_key[..., :rotary_dim], zeros_kept, kept_key[..., rotary_dim:]), dim=-1)
+    before, rotated, after = kept_key[..., : rotary.start], kept_key[..., rotary], kept_key[..., rotary.stop :]
+    zeros_band = band_key.new_zeros(*band_key.shape[:-1], rotated.shape[-1])
+    both_phases = torch.cat((turned_query[..., rotary], query), dim=-1)
+    kept = torch.cat((rotated, before, torch.zeros_like(rotated), after), dim=-1)
     band = torch.cat((zeros_band, band_key), dim=-1)
     return attention(both_phases, torch.cat((kept, band), dim=2), value, mask, scaling, column)
 
@@ -105,15 +105,18 @@ def flash_two_phase_attention(
     n + T band keys ``(B, G, n + T, D)``, and to those of the S kept keys ``(B, G, S, D)`` for which
     ``kept_visible`` ``(T, S)`` is True.
     """
+    value_dim, num_missing = band_value.shape[-1], query.shape[-1] - band_value.shape[-1]
+    if num_missing:  # FlashAttention requires one head size
+        kept_value, band_value = F.pad(kept_value, (0, num_missing)), F.pad(band_value, (0, num_missing))
     out, lse = flash_band(query, band_key, band_value, window, scaling)
     if column is not None:
         out, lse = merge_column(out, lse, column)
     if not kept_key.shape[2]:
-        return out
+        return out[..., :value_dim]
     num_heads = query.shape[1]
     kept_key, kept_value = repeat_heads(kept_key, num_heads), repeat_heads(kept_value, num_heads)
     scores = turned_query.float() @ kept_key.float().mT * scaling  # unscaled scores can overflow float16
-    return merge_kept(out, lse, scores.masked_fill(~kept_visible, float("-inf")), kept_value)
+    return merge_kept(out, lse, scores.masked_fill(~kept_visible, float("-inf")), kept_value)[..., :value_dim]
 
 
 def flash_band(query: Tensor, key: Tensor, value: Tensor, window: int, scaling: float) -> tuple[Tensor, Tensor]:

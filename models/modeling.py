@@ -8,11 +8,11 @@ the cache is empty and removes their positions from the logits, so callers never
 import math
 import re
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXForCausalLM, GPTNeoXModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPTNeoXForCausalLM, GPTNeoXModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
@@ -27,6 +27,7 @@ from .cache_argument import CACHE, single_cache
 from .config import SinkGPTNeoXConfig
 from .layer import SinkGPTNeoXLayer
 from .loss import IGNORED, linear_cross_entropy
+from .run_folders import refuse_run
 
 
 class PythiaInitialisation:
@@ -58,7 +59,33 @@ class PythiaInitialisation:
             yield from (layer.attention.dense, layer.mlp.dense_4h_to_h)
 
 
-class SinkGPTNeoXModel(PythiaInitialisation, GPTNeoXModel):
+class CheckedLoading:
+    """Loads the model of a folder, or raises an error where transformers would load another one."""
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """Like the method of transformers, but parameters of another arm raise an error.
+
+        transformers would ignore them.
+
+        Raises:
+            ValueError: the weights were trained with another ``sink.kind``.
+            OSError: the folder is that of a run or of a checkpoint, which contains that of a model.
+        """
+        name = pretrained_model_name_or_path
+        refuse_run(name)
+        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        if foreign := sorted(key for key in info["unexpected_keys"] if re.search(ARM_PARAMETERS, key)):
+            raise ValueError(
+                f"{name} contains the parameter {foreign[0]}, which sink.kind={model.config.sink_kind!r} does not "
+                "have: load the model with the sink.kind that it was trained with"
+            )
+        return (model, info) if output_loading_info else model
+
+
+class SinkGPTNeoXModel(CheckedLoading, PythiaInitialisation, GPTNeoXModel):
     """The decoder without the language-model head. It does not prepend sinks."""
 
     config_class = SinkGPTNeoXConfig
@@ -113,7 +140,7 @@ class SinkGPTNeoXModel(PythiaInitialisation, GPTNeoXModel):
         return BaseModelOutputWithPast(last_hidden_state=self.final_layer_norm(hidden_states))
 
 
-class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
+class SinkGPTNeoXForCausalLM(CheckedLoading, PythiaInitialisation, GPTNeoXForCausalLM):
     """GPT-NeoX with ``config.num_sinks`` learnable sink tokens in front of every text.
 
     A sink is never a target and is never sampled. Hidden states, attentions and the cache include
@@ -128,24 +155,6 @@ class SinkGPTNeoXForCausalLM(PythiaInitialisation, GPTNeoXForCausalLM):
         self.gpt_neox = SinkGPTNeoXModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """Like the method of transformers, but parameters of another arm raise an error.
-
-        transformers would ignore them.
-
-        Raises:
-            ValueError: the weights were trained with another ``sink.kind``.
-        """
-        name = pretrained_model_name_or_path
-        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
-        if foreign := sorted(key for key in info["unexpected_keys"] if re.search(ARM_PARAMETERS, key)):
-            raise ValueError(
-                f"{name} contains the parameter {foreign[0]}, which sink.kind={model.config.sink_kind!r} does not "
-                "have: load the model with the sink.kind that it was trained with"
-            )
-        return (model, info) if output_loading_info else model
 
     @can_return_tuple
     def forward(
@@ -370,6 +379,7 @@ def _cross_entropy(logits, targets, num_items_in_batch) -> torch.Tensor:
 
 
 AutoConfig.register("sink_gpt_neox", SinkGPTNeoXConfig)
+AutoModel.register(SinkGPTNeoXConfig, SinkGPTNeoXModel)
 AutoModelForCausalLM.register(SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM)
 register_checkpoint_conversion_mapping(  # the head is `embed_out.weight` on disk, as in Pythia checkpoints
     "SinkGPTNeoXForCausalLM", get_checkpoint_conversion_mapping("GPTNeoXForCausalLM"), overwrite=True

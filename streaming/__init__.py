@@ -2,22 +2,30 @@
 
 Suggested reading order: `rule` (the streaming rule as arithmetic), `encodings` (how phases are
 moved), `steps` (one forward pass), `cache` and `steering` (how models of transformers use it),
-`families` (which models are supported).
+`families` (which models are supported). `testing` checks a model against the rule.
 """
 
+from .adapters import Adapter
 from .cache import StreamingCache
 from .chat import Chat
 from .decoding import StreamingDecoder
+from .encodings import Alibi, Rotary
+from .families import register_family, shared_rotary
 from .generation import Generator, TextStream, default_cache
 from .scoring import stream_logits, stream_losses
 
 __all__ = [
+    "Adapter",
+    "Alibi",
     "Chat",
     "Generator",
+    "Rotary",
     "StreamingCache",
     "StreamingDecoder",
     "TextStream",
     "default_cache",
+    "register_family",
+    "shared_rotary",
     "stream_logits",
     "stream_losses",
 ]

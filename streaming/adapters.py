@@ -1,7 +1,7 @@
-"""Streaming attention for the families that do not use transformers' attention interface.
+"""Streaming attention for the families whose attention code does not stream as it is.
 
-Each function replaces the ``forward`` method of the family's attention module during passes with a
-streaming cache.
+Most of them do not use transformers' attention interface. Each function replaces the ``forward``
+method of the family's attention module during passes with a streaming cache.
 """
 
 from collections.abc import Callable
@@ -10,16 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.bloom.modeling_bloom import BloomAttention
+from transformers.models.codegen.modeling_codegen import CodeGenAttention
 from transformers.models.falcon.modeling_falcon import FalconAttention, apply_rotary_pos_emb
 from transformers.models.gptj.modeling_gptj import GPTJAttention
 from transformers.models.mpt.modeling_mpt import MptAttention
 
+from ..models.cache_argument import CACHE
 from .encodings import Rotary
 from .steps import Step
 
 if TYPE_CHECKING:
     from .cache import StreamingCache
 
+STEERED = "streaming_cache"  # argument that passes the cache to the layers
 CacheRef = Callable[[], "StreamingCache"]
 
 
@@ -37,7 +41,7 @@ class Adapter:
     """
 
     module_name: str
-    attend: Callable[..., tuple[Tensor, None]]
+    attend: Callable[..., tuple[Tensor, Tensor | None]]
     mask_shape: tuple[int, ...] | None = None
     takes_positions_from_cache: bool = False
 
@@ -97,15 +101,53 @@ def gptj_attention(
 ) -> tuple[Tensor, None]:
     projections = (module.q_proj, module.k_proj, module.v_proj)
     query, key, value = (split_heads(proj(hidden_states), module.num_attention_heads) for proj in projections)
+    return rotated_attention(cache_ref, module, query, key, value), None
+
+
+def codegen_attention(
+    cache_ref: CacheRef, module: CodeGenAttention, hidden_states: Tensor, **kwargs: Any
+) -> tuple[Tensor, None]:
+    shards = module.qkv_proj(hidden_states).unflatten(-1, (CODEGEN_SHARDS, -1)).chunk(3, dim=-1)
+    query, value, key = (split_heads(states.flatten(-2), module.num_attention_heads) for states in shards)
+    return rotated_attention(cache_ref, module, query, key, value), None
+
+
+def rotated_attention(
+    cache_ref: CacheRef, module: GPTJAttention | CodeGenAttention, query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
+    """Rotate queries and keys ``(B, H, T, D)`` by the cache's positions, attend, and project."""
     step = step_of(cache_ref)
     rotary = step.encoding
     assert isinstance(rotary, Rotary)
     phases = rotary.phases(step.position_ids, query)
     query, key = rotary.turn(query, phases), rotary.turn(key, phases)
     out = step.attend(module.layer_idx, query, key, value, module.head_dim**-0.5)
-    return module.resid_dropout(module.out_proj(merge_heads(out))), None
+    return module.resid_dropout(module.out_proj(merge_heads(out)))
 
 
+def bloom_attention(
+    cache_ref: CacheRef, module: BloomAttention, hidden_states: Tensor, residual: Tensor, **kwargs: Any
+) -> tuple[Tensor, None]:
+    states = module.query_key_value(hidden_states).unflatten(-1, (module.num_heads, 3, module.head_dim))
+    query, key, value = (x.transpose(1, 2) for x in states.unbind(-2))  # (B, H, T, D)
+    out = step_of(cache_ref).attend(module.layer_idx, query, key, value, module.inv_norm_factor)
+    return residual + module.dense(merge_heads(out)), None
+
+
+def own_attention(cache_ref: CacheRef, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """Call the module's own method, and pass the cache to the attention function only.
+
+    Layers of StableLM and Nemotron do not pass it on. Attention of Llama 4 would scale the queries
+    by the length of the stream. Positions within the cache are below the first step of that scale,
+    see `families.num_equal_positions`.
+    """
+    return type(module).forward(module, *args, **kwargs | {CACHE: None, STEERED: cache_ref()})
+
+
+CODEGEN_SHARDS = 4  # of the model-parallel training; each has its own queries, values and keys
+BLOOM = Adapter("self_attention", bloom_attention, mask_shape=(1, 1))
+CODEGEN = Adapter("attn", codegen_attention, takes_positions_from_cache=True)
+OWN = Adapter("self_attn", own_attention)
 FALCON = Adapter("self_attention", falcon_attention, mask_shape=(1, 1))
 MPT = Adapter("attn", mpt_attention, mask_shape=(1, 1, 1, 1))
 GPTJ = Adapter("attn", gptj_attention, takes_positions_from_cache=True)

@@ -10,6 +10,7 @@ class StreamingLayer:
     """Static buffers of one layer, allocated with the first keys and written in place.
 
     Attributes:
+        has_positions: False if the layer's keys are not rotated.
         keys, values: ``(B, G, S + W + 1, D)``, slots as in `StreamShape`.
         kept_keys: ``(B, G, S + 1, D)``, the kept keys at phases 0 … S - 1, from which the first S
             slots of ``keys`` are rotated for every step. The last row is scratch space: tokens that
@@ -22,8 +23,8 @@ class StreamingLayer:
     kept_keys: Tensor
     num_arrived: Tensor
 
-    def __init__(self, shape: StreamShape):
-        self.shape = shape
+    def __init__(self, shape: StreamShape, has_positions: bool = True):
+        self.shape, self.has_positions = shape, has_positions
         self.is_allocated = False
 
     def allocate(self, key: Tensor, value: Tensor) -> None:
@@ -46,7 +47,7 @@ class StreamingLayer:
             self.is_allocated = False
 
     def __deepcopy__(self, memo: dict) -> "StreamingLayer":
-        twin = StreamingLayer(self.shape)
+        twin = StreamingLayer(self.shape, self.has_positions)
         twin.is_allocated = self.is_allocated
         if self.is_allocated:
             twin.keys, twin.values = static_copy(self.keys), static_copy(self.values)

@@ -14,10 +14,11 @@ from transformers import Cache, PreTrainedModel
 
 from .buffers import StreamingLayer, select_rows, static_copy, static_zeros
 from .encodings import Rotary
-from .families import family_of
+from .families import family_of, num_equal_positions
 from .rule import StreamShape
 from .steering import SteeredForward
 from .steps import ChunkStep, DecodeStep
+from .wrappers import decoder_of
 
 
 @dataclass
@@ -59,18 +60,20 @@ class StreamingCache(Cache):
     """
 
     def __init__(self, model: PreTrainedModel, shape: StreamShape, chunk_size: int):
-        decoder: Any = model.get_decoder()
+        decoder = decoder_of(model)
         devices = sorted({str(parameter.device) for parameter in decoder.parameters()})
         if len(devices) > 1:
             raise ValueError(
                 f"the model is on several devices ({', '.join(devices)}): move it to one device for streaming"
             )
         family = family_of(decoder.config, shape)
-        layers = [StreamingLayer(shape) for _ in range(decoder.config.num_hidden_layers)]
+        encoding = family.encoding(decoder, shape)
+        rotates = encoding.rotates if isinstance(encoding, Rotary) else lambda layer_idx: True
+        layers = [StreamingLayer(shape, rotates(i)) for i in range(decoder.config.num_hidden_layers)]
         super().__init__(layers=layers)
         self.streaming_layers = layers
-        self.decoder, self.shape, self.chunk_size = decoder, shape, chunk_size
-        self.encoding = family.encoding(decoder, shape)
+        self.decoder, self.shape, self.encoding = decoder, shape, encoding
+        self.chunk_size = min(chunk_size, num_equal_positions(decoder.config) - shape.num_slots)
         self.counters: StreamCounters | None = None
         self.step: DecodeStep | ChunkStep | None = None  # the current pass
         self.num_since_rebase = 0
@@ -248,7 +251,8 @@ class StreamingCache(Cache):
         if self.counters is None:
             return
         base = (self.counters.num_seen - self.shape.num_slots).clamp(min=0)
-        rings = [layer.keys[:, :, self.shape.num_kept :] for layer in self.streaming_layers if layer.is_allocated]
+        layers = [layer for layer in self.streaming_layers if layer.is_allocated and layer.has_positions]
+        rings = [layer.keys[:, :, self.shape.num_kept :] for layer in layers]
         if isinstance(self.encoding, Rotary) and rings:
             back = (self.counters.base - base)[:, None]
             phases = self.encoding.phases(back, like=rings[0])

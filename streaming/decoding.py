@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ..models.cache_argument import CACHE
 from . import kernels
 from .cache import StreamingCache
+from .families import is_one_graph
 
 
 class StreamingDecoder:
@@ -58,7 +59,8 @@ class StreamingDecoder:
         On CUDA, the next call overwrites the returned tensor.
 
         Raises:
-            ValueError: no prompt was read, the cache is damaged, or the shape is not ``(B, 1)``.
+            ValueError: no prompt was read, the cache is damaged, the shape is not ``(B, 1)``, or a
+                step of the model is not one graph.
         """
         if self.cache.counters is None:
             raise ValueError("the cache is empty: call prefill() with a prompt of at least one token first")
@@ -67,6 +69,12 @@ class StreamingDecoder:
         if token_ids.shape != (len(num_seen), 1):
             raise ValueError(
                 f"token_ids has shape {tuple(token_ids.shape)}: pass one token of each stream, ({len(num_seen)}, 1)"
+            )
+        if not is_one_graph(self.cache.decoder):
+            rope_type = self.cache.decoder.rotary_emb.rope_type
+            raise ValueError(
+                f"a step with rope_type {rope_type!r} is not one graph, since each pass chooses the frequencies: "
+                "call generate, or Generator with compile=False"
             )
         self.cache.rebase_before(1)
         with self.cache.steering.in_graph(self.cache):

@@ -1,27 +1,42 @@
 """Position encodings in a stream: rotary phases are rotated, ALiBi biases are looked up."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import torch
 from torch import Tensor
 
 
 class Rotary:
-    """Rotary embedding of the first ``2 * len(inv_freq)`` dimensions of a head.
+    """Rotary embedding of ``2 * len(inv_freq)`` dimensions of a head; the others do not change.
 
     Args:
         inv_freq: returns the model's frequencies ``(rotary_dim / 2,)``, in radians per token.
-        interleaved: pairs are adjacent dimensions (GPT-J) instead of the two halves (GPT-NeoX,
+        interleaved: pairs are adjacent dimensions (GPT-J, GLM) instead of the two halves (GPT-NeoX,
             Llama).
+        start: index of the first rotated dimension, for heads whose last dimensions are rotated
+            (DeepSeek).
+        layers: indices of the layers that rotate, None for all. The others have no positions.
     """
 
-    def __init__(self, inv_freq: Callable[[], Tensor], *, interleaved: bool = False):
+    def __init__(
+        self,
+        inv_freq: Callable[[], Tensor],
+        *,
+        interleaved: bool = False,
+        start: int = 0,
+        layers: Container[int] | None = None,
+    ):
         self.inv_freq = inv_freq
-        self.interleaved = interleaved
+        self.interleaved, self.start, self.layers = interleaved, start, layers
+
+    def rotates(self, layer_idx: int) -> bool:
+        """Whether a layer has positions."""
+        return self.layers is None or layer_idx in self.layers
 
     @property
-    def num_dims(self) -> int:
-        return 2 * self.inv_freq().shape[0]
+    def dims(self) -> slice:
+        """The rotated dimensions of a head."""
+        return slice(self.start, self.start + 2 * self.inv_freq().shape[0])
 
     def phases(self, steps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosine and sine ``(B, 1, T, R / 2)`` of a move by ``steps`` ``(B, T)`` positions.
@@ -36,14 +51,16 @@ class Rotary:
     def turn(self, states: Tensor, phases: tuple[Tensor, Tensor]) -> Tensor:
         """Rotate queries or keys ``(B, H, T, D)`` by `phases`; the dtype does not change."""
         cos, sin = phases
-        rotated, passed = states[..., : self.num_dims], states[..., self.num_dims :]
+        dims = self.dims
+        rotated, after = states[..., dims], states[..., dims.stop :]
         if self.interleaved:
             a, b = rotated[..., 0::2], rotated[..., 1::2]
             rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
         else:
             a, b = rotated.chunk(2, dim=-1)
             rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-        return torch.cat((rotated.to(states.dtype), passed), dim=-1)
+        parts = (rotated.to(states.dtype), after)
+        return torch.cat((states[..., : dims.start], *parts) if dims.start else parts, dim=-1)
 
 
 class Alibi:

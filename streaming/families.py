@@ -1,41 +1,79 @@
 """The model families that support streaming, one line each, and why others do not.
 
 Most families use transformers' attention interface and rotary positions, so only the location of
-their frequencies is needed. Falcon, MPT and GPT-J have their own attention code; `adapters`
-replaces it.
+their frequencies is needed. `adapters` replaces the attention code of the others.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.models.falcon.modeling_falcon import FalconModel, build_alibi_tensor
-from transformers.models.gptj.modeling_gptj import GPTJModel
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor as build_bloom_alibi
+from transformers.models.falcon.modeling_falcon import FalconModel
+from transformers.models.falcon.modeling_falcon import build_alibi_tensor as build_falcon_alibi
 from transformers.models.mpt.modeling_mpt import MptModel
 
 from . import adapters
 from .encodings import Alibi, Encoding, Rotary
-from .rule import StreamShape
+from .refusals import refusal
+from .rule import LARGEST, StreamShape
 
-FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "ntk_alpha")
+SWITCHING_ROPE_TYPES = ("dynamic", "longrope")  # fixed up to a length, see `num_equal_positions`
 
 
-def shared_rotary(decoder: Any, shape: StreamShape) -> Rotary:
-    """Return the rotary embedding that the layers of a decoder share; pairs are the two halves."""
+def shared_rotary(
+    decoder: Any,
+    shape: StreamShape,
+    *,
+    interleaved: bool = False,
+    start: int = 0,
+    layers: Container[int] | None = None,
+) -> Rotary:
+    """Return the rotary embedding that the layers of a decoder share, ``decoder.rotary_emb``.
+
+    Further arguments are those of `Rotary`.
+    """
     module: Any = decoder.rotary_emb
     rope_type = getattr(module, "rope_type", "default")
+    if rope_type in SWITCHING_ROPE_TYPES:
+        return Rotary(lambda: module.original_inv_freq, interleaved=interleaved, start=start, layers=layers)
     if rope_type not in FIXED_ROPE_TYPES:
         raise ValueError(
-            f"streaming does not support rope_type {rope_type!r}: its frequencies change with the length of the text, "
-            f"so cached keys cannot be moved. Supported are {', '.join(FIXED_ROPE_TYPES)}"
+            f"streaming does not support rope_type {rope_type!r}: it was not tested with the streaming rule. "
+            f"Supported are {', '.join(FIXED_ROPE_TYPES + SWITCHING_ROPE_TYPES)}"
         )
-    return Rotary(lambda: module.inv_freq)
+    return Rotary(lambda: module.inv_freq, interleaved=interleaved, start=start, layers=layers)
 
 
-def gptj_rotary(decoder: GPTJModel, shape: StreamShape) -> Rotary:
-    """Return GPT-J's rotary embedding: pairs of adjacent dimensions."""
+def latent_rotary(decoder: Any, shape: StreamShape, *, interleaved: bool = False) -> Rotary:
+    """Return the rotary embedding of multi-head latent attention (DeepSeek): the last dimensions.
+
+    The first dimensions come from the latent and have no position.
+    """
+    return shared_rotary(decoder, shape, interleaved=interleaved, start=decoder.config.qk_nope_head_dim)
+
+
+def rotary_in_some_layers(decoder: Any, shape: StreamShape, *, interleaved: bool = False) -> Rotary:
+    """Return a rotary embedding for layers of which some have no positions (SmolLM3, Llama 4)."""
+    layers = {i for i, is_rotary in enumerate(decoder.config.no_rope_layers) if is_rotary}
+    return shared_rotary(decoder, shape, interleaved=interleaved, layers=layers)
+
+
+def exaone4_rotary(decoder: Any, shape: StreamShape) -> Rotary:
+    """Return EXAONE 4's rotary embedding: of its windowed layers, or of all if it has no window."""
+    config = decoder.config
+    if config.sliding_window is None:
+        return shared_rotary(decoder, shape)
+    layers = {i for i, layer_type in enumerate(config.layer_types) if layer_type == "sliding_attention"}
+    return shared_rotary(decoder, shape, layers=layers)
+
+
+def gptj_rotary(decoder: Any, shape: StreamShape) -> Rotary:
+    """Return the rotary embedding of GPT-J and CodeGen: pairs of adjacent dimensions."""
     num_dims = decoder.config.rotary_dim or decoder.config.hidden_size
     dims = torch.arange(0, num_dims, 2, dtype=torch.float64, device=decoder.device)
     inv_freq = 10000 ** (-dims / num_dims)
@@ -50,12 +88,17 @@ def falcon_encoding(decoder: FalconModel, shape: StreamShape) -> Encoding:
     if not decoder.config.alibi:
         return shared_rotary(decoder, shape)
     num_heads, head_dim = decoder.config.num_attention_heads, decoder.config.head_dim
-    alibi = build_alibi_tensor(torch.ones(1, shape.num_slots, dtype=torch.long), num_heads, torch.float64)
+    alibi = build_falcon_alibi(torch.ones(1, shape.num_slots, dtype=torch.long), num_heads, torch.float64)
     return Alibi(alibi[:, 0].to(decoder.device) / head_dim**0.5)
 
 
 def mpt_alibi(decoder: MptModel, shape: StreamShape) -> Alibi:
     return Alibi(decoder.build_mpt_alibi_tensor(decoder.num_heads, shape.num_slots, device=decoder.device)[:, 0])
+
+
+def bloom_alibi(decoder: Any, shape: StreamShape) -> Alibi:
+    ones = torch.ones(1, shape.num_slots, dtype=torch.long, device=decoder.device)
+    return Alibi(build_bloom_alibi(ones, decoder.num_heads, torch.float32)[:, 0])
 
 
 @dataclass(frozen=True)
@@ -66,66 +109,143 @@ class Family:
     adapter: adapters.Adapter | None = None
 
 
+ROTARY = Family(shared_rotary)
+INTERLEAVED = Family(partial(shared_rotary, interleaved=True))
+SOME_LAYERS = Family(rotary_in_some_layers)
+LATENT = Family(latent_rotary)
 FAMILIES: dict[str, Family] = {
-    "gpt_neox": Family(shared_rotary),  # Pythia; only part of each head is rotary
-    "sink_gpt_neox": Family(shared_rotary),
-    "llama": Family(shared_rotary),
-    "mistral": Family(shared_rotary),
-    "qwen2": Family(shared_rotary),
-    "qwen3": Family(shared_rotary),
-    "gemma": Family(shared_rotary),
-    "phi": Family(shared_rotary),
-    "olmo": Family(shared_rotary),
-    "olmo2": Family(shared_rotary),
+    "gpt_neox": ROTARY,  # Pythia; only part of each head is rotary
+    "sink_gpt_neox": ROTARY,
+    "llama": ROTARY,
+    "mistral": ROTARY,
+    "qwen2": ROTARY,
+    "qwen3": ROTARY,
+    "gemma": ROTARY,
+    "phi": ROTARY,
+    "olmo": ROTARY,
+    "olmo2": ROTARY,
     "falcon": Family(falcon_encoding, adapters.FALCON),
     "mpt": Family(mpt_alibi, adapters.MPT),
     "gptj": Family(gptj_rotary, adapters.GPTJ),
+    "mixtral": ROTARY,
+    "ministral3": ROTARY,
+    "qwen2_moe": ROTARY,
+    "qwen3_moe": ROTARY,
+    "phi3": ROTARY,
+    "phimoe": ROTARY,
+    "olmoe": ROTARY,
+    "granite": ROTARY,
+    "granitemoe": ROTARY,
+    "starcoder2": ROTARY,
+    "glm4_moe": ROTARY,
+    "hunyuan_v1_dense": ROTARY,
+    "hunyuan_v1_moe": ROTARY,
+    "arcee": ROTARY,
+    "apertus": ROTARY,
+    "seed_oss": ROTARY,
+    "glm": INTERLEAVED,
+    "glm4": INTERLEAVED,
+    "ernie4_5": INTERLEAVED,
+    "ernie4_5_moe": INTERLEAVED,
+    "helium": INTERLEAVED,
+    "cohere": INTERLEAVED,
+    "stablelm": Family(shared_rotary, adapters.OWN),
+    "nemotron": Family(shared_rotary, adapters.OWN),
+    "codegen": Family(gptj_rotary, adapters.CODEGEN),
+    "bloom": Family(bloom_alibi, adapters.BLOOM),
+    "smollm3": SOME_LAYERS,
+    "exaone4": Family(exaone4_rotary),
+    "llama4_text": Family(partial(rotary_in_some_layers, interleaved=True), adapters.OWN),
+    "deepseek_v2": Family(partial(latent_rotary, interleaved=True)),
+    "deepseek_v3": LATENT,
 }
 
-ABSOLUTE = "it adds absolute position embeddings before the first layer, so positions of cached keys cannot be moved"
-LINEAR = "it has no keys to keep: linear attention and state-space layers store their past in a state of fixed size"
-LAYERED = "some of its layers have their own sliding window, with rules that differ between layers"
-REFUSED: dict[str, str] = {
-    **dict.fromkeys(("gpt2", "gpt_neo", "gpt_bigcode", "opt", "xglm", "biogpt", "openai-gpt", "ctrl"), ABSOLUTE),
-    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "qwen3_next"), LINEAR),
-    **dict.fromkeys(("jamba", "bamba", "falcon_h1", "zamba", "zamba2", "minimax"), LINEAR),
-    **dict.fromkeys(("gemma2", "gemma3", "gemma3_text", "cohere2", "olmo3", "gpt_oss"), LAYERED),
-}
 
+def register_family(
+    model_type: str, encoding: Callable[[Any, StreamShape], Encoding], adapter: adapters.Adapter | None = None
+) -> None:
+    """Let models of another type stream.
 
-def num_embedded_positions(config: PreTrainedConfig) -> int | None:
-    """Return the number of positions of a model with absolute position embeddings, else None."""
-    is_absolute = REFUSED.get(config.model_type) == ABSOLUTE
-    return getattr(config, "max_position_embeddings", None) if is_absolute else None
+    Check a model of the type with `sinklm.streaming.testing.check_family`: a wrong encoding gives
+    wrong text without an error.
+
+    Args:
+        model_type: as in the config of the decoder, the model without its head.
+        encoding: maps ``(decoder, shape)`` to the positions of the decoder's keys: `shared_rotary`
+            for most models, or a function that returns `Rotary` or `Alibi`.
+        adapter: for attention code that does not use transformers' attention interface.
+
+    Raises:
+        ValueError: the type is supported already, or known to be impossible.
+    """
+    if reason := refusal(model_type):
+        raise ValueError(f"model type {model_type!r} cannot be registered for streaming: {reason}")
+    if model_type in FAMILIES:
+        raise ValueError(f"model type {model_type!r} is registered for streaming already: remove the second call")
+    FAMILIES[model_type] = Family(encoding, adapter)
 
 
 def family_of(config: PreTrainedConfig, shape: StreamShape) -> Family:
     """Return the family of a model.
 
     Raises:
-        ValueError: the model type is not supported, or the model's own sliding window is smaller
-            than the cache.
+        ValueError: the model type is not supported, or the model computes something else for
+            caches of this size: its own window is smaller, or its positions change.
     """
     model_type = config.model_type
-    if model_type in REFUSED:
-        raise ValueError(f"streaming does not support model type {model_type!r}: {REFUSED[model_type]}")
     if model_type not in FAMILIES:
-        raise ValueError(
-            f"streaming does not support model type {model_type!r}: it was not tested with the streaming rule. "
+        reason = refusal(model_type, config) or (
+            "it was not tested with the streaming rule. To test it, see docs/guides/add-a-model-family.md. "
             f"Supported are {', '.join(FAMILIES)}"
         )
+        raise ValueError(f"streaming does not support model type {model_type!r}: {reason}")
     own_window = sliding_window(config)
     if own_window is not None and own_window < shape.num_slots:
         raise ValueError(
             f"the model's own sliding window has {own_window} keys, fewer than the {shape.num_slots} keys of this "
             f"cache (num_kept + window + 1): num_kept + window must be at most {own_window - 1}"
         )
+    num_positions = num_equal_positions(config)
+    if shape.num_slots + shape.window + 1 > num_positions:
+        raise ValueError(
+            f"the model computes positions from {num_positions} on in another way, and this cache uses "
+            f"{shape.num_slots + shape.window + 1}: num_kept + 2 * window must be at most {num_positions - 2}"
+        )
     return FAMILIES[model_type]
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:
-    """Return the model's own sliding window in keys (Mistral 0.1, some Qwen), None without one."""
+    """Return the model's own sliding window in keys (Mistral 0.1, some Qwen), None without one.
+
+    Llama 4 has chunks instead: a query sees the keys of its own chunk.
+    """
     layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None and "chunked_attention" in layer_types:
+        return config.attention_chunk_size
     if layer_types is not None and "sliding_attention" not in layer_types:
         return None
     return getattr(config, "sliding_window", None)
+
+
+def is_one_graph(decoder: Any) -> bool:
+    """Whether a step can be compiled, which it cannot if it chooses its rotary frequencies."""
+    rotary = getattr(decoder, "rotary_emb", None)
+    return getattr(rotary, "rope_type", None) not in SWITCHING_ROPE_TYPES
+
+
+def num_equal_positions(config: PreTrainedConfig) -> int:
+    """Return the number of positions that a model treats alike.
+
+    From there on it changes its rotary frequencies (`dynamic`, `longrope`) or scales its queries
+    (Ministral 3, Llama 4). Positions of a pass are below
+    ``num_slots + max(window + 1, chunk_size)``.
+    """
+    limits = [LARGEST * 4]
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "dynamic":
+        limits.append(config.max_position_embeddings - 1)
+    if rope.get("rope_type") == "longrope" or rope.get("llama_4_scaling_beta"):
+        limits.append(rope["original_max_position_embeddings"])
+    if getattr(config, "attn_temperature_tuning", False):
+        limits.append(int(config.floor_scale) - 1)
+    return min(limits)

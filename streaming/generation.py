@@ -10,6 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..models.checked import check_ids, refuse_nonfinite_logits
 from .cache import StreamingCache
 from .decoding import StreamingDecoder
+from .families import is_one_graph
+from .wrappers import unwrapped
 
 DEFAULT_CACHE_SIZE = 1024
 DEFAULT_NUM_KEPT = 4  # for a model without sink tokens (Xiao et al. 2024, Table 2)
@@ -25,8 +27,9 @@ def default_cache(model: PreTrainedModel) -> tuple[int, int]:
     model that was trained on shorter texts, one less than its training length. No distance in the
     cache is then longer than those seen in training.
     """
-    num_kept = getattr(model.config, "num_sinks", 0) or DEFAULT_NUM_KEPT
-    trained_length = getattr(model.config, "max_position_embeddings", None) or DEFAULT_CACHE_SIZE + 1
+    config = unwrapped(model).config
+    num_kept = getattr(config, "num_sinks", 0) or DEFAULT_NUM_KEPT
+    trained_length = getattr(config, "max_position_embeddings", None) or DEFAULT_CACHE_SIZE + 1
     return num_kept, max(1, min(DEFAULT_CACHE_SIZE, trained_length - 1) - num_kept)
 
 
@@ -58,13 +61,14 @@ class Generator:
             raise ValueError(f"temperature is {temperature}: it must be a finite number of at least 0")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k is {top_k}: it must be at least 1, or None to sample among all tokens")
-        self.cache, self.device = cache, model.device
+        self.cache, self.device = cache, unwrapped(model).device
         self.temperature, self.top_k = temperature, top_k
         self.turn = 0  # number of prompts read
         self.unread: list[int] = []  # the last generated token, until it is in the cache
-        self.sink_ids = torch.tensor(getattr(model.config, "sink_token_ids", []), dtype=torch.long, device=model.device)
+        sink_ids = getattr(unwrapped(model).config, "sink_token_ids", [])
+        self.sink_ids = torch.tensor(sink_ids, dtype=torch.long, device=self.device)
         self.decoder = StreamingDecoder(model, cache)
-        self.is_compiled = compile and self.device.type == "cuda"
+        self.is_compiled = compile and self.device.type == "cuda" and is_one_graph(cache.decoder)
         self.read_one = self.decoder if self.is_compiled else self.decoder.prefill
 
     def __call__(self, prompt_ids: list[int]) -> Iterator[int]:
@@ -82,7 +86,7 @@ class Generator:
             raise ValueError("the prompt is empty: pass at least one token")
         self.turn = turn = self.turn + 1
         prompt = torch.tensor([prompt_ids])
-        check_ids(prompt, self.decoder.model)
+        check_ids(prompt, unwrapped(self.decoder.model))
         logits = self.decoder.prefill(prompt.to(self.device))
         self.unread = []
         while True:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ..models.cache_argument import CACHE
 from .cache import StreamingCache
+from .wrappers import unwrapped
 
 
 def stream_logits(
@@ -25,9 +26,10 @@ def stream_logits(
         chunk_size: tokens per pass; memory depends on it and on the size of the cache.
     """
     cache = StreamingCache.for_model(model, num_kept=num_kept, window=window, chunk_size=chunk_size)
+    device = unwrapped(model).device
     for chunk in token_ids.split(chunk_size, dim=1):
         with torch.inference_mode():
-            yield model(chunk.to(model.device, torch.long), use_cache=True, **{CACHE: cache}).logits
+            yield model(chunk.to(device, torch.long), use_cache=True, **{CACHE: cache}).logits
 
 
 def stream_losses(

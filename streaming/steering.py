@@ -21,13 +21,12 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from ..models.attention import register_column_attention
 from ..models.sink_column import SinkColumn
-from .adapters import identity_mask
+from .adapters import STEERED, identity_mask
 
 if TYPE_CHECKING:
     from .cache import StreamingCache
 
 ATTENTION = "sinklm_streaming"  # value of ``attn_implementation``
-STEERED = "streaming_cache"  # argument that passes the cache to the layers
 NEEDED_PARAMETERS = ("input_ids", "inputs_embeds", "attention_mask")
 
 

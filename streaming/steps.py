@@ -123,7 +123,7 @@ class DecodeStep(Step):
             self.key_positions = torch.where(tokens < shape.num_kept, tokens, tokens - shift)
 
     def _attend(self, layer, query, key, value, scaling, column):
-        if kernels.is_available and isinstance(self.encoding, Rotary) and kernels.can_fuse(layer, query):
+        if kernels.is_available and isinstance(self.encoding, Rotary) and kernels.can_fuse(self.encoding, layer, query):
             where = (self.shape, self.encoding, layer, self.num_seen, self.base)
             out, lse = kernels.decode_attention(*where, query, key, value, scaling)
             return out if column is None else merge_column(out, lse, column)[0]
@@ -136,6 +136,7 @@ class DecodeStep(Step):
             mask = self.visible[:, None, None]
             if num_kept:
                 layer.kept_keys[self.rows, :, self.kept_row] = key[:, :, 0]
+            if num_kept and layer.has_positions:
                 self.phases = self.phases or self.encoding.phases(self.kept_turn, like=key)
                 layer.keys[:, :, :num_kept] = self.encoding.turn(layer.kept_keys[:, :, :num_kept], self.phases)
         return attention(query, layer.keys, layer.values, mask, scaling, column)
@@ -226,10 +227,10 @@ class ChunkStep(Step):
             return attention(query, keys, torch.cat((kept_value, band_value), dim=2), bias, scaling, column)
         kept_key = layer.kept_keys[:, :, :num_kept]
         turned = query
-        if num_kept:
+        if num_kept and layer.has_positions:
             self.phases = self.phases or self.encoding.phases(self.query_turn, like=query)
             turned = self.encoding.turn(query, self.phases)
-        if self.has_equal_rows and can_flash(query):
+        if self.has_equal_rows and can_flash(query) and value.shape[-1] <= query.shape[-1]:
             empty = self.num_empty
             return flash_two_phase_attention(
                 query,
@@ -244,9 +245,7 @@ class ChunkStep(Step):
                 column,
             )
         values, mask = torch.cat((kept_value, band_value), dim=2), self.visible[:, None]
-        return two_phase_attention(
-            query, turned, kept_key, band_key, values, mask, scaling, self.encoding.num_dims, column
-        )
+        return two_phase_attention(query, turned, kept_key, band_key, values, mask, scaling, self.encoding.dims, column)
 
     def _store(self, layer: StreamingLayer, key: Tensor, value: Tensor) -> None:
         """Write the chunk's tokens to the slots in which they are after the chunk."""

@@ -22,10 +22,14 @@ MIN_TILE = 16  # minimum size of a matrix product on tensor cores
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-def can_fuse(layer: StreamingLayer, query: Tensor) -> bool:
-    """Whether the kernel can be used: on CUDA, not in float64, with values as wide as keys."""
+def can_fuse(encoding: Rotary, layer: StreamingLayer, query: Tensor) -> bool:
+    """Whether the kernel can be used.
+
+    It requires CUDA, not float64, values as wide as keys, and that the first dimensions of a head
+    are rotated.
+    """
     has_one_type = query.dtype == layer.keys.dtype == layer.values.dtype != torch.float64
-    return query.is_cuda and has_one_type and layer.keys.shape == layer.values.shape
+    return query.is_cuda and has_one_type and layer.keys.shape == layer.values.shape and encoding.start == 0
 
 
 def decode_attention(
@@ -52,8 +56,11 @@ def decode_attention(
     """
     query, key, value = query[:, :, 0], key[:, :, 0], value[:, :, 0]
     buffers = (layer.keys, layer.values, layer.kept_keys, layer.num_arrived)
+    inv_freq = encoding.inv_freq().to(query.device, torch.float32)
+    if not layer.has_positions:
+        inv_freq = torch.zeros_like(inv_freq)
     out, lse = _decode_attention(
-        *(query, key, value, *buffers, num_seen, base, encoding.inv_freq().to(query.device, torch.float32)),
+        *(query, key, value, *buffers, num_seen, base, inv_freq),
         *(shape.num_kept, shape.window, encoding.interleaved, scaling),
     )
     return out[:, :, None], lse[:, :, None]

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPTNeoXConfig, T5Config
+from transformers import AutoModel, AutoModelForCausalLM, GPTNeoXConfig, T5Config
 
 from sinklm.checkpoints import checks, load_model, load_tokenizer, loading
 from sinklm.checkpoints.folders import is_local, resolve_model_folder
+from sinklm.models import SinkGPTNeoXForCausalLM
+from sinklm.models.modeling import SinkGPTNeoXModel
 
 from ..models.tiny import tiny_model
 
@@ -31,6 +33,22 @@ def test_a_run_folder_gives_its_newest_complete_checkpoint(run_folder):
     assert load_model(run_folder / "checkpoints" / "step-2", device="cpu").gpt_neox.final_layer_norm.bias[0] == 2
     assert resolve_model_folder(run_folder / "checkpoints/step-2/model").endswith("step-2/model")
     assert resolve_model_folder("EleutherAI/pythia-160m") == "EleutherAI/pythia-160m"
+
+
+def test_transformers_loads_the_model_of_a_checkpoint(run_folder):
+    folder = run_folder / "checkpoints" / "step-10" / "model"
+    for loader, kind in ((AutoModelForCausalLM, SinkGPTNeoXForCausalLM), (AutoModel, SinkGPTNeoXModel)):
+        model, info = loader.from_pretrained(folder, output_loading_info=True)
+        assert type(model) is kind
+        assert not info["missing_keys"]
+        assert model.base_model.final_layer_norm.bias[0] == 10
+
+
+@pytest.mark.parametrize("loader", [SinkGPTNeoXForCausalLM, SinkGPTNeoXModel])
+@pytest.mark.parametrize("inner", [".", "checkpoints/step-10"])
+def test_from_pretrained_of_a_run_names_the_model_to_load(loader, inner, run_folder):
+    with pytest.raises(OSError, match=r"of a training run.*pass .*checkpoints/step-10/model"):
+        loader.from_pretrained(run_folder / inner)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -10,6 +10,7 @@ from sinklm.checkpoints import load_model
 from sinklm.models import SinkGPTNeoXForCausalLM, sink_column
 from sinklm.models.arms import ARMS
 from sinklm.models.attention import SinkAttention
+from sinklm.models.modeling import SinkGPTNeoXModel
 
 from ..streaming.oracle import dense_logits
 from ..streaming.tiny import use_float64
@@ -205,11 +206,12 @@ def test_a_plain_model_loaded_with_an_arm_starts_at_the_arms_initial_values(kind
             assert not weight.any()
 
 
+@pytest.mark.parametrize("loader", [SinkGPTNeoXForCausalLM, SinkGPTNeoXModel])
 @pytest.mark.parametrize("kind", ["none", "zero", "kv_bias", "gate"])
-def test_weights_of_another_arm_are_an_error(kind, tmp_path):
+def test_weights_of_another_arm_are_an_error(kind, loader, tmp_path):
     tiny_arm("logit", dtype=torch.float32).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=rf"0\.attention\.sink_logit, which sink\.kind='{kind}' does not have: load"):
-        SinkGPTNeoXForCausalLM.from_pretrained(tmp_path, sink={"kind": kind})
+        loader.from_pretrained(tmp_path, sink={"kind": kind})
 
 
 def test_weights_without_a_parameter_of_the_configuration_are_an_error(tmp_path):

@@ -48,7 +48,6 @@ def test_invalid_sizes_are_an_error(model, settings, message):
         ("opt", "absolute position embeddings"),
         ("mamba", "no keys to keep"),
         ("gemma2", "sliding window"),
-        ("bloom", "was not tested"),
     ],
 )
 def test_models_whose_positions_cannot_be_moved_are_an_error(model_type, message):
@@ -60,13 +59,10 @@ def test_models_whose_positions_cannot_be_moved_are_an_error(model_type, message
         for_model(other)
 
 
-@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
-def test_frequencies_that_change_with_length_are_an_error(rope_type):
-    rope = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 64}
-    if rope_type == "longrope":
-        rope |= {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
-    other = tiny.build(tiny.config("llama", rope_parameters=rope))
-    with pytest.raises(ValueError, match=f"rope_type '{rope_type}'"):
+def test_an_unknown_kind_of_rotary_embedding_is_an_error():
+    other = tiny.build(tiny.config("llama"))
+    other.model.rotary_emb.rope_type = "new"
+    with pytest.raises(ValueError, match="rope_type 'new'"):
         for_model(other)
 
 

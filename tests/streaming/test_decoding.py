@@ -7,9 +7,10 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from sinklm.streaming import StreamingCache, StreamingDecoder
+from sinklm.streaming.testing import random_model, reference_logits
 
 from ..models.tiny import plain_twin, sinks, tiny_model
-from . import oracle, tiny
+from . import oracle, small_families, tiny
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +35,23 @@ def test_a_stream_of_tokens_is_one_graph(family):
     logits, counter = decoded(model, ids, 5, 2, 9)
     assert counter.frame_count == 1
     torch.testing.assert_close(logits, oracle.stream_logits(model, ids[0], 2, 9)[4:], rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("family", ["llama4_text", "deepseek_v3"])
+def test_other_kinds_of_layers_are_one_graph(family):
+    """Layers without positions, experts, and rotated dimensions at the end of a head."""
+    model, ids = random_model(small_families.config(family)), tiny.random_ids(16)
+    logits, counter = decoded(model, ids, 5, 1, 5)
+    assert counter.frame_count == 1
+    torch.testing.assert_close(logits, reference_logits(model, ids[0], 1, 5)[4:], rtol=0, atol=1e-4)
+
+
+def test_frequencies_that_each_pass_chooses_are_an_error():
+    model, ids = random_model(small_families.config("phi3:longrope")), tiny.random_ids(6)
+    decoder = StreamingDecoder(model, StreamingCache.for_model(model, num_kept=1, window=5))
+    decoder.prefill(ids)
+    with pytest.raises(ValueError, match="rope_type 'longrope' is not one graph"):
+        decoder(ids[:, :1])
 
 
 @pytest.mark.slow

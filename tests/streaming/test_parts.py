@@ -57,18 +57,20 @@ def test_merging_kept_keys_is_one_softmax_over_all():
     torch.testing.assert_close(merged, scores.softmax(-1) @ value)
 
 
+@pytest.mark.parametrize("value_dim", [64, 48])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_scores_of_kept_keys_are_not_rounded_before_they_are_scaled(dtype, monkeypatch):
+def test_scores_of_kept_keys_are_not_rounded_before_they_are_scaled(dtype, value_dim, monkeypatch):
     """Kept keys can have large norms, as those of sinks do: in float16 unscaled scores overflow."""
 
     def exact_band(query, key, value, window, scaling):
+        assert query.shape[-1] == key.shape[-1] == value.shape[-1]  # as FlashAttention requires
         scores = query.double() @ key.double().mT * scaling
         scores = scores.masked_fill(torch.ones(scores.shape[-2:]).tril().logical_not(), float("-inf"))
         return (scores.softmax(-1) @ value.double()).to(query.dtype), scores.logsumexp(-1).float()
 
     monkeypatch.setattr(banded_attention, "flash_band", exact_band)
     query = (300 + torch.randn(1, 2, 5, 64)).to(dtype)
-    key, value = (100 + torch.randn(1, 2, 8, 64)).to(dtype), torch.randn(1, 2, 8, 64).to(dtype)
+    key, value = (100 + torch.randn(1, 2, 8, 64)).to(dtype), torch.randn(1, 2, 8, value_dim).to(dtype)
     visible = torch.tensor([[False] * 3, *[[True] * 3] * 4])
     inputs = (query, query, key[:, :, :3], value[:, :, :3], visible, key[:, :, 3:], value[:, :, 3:], 5, 1e-3)
     out = flash_two_phase_attention(*inputs)

@@ -1,0 +1,51 @@
+"""Model types that cannot stream, and why."""
+
+from transformers import PreTrainedConfig
+
+ABSOLUTE = "it adds absolute position embeddings before the first layer, so positions of cached keys cannot be moved"
+RELATIVE = "its attention has relative positions of its own kind, neither rotary nor ALiBi"
+LINEAR = "it has no keys to keep: linear attention and state-space layers store their past in a state of fixed size"
+LAYERED = "some of its layers have their own sliding window, with rules that differ between layers"
+INDEXED = "its layers select the keys that a query sees, with an index of the whole text"
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(("gpt2", "gpt_neo", "gpt_bigcode", "opt", "xglm", "biogpt", "openai-gpt", "ctrl"), ABSOLUTE),
+    **dict.fromkeys(("bert", "roberta", "camembert", "xlm-roberta", "electra", "bart", "mbart", "pegasus"), ABSOLUTE),
+    **dict.fromkeys(("blenderbot", "marian", "whisper", "trocr", "git", "megatron-bert", "rembert", "xlm"), ABSOLUTE),
+    **dict.fromkeys(("xlnet", "cpmant", "reformer"), RELATIVE),
+    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "qwen3_next", "xlstm"), LINEAR),
+    **dict.fromkeys(("jamba", "bamba", "falcon_h1", "zamba", "zamba2", "minimax", "nemotron_h", "zaya"), LINEAR),
+    **dict.fromkeys(("granitemoehybrid", "kimi_linear", "olmo_hybrid", "lfm2", "lfm2_moe"), LINEAR),
+    **dict.fromkeys(("gemma2", "gemma3", "gemma3_text", "gemma3n_text", "gemma4_text", "vaultgemma"), LAYERED),
+    **dict.fromkeys(("cohere2", "cohere2_moe", "olmo3", "gpt_oss", "exaone_moe", "ministral", "cwm"), LAYERED),
+    **dict.fromkeys(("afmoe", "modernbert-decoder", "mimo_v2_flash", "mellum", "laguna"), LAYERED),
+    **dict.fromkeys(("deepseek_v32", "deepseek_v4", "glm_moe_dsa"), INDEXED),
+}
+KINDS_OF_LAYERS = {  # part of a name in `config.layer_types`
+    "linear": LINEAR,
+    "conv": LINEAR,
+    "mamba": LINEAR,
+    "hybrid": LINEAR,
+    "recurrent": LINEAR,
+    "indexed": INDEXED,
+    "sparse": INDEXED,
+    "compressed": INDEXED,
+    "sliding": LAYERED,
+    "chunked": LAYERED,
+}
+
+
+def refusal(model_type: str, config: PreTrainedConfig | None = None) -> str | None:
+    """Return why a model type cannot stream, None if nothing is known against it.
+
+    A type that is not listed may have layers of a listed kind.
+    """
+    if model_type in REFUSED:
+        return REFUSED[model_type]
+    kinds = " ".join(getattr(config, "layer_types", None) or ())
+    return next((reason for name, reason in KINDS_OF_LAYERS.items() if name in kinds), None)
+
+
+def num_embedded_positions(config: PreTrainedConfig) -> int | None:
+    """Return the number of positions of a model with absolute position embeddings, else None."""
+    is_absolute = REFUSED.get(config.model_type) == ABSOLUTE
+    return getattr(config, "max_position_embeddings", None) if is_absolute else None

@@ -1,0 +1,57 @@
+"""Finding the model and its decoder inside of wrappers (PEFT, data parallelism, compilation)."""
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+UNSUPPORTED_PEFT = (
+    "streaming does not support {} of PEFT, which adds virtual tokens: use a method that changes weights, such as LoRA"
+)
+
+
+def unwrapped(model: Any) -> PreTrainedModel:
+    """Return the transformers model inside of wrappers.
+
+    Raises:
+        ValueError: there is none, or a wrapper cannot stream.
+    """
+    while not isinstance(model, PreTrainedModel):
+        name = type(model).__name__
+        if hasattr(model, "peft_config"):
+            refuse_prompts(model)
+            model = model.get_base_model()
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
+            model = model._orig_mod
+        elif isinstance(getattr(model, "module", None), nn.Module):  # data parallelism, DeepSpeed
+            if len(getattr(model, "device_ids", None) or ()) > 1:
+                raise ValueError(
+                    f"streaming does not support {name} on several devices, since it copies the model for each pass: "
+                    "pass its .module"
+                )
+            model = model.module
+        else:
+            raise ValueError(f"{name} is not a model of transformers: pass a PreTrainedModel")
+    return model
+
+
+def refuse_prompts(model: Any) -> None:
+    """Raise a ValueError for methods of PEFT that add virtual tokens or keys of their own."""
+    for config in model.peft_config.values():
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if getattr(config, "is_prompt_learning", False) or kind == "ADAPTION_PROMPT":
+            raise ValueError(UNSUPPORTED_PEFT.format(kind))
+
+
+def decoder_of(model: Any) -> Any:
+    """Return the decoder of a model, its part without the head.
+
+    Raises:
+        ValueError: as `unwrapped`.
+    """
+    model = unwrapped(model)
+    if any(type(module).__name__ == "AdaptedAttention" for module in model.modules()):
+        raise ValueError(UNSUPPORTED_PEFT.format("ADAPTION_PROMPT"))
+    decoder: Any = model.get_decoder()
+    inner = getattr(decoder, "model", None)  # Llama 4 returns the model with its head
+    return inner if isinstance(inner, PreTrainedModel) else decoder

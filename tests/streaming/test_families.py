@@ -1,0 +1,167 @@
+"""Every supported family computes the streaming rule, and the others are refused."""
+
+import re
+from functools import partial
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sinklm.models.cache_argument import CACHE
+from sinklm.streaming import Rotary, StreamingCache, families, register_family, shared_rotary
+from sinklm.streaming.families import FAMILIES, Family
+from sinklm.streaming.refusals import refusal
+from sinklm.streaming.rule import StreamShape
+from sinklm.streaming.testing import check_family, random_model, reference_logits
+
+from ..models.tiny import tiny_model
+from . import oracle, small_families, tiny
+
+GUIDE = small_families.PAGE.parent / "guides" / "add-a-model-family.md"
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """The families, which a test may change."""
+    monkeypatch.setattr(families, "FAMILIES", dict(FAMILIES))
+    return families.FAMILIES
+
+
+@pytest.mark.parametrize("name", small_families.FAMILIES)
+def test_every_family_equals_the_stock_model(name):
+    assert check_family(random_model(small_families.config(name))) < 2e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", small_families.FAMILIES)
+def test_every_family_equals_the_stock_model_on_a_gpu(name):
+    """With the kernels of the decoding step."""
+    assert check_family(random_model(small_families.config(name)).cuda()) < 5e-5
+
+
+def test_the_table_in_the_docs_has_every_family():
+    page = small_families.PAGE.read_text()
+    shown = page[page.index(small_families.HEADER) :].partition("\n\n")[0]
+    differences = [float(cell) for cell in re.findall(r"\| ([0-9e.-]+) \|$", shown, flags=re.MULTILINE)]
+    assert shown + "\n" == small_families.table(dict(zip(small_families.FAMILIES, differences, strict=True)))
+    assert max(differences) < 1e-4
+    assert {name.partition(":")[0] for name in small_families.FAMILIES} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama:yarn", "qwen3", "olmo2", "phi", "falcon:40b", "falcon:rw"])
+@pytest.mark.parametrize("shape", [(0, 6), (4, 2)])
+def test_the_reference_equals_the_oracle(family, shape):
+    """It runs the stock model; the oracle computes each layer itself."""
+    model, ids = tiny.build(tiny.config(family)), tiny.random_ids(13)[0]
+    tiny.use_float64(model)
+    expected = oracle.stream_logits(model, ids, *shape)
+    torch.testing.assert_close(reference_logits(model, ids, *shape), expected, rtol=0, atol=1e-12)
+
+
+WRONG = {
+    "other pairs": ("glm", Family(shared_rotary)),
+    "pairs of halves as interleaved": ("llama", Family(partial(shared_rotary, interleaved=True))),
+    "first dimensions instead of the last": ("deepseek_v3", Family(shared_rotary)),
+    "layers without positions": ("smollm3", Family(shared_rotary)),
+    "other frequencies": ("llama", Family(lambda decoder, shape: Rotary(lambda: decoder.rotary_emb.inv_freq * 1.02))),
+    "scaled by the length of the stream": ("llama4_text", Family(FAMILIES["llama4_text"].encoding)),
+    "no distances": ("bloom", Family(lambda *_: families.Alibi(torch.zeros(4, 7)), FAMILIES["bloom"].adapter)),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_a_wrong_family_does_not_pass(mistake, registry):
+    model_type, registry[model_type] = WRONG[mistake][0], WRONG[mistake][1]
+    with pytest.raises(AssertionError, match="logits differ from the streaming rule"):
+        check_family(random_model(small_families.config(model_type)))
+
+
+def test_a_check_that_proves_nothing_is_an_error():
+    config = small_families.config("llama")
+    with pytest.raises(ValueError, match="hardly depend on the positions"):
+        check_family(AutoModelForCausalLM.from_config(config))
+    with pytest.raises(ValueError, match="more than twice the size"):
+        check_family(random_model(config), num_tokens=14)
+    with pytest.raises(ValueError, match=r"is in torch\.bfloat16"):
+        check_family(random_model(config).bfloat16())
+    with pytest.raises(ValueError, match="has sink tokens"):
+        check_family(tiny_model(num_sinks=1))
+
+
+def test_a_family_can_be_registered_from_outside_as_in_the_guide(registry, capsys):
+    register, check = re.findall(r"^```python\n(.*?)^```$", GUIDE.read_text(), flags=re.MULTILINE | re.DOTALL)
+    with pytest.raises(ValueError, match=r"'persimmon': it was not tested .*add-a-model-family.md"):
+        exec(check, {})
+    exec(register, {})
+    exec(check, {})
+    assert float(capsys.readouterr().out) < 2e-5
+    with pytest.raises(ValueError, match="'persimmon' is registered"):
+        register_family("persimmon", shared_rotary)
+    with pytest.raises(ValueError, match="'gpt2' cannot be registered for streaming: it adds absolute"):
+        register_family("gpt2", shared_rotary)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("gpt2", "absolute position embeddings"),
+        ("gemma2", "sliding window"),
+        ("gpt_oss", "sliding window"),
+        ("mamba", "no keys to keep"),
+        ("xlnet", "neither rotary nor ALiBi"),
+        ("persimmon", "not tested"),
+    ],
+)
+def test_other_families_are_refused_with_the_reason(model_type, reason):
+    config = AutoConfig.for_model(model_type)
+    with pytest.raises(ValueError, match=f"does not support model type '{model_type}': .*{reason}"):
+        families.family_of(config, StreamShape(4, 6))
+    assert (refusal(model_type, config) is None) == (reason == "not tested")
+
+
+@pytest.mark.parametrize(
+    ("layer_type", "reason"),
+    [
+        ("sliding_attention", "own sliding window"),
+        ("linear_attention", "no keys to keep"),
+        ("indexed_attention", "index of the whole text"),
+    ],
+)
+def test_a_new_family_is_refused_by_the_kinds_of_its_layers(layer_type, reason):
+    config = AutoConfig.for_model("persimmon")
+    config.layer_types = ["full_attention", layer_type]
+    with pytest.raises(ValueError, match=f"'persimmon': .*{reason}"):
+        families.family_of(config, StreamShape(4, 6))
+
+
+LIMITED = {
+    "mistral": "num_kept \\+ window must be at most 6",
+    "phi3": "num_kept \\+ window must be at most 6",
+    "starcoder2": "num_kept \\+ window must be at most 6",
+    "exaone4": "num_kept \\+ window must be at most 6",
+    "llama4_text": "num_kept \\+ window must be at most 6",
+    "ministral3": "num_kept \\+ 2 \\* window must be at most 13",
+    "phi3:longrope": "num_kept \\+ 2 \\* window must be at most 13",
+    "phimoe": "num_kept \\+ 2 \\* window must be at most 13",
+    "llama:dynamic": "num_kept \\+ 2 \\* window must be at most 13",
+}
+
+
+@pytest.mark.parametrize("name", LIMITED)
+def test_a_cache_in_which_the_model_computes_something_else_is_an_error(name):
+    with pytest.raises(ValueError, match=LIMITED[name]):
+        families.family_of(small_families.config(name), StreamShape(0, 7))
+
+
+def test_frequencies_chosen_by_length_may_have_changed_before():
+    """A long text without a cache sets the model's current frequencies."""
+    for name in ("llama:dynamic", "phi3:longrope"):
+        model, ids = random_model(small_families.config(name)), tiny.random_ids(40)
+        expected = reference_logits(model, ids[0], 1, 5)
+        cache = StreamingCache.for_model(model, num_kept=1, window=5)
+        logits = []
+        with torch.no_grad():
+            for piece in ids.split(8, dim=1):
+                logits.append(model(piece, **{CACHE: cache}).logits)
+                model(ids, use_cache=False)
+        torch.testing.assert_close(torch.cat(logits, dim=1)[0], expected, rtol=0, atol=1e-4)
