@@ -38,8 +38,9 @@ def recipes() -> None:
 
 
 @examples(
-    "sinklm train pythia-160m --dry-run",
     "sinklm train quickstart data.path=store train.num_steps=20",
+    "sinklm train pythia-160m data.path=stores/pile --dry-run",
+    "sinklm train --keys",
 )
 def train(
     recipe: Annotated[
