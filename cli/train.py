@@ -82,6 +82,7 @@ def train(
     This command runs one process. For several GPUs, use `deepspeed --module sinklm.train RECIPE
     KEY=VALUE…`, torchrun or srun.
     """
+    Console().note("loading torch …")
     from ..train.run import train as run
 
     run(recipe, overrides or [], only_describe=dry_run, trust_checkpoint=trust_checkpoint)
