@@ -53,7 +53,7 @@ def train(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...", help="Settings that override the recipe, e.g. data.path=store train.num_steps=100"
+            metavar="KEY=VALUE", help="Settings that override the recipe, e.g. data.path=store train.num_steps=100"
         ),
     ] = None,
     keys: Annotated[
