@@ -12,6 +12,7 @@ from .decoding import StreamingDecoder
 from .encodings import Alibi, Rotary
 from .families import register_family, shared_rotary
 from .generation import Generator, TextStream, default_cache
+from .sampling import Sampling
 from .scoring import stream_logits, stream_losses
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Chat",
     "Generator",
     "Rotary",
+    "Sampling",
     "StreamingCache",
     "StreamingDecoder",
     "TextStream",
