@@ -22,7 +22,7 @@ from ..special_tokens import padding_token, without_template
 from .checks import read_tokenizer
 from .checksums import write_sums
 from .folders import resolve_model_folder
-from .loading import load_model, load_tokenizer, no_progress_bars
+from .loading import load_model, load_tokenizer, save_model
 from .model_card import model_card
 
 EXPORTABLE_KINDS = ("none", "token")
@@ -117,12 +117,8 @@ def _write_model(model: PreTrainedModel, config: SinkGPTNeoXConfig, folder: Path
         eos_token_id=plain_config.eos_token_id,
         suppress_tokens=config.sink_token_ids or None,
     )
-    with no_progress_bars():
-        plain.save_pretrained(folder)
-
+    save_model(plain, folder)
     path = folder / "config.json"
-    for weights in folder.glob("*.safetensors"):  # safetensors creates files that only the owner can read
-        shutil.copymode(path, weights)
     written = json.loads(path.read_text(encoding="utf-8"))
     write_json(path, written | _older_keys(plain_config) | {"sink": config.sink}, sort_keys=True)
 

@@ -17,7 +17,7 @@ from ..files import check_writable, replace_folder
 from ..models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM
 from .checks import checked_config, read_tokenizer
 from .checksums import verify_model_folder, write_sums
-from .loading import no_progress_bars
+from .loading import save_model
 from .model_tokenizer import write_tokenizer
 from .sink_rows import SinkRow, start_sink_rows
 from .sources import find_model, with_safetensors
@@ -30,12 +30,18 @@ VOCABULARY_MULTIPLE = 128
 CARD = """\
 # {name}
 
-{source}{commit}, imported by sinklm with `sink.kind` {kind}. {sink}
+{source}{commit}, imported by sinklm with `sink.kind` {kind}.
+{sink}
 
-The weights are those of the source{but}, and so is their licence. Evaluate this folder with
-`sinklm eval`, generate text with `sinklm generate`, and train on from it with
-`model.init_from`.
+The weights are those of the source{but}, and so is their licence. `sinklm eval` evaluates this
+folder, and `sinklm train RECIPE model.init_from=FOLDER` trains on from it.
 """
+
+ROWS = {
+    SinkRow.MEAN: "the mean of those of all tokens",
+    SinkRow.ENDOFTEXT: "that of the end-of-text token",
+    SinkRow.RANDOM: "random",
+}
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ def import_model(
     *,
     revision: str | None = None,
     sink: str = "token",
-    sink_row: str = SinkRow.MEAN,
+    sink_row: str | None = None,
     seed: int = 0,
     dtype: torch.dtype | str = "auto",
 ) -> Imported:
@@ -80,7 +86,7 @@ def import_model(
         revision: branch, tag or commit on the Hub, such as ``step3000``.
         sink: ``token``; ``none``, which computes exactly what transformers does; ``zero``,
             ``logit`` or ``kv_bias``, whose additional column changes the output at once.
-        sink_row: initial row of the sink token, see `SinkRow`.
+        sink_row: initial row of the sink token, see `SinkRow`; None: ``mean``.
         seed: of a random row.
         dtype: of the new weights; ``"auto"``: that of the source.
 
@@ -94,6 +100,11 @@ def import_model(
     if sink not in SINKS:
         why = ": its gate starts at one half, so the model would lose what it has learned" if sink == "gate" else ""
         raise ValueError(f"--sink {sink} is not possible{why}: choose one of {', '.join(SINKS)}")
+    if sink_row is not None and sink != "token":
+        raise ValueError(f"--sink-row {sink_row} is for a sink token, but --sink is {sink}: leave it out")
+    if sink_row not in (None, *SinkRow):
+        raise ValueError(f"--sink-row is {sink_row!r}: choose one of {', '.join(SinkRow)}")
+    sink_row = sink_row or SinkRow.MEAN
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists: choose another --output, or delete it")
     check_writable(output)
@@ -106,8 +117,7 @@ def import_model(
         model, num_new_rows = _model(source, with_safetensors(folder, scratch), folder, sink, dtype)
         if sink == "token":
             start_sink_rows(model, model.config.sink_token_ids, sink_row, seed=seed)
-        with no_progress_bars():
-            model.save_pretrained(partial)
+        save_model(model, partial)
         shutil.rmtree(scratch)
         write_tokenizer(partial, model.config, folder / "tokenizer.json")
         commit = folder.name if not Path(source).is_dir() else None
@@ -191,12 +201,12 @@ def _grow(model: SinkGPTNeoXForCausalLM) -> int:
 
 def _card(source: str | Path, revision: str | None, imported: Imported, sink_row: str) -> str:
     config = imported.config
-    row = f"The row of the sink token {', '.join(map(str, config.sink_token_ids))} is {sink_row}."
+    row = f"The embedding of the sink token {', '.join(map(str, config.sink_token_ids))} is {ROWS[sink_row]}."
     return CARD.format(
         name=imported.folder.absolute().name,
         source=f"{source}@{revision}" if revision else source,
         commit=f" (commit {imported.commit})" if imported.commit else "",
         kind=config.sink_kind,
         sink=row if config.num_sinks else "It has no sink token.",
-        but=", except this row" if config.num_sinks else "",
+        but=" except this row" if config.num_sinks else "",
     )

@@ -1,5 +1,7 @@
 """Load models and tokenizers from training runs, checkpoints, transformers folders or the Hub."""
 
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -153,6 +155,16 @@ def _is_made_up(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
     files = set(tokenizer.vocab_files_names.values())  # empty for tokenizers without a vocabulary, such as bytes
     known = files | {"tokenizer.json", "tokenizer.model", "tekken.json"}
     return bool(files) and not any((folder / name).exists() for name in known)
+
+
+def save_model(model: PreTrainedModel, folder: Path, **options: Any) -> None:
+    """Call ``save_pretrained`` without progress bars, and let everyone read the weights."""
+    if not torch.cuda.is_available():  # transformers imports DeepSpeed, which would warn that it found no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with no_progress_bars():
+        model.save_pretrained(folder, **options)
+    for path in folder.glob("*.safetensors"):  # safetensors creates files that only the owner can read
+        shutil.copymode(folder / "config.json", path)
 
 
 @contextmanager

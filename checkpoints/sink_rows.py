@@ -41,7 +41,7 @@ def start_sink_rows(
         seed: of the random rows; default: that of torch.
 
     Raises:
-        ValueError: ``row`` is unknown, or the model has no end-of-text token.
+        ValueError: the model has no end-of-text token.
     """
     embedding = model.get_input_embeddings().weight
     seed = torch.initial_seed() if seed is None else seed
@@ -55,8 +55,6 @@ def start_sink_rows(
 def _known_row(model: SinkGPTNeoXForCausalLM, embedding: torch.Tensor, row: str) -> torch.Tensor:
     if row == SinkRow.MEAN:  # without the rows after the tokens, which only pad the matrix
         return embedding[: model.config.sink_token_ids[0]].double().mean(dim=0)
-    if row != SinkRow.ENDOFTEXT:
-        raise ValueError(f"the sink's row is {row!r}: choose one of {', '.join(SinkRow)}")
     eos = model.config.eos_token_id
     if not isinstance(eos, int) or not 0 <= eos < model.config.sink_token_ids[0]:
         raise ValueError(f"the model has the end-of-text token {eos!r}, but one of its tokens is needed: use mean")

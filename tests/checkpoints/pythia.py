@@ -57,7 +57,13 @@ def padded(size: int) -> int:
     return -(-size // 128) * 128
 
 
-def write_pythia(folder: Path, form: str = "safetensors", dtype: torch.dtype = torch.float16, **config: Any) -> Path:
+def write_pythia(
+    folder: Path,
+    form: str = "safetensors",
+    dtype: torch.dtype = torch.float16,
+    tokenizer: Tokenizer | None = None,
+    **config: Any,
+) -> Path:
     """Write a model of random weights. ``config`` overrides keys of `CONFIG`."""
     folder.mkdir(parents=True)
     values = CONFIG | {"vocab_size": padded(num_tokens()), "torch_dtype": str(dtype).removeprefix("torch.")} | config
@@ -65,7 +71,7 @@ def write_pythia(folder: Path, form: str = "safetensors", dtype: torch.dtype = t
     model = GPTNeoXForCausalLM(GPTNeoXConfig.from_dict(values))
     sharpen(model)
     _write_weights(folder, model.to(dtype), form)
-    pythia_tokenizer().save(str(folder / "tokenizer.json"))
+    (tokenizer or pythia_tokenizer()).save(str(folder / "tokenizer.json"))
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     settings = special | {"add_prefix_space": False, "tokenizer_class": "GPTNeoXTokenizer"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

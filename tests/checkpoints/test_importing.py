@@ -146,7 +146,7 @@ def test_an_import_is_a_model_folder_with_checksums(pythia, tmp_path):
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert tokenizer.token_to_id("<|sink|>") == sink
     assert tokenizer.encode(TEXT).ids == pythia_tokenizer().encode(TEXT).ids
-    assert f"token {sink} is mean" in (folder / "README.md").read_text()
+    assert f"token {sink} is the mean of those of all tokens" in (folder / "README.md").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["imported"]
     exported = export_model(folder, tmp_path / "export")
     assert AutoTokenizer.from_pretrained(exported)(TEXT).input_ids[0] == sink
@@ -266,8 +266,10 @@ def test_wrong_arguments_are_refused(pythia, tmp_path):
         import_model(pythia, imported)
     with pytest.raises(ValueError, match="gate is not possible: .*choose one of token, none, zero"):
         import_model(pythia, tmp_path / "other", sink="gate")
-    with pytest.raises(ValueError, match="the sink's row is 'zero': choose one of mean, endoftext, random"):
+    with pytest.raises(ValueError, match="--sink-row is 'zero': choose one of mean, endoftext, random"):
         import_model(pythia, tmp_path / "other", sink_row="zero")
+    with pytest.raises(ValueError, match="--sink-row mean is for a sink token, but --sink is none"):
+        import_model(pythia, tmp_path / "other", sink="none", sink_row="mean")
     with pytest.raises(ValueError, match=re.escape("which has no revision 'step3000': leave --revision out")):
         import_model(pythia, tmp_path / "other", revision="step3000")
     assert not (tmp_path / "other").exists()
