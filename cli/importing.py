@@ -50,7 +50,7 @@ def import_(
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Import a released GPT-NeoX model, such as Pythia, with a sink, to evaluate it or to train on."""
+    """Import a released GPT-NeoX model, such as Pythia, with a sink, to evaluate or train on."""
     console = Console(is_quiet=quiet)
     console.note(f"reading {model}{f' at {revision}' if revision else ''} …")
     from ..checkpoints.importing import import_model
@@ -70,7 +70,7 @@ def import_(
     console.print(f"{imported.folder}: {imported.num_parameters:,} parameters{sinks}", soft_wrap=True)
     if imported.num_new_rows:
         console.warn(
-            f"the embedding had no unused row: it has {config.vocab_size:,} rows now, {imported.num_new_rows} more; set "
-            f"model.vocab_size={config.vocab_size} to train on"
+            f"the embedding had no unused row: it has {config.vocab_size:,} rows now, {imported.num_new_rows} more; "
+            f"set model.vocab_size={config.vocab_size} to train on"
         )
     console.note(f"to train on: sinklm train RECIPE model.init_from={imported.folder} data.path=STORE")

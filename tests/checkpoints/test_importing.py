@@ -154,7 +154,7 @@ def test_an_import_is_a_model_folder_with_checksums(pythia, tmp_path):
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(ValueError, match="is damaged: model.safetensors has another sha256"):
+    with pytest.raises(ValueError, match=r"is damaged: model\.safetensors has another sha256"):
         load_model(folder)
 
 
@@ -211,7 +211,13 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = write_pythia(tmp_path / "source", "pickle")
     torch.save({"gpt_neox.embed_in.weight": Code()}, source / "pytorch_model.bin")
-    for content in (None, pickle.dumps(Code(), protocol=2), b"", b"version https://git-lfs", (source / "pytorch_model.bin").read_bytes()[:-90]):
+    for content in (
+        None,
+        pickle.dumps(Code(), protocol=2),
+        b"",
+        b"version https://git-lfs",
+        (source / "pytorch_model.bin").read_bytes()[:-90],
+    ):
         if content is not None:
             (source / "pytorch_model.bin").write_bytes(content)
         with pytest.raises(ValueError, match=r"pytorch_model\.bin (is damaged|has something else)"):
@@ -264,7 +270,7 @@ def test_wrong_arguments_are_refused(pythia, tmp_path):
             import_model(source, tmp_path / "other")
     with pytest.raises(FileExistsError, match="imported exists: choose another --output"):
         import_model(pythia, imported)
-    with pytest.raises(ValueError, match="gate is not possible: .*choose one of token, none, zero"):
+    with pytest.raises(ValueError, match=r"gate is not possible: .*choose one of token, none, zero"):
         import_model(pythia, tmp_path / "other", sink="gate")
     with pytest.raises(ValueError, match="--sink-row is 'zero': choose one of mean, endoftext, random"):
         import_model(pythia, tmp_path / "other", sink_row="zero")

@@ -19,7 +19,7 @@ from .tiny import losses, metrics
 
 NUM_STEPS = 8
 SMALL = [
-    "model.hidden_size=48",
+    "model.hidden_size=64",
     "model.num_hidden_layers=2",
     "model.num_attention_heads=4",
     "model.vocab_size=384",
