@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from tokenizers import Tokenizer
 
-from ..checkpoints.export import name_sinks
+from ..checkpoints.export import BATCH_SETTINGS, name_sinks
 from ..models import SinkGPTNeoXForCausalLM
 from ..special_tokens import padding_token, without_template
 from .launch import World
@@ -69,6 +69,7 @@ def write_tokenizer(folder: Path, plan: Plan, tokenizer_path: Path) -> None:
         "add_bos_token": False,
         "model_max_length": plan.model_config.max_position_embeddings - plan.num_sinks,
         "clean_up_tokenization_spaces": False,
+        **BATCH_SETTINGS,
     }
     if (padding := padding_token(tokenizer)) is not None:
         description["pad_token"] = padding
