@@ -6,7 +6,7 @@ from pathlib import Path
 from ..models import SinkGPTNeoXConfig
 from ..special_tokens import padding_token, without_template
 from .checks import read_tokenizer
-from .export import name_sinks
+from .export import BATCH_SETTINGS, name_sinks
 
 
 def write_tokenizer(folder: Path, config: SinkGPTNeoXConfig, tokenizer_path: Path) -> None:
@@ -32,6 +32,7 @@ def write_tokenizer(folder: Path, config: SinkGPTNeoXConfig, tokenizer_path: Pat
         "add_bos_token": False,
         "model_max_length": config.max_position_embeddings - config.num_sinks,
         "clean_up_tokenization_spaces": False,
+        **BATCH_SETTINGS,
     }
     if (padding := padding_token(tokenizer)) is not None:
         description["pad_token"] = padding
