@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import RevisionNotFoundError
 from safetensors.torch import save_file
 
+from ..hub import find_on_hub
 from ..text import one_line
 from .checks import INDEX, SAVED_BUFFERS, WEIGHTS, read_json_object
 from .folders import resolve_model_folder
@@ -33,33 +34,32 @@ def find_model(name_or_path: str | Path, revision: str | None = None) -> Path:
 
     Raises:
         OSError: there is no such folder, model or revision, or it cannot be downloaded.
-        ValueError: a revision of a folder, or not a name on the Hub.
+        ValueError: a revision of a folder.
     """
-    resolved = resolve_model_folder(name_or_path)
-    if Path(resolved).is_dir():
+    if Path(name_or_path).exists():
         if revision is not None:
             raise ValueError(
                 f"{name_or_path} is a folder, which has no revision {revision!r}: leave --revision out, or pass a name "
                 "on the Hub such as EleutherAI/pythia-160m"
             )
-        return Path(resolved)
+        return Path(resolve_model_folder(name_or_path))
+    found = find_on_hub(str(name_or_path), revision=revision)
+    return Path(found) if Path(found).is_dir() else _download(found, revision)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    def snapshot(of: str | None, *weights: str) -> Path:
+        return Path(snapshot_download(name, revision=of, allow_patterns=[*SMALL_FILES, *weights]))
+
     try:
-        folder = _download(resolved, revision, [*SMALL_FILES, "model*.safetensors", INDEX])
-        if not has_safetensors(folder):
-            folder = _download(resolved, folder.name, [*SMALL_FILES, "pytorch_model*.bin", PICKLE_INDEX])
+        folder = snapshot(revision, "model*.safetensors", INDEX)
+        return folder if has_safetensors(folder) else snapshot(folder.name, "pytorch_model*.bin", PICKLE_INDEX)
     except RevisionNotFoundError as error:
-        raise FileNotFoundError(f"{name_or_path} has no revision {revision!r}: {PYTHIA_REVISIONS}") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, ConnectionError, ValueError) as error:
-        at = f" at revision {revision}" if revision else ""
-        raise FileNotFoundError(
-            f"cannot get {name_or_path}{at} from the Hub ({one_line(error)}): check the name and the network, or pass "
-            "a folder"
-        ) from error
-    return folder
-
-
-def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
-    return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        raise FileNotFoundError(f"{name} has no revision {revision!r}: {PYTHIA_REVISIONS}") from error
+    except Exception as error:  # also those of the HTTP library, which differ between versions
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk
+            raise
+        raise OSError(f"cannot download {name} from the Hub ({one_line(error)}): run the command again") from error
 
 
 def has_safetensors(folder: Path) -> bool:

@@ -3,10 +3,12 @@
 import json
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import RevisionNotFoundError
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
 
@@ -185,9 +187,13 @@ def test_a_name_and_a_revision_are_read_from_the_cache_of_the_hub(cache, tmp_pat
 @pytest.mark.parametrize(
     ("name", "revision", "message"),
     [
-        (NAME, "step3", rf"cannot get {NAME} at revision step3 from the Hub \(.*\): check the name and the network"),
-        ("EleutherAI/pythia-16m", None, r"cannot get EleutherAI/pythia-16m from the Hub"),
-        ("no folder", None, r"cannot get no folder from the Hub"),
+        (
+            NAME,
+            "step3",
+            rf"{NAME}: no such folder, and the cache .* has no model of this name at revision step3: check",
+        ),
+        ("EleutherAI/pythia-16m", None, r"the cache of the Hugging Face Hub has no model of this name: check"),
+        ("no folder", None, r"no folder: no such folder; check the path"),
         ("./no-folder", None, "no such folder"),
     ],
 )
@@ -197,6 +203,37 @@ def test_what_is_not_there_is_an_error_of_one_line(cache, tmp_path, pythia, name
         import_model(name, tmp_path / "imported", revision=revision)
     assert len(str(raised.value).splitlines()) == 1
     assert not (tmp_path / "imported").exists()
+
+
+class Hub:
+    """Plays the Hub: one branch, whose weights are a pickle, and what was asked for."""
+
+    def __init__(self, folder: Path, commit: str):
+        self.folder, self.commit, self.asked = folder, commit, []
+
+    def download(self, name: str, *, revision: str | None = None, allow_patterns: list[str], **_) -> str:
+        self.asked.append((revision, [pattern for pattern in allow_patterns if "model" in pattern]))
+        if revision not in (None, "step3000", self.commit):
+            raise RevisionNotFoundError.__new__(RevisionNotFoundError)  # it is made from a response
+        snapshot = self.folder.parent / self.commit
+        snapshot.mkdir(exist_ok=True)
+        for path in self.folder.iterdir():
+            if any(path.match(pattern) for pattern in allow_patterns):
+                shutil.copy(path, snapshot)
+        return str(snapshot)
+
+
+def test_a_pickle_is_downloaded_only_without_safetensors_and_from_the_same_commit(tmp_path, monkeypatch):
+    hub = Hub(write_pythia(tmp_path / "source", "pickle"), "c" * 40)
+    monkeypatch.setattr("sinklm.checkpoints.sources.snapshot_download", hub.download)
+    monkeypatch.setattr("sinklm.checkpoints.sources.find_on_hub", lambda name, **_: name)
+    assert import_model(NAME, tmp_path / "imported", revision="step3000").commit == hub.commit
+    (first, safetensors), (second, pickles) = hub.asked
+    assert (first, second) == ("step3000", hub.commit)
+    assert not any("bin" in pattern for pattern in safetensors)
+    assert not any("safetensors" in pattern for pattern in pickles)
+    with pytest.raises(FileNotFoundError, match=rf"{NAME} has no revision 'step3001': Pythia's are step0, step1"):
+        import_model(NAME, tmp_path / "other", revision="step3001")
 
 
 # -- what is refused -------------------------------------------------------------------------------
