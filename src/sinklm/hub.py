@@ -45,8 +45,8 @@ def find_on_hub(name: str, kind: str = "model", revision: str | None = None) -> 
         raise FileNotFoundError(f"{missing}; {near_path_hint(name) or remedy}")
     if constants.HF_HUB_OFFLINE:
         raise FileNotFoundError(
-            f"{missing}, and the cache of the Hugging Face Hub has no {what} of this name{at}: check the path, or unset "
-            "HF_HUB_OFFLINE to download it"
+            f"{missing}, and the cache of the Hugging Face Hub has no {what} of this name{at}: check the path, or "
+            "unset HF_HUB_OFFLINE to download it"
         )
     reason = _why_unreachable(name, kind, what, missing)
     if reason is None:

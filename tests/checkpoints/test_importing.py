@@ -190,7 +190,7 @@ def test_a_name_and_a_revision_are_read_from_the_cache_of_the_hub(cache, tmp_pat
         (
             NAME,
             "step3",
-            rf"{NAME}: no such folder, and the cache .* has no model of this name at revision step3: check",
+            rf"{NAME}: no such folder, and the cache .* no model of this name at revision step3: check",
         ),
         ("EleutherAI/pythia-16m", None, r"the cache of the Hugging Face Hub has no model of this name: check"),
         ("no folder", None, r"no folder: no such folder; check the path"),
