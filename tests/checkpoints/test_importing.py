@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub.errors import RevisionNotFoundError
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
 
@@ -17,9 +16,11 @@ from sinklm.checkpoints.export import export_model
 from sinklm.checkpoints.importing import import_model
 from sinklm.checkpoints.warm_start import load_weights
 
+from .hub_server import serve_model
 from .pythia import FORMS, num_tokens, padded, put_in_cache, pythia_tokenizer, write_pythia
 
 NAME = "EleutherAI/pythia-160m-seed3"
+URL = "ADDRESS/{repo_id}/resolve/{revision}/{filename}"
 TEXT = "The old man    went down\n\n\tto the sea"
 
 
@@ -205,35 +206,28 @@ def test_what_is_not_there_is_an_error_of_one_line(cache, tmp_path, pythia, name
     assert not (tmp_path / "imported").exists()
 
 
-class Hub:
-    """Plays the Hub: one branch, whose weights are a pickle, and what was asked for."""
-
-    def __init__(self, folder: Path, commit: str):
-        self.folder, self.commit, self.asked = folder, commit, []
-
-    def download(self, name: str, *, revision: str | None = None, allow_patterns: list[str], **_) -> str:
-        self.asked.append((revision, [pattern for pattern in allow_patterns if "model" in pattern]))
-        if revision not in (None, "step3000", self.commit):
-            raise RevisionNotFoundError.__new__(RevisionNotFoundError)  # it is made from a response
-        snapshot = self.folder.parent / self.commit
-        snapshot.mkdir(exist_ok=True)
-        for path in self.folder.iterdir():
-            if any(path.match(pattern) for pattern in allow_patterns):
-                shutil.copy(path, snapshot)
-        return str(snapshot)
+@pytest.fixture(params=["pickle", "safetensors and pickle"])
+def online(cache, tmp_path, monkeypatch, request):
+    """Make `huggingface_hub` ask a server on this machine. Yields the files that it downloads."""
+    source = write_pythia(tmp_path / "source", "pickle")
+    if request.param != "pickle":
+        shutil.copy(write_pythia(tmp_path / "other") / "model.safetensors", source)
+    with serve_model(source, NAME, ["step3000"], "c" * 40) as (address, downloaded):
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", URL.replace("ADDRESS", address))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        yield downloaded
 
 
-def test_a_pickle_is_downloaded_only_without_safetensors_and_from_the_same_commit(tmp_path, monkeypatch):
-    hub = Hub(write_pythia(tmp_path / "source", "pickle"), "c" * 40)
-    monkeypatch.setattr("sinklm.checkpoints.sources.snapshot_download", hub.download)
-    monkeypatch.setattr("sinklm.checkpoints.sources.find_on_hub", lambda name, **_: name)
-    assert import_model(NAME, tmp_path / "imported", revision="step3000").commit == hub.commit
-    (first, safetensors), (second, pickles) = hub.asked
-    assert (first, second) == ("step3000", hub.commit)
-    assert not any("bin" in pattern for pattern in safetensors)
-    assert not any("safetensors" in pattern for pattern in pickles)
+def test_a_revision_is_downloaded_from_one_commit(online, tmp_path):
+    imported = import_model(NAME, tmp_path / "imported", revision="step3000")
+    assert imported.commit == "c" * 40
+    has_safetensors = (tmp_path / "source" / "model.safetensors").exists()
+    weights = [name for name in online if "model" in name]
+    assert weights == ["model.safetensors" if has_safetensors else "pytorch_model.bin"]
+    assert "special_tokens_map.json" not in online  # not used
     with pytest.raises(FileNotFoundError, match=rf"{NAME} has no revision 'step3001': Pythia's are step0, step1"):
-        import_model(NAME, tmp_path / "other", revision="step3001")
+        import_model(NAME, tmp_path / "none", revision="step3001")
 
 
 # -- what is refused -------------------------------------------------------------------------------
