@@ -224,6 +224,13 @@ MODELS = [
         r"the tokenizer's chat template fails \(access .*: use .*",
         template("{{ ''.__class__.__mro__ }}"),
     ),
+    Case(
+        "an import of our own model", "import {model}", r".* with sink\.kind token: it needs no import; .*init_from=.*"
+    ),
+    Case("an import of nothing", "import ./no/where", r"no/where: no such folder; check the path"),
+    Case(
+        "an import of an unknown sink", "import {model} --sink tokens", r"--sink tokens is not possible: choose one .*"
+    ),
 ]
 NOT_FINITE = [
     Case(
