@@ -145,6 +145,11 @@ def _model(
     theirs = checked_config(str(folder))
     _check_source(source, theirs)
     num_tokens = _num_tokens(original / "tokenizer.json")
+    if not isinstance(theirs.eos_token_id, int) or not 0 <= theirs.eos_token_id < num_tokens:
+        raise ValueError(
+            f"{source}: eos_token_id in its config.json is {theirs.eos_token_id}: set it to the id of the end-of-text "
+            "token, which ends every document"
+        )
     if num_tokens > theirs.vocab_size:
         raise ValueError(
             f"{source} has {theirs.vocab_size} rows in its embedding, but its tokenizer {num_tokens} ids: use the "

@@ -39,9 +39,6 @@ def start_sink_rows(
         token_ids: the new sinks. All ids before the model's first sink are tokens.
         row: one of `SinkRow`.
         seed: of the random rows; default: that of torch.
-
-    Raises:
-        ValueError: the model has no end-of-text token.
     """
     embedding = model.get_input_embeddings().weight
     seed = torch.initial_seed() if seed is None else seed
@@ -53,9 +50,7 @@ def start_sink_rows(
 
 
 def _known_row(model: SinkGPTNeoXForCausalLM, embedding: torch.Tensor, row: str) -> torch.Tensor:
-    if row == SinkRow.MEAN:  # without the rows after the tokens, which only pad the matrix
-        return embedding[: model.config.sink_token_ids[0]].double().mean(dim=0)
-    eos = model.config.eos_token_id
-    if not isinstance(eos, int) or not 0 <= eos < model.config.sink_token_ids[0]:
-        raise ValueError(f"the model has the end-of-text token {eos!r}, but one of its tokens is needed: use mean")
-    return embedding[eos]
+    if row == SinkRow.ENDOFTEXT:
+        return embedding[model.config.eos_token_id]
+    # Without the rows after the tokens, which only pad the matrix.
+    return embedding[: model.config.sink_token_ids[0]].double().mean(dim=0)

@@ -270,6 +270,11 @@ def truncated_index(folder: Path) -> None:
     ("form", "change", "message"),
     [
         ("safetensors", lambda folder: edit_config(folder, tie_word_embeddings=True), "shares one matrix"),
+        (
+            "safetensors",
+            lambda folder: edit_config(folder, eos_token_id=[0, 1]),
+            r"eos_token_id in .* is \[0, 1\]: set",
+        ),
         ("safetensors", lambda folder: edit_config(folder, model_type="llama"), "has model type llama: use a GPT-NeoX"),
         ("safetensors", lambda folder: edit_config(folder, num_hidden_layers=1), "which the model of its config"),
         ("safetensors", lambda folder: (folder / "tokenizer.json").unlink(), r"has no tokenizer\.json"),
