@@ -54,4 +54,4 @@ def expected_results(checkpoint: Path) -> dict:
 
 
 if __name__ == "__main__":
-    print(*write_exports(Path(sys.argv[1])))
+    write_exports(Path(sys.argv[1]))
