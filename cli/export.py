@@ -1,6 +1,5 @@
 """`sinklm export`: write a checkpoint for transformers, llama.cpp or the Hugging Face Hub."""
 
-import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,9 +22,10 @@ class Form(StrEnum):
 
 
 @examples(
-    "sinklm export runs/learnable-sink exports/learnable-sink",
-    "sinklm export runs/learnable-sink exports/learnable-sink.gguf --to gguf",
-    "sinklm export runs/learnable-sink me/learnable-sink --to hub --private --dry-run",
+    "sinklm export runs/quickstart exports/quickstart",
+    "sinklm export runs/quickstart/checkpoints/step-20 exports/step-20",
+    "sinklm export runs/quickstart exports/quickstart.gguf --to gguf",
+    "sinklm export runs/quickstart me/quickstart --to hub --private --dry-run",
 )
 def export(
     checkpoint: Annotated[
@@ -65,11 +65,7 @@ def export(
     if to != Form.HUB and (private or dry_run):
         raise ValueError(f"{'--private' if private else '--dry-run'} is an option of --to hub")
     console = Console(is_quiet=quiet)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        message = _export(console, checkpoint, output, to, str(dtype), private, dry_run)
-    for text in dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning):
-        console.warn(text)
+    message = _export(console, checkpoint, output, to, str(dtype), private, dry_run)
     console.print(message, soft_wrap=True)
 
 
