@@ -28,7 +28,7 @@ from .loading import load_model, load_tokenizer
 from .model_card import model_card
 
 EXPORTABLE_KINDS = ("none", "token")
-# `token_type_ids`, a default of transformers 4, are an error for a GPT-NeoX; generation needs padding on the left.
+# GPT-NeoX refuses `token_type_ids`, a default of transformers 4. Generation needs padding on the left.
 BATCH_SETTINGS = {"model_input_names": ["input_ids", "attention_mask"], "padding_side": "left"}
 LARGEST_SHARD = "50GB"  # of a file of weights, as transformers 5 writes them
 
@@ -243,7 +243,9 @@ def exported_tokenizer(checkpoint: str | Path, config: PreTrainedConfig) -> Expo
 def sink_ids(config: PreTrainedConfig) -> list[int]:
     """Return the ids of the sink tokens of a sinklm model or an export."""
     sink = getattr(config, "sink", None) or {}
-    return list(range(sink["first_token_id"], sink["first_token_id"] + sink["num_tokens"])) if "num_tokens" in sink else []
+    return (
+        list(range(sink["first_token_id"], sink["first_token_id"] + sink["num_tokens"])) if "num_tokens" in sink else []
+    )
 
 
 def name_sinks(backend: Tokenizer, token_ids: list[int]) -> list[str]:

@@ -69,9 +69,7 @@ def export(
     console.print(message, soft_wrap=True)
 
 
-def _export(
-    console: Console, checkpoint: str, output: str, to: Form, dtype: str, private: bool, dry_run: bool
-) -> str:
+def _export(console: Console, checkpoint: str, output: str, to: Form, dtype: str, private: bool, dry_run: bool) -> str:
     """Write the export and return what to tell the user."""
     console.note(f"loading {checkpoint} …")
     if to == Form.GGUF:

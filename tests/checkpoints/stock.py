@@ -9,12 +9,11 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-sys.modules["sinklm"] = None  # type: ignore[assignment]  # any import of it fails
-
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, pipeline
 
+sys.modules["sinklm"] = None  # type: ignore[assignment]  # any import of it fails
 torch.set_num_threads(1)
 
 

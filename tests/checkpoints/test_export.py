@@ -26,7 +26,6 @@ from ..eval.checkpoints import END_OF_TEXT, small_model, small_tokenizer, write_
 from .exports import KINDS, TEXT, write_exports
 from .seal import seal
 
-
 SHIPPED = [Path(__file__).parents[2] / "examples" / "checkpoints" / name for name in ("vanilla", "learnable-sink")]
 
 
@@ -41,7 +40,7 @@ def checkpoint(tmp_path) -> Path:
 
 @pytest.mark.slow
 def test_transformers_alone_computes_the_same_logits_and_text(tmp_path):
-    """And peft trains it, with the sink. `.ci/exports` does the same with other versions, and trl."""
+    """And peft trains it with the sink; `.ci/exports` does the same in other versions."""
     program = Path(__file__).with_name("stock.py")
     with pytest.warns(UserWarning, match="does not begin with the sink"):
         folders = write_exports(tmp_path)

@@ -235,7 +235,7 @@ def test_a_model_of_others_is_refused(tmp_path):
 
     config = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
-    with pytest.raises(ValueError, match="LlamaForCausalLM, not a model trained by sinklm: .*convert_hf_to_gguf"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM, not a model trained by sinklm: .*convert_hf_to_gguf"):
         export_gguf(tmp_path / "llama", tmp_path / "model.gguf")
 
 

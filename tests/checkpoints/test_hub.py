@@ -95,7 +95,7 @@ def test_an_error_of_the_hub_is_one_line_that_names_the_repository(hub, checkpoi
 def test_without_a_login_nothing_is_exported(checkpoint, monkeypatch):
     monkeypatch.setattr("sinklm.checkpoints.hub.get_token", lambda: None)
     monkeypatch.setattr("sinklm.checkpoints.hub.export_model", lambda *a, **k: pytest.fail("exported"))
-    with pytest.raises(ValueError, match="nobody is logged in .*: run hf auth login, or set HF_TOKEN"):
+    with pytest.raises(ValueError, match=r"nobody is logged in .*: run hf auth login, or set HF_TOKEN"):
         publish(checkpoint, NAME)
 
 
