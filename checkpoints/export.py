@@ -28,7 +28,7 @@ from .loading import load_model, load_tokenizer
 from .model_card import model_card
 
 EXPORTABLE_KINDS = ("none", "token")
-# GPT-NeoX refuses `token_type_ids`, a default of transformers 4. Generation needs padding on the left.
+# GPT-NeoX refuses `token_type_ids`, a default of transformers 4; generation needs left padding.
 BATCH_SETTINGS = {"model_input_names": ["input_ids", "attention_mask"], "padding_side": "left"}
 LARGEST_SHARD = "50GB"  # of a file of weights, as transformers 5 writes them
 
@@ -242,10 +242,18 @@ def exported_tokenizer(checkpoint: str | Path, config: PreTrainedConfig) -> Expo
 
 def sink_ids(config: PreTrainedConfig) -> list[int]:
     """Return the ids of the sink tokens of a sinklm model or an export."""
-    sink = getattr(config, "sink", None) or {}
-    return (
-        list(range(sink["first_token_id"], sink["first_token_id"] + sink["num_tokens"])) if "num_tokens" in sink else []
-    )
+    return sink_config(config).sink_token_ids
+
+
+def sink_config(config: PreTrainedConfig) -> SinkGPTNeoXConfig:
+    """Return the configuration of the sink of a sinklm model or an export.
+
+    Raises:
+        ValueError: the key ``sink`` of an export is wrong.
+    """
+    if isinstance(config, SinkGPTNeoXConfig):
+        return config
+    return SinkGPTNeoXConfig(vocab_size=config.vocab_size, sink=getattr(config, "sink", None) or {})
 
 
 def name_sinks(backend: Tokenizer, token_ids: list[int]) -> list[str]:

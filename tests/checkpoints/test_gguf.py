@@ -307,6 +307,26 @@ def test_a_value_too_large_for_float16_is_an_error_that_leaves_the_older_file(tm
     assert [item.name for item in tmp_path.glob(".*")] == []
 
 
+def test_more_tokens_than_rows_are_refused(tmp_path):
+    folder = export_model(write_checkpoint(tmp_path / "checkpoint", small_model(1)), tmp_path / "export")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens([f"<{i}>" for i in range(8)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "SHA256SUMS").unlink()
+    with pytest.raises(ValueError, match=r"tokenizer\.json has the id 408, but the model has only 408 rows"):
+        export_gguf(folder, tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("sink", [{"kind": "token", "num_tokens": "x"}, {"kind": "other"}, {"kin": "token"}])
+def test_a_wrong_sink_in_an_export_is_refused(tmp_path, sink):
+    folder = export_model(write_checkpoint(tmp_path / "checkpoint", small_model(1)), tmp_path / "export")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"sink": sink}))
+    (folder / "SHA256SUMS").unlink()
+    with pytest.raises(ValueError, match=r"sink\.(num_tokens|kind|kin)"):
+        export_gguf(folder, tmp_path / "model.gguf")
+
+
 @pytest.mark.parametrize("content", [b"precious", b"GGUF of another program"])
 def test_a_file_of_others_is_not_replaced(checkpoint, tmp_path, content):
     (tmp_path / "model.gguf").write_bytes(content)
