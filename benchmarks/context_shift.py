@@ -1,7 +1,7 @@
 """Perplexity of a long text in llama.cpp with its context shift, beside StreamingCache.
 
 ``.ci/llama-cpp`` installs llama.cpp; ``python benchmarks/context_shift.py`` prints the table of
-docs/gguf.md: about a minute on a CPU.
+docs/gguf.md: about ten minutes on a CPU core.
 """
 
 import argparse
