@@ -5,8 +5,8 @@ the tokenizer change: the exported tokenizer prepends the sinks, which the sinkl
 """
 
 import json
-import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from transformers.utils import cached_file
 
 from ..files import check_writable, replace_folder, write_json
 from ..models.config import SinkGPTNeoXConfig
-from ..special_tokens import padding_token, without_template
+from ..special_tokens import has_sinks, padding_token, template_with_sinks, without_template
 from .checks import read_tokenizer
 from .checksums import write_sums
 from .folders import resolve_model_folder
@@ -28,7 +28,7 @@ from .loading import load_model, load_tokenizer
 from .model_card import model_card
 
 EXPORTABLE_KINDS = ("none", "token")
-# `token_type_ids`, a default of transformers 4, are an error for a GPT-NeoX; generation needs padding on the left.
+# GPT-NeoX refuses `token_type_ids`, a default of transformers 4; generation needs left padding.
 BATCH_SETTINGS = {"model_input_names": ["input_ids", "attention_mask"], "padding_side": "left"}
 LARGEST_SHARD = "50GB"  # of a file of weights, as transformers 5 writes them
 
@@ -229,37 +229,29 @@ def exported_tokenizer(checkpoint: str | Path, config: PreTrainedConfig) -> Expo
     chosen = trained.pad_token if trained.pad_token_id != config.eos_token_id else None
     template = trained.chat_template if isinstance(trained.chat_template, str) else None
     with_sinks = template_with_sinks(template, names) if template else None
+    if template and not has_sinks(template, names):
+        warnings.warn(
+            f"the chat template of {checkpoint} does not begin with the sink ({{{{ bos_token }}}}): in the export it "
+            "does",
+            stacklevel=2,
+        )
     return ExportedTokenizer(backend, Path(path), names, chosen or padding_token(backend), with_sinks)
 
 
 def sink_ids(config: PreTrainedConfig) -> list[int]:
     """Return the ids of the sink tokens of a sinklm model or an export."""
-    sink = getattr(config, "sink", None) or {}
-    return list(range(sink["first_token_id"], sink["first_token_id"] + sink["num_tokens"])) if "num_tokens" in sink else []
+    return sink_config(config).sink_token_ids
 
 
-def template_with_sinks(template: str, names: list[str]) -> str:
-    """Return a chat template that begins a conversation with the sinks.
+def sink_config(config: PreTrainedConfig) -> SinkGPTNeoXConfig:
+    """Return the configuration of the sink of a sinklm model or an export.
 
-    A template names the first token ``bos_token``: with one sink, that is the sink, and with
-    several it is replaced by all of them. They are put in front of a template without it: chat
-    templates are rendered to text that is tokenized without special tokens, so the sink would be
-    missing.
+    Raises:
+        ValueError: the key ``sink`` of an export is wrong.
     """
-    if not names:
-        return template
-    text = "".join(names)
-    if has_sinks(template, names):
-        return template
-    if re.search(r"\bbos_token\b", template):
-        return re.sub(r"\bbos_token\b", json.dumps(text), template)
-    return "{{- " + ("bos_token" if len(names) == 1 else json.dumps(text)) + " -}}\n" + template
-
-
-def has_sinks(template: str, names: list[str]) -> bool:
-    """Whether a chat template names the sinks: ``bos_token`` if there is one, else all of them."""
-    is_bos = len(names) == 1 and re.search(r"\bbos_token\b", template) is not None
-    return is_bos or "".join(names) in template
+    if isinstance(config, SinkGPTNeoXConfig):
+        return config
+    return SinkGPTNeoXConfig(vocab_size=config.vocab_size, sink=getattr(config, "sink", None) or {})
 
 
 def name_sinks(backend: Tokenizer, token_ids: list[int]) -> list[str]:

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..extras import require_extra
 from ..files import PARTIAL, check_writable, sync_file
-from .export import ExportedTokenizer, exported_tokenizer, sink_ids
+from .export import EXPORTABLE_KINDS, ExportedTokenizer, exported_tokenizer, sink_config, sink_ids
 from .loading import load_model
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # llama.cpp has only the tanh approximation
+UNUSED_DTYPE = torch.empty(0).numpy().dtype  # of numpy; `gguf` uses it only without `raw_dtype`
 VERSION_KEY, SINK_KEY = "sinklm.version", "sinklm.sink"
 
 
@@ -73,7 +74,7 @@ def export_gguf(checkpoint: str | Path, output: str | Path, *, dtype: str = "aut
     partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(partial, model, tokenizer, matrix_dtype, path.stem)
+        _write(partial, model, tokenizer, matrix_dtype, output.absolute().stem)
         sync_file(partial)
         os.replace(partial, path)
     except OSError as error:
@@ -101,21 +102,21 @@ def _check_model(model: PreTrainedModel, checkpoint: str | Path) -> None:
         ValueError: names the setting.
     """
     config = model.config
-    sink = getattr(config, "sink", None)
-    if config.model_type not in ("gpt_neox", "sink_gpt_neox") or sink is None:
+    if config.model_type not in ("gpt_neox", "sink_gpt_neox") or not hasattr(config, "sink"):
         raise ValueError(
             f"{checkpoint} is a {type(model).__name__}, not a model trained by sinklm: convert it with llama.cpp's "
             "convert_hf_to_gguf.py"
         )
-    if sink["kind"] not in ("none", "token"):
+    sink = sink_config(config)
+    if sink.sink_kind not in EXPORTABLE_KINDS:
         raise ValueError(
-            f"{checkpoint} has sink.kind {sink['kind']!r}, which llama.cpp cannot compute: only the kinds none and "
-            "token can be exported as GGUF"
+            f"{checkpoint} has sink.kind {sink.sink_kind!r}, which llama.cpp cannot compute: only the kinds "
+            f"{' and '.join(EXPORTABLE_KINDS)} can be exported as GGUF"
         )
-    if len(sink_ids(config)) > 1:
+    if sink.num_sinks > 1:
         raise ValueError(
-            f"{checkpoint} has {len(sink_ids(config))} sink tokens, and llama.cpp puts only one token before a text: "
-            "export it with --to hf"
+            f"{checkpoint} has {sink.num_sinks} sink tokens, and llama.cpp puts only one token before a text: export "
+            "it with --to hf"
         )
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
     if rope_type != "default":
@@ -193,10 +194,10 @@ def _write(path: Path, model: PreTrainedModel, tokenizer: ExportedTokenizer, dty
         _add_description(writer, model, dtype, name)
         _add_tokenizer(writer, tokenizer, model.config)
         weights = _named_weights(model)
-        for key, weight in weights.items():  # the sizes only: the header comes before the data
-            data = torch.empty_like(weight, dtype=_stored_dtype(weight, dtype), device="meta")
-            array_type = data.new_empty(0, dtype=torch.float32, device="cpu").numpy().dtype
-            writer.add_tensor_info(key, data.shape, array_type, data.nbytes, raw_dtype=types[data.dtype])
+        for key, weight in weights.items():  # the header, with all sizes, comes before the data
+            stored = _stored_dtype(weight, dtype)
+            num_bytes = weight.numel() * stored.itemsize
+            writer.add_tensor_info(key, weight.shape, UNUSED_DTYPE, num_bytes, raw_dtype=types[stored])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -237,6 +238,11 @@ def _add_tokenizer(writer: "GGUFWriter", tokenizer: ExportedTokenizer, config: P
 
     backend = tokenizer.backend
     added = backend.get_added_tokens_decoder()
+    if (highest := max(backend.get_vocab(with_added_tokens=True).values())) >= config.vocab_size:
+        raise ValueError(
+            f"{tokenizer.path} has the id {highest}, but the model has only {config.vocab_size} rows: use the "
+            "tokenizer of this model"
+        )
     tokens, types = [], []
     for id_ in range(config.vocab_size):
         token = backend.id_to_token(id_)

@@ -430,6 +430,14 @@ OPTIONS = [
         r"cannot write .*streaming\.json: Is a directory",
         lambda model: (model.parent / "streaming.json").mkdir(),
     ),
+    Case("a GGUF file beside another's", "export {model} text.txt --to gguf", r"cannot write text\.txt.*"),
+    Case(
+        "a model that llama.cpp does not compute",
+        "export {model} out.gguf --to gguf",
+        r".*model rotates 3 of the dimensions of a head \(rotary_pct\), an odd number, .*",
+    ),
+    Case("a name of the Hub without owner", "export {model} mine --to hub --dry-run", ".*: write owner/name"),
+    Case("an option of another form", "export {model} out --private", "--private is an option of --to hub"),
     Case("an output that cannot be made", "export {model} /proc/a/b", r"cannot write /proc/a/b: .*"),
     Case(
         "an output that is a file",

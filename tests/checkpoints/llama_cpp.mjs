@@ -2,7 +2,7 @@
 //
 // Reads a job {model, texts, prompts, numTokens} as JSON from stdin and writes to stdout:
 //   metadata    what llama.cpp knows of the model
-//   tokens      the tokens of each text, with those that llama.cpp itself puts before it
+//   tokens      the tokens of each text, after the BOS token if llama.cpp is to add it to each text
 //   generated   numTokens greedy tokens after each prompt (a list of ids)
 import {readFileSync} from "node:fs";
 import {pathToFileURL} from "node:url";
@@ -30,5 +30,4 @@ for (const prompt of job.prompts) {
 }
 
 const metadata = {bos: model.tokens.bos, eos: model.tokens.eos, architecture: model.fileInfo.metadata.general.architecture, contextLength: model.trainContextSize};
-process.stdout.write(JSON.stringify({metadata, tokens, generated}));
-process.exit(0);
+process.stdout.write(JSON.stringify({metadata, tokens, generated}), () => process.exit(0));
