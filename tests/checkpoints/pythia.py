@@ -115,3 +115,10 @@ def put_in_cache(folder: Path, cache: Path, name: str, revision: str, commit: st
         blob = root / "blobs" / f"{commit}-{path.name}"
         shutil.copy(path, blob)
         (snapshot / path.name).symlink_to(f"../../blobs/{blob.name}")
+
+
+def put_pythia_in_cache(cache: Path) -> None:
+    """Put tiny models under the names and revisions of the examples into a cache of the Hub."""
+    pythia = write_pythia(cache / "pythia")
+    put_in_cache(pythia, cache, "EleutherAI/pythia-160m", "step3000", "a" * 40)
+    put_in_cache(pythia, cache, "EleutherAI/pythia-160m-seed3", "main", "b" * 40)

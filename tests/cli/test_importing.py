@@ -9,7 +9,7 @@ from sinklm.checkpoints import load_model
 from sinklm.cli.importing import import_
 from sinklm.cli.main import app
 
-from ..checkpoints.pythia import num_tokens, put_in_cache, write_pythia
+from ..checkpoints.pythia import num_tokens, put_pythia_in_cache, write_pythia
 
 
 @pytest.mark.parametrize(
@@ -19,9 +19,7 @@ from ..checkpoints.pythia import num_tokens, put_in_cache, write_pythia
 def test_the_examples_run_and_name_the_folder(line, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    pythia = write_pythia(tmp_path / "pythia")
-    put_in_cache(pythia, tmp_path / "cache", "EleutherAI/pythia-160m", "step3000", "a" * 40)
-    put_in_cache(pythia, tmp_path / "cache", "EleutherAI/pythia-160m-seed3", "main", "b" * 40)
+    put_pythia_in_cache(tmp_path / "cache")
     result = CliRunner().invoke(app, shlex.split(line)[1:], catch_exceptions=False)
     assert result.stdout.startswith(f"{folder}: ")
     assert f"parameters, sink token {num_tokens()}" in result.stdout
