@@ -29,7 +29,8 @@ def serve_model(folder: Path, name: str, revisions: list[str], commit: str) -> I
                     {"type": "file", "path": file, "size": len(content), "oid": _etag(content)}
                     for file, content in files.items()
                 ]
-                self.answer(revision, json.dumps(tree if kind == "tree" else {"id": name, "sha": commit}).encode())
+                info = {"id": name, "sha": commit, "siblings": [{"rfilename": file} for file in files]}
+                self.answer(revision, json.dumps(tree if kind == "tree" else info).encode())
             elif parts.startswith(f"/{name}/resolve/"):
                 revision, _, file = parts.removeprefix(f"/{name}/resolve/").partition("/")
                 if self.command == "GET" and file in files:
