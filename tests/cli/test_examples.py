@@ -20,7 +20,20 @@ from ..checkpoints.pythia import put_pythia_in_cache
 
 ROOT = Path(__file__).parents[2]
 # The first words of all commands, each after those whose outputs its examples use.
-STAGES = ["tokenizer", "prepare", "data", "recipes", "train", "runs", "export", "eval", "bench", "generate", "chat"]
+STAGES = [
+    "tokenizer",
+    "prepare",
+    "data",
+    "recipes",
+    "train",
+    "runs",
+    "import",
+    "export",
+    "eval",
+    "bench",
+    "generate",
+    "chat",
+]
 # Examples that are only parsed, and why.
 NOT_RUN = {
     "sinklm prepare EleutherAI/the_pile_deduplicated -o stores/pile": "downloads",
