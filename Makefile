@@ -34,4 +34,4 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .ci/venvs .ci/dist build quickstart
+	rm -rf $(VENV) .ci/venvs .ci/dist .ci/node build quickstart

@@ -158,7 +158,7 @@ def _check_files(config: PreTrainedConfig, folder: Path) -> None:
     if (folder / "pytorch_model.bin").is_file() and not (folder / WEIGHTS).is_file() and not (folder / INDEX).is_file():
         raise ValueError(
             f"{folder} has its weights only as a pickle (pytorch_model.bin), which can contain code and is never read: "
-            "convert them to model.safetensors with save_pretrained of transformers"
+            "convert them to model.safetensors with save_pretrained of transformers, or a GPT-NeoX with sinklm import"
         )
     dtypes = _dtypes(folder)
     num_layers = getattr(config.get_text_config(), "num_hidden_layers", None)

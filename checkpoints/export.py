@@ -6,29 +6,34 @@ the tokenizer change: the exported tokenizer prepends the sinks, which the sinkl
 
 import json
 import shutil
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.processors import Sequence, TemplateProcessing
-from transformers import GenerationConfig, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
+from transformers import GenerationConfig, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from ..files import check_writable, replace_folder, write_json
 from ..models.config import SinkGPTNeoXConfig
-from ..special_tokens import padding_token, without_template
+from ..special_tokens import has_sinks, padding_token, template_with_sinks, without_template
 from .checks import read_tokenizer
 from .checksums import write_sums
 from .folders import resolve_model_folder
-from .loading import load_model, load_tokenizer, no_progress_bars
+from .loading import load_model, load_tokenizer
 from .model_card import model_card
 
 EXPORTABLE_KINDS = ("none", "token")
+# GPT-NeoX refuses `token_type_ids`, a default of transformers 4; generation needs left padding.
+BATCH_SETTINGS = {"model_input_names": ["input_ids", "attention_mask"], "padding_side": "left"}
+LARGEST_SHARD = "50GB"  # of a file of weights, as transformers 5 writes them
 
 
-def export_model(checkpoint: str | Path, output: str | Path) -> Path:
+def export_model(checkpoint: str | Path, output: str | Path, *, name: str | None = None) -> Path:
     """Write a checkpoint as a plain GPT-NeoX folder: weights, configuration, tokenizer, model card.
 
     The file ``SHA256SUMS`` has the checksums of the others, except the model card.
@@ -38,19 +43,22 @@ def export_model(checkpoint: str | Path, output: str | Path) -> Path:
     Args:
         checkpoint: a run, a checkpoint or the folder of a sinklm model, as for `load_model`.
         output: the folder to create.
+        name: of the model in its card; default: that of the folder.
 
     Returns:
         ``output`` as a path.
 
     Raises:
-        ValueError: plain GPT-NeoX does not support the model, or its tokenizer does not match its
-            sinks.
+        ValueError: plain GPT-NeoX does not support the model, its tokenizer does not match its
+            sinks, or ``checkpoint`` is an export.
         FileExistsError: ``output`` exists and is not an export.
         OSError: writing failed. No partial files remain, and an older export is unchanged.
     """
     output = Path(output)
     _check_replaceable(output)
     check_writable(output)
+    if is_export(Path(resolve_model_folder(checkpoint))):
+        raise ValueError(f"{checkpoint} is already an export: use or copy it as it is")
     model = load_model(checkpoint, device="cpu", dtype="auto")
     config = _exportable_config(model, checkpoint)
     partial = output.absolute().with_name(f".{output.absolute().name}.partial")
@@ -60,7 +68,10 @@ def export_model(checkpoint: str | Path, output: str | Path) -> Path:
         _write_model(model, config, partial)
         _write_tokenizer(checkpoint, config, partial)
         card = model_card(
-            model, Path(resolve_model_folder(checkpoint)), output.absolute().name, sink_names(config.num_sinks)
+            model,
+            Path(resolve_model_folder(checkpoint)),
+            name or output.absolute().name,
+            sink_names(config.num_sinks),
         )
         (partial / "README.md").write_text(card, encoding="utf-8")
         write_sums(partial)
@@ -112,17 +123,17 @@ def _write_model(model: PreTrainedModel, config: SinkGPTNeoXConfig, folder: Path
     with torch.device("meta"):
         plain = GPTNeoXForCausalLM(plain_config)
     plain.load_state_dict(model.state_dict(), assign=True)
-    plain.generation_config = GenerationConfig(
+    # `save_pretrained` of a model writes the same, but imports accelerate's deepspeed if installed.
+    save_torch_state_dict(plain.state_dict(), folder, max_shard_size=LARGEST_SHARD)
+    plain.config.architectures = [type(plain).__name__]
+    plain.config.save_pretrained(folder)
+    GenerationConfig(
         bos_token_id=plain_config.bos_token_id,
         eos_token_id=plain_config.eos_token_id,
         suppress_tokens=config.sink_token_ids or None,
-    )
-    with no_progress_bars():
-        plain.save_pretrained(folder)
+    ).save_pretrained(folder)
 
     path = folder / "config.json"
-    for weights in folder.glob("*.safetensors"):  # safetensors creates files that only the owner can read
-        shutil.copymode(path, weights)
     written = json.loads(path.read_text(encoding="utf-8"))
     write_json(path, written | _older_keys(plain_config) | {"sink": config.sink}, sort_keys=True)
 
@@ -157,16 +168,12 @@ def _write_tokenizer(checkpoint: str | Path, config: SinkGPTNeoXConfig, folder: 
     ``save_pretrained`` is not used: in transformers 5 it writes a class name that transformers 4
     does not have, and its ``GPTNeoXTokenizer`` drops the template.
     """
-    trained = load_tokenizer(checkpoint)
-    path = cached_file(resolve_model_folder(checkpoint), "tokenizer.json")
-    backend = without_template(read_tokenizer(path))
-    backend.no_truncation()
-    backend.no_padding()
-    end_of_text = backend.id_to_token(config.eos_token_id)  # type: ignore[arg-type]
-    names = name_sinks(backend, config.sink_token_ids)
+    tokenizer = exported_tokenizer(checkpoint, config)
+    backend, names = tokenizer.backend, tokenizer.sink_names
     if names:
         _put_sinks_first(backend, names, config.sink_token_ids)
     (folder / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")  # `save` raises no OSError
+    end_of_text = backend.id_to_token(config.eos_token_id)  # type: ignore[arg-type]
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": names[0] if names else end_of_text,
@@ -174,13 +181,77 @@ def _write_tokenizer(checkpoint: str | Path, config: SinkGPTNeoXConfig, folder: 
         "unk_token": end_of_text,
         "clean_up_tokenization_spaces": False,
         "model_max_length": config.max_position_embeddings,
+        **BATCH_SETTINGS,
     }
-    chosen = trained.pad_token if trained.pad_token != end_of_text else None
-    if (padding := chosen or padding_token(backend)) is not None:
-        settings["pad_token"] = padding
+    if tokenizer.padding is not None:
+        settings["pad_token"] = tokenizer.padding
     if len(names) == 1:  # with several sinks, transformers 5 would replace the template by a single token
         settings["add_bos_token"] = True
+    if tokenizer.chat_template is not None:
+        (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
     write_json(folder / "tokenizer_config.json", settings, sort_keys=True)
+
+
+class ExportedTokenizer(NamedTuple):
+    """The tokenizer of a model outside of sinklm.
+
+    Attributes:
+        backend: the tokenizer, which knows the sinks and adds no token to a text.
+        path: its ``tokenizer.json`` in the checkpoint.
+        sink_names: the names of the sinks.
+        padding: the padding token, None without one.
+        chat_template: a template that begins a conversation with the sinks, None without one.
+    """
+
+    backend: Tokenizer
+    path: Path
+    sink_names: list[str]
+    padding: str | None
+    chat_template: str | None
+
+
+def exported_tokenizer(checkpoint: str | Path, config: PreTrainedConfig) -> ExportedTokenizer:
+    """Return the tokenizer of a checkpoint, or of an export, for use outside of sinklm.
+
+    Raises:
+        FileNotFoundError: the checkpoint has no tokenizer.
+        ValueError: the tokenizer does not match the model's sinks.
+
+    Warns:
+        UserWarning: the chat template does not begin with the sinks. In the result it does.
+    """
+    trained = load_tokenizer(checkpoint)
+    path = cached_file(resolve_model_folder(checkpoint), "tokenizer.json")
+    backend = without_template(read_tokenizer(path))
+    backend.no_truncation()
+    backend.no_padding()
+    names = name_sinks(backend, sink_ids(config))
+    chosen = trained.pad_token if trained.pad_token_id != config.eos_token_id else None
+    template = trained.chat_template if isinstance(trained.chat_template, str) else None
+    with_sinks = template_with_sinks(template, names) if template else None
+    if template and not has_sinks(template, names):
+        warnings.warn(
+            f"the chat template of {checkpoint} does not begin with the sink ({{{{ bos_token }}}}): in the export it "
+            "does",
+            stacklevel=2,
+        )
+    return ExportedTokenizer(backend, Path(path), names, chosen or padding_token(backend), with_sinks)
+
+
+def sink_ids(config: PreTrainedConfig) -> list[int]:
+    """Return the ids of the sink tokens of a sinklm model or an export."""
+    return sink_config(config).sink_token_ids
+
+
+def sink_config(config: PreTrainedConfig) -> SinkGPTNeoXConfig:
+    """Return the configuration of the sink of a sinklm model or an export.
+
+    Raises:
+        ValueError: the key ``sink`` of an export is wrong.
+    """
+    if isinstance(config, SinkGPTNeoXConfig):
+        return config
+    return SinkGPTNeoXConfig(vocab_size=config.vocab_size, sink=getattr(config, "sink", None) or {})
 
 
 def name_sinks(backend: Tokenizer, token_ids: list[int]) -> list[str]:

@@ -1,5 +1,8 @@
 """Load models and tokenizers from training runs, checkpoints, transformers folders or the Hub."""
 
+import os
+import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,6 +21,7 @@ from transformers.utils import logging
 
 from .. import models  # noqa: F401  (registers the type of our models with transformers)
 from ..rust import is_panic
+from ..special_tokens import has_sinks
 from ..text import one_line
 from .checks import check_loaded, check_tokenizer, checked_config, foreign_code
 from .checksums import verify_model_folder
@@ -126,6 +130,9 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
             without a vocabulary.
         ValueError: a file differs from its checksum, or the tokenizer fails on simple texts or
             needs seconds for each.
+
+    Warns:
+        UserWarning: the tokenizer is of an export, and its chat template leaves out the sink.
     """
     folder = resolve_model_folder(name_or_path)
     verify_model_folder(folder, with_weights=False)
@@ -145,7 +152,19 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
             f"{folder} has no tokenizer.json: copy the one that the model was trained with to this folder"
         )
     check_tokenizer(tokenizer, folder)
+    _check_template(tokenizer, folder)
     return tokenizer
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
+    """Warn if a chat template leaves out the sink, which the tokenizer of an export puts first."""
+    template, first = tokenizer.chat_template, str(tokenizer.bos_token)
+    if isinstance(template, str) and first.startswith("<|sink") and not has_sinks(template, [first]):
+        warnings.warn(
+            f"the chat template of {folder} does not begin with the sink, with which the model was trained: put "
+            "{{ bos_token }} at its beginning",
+            stacklevel=3,
+        )
 
 
 def _is_made_up(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
@@ -153,6 +172,16 @@ def _is_made_up(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
     files = set(tokenizer.vocab_files_names.values())  # empty for tokenizers without a vocabulary, such as bytes
     known = files | {"tokenizer.json", "tokenizer.model", "tekken.json"}
     return bool(files) and not any((folder / name).exists() for name in known)
+
+
+def save_model(model: PreTrainedModel, folder: Path, **options: Any) -> None:
+    """Call ``save_pretrained`` without progress bars, and let everyone read the weights."""
+    if not torch.cuda.is_available():  # transformers imports DeepSpeed, which would warn that it found no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with no_progress_bars():
+        model.save_pretrained(folder, **options)
+    for path in folder.glob("*.safetensors"):  # safetensors creates files that only the owner can read
+        shutil.copymode(folder / "config.json", path)
 
 
 @contextmanager

@@ -61,8 +61,8 @@ The publisher of this model chooses its licence. The training texts have their o
 SINK_NOTES = """\
 The model was trained with {names} in front of every text, as a place for surplus attention. The
 tokenizer adds it automatically. Keep it in fine-tuning (no `add_special_tokens=False`) and when long
-texts are truncated on the left. It is never generated (`suppress_tokens` in
-`generation_config.json`).
+texts are truncated on the left; begin a chat template with it (`{{{{ bos_token }}}}`). It is never
+generated (`suppress_tokens` in `generation_config.json`).
 
 """
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GPTNeoXConfig
+from transformers import GPTNeoXConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
 from ..models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM
@@ -17,6 +17,7 @@ from .checks import check_loaded, checked_config, read_tokenizer
 from .checksums import verify_model_folder
 from .folders import resolve_model_folder
 from .loading import from_pretrained
+from .sink_rows import start_sink_rows
 
 SIZES = (
     "hidden_size",
@@ -26,6 +27,7 @@ SIZES = (
     "vocab_size",
     "max_position_embeddings",
 )
+WITHOUT_KEY = ("hidden_act", "layer_norm_eps", "attention_bias", "tie_word_embeddings")
 
 
 def architecture(config: GPTNeoXConfig) -> dict[str, Any]:
@@ -39,6 +41,12 @@ def architecture(config: GPTNeoXConfig) -> dict[str, Any]:
         "rotary_pct": rope.get("partial_rotary_factor", 1.0),
         "rope_theta": float(rope.get("rope_theta", 10_000)),
     }
+
+
+def fixed_settings(config: GPTNeoXConfig) -> dict[str, Any]:
+    """Return the settings that change the output and that recipes have no key for."""
+    rope: dict[str, Any] = dict(config.rope_parameters or {})
+    return {key: getattr(config, key) for key in WITHOUT_KEY} | {"rope_type": rope.get("rope_type", "default")}
 
 
 def check_tokenizer(name_or_path: str | Path, tokenizer_path: Path) -> None:
@@ -67,11 +75,12 @@ def check_tokenizer(name_or_path: str | Path, tokenizer_path: Path) -> None:
 def load_weights(name_or_path: str | Path, config: SinkGPTNeoXConfig) -> SinkGPTNeoXForCausalLM:
     """Return a float32 model of ``config`` with the weights of a GPT-NeoX of the same sizes.
 
-    Parameters that only the arm of ``config`` has are newly initialised.
+    Parameters that only the arm of ``config`` has are newly initialised. A sink token that the
+    other model was not trained with starts at the mean of the embedding (`start_sink_rows`).
 
     Raises:
-        ValueError: the other model is not GPT-NeoX, its architecture or arm differs, or its weights
-            are damaged or incomplete.
+        ValueError: the other model is not GPT-NeoX, its architecture, arm or sink tokens differ, or
+            its weights are damaged or incomplete.
         FileNotFoundError: no model was found.
     """
     folder = resolve_model_folder(name_or_path)
@@ -87,18 +96,62 @@ def load_weights(name_or_path: str | Path, config: SinkGPTNeoXConfig) -> SinkGPT
             raise ValueError(
                 f"model.{key} is {ours[key]}, but model.init_from={name_or_path} has {value}: set model.{key}={value}"
             )
-    kind = getattr(theirs, "sink_kind", "none")
+    fixed = fixed_settings(config)
+    for key, value in fixed_settings(theirs).items():
+        if fixed[key] != value:
+            raise ValueError(
+                f"model.init_from={name_or_path} has {key} {value!r}, for which recipes have no key: use a model with "
+                f"{fixed[key]!r}"
+            )
+    known = _trained_sinks(name_or_path, theirs, config)
+    with _init_from(name_or_path):
+        verify_model_folder(folder)
+        model = load_same_weights(folder, config, torch.float32)
+    start_sink_rows(model, [token_id for token_id in config.sink_token_ids if token_id not in known])
+    return model
+
+
+def load_same_weights(folder: str, config: SinkGPTNeoXConfig, dtype: torch.dtype | str) -> SinkGPTNeoXForCausalLM:
+    """Load weights of the same shapes into a model; those of its arm may be missing.
+
+    Raises:
+        ValueError: a weight is damaged, missing or of another shape.
+        OSError: a file cannot be read.
+    """
+    model, info = from_pretrained(SinkGPTNeoXForCausalLM, folder, config=config, dtype=dtype)
+    info["missing_keys"] = {key for key in info["missing_keys"] if not re.search(ARM_PARAMETERS, key)}
+    check_loaded(model, info, folder)
+    return model
+
+
+def sink_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the key ``sink`` of a model's configuration, which an export has too."""
+    sink = getattr(config, "sink", None)
+    return sink if isinstance(sink, dict) and "kind" in sink else {"kind": "none"}
+
+
+def _trained_sinks(name_or_path: str | Path, theirs: PreTrainedConfig, config: SinkGPTNeoXConfig) -> list[int]:
+    """Return the ids of the sink tokens that the other model was trained with.
+
+    Raises:
+        ValueError: it was trained with another arm, or its sink tokens have other ids.
+    """
+    sink = sink_of(theirs)
+    kind = sink["kind"]
     if kind not in ("none", "token", config.sink_kind):
         raise ValueError(
             f"model.sink.kind is {config.sink_kind}, but model.init_from={name_or_path} was trained with {kind}: set "
             f"model.sink.kind={kind}, or start from a model whose sink.kind is none or token"
         )
-    with _init_from(name_or_path):
-        verify_model_folder(folder)
-        model, info = from_pretrained(SinkGPTNeoXForCausalLM, folder, config=config, dtype=torch.float32)
-        info["missing_keys"] = {key for key in info["missing_keys"] if not re.search(ARM_PARAMETERS, key)}
-        check_loaded(model, info, folder)
-    return model
+    if kind != "token":
+        return []
+    first = sink["first_token_id"]
+    if config.num_sinks and first != config.sink_token_ids[0]:
+        raise ValueError(
+            f"model.init_from={name_or_path} has its first sink token at id {first}, but the first id that the data's "
+            f"tokenizer does not use is {config.sink_token_ids[0]}: prepare the data with the tokenizer of the model"
+        )
+    return list(range(first, first + sink["num_tokens"]))
 
 
 @contextmanager

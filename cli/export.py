@@ -1,28 +1,106 @@
-"""`sinklm export`: write a checkpoint as a plain GPT-NeoX folder."""
+"""`sinklm export`: write a checkpoint for transformers, llama.cpp or the Hugging Face Hub."""
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..console import Console
-from .options import examples
+from .options import DtypeName, Quiet, examples
+
+if TYPE_CHECKING:
+    from ..checkpoints.hub import Publication
+
+
+class Form(StrEnum):
+    """Values of ``--to``."""
+
+    HF = "hf"
+    GGUF = "gguf"
+    HUB = "hub"
 
 
 @examples(
     "sinklm export runs/quickstart exports/quickstart",
     "sinklm export runs/quickstart/checkpoints/step-20 exports/step-20",
+    "sinklm export runs/quickstart exports/quickstart.gguf --to gguf",
+    "sinklm export runs/quickstart me/quickstart --to hub --private --dry-run",
 )
 def export(
     checkpoint: Annotated[
         str,
-        typer.Argument(help="Training run (its newest checkpoint is used) or checkpoint.", show_default=False),
+        typer.Argument(
+            help="Training run (its newest checkpoint is used) or checkpoint; for gguf and hub also an export.",
+            show_default=False,
+        ),
     ],
-    output: Annotated[Path, typer.Argument(help="Folder to create; replaces an older export.", show_default=False)],
+    output: Annotated[
+        str,
+        typer.Argument(
+            help="hf: folder to create. gguf: file.gguf, or a folder for model.gguf. hub: owner/name. An older export "
+            "is replaced.",
+            show_default=False,
+        ),
+    ],
+    to: Annotated[
+        Form,
+        typer.Option(
+            help="hf: a folder that transformers loads without sinklm. gguf: a file for llama.cpp. hub: upload the "
+            "folder to the Hugging Face Hub."
+        ),
+    ] = Form.HF,
+    dtype: Annotated[
+        DtypeName, typer.Option(help="Data type of the matrices in a GGUF file; auto: that of the checkpoint.")
+    ] = DtypeName.AUTO,
+    private: Annotated[bool, typer.Option("--private", help="Create a private repository on the Hub.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be uploaded to the Hub, without asking it.")
+    ] = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Export a checkpoint as a plain GPT-NeoX folder that transformers loads without sinklm."""
-    from ..checkpoints.export import export_model
+    """Export a checkpoint for transformers, for llama.cpp, or to the Hugging Face Hub."""
+    if to != Form.GGUF and dtype != DtypeName.AUTO:
+        raise ValueError("--dtype is an option of --to gguf: the other forms have the data type of the checkpoint")
+    if to != Form.HUB and (private or dry_run):
+        raise ValueError(f"{'--private' if private else '--dry-run'} is an option of --to hub")
+    console = Console(is_quiet=quiet)
+    message = _export(console, checkpoint, output, to, str(dtype), private, dry_run)
+    console.print(message, soft_wrap=True)
 
-    folder = export_model(checkpoint, output)
-    console = Console()
-    console.print(f"{folder} is a plain GPTNeoXForCausalLM. Its README.md shows how to load it with transformers.")
+
+def _export(console: Console, checkpoint: str, output: str, to: Form, dtype: str, private: bool, dry_run: bool) -> str:
+    """Write the export and return what to tell the user."""
+    console.note(f"loading {checkpoint} …")
+    if to == Form.GGUF:
+        from ..checkpoints.gguf_export import export_gguf
+
+        return f"{export_gguf(checkpoint, output, dtype=dtype)} is a GGUF file for llama.cpp."
+    if to == Form.HF:
+        from ..checkpoints.export import export_model
+
+        folder = export_model(checkpoint, Path(output))
+        return f"{folder} is a plain GPTNeoXForCausalLM. Its README.md shows how to load it with transformers."
+    from ..checkpoints.hub import describe_publication, publish
+
+    if dry_run:
+        return _describe(describe_publication(checkpoint, output), private)
+    return f"Uploaded: {publish(checkpoint, output, private=private)}"
+
+
+def _describe(publication: "Publication", private: bool) -> str:
+    sizes = publication.files
+    width = max(map(len, sizes))
+    visibility = "private" if private else "public, unless your account's setting is private; see --private"
+    return "\n".join(
+        [
+            f"Would upload to {publication.repository} (a new repository would be {visibility}):",
+            "",
+            *(f"  {name:<{width}} {size:>15,} bytes" for name, size in sizes.items()),
+            f"  {'total':<{width}} {sum(sizes.values()):>15,} bytes",
+            "",
+            "The model card, README.md:",
+            "",
+            publication.card,
+        ]
+    )

@@ -14,6 +14,7 @@ from .data import inspect, merge
 from .evaluate import stream_eval, streaming, zero_shot
 from .export import export
 from .generate import generate
+from .importing import import_
 from .mistakes import Group, explain
 from .options import examples_text
 from .prepare import prepare
@@ -82,6 +83,7 @@ for _parent, _name, _command in (
     (eval_app, "streaming", streaming),
     (eval_app, "stream-eval", stream_eval),
     (eval_app, "sinks", sinks),
+    (app, "import", import_),
     (app, "export", export),
     (bench_app, "decode", decode),
     (app, "generate", generate),

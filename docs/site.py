@@ -18,7 +18,7 @@ from sinklm.train.keys import KeySection, key_sections
 
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "build" / "pages"
-FILES = ("*.md", "*.png", "*.svg", "*.json", "*.cff")  # pages, and the files that they link to
+FILES = ("*.md", "*.png", "*.svg", "*.json", "*.ipynb", "*.cff")  # pages, and the files that they link to
 # Scripts that the site serves itself, from the npm registry: package and version, file, sha256.
 # The first draws diagrams; with the second, search works from file://.
 SCRIPTS = {

@@ -224,6 +224,13 @@ MODELS = [
         r"the tokenizer's chat template fails \(access .*: use .*",
         template("{{ ''.__class__.__mro__ }}"),
     ),
+    Case(
+        "an import of our own model", "import {model}", r".* with sink\.kind token: it needs no import; .*init_from=.*"
+    ),
+    Case("an import of nothing", "import ./no/where", r"(\./)?no/where: no such folder; check the path"),
+    Case(
+        "an import of an unknown sink", "import {model} --sink tokens", r"--sink tokens is not possible: choose one .*"
+    ),
 ]
 NOT_FINITE = [
     Case(
@@ -423,6 +430,14 @@ OPTIONS = [
         r"cannot write .*streaming\.json: Is a directory",
         lambda model: (model.parent / "streaming.json").mkdir(),
     ),
+    Case("a GGUF file beside another's", "export {model} text.txt --to gguf", r"cannot write text\.txt.*"),
+    Case(
+        "a model that llama.cpp does not compute",
+        "export {model} out.gguf --to gguf",
+        r".*model rotates 3 of the dimensions of a head \(rotary_pct\), an odd number, .*",
+    ),
+    Case("a name of the Hub without owner", "export {model} mine --to hub --dry-run", ".*: write owner/name"),
+    Case("an option of another form", "export {model} out --private", "--private is an option of --to hub"),
     Case("an output that cannot be made", "export {model} /proc/a/b", r"cannot write /proc/a/b: .*"),
     Case(
         "an output that is a file",

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOT_IMPORTED = {"jinja2"}  # transformers imports it when a chat template is applied
 OPTIONAL = {"accelerate", "wandb"}  # installed by an extra, but the part works without them
+OF_COMMANDS = {"checkpoints": {"gguf"}}  # imported in the function that needs it, after `require_extra`
 WITH_TORCH = {"triton"}  # installed by CUDA builds of torch
 PARTS = ("models", "streaming", "checkpoints", "data", "train", "eval", "cli")
 
@@ -41,14 +42,15 @@ BASE = modules(PROJECT["dependencies"])
 @pytest.mark.parametrize("name", extras.EXTRAS)
 def test_the_extras_are_those_of_the_project(name):
     requirements = PROJECT["optional-dependencies"][name]
-    included = set() if name == "data" else set(extras.DATA)
+    with_data = name in ("train", "eval")
+    included = set(extras.DATA) if with_data else set()
     assert set(extras.EXTRAS[name]) == (modules(requirements) | included) - OPTIONAL
-    assert ("sinklm[data]" in requirements) == (name != "data")
+    assert ("sinklm[data]" in requirements) == with_data
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_imports_what_its_extra_installs(part):
-    allowed = BASE | WITH_TORCH | OPTIONAL | set(extras.EXTRAS.get(part, ()))
+    allowed = BASE | WITH_TORCH | OPTIONAL | set(extras.EXTRAS.get(part, ())) | OF_COMMANDS.get(part, set())
     for path in (ROOT / part).rglob("*.py"):
         assert foreign_imports(path) <= allowed, path.relative_to(ROOT)
 
@@ -128,6 +130,7 @@ def test_a_command_without_its_extra_names_it_in_one_line():
         "eval stream-eval model": "eval",
         "eval sinks model --text text": "eval",
         "bench decode model": "eval",
+        "export model out.gguf --to gguf": "gguf",
     }
     for line, message in zip(expected, run_without_extras(*expected), strict=True):
         extra = expected[line]

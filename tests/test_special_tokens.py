@@ -10,11 +10,11 @@ from transformers import AutoTokenizer
 
 from sinklm.checkpoints import load_tokenizer
 from sinklm.checkpoints.export import export_model
+from sinklm.checkpoints.model_tokenizer import write_tokenizer
 from sinklm.data import MegatronReader, find_inputs, prepare_store
 from sinklm.data.tokenizer import load_tokenizer_file, training_tokenizer
 from sinklm.models import SinkGPTNeoXForCausalLM
 from sinklm.special_tokens import PADDING_TOKENS, drop_template, padding_token, without_template
-from sinklm.train.model_files import write_tokenizer
 from sinklm.train.plan import Plan
 from sinklm.train.recipe import load_config
 
@@ -65,7 +65,7 @@ def test_store_checkpoint_and_export_agree(
     plan = Plan(load_config("quickstart", [*sink, *small]), 1, manifest.tokenizer.size, manifest.tokenizer.eod_id)
     checkpoint = tmp_path / "checkpoint"
     SinkGPTNeoXForCausalLM(plan.model_config).save_pretrained(checkpoint)
-    write_tokenizer(checkpoint, plan, store / "tokenizer.json")
+    write_tokenizer(checkpoint, plan.model_config, store / "tokenizer.json")
     exported = export_model(checkpoint, tmp_path / "export")
     sinks = plan.model_config.sink_token_ids
 
@@ -87,7 +87,7 @@ def test_the_export_of_an_older_checkpoint_has_no_template_either(tmp_path: Path
     plan = Plan(load_config("quickstart", ["model.hidden_size=64", "model.num_hidden_layers=1"]), 1, size)
     SinkGPTNeoXForCausalLM(plan.model_config).save_pretrained(tmp_path / "checkpoint")
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    write_tokenizer(tmp_path / "checkpoint", plan, tmp_path / "tokenizer.json")
+    write_tokenizer(tmp_path / "checkpoint", plan.model_config, tmp_path / "tokenizer.json")
     tokenizer.save(str(tmp_path / "checkpoint/tokenizer.json"))
     exported = export_model(tmp_path / "checkpoint", tmp_path / "export")
     ids = tokenizer.encode(TEXT, add_special_tokens=False).ids
@@ -102,7 +102,7 @@ def test_padding_is_a_token_of_its_own_or_none(tmp_path: Path, padding: str | No
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     plan = Plan(load_config("quickstart", ["model.hidden_size=64", "model.num_hidden_layers=1"]), 1, 400)
     SinkGPTNeoXForCausalLM(plan.model_config).save_pretrained(tmp_path / "checkpoint")
-    write_tokenizer(tmp_path / "checkpoint", plan, tmp_path / "tokenizer.json")
+    write_tokenizer(tmp_path / "checkpoint", plan.model_config, tmp_path / "tokenizer.json")
     exported = AutoTokenizer.from_pretrained(export_model(tmp_path / "checkpoint", tmp_path / "export"))
     for tokenizer in (load_tokenizer(tmp_path / "checkpoint"), exported):
         assert tokenizer.pad_token == padding

@@ -11,6 +11,7 @@ EXTRAS = {
     "data": DATA,
     "train": ("deepspeed", "omegaconf", "psutil", *DATA),
     "eval": ("lm_eval", "matplotlib", "psutil", *DATA),
+    "gguf": ("gguf",),  # of `sinklm export --to gguf`
 }
 
 

@@ -9,7 +9,7 @@ NAME = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 EVERY_REPOSITORY_HAS = ".gitattributes"
 
 
-def find_on_hub(name: str, kind: str = "model") -> str:
+def find_on_hub(name: str, kind: str = "model", revision: str | None = None) -> str:
     """Return where to load a name that is not a local path from.
 
     A name on the Hub is ``owner/name``. If a local folder ``owner`` exists, the name is taken for a
@@ -17,6 +17,7 @@ def find_on_hub(name: str, kind: str = "model") -> str:
 
     Args:
         kind: ``model`` or ``dataset``.
+        revision: branch, tag or commit that the cache must have; the Hub is not asked for it.
 
     Returns:
         The name, if the Hub has it or can be asked no further (``HF_HUB_OFFLINE``) and the cache
@@ -30,7 +31,8 @@ def find_on_hub(name: str, kind: str = "model") -> str:
 
     what = {"dataset": "data set"}.get(kind, kind)
     missing = f"{name}: no such {'folder' if kind == 'model' else 'file or folder'}"
-    cached = _cached_folder(name, kind)
+    cached = _cached_folder(name, kind, revision)
+    at = f" at revision {revision}" if revision else ""
     if cached and constants.HF_HUB_OFFLINE:
         return name
     if not NAME.fullmatch(name) or Path(name).parent.is_dir():
@@ -43,8 +45,8 @@ def find_on_hub(name: str, kind: str = "model") -> str:
         raise FileNotFoundError(f"{missing}; {near_path_hint(name) or remedy}")
     if constants.HF_HUB_OFFLINE:
         raise FileNotFoundError(
-            f"{missing}, and the cache of the Hugging Face Hub has no {what} of this name: check the path, or unset "
-            "HF_HUB_OFFLINE to download it"
+            f"{missing}, and the cache of the Hugging Face Hub has no {what} of this name{at}: check the path, or "
+            "unset HF_HUB_OFFLINE to download it"
         )
     reason = _why_unreachable(name, kind, what, missing)
     if reason is None:
@@ -81,11 +83,12 @@ def _why_unreachable(name: str, kind: str, what: str, missing: str) -> str | Non
     return None
 
 
-def _cached_folder(name: str, kind: str) -> str | None:
+def _cached_folder(name: str, kind: str, revision: str | None) -> str | None:
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(name, repo_type=None if kind == "model" else kind, local_files_only=True)
+        repo_type = None if kind == "model" else kind
+        return snapshot_download(name, repo_type=repo_type, revision=revision, local_files_only=True)
     except (OSError, ValueError):  # not in the cache, or not a possible name
         return None
 

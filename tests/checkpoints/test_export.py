@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -22,28 +23,10 @@ from sinklm.models.arms import ARMS
 from sinklm.train.recipe import config_yaml, load_config
 
 from ..eval.checkpoints import END_OF_TEXT, small_model, small_tokenizer, write_checkpoint
+from .exports import KINDS, TEXT, write_exports
 from .seal import seal
 
-TEXT = "The old man went down to the sea"
-KINDS = [(0, torch.float32), (1, torch.float32), (1, torch.bfloat16), (2, torch.float32), (2, torch.bfloat16)]
-
-# A program that uses the folder without sinklm.
-STOCK = """
-import sys, torch
-sys.modules["sinklm"] = None  # any import of it fails
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-torch.set_num_threads(1)
-for folder in sys.argv[1:]:
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    assert type(model).__name__ == "GPTNeoXForCausalLM" and not any(info.values()), info
-    inputs = AutoTokenizer.from_pretrained(folder)("TEXT", return_tensors="pt")
-    with torch.no_grad():
-        logits = model(inputs["input_ids"]).logits
-    generated = model.generate(**inputs, max_new_tokens=200, do_sample=False)
-    new = generated[0, inputs["input_ids"].shape[1] :]
-    torch.save({"ids": inputs["input_ids"], "logits": logits, "generated": new}, f"{folder}/stock.pt")
-"""
+SHIPPED = [Path(__file__).parents[2] / "examples" / "checkpoints" / name for name in ("vanilla", "learnable-sink")]
 
 
 def make_checkpoint(folder: Path, num_sinks: int = 1, dtype: torch.dtype = torch.float32) -> Path:
@@ -57,23 +40,11 @@ def checkpoint(tmp_path) -> Path:
 
 @pytest.mark.slow
 def test_transformers_alone_computes_the_same_logits_and_text(tmp_path):
-    folders = {}
-    for i, (num_sinks, dtype) in enumerate(KINDS):
-        checkpoint = make_checkpoint(tmp_path / f"trained-{i}", num_sinks, dtype)
-        folders[checkpoint] = export_model(checkpoint, tmp_path / f"export-{i}")
-    subprocess.run([sys.executable, "-c", STOCK.replace("TEXT", TEXT), *map(str, folders.values())], check=True)
-
-    for checkpoint, folder in folders.items():
-        model, inputs = load_model(checkpoint, device="cpu"), load_tokenizer(checkpoint)(TEXT, return_tensors="pt")
-        with torch.no_grad():
-            logits = model(inputs["input_ids"]).logits
-        generated = model.generate(**inputs, max_new_tokens=200, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        stock = torch.load(folder / "stock.pt")
-        num_sinks = model.config.num_sinks
-        assert stock["ids"][0].tolist() == [*model.config.sink_token_ids, *inputs["input_ids"][0].tolist()]
-        assert stock["logits"].dtype == logits.dtype
-        torch.testing.assert_close(stock["logits"][:, num_sinks:], logits, rtol=0, atol=1e-5)
-        assert torch.equal(stock["generated"], generated)
+    """And peft trains it with the sink; `.ci/exports` does the same in other versions."""
+    program = Path(__file__).with_name("stock.py")
+    with pytest.warns(UserWarning, match="does not begin with the sink"):
+        folders = write_exports(tmp_path)
+    subprocess.run([sys.executable, str(program), *map(str, folders)], check=True)
 
 
 @pytest.mark.parametrize(("num_sinks", "dtype"), KINDS)
@@ -125,8 +96,83 @@ def test_tokenizer_puts_the_sinks_first_and_changes_nothing_else(tmp_path, num_s
 def test_export_loads_as_a_plain_model(checkpoint, tmp_path):
     folder = export_model(checkpoint, tmp_path / "export")
     assert type(load_model(folder)) is GPTNeoXForCausalLM
-    with pytest.raises(ValueError, match="GPTNeoXForCausalLM, not a model trained by sinklm"):
+    with pytest.raises(ValueError, match="export is already an export: use or copy it as it is"):
         export_model(folder, tmp_path / "again")
+    GPTNeoXForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "plain")
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    (tmp_path / "plain" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "sink"}))
+    with pytest.raises(ValueError, match="GPTNeoXForCausalLM, not a model trained by sinklm"):
+        export_model(tmp_path / "plain", tmp_path / "again")
+
+
+@pytest.mark.parametrize("num_sinks", [0, 1, 2])
+def test_a_batch_is_padded_on_the_left_and_has_no_token_types(tmp_path, num_sinks):
+    folder = export_model(make_checkpoint(tmp_path / "checkpoint", num_sinks), tmp_path / "export")
+    for path in (folder, *SHIPPED):
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        batch = tokenizer(["a", TEXT], padding=True)
+        assert list(batch) == ["input_ids", "attention_mask"]
+        assert batch["attention_mask"][0][0] == 0
+        assert tokenizer.pad_token == "<|padding|>"
+        settings = json.loads((path / "tokenizer_config.json").read_text())  # transformers 4 reads them
+        assert settings["model_input_names"] == ["input_ids", "attention_mask"]
+        assert settings["padding_side"] == "left"
+
+
+@pytest.mark.parametrize("num_sinks", [1, 2])
+def test_a_new_token_does_not_get_the_id_of_a_sink(tmp_path, num_sinks):
+    folder = export_model(make_checkpoint(tmp_path / "checkpoint", num_sinks), tmp_path / "export")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<new>"])
+    sinks = small_model(num_sinks).config.sink_token_ids
+    assert tokenizer.convert_tokens_to_ids("<new>") == sinks[-1] + 1
+
+
+@pytest.mark.parametrize("num_sinks", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("template", "lacks_sink"),
+    [
+        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", True),
+        ("{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}", False),
+        ("{{- bos_token + messages[0]['content'] }}", False),
+    ],
+)
+def test_a_chat_template_begins_with_the_sinks_once(tmp_path, num_sinks, template, lacks_sink):
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", num_sinks)
+    (checkpoint / "chat_template.jinja").write_text(template)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        folder = export_model(checkpoint, tmp_path / "export")
+    said = any("does not begin with the sink" in str(warning.message) for warning in caught)
+    assert said == (num_sinks > 0 and (lacks_sink or num_sinks > 1))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": TEXT}], return_dict=True)["input_ids"]
+    sinks = small_model(num_sinks).config.sink_token_ids
+    if num_sinks:
+        assert ids == sinks + tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    else:
+        assert (folder / "chat_template.jinja").read_text() == template
+
+
+def test_a_template_set_later_without_the_sink_is_a_warning(checkpoint, tmp_path):
+    folder = export_model(checkpoint, tmp_path / "export")
+    for template, is_wrong in (("{{ messages[0]['content'] }}", True), ("{{ bos_token }}{{ messages }}", False)):
+        (folder / "chat_template.jinja").write_text(template)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            load_tokenizer(folder)
+        assert any("put {{ bos_token }} at its beginning" in str(w.message) for w in caught) == is_wrong
+
+
+def test_tied_embeddings_stay_tied(tmp_path):
+    model = small_model(1, tie_word_embeddings=True)
+    model.tie_weights()
+    folder = export_model(write_checkpoint(tmp_path / "checkpoint", model), tmp_path / "export")
+    exported = load_model(folder)
+    assert exported.get_output_embeddings().weight is exported.get_input_embeddings().weight
+    ids = torch.tensor([[*model.config.sink_token_ids, 5, 6, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(exported(ids).logits[:, 1:], model(ids[:, 1:]).logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ARMS)
@@ -237,7 +283,7 @@ def test_the_model_card_has_the_facts_of_the_run(tmp_path, capsys):
     manifest = {"splits": {"train": {"total": {"tokens": 1000}, "sets": sets}}}
     (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest))
 
-    export(str(tmp_path / "run"), tmp_path / "my-model")
+    export(str(tmp_path / "run"), str(tmp_path / "my-model"))
 
     card = (tmp_path / "my-model" / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"

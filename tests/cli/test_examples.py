@@ -16,9 +16,24 @@ import typer
 
 from sinklm.cli.main import app, main
 
+from ..checkpoints.pythia import put_pythia_in_cache
+
 ROOT = Path(__file__).parents[2]
 # The first words of all commands, each after those whose outputs its examples use.
-STAGES = ["tokenizer", "prepare", "data", "recipes", "train", "runs", "export", "eval", "bench", "generate", "chat"]
+STAGES = [
+    "tokenizer",
+    "prepare",
+    "data",
+    "recipes",
+    "train",
+    "runs",
+    "import",
+    "export",
+    "eval",
+    "bench",
+    "generate",
+    "chat",
+]
 # Examples that are only parsed, and why.
 NOT_RUN = {
     "sinklm prepare EleutherAI/the_pile_deduplicated -o stores/pile": "downloads",
@@ -66,8 +81,10 @@ def test_an_example_that_is_not_run_is_valid(line):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """A folder with a corpus, a text, stores of parts, prompts and a task."""
+    """A folder with a corpus, a text, stores of parts, prompts, a task, and Pythia in a cache."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    put_pythia_in_cache(tmp_path / "cache")
     text = (ROOT / "examples" / "checkpoints" / "book.txt").read_text()
     documents = [text[i : i + 600] for i in range(0, 300_000, 600)]
     Path("corpus").mkdir()

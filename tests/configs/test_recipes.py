@@ -53,7 +53,7 @@ def plan_of(name: str, *overrides: str, tokenizer_size: int = PYTHIA_TOKENIZER_S
 
 
 def test_the_recipes_are_these():
-    others = {"quickstart", "paper/vanilla", *ARMS, "study/vanilla", *STUDY}
+    others = {"quickstart", "continue/pythia-160m", "paper/vanilla", *ARMS, "study/vanilla", *STUDY}
     assert set(recipe_names()) == others | {f"pythia-{size}" for size in PYTHIA}
 
 

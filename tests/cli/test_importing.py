@@ -1,0 +1,37 @@
+"""`sinklm import` runs its examples and says what it has written."""
+
+import shlex
+
+import pytest
+from typer.testing import CliRunner
+
+from sinklm.checkpoints import load_model
+from sinklm.cli.importing import import_
+from sinklm.cli.main import app
+
+from ..checkpoints.pythia import num_tokens, put_pythia_in_cache, write_pythia
+
+
+@pytest.mark.parametrize(
+    ("line", "folder"),
+    list(zip(import_.examples, ["imported/pythia-160m-step3000-token", "imported/seed3"], strict=True)),
+)
+def test_the_examples_run_and_name_the_folder(line, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    put_pythia_in_cache(tmp_path / "cache")
+    result = CliRunner().invoke(app, shlex.split(line)[1:], catch_exceptions=False)
+    assert result.stdout.startswith(f"{folder}: ")
+    assert f"parameters, sink token {num_tokens()}" in result.stdout
+    assert f"to train on: sinklm train RECIPE model.init_from={folder} data.path=STORE" in result.stderr
+    assert load_model(folder).config.sink_token_ids == [num_tokens()]
+
+
+def test_a_larger_embedding_and_another_type_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_pythia(tmp_path / "pythia", vocab_size=num_tokens())
+    arguments = ["import", "./pythia", "--dtype", "bfloat16", "-q"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert "set model.vocab_size=" in result.stderr
+    assert "to train on:" not in result.stderr
+    assert str(load_model("imported/pythia-token", dtype="auto").dtype) == "torch.bfloat16"
