@@ -123,8 +123,11 @@ def _write_model(model: PreTrainedModel, config: SinkGPTNeoXConfig, folder: Path
     with torch.device("meta"):
         plain = GPTNeoXForCausalLM(plain_config)
     plain.load_state_dict(model.state_dict(), assign=True)
+    weights = plain.state_dict()
+    if config.tie_word_embeddings:
+        del weights["embed_out.weight"]  # transformers makes it from the input embeddings
     # `save_pretrained` of a model writes the same, but imports accelerate's deepspeed if installed.
-    save_torch_state_dict(plain.state_dict(), folder, max_shard_size=LARGEST_SHARD)
+    save_torch_state_dict(weights, folder, max_shard_size=LARGEST_SHARD)
     plain.config.architectures = [type(plain).__name__]
     plain.config.save_pretrained(folder)
     GenerationConfig(
@@ -134,8 +137,8 @@ def _write_model(model: PreTrainedModel, config: SinkGPTNeoXConfig, folder: Path
     ).save_pretrained(folder)
 
     path = folder / "config.json"
-    for weights in folder.glob("*.safetensors"):  # safetensors creates files that only the owner can read
-        shutil.copymode(path, weights)
+    for file in folder.glob("*.safetensors"):  # safetensors creates files that only the owner can read
+        shutil.copymode(path, file)
     written = json.loads(path.read_text(encoding="utf-8"))
     write_json(path, written | _older_keys(plain_config) | {"sink": config.sink}, sort_keys=True)
 
