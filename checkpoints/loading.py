@@ -180,7 +180,12 @@ def save_model(model: PreTrainedModel, folder: Path, **options: Any) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with no_progress_bars():
         model.save_pretrained(folder, **options)
-    for path in folder.glob("*.safetensors"):  # safetensors creates files that only the owner can read
+    let_everyone_read(folder)
+
+
+def let_everyone_read(folder: Path) -> None:
+    """Give the weights the mode of ``config.json``; safetensors lets only the owner read them."""
+    for path in folder.glob("*.safetensors"):
         shutil.copymode(folder / "config.json", path)
 
 
