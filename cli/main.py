@@ -18,6 +18,7 @@ from .options import examples_text
 from .prepare import prepare
 from .runs import runs
 from .sinks import sinks
+from .stream_qa import stream_qa
 from .tokenizer import train as train_tokenizer
 from .train import train
 
@@ -78,6 +79,7 @@ for _parent, _name, _command in (
     (eval_app, "zero-shot", zero_shot),
     (eval_app, "streaming", streaming),
     (eval_app, "stream-eval", stream_eval),
+    (eval_app, "stream-qa", stream_qa),
     (eval_app, "sinks", sinks),
     (app, "export", export),
     (bench_app, "decode", decode),

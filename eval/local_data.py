@@ -16,6 +16,7 @@ from lm_eval.tasks._index import Entry
 from lm_eval.tasks._yaml_loader import load_yaml
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
+NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 SPLIT_KEYS = ("training_split", "validation_split", "test_split")
@@ -147,7 +148,8 @@ def _candidates(source: Source, folder: Path) -> Iterator[Files]:
         yield _files_of_folder(path, source, is_own=True)
     for path in hub_folders:
         if path.is_dir():
-            yield _files_of_card(path, source) or _files_of_folder(path, source, is_own=False)
+            is_own = source.task == source.short_name
+            yield _files_of_card(path, source) or _files_of_folder(path, source, is_own=is_own)
     yield _flat_files(source, folder)
 
 
@@ -198,7 +200,7 @@ def _files_of_folder(folder: Path, source: Source, *, is_own: bool) -> Files:
 
 def _flat_files(source: Source, folder: Path) -> Files:
     """Return files such as ``arc_easy_test.jsonl``, or ``arc_easy.jsonl``."""
-    prefixes = {source.task, source.config or source.short_name}
+    prefixes = {source.task, source.short_name if source.config in (None, "default", "main") else source.config}
     files: Files = {}
     for path in sorted(folder.iterdir()):
         if not path.is_file() or not _builder(path):
@@ -237,14 +239,15 @@ def _one_format(files: Files) -> Files:
 
 def _needed_files(source: Source, folder: Path) -> Files:
     files = find_files(source, folder)
-    for split, use in ((source.evaluated, "evaluates"), (source.fewshot, "draws few-shot examples from")):
+    uses = {source.evaluated: "evaluates", source.fewshot: "draws few-shot examples from"}
+    for split, use in uses.items():
         if split is not None and split not in files:
             where = f"only {', '.join(files)}" if files else "none of its files"
             raise FileNotFoundError(
                 f"{source.task} {use} the split {split} of {source.name}, but {folder} has {where}: add it as "
                 f"{folder / f'{source.task}_{split}.jsonl'}, or download {source.name} to {folder / source.short_name}"
             )
-    return files
+    return {split: paths for split, paths in files.items() if split in uses}
 
 
 def _overrides(definition: dict[str, Any], files: Files) -> dict[str, Any]:
@@ -253,7 +256,11 @@ def _overrides(definition: dict[str, Any], files: Files) -> dict[str, Any]:
     builder = {_builder(path) for paths in files.values() for path in paths}
     if len(builder) > 1:
         raise ValueError(f"{', '.join(map(str, data_files.values()))} have several formats: use one")
-    splits = {key: None for key in SPLIT_KEYS if definition.get(key) not in files}
+    splits: dict[str, Any] = {key: None for key in SPLIT_KEYS if definition.get(key) not in files}
+    if definition.get("fewshot_split") not in files:
+        splits["fewshot_split"] = None
+    if (drawn := definition.get("fewshot_config")) and drawn.get("split") not in files:
+        splits["fewshot_config"] = {key: value for key, value in drawn.items() if key != "split"}
     return {
         "dataset_path": builder.pop(),
         "dataset_name": None,
@@ -281,7 +288,7 @@ def _builder(path: Path) -> str | None:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
-    return BUILDERS.get(suffixes[-1]) if suffixes else None
+    return BUILDERS.get(suffixes[-1]) if suffixes and path.name not in NO_DATA else None
 
 
 def _stem(path: Path) -> str:

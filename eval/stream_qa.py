@@ -3,7 +3,9 @@
 The questions of ARC and their answers are one text without end. At each answer the model has read
 all questions before it, with their right answers, through one cache. The baseline asks each
 question alone. The paper's prompt and code were never released; this one shows the choices with
-their labels, and the answer is a label::
+their labels, and the answer is a label. A text starts with an instruction::
+
+    Answer each question with the label of the right choice.
 
     Question: Which of these is a mammal?
     A. a trout
@@ -28,6 +30,7 @@ from .losses import CHUNK, fills_memory
 from .perplexity import text_prefix
 
 TASKS = ("arc_easy", "arc_challenge")
+INSTRUCTION = "Answer each question with the label of the right choice.\n\n"
 CACHE_SIZE = 1024  # the paper's
 NUM_KEPT = 4
 DENSE_LENGTHS = 2  # dense attention is asked up to this many trained lengths
@@ -137,7 +140,7 @@ def ask_in_stream(
             `DENSE_LENGTHS` trained lengths or when its cache fills the memory, and the replies with
             it.
     """
-    ids = list(text_prefix(tokenizer))
+    ids = _beginning(tokenizer)
     places = []  # index of the first token of each answer
     for question in questions:
         places.append(len(ids) + len(question.question))
@@ -173,7 +176,7 @@ def ask_alone(
     progress: Progress | None = None,
 ) -> list[Reply]:
     """Return the reply to each question by itself, the one-shot baseline."""
-    prefix = text_prefix(tokenizer)
+    prefix = _beginning(tokenizer)
     texts = [prefix + question.question + question.answer[:-1] for question in questions]
     replies: dict[int, Reply] = {}
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
@@ -190,6 +193,10 @@ def ask_alone(
         if progress:
             progress(len(rows))
     return [replies[i] for i in range(len(texts))]
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return text_prefix(tokenizer) + _encode(tokenizer, INSTRUCTION)
 
 
 def _reply(question: QuestionTokens, chosen: list[int], num_read: int) -> Reply:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lm_eval.tasks
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -23,6 +24,7 @@ warn_if_untested("lm-eval")
 
 PAPER_TASKS = "sinklm_paper"
 TASK_FOLDER = Path(__file__).parent / "tasks"
+PAPER_FOLDERS = ("arc", "hellaswag", "lambada", "openbookqa", "piqa", "winogrande")  # of lm-eval's tasks
 SEED = 1234
 
 
@@ -83,13 +85,13 @@ def evaluate(
         FileNotFoundError: ``include_path`` does not exist.
         ConnectionError: a task's data set is neither available locally nor can be downloaded.
     """
-    task_manager = _task_manager(tasks, include_path)
+    manager = task_manager(tasks, include_path)
     try:
         with checked_passes(model):
             output = simple_evaluate(
                 model=as_lm(model, tokenizer, batch_size=batch_size, max_length=max_length),
                 tasks=list(tasks),
-                task_manager=task_manager,
+                task_manager=manager,
                 limit=limit,
                 num_fewshot=num_fewshot,
                 log_samples=False,
@@ -115,12 +117,18 @@ def evaluate(
     }
 
 
-def _task_manager(names: Sequence[str], include_path: Path | None) -> TaskManager:
-    """Return a manager of all tasks; those of ``include_path`` take precedence."""
+def task_manager(names: Sequence[str], include_path: Path | None = None) -> TaskManager:
+    """Return a manager of all tasks; those of ``include_path`` take precedence.
+
+    Raises:
+        ValueError: a task does not exist.
+        FileNotFoundError: ``include_path`` does not exist.
+    """
     if include_path is not None and not include_path.is_dir():
         raise FileNotFoundError(f"the task folder {include_path} does not exist: check --include-path")
     folders = [TASK_FOLDER, *([include_path] if include_path else [])]
-    manager = TaskManager(include_path=folders, include_defaults=False)
+    papers = [Path(lm_eval.tasks.__file__).parent / name for name in PAPER_FOLDERS]
+    manager = TaskManager(include_path=[*papers, *folders], include_defaults=False)
     if not all(_covers(manager, name) for name in names):
         manager = TaskManager(include_path=folders)  # slow: reads lm-eval's 13,000 task files
     for name in names:
