@@ -23,7 +23,7 @@ SPLIT_KEYS = ("training_split", "validation_split", "test_split")
 SHARD = r"(?:-\d{5}-of-\d{5}(?:-[0-9a-f]+)?)?"  # as in the names of the Hub's parquet files
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
-Files = dict[str, list[Path]]  # by split
+Files = dict[str, list[Path]]
 
 
 @dataclass(frozen=True)
