@@ -77,9 +77,11 @@ def stream_qa(
     chosen = [way for name in ways for way in (shapes if name == "stream" else [name])]
     folder = output or default_output(model)
     file = ReportFile(folder / "stream_qa.json")
-    report = new_report(loaded, model, limit=limit, results=[])
+    report = new_report(loaded, model, limit=limit, questions_sha256={}, results=[])
     for task in names:
-        tokens = measurement.tokenize(tokenizer, _questions(task, data_dir, limit))
+        questions = _questions(task, data_dir, limit)
+        report["questions_sha256"][task] = measurement.fingerprint(questions)
+        tokens = measurement.tokenize(tokenizer, questions)
         for way in chosen:
             with progress_bars(console) as bars:
                 name = way if isinstance(way, str) else f"{way[0]}+{way[1]}"

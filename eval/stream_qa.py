@@ -13,6 +13,7 @@ their labels, and the answer is a label. A text starts with an instruction::
     Answer: B
 """
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -78,6 +79,11 @@ def questions_of(rows: Sequence[dict[str, Any]], source: str) -> list[Question]:
             ) from error
         questions.append(Question(f"Question: {row['question']}\n{listed}Answer:", tuple(labels), answer))
     return questions
+
+
+def fingerprint(questions: Sequence[Question]) -> str:
+    """Return the sha256 of the texts of questions and answers."""
+    return hashlib.sha256("".join(f"{q.text} {q.answer}\n\n" for q in questions).encode()).hexdigest()
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[QuestionTokens]:
