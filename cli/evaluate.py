@@ -68,7 +68,9 @@ def zero_shot(
     ] = False,
     model_args: Annotated[
         str | None,
-        typer.Option(help="Options of lm-eval's model, e.g. softmax_dtype=float32,logits_cache=False.", metavar="KEY=VALUE,…"),
+        typer.Option(
+            help="Options of lm-eval's model, e.g. softmax_dtype=float32,logits_cache=False.", metavar="KEY=VALUE,…"
+        ),
     ] = None,
     output: Output = None,
     device: Device = None,
@@ -169,7 +171,9 @@ def streaming(
         file.keep(report)
     file.finish(report)
     plot_streaming(report, folder / "streaming.png", title=model)
-    console.print(perplexity.results_table(results, f"Perplexity on {report['text']['num_tokens']:,} tokens: {model}"))
+    console.print(
+        perplexity.results_table(results, tokenized, f"Perplexity on {report['text']['num_tokens']:,} tokens: {model}")
+    )
     _explain_unscored(console, results, tokenized, recompute_every, report["model"]["max_position_embeddings"])
     console.print(f"Results: {file.path}, {folder / 'streaming.png'}")
 
@@ -205,7 +209,8 @@ def stream_eval(
     from ..eval.perplexity import default_caches, refuse_small_caches
     from ..eval.plots import plot_stream_eval
     from ..eval.report import ReportFile, default_output, new_report
-    from ..eval.stream_eval import check_distances, make_records, results_table, tokens_per_line
+    from ..eval.stream_eval import check_distances, results_table, tokens_per_line
+    from ..eval.tasks.stream_eval.records import make_records
 
     check_distances(chosen_distances, num_lines)
     if num_samples * num_lines > MOST_LINES:
@@ -241,7 +246,8 @@ def _ask_all(
     batch_size: int,
 ) -> Iterator[dict[str, Any]]:
     """Run StreamEval with one cache after the other."""
-    from ..eval.stream_eval import LINES_PER_QUESTION, ask, summarize
+    from ..eval.stream_eval import ask, summarize
+    from ..eval.tasks.stream_eval.records import LINES_PER_QUESTION
 
     num_read = (len(records[0]) - 1) // LINES_PER_QUESTION * LINES_PER_QUESTION * len(records)
     with progress_bars(console) as bars:

@@ -113,7 +113,9 @@ def as_lm(
     common: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": batch_size, "trust_remote_code": False}
     if sinks.token_ids:
         if {"add_bos_token", "prefix_token_id"} & set(options):
-            raise ValueError("--model-args: add_bos_token and prefix_token_id have no effect on a model with sink tokens")
+            raise ValueError(
+                "--model-args: add_bos_token and prefix_token_id have no effect on a model with sink tokens"
+            )
         lm = SinkLM(model, sinks.token_ids, max_length=num_positions - len(sinks.token_ids), **common, **options)
     elif isinstance(model.config, SinkGPTNeoXConfig):
         ours = {"add_bos_token": False, "prefix_token_id": model.config.eos_token_id}

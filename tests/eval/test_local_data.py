@@ -98,7 +98,10 @@ def benchmarks(tmp_path_factory) -> Path:
                 write_rows(folder / name / "data" / "lambada_test_de.jsonl", [{"text": "er nahm die Lampe"}])
             elif name == "allenai/winogrande":  # the Hub's cache
                 write_rows(
-                    folder / "datasets--allenai--winogrande/snapshots/1a2b" / config / f"{split}-00000-of-00001.parquet",
+                    folder
+                    / "datasets--allenai--winogrande/snapshots/1a2b"
+                    / config
+                    / f"{split}-00000-of-00001.parquet",
                     rows,
                 )
             else:
