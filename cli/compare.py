@@ -11,7 +11,7 @@ from .options import Quiet, examples
 
 @examples(
     "sinklm eval compare runs/vanilla runs/learnable-sink",
-    "sinklm eval compare results/runs-vanilla/zero_shot.json results/runs-learnable-sink/zero_shot.json -o results/zero",
+    "sinklm eval compare results/runs-vanilla/zero_shot.json results/runs-learnable-sink/zero_shot.json -o results/c",
 )
 def compare(
     runs: Annotated[

@@ -24,7 +24,7 @@ def perplexity(
     dtype: Dtype = DtypeName.AUTO,
     quiet: Quiet = False,
 ) -> None:
-    """Measure perplexity and bits per byte on a store's held-out documents, for each of its sets."""
+    """Measure perplexity and bits per byte on a store's held-out documents, for each set."""
     console = Console(is_quiet=quiet)
     console.note(f"loading {model} …")
     from ..checkpoints import load_tokenizer

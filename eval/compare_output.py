@@ -52,8 +52,7 @@ def csv_text(comparison: Comparison) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     names = [run.name for run in comparison.runs]
     writer.writerow(
-        ["measurement", "name", "metric", "run", "value", "stderr"]
-        + ["difference", "difference_stderr", "paired", "difference_to"]
+        ["measurement", "name", "metric", "run", "value", "stderr", "difference", "difference_stderr", "paired", "difference_to"]
     )
     for row in comparison.rows:
         for name, value, found in zip(names, row.values, row.differences, strict=True):

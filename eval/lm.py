@@ -64,7 +64,7 @@ class SinkLM(HFLM):
         return torch.stack(rows), torch.cat([mask, mask.new_ones(len(ids), len(self.sink_ids))], dim=1).sort(dim=1)[0]
 
     def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
-        """Return logits ``(B, T, V)`` of ids ``(B, T)``; a sink in front of a row is the model's."""
+        """Return logits ``(B, T, V)`` of ids ``(B, T)``; a row may begin with the last sink."""
         num_sinks = len(self.sink_ids)
         sinks = torch.tensor(self.sink_ids, device=inps.device).expand(len(inps), -1)
         has_no_context = inps[:, 0] == self.sink_ids[-1]

@@ -79,7 +79,7 @@ class Result:
         return math.exp(min(float(self.losses.nanmean()), 700.0))
 
     def num_bytes_scored(self, tokenized: TokenizedText) -> int | None:
-        """Return the UTF-8 length of the scored tokens, None if the tokenizer does not report it."""
+        """Return the UTF-8 length of the scored tokens; None if it is not known."""
         if tokenized.num_bytes is None:
             return None
         return int(tokenized.num_bytes[self.losses.isfinite()].sum())

@@ -114,7 +114,7 @@ def _sum_of_losses(model: PreTrainedModel, ids: torch.Tensor, targets: torch.Ten
 
 
 def _batches(tokens: Tokens, num_scored: int, room: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield inputs and targets ``(B, T)`` that follow each other; the last window may be shorter."""
+    """Yield consecutive inputs and targets ``(B, T)``; the last window may be shorter."""
     num_whole, size = num_scored // room, max(1, BATCH_TOKENS // room)
     for first in range(0, num_whole, size):
         last = min(first + size, num_whole)
