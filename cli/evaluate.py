@@ -1,5 +1,6 @@
 """`sinklm eval zero-shot`, `sinklm eval streaming` and `sinklm eval stream-eval`."""
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,7 +84,7 @@ def zero_shot(
     """
     if batch_size != "auto" and (not batch_size.isdecimal() or int(batch_size) < 1):
         raise ValueError(f"--batch-size is {batch_size!r}: it must be a positive number or auto")
-    console = Console(is_quiet=quiet)
+    console = Console(is_quiet=quiet or int(os.environ.get("RANK", "0")) > 0)  # of torchrun or accelerate
     console.note(f"loading {model} …")
     from ..checkpoints import load_tokenizer
     from ..eval.lm import own_device, parse_options

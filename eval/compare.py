@@ -281,13 +281,17 @@ def _set_perplexity(report: dict[str, Any], file: Path, notes: list[str]) -> Rea
 
 def _streaming(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
     text = report["text"]
+    has_first = int(bool(report["model"]["num_sinks"] or text["num_prefix_tokens"]))  # others cannot score it
     for result in report["results"]:
-        same = (("text", text["sha256"]), ("number of tokens scored", result["num_scored"]))
+        num_scored = result["num_scored"] - has_first
+        same: tuple = (("text", text["sha256"]), ("number of tokens scored", num_scored))
         same += (("recompute_every", report.get("recompute_every")),) if result["method"] == "recompute" else ()
         yield (result["configuration"], "perplexity"), Value(result["perplexity"], None, same)
         if result.get("bits_per_byte") is not None:  # of other tokenizers too, so the number of tokens may differ
-            whole = (("text", text["sha256"]), ("number of bytes scored", result["num_bytes_scored"]))
-            yield (result["configuration"], "bits per byte"), Value(result["bits_per_byte"], None, whole)
+            is_whole = num_scored == text["num_tokens"] - 1
+            num_bytes = text["num_bytes"] if is_whole else result["num_bytes_scored"]
+            same = (("text", text["sha256"]), ("number of bytes scored", num_bytes))
+            yield (result["configuration"], "bits per byte"), Value(result["bits_per_byte"], None, same)
 
 
 def _stream_eval(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:

@@ -23,6 +23,11 @@ PLOTTED = {
     "sinks": ("sink rate", "attention"),
 }
 
+CSV_COLUMNS = (
+    *("measurement", "name", "metric", "run", "value", "stderr"),
+    *("difference", "difference_stderr", "paired", "difference_to"),
+)
+
 
 def results_table(comparison: Comparison, title: str) -> Table:
     """Return a table for the terminal."""
@@ -51,9 +56,7 @@ def csv_text(comparison: Comparison) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     names = [run.name for run in comparison.runs]
-    writer.writerow(
-        ["measurement", "name", "metric", "run", "value", "stderr", "difference", "difference_stderr", "paired", "difference_to"]
-    )
+    writer.writerow(CSV_COLUMNS)
     for row in comparison.rows:
         for name, value, found in zip(names, row.values, row.differences, strict=True):
             if value is None:

@@ -107,16 +107,22 @@ def as_lm(
     """
     _check_options(options)
     sinks = sink_of(model.config)
-    num_positions = max_length or getattr(model.config, "max_position_embeddings", None)
+    num_positions: Any = max_length or getattr(model.config, "max_position_embeddings", None)
     if batch_size == "auto" and model.device.type == "cpu":
         batch_size = CPU_BATCH
     common: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": batch_size, "trust_remote_code": False}
     if sinks.token_ids:
+        num_sinks = len(sinks.token_ids)
+        if num_positions < num_sinks + 2:
+            raise ValueError(
+                f"--max-length is {num_positions}: with the model's {num_sinks} sink tokens, it must be at least "
+                f"{num_sinks + 2}"
+            )
         if {"add_bos_token", "prefix_token_id"} & set(options):
             raise ValueError(
                 "--model-args: add_bos_token and prefix_token_id have no effect on a model with sink tokens"
             )
-        lm = SinkLM(model, sinks.token_ids, max_length=num_positions - len(sinks.token_ids), **common, **options)
+        lm = SinkLM(model, sinks.token_ids, max_length=num_positions - num_sinks, **common, **options)
     elif isinstance(model.config, SinkGPTNeoXConfig):
         ours = {"add_bos_token": False, "prefix_token_id": model.config.eos_token_id}
         lm = HFLM(pretrained=model, max_length=num_positions, **common, **(ours | options))

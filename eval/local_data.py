@@ -6,13 +6,12 @@ replaced, so scores equal those of lm-eval on the same data.
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._index import Entry
 from lm_eval.tasks._yaml_loader import load_yaml
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
@@ -83,7 +82,7 @@ def use_local_data(manager: TaskManager, names: Iterable[str], folder: Path, num
         if definition.get("dataset_path") in set(BUILDERS.values()):
             continue
         files = _needed_files(Source.of(name, definition, num_fewshot), folder)
-        manager.task_index[name] = Entry(name, entry.kind, None, definition | _overrides(definition, files), entry.tags)
+        manager.task_index[name] = replace(entry, yaml_path=None, cfg=definition | _overrides(definition, files))
         used[name] = [path for paths in files.values() for path in paths]
     return used
 

@@ -137,7 +137,7 @@ def token_lengths(text: str, offsets: Sequence[tuple[int, int]]) -> torch.Tensor
     if not offsets:
         return torch.zeros(0, dtype=torch.long)
     code_points = torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32)
-    sizes = 1 + sum((code_points >= first).long() for first in (0x80, 0x800, 0x10000))
+    sizes = 1 + torch.bucketize(code_points, torch.tensor([0x80, 0x800, 0x10000], dtype=torch.int32), right=True)
     ends = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])  # bytes before each character
     reached = ends[torch.tensor([end for _, end in offsets], dtype=torch.long)].cummax(0)[0]
     return reached.diff(prepend=torch.zeros(1, dtype=torch.long))

@@ -70,6 +70,7 @@ def questions_of(rows: Sequence[dict[str, Any]], source: str) -> list[Question]:
     for number, row in enumerate(rows):
         try:
             labels, texts, answer = row["choices"]["label"], row["choices"]["text"], row["answerKey"]
+            text = row["question"]
             listed = "".join(f"{label}. {text}\n" for label, text in zip(labels, texts, strict=True))
             labels.index(answer)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -77,7 +78,7 @@ def questions_of(rows: Sequence[dict[str, Any]], source: str) -> list[Question]:
                 f"row {number} of {source} is not a question of ARC ({error!r}): it needs question, choices.text, "
                 "choices.label and answerKey, as allenai/ai2_arc on the Hub"
             ) from error
-        questions.append(Question(f"Question: {row['question']}\n{listed}Answer:", tuple(labels), answer))
+        questions.append(Question(f"Question: {text}\n{listed}Answer:", tuple(labels), answer))
     return questions
 
 

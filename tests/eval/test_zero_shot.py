@@ -218,6 +218,8 @@ def test_model_arguments_reach_lm_eval(checkpoints):
     lm = as_lm(model, tokenizer, **parse_options("softmax_dtype=float64,logits_cache=False"))
     assert lm.softmax_dtype == torch.float64
     assert lm.logits_cache is False
+    with pytest.raises(ValueError, match=r"--max-length is 2: .* at least 3"):
+        as_lm(model, tokenizer, max_length=2)
     with pytest.raises(ValueError, match="no effect on a model with sink tokens"):
         as_lm(model, tokenizer, add_bos_token=True)
 
@@ -226,7 +228,7 @@ def test_the_batch_size_is_found_by_itself(checkpoints, monkeypatch):
     """lm-eval's search, as on a GPU on which more than five requests do not fit."""
     model, tokenizer = load_model(checkpoints[1]), load_tokenizer(checkpoints[1])
     expected = as_lm(model, tokenizer, batch_size=1).loglikelihood(requests("loglikelihood", REQUESTS), True)
-    lm = as_lm(model, tokenizer)
+    lm = as_lm(model, tokenizer, max_batch_size=7)
     assert lm.batch_size == 8  # not searched on a CPU
     lm.batch_size_per_gpu = "auto"
     call, sizes = lm._model_call, []
@@ -239,7 +241,7 @@ def test_the_batch_size_is_found_by_itself(checkpoints, monkeypatch):
 
     monkeypatch.setattr(lm, "_model_call", small_memory)
     measured = lm.loglikelihood(requests("loglikelihood", REQUESTS * 3), disable_tqdm=True)
-    assert max(sizes) == 4  # 64, 32, 16 and 8 did not fit
+    assert max(sizes) == 5
     assert [score for score, _ in measured] == pytest.approx([score for score, _ in expected * 3])
 
 
@@ -258,7 +260,9 @@ def test_two_processes_give_the_results_of_one(tmp_path, checkpoints, task_folde
     assert (one["num_processes"], two["num_processes"]) == (1, 2)
     assert two["num_samples"] == one["num_samples"]
     for task, metrics in one["tasks"].items():
-        assert two["tasks"][task] == pytest.approx(metrics, rel=1e-6)
+        drawn = {"perplexity_stderr"}  # from resampled examples, whose order differs
+        values = {name: value for name, value in metrics.items() if name not in drawn}
+        assert {name: two["tasks"][task][name] for name in values} == pytest.approx(values, rel=1e-6)
     for task in ("rooms", "last_word"):
         samples = [
             [json.loads(line) for line in (folder / f"samples_{task}.jsonl").read_text().splitlines()]
@@ -271,7 +275,7 @@ STOCK = """
 import json, sys
 sys.modules["sinklm"] = None  # any import of it fails
 from lm_eval import simple_evaluate
-from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 folder, *exports = sys.argv[1:]
 tasks = TaskManager(include_path=folder, include_defaults=False)
