@@ -10,8 +10,8 @@ from .options import Quiet, examples
 
 
 @examples(
-    "sinklm eval compare runs/vanilla runs/learnable-sink",
-    "sinklm eval compare results/runs-vanilla/zero_shot.json results/runs-learnable-sink/zero_shot.json -o results/c",
+    "sinklm eval compare runs/quickstart results/rooms",
+    "sinklm eval compare results/quickstart/zero_shot.json results/rooms/zero_shot.json -o results/zero-shot",
 )
 def compare(
     runs: Annotated[

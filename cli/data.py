@@ -16,8 +16,8 @@ PREVIEW_LENGTH = 60  # characters
 
 
 @examples(
-    "sinklm data merge parts/00 parts/01 -o stores/merged",
-    "sinklm data merge parts/* -o stores/all",
+    "sinklm data merge parts/00 parts/01 -o stores/all",
+    "sinklm data merge parts/01 parts/00 -o stores/other-order --quiet",
 )
 def merge(
     stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Finished token stores, in order.")],

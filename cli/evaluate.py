@@ -36,8 +36,9 @@ MOST_LINES = 100_000_000
 
 
 @examples(
-    "sinklm eval zero-shot runs/learnable-sink --data-dir benchmarks --limit 20",
-    "sinklm eval zero-shot EleutherAI/pythia-160m --tasks lambada_openai,piqa --log-samples",
+    "sinklm eval zero-shot runs/quickstart --data-dir benchmarks --limit 20 --log-samples",
+    "sinklm eval zero-shot runs/quickstart --tasks rooms --include-path tasks -o results/rooms",
+    "sinklm eval zero-shot runs/quickstart --tasks lambada_openai,piqa --limit 100",
 )
 def zero_shot(
     model: Model,
@@ -89,38 +90,42 @@ def zero_shot(
     from ..checkpoints import load_tokenizer
     from ..eval.lm import own_device, parse_options
     from ..eval.loading import load_causal_model
-    from ..eval.report import ReportFile, default_output, new_report
+    from ..eval.quiet import quiet_libraries
+    from ..eval.report import ReportFile, default_output, display_name, new_report
     from ..eval.zero_shot import evaluate, results_table, write_samples
 
     options = parse_options(model_args)
     placed = placement(device or own_device(), dtype)
     loaded, tokenizer = load_causal_model(model, **placed), load_tokenizer(model)
     file = ReportFile((output or default_output(model)) / "zero_shot.json")
-    results = evaluate(
-        loaded,
-        tokenizer,
-        [name.strip() for name in tasks.split(",")],
-        limit=limit,
-        data_dir=data_dir,
-        include_path=include_path,
-        num_fewshot=num_fewshot,
-        batch_size=batch_size if batch_size == "auto" else int(batch_size),
-        max_length=max_length,
-        apply_chat_template=apply_chat_template,
-        log_samples=log_samples,
-        model_args=options,
-    )
+    with quiet_libraries(shows_progress=not console.is_quiet):
+        results = evaluate(
+            loaded,
+            tokenizer,
+            [name.strip() for name in tasks.split(",")],
+            limit=limit,
+            data_dir=data_dir,
+            include_path=include_path,
+            num_fewshot=num_fewshot,
+            batch_size=batch_size if batch_size == "auto" else int(batch_size),
+            max_length=max_length,
+            apply_chat_template=apply_chat_template,
+            log_samples=log_samples,
+            model_args=options,
+        )
     if results is None:  # another process than the first
         return
     samples = write_samples(results.pop("samples", {}), file.path.parent)
     file.finish(new_report(loaded, model, **results))
-    console.print(results_table(results, f"Zero-shot: {model}" + (f", first {limit} examples" if limit else "")))
+    console.print(
+        results_table(results, f"Zero-shot: {display_name(model)}" + (f", first {limit} examples" if limit else ""))
+    )
     console.print(f"Results: {', '.join(map(str, [file.path, *samples]))}")
 
 
 @examples(
-    "sinklm eval streaming runs/learnable-sink --text book.txt",
-    "sinklm eval streaming runs/learnable-sink --text book.txt --caches 0+64,1+63 --tokens 2000 -o results/book",
+    "sinklm eval streaming runs/quickstart --text book.txt --tokens 2000",
+    "sinklm eval streaming runs/quickstart --text book.txt --caches 0+64,1+63 -o results/book",
 )
 def streaming(
     model: Model,
@@ -151,7 +156,7 @@ def streaming(
     from ..eval import perplexity
     from ..eval.loading import load_causal_model
     from ..eval.plots import plot_streaming
-    from ..eval.report import ReportFile, default_output, new_report
+    from ..eval.report import ReportFile, default_output, display_name, new_report
 
     tokenized = perplexity.read_text_files(text, load_tokenizer(model), tokens)
     loaded = load_causal_model(model, **placement(device, dtype))
@@ -171,7 +176,7 @@ def streaming(
         report |= perplexity.as_json(results, tokenized)
         file.keep(report)
     file.finish(report)
-    plot_streaming(report, folder / "streaming.png", title=model)
+    plot_streaming(report, folder / "streaming.png", title=display_name(model))
     console.print(
         perplexity.results_table(results, tokenized, f"Perplexity on {report['text']['num_tokens']:,} tokens: {model}")
     )
@@ -180,8 +185,8 @@ def streaming(
 
 
 @examples(
-    "sinklm eval stream-eval runs/learnable-sink --num-samples 8 --num-lines 200",
-    "sinklm eval stream-eval runs/learnable-sink --caches 0+64,1+63 --distances 10,20 --num-samples 2 --num-lines 50",
+    "sinklm eval stream-eval runs/quickstart --num-samples 1 --num-lines 210",
+    "sinklm eval stream-eval runs/quickstart --caches 0+64,1+63 --distances 10,20 --num-samples 2 --num-lines 50",
 )
 def stream_eval(
     model: Model,
@@ -209,7 +214,7 @@ def stream_eval(
     from ..eval.loading import load_causal_model
     from ..eval.perplexity import default_caches, refuse_small_caches
     from ..eval.plots import plot_stream_eval
-    from ..eval.report import ReportFile, default_output, new_report
+    from ..eval.report import ReportFile, default_output, display_name, new_report
     from ..eval.stream_eval import check_distances, results_table, tokens_per_line
     from ..eval.tasks.stream_eval.records import make_records
 
@@ -231,8 +236,10 @@ def stream_eval(
         report["results"].append(result)
         file.keep(report)
     file.finish(report)
-    plot_stream_eval(report, folder / "stream_eval.png", title=model)
-    console.print(results_table(report["results"], f"StreamEval, accuracy in percent by distance: {model}"))
+    plot_stream_eval(report, folder / "stream_eval.png", title=display_name(model))
+    console.print(
+        results_table(report["results"], f"StreamEval, accuracy in percent by distance: {display_name(model)}")
+    )
     console.print(f"One line is {report['tokens_per_line']:.1f} tokens.")
     console.print(f"Results: {file.path}, {folder / 'stream_eval.png'}")
 

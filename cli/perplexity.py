@@ -10,8 +10,8 @@ from .options import Device, Dtype, DtypeName, Model, Output, Quiet, examples, p
 
 
 @examples(
-    "sinklm eval perplexity runs/learnable-sink --store stores/pile",
-    "sinklm eval perplexity runs/learnable-sink --store stores/pile --max-tokens 20000",
+    "sinklm eval perplexity runs/quickstart --store store",
+    "sinklm eval perplexity runs/quickstart --store store --max-tokens 2000 -o results/sets",
 )
 def perplexity(
     model: Model,
@@ -29,7 +29,7 @@ def perplexity(
     console.note(f"loading {model} …")
     from ..checkpoints import load_tokenizer
     from ..eval.loading import load_causal_model, open_store_of
-    from ..eval.report import ReportFile, default_output, new_report
+    from ..eval.report import ReportFile, default_output, display_name, new_report
     from ..eval.set_perplexity import SPLIT, measure, results_table, sets_of, total
 
     tokenizer = load_tokenizer(model)
@@ -48,5 +48,5 @@ def perplexity(
             report["results"] = [row.as_json() for row in [*results, total(results)]]
             file.keep(report)
     file.finish(report)
-    console.print(results_table(results, f"Perplexity by set: {model}"))
+    console.print(results_table(results, f"Perplexity by set: {display_name(model)}"))
     console.print(f"Results: {file.path}")

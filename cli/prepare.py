@@ -18,6 +18,7 @@ LINE_SECONDS = 15.0  # between progress lines if the output is not a terminal
 
 @examples(
     "sinklm prepare corpus/ --tokenizer tokenizer.json -o store",
+    "sinklm prepare 'corpus/*.jsonl' book.txt --tokenizer tokenizer.json --split-sets -o stores/by-set",
     "sinklm prepare EleutherAI/the_pile_deduplicated -o stores/pile",
 )
 def prepare(

@@ -20,7 +20,7 @@ STYLES = {"running": "green", "finished": "", "stopped": "yellow", "damaged": "r
 
 @examples(
     "sinklm runs",
-    "sinklm runs runs/learnable-sink --json",
+    "sinklm runs runs/quickstart --json",
 )
 def runs(
     folders: Annotated[

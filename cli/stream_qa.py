@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 
 @examples(
-    "sinklm eval stream-qa runs/learnable-sink --data-dir benchmarks",
-    "sinklm eval stream-qa runs/learnable-sink --data-dir benchmarks --tasks arc_easy --caches 0+64,4+60 --limit 50",
+    "sinklm eval stream-qa runs/quickstart --data-dir benchmarks",
+    "sinklm eval stream-qa runs/quickstart --data-dir benchmarks --tasks arc_easy --caches 0+64,4+60 --limit 50",
 )
 def stream_qa(
     model: Model,
@@ -69,7 +69,7 @@ def stream_qa(
     from ..eval.loading import load_causal_model
     from ..eval.perplexity import refuse_small_caches
     from ..eval.plots import plot_stream_qa
-    from ..eval.report import ReportFile, default_output, new_report
+    from ..eval.report import ReportFile, default_output, display_name, new_report
 
     loaded, tokenizer = load_causal_model(model, **placement(device, dtype)), load_tokenizer(model)
     shapes = shapes or measurement.default_caches(loaded)
@@ -90,8 +90,8 @@ def stream_qa(
                 report["results"].append(measurement.measure(loaded, tokenizer, tokens, task, way, advance))
             file.keep(report)
     file.finish(report)
-    plot_stream_qa(report, folder / "stream_qa.png", title=model)
-    console.print(measurement.results_table(report["results"], f"Streaming question answering: {model}"))
+    plot_stream_qa(report, folder / "stream_qa.png", title=display_name(model))
+    console.print(measurement.results_table(report["results"], f"Streaming question answering: {display_name(model)}"))
     for row in report["results"]:
         if row["method"] == "dense" and row["num_questions"] < max(r["num_questions"] for r in report["results"]):
             console.print(f"{row['task']}: dense attention stopped after {row['num_questions']} questions.")

@@ -12,7 +12,7 @@ from .options import Quiet, examples
 
 @examples(
     "sinklm tokenizer train corpus/ --vocab-size 2048 -o tokenizer.json",
-    "sinklm tokenizer train 'corpus/*.jsonl' book.txt --vocab-size 4096 -o tokenizer-4096.json",
+    "sinklm tokenizer train 'corpus/*.jsonl' book.txt --vocab-size 4096 -o large.json",
 )
 def train(
     inputs: Annotated[
