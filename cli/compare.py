@@ -11,7 +11,7 @@ from .options import Quiet, examples
 
 @examples(
     "sinklm eval compare runs/quickstart results/rooms",
-    "sinklm eval compare results/quickstart/zero_shot.json results/rooms/zero_shot.json -o results/zero-shot",
+    "sinklm eval compare results/rooms/zero_shot.json results/book/streaming.json -o results/compare-files",
 )
 def compare(
     runs: Annotated[
