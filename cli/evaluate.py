@@ -1,5 +1,6 @@
 """`sinklm eval zero-shot`, `sinklm eval streaming` and `sinklm eval stream-eval`."""
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,7 @@ MOST_LINES = 100_000_000
 
 
 @examples(
+    "sinklm eval zero-shot runs/quickstart --data-dir benchmarks --limit 20 --log-samples",
     "sinklm eval zero-shot runs/quickstart --tasks rooms --include-path tasks -o results/rooms",
     "sinklm eval zero-shot runs/quickstart --tasks lambada_openai,piqa --limit 100",
 )
@@ -44,49 +46,81 @@ def zero_shot(
         str, typer.Option(help="lm-eval tasks, separated by commas; sinklm_paper is the seven tasks of the paper.")
     ] = "sinklm_paper",
     limit: Annotated[int | None, typer.Option(min=1, help="Evaluate only the first N examples of each task.")] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the data sets as files; see docs/evaluation.md.", show_default="the Hub"),
+    ] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with additional lm-eval task files.")] = None,
     num_fewshot: Annotated[
         int | None, typer.Option(min=0, help="Number of few-shot examples in the prompt; default: as in the task.")
     ] = None,
-    batch_size: Annotated[str, typer.Option(help="Number of requests per batch, or auto.")] = "8",
+    batch_size: Annotated[
+        str, typer.Option(help="Number of requests per batch. auto: the largest that fits a GPU, 8 on a CPU.")
+    ] = "auto",
     max_length: Annotated[
         int | None,
         typer.Option(min=2, help="Maximum positions of a request, including sinks; default: the trained length."),
+    ] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Format prompts with the tokenizer's chat template.")
+    ] = False,
+    log_samples: Annotated[
+        bool,
+        typer.Option("--log-samples", help="Write each example with its outputs to samples_TASK.jsonl."),
+    ] = False,
+    model_args: Annotated[
+        str | None,
+        typer.Option(
+            help="Options of lm-eval's model, e.g. softmax_dtype=float32,logits_cache=False.", metavar="KEY=VALUE,…"
+        ),
     ] = None,
     output: Output = None,
     device: Device = None,
     dtype: Dtype = DtypeName.AUTO,
     quiet: Quiet = False,
 ) -> None:
-    """Evaluate a model on zero-shot benchmarks with lm-eval."""
+    """Evaluate a model on zero-shot benchmarks with lm-eval.
+
+    On several GPUs: torchrun --nproc-per-node 2 -m sinklm eval zero-shot MODEL
+    """
     if batch_size != "auto" and (not batch_size.isdecimal() or int(batch_size) < 1):
         raise ValueError(f"--batch-size is {batch_size!r}: it must be a positive number or auto")
-    console = Console(is_quiet=quiet)
+    console = Console(is_quiet=quiet or int(os.environ.get("RANK", "0")) > 0)  # of torchrun or accelerate
     console.note(f"loading {model} …")
     from ..checkpoints import load_tokenizer
+    from ..eval.lm import own_device, parse_options
     from ..eval.loading import load_causal_model
     from ..eval.quiet import quiet_libraries
     from ..eval.report import ReportFile, default_output, display_name, new_report
-    from ..eval.zero_shot import evaluate, results_table
+    from ..eval.zero_shot import evaluate, results_table, write_samples
 
-    loaded, tokenizer = load_causal_model(model, **placement(device, dtype)), load_tokenizer(model)
+    options = parse_options(model_args)
+    placed = placement(device or own_device(), dtype)
+    loaded, tokenizer = load_causal_model(model, **placed), load_tokenizer(model)
     file = ReportFile((output or default_output(model)) / "zero_shot.json")
-    with quiet_libraries(shows_progress=not quiet):
+    with quiet_libraries(shows_progress=not console.is_quiet):
         results = evaluate(
             loaded,
             tokenizer,
             [name.strip() for name in tasks.split(",")],
             limit=limit,
+            data_dir=data_dir,
             include_path=include_path,
             num_fewshot=num_fewshot,
             batch_size=batch_size if batch_size == "auto" else int(batch_size),
             max_length=max_length,
+            apply_chat_template=apply_chat_template,
+            log_samples=log_samples,
+            model_args=options,
         )
+    if results is None:  # another process than the first
+        return
+    samples = write_samples(results.pop("samples", {}), file.path.parent)
     file.finish(new_report(loaded, model, **results))
     console.print(
         results_table(results, f"Zero-shot: {display_name(model)}" + (f", first {limit} examples" if limit else ""))
     )
-    console.print(f"Results: {file.path}")
+    console.print(f"Results: {', '.join(map(str, [file.path, *samples]))}")
 
 
 @examples(
@@ -143,7 +177,9 @@ def streaming(
         file.keep(report)
     file.finish(report)
     plot_streaming(report, folder / "streaming.png", title=display_name(model))
-    console.print(perplexity.results_table(results, f"Perplexity on {report['text']['num_tokens']:,} tokens: {model}"))
+    console.print(
+        perplexity.results_table(results, tokenized, f"Perplexity on {report['text']['num_tokens']:,} tokens: {model}")
+    )
     _explain_unscored(console, results, tokenized, recompute_every, report["model"]["max_position_embeddings"])
     console.print(f"Results: {file.path}, {folder / 'streaming.png'}")
 
@@ -179,7 +215,8 @@ def stream_eval(
     from ..eval.perplexity import default_caches, refuse_small_caches
     from ..eval.plots import plot_stream_eval
     from ..eval.report import ReportFile, default_output, display_name, new_report
-    from ..eval.stream_eval import check_distances, make_records, results_table, tokens_per_line
+    from ..eval.stream_eval import check_distances, results_table, tokens_per_line
+    from ..eval.tasks.stream_eval.records import make_records
 
     check_distances(chosen_distances, num_lines)
     if num_samples * num_lines > MOST_LINES:
@@ -217,7 +254,8 @@ def _ask_all(
     batch_size: int,
 ) -> Iterator[dict[str, Any]]:
     """Run StreamEval with one cache after the other."""
-    from ..eval.stream_eval import LINES_PER_QUESTION, ask, summarize
+    from ..eval.stream_eval import ask, summarize
+    from ..eval.tasks.stream_eval.records import LINES_PER_QUESTION
 
     num_read = (len(records[0]) - 1) // LINES_PER_QUESTION * LINES_PER_QUESTION * len(records)
     with progress_bars(console) as bars:

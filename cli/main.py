@@ -10,6 +10,7 @@ from ..command import run
 from ..text import printable
 from .bench import decode
 from .chat import chat
+from .compare import compare
 from .data import inspect, merge
 from .evaluate import stream_eval, streaming, zero_shot
 from .export import export
@@ -17,9 +18,11 @@ from .generate import generate
 from .importing import import_
 from .mistakes import Group, explain
 from .options import examples_text
+from .perplexity import perplexity
 from .prepare import prepare
 from .runs import runs
 from .sinks import sinks
+from .stream_qa import stream_qa
 from .tokenizer import train as train_tokenizer
 from .train import recipes, train
 
@@ -80,9 +83,12 @@ for _parent, _name, _command in (
     (app, "train", train),
     (app, "runs", runs),
     (eval_app, "zero-shot", zero_shot),
+    (eval_app, "perplexity", perplexity),
     (eval_app, "streaming", streaming),
     (eval_app, "stream-eval", stream_eval),
+    (eval_app, "stream-qa", stream_qa),
     (eval_app, "sinks", sinks),
+    (eval_app, "compare", compare),
     (app, "import", import_),
     (app, "export", export),
     (bench_app, "decode", decode),

@@ -51,7 +51,7 @@ def sinks(
     console.note(f"loading {model} …")
     from ..checkpoints import load_tokenizer
     from ..eval.loading import load_causal_model
-    from ..eval.report import ReportFile, default_output, display_name, new_report
+    from ..eval.report import ReportFile, default_output, display_name, new_report, sink_of
     from ..eval.sinks import sequences_of_store, sequences_of_texts
     from ..eval.sinks.plots import plot_sinks
     from ..eval.sinks.tables import as_json, heads_table, massive_table, named_positions, positions_table, summary
@@ -62,7 +62,8 @@ def sinks(
     num_sinks = getattr(loaded.config, "num_sinks", 0)
     wanted = (tokenizer, num_sequences, seq_length - num_sinks)
     sequences = sequences_of_store(store, *wanted) if store else sequences_of_texts(text or [], *wanted)
-    positions = named_positions(num_sinks, sequences.num_prefix)
+    exported = len(sink_of(loaded.config).token_ids) - num_sinks  # which the tokenizer of an export adds
+    positions = named_positions(num_sinks + exported, sequences.num_prefix - exported)
     folder = output or default_output(model)
     file = ReportFile(folder / "sinks.json")
     facts = {"text": sequences.source, "num_sequences": num_sequences, "seq_length": seq_length, "epsilon": epsilon}

@@ -1,12 +1,15 @@
-"""Loads models for evaluation, which requires causal models."""
+"""Loads causal models for evaluation, and token stores that fit them."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoints import load_model
+from ..data import open_store
+from ..data.store import TokenSource
 from ..models.checked import refuse_nonfinite_logits
 
 
@@ -37,3 +40,18 @@ def is_causal(model: PreTrainedModel) -> bool:
     tolerance = max(1e-4, torch.finfo(model.dtype).eps)
     both = one.isfinite() & other.isfinite()  # a model may exclude tokens by -∞
     return not bool((one - other)[both].abs().max() > tolerance * one[both].abs().max())
+
+
+def open_store_of(path: Path, tokenizer: PreTrainedTokenizerBase) -> TokenSource:
+    """Open a token store, or pre-shuffled rows, that was made with a model's tokenizer.
+
+    Raises:
+        FileNotFoundError: there is no store.
+        ValueError: the store was made with another tokenizer.
+    """
+    store = open_store(path, verify="size")
+    ids = Tokenizer.from_file(str(store.tokenizer_path)).get_vocab()
+    known = tokenizer.get_vocab()
+    if any(known.get(token) != i for token, i in ids.items()):
+        raise ValueError(f"{path} was made with a different tokenizer than the model's: use --text instead")
+    return store

@@ -62,7 +62,7 @@ def dense_losses(model: PreTrainedModel, ids: torch.Tensor, progress: ReportToke
         logits = model(_batch(model, ids[start:end]), use_cache=True, **{CACHE: cache}).logits[0]
         losses[start + 1 : end + 1] = _nll(logits, ids[start + 1 : end + 1])
         _advance(progress, end - start)
-        if _num_bytes(cache) > _free_memory(model.device):
+        if fills_memory(cache, model.device):
             break
     return losses
 
@@ -137,6 +137,11 @@ def _unscored(ids: torch.Tensor) -> torch.Tensor:
 def _advance(progress: ReportTokens | None, num_tokens: int) -> None:
     if progress is not None and num_tokens:
         progress(num_tokens)
+
+
+def fills_memory(cache: DynamicCache, device: torch.device) -> bool:
+    """Whether a cache is larger than the memory that is still free."""
+    return _num_bytes(cache) > _free_memory(device)
 
 
 def _num_bytes(cache: DynamicCache) -> int:

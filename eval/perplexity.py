@@ -52,13 +52,16 @@ class Configuration:
 class TokenizedText:
     """A tokenized text: ``ids`` ``(T,)``, of which the first ``num_prefix`` are special tokens.
 
-    ``sha256`` is the hash of the joined text in UTF-8, without byte order marks.
+    ``sha256`` is the hash of the joined text in UTF-8, without byte order marks. ``num_bytes``
+    ``(T - num_prefix,)`` is the length of each token of the text in UTF-8; None for tokenizers that
+    do not report it.
     """
 
     ids: torch.Tensor
     num_prefix: int
     sha256: str
     files: tuple[str, ...]
+    num_bytes: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,17 @@ class Result:
     def perplexity(self) -> float:
         return math.exp(min(float(self.losses.nanmean()), 700.0))
 
+    def num_bytes_scored(self, tokenized: TokenizedText) -> int | None:
+        """Return the UTF-8 length of the scored tokens; None if it is not known."""
+        if tokenized.num_bytes is None:
+            return None
+        return int(tokenized.num_bytes[self.losses.isfinite()].sum())
+
+    def bits_per_byte(self, tokenized: TokenizedText) -> float | None:
+        """Return the loss in bits per byte of text, which models of other tokenizers share."""
+        num_bytes = self.num_bytes_scored(tokenized)
+        return float(self.losses.nansum()) / math.log(2) / num_bytes if num_bytes else None
+
 
 def read_text_files(
     files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, num_tokens: int | None = None
@@ -90,11 +104,15 @@ def read_text_files(
     """
     digest = hashlib.sha256()
     tokenized: list[int] = []
+    lengths: list[torch.Tensor] | None = [] if tokenizer.is_fast else None
     used: list[str] = []
     for path in files:
         text = _read_text(path) if not used else "\n\n" + _read_text(path)
         digest.update(text.encode())
-        tokenized += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        encoding = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=tokenizer.is_fast)
+        tokenized += encoding["input_ids"]
+        if lengths is not None:
+            lengths.append(token_lengths(text, encoding["offset_mapping"]))
         used.append(str(path))
         if num_tokens and len(tokenized) >= num_tokens:
             break
@@ -103,7 +121,26 @@ def read_text_files(
         raise ValueError(f"{', '.join(used)}: {len(tokenized)} tokens, but {num_tokens or 2} are needed: {remedy}")
     prefix = text_prefix(tokenizer)
     ids = torch.tensor(prefix + tokenized[:num_tokens])
-    return TokenizedText(ids=ids, num_prefix=len(prefix), sha256=digest.hexdigest(), files=tuple(used))
+    num_bytes = None if lengths is None else torch.cat(lengths)[:num_tokens]
+    return TokenizedText(ids, len(prefix), digest.hexdigest(), tuple(used), num_bytes)
+
+
+def token_lengths(text: str, offsets: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """Return the UTF-8 length of each token: from the end of the one before it to its own end.
+
+    The lengths add up to that of the text before the last token's end. A character that is split
+    into several tokens counts for the first of them.
+
+    Args:
+        offsets: start and end of each token, in characters.
+    """
+    if not offsets:
+        return torch.zeros(0, dtype=torch.long)
+    code_points = torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32)
+    sizes = 1 + torch.bucketize(code_points, torch.tensor([0x80, 0x800, 0x10000], dtype=torch.int32), right=True)
+    ends = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])  # bytes before each character
+    reached = ends[torch.tensor([end for _, end in offsets], dtype=torch.long)].cummax(0)[0]
+    return reached.diff(prepend=torch.zeros(1, dtype=torch.long))
 
 
 def text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -251,6 +288,7 @@ def as_json(results: Iterable[Result], tokenized: TokenizedText) -> dict[str, An
             "sha256": tokenized.sha256,
             "num_tokens": len(tokenized.ids) - tokenized.num_prefix,
             "num_prefix_tokens": tokenized.num_prefix,
+            "num_bytes": None if tokenized.num_bytes is None else int(tokenized.num_bytes.sum()),
         },
         "bin_edges": edges,
         "results": [
@@ -261,7 +299,9 @@ def as_json(results: Iterable[Result], tokenized: TokenizedText) -> dict[str, An
                 "window": result.configuration.window,
                 "perplexity": result.perplexity,
                 "loss": float(result.losses.nanmean()),
+                "bits_per_byte": result.bits_per_byte(tokenized),
                 "num_scored": result.num_scored,
+                "num_bytes_scored": result.num_bytes_scored(tokenized),
                 "binned_losses": binned_losses(result.losses, edges),
                 "seconds": round(result.seconds, 3),
             }
@@ -270,11 +310,11 @@ def as_json(results: Iterable[Result], tokenized: TokenizedText) -> dict[str, An
     }
 
 
-def results_table(results: Iterable[Result], title: str) -> Table:
+def results_table(results: Iterable[Result], tokenized: TokenizedText, title: str) -> Table:
     table = Table(title=title)
     table.add_column("Method")
     table.add_column("Cache")
-    for header in ("Perplexity", "Loss (nats)", "Tokens scored", "Tokens/s"):
+    for header in ("Perplexity", "Loss (nats)", "Bits per byte", "Tokens scored", "Tokens/s"):
         table.add_column(header, justify="right")
     for result in results:
         table.add_row(
@@ -282,6 +322,7 @@ def results_table(results: Iterable[Result], title: str) -> Table:
             result.configuration.cache,
             f"{result.perplexity:,.2f}",
             f"{float(result.losses.nanmean()):.4f}",
+            "" if (bits := result.bits_per_byte(tokenized)) is None else f"{bits:.4f}",
             f"{result.num_scored:,}",
             f"{result.num_scored / max(result.seconds, 1e-9):,.0f}",
         )

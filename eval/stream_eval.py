@@ -7,7 +7,6 @@ several distances can be queried at one place.
 """
 
 import copy
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,31 +19,9 @@ from ..models.cache_argument import CACHE
 from ..models.checked import checked_passes
 from ..streaming import StreamingCache
 from .perplexity import text_prefix
+from .tasks.stream_eval.records import LINES_PER_QUESTION, line_text, question_text, record_text
 
-PREAMBLE = "Below is a record of lines I want you to remember.\n"
-LINES_PER_QUESTION = 10
-LARGEST_NUMBER = 50_000  # as in LongEval, on which the task is based
 DISTANCES = (20, 40, 60, 80, 100, 150, 200)  # in lines: the first columns of Table 7
-
-
-def make_records(num_samples: int, num_lines: int, seed: int) -> list[list[int]]:
-    """Return the numbers of each sample's lines; a sample does not depend on ``num_samples``."""
-    return [
-        [generator.randint(1, LARGEST_NUMBER) for _ in range(num_lines)]
-        for generator in (random.Random(f"{seed}:{sample}") for sample in range(num_samples))
-    ]
-
-
-def line_text(line: int, number: int) -> str:
-    return f"{line_start(line)} <{number}>\n"
-
-
-def line_start(line: int) -> str:
-    return f"The REGISTER_CONTENT in line {line} is"
-
-
-def question_text(line: int) -> str:
-    return f"Query: {line_start(line)}"
 
 
 class RecordTokens:
@@ -56,8 +33,7 @@ class RecordTokens:
 
     def beginning(self, record: Sequence[int], num_lines: int) -> list[int]:
         """Return the tokenizer's prefix, the preamble and the first lines."""
-        text = PREAMBLE + "".join(line_text(i, record[i]) for i in range(num_lines))
-        return text_prefix(self.tokenizer) + self._encode(text)
+        return text_prefix(self.tokenizer) + self._encode(record_text(record, num_lines))
 
     def lines(self, record: Sequence[int], first: int, last: int) -> list[int]:
         return self._after_line("".join(line_text(i, record[i]) for i in range(first, last + 1)))

@@ -1,55 +1,32 @@
-"""Zero-shot benchmarks with lm-eval.
+"""Zero-shot benchmarks with lm-eval."""
 
-sinklm's model prepends its sink tokens to every request and returns one row of logits for each
-given token, so lm-eval's standard ``HFLM`` scores it correctly, provided that no other special
-token is added.
-"""
-
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import lm_eval.tasks
+from jinja2 import UndefinedError
 from lm_eval import simple_evaluate
-from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import handle_non_serializable
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models import SinkGPTNeoXConfig
+from ..files import write_text
 from ..models.checked import checked_passes
 from ..versions import warn_if_untested
+from .lm import as_lm, num_processes
+from .local_data import use_local_data
 
 warn_if_untested("lm-eval")
 
 PAPER_TASKS = "sinklm_paper"
 TASK_FOLDER = Path(__file__).parent / "tasks"
+PAPER_FOLDERS = ("arc", "hellaswag", "lambada", "openbookqa", "piqa", "winogrande")  # of lm-eval's tasks
 SEED = 1234
-
-
-def as_lm(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    batch_size: int | str = 8,
-    max_length: int | None = None,
-) -> HFLM:
-    """Wrap a model for lm-eval. Requests are truncated to ``max_length``, sink tokens included.
-
-    Args:
-        max_length: positions of a request; None: the trained length. lm-eval truncates contexts
-            only: an answer longer than this raises an error.
-    """
-    ours = isinstance(model.config, SinkGPTNeoXConfig)
-    num_positions = max_length or getattr(model.config, "max_position_embeddings", None)
-    return HFLM(
-        pretrained=model,
-        tokenizer=tokenizer,
-        batch_size=batch_size,
-        max_length=num_positions - model.config.num_sinks if ours else num_positions,
-        add_bos_token=False if ours else None,  # None: use the tokenizer's default
-        prefix_token_id=model.config.eos_token_id if ours else None,
-        trust_remote_code=False,
-    )
 
 
 def evaluate(
@@ -58,41 +35,56 @@ def evaluate(
     tasks: Sequence[str] = (PAPER_TASKS,),
     *,
     limit: int | None = None,
+    data_dir: Path | None = None,
     include_path: Path | None = None,
     num_fewshot: int | None = None,
-    batch_size: int | str = 8,
+    batch_size: int | str = "auto",
     max_length: int | None = None,
-) -> dict[str, Any]:
+    apply_chat_template: bool = False,
+    log_samples: bool = False,
+    model_args: dict[str, Any] | None = None,
+) -> dict[str, Any] | None:
     """Run lm-eval's tasks and return its results, ready for JSON.
 
     Args:
         tasks: names of tasks, groups or tags, or paths of task files. ``sinklm_paper`` is the
             paper's seven tasks.
         limit: score only this many examples of each task.
+        data_dir: folder with the tasks' data sets, see `sinklm.eval.local_data.find_files`; None:
+            the Hub.
         include_path: folder of task files, which override lm-eval's tasks of the same name.
         num_fewshot: examples in the prompt; None uses each task's default.
-        batch_size: requests per batch, or ``"auto"``.
-        max_length: see :func:`as_lm`.
+        batch_size, max_length: see :func:`sinklm.eval.lm.as_lm`.
+        apply_chat_template: format prompts with the tokenizer's chat template.
+        log_samples: also return each example with its requests, outputs and metrics.
+        model_args: further options of :func:`sinklm.eval.lm.as_lm`.
 
     Returns:
         ``{"tasks": {name: {metric: value, metric_stderr: …}}, "groups": …, "num_samples": …,
-            "versions": …}``.
+        "task_versions": …}``; with ``log_samples`` also ``"samples"``: lists of lm-eval's records
+        by task. None in all processes but the first of several.
 
     Raises:
-        ValueError: a task does not exist, or the model's outputs are not finite.
-        FileNotFoundError: ``include_path`` does not exist.
+        ValueError: a task does not exist, its data has the wrong fields, the tokenizer has no chat
+            template, or the model's outputs are not finite.
+        FileNotFoundError: ``include_path``, ``data_dir`` or a data set in it does not exist.
         ConnectionError: a task's data set is neither available locally nor can be downloaded.
     """
-    task_manager = _task_manager(tasks, include_path)
+    manager = task_manager(tasks, include_path)
+    files = use_local_data(manager, tasks, data_dir, num_fewshot) if data_dir else {}
+    if apply_chat_template and not tokenizer.chat_template:
+        raise ValueError("--apply-chat-template: the tokenizer has no chat template; use a chat model")
+    lm = as_lm(model, tokenizer, batch_size=batch_size, max_length=max_length, **(model_args or {}))
     try:
-        with checked_passes(model):
+        with checked_passes(model), _named_fields(files):
             output = simple_evaluate(
-                model=as_lm(model, tokenizer, batch_size=batch_size, max_length=max_length),
+                model=lm,
                 tasks=list(tasks),
-                task_manager=task_manager,
+                task_manager=manager,
                 limit=limit,
                 num_fewshot=num_fewshot,
-                log_samples=False,
+                apply_chat_template=apply_chat_template,
+                log_samples=log_samples,
                 random_seed=SEED,
                 numpy_random_seed=SEED,
                 torch_random_seed=SEED,
@@ -101,26 +93,54 @@ def evaluate(
     except ConnectionError as error:
         raise ConnectionError(
             f"a data set of {', '.join(tasks)} is not available locally and cannot be downloaded: {error}. Without "
-            f"network, use local task files with --include-path (docs/evaluation.md shows one)"
+            f"network, use local files with --data-dir or --include-path (docs/evaluation.md)"
         ) from error
+    if output is None:
+        return None
     groups = output.get("groups", {})
-    return {
+    results = {
         "tasks": {name: _metrics(row) for name, row in output["results"].items() if name not in groups},
         "groups": {name: _metrics(row) for name, row in groups.items()},
         "num_samples": output["n-samples"],
         "num_fewshot": output["n-shot"],
         "task_versions": output["versions"],
         "limit": limit,
+        "apply_chat_template": apply_chat_template,
+        "model_args": model_args or {},
+        "data_files": {task: list(map(str, paths)) for task, paths in files.items()},
+        "num_processes": num_processes(),
         "seed": SEED,
     }
+    return results | ({"samples": output["samples"]} if log_samples else {})
 
 
-def _task_manager(names: Sequence[str], include_path: Path | None) -> TaskManager:
-    """Return a manager of all tasks; those of ``include_path`` take precedence."""
+@contextmanager
+def _named_fields(files: dict[str, list[Path]]) -> Iterator[None]:
+    """Turn lm-eval's error for a missing field into one that names the local files."""
+    try:
+        yield
+    except (UndefinedError, KeyError) as error:
+        if not files:
+            raise
+        paths = "; ".join(f"{task}: {', '.join(map(str, found))}" for task, found in files.items())
+        raise ValueError(
+            f"a data set in --data-dir does not have the fields of the Hub's ({error!r}): {paths}; download it from "
+            "the Hub"
+        ) from error
+
+
+def task_manager(names: Sequence[str], include_path: Path | None = None) -> TaskManager:
+    """Return a manager of all tasks; those of ``include_path`` take precedence.
+
+    Raises:
+        ValueError: a task does not exist.
+        FileNotFoundError: ``include_path`` does not exist.
+    """
     if include_path is not None and not include_path.is_dir():
         raise FileNotFoundError(f"the task folder {include_path} does not exist: check --include-path")
     folders = [TASK_FOLDER, *([include_path] if include_path else [])]
-    manager = TaskManager(include_path=folders, include_defaults=False)
+    papers = [Path(lm_eval.tasks.__file__).parent / name for name in PAPER_FOLDERS]
+    manager = TaskManager(include_path=[*papers, *folders], include_defaults=False)
     if not all(_covers(manager, name) for name in names):
         manager = TaskManager(include_path=folders)  # slow: reads lm-eval's 13,000 task files
     for name in names:
@@ -139,6 +159,17 @@ def _covers(manager: TaskManager, name: str) -> bool:
         return False
     children = (entry.cfg or {}).get("task", []) if entry.kind.name == "GROUP" else []
     return all(isinstance(child, str) and _covers(manager, child) for child in children)
+
+
+def write_samples(samples: dict[str, list[dict[str, Any]]], folder: Path) -> list[Path]:
+    """Write ``samples_<task>.jsonl``, one line for each example, and return the paths."""
+    paths = []
+    for task, records in samples.items():
+        paths.append(folder / f"samples_{re.sub(r'[^A-Za-z0-9_.-]+', '-', task)}.jsonl")
+        ordered = sorted(records, key=lambda record: record["doc_id"])
+        lines = (json.dumps(record, default=handle_non_serializable, ensure_ascii=False) for record in ordered)
+        write_text(paths[-1], "".join(f"{line}\n" for line in lines))
+    return paths
 
 
 def _metrics(row: dict[str, Any]) -> dict[str, float]:

@@ -2,10 +2,10 @@
 
     python study/evaluate.py runs/study --text book.txt --tokens 1000000
     python study/evaluate.py runs/study --text book.txt --only vanilla --kinds zero-shot \\
-        --include-path tasks/
+        --data-dir benchmarks/
 
 Results are written to FOLDER/results; existing results are not measured again. `zero-shot` needs
-network access or --include-path.
+network access or --data-dir.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def main() -> None:
         "--text", action="append", required=True, help="text file that is not in the training data; repeatable"
     )
     parser.add_argument("--tokens", type=int, default=1_000_000, help="tokens of text for streaming perplexity")
-    parser.add_argument("--include-path", help="folder of lm-eval task files")
+    parser.add_argument("--data-dir", help="folder with the benchmarks as files; default: the Hub")
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--only", help="names of runs, separated by commas")
     parser.add_argument("--per-gpu", type=int, default=4, help="evaluations that share a GPU")
@@ -46,12 +46,12 @@ def main() -> None:
 def job(kind: str, run: Path, arguments: argparse.Namespace) -> Job:
     results = arguments.folder / "results" / run.name
     text = [part for path in arguments.text for part in ("--text", path)]
-    include = ["--include-path", arguments.include_path] if arguments.include_path else []
+    data = ["--data-dir", arguments.data_dir] if arguments.data_dir else []
     command = {
         "streaming": [*SINKLM, "eval", "streaming", run, *text, "--tokens", arguments.tokens],
         "sinks": [*SINKLM, "eval", "sinks", run, *text, "--checkpoints"],
         "forming": [sys.executable, Path(__file__).with_name("forming.py"), run, *text],
-        "zero-shot": [*SINKLM, "eval", "zero-shot", run, "--batch-size", "64", *LONG_ENOUGH, *include],
+        "zero-shot": [*SINKLM, "eval", "zero-shot", run, "--batch-size", "64", *LONG_ENOUGH, *data],
     }[kind]
     return Job(f"{run.name} {kind}", (*map(str, command), "--output", str(results)), results / f"{kind}.log")
 

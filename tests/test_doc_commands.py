@@ -37,7 +37,13 @@ NOT_CHECKED = {
     "zstd": "a shell command",
 }
 USAGE_ERROR = typer.BadParameter.__base__  # click's, or the one of the copy of click in newer versions of typer
-LAUNCHERS = ("deepspeed", "torchrun", "srun", "python")  # of `sinklm.train`, with the same arguments as `sinklm train`
+LAUNCHERS = (
+    "accelerate",
+    "deepspeed",
+    "torchrun",
+    "srun",
+    "python",
+)  # of `sinklm.train`, with the same arguments as `sinklm train`
 
 
 def blocks(language: str) -> list:
@@ -96,6 +102,8 @@ def check(words: list[str]) -> None:
         check_sinklm(arguments)
     elif program in LAUNCHERS and "sinklm.train" in arguments:
         check_sinklm(["train", *arguments[arguments.index("sinklm.train") + 1 :]])
+    elif program in LAUNCHERS and "sinklm" in arguments:
+        check_sinklm(arguments[arguments.index("sinklm") + 1 :])
     elif program == "sbatch":
         assert (ROOT / arguments[0]).is_file(), line
         check_sinklm(["train", *arguments[1:]])

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ...data import open_store
+from ..loading import open_store_of
 from ..perplexity import read_text_files, text_prefix
 
 
@@ -52,11 +51,7 @@ def sequences_of_store(
         FileNotFoundError: there is no store.
         ValueError: the store was made with another tokenizer, or has too few tokens.
     """
-    store = open_store(path, verify="size")
-    ids = Tokenizer.from_file(str(store.tokenizer_path)).get_vocab()
-    known = tokenizer.get_vocab()
-    if any(known.get(token) != i for token, i in ids.items()):
-        raise ValueError(f"{path} was made with a different tokenizer than the model's: use --text instead")
+    store = open_store_of(path, tokenizer)
     split = "train" if store.is_shuffled else "validation"
     stream, prefix = store.split(split), torch.tensor(text_prefix(tokenizer), dtype=torch.long)
     num_text = num_tokens - len(prefix)

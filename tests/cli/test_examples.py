@@ -17,6 +17,7 @@ import typer
 from sinklm.cli.main import app, main
 
 from ..checkpoints.pythia import put_pythia_in_cache
+from ..eval.benchmarks import write_benchmarks
 
 ROOT = Path(__file__).parents[2]
 # The first words of all commands, each after those whose outputs its examples use.
@@ -96,6 +97,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     shutil.copytree(ROOT / "tests" / "eval" / "tasks", "tasks")
     task = Path("tasks/rooms.yaml")
     task.write_text(task.read_text().replace("FOLDER", str(Path("tasks").absolute())))
+    write_benchmarks(tmp_path / "benchmarks")
     return tmp_path
 
 
@@ -124,5 +126,5 @@ def test_every_example_runs(folder, monkeypatch, capfd):
             assert status == 0, f"{line}\n{shown.out}{shown.err}{status}"
     for made in ("store/manifest.json", "runs/quickstart/metrics.jsonl", "exports/quickstart/model.safetensors"):
         assert Path(made).exists()
-    for name in ("streaming", "stream_eval", "sinks", "decode"):
+    for name in ("zero_shot", "perplexity", "streaming", "stream_eval", "stream_qa", "sinks", "decode"):
         assert json.loads(Path(f"results/quickstart/{name}.json").read_text())

@@ -8,7 +8,7 @@ from pathlib import Path
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -30,6 +30,7 @@ from sinklm.eval.perplexity import (
     position_bins,
     read_text_files,
     text_prefix,
+    token_lengths,
 )
 from sinklm.eval.plots import streaming_figure
 
@@ -282,3 +283,30 @@ def test_a_model_that_is_not_causal_is_refused(tmp_path, book):
 @pytest.mark.parametrize("num_sinks", [0, 2])
 def test_our_models_are_causal(num_sinks, dtype):
     assert is_causal(small_model(num_sinks, dtype))
+
+
+@given(st.text(max_size=60).filter(lambda text: "\r" not in text))
+@settings(deadline=None)
+def test_the_lengths_of_tokens_add_up_to_the_bytes_of_the_text(text):
+    """Whatever characters it has: those of several bytes are split into several tokens."""
+    encoding = small_tokenizer().encode(text, add_special_tokens=False)
+    lengths = token_lengths(text, encoding.offsets)
+    assert len(lengths) == len(encoding.ids)
+    assert int(lengths.sum()) == len(text.encode())
+    assert not len(lengths) or int(lengths.min()) >= 0
+
+
+def test_bits_per_byte_are_the_loss_over_the_bytes_that_were_scored(checkpoints, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("Das Öl fließt über die Straße. " * 12, encoding="utf-8")
+    for num_sinks in (0, 1):
+        tokenizer = load_tokenizer(checkpoints[num_sinks])
+        stream = read_text_files([path], tokenizer, num_tokens=50)
+        result = measure(load_model(checkpoints[num_sinks]), stream, Configuration("streaming", 2, 14))
+        ids = stream.ids.tolist()
+        scored = tokenizer.decode(ids[1 - num_sinks :])
+        assert result.num_bytes_scored(stream) == len(scored.encode())
+        nats = result.losses.nansum().item()
+        assert result.bits_per_byte(stream) == pytest.approx(nats / math.log(2) / len(scored.encode()))
+        (row,) = as_json([result], stream)["results"]
+        assert row["bits_per_byte"] == result.bits_per_byte(stream)

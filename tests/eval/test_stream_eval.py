@@ -2,26 +2,28 @@
 
 import json
 import re
+import sys
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerFast
 
 from sinklm.cli.evaluate import stream_eval
 from sinklm.eval.plots import stream_eval_figure
 from sinklm.eval.stream_eval import (
-    LARGEST_NUMBER,
-    PREAMBLE,
     Answer,
     RecordTokens,
     StreamBatch,
     ask,
-    make_records,
     summarize,
     tokens_per_line,
 )
+from sinklm.eval.tasks.stream_eval.records import LARGEST_NUMBER, PREAMBLE, make_records
+from sinklm.eval.zero_shot import evaluate, task_manager
 
 from .checkpoints import small_model, small_tokenizer
 
@@ -178,3 +180,34 @@ def test_distances_that_cannot_be_asked_are_refused(checkpoints, tmp_path):
             stream_eval(str(checkpoints[1]), num_lines=50, distances=distances, output=tmp_path)
     with pytest.raises(ValueError, match="the cache 0\\+1 is smaller than the model's 2 sink"):
         stream_eval(str(checkpoints[2]), caches="0+1", output=tmp_path)
+
+
+def test_the_task_of_lm_eval_asks_the_same_questions():
+    """Without a streaming cache, as stock lm-eval asks: equal to a cache larger than the record."""
+    model = small_model(1, max_position_embeddings=4096)
+    manager = task_manager(["stream_eval"])
+    entry = manager.task_index["stream_eval"]
+    assert entry.yaml_path.parent.name == "stream_eval"
+    records = make_records(20, 71, seed=0)
+    results = evaluate(model, TOKENIZER, ["stream_eval"], limit=7, log_samples=True)
+    samples = results["samples"]["stream_eval"]
+    assert [sample["doc"]["line"] for sample in samples] == [20, 30, 40, 50, 60, 70, 20]
+    for sample in samples[::3]:
+        record, line = records[sample["doc"]["sample"]], sample["doc"]["line"]
+        context, answer = sample["arguments"][0]
+        assert context == record_text(record, line + 1) + f"Query: The REGISTER_CONTENT in line {line - 20} is"
+        assert answer == f" <{record[line - 20]}>"
+        read = TOKENS.beginning(record, line + 1)
+        question, _ = TOKENS.question(record, line - 20)
+        ids = TOKENIZER(answer)["input_ids"]
+        streams = StreamBatch(model, num_kept=1, window=4000)
+        streams.read([read])
+        assert streams.answers([question], [ids]) == [bool(sample["acc"])]
+
+
+def test_stock_lm_eval_reads_the_task_without_sinklm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sinklm", None)
+    folder = Path(__file__).parents[2] / "eval" / "tasks"
+    manager = TaskManager(include_path=folder, include_defaults=False, metadata={"distance": 60, "num_samples": 2})
+    docs = manager.load(["stream_eval"])["tasks"]["stream_eval"].eval_docs
+    assert [(doc["sample"], doc["line"]) for doc in docs] == [(0, 60), (0, 70), (1, 60), (1, 70)]

@@ -1,6 +1,7 @@
 """lm-eval's results against reference values, and against lm-eval on the exported model."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.tasks import TaskManager
+from lm_eval.models.huggingface import HFLM
 
 from sinklm.checkpoints import load_model, load_tokenizer
 from sinklm.checkpoints.export import export_model
 from sinklm.cli.evaluate import zero_shot
-from sinklm.eval.zero_shot import TASK_FOLDER, as_lm, evaluate, results_table
+from sinklm.eval.lm import as_lm, parse_options
+from sinklm.eval.report import describe_model
+from sinklm.eval.zero_shot import TASK_FOLDER, evaluate, results_table, task_manager
 from sinklm.models.arms import ARMS
 
 from ..models.tiny import plain_twin
@@ -53,7 +56,9 @@ def test_loglikelihoods_equal_those_by_hand(checkpoints, num_sinks, batch_size):
     for (context, continuation), (log_likelihood, _) in zip(REQUESTS, measured, strict=True):
         target = tokenizer(continuation)["input_ids"]
         # lm-eval truncates on the left; the last token is only a target
-        ids = [*(tokenizer(context)["input_ids"] or [tokenizer.eos_token_id]), *target][-(room + 1) :]
+        # without context, a text follows the sinks alone; without sinks, the end-of-text token
+        nothing = [] if num_sinks else [tokenizer.eos_token_id]
+        ids = [*(tokenizer(context)["input_ids"] or nothing), *target][-(room + 1) :]
         assert log_likelihood == pytest.approx(by_hand(model, ids, len(target)), abs=1e-4)
 
 
@@ -95,10 +100,11 @@ def test_rolling_loglikelihood_scores_each_token_once_in_windows_with_sinks(chec
         requests("loglikelihood_rolling", [(text,)]), disable_tqdm=True
     )
 
-    stream, expected = [tokenizer.eos_token_id, *ids], 0.0
+    stream, expected = [None if num_sinks else tokenizer.eos_token_id, *ids], 0.0
     for start in range(0, len(ids), room):
         end = min(start + room, len(ids))
         context = stream[max(0, end - room) : start + 1]  # the last window is filled from the left
+        context = [token for token in context if token is not None]  # the first token follows the sinks
         expected += by_hand(model, [*context, *ids[start:end]], end - start)
     assert measured == pytest.approx(expected, rel=1e-5)
 
@@ -135,6 +141,136 @@ def test_the_command_writes_metrics_model_and_versions(tmp_path, checkpoints, ta
     assert str(tmp_path / "zero_shot.json") in shown.replace("\n", "")
 
 
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory, checkpoints) -> dict[int, Path]:
+    folder = tmp_path_factory.mktemp("exports")
+    return {n: export_model(checkpoints[n], folder / str(n)) for n in (1, 2)}
+
+
+@pytest.mark.parametrize("num_sinks", [1, 2])
+def test_an_export_gets_the_scores_of_its_checkpoint(checkpoints, exports, num_sinks):
+    """Empty and truncated contexts, rolling windows and generated text included."""
+    models = [load_model(checkpoints[num_sinks]), load_model(exports[num_sinks])]
+    ours, exported = (
+        as_lm(model, load_tokenizer(folder), batch_size=3)
+        for model, folder in zip(models, (checkpoints[num_sinks], exports[num_sinks]), strict=True)
+    )
+    for kind, arguments in (
+        ("loglikelihood", REQUESTS),
+        ("loglikelihood_rolling", [("A text that is longer than two windows; " * 40,), ("Short",)]),
+    ):
+        scores = [getattr(lm, kind)(requests(kind, arguments), disable_tqdm=True) for lm in (ours, exported)]
+        assert torch.tensor(scores[0]).flatten().tolist() == pytest.approx(torch.tensor(scores[1]).flatten().tolist())
+    prompts = [(text, {"until": ["\n\n\n"], "max_gen_toks": 12}) for text in ("The old man", "A", "word " * 300)]
+    written = [lm.generate_until(requests("generate_until", prompts), disable_tqdm=True) for lm in (ours, exported)]
+    assert written[0] == written[1]
+    assert any(written[0])
+
+
+def test_stock_lm_eval_scores_an_export_as_its_checkpoint_also_without_context(checkpoints, exports):
+    ours = as_lm(load_model(checkpoints[1]), load_tokenizer(checkpoints[1]), batch_size=3)
+    stock = HFLM(pretrained=load_model(exports[1]), tokenizer=load_tokenizer(exports[1]), batch_size=3)
+    scores = [lm.loglikelihood(requests("loglikelihood", REQUESTS[:3]), disable_tqdm=True) for lm in (ours, stock)]
+    assert [s for s, _ in scores[0]] == pytest.approx([s for s, _ in scores[1]])
+
+
+def test_a_report_names_the_sinks_of_an_export(checkpoints, exports):
+    ours, exported = (describe_model(load_model(path), path) for path in (checkpoints[2], exports[2]))
+    assert ours["sink_token_ids"] == exported["sink_token_ids"] != []
+    assert (ours["sink_kind"], ours["num_sinks"], ours["sinks_added_by"]) == ("token", 2, "model")
+    assert (exported["sink_kind"], exported["num_sinks"], exported["sinks_added_by"]) == ("token", 2, "tokenizer")
+    assert describe_model(load_model(checkpoints[0]), "x")["sinks_added_by"] is None
+
+
+def test_the_chat_template_formats_prompts_and_samples_are_logged(tmp_path, checkpoints, task_folder):
+    folder = shutil.copytree(checkpoints[1], tmp_path / "model")
+    options = {"include_path": task_folder, "apply_chat_template": True, "log_samples": True, "output": tmp_path}
+    with pytest.raises(ValueError, match="no chat template"):
+        zero_shot(str(folder), "rooms", **options)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}User: {{ m.content }}\nBot:{% endfor %}")
+
+    zero_shot(str(folder), "rooms", **options)
+
+    samples = [json.loads(line) for line in (tmp_path / "samples_rooms.jsonl").read_text().splitlines()]
+    report = json.loads((tmp_path / "zero_shot.json").read_text())
+    assert [sample["doc_id"] for sample in samples] == list(range(7))
+    assert samples[0]["arguments"][0][0] == "User: Question: Where does one cook a meal?\nAnswer:\nBot:"
+    assert sum(sample["acc"] for sample in samples) / 7 == pytest.approx(report["tasks"]["rooms"]["acc"])
+    assert report["apply_chat_template"] is True
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("logits_cache", "KEY=VALUE"),
+        ("dtype=float16", "use --dtype"),
+        ("revision=main", "revision has no effect"),
+        ("logit_cache=1", "logit_cache is unknown: use only add_bos_token"),
+    ],
+)
+def test_model_arguments_without_effect_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_options(text)
+
+
+def test_model_arguments_reach_lm_eval(checkpoints):
+    model, tokenizer = load_model(checkpoints[1]), load_tokenizer(checkpoints[1])
+    lm = as_lm(model, tokenizer, **parse_options("softmax_dtype=float64,logits_cache=False"))
+    assert lm.softmax_dtype == torch.float64
+    assert lm.logits_cache is False
+    with pytest.raises(ValueError, match=r"--max-length is 2: .* at least 3"):
+        as_lm(model, tokenizer, max_length=2)
+    with pytest.raises(ValueError, match="no effect on a model with sink tokens"):
+        as_lm(model, tokenizer, add_bos_token=True)
+
+
+def test_the_batch_size_is_found_by_itself(checkpoints, monkeypatch):
+    """lm-eval's search, as on a GPU on which more than five requests do not fit."""
+    model, tokenizer = load_model(checkpoints[1]), load_tokenizer(checkpoints[1])
+    expected = as_lm(model, tokenizer, batch_size=1).loglikelihood(requests("loglikelihood", REQUESTS), True)
+    lm = as_lm(model, tokenizer, max_batch_size=7)
+    assert lm.batch_size == 8  # not searched on a CPU
+    lm.batch_size_per_gpu = "auto"
+    call, sizes = lm._model_call, []
+
+    def small_memory(inps, **options):
+        if len(inps) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        sizes.append(len(inps))
+        return call(inps, **options)
+
+    monkeypatch.setattr(lm, "_model_call", small_memory)
+    measured = lm.loglikelihood(requests("loglikelihood", REQUESTS * 3), disable_tqdm=True)
+    assert max(sizes) == 5
+    assert [score for score, _ in measured] == pytest.approx([score for score, _ in expected * 3])
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_results_of_one(tmp_path, checkpoints, task_folder):
+    arguments = ["--tasks", "rooms,last_word", "--include-path", task_folder, "--log-samples", "--device", "cpu"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "sinklm"]
+    command = [*launcher, "eval", "zero-shot", checkpoints[1], *arguments, "--output", tmp_path / "two"]
+    finished = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert finished.stdout.count("Results:") == 1  # of the first process
+
+    zero_shot(str(checkpoints[1]), "rooms,last_word", include_path=task_folder, log_samples=True, output=tmp_path)
+
+    one, two = (json.loads((folder / "zero_shot.json").read_text()) for folder in (tmp_path, tmp_path / "two"))
+    assert (one["num_processes"], two["num_processes"]) == (1, 2)
+    assert two["num_samples"] == one["num_samples"]
+    for task, metrics in one["tasks"].items():
+        drawn = {"perplexity_stderr"}  # from resampled examples, whose order differs
+        values = {name: value for name, value in metrics.items() if name not in drawn}
+        assert {name: two["tasks"][task][name] for name in values} == pytest.approx(values, rel=1e-6)
+    for task in ("rooms", "last_word"):
+        samples = [
+            [json.loads(line) for line in (folder / f"samples_{task}.jsonl").read_text().splitlines()]
+            for folder in (tmp_path, tmp_path / "two")
+        ]
+        assert [s["doc_hash"] for s in samples[0]] == [s["doc_hash"] for s in samples[1]]
+
+
 STOCK = """
 import json, sys
 sys.modules["sinklm"] = None  # any import of it fails
@@ -151,8 +287,7 @@ for export in exports:
 
 
 @pytest.mark.slow
-def test_stock_lm_eval_gives_the_export_the_same_scores(tmp_path, checkpoints, task_folder):
-    exports = {n: export_model(checkpoints[n], tmp_path / str(n)) for n in (1, 2)}
+def test_stock_lm_eval_gives_the_export_the_same_scores(tmp_path, checkpoints, exports, task_folder):
     command = [sys.executable, "-c", STOCK, str(task_folder), *map(str, exports.values())]
     subprocess.run(command, check=True, cwd=tmp_path)
 
@@ -173,9 +308,9 @@ def test_a_missing_task_folder_and_a_wrong_batch_size_are_named(checkpoints):
 
 
 def test_an_unknown_task_is_named(checkpoints, monkeypatch):
-    without_defaults = TaskManager(include_path=TASK_FOLDER, include_defaults=False)
+    papers = task_manager(["piqa"])
     # lm-eval's own 13,000 task files take a quarter of a minute to read
-    monkeypatch.setattr("sinklm.eval.zero_shot.TaskManager", lambda **kwargs: without_defaults)
+    monkeypatch.setattr("sinklm.eval.zero_shot.TaskManager", lambda **kwargs: papers)
     model, tokenizer = load_model(checkpoints[0]), load_tokenizer(checkpoints[0])
     with pytest.raises(ValueError, match="no task 'hellaswog'"):
         evaluate(model, tokenizer, ["hellaswog"])

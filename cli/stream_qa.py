@@ -1,0 +1,116 @@
+"""`sinklm eval stream-qa`: questions one after another in one stream."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..console import Console
+from .options import (
+    CACHES_HELP,
+    CACHES_METAVAR,
+    Device,
+    Dtype,
+    DtypeName,
+    Model,
+    Output,
+    Quiet,
+    examples,
+    parse_caches,
+    placement,
+    progress_bars,
+)
+
+if TYPE_CHECKING:
+    from ..eval.stream_qa import Question
+
+
+@examples(
+    "sinklm eval stream-qa runs/quickstart --data-dir benchmarks",
+    "sinklm eval stream-qa runs/quickstart --data-dir benchmarks --tasks arc_easy --caches 0+64,4+60 --limit 50",
+)
+def stream_qa(
+    model: Model,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder with ARC, as for zero-shot.", show_default="ARC is downloaded from the Hub"),
+    ] = None,
+    tasks: Annotated[
+        str, typer.Option(help="Sets of questions, separated by commas: arc_easy, arc_challenge.")
+    ] = "arc_easy,arc_challenge",
+    caches: Annotated[
+        str | None,
+        typer.Option(
+            metavar=CACHES_METAVAR,
+            help=CACHES_HELP,
+            show_default="window attention, and a stream that keeps the sinks or 4 tokens, with a cache of 1024 tokens "
+            "or half the trained length",
+        ),
+    ] = None,
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Methods, separated by commas: one-shot (each question alone), dense, stream (the caches).",
+        ),
+    ] = "one-shot,dense,stream",
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first N questions of each set.")] = None,
+    output: Output = None,
+    device: Device = None,
+    dtype: Dtype = DtypeName.AUTO,
+    quiet: Quiet = False,
+) -> None:
+    """Measure question answering in one endless stream of questions, and one by one."""
+    shapes = None if caches is None else parse_caches(caches)
+    names, ways = _names("--tasks", tasks, ("arc_easy", "arc_challenge")), _names("--methods", methods, METHODS)
+    console = Console(is_quiet=quiet)
+    console.note(f"loading {model} …")
+    from ..checkpoints import load_tokenizer
+    from ..eval import stream_qa as measurement
+    from ..eval.loading import load_causal_model
+    from ..eval.perplexity import refuse_small_caches
+    from ..eval.plots import plot_stream_qa
+    from ..eval.report import ReportFile, default_output, display_name, new_report
+
+    loaded, tokenizer = load_causal_model(model, **placement(device, dtype)), load_tokenizer(model)
+    shapes = shapes or measurement.default_caches(loaded)
+    refuse_small_caches(shapes, getattr(loaded.config, "num_sinks", 0))
+    chosen = [way for name in ways for way in (shapes if name == "stream" else [name])]
+    folder = output or default_output(model)
+    file = ReportFile(folder / "stream_qa.json")
+    report = new_report(loaded, model, limit=limit, questions_sha256={}, results=[])
+    for task in names:
+        questions = _questions(task, data_dir, limit)
+        report["questions_sha256"][task] = measurement.fingerprint(questions)
+        tokens = measurement.tokenize(tokenizer, questions)
+        for way in chosen:
+            with progress_bars(console) as bars:
+                name = way if isinstance(way, str) else f"{way[0]}+{way[1]}"
+                bar = bars.add_task(f"{task} {name}", total=len(tokens))
+                advance = lambda num, bar=bar, bars=bars: bars.advance(bar, num)  # noqa: E731
+                report["results"].append(measurement.measure(loaded, tokenizer, tokens, task, way, advance))
+            file.keep(report)
+    file.finish(report)
+    plot_stream_qa(report, folder / "stream_qa.png", title=display_name(model))
+    console.print(measurement.results_table(report["results"], f"Streaming question answering: {display_name(model)}"))
+    for row in report["results"]:
+        if row["method"] == "dense" and row["num_questions"] < max(r["num_questions"] for r in report["results"]):
+            console.print(f"{row['task']}: dense attention stopped after {row['num_questions']} questions.")
+    console.print(f"Results: {file.path}, {folder / 'stream_qa.png'}")
+
+
+METHODS = ("one-shot", "dense", "stream")
+
+
+def _names(option: str, text: str, known: tuple[str, ...]) -> list[str]:
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{option} contains {name[:80]!r}: use only {', '.join(known)}")
+    return names
+
+
+def _questions(task: str, data_dir: Path | None, limit: int | None) -> "list[Question]":
+    from ..eval.local_data import load_rows
+    from ..eval.stream_qa import questions_of
+
+    return questions_of(load_rows(task, data_dir)[:limit], f"{task} in {data_dir or 'allenai/ai2_arc'}")

@@ -1,0 +1,341 @@
+"""Compares the reports of several models: one row a measurement, one column a model.
+
+Only like is compared with like: a difference is computed if both reports have the same settings,
+texts and questions. Where both have the outcome of each example (``--log-samples``, streaming
+question answering), the difference is paired: its standard error is that of the mean of the
+differences, which is smaller than that of two independent samples.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .report import default_output
+
+NUM_RUNS = 7  # colours of a picture
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number of a report.
+
+    Attributes:
+        value, stderr: the number and its standard error, None if there is none.
+        conditions: settings that must be equal for a difference.
+        examples: the outcome of each example by its identity, if they were kept.
+    """
+
+    value: float
+    stderr: float | None = None
+    conditions: tuple = ()
+    examples: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """``value`` of a run minus that of the first run."""
+
+    value: float
+    stderr: float | None
+    is_paired: bool
+
+
+Key = tuple[str, str, str]  # measurement, what was measured, metric
+
+
+@dataclass
+class Run:
+    """The reports of one model."""
+
+    name: str
+    files: list[Path]
+    values: dict[Key, Value] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement of all runs; None where a run does not have it."""
+
+    key: Key
+    values: list[Value | None]
+    differences: list[Difference | None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    runs: list[Run]
+    rows: list[Row]
+    notes: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all numbers, ready for JSON."""
+        names = [run.name for run in self.runs]
+        rows = []
+        for row in self.rows:
+            entry: dict[str, Any] = dict(zip(("measurement", "name", "metric"), row.key, strict=True))
+            entry["runs"] = [
+                None if value is None else {"run": name, "value": value.value, "stderr": value.stderr}
+                for name, value in zip(names, row.values, strict=True)
+            ]
+            entry["differences"] = [
+                {
+                    "run": name,
+                    "minus": names[0],
+                    "value": found.value,
+                    "stderr": found.stderr,
+                    "paired": found.is_paired,
+                }
+                for name, found in zip(names, row.differences, strict=True)
+                if found is not None
+            ]
+            rows.append(entry)
+        files = [{"name": run.name, "files": list(map(str, run.files))} for run in self.runs]
+        return {"runs": files, "rows": rows, "notes": self.notes}
+
+
+def compare(names: Sequence[str]) -> Comparison:
+    """Compare runs. The first is the one that the others are compared with.
+
+    Args:
+        names: folders with reports, report files, or models that were evaluated without
+            ``--output``.
+
+    Raises:
+        FileNotFoundError: there are no reports.
+        ValueError: a file is not a report, or there are too many runs.
+    """
+    if len(names) > NUM_RUNS:
+        raise ValueError(f"{len(names)} runs: compare at most {NUM_RUNS} at once")
+    runs = [read_run(name, label) for name, label in zip(names, short_names(names), strict=True)]
+    keys = list(dict.fromkeys(key for run in runs for key in run.values))
+    order = [name for name, _ in READERS.values()]
+    keys.sort(key=lambda key: order.index(key[0]))  # stable: the order of the first report is kept
+    notes = [f"{run.name}: {note}" for run in runs for note in run.notes]
+    rows = []
+    for key in keys:
+        values = [run.values.get(key) for run in runs]
+        differences: list[Difference | None] = [None]
+        for run, value in zip(runs[1:], values[1:], strict=True):
+            found, unlike = difference(values[0], value)
+            differences.append(found)
+            if unlike:
+                notes.append(f"{' '.join(key)}: {runs[0].name} and {run.name} differ in {unlike}: no difference")
+        rows.append(Row(key, values, differences))
+    return Comparison(runs, rows, list(dict.fromkeys(notes)))
+
+
+def difference(first: Value | None, second: Value | None) -> tuple[Difference | None, str]:
+    """Return ``second - first``, and the names of the settings in which they differ.
+
+    The difference is None if a value is missing or a setting differs.
+    """
+    if first is None or second is None:
+        return None, ""
+    ours, theirs = dict(first.conditions), dict(second.conditions)
+    unlike = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    if unlike:
+        return None, ", ".join(unlike)
+    change = second.value - first.value
+    if first.examples and second.examples and first.examples.keys() == second.examples.keys():
+        changes = [second.examples[key] - value for key, value in first.examples.items()]
+        return Difference(change, _stderr_of_mean(changes), True), ""
+    stderr = None
+    if first.stderr is not None and second.stderr is not None:
+        stderr = math.hypot(first.stderr, second.stderr)
+    return Difference(change, stderr, False), ""
+
+
+def _stderr_of_mean(values: Sequence[float]) -> float | None:
+    num = len(values)
+    if num < 2:
+        return None
+    mean = math.fsum(values) / num
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (num - 1) / num)
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Return the shortest ends of paths that are different, such as ``vanilla``."""
+    paths = [Path(name) for name in names]
+    parts = [(p.absolute().parent if p.name in READERS else p.absolute()).parts for p in paths]
+    for length in range(1, max(map(len, parts), default=1) + 1):
+        ends = ["/".join(part[-length:]) for part in parts]
+        if len(set(ends)) == len(set(names)):
+            break
+    counts: dict[str, int] = {}
+    unique = []
+    for end in ends:
+        counts[end] = counts.get(end, 0) + 1
+        unique.append(end if counts[end] == 1 else f"{end} ({counts[end]})")
+    return unique
+
+
+def read_run(name: str, label: str) -> Run:
+    """Read the reports of one run; see `compare`."""
+    path = Path(name)
+    folders = [path, path / "results", default_output(name)]
+    if path.is_file():
+        files = [path]
+    else:
+        found = [[folder / file for file in READERS if (folder / file).is_file()] for folder in folders]
+        files = next((paths for paths in found if paths), [])
+    if not files:
+        raise FileNotFoundError(
+            f"{name} has no results: evaluate it first (sinklm eval zero-shot {name}), or pass the folder given as "
+            f"--output; looked for {', '.join(READERS)} in {', '.join(map(str, folders))}"
+        )
+    run = Run(label, files)
+    for file in files:
+        report = _read_json(file)
+        kind = _kind_of(file, report)
+        measurement, read = READERS[kind]
+        try:
+            for (what, metric), value in read(report, file, run.notes):
+                run.values[measurement, what, metric] = value
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(
+                f"{file} is not a complete report of sinklm ({error!r}): run the evaluation again"
+            ) from error
+    return run
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        report = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(report, dict):
+        raise ValueError(f"{file} is not a report of sinklm eval: use one of {', '.join(READERS)}")
+    return report
+
+
+def _kind_of(file: Path, report: dict[str, Any]) -> str:
+    """Return the name under which a report is written, from its keys: files may be renamed."""
+    signs = {
+        "zero_shot.json": "tasks",
+        "streaming.json": "bin_edges",
+        "perplexity.json": "store_fingerprint",
+        "stream_eval.json": "tokens_per_line",
+        "stream_qa.json": "questions_sha256",
+        "sinks.json": "sink_rate",
+    }
+    for kind, key in signs.items():
+        if key in report:
+            return kind
+    raise ValueError(f"{file} is not a report of sinklm eval: use one of {', '.join(READERS)}")
+
+
+Reading = Iterator[tuple[tuple[str, str], Value]]
+
+
+def _zero_shot(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
+    same = ("limit", "apply_chat_template")
+    for task, metrics in (report["tasks"] | report["groups"]).items():
+        conditions = [(name, report.get(name) or None) for name in same]
+        conditions += [(name, _hashable(report[name].get(task))) for name in ("num_fewshot", "task_versions")]
+        conditions.append(("number of examples", _hashable(report["num_samples"].get(task))))
+        samples = _read_samples(file.parent / f"samples_{task}.jsonl")
+        for metric, value in metrics.items():
+            if "_stderr" in metric or not math.isfinite(value):
+                continue
+            name, _, metric_filter = metric.partition(",")
+            stderr = metrics.get(f"{name}_stderr" + (f",{metric_filter}" if metric_filter else ""))
+            if stderr is not None and not math.isfinite(stderr):
+                stderr = None
+            examples = _outcomes(samples, name, metric_filter or "none", value)
+            if samples and examples is None and name in samples[0]:
+                notes.append(f"{task} {metric}: its samples are not averaged to its value, so it is not paired")
+            yield (task, metric), Value(value, stderr, tuple(conditions), examples)
+
+
+def _read_samples(file: Path) -> list[dict[str, Any]]:
+    if not file.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}; run sinklm eval zero-shot --log-samples again") from error
+
+
+def _outcomes(samples: list[dict[str, Any]], metric: str, metric_filter: str, mean: float) -> dict[str, float] | None:
+    """Return the metric of each example, if the samples are those that the value is the mean of."""
+    found = {
+        f"{sample['doc_id']} {sample['doc_hash']}": float(sample[metric])
+        for sample in samples
+        if sample.get("filter") == metric_filter and isinstance(sample.get(metric), int | float)
+    }
+    is_mean = found and math.isclose(math.fsum(found.values()) / len(found), mean, rel_tol=1e-9, abs_tol=1e-12)
+    return found if is_mean else None
+
+
+def _set_perplexity(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
+    for result in report["results"]:
+        conditions = (("store", report["store_fingerprint"]), ("number of tokens", result["num_tokens"]))
+        yield (result["set"], "perplexity"), Value(result["perplexity"], None, conditions)
+        if result["bits_per_byte"] is not None:
+            yield (result["set"], "bits per byte"), Value(result["bits_per_byte"], None, conditions)
+
+
+def _streaming(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
+    text = report["text"]
+    has_first = int(bool(report["model"]["num_sinks"] or text["num_prefix_tokens"]))  # others cannot score it
+    for result in report["results"]:
+        num_scored = result["num_scored"] - has_first
+        same: tuple = (("text", text["sha256"]), ("number of tokens scored", num_scored))
+        same += (("recompute_every", report.get("recompute_every")),) if result["method"] == "recompute" else ()
+        yield (result["configuration"], "perplexity"), Value(result["perplexity"], None, same)
+        if result.get("bits_per_byte") is not None:  # of other tokenizers too, so the number of tokens may differ
+            is_whole = num_scored == text["num_tokens"] - 1
+            num_bytes = text["num_bytes"] if is_whole else result["num_bytes_scored"]
+            same = (("text", text["sha256"]), ("number of bytes scored", num_bytes))
+            yield (result["configuration"], "bits per byte"), Value(result["bits_per_byte"], None, same)
+
+
+def _stream_eval(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
+    conditions = tuple((name, report[name]) for name in ("num_samples", "num_lines", "seed"))
+    for result in report["results"]:
+        for column in result["distances"]:
+            name = f"{result['configuration']}, {column['lines']} lines back"
+            yield (name, "accuracy"), Value(column["accuracy"], None, conditions)
+
+
+def _stream_qa(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
+    for result in report["results"]:
+        conditions = (
+            ("questions", report["questions_sha256"][result["task"]]),
+            ("number of questions", result["num_questions"]),
+        )
+        examples = {str(i): float(character == "1") for i, character in enumerate(result["right"])}
+        name = f"{result['task']}, {result['configuration']}"
+        yield (name, "exact match"), Value(result["exact_match"], result["stderr"], conditions, examples)
+
+
+def _sinks(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
+    text = report["text"]
+    source = text.get("sha256") or text if isinstance(text, dict) else text
+    conditions = (
+        ("text", _hashable(source)),
+        *((name, report[name]) for name in ("num_sequences", "seq_length", "epsilon")),
+    )
+    for name, rate in report["sink_rate"].items():
+        if report["positions"].get(name) != -1:
+            yield (name, "sink rate"), Value(rate, None, conditions)
+        yield (name, "attention"), Value(report["mass"][name], None, conditions)
+    yield ("all positions", "massive activations"), Value(len(report["massive_activations"]), None, conditions)
+
+
+def _hashable(value: Any) -> Any:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+READERS: dict[str, tuple[str, Callable[[dict[str, Any], Path, list[str]], Reading]]] = {
+    "zero_shot.json": ("zero-shot", _zero_shot),
+    "perplexity.json": ("perplexity", _set_perplexity),
+    "streaming.json": ("streaming", _streaming),
+    "stream_qa.json": ("stream-qa", _stream_qa),
+    "stream_eval.json": ("stream-eval", _stream_eval),
+    "sinks.json": ("sinks", _sinks),
+}

@@ -1,0 +1,166 @@
+"""Tables and the picture of a comparison."""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from .compare import Comparison, Difference, Row, Value
+from .plots import COLOURS, MARKERS, STYLE, save_figure
+
+UNITS = {"zero-shot": "Accuracy", "perplexity": "Bits per byte", "streaming": "Perplexity (log scale)"}
+UNITS |= {"stream-qa": "Exact match", "stream-eval": "Accuracy", "sinks": "Share"}
+PLOTTED = {
+    "zero-shot": ("acc",),
+    "perplexity": ("bits per byte",),
+    "streaming": ("perplexity",),
+    "stream-qa": ("exact match",),
+    "stream-eval": ("accuracy",),
+    "sinks": ("sink rate", "attention"),
+}
+
+CSV_COLUMNS = (
+    *("measurement", "name", "metric", "run", "value", "stderr"),
+    *("difference", "difference_stderr", "paired", "difference_to"),
+)
+
+
+def results_table(comparison: Comparison, title: str) -> Table:
+    """Return a table for the terminal."""
+    header, rows = _cells(comparison)
+    table = Table(title=title)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i < 3 else "right")
+    for previous, row in zip([None, *rows], rows, strict=False):
+        if previous and previous[0] != row[0]:
+            table.add_section()
+        table.add_row(*row)
+    return table
+
+
+def markdown(comparison: Comparison) -> str:
+    """Return a table in Markdown, with the notes below it."""
+    header, rows = _cells(comparison)
+    lines = [header, ["---"] * 3 + ["---:"] * (len(header) - 3), *rows]
+    text = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    text += "\n\nDifferences are ± one standard error; p: paired, over the same examples.\n"
+    return text + "".join(f"\n- {note}" for note in comparison.notes) + ("\n" if comparison.notes else "")
+
+
+def csv_text(comparison: Comparison) -> str:
+    """Return a table with one row for each measurement and run, and full precision."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    names = [run.name for run in comparison.runs]
+    writer.writerow(CSV_COLUMNS)
+    for row in comparison.rows:
+        for name, value, found in zip(names, row.values, row.differences, strict=True):
+            if value is None:
+                continue
+            change = [found.value, found.stderr, found.is_paired, names[0]] if found else [None] * 4
+            writer.writerow([*row.key, name, value.value, value.stderr, *change])
+    return buffer.getvalue()
+
+
+def _cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    names = [run.name for run in comparison.runs]
+    header = ["Measurement", "", "Metric", *names, *(f"{name} − {names[0]}" for name in names[1:])]
+    rows = []
+    for row in comparison.rows:
+        values = [_value(value) for value in row.values]
+        rows.append([*row.key, *values, *map(_difference, row.differences[1:])])
+    return header, rows
+
+
+def _value(value: Value | None) -> str:
+    if value is None:
+        return ""
+    return _number(value.value) + (f" ± {_number(value.stderr)}" if value.stderr is not None else "")
+
+
+def _difference(found: Difference | None) -> str:
+    if found is None:
+        return ""
+    text = ("+" if found.value >= 0 else "−") + _number(abs(found.value))
+    if found.stderr is not None:
+        text += f" ± {_number(found.stderr)}"
+    return text + (" p" if found.is_paired else "")
+
+
+def _number(value: float) -> str:
+    if value == int(value) and abs(value) >= 1:
+        return f"{value:,.0f}"
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:,.2f}"
+
+
+def comparison_figure(comparison: Comparison) -> Figure | None:
+    """Plot each run as one point a row, with error bars, in a panel for each measurement.
+
+    Returns:
+        None if no measurement can be plotted.
+    """
+    panels: dict[str, list[Row]] = {}
+    for row in comparison.rows:
+        if row.key[2] in PLOTTED[row.key[0]]:
+            panels.setdefault(row.key[0], []).append(row)
+    if not panels:
+        return None
+    heights = [len(rows) + 1.6 for rows in panels.values()]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 0.6 + 0.26 * sum(heights)), layout="constrained")
+        grid = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+        for axes, (measurement, rows) in zip(grid, panels.items(), strict=True):
+            _draw_panel(axes, comparison, measurement, rows)
+        handles, labels = _legend(grid, comparison)
+        figure.legend(handles, labels, loc="outside upper left", ncols=min(4, len(labels)))
+    return figure
+
+
+def plot_comparison(comparison: Comparison, path: Path) -> bool:
+    """Save `comparison_figure` as a PNG; return whether there was anything to plot."""
+    figure = comparison_figure(comparison)
+    if figure is not None:
+        save_figure(figure, path)
+    return figure is not None
+
+
+def _draw_panel(axes: Any, comparison: Comparison, measurement: str, rows: list[Row]) -> None:
+    num_runs = len(comparison.runs)
+    for i, run in enumerate(comparison.runs):
+        points = [(y, value) for y, row in enumerate(rows) if (value := row.values[i]) is not None]
+        if not points:
+            continue
+        shift = 0.5 * ((i + 0.5) / num_runs - 0.5)  # equal values stay visible
+        errors = [value.stderr or 0 for _, value in points]
+        axes.errorbar(
+            [value.value for _, value in points],
+            [y + shift for y, _ in points],
+            xerr=errors if any(errors) else None,
+            linestyle="none",
+            marker=MARKERS[i % len(MARKERS)],
+            markersize=4.5,
+            capsize=2,
+            color=COLOURS[i % len(COLOURS)],
+            label=run.name,
+        )
+    metrics = {row.key[2] for row in rows}
+    names = [row.key[1] if len(metrics) == 1 else f"{row.key[1]}: {row.key[2]}" for row in rows]
+    axes.set_yticks(range(len(rows)), names)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    if measurement == "streaming":
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+        axes.xaxis.set_minor_formatter(lambda value, _: f"{value:,.0f}" if f"{value:g}"[0] in "25" else "")
+    axes.set_xlabel(UNITS[measurement])
+    axes.set_title(measurement, loc="left", fontsize=9)
+    axes.grid(axis="x", linewidth=0.4, alpha=0.5)
+
+
+def _legend(grid: Any, comparison: Comparison) -> tuple[list[Any], list[str]]:
+    found = {label: handle for axes in grid for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    names = [run.name for run in comparison.runs if run.name in found]
+    return [found[name] for name in names], names

@@ -1,0 +1,178 @@
+"""lm-eval's interface to models: `SinkLM` for those of sinklm and their exports."""
+
+import inspect
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import simple_parse_args_string
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..models import SinkGPTNeoXConfig
+from ..models.checked import check_ids, refuse_nonfinite_logits
+from .report import sink_of
+
+CPU_BATCH = 8  # larger batches are not faster there
+# Arguments of HFLM that have an effect on a model that is loaded already.
+LM_ARGUMENTS = (
+    "add_bos_token",
+    "chat_template_args",
+    "enable_thinking",
+    "logits_cache",
+    "max_batch_size",
+    "mixed_precision_dtype",
+    "prefix_token_id",
+    "softmax_dtype",
+    "think_end_token",
+    "truncation",
+)
+
+
+class SinkLM(HFLM):
+    """Scores texts after a model's sink tokens, for a model of sinklm and for its export.
+
+    lm-eval sees texts without sinks, so truncation and rolling windows never remove or score them.
+    A request without context is scored after the sinks alone. lm-eval marks it by
+    ``prefix_token_id`` in front; here this is the last sink.
+    """
+
+    def __init__(self, model: PreTrainedModel, sink_ids: list[int], **options: Any):
+        self.sink_ids = sink_ids
+        self.is_export = not isinstance(model.config, SinkGPTNeoXConfig)  # its tokenizer adds the sinks
+        super().__init__(pretrained=model, prefix_token_id=sink_ids[-1], **options)
+        # A chat template of an export may write the sinks into the text.
+        self.sink_text = "".join(self.tokenizer.convert_ids_to_tokens(sink_ids)) if self.is_export else ""
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
+        return super().tok_encode(string.removeprefix(self.sink_text), add_special_tokens=False, **options)
+
+    def tok_batch_encode(
+        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode prompts ``(B, T)``; those for an export start with the sinks, after padding."""
+        self.add_bos_token = False
+        texts = [string.removeprefix(self.sink_text) for string in strings]
+        ids, mask = super().tok_batch_encode(texts, padding_side, left_truncate_len, **options)
+        if not self.is_export:
+            return ids, mask
+        rows = []
+        for row, is_token in zip(ids, mask.bool(), strict=True):
+            rows.append(torch.cat([row[~is_token], torch.tensor(self.sink_ids), row[is_token]]))
+        return torch.stack(rows), torch.cat([mask, mask.new_ones(len(ids), len(self.sink_ids))], dim=1).sort(dim=1)[0]
+
+    def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
+        """Return logits ``(B, T, V)`` of ids ``(B, T)``; a row may begin with the last sink."""
+        num_sinks = len(self.sink_ids)
+        sinks = torch.tensor(self.sink_ids, device=inps.device).expand(len(inps), -1)
+        has_no_context = inps[:, 0] == self.sink_ids[-1]
+        text = torch.where(has_no_context[:, None], torch.cat([inps[:, 1:], inps[:, :1] * 0], dim=1), inps)
+        check_ids(text, self.model)
+        with (
+            torch.no_grad(),
+            torch.autocast(
+                self.device.type, dtype=self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None
+            ),
+        ):
+            hidden = self.model.get_decoder()(torch.cat([sinks, text], dim=1)).last_hidden_state  # (B, S + T, D)
+            first = num_sinks - has_no_context.long()
+            places = first[:, None] + torch.arange(inps.shape[1], device=inps.device)  # (B, T)
+            chosen = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
+            return refuse_nonfinite_logits(self.model.get_output_embeddings()(chosen))
+
+
+def as_lm(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int | str = "auto",
+    max_length: int | None = None,
+    **options: Any,
+) -> HFLM:
+    """Wrap a model for lm-eval. Requests are truncated to ``max_length``, sink tokens included.
+
+    In a process of ``accelerate launch`` or ``torchrun``, it takes its share of the requests.
+
+    Args:
+        batch_size: requests per batch. ``"auto"`` finds the largest that fits the memory of a GPU;
+            on a CPU it is 8.
+        max_length: positions of a request; None: the trained length. lm-eval truncates contexts
+            only: an answer longer than this raises an error.
+        options: those of lm-eval's ``HFLM`` in `LM_ARGUMENTS`.
+
+    Raises:
+        ValueError: an option is unknown or has no effect here.
+    """
+    _check_options(options)
+    sinks = sink_of(model.config)
+    num_positions: Any = max_length or getattr(model.config, "max_position_embeddings", None)
+    if batch_size == "auto" and model.device.type == "cpu":
+        batch_size = CPU_BATCH
+    common: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": batch_size, "trust_remote_code": False}
+    if sinks.token_ids:
+        num_sinks = len(sinks.token_ids)
+        if num_positions < num_sinks + 2:
+            raise ValueError(
+                f"--max-length is {num_positions}: with the model's {num_sinks} sink tokens, it must be at least "
+                f"{num_sinks + 2}"
+            )
+        if {"add_bos_token", "prefix_token_id"} & set(options):
+            raise ValueError(
+                "--model-args: add_bos_token and prefix_token_id have no effect on a model with sink tokens"
+            )
+        lm = SinkLM(model, sinks.token_ids, max_length=num_positions - num_sinks, **common, **options)
+    elif isinstance(model.config, SinkGPTNeoXConfig):
+        ours = {"add_bos_token": False, "prefix_token_id": model.config.eos_token_id}
+        lm = HFLM(pretrained=model, max_length=num_positions, **common, **(ours | options))
+    else:
+        lm = HFLM(pretrained=model, max_length=num_positions, **common, **options)
+    _join_processes(lm)
+    return lm
+
+
+def parse_options(text: str | None) -> dict[str, Any]:
+    """Parse ``"softmax_dtype=float32,logits_cache=False"`` as lm-eval does.
+
+    Raises:
+        ValueError: the text is not ``KEY=VALUE,…``, or an option is unknown or has no effect.
+    """
+    if not text:
+        return {}
+    if not all("=" in part for part in text.split(",")):
+        raise ValueError(f"--model-args is {text[:80]!r}: write KEY=VALUE, separated by commas")
+    options = simple_parse_args_string(text)
+    _check_options(options)
+    return options
+
+
+def num_processes() -> int:
+    """Number of processes of ``accelerate launch`` or ``torchrun``."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def own_device() -> str | None:
+    """Return the GPU of this process, None for the default device."""
+    if num_processes() == 1 or not torch.cuda.is_available():
+        return None
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+
+
+def _join_processes(lm: HFLM) -> None:
+    """Let lm-eval share the requests; it does so by itself only if it loads the model."""
+    if num_processes() == 1:
+        return
+    timeout = InitProcessGroupKwargs(timeout=timedelta(days=7))  # the first process aggregates alone
+    lm.accelerator = Accelerator(kwargs_handlers=[timeout], cpu=lm.device.type == "cpu")
+    lm._rank, lm._world_size = lm.accelerator.process_index, lm.accelerator.num_processes
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    known = set(inspect.signature(HFLM.__init__).parameters)
+    for name in options:
+        if name == "dtype":
+            raise ValueError("--model-args: use --dtype for the data type of the weights")
+        if name not in LM_ARGUMENTS:
+            reason = "has no effect on a model that is loaded already" if name in known else "is unknown"
+            raise ValueError(f"--model-args: {name} {reason}: use only {', '.join(LM_ARGUMENTS)}")

@@ -1,0 +1,147 @@
+"""Perplexity of the held-out documents of a token store, by set (such as those of the Pile)."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data import TokenStore
+from ..data.store import Tokens, TokenSource
+from ..models.checked import check_ids, refuse_nonfinite_losses
+from .perplexity import text_prefix
+
+SPLIT = "validation"
+BATCH_TOKENS = 4096  # per pass; bounds the memory of logits
+
+
+@dataclass(frozen=True)
+class SetLoss:
+    """The loss of a set: its sum in nats over ``num_tokens`` tokens of ``num_bytes`` bytes."""
+
+    name: str
+    nats: float
+    num_tokens: int
+    num_bytes: int
+    seconds: float
+
+    @property
+    def loss(self) -> float:
+        return self.nats / self.num_tokens
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        return self.nats / math.log(2) / self.num_bytes if self.num_bytes else None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "set": self.name,
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "num_tokens": self.num_tokens,
+            "num_bytes": self.num_bytes,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def sets_of(store: TokenSource) -> dict[str, Tokens]:
+    """Return the held-out tokens of each set of a store, by name.
+
+    Raises:
+        ValueError: the store has no sets, or does not hold them apart.
+    """
+    if not isinstance(store, TokenStore):
+        raise ValueError(f"{store.path} has no sets of documents: use a store of sinklm prepare")
+    names = sorted(name for name, counts in store.manifest.splits[SPLIT].sets.items() if counts.tokens > 1)
+    if not names:
+        raise ValueError(f"{store.path}: its {SPLIT} split is empty; prepare it with a larger --validation-fraction")
+    return {name: store.documents_of_set(SPLIT, name) for name in names}
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    tokens: Tokens,
+    *,
+    max_tokens: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> SetLoss:
+    """Score the documents of a set, one after another, in windows of the trained length.
+
+    Every token but the first is scored once. The windows follow each other without overlap, as
+    samples do in training, so a window may begin within a document. The model's sinks, or the
+    begin-of-text token of its tokenizer, are in front of each.
+
+    Args:
+        max_tokens: score only the first tokens of the set.
+    """
+    started = time.perf_counter()
+    num_scored = len(tokens) - 1 if max_tokens is None else min(max_tokens, len(tokens) - 1)
+    prefix = torch.tensor(text_prefix(tokenizer), dtype=torch.long)
+    room = model.config.max_position_embeddings - len(prefix) - getattr(model.config, "num_sinks", 0)
+    if room < 1:
+        raise ValueError("the model's trained length leaves no room for text")
+    nats = 0.0
+    for inputs, targets in _batches(tokens, num_scored, room):
+        ids = torch.cat([prefix.expand(len(inputs), -1), inputs], dim=1)
+        check_ids(inputs, model)
+        nats += _sum_of_losses(model, ids, targets)
+        if progress:
+            progress(targets.numel())
+    scored = torch.from_numpy(tokens.read(1, num_scored + 1)).tolist()
+    text = tokenizer.decode(scored, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return SetLoss(name, nats, num_scored, len(text.encode()), time.perf_counter() - started)
+
+
+@torch.inference_mode()
+def _sum_of_losses(model: PreTrainedModel, ids: torch.Tensor, targets: torch.Tensor) -> float:
+    logits = model(ids.to(model.device), use_cache=False).logits[:, -targets.shape[1] :]
+    losses = F.cross_entropy(
+        logits.flatten(0, 1).float(), targets.to(logits.device).flatten(), reduction="none"
+    )  # fmt: skip
+    return float(refuse_nonfinite_losses(losses).double().sum())
+
+
+def _batches(tokens: Tokens, num_scored: int, room: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield consecutive inputs and targets ``(B, T)``; the last window may be shorter."""
+    num_whole, size = num_scored // room, max(1, BATCH_TOKENS // room)
+    for first in range(0, num_whole, size):
+        last = min(first + size, num_whole)
+        piece = _read(tokens, first * room, last * room + 1)
+        yield piece[:-1].view(-1, room), piece[1:].view(-1, room)
+    if num_whole * room < num_scored:
+        piece = _read(tokens, num_whole * room, num_scored + 1)
+        yield piece[None, :-1], piece[None, 1:]
+
+
+def _read(tokens: Tokens, start: int, stop: int) -> torch.Tensor:
+    return torch.from_numpy(tokens.read(start, stop)).long()
+
+
+def total(sets: Sequence[SetLoss]) -> SetLoss:
+    """Return the loss over all tokens of several sets, named ``all``."""
+    sums = [[s.nats, s.num_tokens, s.num_bytes, s.seconds] for s in sets]
+    nats, num_tokens, num_bytes, seconds = (sum(column) for column in zip(*sums, strict=True))
+    return SetLoss("all", nats, int(num_tokens), int(num_bytes), seconds)
+
+
+def results_table(sets: Sequence[SetLoss], title: str) -> Table:
+    table = Table(title=title)
+    table.add_column("Set")
+    for header in ("Perplexity", "Loss (nats)", "Bits per byte", "Tokens"):
+        table.add_column(header, justify="right")
+    for row in [*sets, *([total(sets)] if len(sets) > 1 else [])]:
+        bits = "" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}"
+        table.add_row(row.name, f"{row.perplexity:,.2f}", f"{row.loss:.4f}", bits, f"{row.num_tokens:,}")
+    return table

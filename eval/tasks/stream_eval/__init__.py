@@ -1,0 +1,1 @@
+"""StreamEval as a task of lm-eval."""

@@ -1,0 +1,158 @@
+"""Scores from local files equal those of lm-eval's own tasks; the forms of data sets; refusals."""
+
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import lm_eval.tasks
+import pytest
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+from sinklm.checkpoints import load_model, load_tokenizer
+from sinklm.eval.lm import as_lm
+from sinklm.eval.local_data import Source, find_files, load_rows, use_local_data
+from sinklm.eval.zero_shot import PAPER_FOLDERS, evaluate, task_manager
+
+from .benchmarks import ARC, DATA, TASKS, write_benchmarks, write_rows
+
+
+@pytest.fixture(scope="module")
+def benchmarks(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("benchmarks")
+    write_benchmarks(folder)
+    return folder
+
+
+def from_the_hub(path: str, name: str | None = None, **options) -> datasets.DatasetDict:
+    """The data set as on the Hub, which has all splits."""
+    splits = {split: next(iter(DATA[path, name].values())) for split in ("train", "validation", "test")}
+    splits |= DATA[path, name]
+    return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in splits.items()})
+
+
+@pytest.mark.parametrize("num_fewshot", [None, 1])
+def test_scores_equal_those_of_stock_lm_eval_on_the_same_data(benchmarks, checkpoints, monkeypatch, num_fewshot):
+    """lm-eval's task files as they are; only the download is replaced."""
+    tasks = list(TASKS) if num_fewshot is None else ["arc_easy"]
+    model, tokenizer = load_model(checkpoints[1]), load_tokenizer(checkpoints[1])
+    ours = evaluate(
+        model, tokenizer, tasks, data_dir=benchmarks, num_fewshot=num_fewshot, log_samples=True, batch_size=4
+    )
+
+    monkeypatch.setattr(datasets, "load_dataset", from_the_hub)
+    folders = [Path(lm_eval.tasks.__file__).parent / name for name in PAPER_FOLDERS]
+    stock = simple_evaluate(
+        as_lm(model, tokenizer, batch_size=4),
+        tasks=tasks,
+        task_manager=TaskManager(include_path=folders, include_defaults=False),
+        num_fewshot=num_fewshot,
+        bootstrap_iters=100_000,
+    )
+
+    for task in tasks:
+        expected = {k.removesuffix(",none"): v for k, v in stock["results"][task].items() if isinstance(v, float)}
+        assert {k: ours["tasks"][task][k] for k in expected} == pytest.approx(expected, rel=1e-12, nan_ok=True)
+        assert [s["arguments"] for s in ours["samples"][task]] == [s["arguments"] for s in stock["samples"][task]]
+    assert len(ours["data_files"]) == len(tasks)
+
+
+def arc_source(task: str = "arc_easy", fewshot: str | None = None) -> Source:
+    return Source(task, *TASKS[task], evaluated="test", fewshot=fewshot)
+
+
+@pytest.mark.parametrize(
+    ("path", "is_found"),
+    [
+        ("ai2_arc/ARC-Easy/test-00000-of-00001.parquet", True),
+        ("allenai/ai2_arc/ARC-Easy/test-00000-of-00001-0f1e2d3c4b5a6978.parquet", True),
+        ("allenai__ai2_arc/ARC-Easy/test/0000.parquet", True),
+        ("datasets--allenai--ai2_arc/snapshots/abc/ARC-Easy/test-00000-of-00001.parquet", True),
+        ("arc_easy/test.jsonl", True),
+        ("arc_easy/data/test-00000-of-00001.parquet", True),
+        ("arc_easy_test.jsonl", True),
+        ("ARC-Easy-Test.jsonl", True),
+        ("arc_easy.jsonl", True),
+        ("ai2_arc/ARC-Challenge/test-00000-of-00001.parquet", False),  # another configuration
+        ("ai2_arc/test.jsonl", False),  # of which configuration?
+        ("arc_easy_validation.jsonl", False),
+        ("arc_easy_test_de.jsonl", False),
+        ("my_arc_easy_test.jsonl", False),
+    ],
+)
+def test_the_forms_of_a_data_set(tmp_path, path, is_found):
+    write_rows(tmp_path / path, ARC)
+    found = find_files(arc_source(), tmp_path).get("test", [])
+    assert found == ([tmp_path / path] if is_found else [])
+
+
+def test_a_folder_of_save_to_disk_and_a_compressed_file_are_read(tmp_path):
+    saved = datasets.DatasetDict({"test": datasets.Dataset.from_list(ARC), "train": datasets.Dataset.from_list(ARC)})
+    saved.save_to_disk(tmp_path / "arc_easy")
+    assert load_rows("arc_easy", tmp_path) == ARC
+
+    with gzip.open(tmp_path / "arc_challenge_test.jsonl.gz", "wt") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in ARC[:2]))
+    assert load_rows("arc_challenge", tmp_path) == ARC[:2]
+
+
+def test_all_shards_are_read_and_a_missing_one_is_named(tmp_path):
+    for i in range(3):
+        write_rows(tmp_path / "ai2_arc/ARC-Easy" / f"test-{i:05}-of-00003.parquet", ARC[i : i + 1])
+    assert load_rows("arc_easy", tmp_path) == ARC
+    (tmp_path / "ai2_arc/ARC-Easy/test-00001-of-00003.parquet").unlink()
+    with pytest.raises(ValueError, match="2 of 3 files of the split test"):
+        load_rows("arc_easy", tmp_path)
+
+
+def test_the_newest_snapshot_of_the_hubs_cache_is_read(tmp_path):
+    cache = tmp_path / "datasets--allenai--ai2_arc"
+    write_rows(cache / "snapshots/aaa/ARC-Easy/test.jsonl", ARC[:1])
+    write_rows(cache / "snapshots/bbb/ARC-Easy/test.jsonl", ARC)
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text("aaa")
+    assert load_rows("arc_easy", tmp_path) == ARC[:1]
+
+
+@pytest.mark.parametrize(
+    ("files", "error", "message"),
+    [
+        ({"arc_easy_validation.jsonl": ARC}, FileNotFoundError, "evaluates the split test of .* only validation"),
+        ({"piqa_validation.jsonl": ARC}, FileNotFoundError, "none of its files"),
+        ({"arc_easy_test.jsonl": ARC, "arc_easy/test.jsonl": ARC}, ValueError, "data of arc_easy twice"),
+        ({"arc_easy/test.jsonl": ARC, "arc_easy/test.parquet": ARC}, ValueError, "are both the split test"),
+    ],
+)  # fmt: skip
+def test_missing_and_ambiguous_files_are_named(tmp_path, files, error, message):
+    for path, rows in files.items():
+        write_rows(tmp_path / path, rows)
+    with pytest.raises(error, match=message):
+        use_local_data(task_manager(["arc_easy"]), ["arc_easy"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"), (b"", "is empty")],
+)
+def test_files_without_data_are_named(tmp_path, content, message):
+    (tmp_path / "arc_easy_test.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_rows("arc_easy", tmp_path)
+
+
+def test_few_shot_examples_are_drawn_from_the_split_of_lm_eval_or_refused(tmp_path):
+    write_rows(tmp_path / "arc_easy_test.jsonl", ARC)
+    with pytest.raises(FileNotFoundError, match="draws few-shot examples from the split train"):
+        use_local_data(task_manager(["arc_easy"]), ["arc_easy"], tmp_path, num_fewshot=2)
+
+
+def test_rows_with_other_fields_are_named(tmp_path, checkpoints):
+    write_rows(tmp_path / "arc_easy_test.jsonl", [{"stem": "Which?", "choices": ["a", "b"], "answer": "a"}])
+    with pytest.raises(ValueError, match=r"does not have the fields of the Hub's.*arc_easy_test\.jsonl"):
+        evaluate(load_model(checkpoints[0]), load_tokenizer(checkpoints[0]), ["arc_easy"], data_dir=tmp_path)
+
+
+def test_a_missing_folder_is_named():
+    with pytest.raises(FileNotFoundError, match="check --data-dir"):
+        use_local_data(task_manager(["piqa"]), ["piqa"], Path("nowhere"))

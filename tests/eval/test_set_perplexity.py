@@ -1,0 +1,74 @@
+"""Perplexity by set against the loss of each window by hand."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from sinklm.checkpoints import load_model, load_tokenizer
+from sinklm.cli.perplexity import perplexity
+from sinklm.data import open_store, prepare_store
+from sinklm.data.inputs import find_inputs
+from sinklm.eval.loading import open_store_of
+from sinklm.eval.set_perplexity import SetLoss, measure, sets_of, total
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, checkpoints):
+    """Two sets, of which one has characters of several bytes."""
+    folder = tmp_path_factory.mktemp("sets")
+    rows = [("Books", "The ship lay in the harbour. "), ("Näme", "Ein Märchen über Öl und Käse. ")]
+    with (folder / "corpus.jsonl").open("w") as file:
+        for i in range(60):
+            name, text = rows[i % 2]
+            file.write(json.dumps({"text": text * (1 + i % 5), "meta": {"pile_set_name": name}}) + "\n")
+    shards = find_inputs([str(folder / "corpus.jsonl")]).shards
+    options = {"tokenizer": str(checkpoints[0] / "tokenizer.json"), "validation_fraction": 0.5, "num_processes": 1}
+    for name, split_sets in (("store", True), ("mixed", False)):
+        prepare_store(shards, folder / name, split_sets=split_sets, **options)
+    return folder / "store"
+
+
+@pytest.mark.parametrize("num_sinks", [0, 1, 2])
+def test_every_token_but_the_first_is_scored_once_in_windows_after_the_sinks(checkpoints, store, num_sinks):
+    model, tokenizer = load_model(checkpoints[num_sinks]), load_tokenizer(checkpoints[num_sinks])
+    room = model.config.max_position_embeddings - num_sinks
+    for name, tokens in sets_of(open_store_of(store, tokenizer)).items():
+        ids = torch.from_numpy(tokens.read(0, len(tokens))).long()
+        assert len(ids) > 2 * room
+        expected = 0.0
+        for start in range(0, len(ids) - 1, room):
+            end = min(start + room, len(ids) - 1)
+            with torch.no_grad():
+                log_probs = model(ids[None, start:end]).logits[0].log_softmax(-1)
+            expected -= log_probs.gather(1, ids[start + 1 : end + 1, None]).double().sum().item()
+        found = measure(model, tokenizer, name, tokens)
+        assert found.nats == pytest.approx(expected, rel=1e-5)
+        assert found.num_tokens == len(ids) - 1
+        text = tokenizer.decode(ids[1:].tolist(), skip_special_tokens=True)
+        assert found.num_bytes == len(text.encode()) > (0 if name == "Books" else len(text))
+
+        few = measure(model, tokenizer, name, tokens, max_tokens=room + 5)
+        assert few.num_tokens == room + 5
+        assert few.nats < found.nats
+
+
+def test_the_total_is_over_all_tokens():
+    both = total([SetLoss("a", 10.0, 4, 8, 1.0), SetLoss("b", 2.0, 8, 4, 1.0)])
+    assert (both.loss, both.num_tokens, both.num_bytes) == (1.0, 12, 12)
+    assert both.bits_per_byte == pytest.approx(1 / math.log(2))
+
+
+def test_the_command_reports_each_set(tmp_path, checkpoints, store, capsys):
+    perplexity(str(checkpoints[1]), store, max_tokens=40, output=tmp_path)
+    report = json.loads((tmp_path / "perplexity.json").read_text())
+    assert [row["set"] for row in report["results"]] == ["Books", "Näme", "all"]
+    assert report["results"][2]["num_tokens"] == 80
+    assert report["store_fingerprint"] == open_store(store).fingerprint
+    assert f"{report['results'][1]['perplexity']:,.2f}" in capsys.readouterr().out
+
+
+def test_sets_that_are_not_apart_are_refused(checkpoints, store):
+    with pytest.raises(ValueError, match="--split-sets"):
+        sets_of(open_store(store.parent / "mixed"))
