@@ -1,7 +1,6 @@
-"""One rank that executes several training runs in sequence, because starting Python is slow.
+"""One rank that executes several training runs in sequence.
 
-``python -m tests.train.worker CALLS.json``: a list of calls {"recipe", "overrides"}, each with
-optional events:
+`run_calls` gets a list of calls {"recipe", "overrides"}, each with optional events:
 
 - "only": [rank, overrides]: a rank has other settings than the rest;
 - "copy": [run_dir, step, run_dir]: first, a checkpoint is copied;
@@ -23,7 +22,6 @@ import json
 import os
 import resource
 import shutil
-import sys
 import threading
 from contextlib import ExitStack
 from pathlib import Path
@@ -37,8 +35,8 @@ from sinklm.train.run import train
 from .tiny import ahead, bad_loss_in, copy_checkpoint, flip_bit, hang_in, wait_for_step
 
 
-def main() -> None:
-    for call in json.loads(Path(sys.argv[1]).read_text()):
+def run_calls(calls: list[dict]) -> None:
+    for call in calls:
         print(json.dumps({"outcome": make(call, int(os.environ["RANK"]))}), flush=True)
 
 
@@ -86,7 +84,3 @@ def make(call: dict, rank: int) -> str:
 def send_signal(number: int, step: int, run_dir: str) -> None:
     wait_for_step(Path(run_dir), step)
     os.kill(os.getpid(), number)
-
-
-if __name__ == "__main__":
-    main()
