@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sinklm.train import watchdog
 from sinklm.train.hangs import Mark, RankState, describe_hang, find_hang
 from sinklm.train.peers import SIGNAL, Address, Line, Peers
 
@@ -198,6 +199,13 @@ def test_a_signal_arrives_as_a_message(pair):
         signal.set_wakeup_fd(before)
         signal.signal(signal.SIGUSR1, old)
     assert receive(pair[0]) == [(SIGNAL, signal.SIGUSR1)]
+
+
+def test_a_watchdog_ends_at_once(monkeypatch):
+    monkeypatch.setattr(watchdog, "TICK", 1000.0)
+    watching = watchdog.Watchdog(0, 1, hang_timeout=None, exchange=lambda value: [value], warn=pytest.fail)
+    watching.close()
+    assert not watching._thread.is_alive()
 
 
 def run_two(recipe: str, folder: Path, **events) -> Ranks:
