@@ -109,6 +109,10 @@ def two_ranks(recipe, store, whole_run, tmp_path_factory) -> Path:
             }
             for stage, rank in FULL
         ),
+        {
+            "overrides": [*settings(folder / "unpinned", 1, "bf16"), "checkpoint.asynchronous=true"],
+            "unpinned": 1,
+        },
         {"overrides": [f"train.run_dir={folder / 'bad'}", "train.batch_size_tokens=96"]},
         *(
             {"overrides": [f"train.run_dir={folder / name}"], "only": [1, overrides]}
@@ -205,6 +209,12 @@ def test_a_disk_that_is_full_on_one_rank_stops_all_and_costs_nothing(two_ranks, 
     assert re.search(rf"cannot save .*step-8 \(earlier checkpoints are intact\): rank {rank}: writing failed", message)
     assert other == "exit 1"  # rank 0 reports the error
     assert list(list_checkpoints(two_ranks / f"full-{stage}")) == [4]
+
+
+def test_memory_that_one_rank_cannot_pin_is_done_without_on_all(two_ranks):
+    assert outcomes(two_ranks, "unpinned") == ["done", "done"]
+    assert (two_ranks / "output-0").read_text().count("host memory cannot be pinned (rank 1: no memory)") == 1
+    assert_same_weights(weights(two_ranks / "unpinned", 8), weights(two_ranks / "whole-1", 8))
 
 
 @pytest.mark.parametrize("number", range(5))

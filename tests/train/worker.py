@@ -13,6 +13,7 @@
 - "min_steps": steps after which spikes are judged;
 - "hang": [rank, step, num_micro_batches]: a rank waits forever for the samples of that step;
 - "stop_grace": seconds that a rank may take to obey a signal;
+- "unpinned": a rank cannot pin host memory;
 - "ahead": true: a step is queued before the previous one is read, as on a GPU.
 
 The outcome of each call is printed as one JSON line.
@@ -31,6 +32,7 @@ import torch.distributed as dist
 
 from sinklm.train import hosts, spikes, watchdog
 from sinklm.train.run import train
+from sinklm.train.snapshot import HostMemory
 
 from .tiny import ahead, bad_loss_in, copy_checkpoint, flip_bit, hang_in, wait_for_step
 
@@ -69,6 +71,8 @@ def make(call: dict, rank: int) -> str:
                 stack.enter_context(hang_in(*call["hang"][1:]))
             if "only" in call:
                 stack.enter_context(patch.object(hosts, "APPEARS_WITHIN", 0.3))
+            if call.get("unpinned") == rank:
+                stack.enter_context(patch.object(HostMemory, "_pin", fail_to_pin))
             if "stop_grace" in call:
                 stack.enter_context(patch.object(watchdog, "STOP_GRACE", call["stop_grace"]))
             train(call["recipe"], call["overrides"] + (call["only"][1] if call.get("only", [None])[0] == rank else []))
@@ -79,6 +83,10 @@ def make(call: dict, rank: int) -> str:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     return "done"
+
+
+def fail_to_pin(memory: HostMemory) -> None:
+    memory._pinning_error = "no memory"
 
 
 def send_signal(number: int, step: int, run_dir: str) -> None:
