@@ -13,6 +13,7 @@ Runs on a CPU.
 
 import argparse
 import contextlib
+import gc
 import itertools
 import json
 import multiprocessing
@@ -75,6 +76,7 @@ def rank_main(rank: int, size: int, port: int, recipe: str, overrides: list[str]
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    gc.freeze()  # DeepSpeed's collections need not search the imported modules
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
@@ -96,7 +98,9 @@ class Runs:
         self.folder = folder
         quieten_libraries()
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["benchmarks.fault_injection", "deepspeed"])
+        # The last one imports torch's compiler. DeepSpeed imports it when it makes an engine.
+        engine = ["deepspeed", "deepspeed.runtime.zero.muon.original_muon"]
+        self.context.set_forkserver_preload(["benchmarks.fault_injection", *engine])
         store = make_store(folder)
         self.recipe = str(folder / "recipe.yaml")
         Path(self.recipe).write_text(f"{RECIPE}\ndata: {{path: {store}}}\n")

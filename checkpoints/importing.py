@@ -206,7 +206,7 @@ def _grow(model: SinkGPTNeoXForCausalLM) -> int:
 
 def _card(source: str | Path, revision: str | None, imported: Imported, sink_row: str) -> str:
     config = imported.config
-    row = f"The embedding of the sink token {', '.join(map(str, config.sink_token_ids))} is {ROWS[sink_row]}."
+    row = f"The embedding of the sink token {', '.join(map(str, config.sink_token_ids))} is {ROWS[SinkRow(sink_row)]}."
     return CARD.format(
         name=imported.folder.absolute().name,
         source=f"{source}@{revision}" if revision else source,

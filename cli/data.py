@@ -56,7 +56,9 @@ def inspect(
     ] = None,
     split: Annotated[str, typer.Option(help="Split of the document.")] = "train",
     document: Annotated[int | None, typer.Option(min=0, help="Print this document.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Recipe that defines samples and steps.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe that defines samples and steps, or the folder of a run.")
+    ] = None,
     sample: Annotated[int | None, typer.Option(min=0, help="Print this training sample of the recipe.")] = None,
     step: Annotated[
         int | None, typer.Option(min=1, help="List the samples of this step, from 1 as in metrics.jsonl.")
@@ -123,7 +125,7 @@ def _show_samples(
     from ..train.plan import Plan
     from ..train.recipe import load_config
 
-    config = load_config(recipe, [*overrides, f"data.path={store.path}"])
+    config = load_config(_recipe_of(recipe), [*overrides, f"data.path={store.path}"])
     config = config.model_copy(update={"validation": ValidationSection(every_steps=None)})  # its split is not needed
     plan = Plan(config, 1, store.tokenizer_size, store.eod_id)
     windows, _ = open_windows(store, plan)
@@ -133,6 +135,11 @@ def _show_samples(
         console.print(f"sample {sample} of {len(windows):,}, {plan.tokens_per_sample:,} tokens:")
         console.write(text(windows[sample]))
     if step is not None:
+        if step > config.train.num_steps:
+            raise ValueError(
+                f"--step {step}: training ends at step {config.train.num_steps:,}; add train.num_steps={step} to see "
+                "the samples of a longer run"
+            )
         positions = batch_indices(step - 1, plan.samples_per_step)
         console.print(f"step {step}: positions {positions[0]:,} to {positions[-1]:,} of the data order")
         console.print("position  sample  text")
@@ -145,3 +152,12 @@ def _show_samples(
         console.print(
             f"{len(windows):,} samples of {plan.tokens_per_sample:,} tokens, {plan.samples_per_step:,} per step"
         )
+
+
+def _recipe_of(name: str) -> str:
+    """Return the recipe of a run, if ``name`` is the folder of a run, or else ``name``."""
+    from ..checkpoints.folders import CONFIG_FILE
+    from ..train.recipe import recipe_names
+
+    config = Path(name) / CONFIG_FILE
+    return str(config) if config.is_file() and name not in recipe_names() else name

@@ -6,19 +6,16 @@ arrays that GPT-NeoX's ``GPT2Dataset`` caches for a seed (``…_doc_idx.npy``, `
 EleutherAI/gpt-neox.
 """
 
-import hashlib
-import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from .manifest import TOKENIZER_NAME, sha256_of
+from .fixed_order import NUM_PROBES, FixedOrderStore
 from .megatron import MegatronReader
 from .sequence import check_ids
-from .tokenizer import eod_id, load_tokenizer_file, tokenizer_size
 
 ARRAYS = ("doc_idx", "sample_idx", "shuffle_idx")
-NUM_PROBES = 64
 MISMATCH = "use the documents that the order was made for"
 
 
@@ -87,8 +84,8 @@ class OrderedRows:
         return np.concatenate(parts)
 
 
-class MegatronOrderStore:
-    """A folder of documents and an order of samples, with the interface of `PreshuffledStore`.
+class MegatronOrderStore(FixedOrderStore[OrderedRows]):
+    """A folder of documents and an order of samples. See :class:`FixedOrderStore`.
 
     The fingerprint covers the tokenizer, the names and sizes of the files, and 64 samples spread
     over the order.
@@ -99,22 +96,15 @@ class MegatronOrderStore:
             tokenizer's vocabulary.
     """
 
-    is_shuffled = True
+    contents = "an order of Megatron"
 
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
-        self.tokenizer_path = self.path / TOKENIZER_NAME
-        if not self.tokenizer_path.exists():
-            raise FileNotFoundError(f"{self.tokenizer_path}: missing; copy Pythia's tokenizer.json there")
-        tokenizer = load_tokenizer_file(self.tokenizer_path)
-        self.tokenizer_size, self.eod_id = tokenizer_size(tokenizer), eod_id(tokenizer)
+    def _open(self) -> OrderedRows:
         files = {name: self._only(f"*_{name}.npy") for name in ARRAYS}
         documents = self._only("*.bin")
         self._files = [documents, documents.with_suffix(".idx"), *files.values()]
         reader = MegatronReader(documents.with_suffix(""), check=False)
         arrays = {name: _load(file) for name, file in files.items()}
-        self._stream = OrderedRows(self.path, reader, arrays, vocab_size=self.tokenizer_size)
-        self.fingerprint = self._probe()
+        return OrderedRows(self.path, reader, arrays, vocab_size=self.tokenizer_size)
 
     def _only(self, pattern: str) -> Path:
         found = sorted(self.path.glob(pattern))
@@ -125,31 +115,19 @@ class MegatronOrderStore:
             )
         return found[0]
 
-    def split(self, name: str) -> OrderedRows:
-        """Return the samples. The only split is "train"."""
-        if name != "train":
-            raise ValueError(f"{self.path}: an order of Megatron has no {name} split; disable validation for it")
-        return self._stream
-
-    def documents_of_set(self, split: str, set_name: str) -> OrderedRows:
-        """Raise an error: the order is fixed."""
-        raise ValueError(f"{self.path}: an order of Megatron has no sets; remove data.weights")
-
     def document(self, split: str, number: int) -> np.ndarray:
         """Return a document, with its end-of-document token."""
-        self.split(split)
-        if not 0 <= number < len(self._stream.reader):
-            raise ValueError(f"{self.path}: has {len(self._stream.reader):,} documents, numbered from 0")
-        return self._stream.reader[number]
+        reader = self.split(split).reader
+        if not 0 <= number < len(reader):
+            raise ValueError(f"{self.path}: has {len(reader):,} documents, numbered from 0")
+        return reader[number]
 
-    def _probe(self) -> str:
-        digest = hashlib.sha256(sha256_of(self.tokenizer_path).encode())
+    def _probes(self) -> Iterator[bytes]:
         for file in self._files:
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-        length = self._stream.row_length
-        for row in np.linspace(0, self._stream.num_rows - 1, NUM_PROBES, dtype=np.int64).tolist():
-            digest.update(self._stream.read(row * length, (row + 1) * length).tobytes())
-        return digest.hexdigest()
+            yield f"{file.name} {file.stat().st_size}\n".encode()
+        length = self._rows.row_length
+        for row in np.linspace(0, self._rows.num_rows - 1, NUM_PROBES, dtype=np.int64).tolist():
+            yield self._rows.read(row * length, (row + 1) * length).tobytes()
 
 
 def _load(file: Path) -> np.ndarray:

@@ -4,7 +4,6 @@ Only a few batches are in memory at a time.
 """
 
 import contextlib
-import errno
 import hashlib
 import itertools
 import os
@@ -22,7 +21,7 @@ import numpy as np
 from pydantic import BaseModel
 from tokenizers import Tokenizer
 
-from ..files import atomic_file, locked, write_json
+from ..files import FULL_DISK, atomic_file, locked, write_json
 from .job import ShardJob
 from .manifest import (
     MANIFEST_NAME,
@@ -45,7 +44,6 @@ from .tokenizing import TokenizedBatch, start_process, take_answer, tokenize
 NOTES_NAME = ".prepare"  # folder for unfinished work, inside the output folder
 BATCH_BYTES = 2**18
 COMMIT_SECONDS = 10.0
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Settings(BaseModel):

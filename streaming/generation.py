@@ -12,8 +12,8 @@ from ..models.checked import check_ids, refuse_nonfinite_logits
 from .cache import StreamingCache
 from .decoding import StreamingDecoder
 from .families import is_one_graph
-from .wrappers import unwrapped
 from .sampling import Sampling
+from .wrappers import unwrapped
 
 DEFAULT_CACHE_SIZE = 1024
 DEFAULT_NUM_KEPT = 4  # for a model without sink tokens (Xiao et al. 2024, Table 2)

@@ -1,7 +1,10 @@
-"""Settings of all tests: one thread, no network, a fixed seed."""
+"""Settings of all tests: one thread, no network, no waiting for the disk, a fixed seed."""
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,6 +14,20 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_wait_for_the_disk() -> Iterator[None]:
+    """No test cuts the power, so none needs its files on the disk."""
+    with patch("os.fsync", lambda descriptor: None):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _short_garbage_collections() -> None:
+    """Leave what exists already, such as imported modules, out of those that DeepSpeed starts."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +43,9 @@ def valid_model(tmp_path_factory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("valid") / "model", small_model(1))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # one of several processes: slow tests first, so that all end together
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if torch.cuda.is_available():
         return
     for item in items:

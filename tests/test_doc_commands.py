@@ -130,7 +130,7 @@ def check_sinklm(arguments: list[str]) -> None:
         command = command.commands[name]
     context = command.make_context(name, arguments)  # raises an error for a wrong option or argument
     if recipe := context.params.get("recipe"):
-        recipe = re.sub(r"^runs/(.*)/config\.yaml$", r"\1", recipe)  # of a run of this recipe
+        recipe = re.sub(r"^runs/(.*?)(/config\.yaml)?$", r"\1", recipe)  # of a run of this recipe
         load_config(recipe.replace("RECIPE", "pythia-14m"), context.params["overrides"] or [])
 
 

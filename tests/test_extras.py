@@ -81,6 +81,13 @@ def test_the_error_for_a_missing_library_names_its_extra(monkeypatch):
     extras.require_extra("eval")
 
 
+def commands(group: Any, prefix: str = "") -> Iterator[str]:
+    for name, command in group.commands.items():
+        yield prefix + name
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{prefix}{name} ")
+
+
 # numpy and pydantic are not blocked: transformers and typer require them.
 BLOCKED = sorted({module for names in extras.EXTRAS.values() for module in names} - {"numpy", "pydantic"})
 RUN_COMMANDS = """
@@ -99,60 +106,53 @@ print(json.dumps(results))
 """
 
 
-def run_without_extras(*lines: str) -> list[int | str]:
-    """Run commands in a process without the extras; return exit statuses or error messages."""
-    code = RUN_COMMANDS.format(blocked=BLOCKED, lines=lines)
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, input="word\n", capture_output=True, text=True, cwd=ROOT, check=True)
-    return json.loads(result.stdout.splitlines()[-1])
+HELP = ["--version", "--help", *(f"{command} --help" for command in commands(get_command(cli.app)))]
+WITHOUT_EXTRA = {
+    "prepare text --output store": "data",
+    "tokenizer train text --vocab-size 300": "data",
+    "train pythia-14m": "train",
+    "eval zero-shot model": "eval",
+    "eval streaming model --text text": "eval",
+    "eval stream-eval model": "eval",
+    "eval sinks model --text text": "eval",
+    "bench decode model": "eval",
+    "export model out.gguf --to gguf": "gguf",
+}
+IN_THE_BASE = [
+    "generate model word --max-new-tokens 3",  # before all that imports the model
+    "export model exported",
+    "generate exported word --max-new-tokens 3",
+    "generate exported word --stream --max-new-tokens 3",
+    "chat exported --max-new-tokens 3",
+]
 
 
-def test_the_help_of_every_command_needs_no_extra():
-    lines = ["--version", "--help", *(f"{command} --help" for command in commands(get_command(cli.app)))]
-    assert len(lines) > 10
-    assert run_without_extras(*lines) == [0] * len(lines)
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, int | str]:
+    """Exit status or error message of each command, run in one process without the extras."""
+    folder = tmp_path_factory.mktemp("without")
+    write_checkpoint(folder / "model", small_model(num_sinks=1))
+    lines = [*HELP, *IN_THE_BASE, *WITHOUT_EXTRA]
+    command = [sys.executable, "-c", RUN_COMMANDS.format(blocked=BLOCKED, lines=lines)]
+    result = subprocess.run(command, input="word\n", capture_output=True, text=True, cwd=folder, check=True)
+    return dict(zip(lines, json.loads(result.stdout.splitlines()[-1]), strict=True))
 
 
-def commands(group: Any, prefix: str = "") -> Iterator[str]:
-    for name, command in group.commands.items():
-        yield prefix + name
-        if hasattr(command, "commands"):
-            yield from commands(command, f"{prefix}{name} ")
+def test_the_help_of_every_command_needs_no_extra(results):
+    assert len(HELP) > 12
+    assert {line: results[line] for line in HELP} == dict.fromkeys(HELP, 0)
 
 
-def test_a_command_without_its_extra_names_it_in_one_line():
-    expected = {
-        "prepare text --output store": "data",
-        "tokenizer train text --vocab-size 300": "data",
-        "train pythia-14m": "train",
-        "eval zero-shot model": "eval",
-        "eval streaming model --text text": "eval",
-        "eval stream-eval model": "eval",
-        "eval sinks model --text text": "eval",
-        "bench decode model": "eval",
-        "export model out.gguf --to gguf": "gguf",
-    }
-    for line, message in zip(expected, run_without_extras(*expected), strict=True):
-        extra = expected[line]
+def test_a_command_without_its_extra_names_it_in_one_line(results):
+    for line, extra in WITHOUT_EXTRA.items():
         assert re.fullmatch(
             rf'error: sinklm\.{extra} requires \w+, which is not installed; run: pip install "sinklm\[{extra}\]"',
-            str(message),
+            str(results[line]),
         )
 
 
-@pytest.mark.slow
-def test_export_generate_and_chat_need_no_extra(tmp_path):
-    write_checkpoint(tmp_path / "model", small_model(num_sinks=1))
-    assert (
-        run_without_extras(
-            f"generate {tmp_path}/model word --max-new-tokens 3",  # before all that imports the model
-            f"export {tmp_path}/model {tmp_path}/exported",
-            f"generate {tmp_path}/exported word --max-new-tokens 3",
-            f"generate {tmp_path}/exported word --stream --max-new-tokens 3",
-            f"chat {tmp_path}/exported --max-new-tokens 3",
-        )
-        == [0] * 5
-    )
+def test_export_generate_and_chat_need_no_extra(results):
+    assert {line: results[line] for line in IN_THE_BASE} == dict.fromkeys(IN_THE_BASE, 0)
 
 
 def test_the_module_that_launchers_start_names_its_extra(tmp_path):

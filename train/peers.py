@@ -136,7 +136,7 @@ class Peers:
         found: list[tuple[int, dict[str, Any] | int | None]] = []
         for key, _ in self._selector.select(seconds):
             if key.fileobj is self._signals:
-                found += [(SIGNAL, number) for number in self._signals.recv(64)]
+                found += [(SIGNAL, number) for number in self._signals.recv(64) if number]
             elif key.fileobj is self._server:
                 self._accept()
             elif key.data.rank is None:
@@ -144,6 +144,11 @@ class Peers:
             else:
                 found += self._read(key.data)
         return found
+
+    def wake(self) -> None:
+        """Let `wait` return at once in the thread that calls it."""
+        with contextlib.suppress(BlockingIOError):  # full of signals, which do the same
+            self._wakeup.send(b"\0")  # no signal has the number 0
 
     def send(self, message: dict[str, Any]) -> None:
         """Send a message over every connection."""

@@ -42,7 +42,8 @@ class CheckpointWriter:
         fingerprint: fingerprint of the data, which must be the same when the run resumes.
         tokenizer_path: the ``tokenizer.json`` to save with the weights.
         on_saved: called with the path and the seconds that it took once a checkpoint is complete.
-        say: called with a message if there is too little memory to save asynchronously.
+        say: called with a message if there is too little memory to save asynchronously, or it
+            cannot be pinned.
 
     Attributes:
         num_bytes: size of a checkpoint.
@@ -61,12 +62,13 @@ class CheckpointWriter:
     ):
         self.num_bytes = checkpoint_bytes(plan, tokenizer_path)
         self._folder = run_dir / CHECKPOINTS_FOLDER
-        self._plan, self._world, self._on_saved = plan, world, on_saved
+        self._plan, self._world, self._on_saved, self._say = plan, world, on_saved, say
         self._fingerprint, self._tokenizer_path = fingerprint, tokenizer_path
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._memory: HostMemory | None = None
-        if self._is_asynchronous(say):
+        self._is_pinned = False
+        if self._is_asynchronous():
             self._memory = HostMemory(world.device, snapshot_bytes(plan, is_main=world.is_main))
         # The thread's collectives need a group that the main thread does not use.
         group = (
@@ -89,6 +91,8 @@ class CheckpointWriter:
                 unchanged.
         """
         self.finish()
+        if self._memory is not None and not self._is_pinned:
+            self._check_pinning(self._memory)
         path = self._folder / f"step-{step}"
         began = time.monotonic()
         with self._world.longer(self.num_bytes / SLOW_DISK, is_saving=True):
@@ -202,14 +206,24 @@ class CheckpointWriter:
             interpolated=interpolated_settings(config) or None,
         )
 
-    def _is_asynchronous(self, say: Callable[[str], None]) -> bool:
+    def _check_pinning(self, memory: HostMemory) -> None:
+        """Do without the host memory if a rank could not pin it. Every rank calls it."""
+        errors = self._world.gather(memory.pinning_error())
+        if any(errors):
+            failed = "; ".join(f"rank {rank}: {error}" for rank, error in enumerate(errors) if error)
+            self._say(f"training will pause while it saves, because host memory cannot be pinned ({failed})")
+            memory.close()
+            self._memory = None
+        self._is_pinned = True
+
+    def _is_asynchronous(self) -> bool:
         """Whether to save in a thread: if the recipe says so and all hosts have the memory."""
         if not self._plan.config.checkpoint.asynchronous:
             return False
         free = min(self._world.gather(free_memory()))
         if free > self.num_bytes:  # as if all ranks were on one host
             return True
-        say(
+        self._say(
             f"training will pause while it saves, because a copy of the state needs {self.num_bytes / GIB:.1f} GiB of "
             f"host memory and {free / GIB:.1f} GiB are free"
         )

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from ..text import one_line
+
 ALIGNMENT = 64  # bytes
 NUM_PROBES = 16  # bytes
 MOST_QUEUED = 2**30  # bytes
@@ -36,7 +38,7 @@ class HostMemory:
     def __init__(self, device: torch.device, num_bytes: int):
         self._device = device
         self._memory = mmap.mmap(-1, max(num_bytes, mmap.PAGESIZE))
-        self._error: RuntimeError | None = None
+        self._pinning_error = ""
         self._probe, self._copied_probe = b"", torch.empty(0)
         self._unpin: Callable[[], object] = lambda: None
         self._num_used = 0
@@ -52,15 +54,14 @@ class HostMemory:
             self._copied.synchronize()
             self._sources.clear()
 
-    def begin(self) -> None:
-        """Begin a snapshot, which overwrites the one before.
-
-        Raises:
-            RuntimeError: the memory could not be pinned.
-        """
+    def pinning_error(self) -> str:
+        """Wait until the memory is pinned, and return why that failed; empty if it did not."""
         self._pinning.join()
-        if self._error is not None:
-            raise self._error
+        return self._pinning_error
+
+    def begin(self) -> None:
+        """Begin a snapshot, which overwrites the one before."""
+        self._pinning.join()
         self._num_used = 0
 
     def copy(self, state: Any) -> Any:
@@ -136,7 +137,7 @@ class HostMemory:
         try:
             torch.cuda.check_error(runtime.cudaHostRegister(address, len(self._memory), 0))
         except RuntimeError as error:
-            self._error = RuntimeError(f"cannot pin host memory ({error}): set checkpoint.asynchronous=false")
+            self._pinning_error = one_line(error)
         else:
             # The memory is an argument, so that it is not unmapped before.
             self._unpin = weakref.finalize(self, lambda memory: runtime.cudaHostUnregister(address), self._memory)

@@ -125,6 +125,7 @@ class Watchdog:
     def close(self, error: str = "") -> None:
         """End the thread and tell the other ranks why this rank has left: they end if it failed."""
         self._is_closed.set()
+        self._peers.wake()
         self._thread.join(2 * GRACE)
         if self._watches_signals:
             signal.set_wakeup_fd(self._previous_fd)

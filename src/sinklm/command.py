@@ -1,6 +1,5 @@
 """Runs a command: errors of the user in one line, and output that any terminal or pipe takes."""
 
-import errno
 import io
 import os
 import select
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from .extras import MissingExtraError
+from .files import FULL_DISK
 from .rust import is_panic
 from .text import one_line, printable
 
@@ -65,7 +65,7 @@ def _flush() -> None:
 
 def _message(error: BaseException) -> str | None:
     """Return what to tell the user, or None for a bug and for an exit on purpose."""
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.strerror and error.filename is None:
+    if isinstance(error, OSError) and error.errno in FULL_DISK and error.strerror and error.filename is None:
         return f"cannot write to standard output or a file: {error.strerror}; free space on this device"
     if isinstance(error, ValueError | OSError | MissingExtraError):
         is_library = type(error).__module__.partition(".")[0] not in ("builtins", "sinklm")

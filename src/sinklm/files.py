@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 PARTIAL = ".partial"  # suffix of a file that is being written
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, a quota and a limit on the size of files
 NUM_LOCK_ATTEMPTS = 4  # `is_locked` of another process may have the lock for a moment
 
 

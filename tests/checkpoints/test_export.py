@@ -1,7 +1,7 @@
 """An export is the same model for transformers without sinklm, and is never incomplete."""
 
 import json
-import os
+import resource
 import subprocess
 import sys
 import warnings
@@ -19,6 +19,7 @@ from sinklm.checkpoints import load_model, load_tokenizer
 from sinklm.checkpoints.export import export_model, is_export, sink_names
 from sinklm.checkpoints.folders import CheckpointState
 from sinklm.cli.export import export
+from sinklm.cli.main import main
 from sinklm.models.arms import ARMS
 from sinklm.train.recipe import config_yaml, load_config
 
@@ -230,20 +231,16 @@ def test_files_of_a_killed_export_are_deleted(checkpoint, tmp_path):
     assert hidden_files(tmp_path) == []
 
 
-@pytest.mark.slow
-def test_a_full_disk_is_one_clear_error(checkpoint, tmp_path):
+def test_a_full_disk_is_one_clear_error(checkpoint, tmp_path, monkeypatch):
     """A limit on file sizes simulates a full disk: the configuration fits, the weights do not."""
-    program = (
-        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000));"
-        "from sinklm.cli.main import main; main()"
-    )
-    command = [sys.executable, "-c", program, "export", str(checkpoint), str(tmp_path / "export")]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    )
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("error: cannot write the export to")
+    monkeypatch.setattr(sys, "argv", ["sinklm", "export", str(checkpoint), str(tmp_path / "export")])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(SystemExit, match=r"^error: cannot write the export to .*"):
+            main()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not (tmp_path / "export").exists()
     assert hidden_files(tmp_path) == []
 

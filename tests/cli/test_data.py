@@ -92,8 +92,22 @@ def test_a_step_has_the_number_and_samples_of_the_runs_metrics(store: Path, tmp_
         train(str(tmp_path / "tiny.yaml"), settings)
     record = metrics(tmp_path / "run")[-1]
     assert record["step"] == 2
-    said = inspect(store, "--recipe", tmp_path / "run/config.yaml", "--step", 2)
-    assert [int(line.split()[1]) for line in said.splitlines()[2:]] == record["samples"]
+    for recipe in (tmp_path / "run/config.yaml", tmp_path / "run"):
+        said = inspect(store, "--recipe", recipe, "--step", 2)
+        assert [int(line.split()[1]) for line in said.splitlines()[2:]] == record["samples"]
+
+
+def test_a_step_after_the_last_one_is_an_error(store: Path) -> None:
+    with pytest.raises(ValueError, match=r"--step 5: training ends at step 4; add train\.num_steps=5"):
+        inspect(store, "--recipe", "quickstart", "--step", 5, *SIZES, "train.num_steps=4")
+    assert inspect(store, "--recipe", "quickstart", "--step", 5, *SIZES, "train.num_steps=5").startswith("step 5: ")
+
+
+def test_a_folder_with_the_name_of_a_recipe_does_not_replace_it(store: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").mkdir()
+    (tmp_path / "quickstart" / "config.yaml").write_text("no: recipe")
+    assert inspect(store, "--recipe", "quickstart", "--step", 1, *SIZES).startswith("step 1: ")
 
 
 def test_there_is_no_step_0(store: Path) -> None:

@@ -1,5 +1,8 @@
 """Errors of the command as a whole."""
 
+import errno
+import os
+
 import pytest
 import torch
 
@@ -15,6 +18,10 @@ from sinklm.cli import main as module
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), "error: out of memory; .*_ALLOC_FAILED"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "error: out of memory; .* can't allocate memory"),
         (MemoryError("Unable to allocate 8 TiB"), "error: out of memory; .* 8 TiB"),
+        *(
+            (OSError(number, os.strerror(number)), f"error: cannot write to .*: {os.strerror(number)}; free space .*")
+            for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        ),
     ],
 )
 def test_an_error_of_the_user_is_one_line(monkeypatch, error, line):

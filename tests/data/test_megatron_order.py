@@ -107,9 +107,9 @@ def test_arrays_of_other_documents_are_refused(order: Path, name: str, change, m
 
 
 def test_missing_and_damaged_files_are_refused(order: Path) -> None:
-    with pytest.raises(ValueError, match="has no validation split; disable validation"):
+    with pytest.raises(ValueError, match="contains an order of Megatron and no validation split; disable validation"):
         open_store(order).split("validation")
-    with pytest.raises(ValueError, match=r"has no sets; remove data\.weights"):
+    with pytest.raises(ValueError, match=r"contains an order of Megatron and no sets; remove data\.weights"):
         open_store(order).documents_of_set("train", "A")
     path = array_of(order, "doc_idx")
     path.write_bytes(path.read_bytes()[:-9])

@@ -298,7 +298,7 @@ def test_the_fingerprint_of_rows_sees_their_content(tmp_path: Path, rows: np.nda
 
 
 def test_rows_that_cannot_be_used_are_refused(tmp_path: Path, rows: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="have no validation split"):
+    with pytest.raises(ValueError, match="contains pre-shuffled rows and no validation split"):
         open_store(tmp_path).split("validation")
     last = tmp_path / "document-00001-of-00001.bin"
     np.full(rows.size - 5000, 320, np.uint16).tofile(last)

@@ -1,8 +1,10 @@
-"""One tiny store for all tests of training."""
+"""One tiny store and one run on it for all tests of training."""
 
 from pathlib import Path
 
 import pytest
+
+from sinklm.train.run import train
 
 from .plain import play_kernel
 from .tiny import RECIPE, make_store
@@ -19,6 +21,14 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, store: Path) -> str:
     path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
     path.write_text(f"{RECIPE}\ndata: {{path: {store}}}\n")
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def whole_run(recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight steps on one rank, saved at 4 and 8. Tests copy it before they change it."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    train(recipe, [f"train.run_dir={run_dir}"])
+    return run_dir
 
 
 @pytest.fixture(params=["no kernel", "kernel"])

@@ -18,13 +18,6 @@ from ..checkpoints.seal import seal
 from .tiny import assert_same_weights, edit_state, flip_bit, losses, weights
 
 
-@pytest.fixture(scope="module")
-def whole_run(recipe, tmp_path_factory) -> Path:
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    train(recipe, [f"train.run_dir={run_dir}"])
-    return run_dir
-
-
 @pytest.fixture
 def run(whole_run, tmp_path) -> Path:
     """A run that has done all its 8 steps, with checkpoints at 4 and 8."""

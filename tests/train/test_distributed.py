@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,9 @@ from sinklm.checkpoints.folders import list_checkpoints
 from sinklm.train.run import train
 from sinklm.train.stopping import REQUEUE_STATUS
 
+from .processes import Ranks
 from .test_probes import PROBES, check_same_run, probed
 from .tiny import (
-    Ranks,
     assert_same_weights,
     copy_checkpoint,
     losses,
@@ -25,6 +27,7 @@ from .tiny import (
     wait_for_step,
     weights,
 )
+from .worker import run_calls
 
 pytestmark = pytest.mark.slow
 
@@ -44,13 +47,6 @@ SPIKES = [("skipped-1", 1, "bf16", "skip"), ("skipped-3", 3, "fp32", "skip"), ("
 
 def settings(run_dir: Path, stage: int, precision: str) -> list[str]:
     return [f"train.run_dir={run_dir}", f"deepspeed.zero_stage={stage}", f"train.precision={precision}"]
-
-
-@pytest.fixture(scope="module")
-def one_rank_run(recipe, tmp_path_factory) -> Path:
-    run_dir = tmp_path_factory.mktemp("one") / "run"
-    train(recipe, [f"train.run_dir={run_dir}"])
-    return run_dir
 
 
 def unlike_ranks(folder: Path) -> list[tuple[str, list[str], str]]:
@@ -80,7 +76,7 @@ def make_stores(folder: Path, store: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(recipe, store, one_rank_run, tmp_path_factory) -> Path:
+def two_ranks(recipe, store, whole_run, tmp_path_factory) -> Path:
     """Runs on two ranks: whole, resumed, converted from one rank, and with a full disk."""
     folder = tmp_path_factory.mktemp("two")
     make_stores(folder, store)
@@ -101,7 +97,7 @@ def two_ranks(recipe, store, one_rank_run, tmp_path_factory) -> Path:
             "overrides": settings(damaged, 1, "bf16"),
             "damage": [str(folder / "whole-1"), str(damaged), f"checkpoints/step-8/deepspeed/{file}"],
         },
-        {"overrides": settings(grown, 3, "fp32"), "copy": [str(one_rank_run), 4, str(grown)]},
+        {"overrides": settings(grown, 3, "fp32"), "copy": [str(whole_run), 4, str(grown)]},
         *(
             {
                 "overrides": [
@@ -113,6 +109,10 @@ def two_ranks(recipe, store, one_rank_run, tmp_path_factory) -> Path:
             }
             for stage, rank in FULL
         ),
+        {
+            "overrides": [*settings(folder / "unpinned", 1, "bf16"), "checkpoint.asynchronous=true"],
+            "unpinned": 1,
+        },
         {"overrides": [f"train.run_dir={folder / 'bad'}", "train.batch_size_tokens=96"]},
         *(
             {"overrides": [f"train.run_dir={folder / name}"], "only": [1, overrides]}
@@ -141,9 +141,8 @@ def two_ranks(recipe, store, one_rank_run, tmp_path_factory) -> Path:
         {"overrides": [*settings(folder / "measured", 3, "fp32"), *SAVE_OFTEN, *PROBES]},
         {"overrides": [f"train.run_dir={dead}", *LONG], "signal": [1, signal.SIGKILL, 2, str(dead)]},
     ]
-    path = folder / "calls.json"
-    path.write_text(json.dumps([{"recipe": recipe, **call} for call in calls]))
-    results = Ranks(["-m", "tests.train.worker", str(path)], world_size=2).wait(timeout=300)
+    (folder / "calls.json").write_text(json.dumps(calls))
+    results = Ranks(run_calls, [{"recipe": recipe, **call} for call in calls], world_size=2).wait(timeout=300)
     assert [status for status, _ in results] == [0, -signal.SIGKILL], results[0][1]
     for rank, (_, output) in enumerate(results):
         (folder / f"output-{rank}").write_text(output)
@@ -160,12 +159,12 @@ def outcomes(folder: Path, run: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("stage", "precision"), STAGES)
-def test_two_ranks_equal_one(two_ranks, one_rank_run, stage, precision):
+def test_two_ranks_equal_one(two_ranks, whole_run, stage, precision):
     tolerance = 1e-5 if precision == "fp32" else 5e-3
     whole = two_ranks / f"whole-{stage}"
-    assert list(losses(whole).values()) == pytest.approx(list(losses(one_rank_run).values()), abs=tolerance)
+    assert list(losses(whole).values()) == pytest.approx(list(losses(whole_run).values()), abs=tolerance)
     validation = [
-        [line["validation_loss"] for line in metrics(run) if "validation_loss" in line] for run in (whole, one_rank_run)
+        [line["validation_loss"] for line in metrics(run) if "validation_loss" in line] for run in (whole, whole_run)
     ]
     assert validation[0] == pytest.approx(validation[1], abs=tolerance)
 
@@ -199,9 +198,9 @@ def test_a_run_goes_on_with_fewer_ranks_and_another_stage(
     assert not list(tmp_path.glob("*universal*"))
 
 
-def test_a_run_goes_on_with_more_ranks(two_ranks, one_rank_run):
+def test_a_run_goes_on_with_more_ranks(two_ranks, whole_run):
     grown = losses(two_ranks / "grown")
-    assert list(grown.values()) == pytest.approx(list(losses(one_rank_run).values()), abs=1e-5)
+    assert list(grown.values()) == pytest.approx(list(losses(whole_run).values()), abs=1e-5)
 
 
 @pytest.mark.parametrize(("stage", "rank"), FULL)
@@ -210,6 +209,12 @@ def test_a_disk_that_is_full_on_one_rank_stops_all_and_costs_nothing(two_ranks, 
     assert re.search(rf"cannot save .*step-8 \(earlier checkpoints are intact\): rank {rank}: writing failed", message)
     assert other == "exit 1"  # rank 0 reports the error
     assert list(list_checkpoints(two_ranks / f"full-{stage}")) == [4]
+
+
+def test_memory_that_one_rank_cannot_pin_is_done_without_on_all(two_ranks):
+    assert outcomes(two_ranks, "unpinned") == ["done", "done"]
+    assert (two_ranks / "output-0").read_text().count("host memory cannot be pinned (rank 1: no memory)") == 1
+    assert_same_weights(weights(two_ranks / "unpinned", 8), weights(two_ranks / "whole-1", 8))
 
 
 @pytest.mark.parametrize("number", range(5))
@@ -280,11 +285,12 @@ def test_a_killed_run_goes_on_bit_for_bit(recipe, tmp_path):
     """A process is ended by SIGTERM at an arbitrary step, and the same command is run again."""
     steps = ["train.num_steps=40", "train.micro_batch_size=8", "validation.every_steps=null"]
     interrupted = tmp_path / "interrupted"
-    process = Ranks(["-m", "sinklm.train", recipe, f"train.run_dir={interrupted}", *steps], world_size=1)
+    command = [sys.executable, "-m", "sinklm.train", recipe, f"train.run_dir={interrupted}", *steps]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for_step(interrupted, 5)
-    process.signal(signal.SIGTERM)
-    ((status, output),) = process.wait()
-    assert status == 128 + signal.SIGTERM, output
+    process.terminate()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, output
     assert 5 <= max(list_checkpoints(interrupted)) < 40
     train(recipe, [f"train.run_dir={interrupted}", *steps])
     train(recipe, [f"train.run_dir={tmp_path / 'whole'}", *steps])

@@ -1,7 +1,6 @@
 """The fused update against DeepSpeed's, and its kernel against torch's AdamW."""
 
 import math
-import sys
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from sinklm.train.plan import Plan
 from sinklm.train.recipe import load_config
 
 from .plain import plain_adamw_, play_kernel
-from .tiny import Ranks
+from .processes import Ranks
 
 NUM_STEPS = 4
 
@@ -80,10 +79,19 @@ def test_on_one_rank(recipe, num_micro_batches, update_kernel):
         compare(recipe, world, num_micro_batches)
 
 
+def compare_as_rank(recipe: str) -> None:
+    with connected() as world:
+        for number in (1, 2):
+            compare(recipe, world, number)
+        play_kernel()
+        for number in (1, 2):
+            compare(recipe, world, number)
+
+
 @pytest.mark.slow
 def test_on_two_ranks(recipe):
     """Without the kernel, and then with it."""
-    for status, output in Ranks(["-m", "tests.train.test_fused_update", recipe], world_size=2).wait():
+    for status, output in Ranks(compare_as_rank, recipe, world_size=2).wait():
         assert status == 0, output
 
 
@@ -123,12 +131,3 @@ def test_a_deepspeed_without_the_required_names_is_not_patched(recipe, monkeypat
         monkeypatch.delattr(BF16_Optimizer, "update_lp_params")
         with pytest.warns(RuntimeWarning, match=r"no BF16_Optimizer\.update_lp_params, which 0\.19\.8 has"):
             assert deepspeed_patches.fused_update(engine, plan.config) is None
-
-
-if __name__ == "__main__":
-    with connected() as joined:
-        for number in (1, 2):
-            compare(sys.argv[1], joined, number)
-        play_kernel()
-        for number in (1, 2):
-            compare(sys.argv[1], joined, number)

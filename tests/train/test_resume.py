@@ -22,14 +22,6 @@ from sinklm.train.run import locked_run, train
 from .tiny import assert_same_weights, copy_checkpoint, edit_state, losses, make_store, metrics, weights
 
 
-@pytest.fixture(scope="module")
-def whole_run(recipe, tmp_path_factory) -> Path:
-    """Eight steps without a stop, saved at 4 and 8."""
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    train(recipe, [f"train.run_dir={run_dir}"])
-    return run_dir
-
-
 @pytest.fixture
 def stopped_run(whole_run, tmp_path) -> Path:
     """The same run as it was after step 4."""

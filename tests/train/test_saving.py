@@ -14,6 +14,7 @@ from sinklm.train.run import train
 from sinklm.train.snapshot import HostMemory
 
 from .tiny import assert_same_weights, copy_checkpoint, losses, weights
+from .worker import fail_to_pin
 
 OFTEN = ["checkpoint.every_steps=2", "checkpoint.keep=null", "validation.every_steps=null"]
 CPU = torch.device("cpu")
@@ -74,6 +75,17 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(recipe, tmp_path, monk
         train(recipe, [*OFTEN, f"train.run_dir={tmp_path}", "checkpoint.asynchronous=true"])
     assert list(list_checkpoints(tmp_path)) == [2]
     assert max(losses(tmp_path)) >= 4
+
+
+def test_memory_that_cannot_be_pinned_is_done_without(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(HostMemory, "_pin", fail_to_pin)
+    threads = []
+    monkeypatch.setattr(saving.CheckpointWriter, "_write_behind", lambda *args: threads.append(args))
+    train(recipe, [*OFTEN, f"train.run_dir={tmp_path}", "checkpoint.asynchronous=true"])
+    assert list(list_checkpoints(tmp_path)) == [2, 4, 6, 8]
+    assert not threads
+    told = "training will pause while it saves, because host memory cannot be pinned (rank 0: no memory)"
+    assert capsys.readouterr().out.count(told) == 1
 
 
 tensors = st.builds(

@@ -1,7 +1,6 @@
 """A rank that dies or hangs is named, and ends all ranks; a signal is obeyed while a rank waits."""
 
 import dataclasses
-import json
 import re
 import signal
 import socket
@@ -13,10 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sinklm.train import watchdog
 from sinklm.train.hangs import Mark, RankState, describe_hang, find_hang
 from sinklm.train.peers import SIGNAL, Address, Line, Peers
 
-from .tiny import Ranks, wait_for_step
+from .processes import Ranks
+from .tiny import wait_for_step
+from .worker import run_calls
 
 LONG = ["train.num_steps=100000", "validation.every_steps=null", "checkpoint.every_steps=null"]
 LIMIT = 600.0
@@ -199,11 +201,16 @@ def test_a_signal_arrives_as_a_message(pair):
     assert receive(pair[0]) == [(SIGNAL, signal.SIGUSR1)]
 
 
+def test_a_watchdog_ends_at_once(monkeypatch):
+    monkeypatch.setattr(watchdog, "TICK", 1000.0)
+    watching = watchdog.Watchdog(0, 1, hang_timeout=None, exchange=lambda value: [value], warn=pytest.fail)
+    watching.close()
+    assert not watching._thread.is_alive()
+
+
 def run_two(recipe: str, folder: Path, **events) -> Ranks:
     call = {"recipe": recipe, "overrides": [f"train.run_dir={folder / 'run'}", *LONG, *events.pop("overrides", [])]}
-    path = folder / "calls.json"
-    path.write_text(json.dumps([{**call, **events}]))
-    return Ranks(["-m", "tests.train.worker", str(path)], world_size=2)
+    return Ranks(run_calls, [{**call, **events}], world_size=2)
 
 
 @pytest.mark.slow
@@ -229,7 +236,8 @@ def test_a_signal_is_obeyed_although_the_other_rank_is_stopped(recipe, tmp_path)
         ranks.signal(signal.SIGSTOP, rank=1)
         time.sleep(0.5)  # rank 0 is waiting for it
         ranks.signal(signal.SIGTERM, rank=0)
-        assert ranks.processes[0].wait(timeout=20) == 128 + signal.SIGTERM
+        ranks.processes[0].join(timeout=20)
+        assert ranks.processes[0].exitcode == 128 + signal.SIGTERM
     finally:
         ranks.signal(signal.SIGKILL, rank=1)
     output = ranks.wait()[0][1]

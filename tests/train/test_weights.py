@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from sinklm.checkpoints import load_model
-from sinklm.data import SampleOrder, SetWindows, TokenStore, TokenWindows, WeightedOrder, find_inputs, prepare_store
+from sinklm.data import SampleOrder, SetWindows, TokenStore, TokenWindows, WeightedOrder
 from sinklm.train.batches import open_windows, sample_order
 from sinklm.train.plan import Plan
 from sinklm.train.recipe import load_config
 from sinklm.train.run import train
 from sinklm.train.summary import epochs
 
-from .tiny import copy_checkpoint, losses, metrics
+from .tiny import copy_checkpoint, losses, metrics, prepare_here
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +30,7 @@ def sets(tmp_path_factory, store) -> Path:
         text = " ".join(chance.choices(["sink", "token", "window", "cache"], k=40))
         rows.append(json.dumps({"text": text, "meta": {"pile_set_name": name}}) + "\n")
     (folder / "corpus.jsonl").write_text("".join(rows))
-    shards = find_inputs([str(folder / "corpus.jsonl")]).shards
-    prepare_store(shards, folder / "store", tokenizer=store, validation_fraction=0.1, split_sets=True, num_processes=1)
-    return folder / "store"
+    return prepare_here(folder / "corpus.jsonl", folder / "store", tokenizer=store, split_sets=True)
 
 
 def plan_of(recipe: str, sets: Path, *overrides: str) -> Plan:
@@ -112,7 +110,4 @@ def test_the_validation_loss_of_each_set_is_that_of_its_documents(recipe, store,
 
 def mixed(sets: Path, folder: Path) -> Path:
     """A store of the same documents whose sets are not held apart."""
-    shards = find_inputs([str(sets.parent / "corpus.jsonl")]).shards
-    tokenizer = str(sets / "tokenizer.json")
-    prepare_store(shards, folder / "mixed", tokenizer=tokenizer, validation_fraction=0.1, num_processes=1)
-    return folder / "mixed"
+    return prepare_here(sets.parent / "corpus.jsonl", folder / "mixed", tokenizer=str(sets / "tokenizer.json"))

@@ -1,14 +1,9 @@
-"""A tiny store, a tiny recipe, and its runs: in this process, or in several connected by gloo."""
+"""A tiny store, a tiny recipe, and its runs."""
 
 import itertools
 import json
-import os
 import random
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,8 +21,8 @@ from sinklm.train import loop
 from sinklm.train.batches import MicroBatches
 
 from ..checkpoints.seal import seal
+from ..data.processes import InProcessPool
 
-ROOT = Path(__file__).parent.parent.parent
 RECIPE = """
 model: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, max_position_embeddings: 32}
 train: {num_steps: 8, seq_length: 32, batch_size_tokens: 256, micro_batch_size: 2, precision: fp32, seed: 7}
@@ -48,9 +43,14 @@ def make_store(folder: Path, seed: int = 0) -> Path:
     train_tokenizer(texts, vocab_size=300).save(str(tokenizer))
     corpus = folder / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    shards = find_inputs([str(corpus)]).shards
-    prepare_store(shards, folder / "store", tokenizer=str(tokenizer), validation_fraction=0.1, num_processes=1)
-    return folder / "store"
+    return prepare_here(corpus, folder / "store", tokenizer=str(tokenizer))
+
+
+def prepare_here(corpus: Path, store: Path, **settings: Any) -> Path:
+    """Prepare a store in this process."""
+    with patch("sinklm.data.prepare.ProcessPoolExecutor", InProcessPool):
+        prepare_store(find_inputs([str(corpus)]).shards, store, **{"validation_fraction": 0.1, **settings})
+    return store
 
 
 def metrics(run_dir: Path) -> list[dict]:
@@ -111,12 +111,6 @@ def flip_bit(path: Path, position: float = 0.5, bit: int = 0) -> None:
     path.write_bytes(content)
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 @contextmanager
 def bad_loss_in(step: int, num_micro_batches: int, factor: float = float("nan")) -> Iterator[None]:
     """Multiply the loss in one training step of this process, counted from 1."""
@@ -149,44 +143,6 @@ def hang_in(step: int, num_micro_batches: int) -> Iterator[None]:
 def ahead() -> Any:
     """A context in which a step is queued before the previous one is read, as on a GPU."""
     return patch.object(loop, "runs_ahead", lambda _: True)
-
-
-class Ranks:
-    """Processes that run Python code as the ranks of one world, as a launcher would start them."""
-
-    def __init__(self, arguments: list[str], world_size: int, environment: dict[str, str] | None = None):
-        shared = {
-            **os.environ,
-            "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": free_port(),
-            "OMP_NUM_THREADS": "1",
-            **(environment or {}),
-        }
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, *arguments],
-                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                cwd=ROOT,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(world_size)
-        ]
-
-    def signal(self, number: signal.Signals, rank: int | None = None) -> None:
-        for process in self.processes if rank is None else [self.processes[rank]]:
-            process.send_signal(number)
-
-    def wait(self, timeout: float = 120) -> list[tuple[int, str]]:
-        """Exit status and output of each."""
-        try:
-            outputs = [process.communicate(timeout=timeout)[0] for process in self.processes]
-        finally:
-            for process in self.processes:
-                process.kill()
-        return [(process.returncode, output) for process, output in zip(self.processes, outputs, strict=True)]
 
 
 def wait_for_step(run_dir: Path, step: int, timeout: float = 90) -> None:

@@ -1,7 +1,6 @@
-"""One rank that executes several training runs in sequence, because starting Python is slow.
+"""One rank that executes several training runs in sequence.
 
-``python -m tests.train.worker CALLS.json``: a list of calls {"recipe", "overrides"}, each with
-optional events:
+`run_calls` gets a list of calls {"recipe", "overrides"}, each with optional events:
 
 - "only": [rank, overrides]: a rank has other settings than the rest;
 - "copy": [run_dir, step, run_dir]: first, a checkpoint is copied;
@@ -14,6 +13,7 @@ optional events:
 - "min_steps": steps after which spikes are judged;
 - "hang": [rank, step, num_micro_batches]: a rank waits forever for the samples of that step;
 - "stop_grace": seconds that a rank may take to obey a signal;
+- "unpinned": a rank cannot pin host memory;
 - "ahead": true: a step is queued before the previous one is read, as on a GPU.
 
 The outcome of each call is printed as one JSON line.
@@ -23,7 +23,6 @@ import json
 import os
 import resource
 import shutil
-import sys
 import threading
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,12 +32,13 @@ import torch.distributed as dist
 
 from sinklm.train import hosts, spikes, watchdog
 from sinklm.train.run import train
+from sinklm.train.snapshot import HostMemory
 
 from .tiny import ahead, bad_loss_in, copy_checkpoint, flip_bit, hang_in, wait_for_step
 
 
-def main() -> None:
-    for call in json.loads(Path(sys.argv[1]).read_text()):
+def run_calls(calls: list[dict]) -> None:
+    for call in calls:
         print(json.dumps({"outcome": make(call, int(os.environ["RANK"]))}), flush=True)
 
 
@@ -71,6 +71,8 @@ def make(call: dict, rank: int) -> str:
                 stack.enter_context(hang_in(*call["hang"][1:]))
             if "only" in call:
                 stack.enter_context(patch.object(hosts, "APPEARS_WITHIN", 0.3))
+            if call.get("unpinned") == rank:
+                stack.enter_context(patch.object(HostMemory, "_pin", fail_to_pin))
             if "stop_grace" in call:
                 stack.enter_context(patch.object(watchdog, "STOP_GRACE", call["stop_grace"]))
             train(call["recipe"], call["overrides"] + (call["only"][1] if call.get("only", [None])[0] == rank else []))
@@ -83,10 +85,10 @@ def make(call: dict, rank: int) -> str:
     return "done"
 
 
+def fail_to_pin(memory: HostMemory) -> None:
+    memory._pinning_error = "no memory"
+
+
 def send_signal(number: int, step: int, run_dir: str) -> None:
     wait_for_step(Path(run_dir), step)
     os.kill(os.getpid(), number)
-
-
-if __name__ == "__main__":
-    main()
