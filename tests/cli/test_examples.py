@@ -69,7 +69,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     """A folder with a corpus, a text, stores of parts, prompts and a task."""
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "examples" / "checkpoints" / "book.txt").read_text()
-    documents = [text[i : i + 600] for i in range(0, 300_000, 600)]
+    documents = [text[i : i + 600] for start in (0, 200, 400) for i in range(start, len(text) - 600, 600)]
     Path("corpus").mkdir()
     for part in (0, 1):
         lines = (json.dumps({"text": document}) + "\n" for document in documents[part::2])
