@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from sinklm.cli.main import app, main
+from sinklm.cli.main import STEPS, app, main
 
 ROOT = Path(__file__).parents[2]
 # The first words of all commands, each after those whose outputs its examples use.
@@ -52,6 +52,10 @@ def test_each_help_has_two_examples_of_its_command(name, command):
     assert f"{name} " in f"{lines[0]} "
     assert command.help
     assert all(param.help for param in command.params if param.param_type_name == "option")
+
+
+def test_the_steps_of_the_first_help_are_examples_that_run():
+    assert set(STEPS) <= set(EXAMPLES) - set(NOT_RUN)
 
 
 @pytest.mark.parametrize("line", NOT_RUN)
