@@ -80,10 +80,15 @@ def test_a_check_that_proves_nothing_is_an_error():
     config = small_families.config("llama")
     with pytest.raises(ValueError, match="hardly depend on the positions"):
         check_family(AutoModelForCausalLM.from_config(config))
-    with pytest.raises(ValueError, match="more than twice the size"):
+    with pytest.raises(ValueError, match="must be at least 18"):
         check_family(random_model(config), num_tokens=14)
     with pytest.raises(ValueError, match=r"is in torch\.bfloat16"):
         check_family(random_model(config).bfloat16())
+    broken = random_model(config)
+    with torch.no_grad():
+        broken.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(AssertionError, match="by nan"):
+        check_family(broken)
     with pytest.raises(ValueError, match="has sink tokens"):
         check_family(tiny_model(num_sinks=1))
 
