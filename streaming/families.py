@@ -195,7 +195,7 @@ def family_of(config: PreTrainedConfig, shape: StreamShape) -> Family:
     model_type = config.model_type
     if model_type not in FAMILIES:
         reason = refusal(model_type, config) or (
-            "it was not tested with the streaming rule. To test it, see docs/guides/add-a-model-family.md. "
+            "it was not tested with the streaming rule. To add it, see sinklm.streaming.register_family. "
             f"Supported are {', '.join(FAMILIES)}"
         )
         raise ValueError(f"streaming does not support model type {model_type!r}: {reason}")

@@ -184,6 +184,7 @@ def table(differences: dict[str, float]) -> str:
 
 
 def main() -> None:
+    torch.set_num_threads(1)
     differences = {name: check_family(random_model(config(name))) for name in FAMILIES}
     before, _, rest = PAGE.read_text().partition(HEADER)
     after = rest[rest.index("\n\n") + 1 :]
