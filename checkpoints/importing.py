@@ -97,16 +97,8 @@ def import_model(
         OSError: a file is missing, or cannot be downloaded or written. No partial files remain.
     """
     output = Path(output)
-    if sink not in SINKS:
-        why = ": its gate starts at one half, so the model would lose what it has learned" if sink == "gate" else ""
-        raise ValueError(f"--sink {sink} is not possible{why}: choose one of {', '.join(SINKS)}")
-    if sink_row is not None and sink != "token":
-        raise ValueError(f"--sink-row {sink_row} is for a sink token, but --sink is {sink}: leave it out")
-    if sink_row not in (None, *SinkRow):
-        raise ValueError(f"--sink-row is {sink_row!r}: choose one of {', '.join(SinkRow)}")
+    _check_arguments(output, sink, sink_row)
     sink_row = sink_row or SinkRow.MEAN
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} exists: choose another --output, or delete it")
     check_writable(output)
     folder = find_model(source, revision)
     partial = output.absolute().with_name(f".{output.absolute().name}.partial")
@@ -130,6 +122,18 @@ def import_model(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return imported
+
+
+def _check_arguments(output: Path, sink: str, sink_row: str | None) -> None:
+    if sink not in SINKS:
+        why = ": its gate starts at one half, so the model would lose what it has learned" if sink == "gate" else ""
+        raise ValueError(f"--sink {sink} is not possible{why}: choose one of {', '.join(SINKS)}")
+    if sink_row is not None and sink != "token":
+        raise ValueError(f"--sink-row {sink_row} is for a sink token, but --sink is {sink}: leave it out")
+    if sink_row not in (None, *SinkRow):
+        raise ValueError(f"--sink-row is {sink_row!r}: choose one of {', '.join(SinkRow)}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} exists: choose another --output, or delete it")
 
 
 def _model(
