@@ -17,7 +17,7 @@ from ..files import check_writable, replace_folder
 from ..models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM
 from .checks import checked_config, read_tokenizer
 from .checksums import verify_model_folder, write_sums
-from .loading import save_model
+from .loading import load_tokenizer, save_model
 from .model_tokenizer import write_tokenizer
 from .sink_rows import SinkRow, start_sink_rows
 from .sources import find_model, with_safetensors
@@ -148,7 +148,7 @@ def _model(
     verify_model_folder(str(original))
     theirs = checked_config(str(folder))
     _check_source(source, theirs)
-    num_tokens = _num_tokens(original / "tokenizer.json")
+    num_tokens = _num_tokens(original)
     if not isinstance(theirs.eos_token_id, int) or not 0 <= theirs.eos_token_id < num_tokens:
         raise ValueError(
             f"{source}: eos_token_id in its config.json is {theirs.eos_token_id}: set it to the id of the end-of-text "
@@ -183,11 +183,23 @@ def _check_source(source: str | Path, config: PreTrainedConfig) -> None:
         raise ValueError(f"{source} shares one matrix between embedding and head, which is not supported")
 
 
-def _num_tokens(tokenizer: Path) -> int:
-    """Return the largest id of a tokenizer plus 1, also if some ids before it are unused."""
-    if not tokenizer.is_file():
-        raise FileNotFoundError(f"{tokenizer.parent} has no tokenizer.json: copy that of the model to this folder")
-    return max(read_tokenizer(tokenizer).get_vocab(with_added_tokens=True).values(), default=-1) + 1
+def _num_tokens(folder: Path) -> int:
+    """Return the largest id of the tokenizer plus 1, also if some ids before it are unused.
+
+    Raises:
+        FileNotFoundError: there is no ``tokenizer.json``.
+        ValueError: other files of the tokenizer have tokens that it lacks. Their rows are trained,
+            and a sink would take the first of them.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no tokenizer.json: copy that of the model to this folder")
+    known = read_tokenizer(path).get_vocab(with_added_tokens=True).values()
+    if missing := set(load_tokenizer(folder).get_vocab().values()) - set(known):
+        raise ValueError(
+            f"{path} lacks the token {min(missing)}, which another file of the tokenizer has: add it to tokenizer.json"
+        )
+    return max(known, default=-1) + 1
 
 
 def _config(theirs: GPTNeoXConfig, sink: str) -> SinkGPTNeoXConfig:
