@@ -65,21 +65,23 @@ def zero_shot(
     console.note(f"loading {model} …")
     from ..checkpoints import load_tokenizer
     from ..eval.loading import load_causal_model
+    from ..eval.quiet import quiet_libraries
     from ..eval.report import ReportFile, default_output, display_name, new_report
     from ..eval.zero_shot import evaluate, results_table
 
     loaded, tokenizer = load_causal_model(model, **placement(device, dtype)), load_tokenizer(model)
     file = ReportFile((output or default_output(model)) / "zero_shot.json")
-    results = evaluate(
-        loaded,
-        tokenizer,
-        [name.strip() for name in tasks.split(",")],
-        limit=limit,
-        include_path=include_path,
-        num_fewshot=num_fewshot,
-        batch_size=batch_size if batch_size == "auto" else int(batch_size),
-        max_length=max_length,
-    )
+    with quiet_libraries(shows_progress=not quiet):
+        results = evaluate(
+            loaded,
+            tokenizer,
+            [name.strip() for name in tasks.split(",")],
+            limit=limit,
+            include_path=include_path,
+            num_fewshot=num_fewshot,
+            batch_size=batch_size if batch_size == "auto" else int(batch_size),
+            max_length=max_length,
+        )
     file.finish(new_report(loaded, model, **results))
     console.print(
         results_table(results, f"Zero-shot: {display_name(model)}" + (f", first {limit} examples" if limit else ""))

@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # Okabe & Ito's palette without yellow, which is too light on white.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -33,6 +34,15 @@ def curve_style(i: int, num_curves: int) -> dict[str, Any]:
     """Return the style of curve i: equal curves stay visible by dashes and decreasing widths."""
     width = 1.2 + 1.4 * (1 - (i + 1) / num_curves)
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)], "linewidth": width}
+
+
+def log_scale(axes: Axes) -> None:
+    """Make the y axis logarithmic, after all curves. Labels are plain text: formulas are off."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    low, high = axes.get_ylim()
+    is_short = high < 30 * low  # otherwise the powers of ten are enough
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if is_short and f"{value:g}"[0] in "235" else "")
 
 
 def plot_streaming(report: dict[str, Any], path: Path, title: str | None = None) -> None:
@@ -90,6 +100,7 @@ def stream_eval_figure(report: dict[str, Any], title: str | None = None) -> Figu
         by_distance.set_xlabel("Lines between the question and its answer")
         by_distance.set_ylabel("Correct answers (%)")
         by_distance.set_ylim(-3, 103)
+        by_distance.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
         by_place.set_xlabel(f"Tokens read before a question {shortest} lines back")
         by_place.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value else "0")
         by_place.legend(title=CACHE_TITLE, loc="upper left", bbox_to_anchor=(1.0, 1.0), alignment="left")
@@ -137,11 +148,7 @@ def decoding_figure(report: dict[str, Any], title: str | None = None) -> Figure:
             axes.set_xlabel("Cache size (tokens)")
             axes.set_ylabel(quantity)
             axes.grid(axis="y", linewidth=0.4, alpha=0.5)
-        panels[0].set_yscale("log")
-        panels[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        low, high = panels[0].get_ylim()
-        if high < 30 * low:  # otherwise the powers of ten are enough
-            panels[0].yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:g}"[0] in "235" else "")
+        log_scale(panels[0])
         lines, labels = panels[0].get_legend_handles_labels()  # the floor has a time but no memory
         panels[-1].legend(lines, labels, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         if title:

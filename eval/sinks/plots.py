@@ -10,7 +10,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..plots import COLOURS, MARKERS, STYLE, curve_style, save_figure
+from ..plots import COLOURS, MARKERS, STYLE, curve_style, log_scale, save_figure
 from .tables import shown_positions
 
 FAINTEST = 1e-3  # smaller attention is drawn as this value
@@ -70,7 +70,7 @@ def maps_figure(report: dict[str, Any], title: str | None = None) -> Figure:
             axes.set_xlabel(f"Key position\n(text from {first_text})" if first_text else "Key position")
         for axes in panels[:, 0]:
             axes.set_ylabel("Query position")
-        figure.colorbar(image, ax=panels, shrink=0.9, pad=0.01, label="Mean attention (log scale)")
+        figure.colorbar(image, ax=panels, shrink=0.9, pad=0.01, label="Mean attention (log scale)", format="{x:g}")
         _set_title(figure, title)
     return figure
 
@@ -90,9 +90,9 @@ def layers_figure(report: dict[str, Any], title: str | None = None) -> Figure:
             _draw_positions(axes, layers[key], positions)
             axes.set_ylabel(quantity)
         median = largest.plot(layers["median_activation"], color=GREY, linestyle="--", label="median activation")
-        largest.legend(handles=median, fontsize=7)
+        largest.legend(handles=median, fontsize=7, handlelength=2.5)
         for axes in (hidden, largest):
-            axes.set_yscale("log")
+            log_scale(axes)
         cosines.plot(layers["key_cosine"][:, 1:].mean(1), color=GREY, label="other keys with the first key")
         if np.isfinite(layers["query_cosine"]).all():
             others = layers["query_key_cosine"][:, 1:].mean(1)
@@ -102,7 +102,7 @@ def layers_figure(report: dict[str, Any], title: str | None = None) -> Figure:
         cosines.axhline(0, color="0.8", linewidth=0.6, zorder=0)
         cosines.set_ylim(top=1.1)  # room for the legend
         for axes in (hidden, cosines):
-            axes.legend(fontsize=7)
+            axes.legend(fontsize=7, handlelength=2.5)
         for axes in (hidden, largest, values, cosines):
             axes.grid(axis="y", linewidth=0.4, alpha=0.5)
         for axes in (values, cosines):

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 import typer
 
-from sinklm.cli.main import app, main
+from sinklm.cli.main import STEPS, app, main
 
 ROOT = Path(__file__).parents[2]
+# The first words of all commands, each after those whose outputs its examples use.
+STAGES = ["tokenizer", "prepare", "data", "recipes", "train", "runs", "export", "eval", "bench", "generate", "chat"]
 # Examples that are only parsed, and why.
 NOT_RUN = {
     "sinklm prepare EleutherAI/the_pile_deduplicated -o stores/pile": "downloads",
@@ -39,16 +41,21 @@ def examples_of(command) -> list[str]:
     return [line.removeprefix("$ ") for line in command.epilog.split("\n\n")[1:]]
 
 
-EXAMPLES = [line for _, command in commands() for line in examples_of(command)]
+COMMANDS = sorted(commands(), key=lambda item: STAGES.index(item[0].split()[1]))
+EXAMPLES = [line for _, command in COMMANDS for line in examples_of(command)]
 
 
-@pytest.mark.parametrize(("name", "command"), commands())
+@pytest.mark.parametrize(("name", "command"), COMMANDS)
 def test_each_help_has_two_examples_of_its_command(name, command):
     lines = examples_of(command)
     assert len(lines) >= 2
     assert f"{name} " in f"{lines[0]} "
     assert command.help
-    assert all(param.help for param in command.params), name
+    assert all(param.help for param in command.params if param.param_type_name == "option")
+
+
+def test_the_steps_of_the_first_help_are_examples_that_run():
+    assert set(STEPS) <= set(EXAMPLES) - set(NOT_RUN)
 
 
 @pytest.mark.parametrize("line", NOT_RUN)
@@ -66,7 +73,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     """A folder with a corpus, a text, stores of parts, prompts and a task."""
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "examples" / "checkpoints" / "book.txt").read_text()
-    documents = [text[i : i + 600] for i in range(0, 300_000, 600)]
+    documents = [text[i : i + 600] for start in (0, 200, 400) for i in range(start, len(text) - 600, 600)]
     Path("corpus").mkdir()
     for part in (0, 1):
         lines = (json.dumps({"text": document}) + "\n" for document in documents[part::2])
