@@ -265,8 +265,8 @@ def _add_tokenizer(writer: "GGUFWriter", tokenizer: ExportedTokenizer, config: P
     ids = sink_ids(config)
     writer.add_bos_token_id(ids[0] if ids else config.eos_token_id)
     writer.add_eos_token_id(config.eos_token_id)
-    if tokenizer.padding is not None:
-        writer.add_pad_token_id(backend.token_to_id(tokenizer.padding))
+    if tokenizer.padding is not None and (padding := backend.token_to_id(tokenizer.padding)) is not None:
+        writer.add_pad_token_id(padding)
     writer.add_add_bos_token(bool(ids))
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
