@@ -30,6 +30,7 @@ from .model_card import model_card
 EXPORTABLE_KINDS = ("none", "token")
 # GPT-NeoX refuses `token_type_ids`, a default of transformers 4; generation needs left padding.
 BATCH_SETTINGS = {"model_input_names": ["input_ids", "attention_mask"], "padding_side": "left"}
+HEAD = "embed_out.weight"  # in the files of every Pythia; in memory its name depends on the version of transformers
 LARGEST_SHARD = "50GB"  # of a file of weights, as transformers 5 writes them
 
 
@@ -123,8 +124,11 @@ def _write_model(model: PreTrainedModel, config: SinkGPTNeoXConfig, folder: Path
     with torch.device("meta"):
         plain = GPTNeoXForCausalLM(plain_config)
     plain.load_state_dict(model.state_dict(), assign=True)
+    weights = {HEAD if name == "lm_head.weight" else name: weight for name, weight in plain.state_dict().items()}
+    if config.tie_word_embeddings:
+        del weights[HEAD]  # transformers makes it from the input embeddings
     # `save_pretrained` of a model writes the same, but imports accelerate's deepspeed if installed.
-    save_torch_state_dict(plain.state_dict(), folder, max_shard_size=LARGEST_SHARD)
+    save_torch_state_dict(weights, folder, max_shard_size=LARGEST_SHARD)
     plain.config.architectures = [type(plain).__name__]
     plain.config.save_pretrained(folder)
     GenerationConfig(
@@ -134,6 +138,8 @@ def _write_model(model: PreTrainedModel, config: SinkGPTNeoXConfig, folder: Path
     ).save_pretrained(folder)
 
     path = folder / "config.json"
+    for file in folder.glob("*.safetensors"):  # safetensors creates files that only the owner can read
+        shutil.copymode(path, file)
     written = json.loads(path.read_text(encoding="utf-8"))
     write_json(path, written | _older_keys(plain_config) | {"sink": config.sink}, sort_keys=True)
 

@@ -93,7 +93,8 @@ def chat(
             "this tokenizer has no chat template: messages and replies are lines of text, User: … and Assistant: …; "
             "--chat-template sets one"
         )
-    console.note(f"a line is a message; {RESET} starts a new conversation, Ctrl-C stops a reply, Ctrl-D ends the chat")
+    if sys.stdin is not None and sys.stdin.isatty():
+        console.note(f"{RESET} starts a new conversation, Ctrl-C stops a reply, Ctrl-D ends the chat")
     torch.manual_seed(seed)
     for message in _messages():
         if message == RESET:

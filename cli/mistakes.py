@@ -8,7 +8,7 @@ import typer
 import typer.core
 
 from ..extras import MissingExtraError
-from ..text import near_hint, near_names
+from ..text import near_hint
 
 
 class Group(typer.core.TyperGroup):
@@ -26,9 +26,8 @@ def explain(error: Any) -> str:
     message = error.format_message().rstrip(".")
     if type(error).__name__ == "NoSuchOption":
         names = [name for param in error.ctx.command.params for name in param.opts]
-        exact, near = _keys_for(error.option_name) if error.ctx.command.name == "train" else ([], [])
-        written = " or ".join(f"{key}={_value(error.option_name)}" for key in exact)
-        hint = f"write {written}" if exact else near_hint(error.option_name, names, others=near)
+        is_training = error.ctx.command.name == "train"
+        hint = _key_hint(error.option_name, names) if is_training else near_hint(error.option_name, names)
         message = f"no such option {error.option_name}{_sentence(hint)}"
     if error.ctx is None:
         return message
@@ -48,25 +47,9 @@ def _paths(group: Any, prefix: str = "") -> Iterator[str]:
             yield from _paths(command, f"{prefix}{name} ")
 
 
-def _keys_for(option: str) -> tuple[list[str], list[str]]:
-    """Return the keys of a recipe that an option such as ``--seed`` names, and the near ones."""
+def _key_hint(option: str, names: list[str]) -> str:
     try:
-        from ..train.config import TrainingConfig
-        from ..train.recipe import dotted_keys
+        from ..train.keys import key_hint
     except MissingExtraError:
-        return [], []
-    wanted = option.lstrip("-").replace("-", "_")
-    keys = list(dotted_keys(TrainingConfig))
-    by_last_part = {key.rpartition(".")[2]: key for key in reversed(keys)}
-    exact = [key for key in keys if wanted in (key, key.rpartition(".")[2])]
-    return exact, [*near_names(wanted, keys), *(by_last_part[part] for part in near_names(wanted, by_last_part))]
-
-
-def _value(option: str) -> str:
-    """Return the value of an option on the command line, or ``…``."""
-    for argument, following in zip(sys.argv, [*sys.argv[1:], "-"], strict=True):
-        if argument == option and not following.startswith("-"):
-            return following
-        if argument.startswith(f"{option}="):
-            return argument.removeprefix(f"{option}=")
-    return "…"
+        return near_hint(option, names)
+    return key_hint(option, names, sys.argv)

@@ -75,7 +75,11 @@ def test_store_checkpoint_and_export_agree(
     assert ids == no_limits.encode(TEXT, add_special_tokens=False).ids
     for tokenize in (load_tokenizer_file(store).encode, Tokenizer.from_file(str(checkpoint / "tokenizer.json")).encode):
         assert tokenize(TEXT).ids == ids
-    assert load_tokenizer(checkpoint)(TEXT).input_ids == ids
+    trained = load_tokenizer(checkpoint)
+    assert trained(TEXT).input_ids == ids
+    trained.add_tokens(["<new>"])  # the ids of the sinks are taken
+    assert trained.convert_tokens_to_ids("<new>") == manifest.tokenizer.size + num_sinks
+    assert (trained.padding_side, trained.model_input_names) == ("left", ["input_ids", "attention_mask"])
     assert Tokenizer.from_file(str(exported / "tokenizer.json")).encode(TEXT).ids == sinks + ids
     assert AutoTokenizer.from_pretrained(exported)(TEXT).input_ids == sinks + ids
 
@@ -111,7 +115,7 @@ def test_padding_is_a_token_of_its_own_or_none(tmp_path: Path, padding: str | No
             with pytest.raises(ValueError, match="does not have a padding token"):
                 tokenizer(["a", "a b c"], padding=True)
         else:
-            assert tokenizer(["", "a b c"], padding=True).input_ids[0][-1] == tokenizer.pad_token_id != 0
+            assert tokenizer(["", "a b c"], padding=True).input_ids[0][0] == tokenizer.pad_token_id != 0
 
 
 def test_a_tokenizer_without_template_is_kept_byte_for_byte(tmp_path: Path) -> None:

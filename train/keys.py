@@ -7,7 +7,9 @@ import yaml
 from rich import box
 from rich.table import Table
 
+from ..text import near_hint, near_names
 from .config import TrainingConfig
+from .recipe import dotted_keys
 
 LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
@@ -76,3 +78,32 @@ def _type(field: dict[str, Any]) -> str:
 
 def _yaml(value: object) -> str:
     return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
+
+
+def key_hint(option: str, options: list[str], arguments: list[str]) -> str:
+    """Return what to write in place of an unknown option such as ``--seed``.
+
+    Args:
+        option: the option, without a value.
+        options: the options that there are.
+        arguments: the command line, in which its value is.
+    """
+    wanted = option.lstrip("-").replace("-", "_")
+    keys = list(dotted_keys(TrainingConfig))
+    exact = [key for key in keys if wanted in (key, key.rpartition(".")[2])]
+    if exact:
+        value = _value(option, arguments)
+        return f"write {' or '.join(f'{key}={value}' for key in exact)}"
+    by_last_part = {key.rpartition(".")[2]: key for key in reversed(keys)}
+    near = [*near_names(wanted, keys), *(by_last_part[part] for part in near_names(wanted, by_last_part))]
+    return near_hint(option, options, others=near)
+
+
+def _value(option: str, arguments: list[str]) -> str:
+    """Return the value of an option on the command line, or ``…``."""
+    for argument, following in zip(arguments, [*arguments[1:], "-"], strict=True):
+        if argument == option and not following.startswith("-"):
+            return following
+        if argument.startswith(f"{option}="):
+            return argument.removeprefix(f"{option}=")
+    return "…"

@@ -40,7 +40,7 @@ def checkpoint(tmp_path) -> Path:
 
 @pytest.mark.slow
 def test_transformers_alone_computes_the_same_logits_and_text(tmp_path):
-    """And peft trains it with the sink; `.ci/exports` does the same in other versions."""
+    """`.ci/exports` does the same with other versions, and trains with peft and trl."""
     program = Path(__file__).with_name("stock.py")
     with pytest.warns(UserWarning, match="does not begin with the sink"):
         folders = write_exports(tmp_path)
@@ -168,6 +168,9 @@ def test_tied_embeddings_stay_tied(tmp_path):
     model = small_model(1, tie_word_embeddings=True)
     model.tie_weights()
     folder = export_model(write_checkpoint(tmp_path / "checkpoint", model), tmp_path / "export")
+    names = load_file(folder / "model.safetensors").keys()
+    assert "gpt_neox.embed_in.weight" in names  # transformers 4 needs it
+    assert "embed_out.weight" not in names
     exported = load_model(folder)
     assert exported.get_output_embeddings().weight is exported.get_input_embeddings().weight
     ids = torch.tensor([[*model.config.sink_token_ids, 5, 6, 7]])

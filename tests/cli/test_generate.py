@@ -139,6 +139,13 @@ def test_several_prompts_are_lines_of_json_that_do_not_depend_on_each_other(chec
         assert capfd.readouterr().out == "import os" + lines["prompts.txt", cache][1]["text"] + "\n"
 
 
+def test_quiet_leaves_only_the_text(checkpoint, capfd):
+    generate(checkpoint, ["def main"], cache="1+9", max_new_tokens=3, quiet=True)
+    shown = capfd.readouterr()
+    assert shown.out.startswith("def main")
+    assert shown.err == ""
+
+
 def test_wrong_prompts_are_one_error(checkpoint, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('"a"\n{"text": 1}\n')
     with pytest.raises(ValueError, match=r"prompts\.jsonl, line 2 has no prompt: write"):

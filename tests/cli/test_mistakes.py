@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from sinklm.cli.main import main
+from sinklm.train.__main__ import main as launched
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,23 @@ def test_a_wrong_name_gets_the_near_ones(line, said, monkeypatch, capfd):
         main()
     assert end.value.code == 2
     assert capfd.readouterr().err == f"error: {said}\n"
+
+
+def test_a_launcher_gets_the_same_hint(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["sinklm.train", "quickstart", "--seed=3", "--local_rank=0"])
+    with pytest.raises(SystemExit) as end:
+        launched()
+    assert end.value.code == 2
+    assert capfd.readouterr().err == "error: no such option --seed: write train.seed=3\n"
+
+
+def test_every_command_has_the_short_option_for_help(monkeypatch, capfd):
+    for line in ("-h", "eval -h", "eval streaming -h"):
+        monkeypatch.setattr(sys, "argv", ["sinklm", *line.split()])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert not end.value.code
+        assert "Usage: sinklm" in capfd.readouterr().out
 
 
 def test_the_keys_and_recipes_are_listed(monkeypatch, capfd):
