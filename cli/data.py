@@ -17,7 +17,7 @@ PREVIEW_LENGTH = 60  # characters
 
 @examples(
     "sinklm data merge parts/00 parts/01 -o stores/all",
-    "sinklm data merge parts/01 parts/00 -o stores/other-order --quiet",
+    "sinklm data merge parts/01 parts/00 -o stores/other-order",
 )
 def merge(
     stores: Annotated[list[Path], typer.Argument(metavar="STORE", help="Finished token stores, in order.")],
