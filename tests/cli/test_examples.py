@@ -129,4 +129,4 @@ def test_every_example_runs(folder, monkeypatch, capfd):
     for made in ("store/manifest.json", "runs/quickstart/metrics.jsonl", "exports/quickstart/model.safetensors"):
         assert Path(made).exists()
     for name in ("streaming", "stream_eval", "sinks", "decode"):
-        assert json.loads(Path(f"results/quickstart/{name}.json").read_text())
+        assert json.loads(Path(f"results/runs-quickstart/{name}.json").read_text())
