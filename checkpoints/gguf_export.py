@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # llama.cpp has only the tanh approximation
 UNUSED_DTYPE = torch.empty(0).numpy().dtype  # of numpy; `gguf` uses it only without `raw_dtype`
+NEVER_IN_UTF8 = {chr(byte) for byte in (0xC0, 0xC1, *range(0xF5, 0x100))}  # Pythia's tokenizer lacks these bytes
 VERSION_KEY, SINK_KEY = "sinklm.version", "sinklm.sink"
 
 
@@ -159,8 +160,8 @@ def check_tokenizer_form(backend: Tokenizer, path: Path) -> None:
     }
     options = ("dropout", "byte_fallback", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
     differences |= {f"{key} in its BPE": bool(model.get(key)) for key in options}
-    missing = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(model.get("vocab", ())))
-    differences[f"a vocabulary without {len(missing)} of the 256 bytes"] = bool(missing)
+    missing = set(pre_tokenizers.ByteLevel.alphabet()) - NEVER_IN_UTF8 - set(model.get("vocab", ()))
+    differences[f"a vocabulary without {len(missing)} of the bytes of UTF-8"] = bool(missing)
     for token in state["added_tokens"]:
         strips = any(token[key] for key in ("lstrip", "rstrip", "single_word"))
         differences[f"the added token {token['content']!r} with lstrip, rstrip or single_word"] = strips
@@ -264,8 +265,7 @@ def _add_tokenizer(writer: "GGUFWriter", tokenizer: ExportedTokenizer, config: P
     ids = sink_ids(config)
     writer.add_bos_token_id(ids[0] if ids else config.eos_token_id)
     writer.add_eos_token_id(config.eos_token_id)
-    padding = None if tokenizer.padding is None else backend.token_to_id(tokenizer.padding)
-    if padding is not None:
+    if tokenizer.padding is not None and (padding := backend.token_to_id(tokenizer.padding)) is not None:
         writer.add_pad_token_id(padding)
     writer.add_add_bos_token(bool(ids))
     writer.add_add_eos_token(False)

@@ -19,8 +19,15 @@ from .folders import resolve_model_folder
 
 # The files of an export; others that lie in its folder are not published.
 PUBLISHED = (
-    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json"),
-    *("chat_template.jinja", "README.md", "LICENSE*", "SHA256SUMS"),
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "chat_template.jinja",
+    "README.md",
+    "LICENSE*",
+    "SHA256SUMS",
 )
 REPLACED = ("*.safetensors", "*.safetensors.index.json", "chat_template.jinja")  # deleted if an older export has more
 OF_THE_HUB = {".gitattributes", "README.md"}  # what a new repository may contain

@@ -17,7 +17,7 @@ from ..files import check_writable, replace_folder
 from ..models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM
 from .checks import checked_config, read_tokenizer
 from .checksums import verify_model_folder, write_sums
-from .loading import save_model
+from .loading import load_tokenizer, save_model
 from .model_tokenizer import write_tokenizer
 from .sink_rows import SinkRow, start_sink_rows
 from .sources import find_model, with_safetensors
@@ -97,16 +97,8 @@ def import_model(
         OSError: a file is missing, or cannot be downloaded or written. No partial files remain.
     """
     output = Path(output)
-    if sink not in SINKS:
-        why = ": its gate starts at one half, so the model would lose what it has learned" if sink == "gate" else ""
-        raise ValueError(f"--sink {sink} is not possible{why}: choose one of {', '.join(SINKS)}")
-    if sink_row is not None and sink != "token":
-        raise ValueError(f"--sink-row {sink_row} is for a sink token, but --sink is {sink}: leave it out")
-    if sink_row not in (None, *SinkRow):
-        raise ValueError(f"--sink-row is {sink_row!r}: choose one of {', '.join(SinkRow)}")
+    _check_arguments(output, sink, sink_row)
     sink_row = sink_row or SinkRow.MEAN
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} exists: choose another --output, or delete it")
     check_writable(output)
     folder = find_model(source, revision)
     partial = output.absolute().with_name(f".{output.absolute().name}.partial")
@@ -132,6 +124,18 @@ def import_model(
     return imported
 
 
+def _check_arguments(output: Path, sink: str, sink_row: str | None) -> None:
+    if sink not in SINKS:
+        why = ": its gate starts at one half, so the model would lose what it has learned" if sink == "gate" else ""
+        raise ValueError(f"--sink {sink} is not possible{why}: choose one of {', '.join(SINKS)}")
+    if sink_row is not None and sink != "token":
+        raise ValueError(f"--sink-row {sink_row} is for a sink token, but --sink is {sink}: leave it out")
+    if sink_row not in (None, *SinkRow):
+        raise ValueError(f"--sink-row is {sink_row!r}: choose one of {', '.join(SinkRow)}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} exists: choose another --output, or delete it")
+
+
 def _model(
     source: str | Path, folder: Path, original: Path, sink: str, dtype: torch.dtype | str
 ) -> tuple[SinkGPTNeoXForCausalLM, int]:
@@ -144,7 +148,7 @@ def _model(
     verify_model_folder(str(original))
     theirs = checked_config(str(folder))
     _check_source(source, theirs)
-    num_tokens = _num_tokens(original / "tokenizer.json")
+    num_tokens = _num_tokens(original)
     if not isinstance(theirs.eos_token_id, int) or not 0 <= theirs.eos_token_id < num_tokens:
         raise ValueError(
             f"{source}: eos_token_id in its config.json is {theirs.eos_token_id}: set it to the id of the end-of-text "
@@ -179,11 +183,23 @@ def _check_source(source: str | Path, config: PreTrainedConfig) -> None:
         raise ValueError(f"{source} shares one matrix between embedding and head, which is not supported")
 
 
-def _num_tokens(tokenizer: Path) -> int:
-    """Return the largest id of a tokenizer plus 1, also if some ids before it are unused."""
-    if not tokenizer.is_file():
-        raise FileNotFoundError(f"{tokenizer.parent} has no tokenizer.json: copy that of the model to this folder")
-    return max(read_tokenizer(tokenizer).get_vocab(with_added_tokens=True).values(), default=-1) + 1
+def _num_tokens(folder: Path) -> int:
+    """Return the largest id of the tokenizer plus 1, also if some ids before it are unused.
+
+    Raises:
+        FileNotFoundError: there is no ``tokenizer.json``.
+        ValueError: other files of the tokenizer have tokens that it lacks. Their rows are trained,
+            and a sink would take the first of them.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no tokenizer.json: copy that of the model to this folder")
+    known = read_tokenizer(path).get_vocab(with_added_tokens=True).values()
+    if missing := set(load_tokenizer(folder).get_vocab().values()) - set(known):
+        raise ValueError(
+            f"{path} lacks the token {min(missing)}, which another file of the tokenizer has: add it to tokenizer.json"
+        )
+    return max(known, default=-1) + 1
 
 
 def _config(theirs: GPTNeoXConfig, sink: str) -> SinkGPTNeoXConfig:

@@ -25,6 +25,7 @@ NOT_CHECKED = {
     "cp": "a shell command",
     "git": "changes the checkout",
     "jq": "a shell command",
+    "llama-cli": "a program of llama.cpp",
     "lm-eval run": "the command line of lm-eval",
     "pip install": "downloads; `make` and `.ci/wheel` install the same",
     "pre-commit install": "changes the checkout",
@@ -32,7 +33,6 @@ NOT_CHECKED = {
     "python -c": "a program in one line; it is compiled below",
     "python -m build": "`.ci/wheel` runs it",
     "python -m twine": "publishes a release",
-    "python llama.cpp/": "a script of llama.cpp",
     "zensical serve": "runs until it is stopped",
     "zstd": "a shell command",
 }

@@ -115,7 +115,7 @@ def test_padding_is_a_token_of_its_own_or_none(tmp_path: Path, padding: str | No
             with pytest.raises(ValueError, match="does not have a padding token"):
                 tokenizer(["a", "a b c"], padding=True)
         else:
-            assert tokenizer(["", "a b c"], padding=True).input_ids[0][-1] == tokenizer.pad_token_id != 0
+            assert tokenizer(["", "a b c"], padding=True).input_ids[0][0] == tokenizer.pad_token_id != 0
 
 
 def test_a_tokenizer_without_template_is_kept_byte_for_byte(tmp_path: Path) -> None:

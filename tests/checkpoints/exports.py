@@ -48,8 +48,8 @@ def expected_results(checkpoint: Path) -> dict:
         "sinks": sinks,
         "ids": [[*sinks, *inputs["input_ids"][0].tolist()]],
         "logits": logits,
-        "generated": continuation(TEXT, 100),
-        "continuations": [tokenizer.decode(continuation(text, 20), skip_special_tokens=True) for text in TEXTS],
+        "generated": continuation(TEXT, 50),
+        "continuations": [tokenizer.decode(continuation(text, 10), skip_special_tokens=True) for text in TEXTS],
     }
 
 

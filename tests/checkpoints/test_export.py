@@ -41,7 +41,7 @@ def checkpoint(tmp_path) -> Path:
 
 @pytest.mark.slow
 def test_transformers_alone_computes_the_same_logits_and_text(tmp_path):
-    """And peft trains it with the sink; `.ci/exports` does the same in other versions."""
+    """`.ci/exports` does the same with other versions, and trains with peft and trl."""
     program = Path(__file__).with_name("stock.py")
     with pytest.warns(UserWarning, match="does not begin with the sink"):
         folders = write_exports(tmp_path)

@@ -292,6 +292,16 @@ def test_a_wrong_folder_is_an_error_that_leaves_nothing(tmp_path, form, change, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
+def test_a_token_that_only_another_file_has_is_not_taken_for_a_sink(tmp_path):
+    source = write_pythia(tmp_path / "source")
+    path, token = source / "tokenizer_config.json", num_tokens()
+    added = {"content": "<|im_start|>", "special": True, "normalized": False}
+    decoder = {"added_tokens_decoder": {str(token): added | dict.fromkeys(("lstrip", "rstrip", "single_word"), False)}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | decoder))
+    with pytest.raises(ValueError, match=rf"tokenizer\.json lacks the token {token}, which another file"):
+        import_model(source, tmp_path / "imported")
+
+
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path):
     source = write_pythia(tmp_path / "source", vocab_size=num_tokens() - 1)
     with pytest.raises(ValueError, match=rf"has {num_tokens() - 1} rows in its embedding, but its tokenizer"):
