@@ -16,6 +16,7 @@ from typing import Any
 from .report import default_output
 
 NUM_RUNS = 7  # colours of a picture
+MEANS = ("acc", "acc_norm", "exact_match")  # metrics that are means over examples
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,7 @@ def _zero_shot(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
             if stderr is not None and not math.isfinite(stderr):
                 stderr = None
             examples = _outcomes(samples, name, metric_filter or "none", value)
-            if samples and examples is None and name in samples[0]:
+            if samples and examples is None and name in MEANS:
                 notes.append(f"{task} {metric}: its samples are not averaged to its value, so it is not paired")
             yield (task, metric), Value(value, stderr, tuple(conditions), examples)
 
