@@ -60,7 +60,7 @@ def generate(
     model: Model,
     prompts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[PROMPT]...", help="Texts to continue; - reads one from standard input."),
+        typer.Argument(metavar="PROMPT", help="Texts to continue; - reads one from standard input."),
     ] = None,
     prompts_file: Annotated[
         Path | None,

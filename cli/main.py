@@ -31,6 +31,16 @@ UsageError: Any = typer.BadParameter.__base__
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}  # commands of groups inherit them
 
 
+STEPS = (
+    "sinklm tokenizer train corpus/ --vocab-size 2048 -o tokenizer.json",
+    "sinklm prepare corpus/ --tokenizer tokenizer.json -o store",
+    "sinklm train quickstart data.path=store train.num_steps=20",
+    "sinklm eval streaming runs/quickstart --text book.txt --tokens 2000",
+    "sinklm export runs/quickstart exports/quickstart",
+    "sinklm chat runs/quickstart",
+)
+
+
 def _group(help: str, **options: Any) -> typer.Typer:
     return typer.Typer(
         cls=Group,
@@ -47,6 +57,7 @@ def _group(help: str, **options: Any) -> typer.Typer:
 app = _group(
     "Pre-train language models with a learnable sink token, and stream text of any length in constant memory.",
     name="sinklm",
+    epilog=examples_text(STEPS, title="From a text to a chat; `sinklm COMMAND -h` has more examples:"),
 )
 tokenizer_app = _group("Train tokenizers.")
 data_app = _group("Join token stores, and look into one.")
@@ -93,7 +104,9 @@ for _parent, _name, _command in (
     (app, "generate", generate),
     (app, "chat", chat),
 ):
-    _parent.command(_name, epilog=examples_text(_command), context_settings=HELP_OPTIONS)(_command)
+    _parent.command(_name, epilog=examples_text(getattr(_command, "examples", ())), context_settings=HELP_OPTIONS)(
+        _command
+    )
 
 
 def main() -> None:

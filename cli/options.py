@@ -6,7 +6,7 @@ it imports torch, and prints with a `Console` that knows ``--quiet``.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -184,9 +184,8 @@ def examples(*lines: str) -> Callable[[Command], Command]:
     return add
 
 
-def examples_text(command: Callable[..., None]) -> str:
-    """Return the end of a command's help text. Paragraphs, because typer joins lines."""
+def examples_text(lines: Iterable[str], title: str = "Examples:") -> str:
+    """Return the end of a help text. Each line is a paragraph, because typer joins lines."""
     from rich.markup import escape
 
-    lines = getattr(command, "examples", ())
-    return "\n\n".join(["Examples:", *(escape(f"$ {line}") for line in lines)])
+    return "\n\n".join([title, *(escape(f"$ {line}") for line in lines)])

@@ -25,7 +25,7 @@ def prepare(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            metavar="INPUT...",
+            metavar="INPUT",
             help="Files (.jsonl.zst, .jsonl.gz, .jsonl, .parquet; a file of text is one document), folders, "
             "quoted patterns ('src/**/*.c'), or a data set on the Hugging Face Hub "
             "(EleutherAI/the_pile_deduplicated, owner/name:config).",

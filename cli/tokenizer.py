@@ -17,9 +17,7 @@ from .options import Quiet, examples
 def train(
     inputs: Annotated[
         list[str],
-        typer.Argument(
-            metavar="INPUT...", help="Text: files, folders, patterns or a data set, as in `sinklm prepare`."
-        ),
+        typer.Argument(metavar="INPUT", help="Text: files, folders, patterns or a data set, as in `sinklm prepare`."),
     ],
     vocab_size: Annotated[int, typer.Option(help="Number of tokens, including special tokens and the 256 bytes.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("tokenizer.json"),

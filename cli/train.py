@@ -39,7 +39,7 @@ def recipes() -> None:
 
 @examples(
     "sinklm train quickstart data.path=store train.num_steps=20",
-    "sinklm train pythia-160m data.path=stores/pile --dry-run",
+    "sinklm train pythia-160m --dry-run",
     "sinklm train --keys",
 )
 def train(
@@ -53,7 +53,7 @@ def train(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...", help="Settings that override the recipe, e.g. data.path=store train.num_steps=100"
+            metavar="KEY=VALUE", help="Settings that override the recipe, e.g. data.path=store train.num_steps=100"
         ),
     ] = None,
     keys: Annotated[
@@ -79,8 +79,8 @@ def train(
 ) -> None:
     """Train a model with DeepSpeed. Resumes from the newest checkpoint if there is one.
 
-    This command runs one process. For several GPUs, use `deepspeed --module sinklm.train RECIPE
-    KEY=VALUE…`, torchrun or srun.
+    To resume an interrupted training, run the same command again. This command runs one process.
+    For several GPUs, use `deepspeed --module sinklm.train RECIPE KEY=VALUE…`, torchrun or srun.
     """
     Console().note("loading torch …")
     from ..train.run import train as run

@@ -50,7 +50,9 @@ SAME = "use the weights and the config.json of the same model"
 DENSE = "gpt_neox.layers.0.attention.dense.weight"
 
 MODELS = [
-    Case("a missing folder", "generate ./no/where hi", r"no/where: no such folder; check the path"),
+    Case("a missing folder", "generate ./no/where hi", r"\./no/where: no such folder; check the path"),
+    Case("a mistyped folder", "generate modle hi", r"modle: no such folder; did you mean model\?"),
+    Case("a mistyped text", "prepare txt.text -o s", r"txt\.text: no such file or folder; did you mean text\.txt\?"),
     Case(
         "an empty folder",
         "generate empty hi",

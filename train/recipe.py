@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
+from ..hub import near_path_hint
 from ..text import near_hint, one_line
 from .config import TrainingConfig
 
@@ -99,7 +100,7 @@ def _find(recipe: str) -> str:
     path = Path(recipe)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise FileNotFoundError(f"recipe {recipe}: no such file; check the path")
+            raise FileNotFoundError(f"recipe {recipe}: no such file; {near_path_hint(recipe) or 'check the path'}")
         if path.stat().st_size > LARGEST_RECIPE:
             raise ValueError(f"recipe {recipe} has {path.stat().st_size:,} bytes: pass a recipe, which is a short file")
         try:

@@ -24,6 +24,7 @@ def run(command: Callable[[], object]) -> None:
     """
     if not os.environ.get("SINKLM_DEBUG"):
         warnings.formatwarning = _format_warning
+        warnings.filterwarnings("once", category=UserWarning)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     try:

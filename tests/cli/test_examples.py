@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from sinklm.cli.main import app, main
+from sinklm.cli.main import STEPS, app, main
 
 from ..eval.benchmarks import write_benchmarks
 
@@ -56,6 +56,10 @@ def test_each_help_has_two_examples_of_its_command(name, command):
     assert all(param.help for param in command.params if param.param_type_name == "option")
 
 
+def test_the_steps_of_the_first_help_are_examples_that_run():
+    assert set(STEPS) <= set(EXAMPLES) - set(NOT_RUN)
+
+
 @pytest.mark.parametrize("line", NOT_RUN)
 def test_an_example_that_is_not_run_is_valid(line):
     assert line in EXAMPLES
@@ -71,7 +75,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     """A folder with a corpus, a text, stores of parts, prompts and a task."""
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "examples" / "checkpoints" / "book.txt").read_text()
-    documents = [text[i : i + 600] for i in range(0, 300_000, 600)]
+    documents = [text[i : i + 600] for start in (0, 200, 400) for i in range(start, len(text) - 600, 600)]
     Path("corpus").mkdir()
     for part in (0, 1):
         lines = (json.dumps({"text": document}) + "\n" for document in documents[part::2])
