@@ -322,6 +322,8 @@ def _sinks(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
         *((name, report[name]) for name in ("num_sequences", "seq_length", "epsilon")),
     )
     for name, rate in report["sink_rate"].items():
+        if report["positions"].get(name) == -1 and abs(report["mass"][name]) < 1e-4:
+            continue  # of models whose attention maps sum to 1
         if report["positions"].get(name) != -1:
             yield (name, "sink rate"), Value(rate, None, conditions)
         yield (name, "attention"), Value(report["mass"][name], None, conditions)
