@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ..hub import near_path_hint
+
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
 SPLITS = ("train", "validation")
@@ -158,6 +160,9 @@ def read_manifest(store: Path) -> Manifest:
     """
     path = store / MANIFEST_NAME
     if not path.exists():
+        near = "" if store.exists() else near_path_hint(str(store))
+        if near:
+            raise FileNotFoundError(f"{store}: no such folder; {near}")
         raise FileNotFoundError(
             f"{store}: not a token store (no {MANIFEST_NAME}); make one with `sinklm prepare … --output {store}`"
         )

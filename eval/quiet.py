@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from lm_eval import evaluator
 from lm_eval.api.task import tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -37,11 +38,25 @@ def quiet_libraries(*, shows_progress: bool = True) -> Iterator[None]:
         for name in LOGGERS:
             logging.getLogger(name).setLevel(logging.ERROR)
         transformers_logging.set_verbosity_error()
-        bars.__init__ = create_if_wanted
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        with (
+            _replaced(bars, "__init__", create_if_wanted),
+            _replaced(evaluator, "get_git_commit_hash", lambda: None),  # it calls git, which prints an error
+            open(os.devnull, "w") as nowhere,
+            contextlib.redirect_stdout(nowhere),
+        ):
             yield
     finally:
-        bars.__init__ = create
         transformers_logging.set_verbosity(verbosity)
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute while a block runs."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

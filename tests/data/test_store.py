@@ -260,6 +260,8 @@ def test_a_sequence_of_many_files_has_few_open(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_a_store_is_refused(store: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere: not a token store.*sinklm prepare"):
         TokenStore(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=rf"no such folder; did you mean .*{store.name}\?"):
+        TokenStore(store.with_name(store.name + "s"))
     with pytest.raises(ValueError, match="has no split 'test', only train, validation"):
         TokenStore(store).split("test")
     with pytest.raises(ValueError, match="verify is 'md5'"):

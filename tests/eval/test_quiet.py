@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+from lm_eval import evaluator
 from lm_eval.api.task import tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -15,12 +16,14 @@ def chatter() -> None:
         logging.getLogger(name).warning("a warning of %s", name)
     print("bootstrapping for stddev: perplexity")
     assert list(tqdm(range(3), desc="building contexts")) == [0, 1, 2]
+    evaluator.get_git_commit_hash()
     with tqdm(total=3, desc="Running loglikelihood requests") as bar:
         bar.update(3)
 
 
 @pytest.mark.parametrize("shows_progress", [True, False])
-def test_only_the_requests_have_a_bar(shows_progress, capfd):
+def test_only_the_requests_have_a_bar(shows_progress, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # without a git repository
     logging.getLogger("lm_eval").setLevel(logging.INFO)
     verbosity = transformers_logging.get_verbosity()
     with quiet_libraries(shows_progress=shows_progress):
@@ -31,6 +34,7 @@ def test_only_the_requests_have_a_bar(shows_progress, capfd):
         ["Running loglikelihood requests"] if shows_progress else []
     )
     assert "warning of" not in shown.err
+    assert "fatal" not in shown.err
     assert transformers_logging.get_verbosity() == verbosity
     assert logging.getLogger("lm_eval").level == logging.INFO
     chatter()
