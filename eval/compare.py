@@ -16,6 +16,7 @@ from typing import Any
 from .report import default_output
 
 NUM_RUNS = 7  # colours of a picture
+MEANS = ("acc", "acc_norm", "exact_match")  # metrics that are means over examples
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,7 @@ def _zero_shot(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
             if stderr is not None and not math.isfinite(stderr):
                 stderr = None
             examples = _outcomes(samples, name, metric_filter or "none", value)
-            if samples and examples is None and name in samples[0]:
+            if samples and examples is None and name in MEANS:
                 notes.append(f"{task} {metric}: its samples are not averaged to its value, so it is not paired")
             yield (task, metric), Value(value, stderr, tuple(conditions), examples)
 
@@ -321,6 +322,8 @@ def _sinks(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
         *((name, report[name]) for name in ("num_sequences", "seq_length", "epsilon")),
     )
     for name, rate in report["sink_rate"].items():
+        if report["positions"].get(name) == -1 and abs(report["mass"][name]) < 1e-4:
+            continue  # of models whose attention maps sum to 1
         if report["positions"].get(name) != -1:
             yield (name, "sink rate"), Value(rate, None, conditions)
         yield (name, "attention"), Value(report["mass"][name], None, conditions)

@@ -14,6 +14,8 @@ from .plots import COLOURS, MARKERS, STYLE, save_figure
 
 UNITS = {"zero-shot": "Accuracy", "perplexity": "Bits per byte", "streaming": "Perplexity (log scale)"}
 UNITS |= {"stream-qa": "Exact match", "stream-eval": "Accuracy", "sinks": "Share"}
+TITLES = {"zero-shot": "Zero-shot", "perplexity": "Perplexity by set", "streaming": "Streaming perplexity"}
+TITLES |= {"stream-qa": "Streaming question answering", "stream-eval": "StreamEval", "sinks": "Attention sinks"}
 PLOTTED = {
     "zero-shot": ("acc",),
     "perplexity": ("bits per byte",),
@@ -155,8 +157,9 @@ def _draw_panel(axes: Any, comparison: Comparison, measurement: str, rows: list[
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
         axes.xaxis.set_minor_formatter(lambda value, _: f"{value:,.0f}" if f"{value:g}"[0] in "25" else "")
+        axes.tick_params(axis="x", which="both", length=3, pad=3.5)
     axes.set_xlabel(UNITS[measurement])
-    axes.set_title(measurement, loc="left", fontsize=9)
+    axes.set_title(TITLES[measurement], loc="left", fontsize=9)
     axes.grid(axis="x", linewidth=0.4, alpha=0.5)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import yaml
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
@@ -20,6 +21,16 @@ COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 SPLIT_KEYS = ("training_split", "validation_split", "test_split")
 SHARD = r"(?:-\d{5}-of-\d{5}(?:-[0-9a-f]+)?)?"  # as in the names of the Hub's parquet files
+# Fields of the paper's data sets; the last one is the right answer, if any. lm-eval itself would
+# score an example without its label as wrong.
+FIELDS = {
+    "allenai/ai2_arc": ("question", "choices", "answerKey"),
+    "Rowan/hellaswag": ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+    "EleutherAI/lambada_openai": ("text",),
+    "allenai/openbookqa": ("question_stem", "choices", "answerKey"),
+    "baber/piqa": ("goal", "sol1", "sol2", "label"),
+    "allenai/winogrande": ("sentence", "option1", "option2", "answer"),
+}
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 Files = dict[str, list[Path]]
@@ -81,8 +92,11 @@ def use_local_data(manager: TaskManager, names: Iterable[str], folder: Path, num
         definition = load_yaml(entry.yaml_path, resolve_func=True) if entry.yaml_path else dict(entry.cfg or {})
         if definition.get("dataset_path") in set(BUILDERS.values()):
             continue
-        files = _needed_files(Source.of(name, definition, num_fewshot), folder)
-        manager.task_index[name] = replace(entry, yaml_path=None, cfg=definition | _overrides(definition, files))
+        source = Source.of(name, definition, num_fewshot)
+        files = _needed_files(source, folder)
+        overrides = _overrides(definition, files)
+        _check_fields(source, files, overrides)
+        manager.task_index[name] = replace(entry, yaml_path=None, cfg=definition | overrides)
         used[name] = [path for paths in files.values() for path in paths]
     return used
 
@@ -97,8 +111,6 @@ def load_rows(task: str, folder: Path | None) -> list[dict[str, Any]]:
         ConnectionError: the data set is not available locally and cannot be downloaded.
         FileNotFoundError, ValueError: as in `use_local_data`.
     """
-    import datasets
-
     from .zero_shot import task_manager
 
     manager = task_manager([task])
@@ -266,6 +278,23 @@ def _overrides(definition: dict[str, Any], files: Files) -> dict[str, Any]:
         "dataset_kwargs": {"data_files": data_files},
         **splits,
     }
+
+
+def _check_fields(source: Source, files: Files, overrides: dict[str, Any]) -> None:
+    """Raise a ValueError if rows of one of the paper's data sets lack a field or the answer."""
+    if source.name not in FIELDS:
+        return
+    fields = FIELDS[source.name]
+    loaded = datasets.load_dataset(overrides["dataset_path"], **overrides["dataset_kwargs"])
+    for split, paths in files.items():
+        if missing := [name for name in fields if name not in loaded[split].column_names]:
+            raise ValueError(
+                f"{paths[0]} has no field {missing[0]!r}, only {', '.join(loaded[split].column_names)}: use the data "
+                f"set {source.name} of the Hub, which has {', '.join(fields)}"
+            )
+        unlabelled = [i for i, value in enumerate(loaded[split][fields[-1]]) if value in (None, "", -1, "-1")]
+        if unlabelled:
+            raise ValueError(f"{paths[0]} has no {fields[-1]} in row {unlabelled[0]}: use a split with labels")
 
 
 def _leaves(manager: TaskManager, names: Iterable[Any]) -> Iterator[str]:

@@ -102,7 +102,7 @@ def check(words: list[str]) -> None:
         check_sinklm(arguments)
     elif program in LAUNCHERS and "sinklm.train" in arguments:
         check_sinklm(["train", *arguments[arguments.index("sinklm.train") + 1 :]])
-    elif program in LAUNCHERS and "sinklm" in arguments:
+    elif program in LAUNCHERS and "-m sinklm " in line:
         check_sinklm(arguments[arguments.index("sinklm") + 1 :])
     elif program == "sbatch":
         assert (ROOT / arguments[0]).is_file(), line

@@ -6,11 +6,11 @@ from importlib.util import find_spec
 DATA = ("datasets", "numpy", "orjson", "pyarrow", "pydantic", "zstandard")
 
 # Libraries that a part requires beyond the base installation. The extra of the same name in
-# `pyproject.toml` also installs an optional one (wandb).
+# `pyproject.toml` also installs optional ones (wandb, accelerate).
 EXTRAS = {
     "data": DATA,
     "train": ("deepspeed", "omegaconf", "psutil", *DATA),
-    "eval": ("accelerate", "lm_eval", "matplotlib", "psutil", *DATA),
+    "eval": ("lm_eval", "matplotlib", "psutil", *DATA),
     "gguf": ("gguf",),  # of `sinklm export --to gguf`
 }
 

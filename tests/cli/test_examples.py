@@ -132,3 +132,4 @@ def test_every_example_runs(folder, monkeypatch, capfd):
         assert Path(made).exists()
     for name in ("zero_shot", "perplexity", "streaming", "stream_eval", "stream_qa", "sinks", "decode"):
         assert json.loads(Path(f"results/runs-quickstart/{name}.json").read_text())
+    assert json.loads(Path("results/compare/compare.json").read_text())["rows"]

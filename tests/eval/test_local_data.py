@@ -147,10 +147,23 @@ def test_few_shot_examples_are_drawn_from_the_split_of_lm_eval_or_refused(tmp_pa
         use_local_data(task_manager(["arc_easy"]), ["arc_easy"], tmp_path, num_fewshot=2)
 
 
-def test_rows_with_other_fields_are_named(tmp_path, checkpoints):
+def test_rows_with_other_fields_are_named(tmp_path, checkpoints, monkeypatch):
     write_rows(tmp_path / "arc_easy_test.jsonl", [{"stem": "Which?", "choices": ["a", "b"], "answer": "a"}])
+    with pytest.raises(ValueError, match=r"arc_easy_test\.jsonl has no field 'question', only stem, choices, answer"):
+        use_local_data(task_manager(["arc_easy"]), ["arc_easy"], tmp_path)
+    monkeypatch.setattr("sinklm.eval.local_data.FIELDS", {})  # of a task whose fields are not known
     with pytest.raises(ValueError, match=r"does not have the fields of the Hub's.*arc_easy_test\.jsonl"):
         evaluate(load_model(checkpoints[0]), load_tokenizer(checkpoints[0]), ["arc_easy"], data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(("label", "message"), [(-1, "has no label in row 1"), (None, "has no field 'label'")])
+def test_rows_without_labels_are_named(tmp_path, label, message):
+    """lm-eval would count them as wrong. In PIQA's own download, labels are another file."""
+    rows = [{"goal": "open a door", "sol1": "a key", "sol2": "a spoon", "label": value} for value in (0, label)]
+    rows = [{key: value for key, value in row.items() if label is not None or key != "label"} for row in rows]
+    write_rows(tmp_path / "piqa" / "valid.jsonl", rows)
+    with pytest.raises(ValueError, match=rf"piqa/valid\.jsonl {message}"):
+        use_local_data(task_manager(["piqa"]), ["piqa"], tmp_path)
 
 
 def test_a_missing_folder_is_named():

@@ -179,7 +179,7 @@ def test_a_report_names_the_sinks_of_an_export(checkpoints, exports):
     assert ours["sink_token_ids"] == exported["sink_token_ids"] != []
     assert (ours["sink_kind"], ours["num_sinks"], ours["sinks_added_by"]) == ("token", 2, "model")
     assert (exported["sink_kind"], exported["num_sinks"], exported["sinks_added_by"]) == ("token", 2, "tokenizer")
-    assert describe_model(load_model(checkpoints[0]), "x")["sinks_added_by"] is None
+    assert describe_model(load_model(checkpoints[0]), checkpoints[0])["sinks_added_by"] is None
 
 
 def test_the_chat_template_formats_prompts_and_samples_are_logged(tmp_path, checkpoints, task_folder):
