@@ -3,58 +3,118 @@
 import sys
 from collections.abc import Iterator
 from io import TextIOWrapper
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .generate import (
+from ..console import Console
+from ..text import message_of
+from .generate import describe_cache, show
+from .options import (
+    MAX_NEW_TOKENS_HELP,
+    Cache,
+    Device,
+    Dtype,
+    DtypeName,
+    MinP,
     Model,
-    NumKept,
+    Quiet,
+    RepetitionPenalty,
     Seed,
     Temperature,
     TopK,
-    Window,
-    check_cache_options,
+    TopP,
     check_temperature,
-    describe_cache,
-    show,
+    examples,
+    parse_cache,
+    placement,
 )
 
 if TYPE_CHECKING:
     from ..streaming import Chat
 
 
+RESET = "/reset"
+
+
+@examples(
+    "sinklm chat runs/quickstart",
+    "echo 'Who are you?' | sinklm chat runs/quickstart --temperature 0 --max-new-tokens 40",
+)
 def chat(
     model: Model,
     system: Annotated[str | None, typer.Option(help="System prompt, placed before the first message.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens of a reply.")] = 512,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            help="Chat template (Jinja), or a file with one, instead of the tokenizer's.",
+            show_default=False,
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help=MAX_NEW_TOKENS_HELP)] = 512,
     temperature: Temperature = 0.8,
     top_k: TopK = None,
-    num_kept: NumKept = None,
-    window: Window = None,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    cache: Cache = None,
     seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = DtypeName.AUTO,
+    quiet: Quiet = False,
 ) -> None:
     """Chat with a model. Each line is a message; Ctrl-C stops a reply, Ctrl-D ends the chat.
 
-    All turns share one cache of constant size, by default 1024 tokens or one less than the trained
-    length, and each turn is read only once. Turns are formatted with the tokenizer's chat template.
-    Without a template they are lines of plain text, and a reply is one line.
+    A line /reset starts a new conversation. All turns share one cache of constant size, by default
+    1024 tokens or one less than the trained length, and each turn is read only once. Turns are
+    formatted with the tokenizer's chat template. Without a template they are lines of plain text,
+    and a reply is one line. Special tokens in a message are read as text.
     """
+    shape = None if cache is None else parse_cache(cache)
+    check_temperature(temperature)
+    template = None if chat_template is None else _read_template(chat_template)
+    console = Console(is_quiet=quiet)
+    console.note(f"loading {model} …")
     import torch
 
     from ..checkpoints import load_model, load_tokenizer
     from ..streaming import Chat
+    from ..streaming.sampling import Sampling
     from .generate import make_generator
 
-    check_cache_options(num_kept, window)
-    check_temperature(temperature)
-    language_model, tokenizer = load_model(model), load_tokenizer(model)
-    generator = make_generator(language_model, num_kept, window, temperature, top_k)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    language_model, tokenizer = load_model(model, **placement(device, dtype)), load_tokenizer(model)
+    tokenizer.chat_template = template or tokenizer.chat_template
+    generator = make_generator(console, language_model, shape, sampling)
     conversation = Chat(tokenizer, generator, system=system, max_new_tokens=max_new_tokens)
+    if not tokenizer.chat_template:
+        console.note(
+            "this tokenizer has no chat template: messages and replies are lines of text, User: … and Assistant: …; "
+            "--chat-template sets one"
+        )
+    if sys.stdin is not None and sys.stdin.isatty():
+        console.note(f"{RESET} starts a new conversation, Ctrl-C stops a reply, Ctrl-D ends the chat")
     torch.manual_seed(seed)
     for message in _messages():
-        _reply(conversation, message)
-    typer.echo(f"{generator.cache.get_seq_length():,} tokens seen; {describe_cache(generator.cache)}", err=True)
+        if message == RESET:
+            conversation.reset()
+            console.note("new conversation")
+        else:
+            _reply(console, conversation, message)
+    console.note(f"{generator.cache.get_seq_length():,} tokens seen; {describe_cache(generator.cache)}")
+
+
+def _read_template(template: str) -> str:
+    """Return a chat template, given itself or its file."""
+    if "{{" in template or "{%" in template:
+        return template
+    try:
+        return Path(template).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--chat-template {template} cannot be read: {message_of(error)}; pass a file in UTF-8 or a Jinja template"
+        ) from error
 
 
 def _messages() -> Iterator[str]:
@@ -75,7 +135,7 @@ def _messages() -> Iterator[str]:
             yield line.strip()
 
 
-def _reply(conversation: "Chat", message: str) -> None:
+def _reply(console: Console, conversation: "Chat", message: str) -> None:
     has_begun = False
     try:
         for piece in conversation(message):
@@ -84,5 +144,5 @@ def _reply(conversation: "Chat", message: str) -> None:
             show(shown)
     except KeyboardInterrupt:
         if conversation.generator.cache.is_damaged:
-            typer.echo("Reading the message was interrupted: the next message starts a new conversation.", err=True)
+            console.warn("reading the message was interrupted: the next message starts a new conversation")
     print(flush=True)

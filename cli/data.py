@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .options import examples
+
 if TYPE_CHECKING:
     from ..console import Console
     from ..data.store import TokenSource
@@ -13,9 +15,13 @@ if TYPE_CHECKING:
 PREVIEW_LENGTH = 60  # characters
 
 
+@examples(
+    "sinklm data merge parts/00 parts/01 -o stores/all",
+    "sinklm data merge parts/01 parts/00 -o stores/other-order --quiet",
+)
 def merge(
-    output: Annotated[Path, typer.Argument(help="Folder to create.")],
-    stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Finished token stores, in order.")],
+    stores: Annotated[list[Path], typer.Argument(metavar="STORE", help="Finished token stores, in order.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")],
 ) -> None:
     """Join token stores into one without copying tokens.
 
@@ -37,12 +43,16 @@ def merge(
     )
 
 
+@examples(
+    "sinklm data inspect store --document 0",
+    "sinklm data inspect store --recipe quickstart --step 1",
+)
 def inspect(
     store: Annotated[
         Path, typer.Argument(help="Token store, or folder of pre-shuffled rows or of an order of Megatron.")
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe, as for `sinklm train`.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Keys of the recipe, as for `sinklm train`.")
     ] = None,
     split: Annotated[str, typer.Option(help="Split of the document.")] = "train",
     document: Annotated[int | None, typer.Option(min=0, help="Print this document.")] = None,

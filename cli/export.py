@@ -6,8 +6,13 @@ from typing import Annotated
 import typer
 
 from ..console import Console
+from .options import examples
 
 
+@examples(
+    "sinklm export runs/quickstart exports/quickstart",
+    "sinklm export runs/quickstart/checkpoints/step-20 exports/step-20",
+)
 def export(
     checkpoint: Annotated[
         str,

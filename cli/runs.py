@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..console import Console
+from .options import examples
 
 if TYPE_CHECKING:
     from ..checkpoints.runs import RunSummary
@@ -17,10 +18,14 @@ if TYPE_CHECKING:
 STYLES = {"running": "green", "finished": "", "stopped": "yellow", "damaged": "red"}
 
 
+@examples(
+    "sinklm runs",
+    "sinklm runs runs/quickstart --json",
+)
 def runs(
     folders: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[FOLDER]...", help="Runs, or folders with runs in them; default: runs."),
+        typer.Argument(metavar="FOLDER", help="Runs, or folders with runs in them; default: runs."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list instead of a table.")] = False,
 ) -> None:

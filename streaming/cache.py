@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from .advice import refuse_constructor, refuse_name, warn_if_untrained
 from .buffers import StreamingLayer, select_rows, static_copy, static_zeros
 from .encodings import Rotary
 from .families import family_of
@@ -58,6 +59,10 @@ class StreamingCache(Cache):
     part of a stream. For inference only.
     """
 
+    def __new__(cls, *arguments: Any, **options: Any) -> "StreamingCache":
+        refuse_constructor(arguments)
+        return super().__new__(cls)
+
     def __init__(self, model: PreTrainedModel, shape: StreamShape, chunk_size: int):
         decoder: Any = model.get_decoder()
         devices = sorted({str(parameter.device) for parameter in decoder.parameters()})
@@ -97,11 +102,14 @@ class StreamingCache(Cache):
                 and does not change the result.
 
         Raises:
+            TypeError: ``model`` is a name.
             ValueError: the model is not supported, ``num_kept < 0``, ``window < 1`` or
                 ``chunk_size < 1``.
         """
+        refuse_name(model)
         if chunk_size < 1:
             raise ValueError(f"chunk_size is {chunk_size}: it must be at least 1")
+        warn_if_untrained(model, StreamShape(num_kept, window))
         return cls(model, StreamShape(num_kept, window), chunk_size)
 
     def __repr__(self) -> str:
