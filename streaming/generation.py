@@ -64,7 +64,7 @@ class Generator:
         self.unread: list[int] = []  # the last generated token, until it is in the cache
         self.sink_ids = torch.tensor(getattr(model.config, "sink_token_ids", []), dtype=torch.long, device=model.device)
         self.decoder = StreamingDecoder(model, cache)
-        self.is_compiled = compile and self.device.type == "cuda"
+        self.is_compiled = compile and self.device.type == "cuda" and not self.decoder.is_dispatched
         self.read_one = self.decoder if self.is_compiled else self.decoder.prefill
 
     def __call__(self, prompt_ids: list[int]) -> Iterator[int]:

@@ -13,6 +13,7 @@ from torch.library import custom_op
 
 from ..buffers import StreamingLayer
 from ..encodings import Rotary
+from ..quantized import QuantizedLayer
 from ..rule import StreamShape
 
 BLOCK_BYTES = 8192  # keys that a program processes at a time, in bytes
@@ -23,7 +24,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 def can_fuse(layer: StreamingLayer, query: Tensor) -> bool:
-    """Whether the kernel can be used: on CUDA, not in float64, with values as wide as keys."""
+    """Whether the kernel can be used: on CUDA, not quantized, not in float64, equal head sizes."""
+    if isinstance(layer, QuantizedLayer):
+        return False
     has_one_type = query.dtype == layer.keys.dtype == layer.values.dtype != torch.float64
     return query.is_cuda and has_one_type and layer.keys.shape == layer.values.shape
 

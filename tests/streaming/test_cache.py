@@ -199,9 +199,9 @@ def test_attention_weights_and_saving_are_an_error(model, tmp_path):
     cache = for_model(model)
     with pytest.raises(ValueError, match="output_attentions"):
         run(model, tiny.random_ids(4), cache, output_attentions=True)
-    with pytest.raises(ValueError, match="neither saved nor copied"):
+    with pytest.raises(ValueError, match="neither pickled nor copied"):
         torch.save(cache, tmp_path / "cache.pt")
-    with pytest.raises(ValueError, match="neither saved nor copied"):
+    with pytest.raises(ValueError, match="neither pickled nor copied"):
         copy.copy(cache)
 
 
