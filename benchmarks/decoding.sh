@@ -9,7 +9,7 @@ set -uo pipefail
 output=${1:-results/decoding}
 shift
 recipes=(pythia-160m pythia-1.4b pythia-2.8b pythia-6.9b)
-sizes=(--caches 1024,4096 --batch-sizes 1,8)
+sizes=(--caches 1+1023,1+4095 --batch-sizes 1,8)
 
 for recipe in "${recipes[@]}"; do
     sinklm bench decode "$recipe" "${sizes[@]}" --num-steps 1 --output "$(mktemp -d)" > /dev/null &

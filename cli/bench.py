@@ -11,11 +11,28 @@ from ..console import Console
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-from .evaluate import OUTPUT_HELP, whole_numbers
+from .options import (
+    CACHES_HELP,
+    CACHES_METAVAR,
+    Device,
+    Dtype,
+    DtypeName,
+    Output,
+    Quiet,
+    Seed,
+    examples,
+    parse_caches,
+    parse_numbers,
+    placement,
+)
 
 CONFIGS_PACKAGE = "sinklm.configs"
 
 
+@examples(
+    "sinklm bench decode runs/learnable-sink --caches 1+63,1+127 --num-steps 20",
+    "sinklm bench decode pythia-6.9b --device cuda --batch-sizes 1,8",
+)
 def decode(
     model: Annotated[
         str,
@@ -25,34 +42,55 @@ def decode(
             show_default=False,
         ),
     ],
-    caches: Annotated[str, typer.Option(help="Cache sizes in tokens, separated by commas.")] = "256,512,1024,2048,4096",
+    caches: Annotated[
+        str | None,
+        typer.Option(
+            metavar=CACHES_METAVAR,
+            help=CACHES_HELP,
+            show_default="the model's sinks, or 4 tokens, in caches of 256, 512, 1024, 2048 and 4096 tokens",
+        ),
+    ] = None,
     batch_sizes: Annotated[str, typer.Option(help="Batch sizes (number of streams), separated by commas.")] = "1",
     num_steps: Annotated[int, typer.Option(min=1, help="Number of decoding steps to time.")] = 200,
-    output: Annotated[Path | None, typer.Option(help=OUTPUT_HELP, show_default=False)] = None,
+    seed: Seed = 0,
+    output: Output = None,
+    device: Device = None,
+    dtype: Dtype = DtypeName.AUTO,
+    quiet: Quiet = False,
 ) -> None:
     """Measure time and memory of decoding a token for several cache sizes.
 
     Compares the streaming cache with a cropped cache, with re-computation of the window, and with
     the lower bound set by memory bandwidth.
     """
-    from ..eval.decode_speed import copy_bandwidth, measure_decoding, results_table
+    given = None if caches is None else parse_caches(caches)
+    batches = parse_numbers(batch_sizes, "--batch-sizes")
+    if min(batches) < 1:
+        raise ValueError(f"--batch-sizes is {batch_sizes}: batch sizes must be at least 1")
+    console = Console(is_quiet=quiet)
+    console.note(f"loading {model} …")
+    import torch
+
+    from ..eval.decode_speed import copy_bandwidth, default_caches, measure_decoding, results_table
     from ..eval.plots import plot_decoding
     from ..eval.report import ReportFile, default_output, library_versions
 
-    console = Console()
-    cache_sizes, batches = whole_numbers("--caches", caches), whole_numbers("--batch-sizes", batch_sizes)
-    if min(cache_sizes + batches) < 1:
-        raise ValueError("--caches and --batch-sizes must be numbers of at least 1")
-    loaded, description = _load(model)
+    torch.manual_seed(seed)
+    loaded, description = _load(model, **placement(device, dtype))
     bandwidth = copy_bandwidth(loaded.device)
     folder = output or default_output(model)
     file = ReportFile(folder / "decode.json")
-    report: dict[str, Any] = {"model": description, "versions": library_versions(), "num_steps": num_steps}
+    report: dict[str, Any] = {
+        "model": description,
+        "versions": library_versions(),
+        "num_steps": num_steps,
+        "seed": seed,
+    }
     report |= {"hardware": _hardware(loaded), "copy_bytes_per_second": bandwidth, "results": []}
     for batch_size in batches:
-        for cache_size in cache_sizes:
-            with console.status(f"cache {cache_size}, batch {batch_size}"):
-                rows = measure_decoding(loaded, cache_size, batch_size, num_steps=num_steps, bandwidth=bandwidth)
+        for shape in given or default_caches(loaded):
+            with console.stderr_console.status(f"cache {shape[0]}+{shape[1]}, batch {batch_size}"):
+                rows = measure_decoding(loaded, *shape, batch_size, num_steps=num_steps, bandwidth=bandwidth)
                 report["results"] += rows
             file.keep(report)
     file.finish(report)
@@ -61,21 +99,28 @@ def decode(
     console.print(f"Results: {file.path}, {folder / 'decode.png'}")
 
 
-def _load(name: str) -> tuple["PreTrainedModel", dict[str, Any]]:
-    """Return a model and its description; the model of a recipe has random weights."""
+def _load(name: str, **options: Any) -> tuple["PreTrainedModel", dict[str, Any]]:
+    """Return a model and its description; the model of a recipe has random weights.
+
+    Args:
+        options: device and dtype as in `load_model`.
+    """
     from ..checkpoints import load_model
     from ..eval.report import describe_model
 
     if not (files(CONFIGS_PACKAGE) / f"{name}.yaml").is_file() or Path(name).exists():
-        loaded = load_model(name)
+        loaded = load_model(name, **options)
         return loaded, describe_model(loaded, name)
-    loaded = _random_model(name)
+    loaded = _random_model(name, **options)
     num_parameters = sum(p.numel() for p in loaded.parameters())
     return loaded, {"recipe": name, "num_parameters": num_parameters, "dtype": str(loaded.dtype).removeprefix("torch.")}
 
 
-def _random_model(recipe: str) -> "PreTrainedModel":
-    """Create the model of a recipe with random weights: bfloat16 on a GPU, float32 on a CPU."""
+def _random_model(recipe: str, device: str | None = None, dtype: str | None = None) -> "PreTrainedModel":
+    """Create the model of a recipe with random weights.
+
+    The default dtype is bfloat16 on a GPU and float32 on a CPU.
+    """
     import torch
 
     from ..models import SinkGPTNeoXForCausalLM
@@ -84,9 +129,10 @@ def _random_model(recipe: str) -> "PreTrainedModel":
     from ..train.summary import PYTHIA_TOKENIZER_SIZE
 
     config = Plan(load_config(recipe), 1, PYTHIA_TOKENIZER_SIZE).model_config
-    on_gpu = torch.cuda.is_available()
-    with torch.device("cuda" if on_gpu else "cpu"):
-        return SinkGPTNeoXForCausalLM._from_config(config, dtype=torch.bfloat16 if on_gpu else torch.float32).eval()
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    default = "float32" if place.type == "cpu" else "bfloat16"
+    with place:
+        return SinkGPTNeoXForCausalLM._from_config(config, dtype=getattr(torch, dtype or default)).eval()
 
 
 def _hardware(model: "PreTrainedModel") -> str:

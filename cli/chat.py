@@ -7,32 +7,43 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .generate import (
+from ..console import Console
+from .generate import describe_cache, show
+from .options import (
+    Cache,
+    Device,
+    Dtype,
+    DtypeName,
     Model,
-    NumKept,
+    Quiet,
     Seed,
     Temperature,
     TopK,
-    Window,
-    check_cache_options,
     check_temperature,
-    describe_cache,
-    show,
+    examples,
+    parse_cache,
+    placement,
 )
 
 if TYPE_CHECKING:
     from ..streaming import Chat
 
 
+@examples(
+    "sinklm chat runs/learnable-sink",
+    "echo 'Who are you?' | sinklm chat runs/learnable-sink --temperature 0 --max-new-tokens 40",
+)
 def chat(
     model: Model,
     system: Annotated[str | None, typer.Option(help="System prompt, placed before the first message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens of a reply.")] = 512,
     temperature: Temperature = 0.8,
     top_k: TopK = None,
-    num_kept: NumKept = None,
-    window: Window = None,
+    cache: Cache = None,
     seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = DtypeName.AUTO,
+    quiet: Quiet = False,
 ) -> None:
     """Chat with a model. Each line is a message; Ctrl-C stops a reply, Ctrl-D ends the chat.
 
@@ -40,21 +51,23 @@ def chat(
     length, and each turn is read only once. Turns are formatted with the tokenizer's chat template.
     Without a template they are lines of plain text, and a reply is one line.
     """
+    shape = None if cache is None else parse_cache(cache)
+    check_temperature(temperature)
+    console = Console(is_quiet=quiet)
+    console.note(f"loading {model} …")
     import torch
 
     from ..checkpoints import load_model, load_tokenizer
     from ..streaming import Chat
     from .generate import make_generator
 
-    check_cache_options(num_kept, window)
-    check_temperature(temperature)
-    language_model, tokenizer = load_model(model), load_tokenizer(model)
-    generator = make_generator(language_model, num_kept, window, temperature, top_k)
+    language_model, tokenizer = load_model(model, **placement(device, dtype)), load_tokenizer(model)
+    generator = make_generator(console, language_model, shape, temperature, top_k)
     conversation = Chat(tokenizer, generator, system=system, max_new_tokens=max_new_tokens)
     torch.manual_seed(seed)
     for message in _messages():
-        _reply(conversation, message)
-    typer.echo(f"{generator.cache.get_seq_length():,} tokens seen; {describe_cache(generator.cache)}", err=True)
+        _reply(console, conversation, message)
+    console.note(f"{generator.cache.get_seq_length():,} tokens seen; {describe_cache(generator.cache)}")
 
 
 def _messages() -> Iterator[str]:
@@ -75,7 +88,7 @@ def _messages() -> Iterator[str]:
             yield line.strip()
 
 
-def _reply(conversation: "Chat", message: str) -> None:
+def _reply(console: Console, conversation: "Chat", message: str) -> None:
     has_begun = False
     try:
         for piece in conversation(message):
@@ -84,5 +97,5 @@ def _reply(conversation: "Chat", message: str) -> None:
             show(shown)
     except KeyboardInterrupt:
         if conversation.generator.cache.is_damaged:
-            typer.echo("Reading the message was interrupted: the next message starts a new conversation.", err=True)
+            console.warn("reading the message was interrupted: the next message starts a new conversation")
     print(flush=True)

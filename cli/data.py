@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .options import examples
+
 if TYPE_CHECKING:
     from ..console import Console
     from ..data.store import TokenSource
@@ -13,9 +15,13 @@ if TYPE_CHECKING:
 PREVIEW_LENGTH = 60  # characters
 
 
+@examples(
+    "sinklm data merge parts/00 parts/01 -o stores/merged",
+    "sinklm data merge parts/* -o stores/all",
+)
 def merge(
-    output: Annotated[Path, typer.Argument(help="Folder to create.")],
     stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Finished token stores, in order.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")],
 ) -> None:
     """Join token stores into one without copying tokens.
 
@@ -37,6 +43,10 @@ def merge(
     )
 
 
+@examples(
+    "sinklm data inspect store --document 0",
+    "sinklm data inspect store --recipe quickstart --step 1",
+)
 def inspect(
     store: Annotated[
         Path, typer.Argument(help="Token store, or folder of pre-shuffled rows or of an order of Megatron.")

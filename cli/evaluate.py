@@ -8,26 +8,36 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..console import Console
+from .options import (
+    Caches,
+    Device,
+    Dtype,
+    DtypeName,
+    Model,
+    Output,
+    Quiet,
+    Seed,
+    Texts,
+    Tokens,
+    examples,
+    parse_caches,
+    parse_numbers,
+    placement,
+    progress_bars,
+)
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..eval.perplexity import Configuration, Result, TokenizedText
 
-MODEL_HELP = "Training run, checkpoint, export, transformers folder, or name on the Hugging Face Hub."
-OUTPUT_HELP = "Folder for the results; default: results/<model>."
-CACHES_HELP = (
-    "Caches as KEPT+WINDOW in tokens, separated by commas, e.g. 0+1024,4+1020; default: 0, 1, 2 and 4 kept tokens in a "
-    "cache of half the trained length."
-)
-
 MOST_LINES = 100_000_000
 
-Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
-Output = Annotated[Path | None, typer.Option(help=OUTPUT_HELP, show_default=False)]
 
-
+@examples(
+    "sinklm eval zero-shot runs/learnable-sink --tasks lambada_openai,piqa",
+    "sinklm eval zero-shot EleutherAI/pythia-160m --limit 100",
+)
 def zero_shot(
     model: Model,
     tasks: Annotated[
@@ -44,17 +54,21 @@ def zero_shot(
         typer.Option(min=2, help="Maximum positions of a request, including sinks; default: the trained length."),
     ] = None,
     output: Output = None,
+    device: Device = None,
+    dtype: Dtype = DtypeName.AUTO,
+    quiet: Quiet = False,
 ) -> None:
     """Evaluate a model on zero-shot benchmarks with lm-eval."""
     if batch_size != "auto" and (not batch_size.isdecimal() or int(batch_size) < 1):
         raise ValueError(f"--batch-size is {batch_size!r}: it must be a positive number or auto")
+    console = Console(is_quiet=quiet)
+    console.note(f"loading {model} …")
     from ..checkpoints import load_tokenizer
     from ..eval.loading import load_causal_model
     from ..eval.report import ReportFile, default_output, new_report
     from ..eval.zero_shot import evaluate, results_table
 
-    console = Console()
-    loaded, tokenizer = load_causal_model(model), load_tokenizer(model)
+    loaded, tokenizer = load_causal_model(model, **placement(device, dtype)), load_tokenizer(model)
     file = ReportFile((output or default_output(model)) / "zero_shot.json")
     results = evaluate(
         loaded,
@@ -71,15 +85,15 @@ def zero_shot(
     console.print(f"Results: {file.path}")
 
 
+@examples(
+    "sinklm eval streaming runs/learnable-sink --text book.txt",
+    "sinklm eval streaming runs/learnable-sink --text book.txt --caches 0+64,1+63 --tokens 2000 -o results/book",
+)
 def streaming(
     model: Model,
-    text: Annotated[
-        list[Path], typer.Option(help="UTF-8 text file; repeat the option to join several files.", show_default=False)
-    ],
-    tokens: Annotated[
-        int | None, typer.Option(min=2, help="Number of tokens to read; default: the whole text.")
-    ] = None,
-    caches: Annotated[str | None, typer.Option(help=CACHES_HELP)] = None,
+    text: Texts,
+    tokens: Tokens = None,
+    caches: Caches = None,
     methods: Annotated[
         str | None,
         typer.Option(
@@ -92,18 +106,23 @@ def streaming(
         int, typer.Option(min=1, help="With recompute, score only every N-th token, because it is slow.")
     ] = 1,
     output: Output = None,
+    device: Device = None,
+    dtype: Dtype = DtypeName.AUTO,
+    quiet: Quiet = False,
 ) -> None:
     """Measure perplexity on long text under several ways of limiting attention: see --methods."""
+    given = None if caches is None else parse_caches(caches)
+    console = Console(is_quiet=quiet)
+    console.note(f"loading {model} …")
     from ..checkpoints import load_tokenizer
     from ..eval import perplexity
     from ..eval.loading import load_causal_model
     from ..eval.plots import plot_streaming
     from ..eval.report import ReportFile, default_output, new_report
 
-    console = Console()
     tokenized = perplexity.read_text_files(text, load_tokenizer(model), tokens)
-    loaded = load_causal_model(model)
-    shapes = perplexity.default_caches(loaded) if caches is None else perplexity.parse_caches(caches)
+    loaded = load_causal_model(model, **placement(device, dtype))
+    shapes = given or perplexity.default_caches(loaded)
     chosen = perplexity.configurations(
         perplexity.default_methods(shapes) if methods is None else [name.strip() for name in methods.split(",")],
         shapes,
@@ -125,38 +144,47 @@ def streaming(
     console.print(f"Results: {file.path}, {folder / 'streaming.png'}")
 
 
+@examples(
+    "sinklm eval stream-eval runs/learnable-sink --num-samples 8 --num-lines 200",
+    "sinklm eval stream-eval runs/learnable-sink --caches 0+64,1+63 --distances 10,20 --num-samples 2 --num-lines 50",
+)
 def stream_eval(
     model: Model,
     num_samples: Annotated[int, typer.Option(min=1, help="Number of streams to read.")] = 100,
     num_lines: Annotated[
         int, typer.Option(min=11, help="Number of lines per stream; a question follows every tenth line.")
     ] = 1000,
-    caches: Annotated[str | None, typer.Option(help=CACHES_HELP)] = None,
+    caches: Caches = None,
     distances: Annotated[
         str, typer.Option(help="Distances to the lines that questions ask for, in lines, separated by commas.")
     ] = "20,40,60,80,100,150,200",
     batch_size: Annotated[int, typer.Option(min=1, help="Number of streams per batch.")] = 8,
-    seed: Annotated[int, typer.Option(min=0, help="Random seed for the numbers in the lines.")] = 0,
+    seed: Seed = 0,
     output: Output = None,
+    device: Device = None,
+    dtype: Dtype = DtypeName.AUTO,
+    quiet: Quiet = False,
 ) -> None:
     """Run StreamEval: recall of numbered lines by their distance in lines."""
+    chosen_distances = parse_numbers(distances, "--distances")
+    given = None if caches is None else parse_caches(caches)
+    console = Console(is_quiet=quiet)
+    console.note(f"loading {model} …")
     from ..checkpoints import load_tokenizer
     from ..eval.loading import load_causal_model
-    from ..eval.perplexity import default_caches, parse_caches, refuse_small_caches
+    from ..eval.perplexity import default_caches, refuse_small_caches
     from ..eval.plots import plot_stream_eval
     from ..eval.report import ReportFile, default_output, new_report
     from ..eval.stream_eval import check_distances, make_records, results_table, tokens_per_line
 
-    console = Console()
-    chosen_distances = whole_numbers("--distances", distances)
     check_distances(chosen_distances, num_lines)
     if num_samples * num_lines > MOST_LINES:
         raise ValueError(
             f"--num-samples {num_samples} × --num-lines {num_lines} are more than {MOST_LINES:,} lines: lower one of "
             "them"
         )
-    loaded, tokenizer = load_causal_model(model), load_tokenizer(model)
-    shapes = default_caches(loaded) if caches is None else parse_caches(caches)
+    loaded, tokenizer = load_causal_model(model, **placement(device, dtype)), load_tokenizer(model)
+    shapes = given or default_caches(loaded)
     refuse_small_caches(shapes, getattr(loaded.config, "num_sinks", 0))
     records = make_records(num_samples, num_lines, seed)
     folder = output or default_output(model)
@@ -171,13 +199,6 @@ def stream_eval(
     console.print(results_table(report["results"], f"StreamEval, accuracy in percent by distance: {model}"))
     console.print(f"One line is {report['tokens_per_line']:.1f} tokens.")
     console.print(f"Results: {file.path}, {folder / 'stream_eval.png'}")
-
-
-def whole_numbers(option: str, text: str) -> list[int]:
-    try:
-        return sorted({int(part) for part in text.split(",")})
-    except ValueError as error:
-        raise ValueError(f"{option} is {text[:80]!r}: it must be whole numbers separated by commas") from error
 
 
 def _ask_all(
@@ -208,18 +229,6 @@ def _ask_all(
                 progress=lambda num_lines, bar=bar: bars.advance(bar, num_lines),  # type: ignore[misc]
             )
             yield summarize(list(answers), num_kept, window, time.perf_counter() - started)
-
-
-def progress_bars(console: Console) -> "Progress":
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description:>16}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console)
 
 
 def _measure_all(

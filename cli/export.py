@@ -6,8 +6,13 @@ from typing import Annotated
 import typer
 
 from ..console import Console
+from .options import examples
 
 
+@examples(
+    "sinklm export runs/learnable-sink exports/learnable-sink",
+    "sinklm export runs/learnable-sink/checkpoints/step-4 exports/step-4",
+)
 def export(
     checkpoint: Annotated[
         str,

@@ -1,48 +1,41 @@
 """`sinklm generate`: continue a prompt and print the text while it is generated."""
 
-import math
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..console import Console
 from ..text import printable
+from .options import (
+    Cache,
+    Device,
+    Dtype,
+    DtypeName,
+    Model,
+    Quiet,
+    Seed,
+    Temperature,
+    TopK,
+    check_temperature,
+    examples,
+    parse_cache,
+    placement,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..streaming import Generator, StreamingCache
 
-Model = Annotated[
-    str,
-    typer.Argument(help="Training run, checkpoint, transformers folder, or name on the Hugging Face Hub."),
-]
-Temperature = Annotated[
-    float, typer.Option(min=0.0, help="Sampling temperature; 0 always chooses the most likely token.")
-]
-TopK = Annotated[
-    int | None, typer.Option(min=1, help="Sample from the K most likely tokens; default: from all tokens.")
-]
-NumKept = Annotated[
-    int | None,
-    typer.Option(
-        min=0,
-        help="Number of initial tokens that stay in the cache, including sinks; requires --window.",
-        show_default=False,
-    ),
-]
-Window = Annotated[
-    int | None,
-    typer.Option(
-        min=1, help="Number of recent tokens that stay in the cache; requires --num-kept.", show_default=False
-    ),
-]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed for sampling.")]
-
 LONG_TEXT = 1000  # number of tokens from which compiling the step on a GPU saves time
 
 
+@examples(
+    'sinklm generate runs/learnable-sink "Once upon a time"',
+    'sinklm generate exports/learnable-sink "Once upon a time" --stream --cache 1+63 --max-new-tokens 200',
+)
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
@@ -60,34 +53,38 @@ def generate(
     ] = None,
     temperature: Temperature = 0.8,
     top_k: TopK = None,
-    num_kept: NumKept = None,
-    window: Window = None,
+    cache: Cache = None,
     seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = DtypeName.AUTO,
+    quiet: Quiet = False,
 ) -> None:
     """Continue a prompt up to the end-of-text token, or with --stream without a length limit.
 
-    With --stream, or with --num-kept and --window, memory does not grow with the text.
+    With --stream or --cache, memory does not grow with the text.
     """
+    shape = None if cache is None else parse_cache(cache)
+    check_temperature(temperature)
+    prompt = _read_prompt(prompt)
+    console = Console(is_quiet=quiet)
+    console.note(f"loading {model} …")
     import torch
 
     from ..checkpoints import load_model, load_tokenizer
 
-    check_cache_options(num_kept, window)
-    check_temperature(temperature)
-    prompt = _read_prompt(prompt)
-    language_model, tokenizer = load_model(model), load_tokenizer(model)
+    language_model, tokenizer = load_model(model, **placement(device, dtype)), load_tokenizer(model)
     ids = tokenizer(prompt, verbose=False)["input_ids"]
     if not ids:
         raise ValueError("the prompt is empty: pass at least one character")
     torch.manual_seed(seed)
-    if not stream and num_kept is None:
+    if not stream and shape is None:
         _generate_dense(language_model, tokenizer, ids, max_new_tokens or 128, temperature, top_k)
         return
     limit = max_new_tokens or (None if stream else 128)
     is_long = limit is None or limit > LONG_TEXT
-    generator = make_generator(language_model, num_kept, window, temperature, top_k, compile=is_long)
+    generator = make_generator(console, language_model, shape, temperature, top_k, compile=is_long)
     end_ids = set() if stream else end_of_text_ids(language_model, tokenizer)
-    _print_stream(tokenizer, generator, prompt, ids, limit, end_ids)
+    _print_stream(console, tokenizer, generator, prompt, ids, limit, end_ids)
 
 
 def _read_prompt(prompt: str) -> str:
@@ -117,20 +114,10 @@ def show(text: str, end: str = "") -> None:
     print(printable(text) if is_terminal else text, end=end, flush=True)
 
 
-def check_cache_options(num_kept: int | None, window: int | None) -> None:
-    if (num_kept is None) != (window is None):
-        raise ValueError("--num-kept and --window must be used together: pass both or neither")
-
-
-def check_temperature(temperature: float) -> None:
-    if not math.isfinite(temperature):
-        raise ValueError(f"--temperature is {temperature}: it must be a finite number of at least 0")
-
-
 def make_generator(
+    console: Console,
     model: "PreTrainedModel",
-    num_kept: int | None,
-    window: int | None,
+    shape: tuple[int, int] | None,
     temperature: float,
     top_k: int | None,
     *,
@@ -139,19 +126,17 @@ def make_generator(
     """Create a generator with an empty cache; by default of the model's default size."""
     from ..streaming import Generator, StreamingCache, default_cache
 
-    if num_kept is None or window is None:
-        num_kept, window = default_cache(model)
+    num_kept, window = default_cache(model) if shape is None else shape
     cache = StreamingCache.for_model(model, num_kept=num_kept, window=window)
     trained_length = getattr(model.config, "max_position_embeddings", None)
     if trained_length and num_kept + window >= trained_length:
-        typer.echo(
-            f"Warning: the cache {num_kept}+{window} is too large for the {trained_length} positions that the model "
-            f"was trained on; output quality may degrade. Use --num-kept + --window < {trained_length}.",
-            err=True,
+        console.warn(
+            f"the cache {num_kept}+{window} is too large for the {trained_length} positions that the model was trained "
+            f"on; output quality may degrade. Use --cache with fewer than {trained_length} tokens in total."
         )
     generator = Generator(model, cache, temperature=temperature, top_k=top_k, compile=compile)
     if generator.is_compiled:
-        typer.echo("Compiling; the second token will be delayed.", err=True)
+        console.note("compiling; the second token will be delayed")
     return generator
 
 
@@ -204,6 +189,7 @@ def _generate_dense(
 
 
 def _print_stream(
+    console: Console,
     tokenizer: "PreTrainedTokenizerBase",
     generator: "Generator",
     prompt: str,
@@ -226,7 +212,7 @@ def _print_stream(
     except KeyboardInterrupt:
         pass
     show(text.flush(), end="\n")
-    typer.echo(f"{speed}; {describe_cache(generator.cache)}", err=True)
+    console.note(f"{speed}; {describe_cache(generator.cache)}")
 
 
 class Speed:

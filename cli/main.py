@@ -14,6 +14,7 @@ from .data import inspect, merge
 from .evaluate import stream_eval, streaming, zero_shot
 from .export import export
 from .generate import generate
+from .options import examples_text
 from .prepare import prepare
 from .runs import runs
 from .sinks import sinks
@@ -23,20 +24,29 @@ from .train import train
 # click's, or that of the copy of click in newer versions of typer.
 UsageError: Any = typer.BadParameter.__base__
 
-app = typer.Typer(
+HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}  # commands of groups inherit them
+
+
+def _group(help: str, **options: Any) -> typer.Typer:
+    return typer.Typer(
+        help=help,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        rich_markup_mode="rich",
+        context_settings=HELP_OPTIONS,
+        **options,
+    )
+
+
+app = _group(
+    "Pre-train language models with a learnable sink token, and stream text of any length in constant memory.",
     name="sinklm",
-    help="Pre-train language models with a learnable sink token, and stream text of any length in constant memory.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
 )
-tokenizer_app = typer.Typer(no_args_is_help=True, help="Train tokenizers.")
-data_app = typer.Typer(no_args_is_help=True, help="Join token stores, and look into one.")
-eval_app = typer.Typer(
-    no_args_is_help=True,
-    help="Evaluate a model: zero-shot benchmarks, streaming perplexity and recall, attention sinks.",
-)
-bench_app = typer.Typer(no_args_is_help=True, help="Measure speed and memory of a model.")
+tokenizer_app = _group("Train tokenizers.")
+data_app = _group("Join token stores, and look into one.")
+eval_app = _group("Evaluate a model: zero-shot benchmarks, streaming perplexity and recall, attention sinks.")
+bench_app = _group("Measure speed and memory of a model.")
 
 
 def _show_version(is_wanted: bool) -> None:
@@ -58,20 +68,23 @@ app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
-app.command()(prepare)
-data_app.command("merge")(merge)
-data_app.command("inspect")(inspect)
-tokenizer_app.command("train")(train_tokenizer)
-app.command()(train)
-app.command()(runs)
-eval_app.command("zero-shot")(zero_shot)
-eval_app.command("streaming")(streaming)
-eval_app.command("stream-eval")(stream_eval)
-eval_app.command("sinks")(sinks)
-app.command()(export)
-bench_app.command("decode")(decode)
-app.command()(generate)
-app.command()(chat)
+for _parent, _name, _command in (
+    (tokenizer_app, "train", train_tokenizer),
+    (app, "prepare", prepare),
+    (data_app, "merge", merge),
+    (data_app, "inspect", inspect),
+    (app, "train", train),
+    (app, "runs", runs),
+    (eval_app, "zero-shot", zero_shot),
+    (eval_app, "streaming", streaming),
+    (eval_app, "stream-eval", stream_eval),
+    (eval_app, "sinks", sinks),
+    (app, "export", export),
+    (bench_app, "decode", decode),
+    (app, "generate", generate),
+    (app, "chat", chat),
+):
+    _parent.command(_name, epilog=examples_text(_command), context_settings=HELP_OPTIONS)(_command)
 
 
 def main() -> None:

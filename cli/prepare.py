@@ -6,14 +6,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..console import Console
+from .options import Quiet, examples
+
 if TYPE_CHECKING:
-    from ..console import Console
     from ..data.manifest import Manifest
     from ..data.prepare import PrepareProgress
 
 LINE_SECONDS = 15.0  # between progress lines if the output is not a terminal
 
 
+@examples(
+    "sinklm prepare corpus/ --tokenizer tokenizer.json -o store",
+    "sinklm prepare EleutherAI/the_pile_deduplicated -o stores/pile",
+)
 def prepare(
     inputs: Annotated[
         list[str],
@@ -24,7 +30,7 @@ def prepare(
             "(EleutherAI/the_pile_deduplicated, owner/name:config).",
         ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder of the token store.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the token store.")],
     tokenizer: Annotated[
         str, typer.Option(help="Name on the Hugging Face Hub, or path of a tokenizer.json.")
     ] = "EleutherAI/gpt-neox-20b",
@@ -50,30 +56,31 @@ def prepare(
     processes: Annotated[
         int | None, typer.Option(min=1, help="Number of tokenizing processes.", show_default="number of CPUs")
     ] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Tokenize text to a token store for training.
 
     If it is interrupted, run the same command again to resume.
     """
-    from ..console import Console
+    console = Console(is_quiet=quiet)
+    console.note("reading the list of inputs …")
     from ..data.inputs import find_inputs
     from ..data.manifest import MANIFEST_NAME
     from ..data.prepare import has_saved_work, prepare_store
     from ..data.tokenizer import training_tokenizer
 
-    console = Console()
     was_complete, was_begun = (output / MANIFEST_NAME).exists(), has_saved_work(output)
     found = find_inputs(inputs, text_key=text_key)
     if found.num_ignored:
         kinds = ", ".join(f"{count} × {kind}" for kind, count in found.num_ignored.most_common(8))
-        console.print(f"Ignored files in folders: {kinds}")
+        console.note(f"ignored files in folders: {kinds}")
     if unchecked := found.without_checksum():
         names = ", ".join(unchecked[:3]) + ", …" * (len(unchecked) > 3)
-        console.print(f"Note: no checksums, so damage may go unnoticed, in {len(unchecked)} of the inputs: {names}")
+        console.note(f"no checksums, so damage may go unnoticed, in {len(unchecked)} of the inputs: {names}")
     for what in training_tokenizer(tokenizer).removed:
-        console.print(f"Note: the store's tokenizer is without {what}, which training does not use.", soft_wrap=True)
+        console.note(f"the store's tokenizer is without {what}, which training does not use")
     going_on = f"Resuming the interrupted work in {output}." if was_begun else None
-    with ProgressDisplay(console, opening=going_on) as display:
+    with ProgressDisplay(console.stderr_console, opening=going_on) as display:
         manifest = prepare_store(
             found.shards,
             output,
@@ -96,7 +103,7 @@ class ProgressDisplay:
         opening: message to print before the first progress.
     """
 
-    def __init__(self, console: "Console", opening: str | None = None):
+    def __init__(self, console: Console, opening: str | None = None):
         from rich import progress
 
         self.console, self.opening = console, opening
@@ -106,7 +113,7 @@ class ProgressDisplay:
             progress.TaskProgressColumn(),
             progress.TextColumn("{task.description}", markup=False),
             console=console,
-            disable=not console.is_terminal,
+            disable=not console.is_terminal or console.is_quiet,
             transient=True,
         )
         self.task = self.bar.add_task("starting", total=None, shard="")
@@ -127,7 +134,7 @@ class ProgressDisplay:
         if self.first is None:
             self.first = (now, progress)
             if self.opening:
-                self.console.print(self.opening, soft_wrap=True)
+                self.console.note(self.opening)
         text = describe(progress, self.first[1], now - self.first[0])
         self.bar.update(
             self.task,
@@ -137,7 +144,7 @@ class ProgressDisplay:
             total=progress.total_source_bytes,
         )
         if not self.console.is_terminal and now > self.printed_at + LINE_SECONDS:
-            self.console.print(f"{progress.shard_name}: {text}", soft_wrap=True, highlight=False)
+            self.console.note(f"{progress.shard_name}: {text}")
             self.printed_at = now
 
 
@@ -160,7 +167,7 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def print_summary(console: "Console", manifest: "Manifest", output: Path) -> None:
+def print_summary(console: Console, manifest: "Manifest", output: Path) -> None:
     """Print a table by Pile set, largest first, the size of each split, and warnings."""
     from rich import box
     from rich.table import Table

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..console import Console
+from .options import examples
 
 if TYPE_CHECKING:
     from ..checkpoints.runs import RunSummary
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 STYLES = {"running": "green", "finished": "", "stopped": "yellow", "damaged": "red"}
 
 
+@examples(
+    "sinklm runs",
+    "sinklm runs runs/learnable-sink --json",
+)
 def runs(
     folders: Annotated[
         list[Path] | None,

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..console import Console
-from .evaluate import Model, Output, progress_bars
+from .options import Device, Dtype, DtypeName, Model, Output, Quiet, examples, placement, progress_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from ..eval.sinks import Sequences, Statistics
 
 
+@examples(
+    "sinklm eval sinks runs/learnable-sink --text book.txt",
+    "sinklm eval sinks runs/learnable-sink --store store --num-sequences 10 --checkpoints",
+)
 def sinks(
     model: Model,
     text: Annotated[
@@ -36,10 +40,15 @@ def sinks(
         typer.Option("--checkpoints", help="Measure every checkpoint of a training run, to see when sinks form."),
     ] = False,
     output: Output = None,
+    device: Device = None,
+    dtype: Dtype = DtypeName.AUTO,
+    quiet: Quiet = False,
 ) -> None:
     """Measure attention sinks: sink rates, attention maps, norms and massive activations."""
     if bool(text) == bool(store):
         raise ValueError("pass exactly one of --text and --store")
+    console = Console(is_quiet=quiet)
+    console.note(f"loading {model} …")
     from ..checkpoints import load_tokenizer
     from ..eval.loading import load_causal_model
     from ..eval.report import ReportFile, default_output, new_report
@@ -47,9 +56,9 @@ def sinks(
     from ..eval.sinks.plots import plot_sinks
     from ..eval.sinks.tables import as_json, heads_table, massive_table, named_positions, positions_table, summary
 
-    console = Console()
     run = _checkpoints_of(model) if checkpoints else {}
-    loaded, tokenizer = load_causal_model(model), load_tokenizer(model)
+    place = placement(device, dtype)
+    loaded, tokenizer = load_causal_model(model, **place), load_tokenizer(model)
     num_sinks = getattr(loaded.config, "num_sinks", 0)
     wanted = (tokenizer, num_sequences, seq_length - num_sinks)
     sequences = sequences_of_store(store, *wanted) if store else sequences_of_texts(text or [], *wanted)
@@ -61,7 +70,7 @@ def sinks(
 
     if run:
         report["checkpoints"] = []
-        for state, statistics in _measure_run(console, run, sequences, epsilon):
+        for state, statistics in _measure_run(console, run, sequences, epsilon, place):
             report["checkpoints"].append(state | summary(statistics, positions))
             file.keep(report)
     else:
@@ -86,7 +95,7 @@ def _checkpoints_of(run: str) -> dict[int, Path]:
 
 
 def _measure_run(
-    console: Console, run: dict[int, Path], sequences: "Sequences", epsilon: float
+    console: Console, run: dict[int, Path], sequences: "Sequences", epsilon: float, place: dict[str, Any]
 ) -> Iterator[tuple[dict[str, int], "Statistics"]]:
     """Measure all checkpoints; yield step and training tokens (including sinks), and the result."""
     from ..checkpoints import load_model
@@ -94,7 +103,7 @@ def _measure_run(
 
     for step, checkpoint in run.items():
         tokens = read_state(checkpoint).positions
-        statistics = _measure(console, load_model(checkpoint), sequences, epsilon, name=f"step {step}")
+        statistics = _measure(console, load_model(checkpoint, **place), sequences, epsilon, name=f"step {step}")
         yield {"step": step, "tokens": tokens}, statistics
 
 

@@ -6,7 +6,14 @@ from typing import Annotated
 
 import typer
 
+from ..console import Console
+from .options import Quiet, examples
 
+
+@examples(
+    "sinklm tokenizer train corpus/ --vocab-size 2048 -o tokenizer.json",
+    "sinklm tokenizer train 'corpus/*.jsonl' book.txt --vocab-size 4096 -o tokenizer-4096.json",
+)
 def train(
     inputs: Annotated[
         list[str],
@@ -15,16 +22,16 @@ def train(
         ),
     ],
     vocab_size: Annotated[int, typer.Option(help="Number of tokens, including special tokens and the 256 bytes.")],
-    output: Annotated[Path, typer.Option(help="File to write.")] = Path("tokenizer.json"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("tokenizer.json"),
+    quiet: Quiet = False,
 ) -> None:
     """Train a byte-level BPE tokenizer like that of GPT-NeoX."""
-    from ..console import Console
     from ..data.inputs import find_inputs, read_documents
     from ..data.manifest import Counts
     from ..data.tokenizer import train_tokenizer
     from ..files import check_writable, write_text
 
-    console, counts = Console(), Counts()
+    console, counts = Console(is_quiet=quiet), Counts()
     if output.is_dir():
         raise ValueError(f"--output {output} is a folder: pass the name of a file, such as {output / 'tokenizer.json'}")
     check_writable(output)
@@ -34,7 +41,7 @@ def train(
             counts.add(Counts(documents=1, bytes=len(document.text.encode())))
             yield document.text
 
-    with console.status(f"Training a tokenizer of {vocab_size:,} tokens"):
+    with console.stderr_console.status(f"Training a tokenizer of {vocab_size:,} tokens"):
         tokenizer = train_tokenizer(texts(), vocab_size)
     write_text(output, tokenizer.to_str(pretty=True))  # `Tokenizer.save` does not raise OSError
     size = tokenizer.get_vocab_size()

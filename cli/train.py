@@ -4,7 +4,13 @@ from typing import Annotated
 
 import typer
 
+from .options import examples
 
+
+@examples(
+    "sinklm train pythia-160m data.path=stores/pile --dry-run",
+    "sinklm train quickstart data.path=store train.num_steps=20",
+)
 def train(
     recipe: Annotated[
         str, typer.Argument(help="Packaged recipe (pythia-160m, paper/learnable-sink, …) or path of a YAML file.")

@@ -19,12 +19,19 @@ from ..streaming.generation import DEFAULT_NUM_KEPT
 
 METHODS = ("streaming", "cropped cache", "re-computation", "floor")
 NUM_WARMUP = 5
+CACHE_SIZES = (256, 512, 1024, 2048, 4096)
 RECOMPUTE_SHARE = 20  # re-computation is timed for this many times fewer steps, because each runs a whole window
 EXTRA_TOKENS = 8  # prompt tokens beyond the cache size, so that the cache is full and has evicted tokens
 
 
+def default_caches(model: PreTrainedModel) -> list[tuple[int, int]]:
+    """Return caches of `CACHE_SIZES` that keep the model's sinks, or 4 tokens without any."""
+    num_kept = getattr(model.config, "num_sinks", 0) or DEFAULT_NUM_KEPT
+    return [(num_kept, size - num_kept) for size in CACHE_SIZES]
+
+
 def measure_decoding(
-    model: PreTrainedModel, cache_size: int, batch_size: int, *, num_steps: int, bandwidth: float
+    model: PreTrainedModel, num_kept: int, window: int, batch_size: int, *, num_steps: int, bandwidth: float
 ) -> list[dict[str, Any]]:
     """Measure milliseconds per decoding step and peak GPU memory (weights included) of each method.
 
@@ -35,25 +42,22 @@ def measure_decoding(
       bandwidth.
 
     Args:
-        cache_size: tokens in the cache.
+        num_kept, window: numbers of first and of recent tokens in the cache.
         batch_size: number of streams.
         num_steps: timed steps.
         bandwidth: bytes per second, see `copy_bandwidth`.
 
     Raises:
-        ValueError: the cache has no room for more than the kept tokens, or the logits are not
-            finite.
+        ValueError: the model does not support the cache, or the logits are not finite.
     """
-    num_kept = getattr(model.config, "num_sinks", 0) or DEFAULT_NUM_KEPT
-    if cache_size <= num_kept:
-        raise ValueError(f"the cache size {cache_size} must be larger than the {num_kept} kept tokens: increase it")
+    cache_size = num_kept + window
     num_ids = min(256, model.get_input_embeddings().weight.shape[0])
     ids = torch.randint(num_ids, (batch_size, cache_size + EXTRA_TOKENS), device=model.device)
     with torch.inference_mode(), checked_passes(model):
         model(ids[:, :EXTRA_TOKENS], logits_to_keep=1, use_cache=False)
-    row = {"cache_size": cache_size, "batch_size": batch_size, "num_kept": num_kept}
+    row = {"cache_size": cache_size, "batch_size": batch_size, "num_kept": num_kept, "window": window}
     costs = [
-        time_streaming(model, ids, num_kept, cache_size - num_kept, num_steps),
+        time_streaming(model, ids, num_kept, window, num_steps),
         time_cropped_cache(model, ids[:, :cache_size], num_kept, num_steps),
         time_recomputation(model, ids[:, :cache_size], max(3, num_steps // RECOMPUTE_SHARE)),
     ]
@@ -171,13 +175,12 @@ def results_table(results: list[dict[str, Any]], title: str) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     for header in ("Cache", "Batch", *METHODS, "speed-up"):
         table.add_column(header, justify="right", no_wrap=True)
-    for cache_size, batch_size in dict.fromkeys((row["cache_size"], row["batch_size"]) for row in results):
-        times = {
-            row["method"]: row["milliseconds"]
-            for row in results
-            if (row["cache_size"], row["batch_size"]) == (cache_size, batch_size)
-        }
+    rows: dict[tuple[str, int], dict[str, float]] = {}
+    for row in results:
+        key = f"{row['num_kept']}+{row['window']}", row["batch_size"]
+        rows.setdefault(key, {})[row["method"]] = row["milliseconds"]
+    for (cache, batch_size), times in rows.items():
         speed_up = times["re-computation"] / times["streaming"]
         cells = (f"{times[method]:,.2f}" for method in METHODS)
-        table.add_row(str(cache_size), str(batch_size), *cells, f"{speed_up:,.1f}×")
+        table.add_row(cache, str(batch_size), *cells, f"{speed_up:,.1f}×")
     return table

@@ -1,6 +1,7 @@
 """Loads models for evaluation, which requires causal models."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -9,13 +10,16 @@ from ..checkpoints import load_model
 from ..models.checked import refuse_nonfinite_logits
 
 
-def load_causal_model(name_or_path: str | Path) -> PreTrainedModel:
+def load_causal_model(name_or_path: str | Path, **options: Any) -> PreTrainedModel:
     """Load a model with `load_model` and check that it is causal (unlike, for example, BERT).
+
+    Args:
+        options: as in `load_model`.
 
     Raises:
         ValueError: the model is not causal, or its outputs are not finite.
     """
-    model = load_model(name_or_path)
+    model = load_model(name_or_path, **options)
     if not is_causal(model):
         raise ValueError(f"{name_or_path} is not causal, its tokens attend to later ones: use a causal language model")
     return model

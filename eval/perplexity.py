@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import re
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -124,20 +123,6 @@ def _read_text(path: Path) -> str:
         raise type(error)(f"--text {path} cannot be read: {error.strerror}; pass a text file") from error
     document = TextFile(str(path), "", content).document()
     return document.text if document else ""
-
-
-def parse_caches(text: str) -> list[tuple[int, int]]:
-    """Parse ``"0+1024,4+1020"`` into ``[(0, 1024), (4, 1020)]``."""
-    caches = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\+(\d+)\s*", part)
-        if not match or int(match[2]) < 1:
-            raise ValueError(
-                f"--caches contains {part!r}: write kept tokens + window, such as 4+1020, separated by commas; the "
-                f"window must be at least 1"
-            )
-        caches.append((int(match[1]), int(match[2])))
-    return caches
 
 
 def default_caches(model: PreTrainedModel) -> list[tuple[int, int]]:

@@ -58,7 +58,7 @@ def main() -> None:
     sinklm("export", "learnable-sink", "export")
 
     say("7. Generate text with a streaming cache of 1 sink token and 63 recent tokens")
-    sinklm("generate", "learnable-sink", "def main():", "--max-new-tokens", "100", "--num-kept", "1", "--window", "63")
+    sinklm("generate", "learnable-sink", "def main():", "--max-new-tokens", "100", "--cache", "1+63")
 
     summary(time.perf_counter() - started)
 

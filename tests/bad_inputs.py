@@ -359,11 +359,11 @@ OPTIONS = [
     Case("a seed of 23 digits", GENERATE + " --seed 1" + "0" * 23, r".*'--seed'.*; see sinklm generate --help"),
     Case("a negative seed", GENERATE + " --seed -1", r".*'--seed'.*; see sinklm generate --help"),
     Case(
-        "a cache of 10^22",
-        GENERATE + " --num-kept 1 --window 1" + "0" * 22,
+        "a cache of 10^11",
+        GENERATE + " --cache 1+1" + "0" * 11,
         r"a cache of 1\+10+ tokens is too large: use at most .*",
     ),
-    Case("half a cache", GENERATE + " --window 5", r"--num-kept and --window must be used together: .*"),
+    Case("a cache as a number", GENERATE + " --cache 1024", r"--cache: '1024' is not a cache: write kept tokens .*"),
     Case("an unknown option", "generate --nope", r"No such option: --nope.*; see sinklm generate --help"),
     Case("an unknown command", "evaluate", r"No such command 'evaluate'.*; see sinklm --help"),
     Case("an empty prompt", "generate {model} ''", r"the prompt is empty: pass at least one character"),
@@ -410,7 +410,7 @@ OPTIONS = [
     Case(
         "more tokens than text", EVAL + "--tokens 99999999999", r"text\.txt: \d+ tokens, but 99999999999 are needed: .*"
     ),
-    Case("a cache without a window", EVAL + "--caches 4+", r"--caches contains '4\+': write kept tokens \+ window, .*"),
+    Case("a cache without a window", EVAL + "--caches 4+", r"--caches: '4\+' is not a cache: write kept .*"),
     Case("a huge cache", EVAL + "--caches 0+99999999999", r"a cache of 0\+9+ tokens is too large: use at most .*"),
     Case(
         "a file for an output folder",
@@ -445,6 +445,8 @@ OPTIONS = [
         "eval stream-eval {model} --num-samples 99999999",
         r"--num-samples 99999999 × --num-lines 1000 are more than .*: lower one of them",
     ),
+    Case("a GPU that is not there", GENERATE + " --device cuda:99", r"--device cuda:99 is not available .*: use cpu.*"),
+    Case("a device that does not exist", GENERATE + " --device gpu", r"--device gpu is not available .*: use cpu.*"),
     Case("a negative distance", "eval stream-eval {model} --distances=-1", r"--distances contains -1: .*"),
     Case(
         "an unknown task",
@@ -459,7 +461,7 @@ OPTIONS = [
     Case(
         "a cache of nothing",
         "bench decode {model} --caches 0",
-        r"--caches and --batch-sizes must be numbers of at least 1",
+        r"--caches: '0' is not a cache: write kept tokens \+ window, such as 4\+1020; .*",
     ),
 ]
 ENVIRONMENTS = [

@@ -32,7 +32,8 @@ def test_a_bad_input_is_one_line(case: Case, valid_model, tmp_path, monkeypatch,
         main()
     said = capfd.readouterr().err + (end.value.code if isinstance(end.value.code, str) else "")
     assert end.value.code not in (0, None)
-    (line,) = (line for line in said.splitlines() if not line.startswith(("[", "Warning")))
+    is_note = re.compile(r"\[|Warning|(loading|reading) .* …$")
+    (line,) = (line for line in said.splitlines() if not is_note.match(line))
     assert re.fullmatch(f"error: {case.message}", line), line
     assert not (tmp_path / "ran").exists()
 

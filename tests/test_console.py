@@ -57,7 +57,9 @@ def test_every_output_of_a_command_shows_a_name_as_it_is(name):
     manifest = Manifest.model_construct(
         splits={name: Split(total=counts, sets={name: counts}, shards=[])}, sources=[], validation_fraction=0.1
     )
-    timed = [{"method": m, "milliseconds": 1.0, "cache_size": 1, "batch_size": 1} for m in decode_speed.METHODS]
+    timed = [
+        {"method": m, "milliseconds": 1.0, "num_kept": 1, "window": 1, "batch_size": 1} for m in decode_speed.METHODS
+    ]
     assert visible in shown(decode_speed.results_table(timed, name))
     console = Console(file=io.StringIO(), width=300)
     print_summary(console, manifest, Path(name))

@@ -1,9 +1,9 @@
 """The console of all commands: it prints text as it is, without markup, emoji or control codes."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import rich.console
-from rich.status import Status
 from rich.text import Text
 
 from .text import printable
@@ -14,10 +14,27 @@ class Console(rich.console.Console):
 
     rich would read ``[/b]`` in a name as markup and fail, and send ``\\x1b`` to the terminal. Style
     a message with ``print(text, style="yellow")``.
+
+    Args:
+        is_quiet: print no notes and no progress (``--quiet``).
     """
 
-    def __init__(self, **options: Any):
+    def __init__(self, *, is_quiet: bool = False, **options: Any):
         super().__init__(markup=False, emoji=False, **options)
+        self.is_quiet = is_quiet
+
+    def note(self, text: str) -> None:
+        """Print what the command does, on stderr, so that stdout has only results."""
+        if not self.is_quiet:
+            self.stderr_console.print(text, highlight=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """Print a warning on stderr, also with ``--quiet``."""
+        self.stderr_console.print(f"warning: {text}", style="yellow", highlight=False, soft_wrap=True)
+
+    @property
+    def stderr_console(self) -> "Console":
+        return self if self.stderr else Console(stderr=True, is_quiet=self.is_quiet)
 
     def render_str(self, text: str, **options: Any) -> Text:  # all strings, those of tables too
         return super().render_str(printable(text), **options)
@@ -26,5 +43,8 @@ class Console(rich.console.Console):
         """Raise the BrokenPipeError, which `sinklm.command.run` handles; rich exits with 1."""
         raise
 
-    def status(self, status: Any, **options: Any) -> Status:
+    def status(self, status: Any, **options: Any) -> AbstractContextManager[Any]:  # type: ignore[override]
+        """Show a spinner with a text while a block runs."""
+        if self.is_quiet:
+            return nullcontext()
         return super().status(Text(printable(status)) if isinstance(status, str) else status, **options)

@@ -24,7 +24,7 @@ def checkpoint(tmp_path_factory) -> str:
 
 
 def test_a_stream_is_text_on_stdout_and_speed_on_stderr(checkpoint, capfd):
-    generate(checkpoint, "def main", stream=True, max_new_tokens=30, num_kept=1, window=9)
+    generate(checkpoint, "def main", stream=True, max_new_tokens=30, cache="1+9")
     shown = capfd.readouterr()
     assert shown.out.startswith("def main")
     assert len(shown.out) > len("def main\n")
@@ -33,7 +33,7 @@ def test_a_stream_is_text_on_stdout_and_speed_on_stderr(checkpoint, capfd):
 
 
 def test_text_that_fits_the_cache_equals_that_of_dense_attention(checkpoint, capfd):
-    for options in ({}, {"stream": True}, {"num_kept": 1, "window": 100}):
+    for options in ({}, {"stream": True}, {"cache": "1+100"}):
         generate(checkpoint, "import os", max_new_tokens=25, temperature=0, **options)
     dense, *streamed = capfd.readouterr().out.split("import os")[1:]
     assert [text.strip() for text in streamed] == [dense.strip()] * 2
@@ -63,16 +63,16 @@ def test_ctrl_c_ends_the_stream_with_its_speed(checkpoint, capfd, monkeypatch):
 def test_only_a_stream_continues_after_the_end_of_the_text(checkpoint, capfd, monkeypatch):
     end = load_tokenizer(checkpoint).eos_token_id
     monkeypatch.setattr(Generator, "sample", lambda self, logits: torch.tensor([[end]]))
-    for options in ({"num_kept": 1, "window": 9}, {"stream": True, "max_new_tokens": 12}):
+    for options in ({"cache": "1+9"}, {"stream": True, "max_new_tokens": 12}):
         generate(checkpoint, "a", **options)
     without, stream = [line for line in capfd.readouterr().err.splitlines() if "cache 1+" in line]
     assert without.startswith("0 tokens")
     assert stream.startswith("12 tokens")
 
 
-def test_an_incomplete_cache_size_and_an_empty_prompt_are_an_error(checkpoint):
-    with pytest.raises(ValueError, match="--num-kept and --window must be used together"):
-        generate(checkpoint, "a", num_kept=4)
+def test_an_incomplete_cache_and_an_empty_prompt_are_an_error(checkpoint):
+    with pytest.raises(ValueError, match="--cache: '4' is not a cache"):
+        generate(checkpoint, "a", cache="4")
     with pytest.raises(ValueError, match="prompt is empty"):
         generate(checkpoint, "")
 
@@ -80,7 +80,7 @@ def test_an_incomplete_cache_size_and_an_empty_prompt_are_an_error(checkpoint):
 def test_a_model_may_have_several_end_of_text_tokens(checkpoint, capfd, monkeypatch):
     model = load_model(checkpoint)
     model.config.eos_token_id = model.generation_config.eos_token_id = [0, 5]
-    monkeypatch.setattr("sinklm.checkpoints.load_model", lambda name: model)
+    monkeypatch.setattr("sinklm.checkpoints.load_model", lambda name, **options: model)
     generate(checkpoint, "import os", max_new_tokens=5)
     assert capfd.readouterr().out.startswith("import os")
 
@@ -90,7 +90,7 @@ def test_a_model_with_nan_outputs_is_an_error(checkpoint, monkeypatch, stream):
     model = load_model(checkpoint)
     with torch.no_grad():
         model.lm_head.weight[5, 0] = float("nan")
-    monkeypatch.setattr("sinklm.checkpoints.load_model", lambda name: model)
+    monkeypatch.setattr("sinklm.checkpoints.load_model", lambda name, **options: model)
     with pytest.raises(ValueError, match="outputs are not finite"):
         generate(checkpoint, "import os", stream=stream)
 
@@ -106,7 +106,7 @@ def test_a_prompt_can_come_from_standard_input(checkpoint, capfd, monkeypatch):
 def test_a_cache_larger_than_the_trained_length_gives_a_warning(checkpoint, capfd):
     trained = load_model(checkpoint).config.max_position_embeddings
     for window in (trained - 2, trained - 1):
-        generate(checkpoint, "a", stream=True, max_new_tokens=2, num_kept=1, window=window)
+        generate(checkpoint, "a", stream=True, max_new_tokens=2, cache=f"1+{window}")
     assert capfd.readouterr().err.count("is too large for") == 1
 
 

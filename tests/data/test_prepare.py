@@ -178,10 +178,10 @@ def test_the_command_points_out_what_is_lost_or_unprotected(
         (tmp_path / f"{name}.zst").write_bytes(zstandard.compress(b'{"body": "the sink"}\n'))
     options = {"tokenizer": str(tmp_path), "text_key": "body", "eod_token": None, "processes": 1}
     prepare_command([str(tmp_path / "a.zst"), str(tmp_path / "b.zst")], tmp_path / "s", **options)
-    said = capsys.readouterr().out.replace("\n", " ")
-    assert "Note: no checksums, so damage may go unnoticed, in 2 of the inputs: a.zst, b.zst" in said
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "no checksums, so damage may go unnoticed, in 2 of the inputs: a.zst, b.zst" in said
     for what in ("truncation", "the template that adds <|padding|>"):
-        assert f"Note: the store's tokenizer is without {what}, which training does not use." in said
+        assert f"the store's tokenizer is without {what}, which training does not use" in said
 
 
 class Crash(BaseException):

@@ -27,7 +27,6 @@ from sinklm.eval.perplexity import (
     default_caches,
     default_methods,
     measure,
-    parse_caches,
     position_bins,
     read_text_files,
     text_prefix,
@@ -113,13 +112,6 @@ def test_a_model_that_gives_no_numbers_is_refused(book, method):
     stream = read_text_files([book], PreTrainedTokenizerFast(tokenizer_object=small_tokenizer()))
     with pytest.raises(ValueError, match="outputs are not finite: the checkpoint is damaged"):
         measure(model, stream, Configuration(method, int(method == "streaming"), 15))
-
-
-def test_caches_are_read_and_refused():
-    assert parse_caches("0+1024, 4+1020") == [(0, 1024), (4, 1020)]
-    for wrong in ("1024", "4+", "4+0", "4+1020,", "-1+5"):
-        with pytest.raises(ValueError, match="--caches"):
-            parse_caches(wrong)
 
 
 def test_the_default_grid_is_that_of_table_3():

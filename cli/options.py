@@ -1,0 +1,180 @@
+"""Options that several commands share, the notation of caches, and the examples of a help text.
+
+A command takes an option as ``device: Device = None``, parses ``--cache`` with `parse_cache` before
+it imports torch, and prints with a `Console` that knows ``--quiet``.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from ..console import Console
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+LARGEST_SEED = 2**32 - 1
+
+
+class DtypeName(StrEnum):
+    """Values of ``--dtype``."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="Training run, checkpoint, export, transformers folder, or name on the Hugging Face Hub (owner/name).",
+        show_default=False,
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="Device of the model, e.g. cpu or cuda:1.", show_default="the first GPU, or cpu without one"),
+]
+Dtype = Annotated[
+    DtypeName,
+    typer.Option(
+        help="Data type of the weights. auto: as saved, or float32 on a CPU without instructions for the saved type."
+    ),
+]
+Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Random seed.")]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Folder for the results.", show_default="results/MODEL"),
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print results, warnings and errors only: no progress and no notes.")
+]
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEPT+WINDOW",
+        help="Streaming cache: the first KEPT tokens, which include the model's sinks, and the last WINDOW tokens, "
+        "e.g. 4+1020.",
+        show_default=False,
+    ),
+]
+CACHES_METAVAR = "KEPT+WINDOW,…"
+CACHES_HELP = (
+    "Streaming caches, separated by commas: the first KEPT tokens and the last WINDOW tokens, e.g. 0+1024,4+1020."
+)
+Caches = Annotated[
+    str | None,
+    typer.Option(
+        metavar=CACHES_METAVAR,
+        help=CACHES_HELP,
+        show_default="0, 1, 2 and 4 kept tokens in a cache of half the trained length",
+    ),
+]
+Texts = Annotated[
+    list[Path], typer.Option(help="UTF-8 text file; repeat the option to join several files.", show_default=False)
+]
+Tokens = Annotated[
+    int | None, typer.Option(min=2, help="Number of tokens of the text to read.", show_default="the whole text")
+]
+Temperature = Annotated[
+    float, typer.Option(min=0.0, help="Sampling temperature; 0 always chooses the most likely token.")
+]
+TopK = Annotated[
+    int | None, typer.Option(min=1, help="Sample from the K most likely tokens.", show_default="from all tokens")
+]
+
+
+def parse_cache(text: str, option: str = "--cache") -> tuple[int, int]:
+    """Parse ``"4+1020"`` into ``(4, 1020)``: the numbers of kept and of recent tokens.
+
+    Raises:
+        ValueError: the text is not ``KEPT+WINDOW`` with a window of at least 1.
+    """
+    match = re.fullmatch(r"\s*(\d{1,12})\+(\d{1,12})\s*", text, re.ASCII)
+    if not match or int(match[2]) < 1:
+        raise ValueError(
+            f"{option}: {text[:80]!r} is not a cache: write kept tokens + window, such as 4+1020; the window must be "
+            "at least 1"
+        )
+    return int(match[1]), int(match[2])
+
+
+def parse_caches(text: str, option: str = "--caches") -> list[tuple[int, int]]:
+    """Parse ``"0+1024,4+1020"`` into ``[(0, 1024), (4, 1020)]``; see `parse_cache`."""
+    return [parse_cache(part, option) for part in text.split(",")]
+
+
+def parse_numbers(text: str, option: str) -> list[int]:
+    """Parse ``"20,10"`` into ``[10, 20]``.
+
+    Raises:
+        ValueError: a part is not a whole number.
+    """
+    try:
+        return sorted({int(part) for part in text.split(",")})
+    except ValueError as error:
+        raise ValueError(f"{option} is {text[:80]!r}: it must be whole numbers separated by commas") from error
+
+
+def check_temperature(temperature: float) -> None:
+    if not math.isfinite(temperature):
+        raise ValueError(f"--temperature is {temperature}: it must be a finite number of at least 0")
+
+
+def placement(device: str | None, dtype: str) -> dict[str, Any]:
+    """Return ``--device`` and ``--dtype`` as arguments of `load_model`. Imports torch.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
+    import torch
+
+    if device is not None:
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            count = torch.cuda.device_count()
+            gpus = f"cuda:0 to cuda:{count - 1}" if count > 1 else "cuda" if count else ""
+            usable = " or ".join(filter(None, ["cpu", gpus]))
+            raise ValueError(f"--device {device} is not available on this machine: use {usable}") from error
+    return {"device": device, "dtype": None if dtype == DtypeName.AUTO else str(dtype)}
+
+
+def progress_bars(console: Console) -> "Progress":
+    """Return the progress bars of an evaluation, on stderr; with ``--quiet`` they are not shown."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:>16}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console.stderr_console, disable=console.is_quiet)
+
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def examples(*lines: str) -> Callable[[Command], Command]:
+    """Add examples to the help of a command. ``tests/cli/test_examples.py`` executes them."""
+
+    def add(command: Command) -> Command:
+        command.examples = lines  # type: ignore[attr-defined]
+        return command
+
+    return add
+
+
+def examples_text(command: Callable[..., None]) -> str:
+    """Return the end of a command's help text. Paragraphs, because typer joins lines."""
+    from rich.markup import escape
+
+    lines = getattr(command, "examples", ())
+    return "\n\n".join(["Examples:", *(escape(f"$ {line}") for line in lines)])
