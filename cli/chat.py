@@ -3,11 +3,13 @@
 import sys
 from collections.abc import Iterator
 from io import TextIOWrapper
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..console import Console
+from ..files import check_writable
 from .generate import describe_cache, show
 from .options import (
     Cache,
@@ -40,6 +42,14 @@ def chat(
     temperature: Temperature = 0.8,
     top_k: TopK = None,
     cache: Cache = None,
+    session: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False,
+            help="File of the conversation: it is continued if the file exists, and saved after each turn.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = DtypeName.AUTO,
@@ -53,6 +63,8 @@ def chat(
     """
     shape = None if cache is None else parse_cache(cache)
     check_temperature(temperature)
+    if session is not None:
+        check_writable(session)
     console = Console(is_quiet=quiet)
     console.note(f"loading {model} …")
     import torch
@@ -62,12 +74,36 @@ def chat(
     from .generate import make_generator
 
     language_model, tokenizer = load_model(model, **placement(device, dtype)), load_tokenizer(model)
-    generator = make_generator(console, language_model, shape, temperature, top_k)
-    conversation = Chat(tokenizer, generator, system=system, max_new_tokens=max_new_tokens)
+    sampling = {"temperature": temperature, "top_k": top_k}
+    if session is not None and session.exists():
+        conversation = Chat.load(session, tokenizer, language_model, max_new_tokens=max_new_tokens, **sampling)
+        _check_same(session, conversation, shape, system)
+        console.note(f"continuing {session}: {len(conversation.history) // 2} turns")
+    else:
+        generator = make_generator(console, language_model, shape, temperature, top_k)
+        conversation = Chat(tokenizer, generator, system=system, max_new_tokens=max_new_tokens)
     torch.manual_seed(seed)
     for message in _messages():
         _reply(console, conversation, message)
-    console.note(f"{generator.cache.get_seq_length():,} tokens seen; {describe_cache(generator.cache)}")
+        if session is not None and not conversation.generator.cache.is_damaged:
+            conversation.save(session)
+    seen = conversation.generator.cache
+    console.note(f"{seen.get_seq_length():,} tokens seen; {describe_cache(seen)}")
+
+
+def _check_same(session: Path, conversation: "Chat", shape: tuple[int, int] | None, system: str | None) -> None:
+    """Raise a ValueError if options differ from those that a conversation began with."""
+    saved = conversation.generator.cache.shape
+    if shape is not None and shape != (saved.num_kept, saved.window):
+        raise ValueError(
+            f"--cache is {shape[0]}+{shape[1]}, but the conversation in {session} has a cache "
+            f"{saved.num_kept}+{saved.window}: leave out --cache, or choose another --session"
+        )
+    if system is not None and system != conversation.system:
+        raise ValueError(
+            f"--system differs from the instructions of the conversation in {session}: leave it out, or choose another "
+            "--session"
+        )
 
 
 def _messages() -> Iterator[str]:

@@ -1,6 +1,7 @@
 """`sinklm generate`: continue a prompt and print the text while it is generated."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -127,13 +128,11 @@ def make_generator(
     from ..streaming import Generator, StreamingCache, default_cache
 
     num_kept, window = default_cache(model) if shape is None else shape
-    cache = StreamingCache.for_model(model, num_kept=num_kept, window=window)
-    trained_length = getattr(model.config, "max_position_embeddings", None)
-    if trained_length and num_kept + window >= trained_length:
-        console.warn(
-            f"the cache {num_kept}+{window} is too large for the {trained_length} positions that the model was trained "
-            f"on; output quality may degrade. Use --cache with fewer than {trained_length} tokens in total."
-        )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        cache = StreamingCache.for_model(model, num_kept=num_kept, window=window)
+    for warning in caught:
+        console.warn(str(warning.message))
     generator = Generator(model, cache, temperature=temperature, top_k=top_k, compile=compile)
     if generator.is_compiled:
         console.note("compiling; the second token will be delayed")

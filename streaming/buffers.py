@@ -87,6 +87,12 @@ class StreamingLayer:
         ring = self.keys[:, :, self.shape.num_kept :]
         ring.copy_(turn(ring))
 
+    def restart_rows(self, rows: Tensor) -> None:
+        """Restore the kept keys that steps have rotated, for rows that only keep sinks."""
+        if self.is_allocated:
+            rows, num_kept = rows.to(self.keys.device), self.shape.num_kept
+            self.keys[rows, :, :num_kept] = self.kept_keys[rows, :, :num_kept]
+
     def crop(self, num_before: Tensor, num_after: Tensor) -> None:
         """Remove the last tokens of each row ``(B,)``; none has left the layer."""
 

@@ -2,8 +2,9 @@
 
 import copy
 import os
+import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -129,6 +130,9 @@ class StreamingCache(Cache):
             kv_dtype: store keys and values with 8 or 4 bits, except those of the kept tokens and of
                 the last 32. None stores them as they are.
 
+        Warns:
+            UserWarning: the cache has more positions than the model was trained on.
+
         Raises:
             ValueError: the model is not supported, ``num_kept < 0``, ``window < 1``,
                 ``chunk_size < 1``, or an unknown ``kv_dtype``.
@@ -137,6 +141,13 @@ class StreamingCache(Cache):
             raise ValueError(f"kv_dtype is {kv_dtype!r}: it must be {', '.join(map(repr, KV_DTYPES))} or None")
         if chunk_size < 1:
             raise ValueError(f"chunk_size is {chunk_size}: it must be at least 1")
+        trained_length = getattr(model.config, "max_position_embeddings", None)
+        if trained_length and num_kept + window >= trained_length:
+            warnings.warn(
+                f"the cache {num_kept}+{window} is too large for the {trained_length} positions that the model was "
+                f"trained on; output quality may degrade. Use num_kept + window < {trained_length}",
+                stacklevel=2,
+            )
         return cls(model, StreamShape(num_kept, window), chunk_size, kv_dtype)
 
     def __repr__(self) -> str:
@@ -366,8 +377,12 @@ class StreamingCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """False: tokens that have left the window cannot be restored. See `crop`."""
-        return False
+        """Whether no token has left the cache, so that `crop` is possible (assisted generation)."""
+        if self.counters is None:
+            return True
+        # On MPS, `generate` would remove a token after each step, also when the cache is full.
+        is_full = int(self.counters.num_seen.max()) > self.shape.num_slots
+        return not (is_full or self.is_ragged or self.decoder.device.type == "mps")
 
     @property
     def is_sliding(self) -> list[bool]:
@@ -383,13 +398,42 @@ class StreamingCache(Cache):
         """Memory of keys and values in bytes, constant after the first forward pass."""
         return sum(layer.num_bytes for layer in self.streaming_layers)
 
-    def reset(self) -> None:
-        """Empty the cache. The next forward pass starts new streams, with any batch size."""
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        """Empty the cache. The next forward pass starts new streams, with any batch size.
+
+        Args:
+            rows: empty only these rows of the batch. The others continue.
+
+        Raises:
+            ValueError: the model has sink tokens that the cache does not keep. They cannot be read
+                again for some rows only.
+        """
+        if rows is not None:
+            self._reset_rows(rows)
+            return
         self.counters = self.record = self.step = None
         self.is_ragged = self.is_damaged = False
         self.num_since_rebase = 0
         for layer in self.streaming_layers:
             layer.free()
+
+    def _reset_rows(self, rows: Sequence[int]) -> None:
+        self.check_whole()
+        if self.counters is None or self.record is None:
+            return
+        sink_ids = getattr(self.decoder.config, "sink_token_ids", [])
+        if len(sink_ids) > self.shape.num_kept:
+            raise ValueError(
+                f"the model has {len(sink_ids)} sink tokens, of which the cache keeps {self.shape.num_kept}: reset all "
+                "rows, or use a cache with a larger num_kept"
+            )
+        index = torch.tensor(rows, dtype=torch.long, device=self.counters.base.device)
+        self.counters.num_seen[index] = len(sink_ids)
+        self.counters.base[index] = 0
+        self.record.restart_rows(index, sink_ids)
+        for layer in self.streaming_layers:
+            layer.restart_rows(index)
+        self.is_ragged = True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens, as long as no token has left the cache.

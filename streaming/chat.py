@@ -1,10 +1,14 @@
 """A conversation in one streaming cache: each turn reads only the tokens that are new."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .generation import Generator, TextStream
+from .saving import load_cache, save_cache
 from .templates import render
 
 REPLY = "\N{OBJECT REPLACEMENT CHARACTER}"  # placeholder of a reply in a rendered template
@@ -99,6 +103,48 @@ class Chat:
         self.turns = TemplateTurns(tokenizer) if tokenizer.chat_template else PlainTurns(tokenizer)
         self.has_begun = False
         self.end_of_reply = ""
+        self.history: list[dict[str, str]] = []  # all messages, as in a chat template
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Save the conversation and its cache to a file, from which `load` continues it.
+
+        Raises:
+            ValueError, OSError: as `StreamingCache.save`.
+        """
+        names = ("system", "has_begun", "end_of_reply", "history")
+        conversation = {name: getattr(self, name) for name in names} | {"unread": self.generator.unread}
+        save_cache(self.generator.cache, Path(path), {"conversation": conversation})
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        tokenizer: PreTrainedTokenizerBase,
+        model: PreTrainedModel,
+        *,
+        max_new_tokens: int = 512,
+        **sampling: Any,
+    ) -> "Chat":
+        """Return the conversation of a file of `save`.
+
+        Args:
+            model: the model that has read the conversation.
+            sampling: arguments of `Generator`.
+
+        Raises:
+            ValueError: the file has no conversation, or as `StreamingCache.load`.
+            OSError: the file cannot be read.
+        """
+        cache, notes = load_cache(Path(path), model)
+        if "conversation" not in notes:
+            raise ValueError(f"{path} has a cache but no conversation: pass a file of Chat.save")
+        conversation = notes["conversation"]
+        generator = Generator(model, cache, **sampling)
+        generator.unread = conversation["unread"]
+        chat = cls(tokenizer, generator, system=conversation["system"], max_new_tokens=max_new_tokens)
+        for name in ("has_begun", "end_of_reply", "history"):
+            setattr(chat, name, conversation[name])
+        return chat
 
     def __call__(self, message: str) -> Iterator[str]:
         """Read a message and yield the reply in pieces.
@@ -108,12 +154,19 @@ class Chat:
         """
         if self.generator.cache.is_damaged:
             self.generator.cache.reset()
-            self.has_begun = False
+            self.has_begun, self.history = False, []
         if self.has_begun:
             prompt = self.generator.unread + self.turns.next(message, self.end_of_reply)
         else:
             prompt = self.turns.first(message, self.system)
         self.has_begun, self.end_of_reply = True, ""
+        self.history += [{"role": "user", "content": message}, {"role": "assistant", "content": ""}]
+        for piece in self._reply(prompt):
+            self.history[-1]["content"] += piece
+            yield piece
+
+    def _reply(self, prompt: list[int]) -> Iterator[str]:
+        """Read a prompt and yield the reply in pieces."""
         text, says_something = TextStream(self.tokenizer), False
         for num_tokens, token in enumerate(self.generator(prompt), start=1):
             if token in self.turns.end_ids:  # the next turn starts with the end of the reply

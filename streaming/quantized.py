@@ -162,6 +162,9 @@ class QuantizedLayer(StreamingLayer):
         self.key_scales.copy_(scales)
         self.recent_keys.copy_(turn(self.recent_keys))
 
+    def restart_rows(self, rows: Tensor) -> None:
+        """Kept keys are not rotated in place."""
+
     def crop(self, num_before: Tensor, num_after: Tensor) -> None:
         """The removed tokens have overwritten some recent ones: take those from the ring."""
         recent = self._recent_tokens(num_after)

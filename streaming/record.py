@@ -58,9 +58,10 @@ class TextRecord:
     def map_rows(self, rows: Tensor) -> None:
         self.digest, self.first_ids = select_rows(self.digest, rows), select_rows(self.first_ids, rows)
 
-    def forget_rows(self, rows: Tensor) -> None:
-        """Let rows start again: what they have read so far counts as padding."""
-        self.digest[rows] = 0
+    def restart_rows(self, rows: Tensor, sink_ids: list[int]) -> None:
+        """Let rows start again after the sinks: the rest that they have read counts as padding."""
+        sinks = torch.tensor(sink_ids, dtype=torch.long, device=self.digest.device)
+        self.digest[rows] = digest_of(sinks[None], None, torch.arange(len(sink_ids), device=self.digest.device))
 
     def has_read(self, ids: Tensor, is_token: Tensor | None) -> Tensor:
         """Return for each row ``(B,)`` whether exactly these ids ``(B, T)`` were read."""
