@@ -3,8 +3,8 @@
     python benchmarks/cache_soak.py --num-tokens 2000000
 
 Each row of a batch reads tokens of its own number in every pass, or none. At random, a stream ends
-and another one starts in its row, and the cache is saved and loaded. When a sampled stream ends, its
-last logits are compared with those of the stream alone in a cache of its own. Prints JSON lines.
+and another one starts in its row, and the cache is saved and loaded. When a sampled stream ends,
+its last logits are compared with those of the stream alone in a cache of its own. Prints JSON lines.
 """
 
 import argparse
@@ -105,7 +105,7 @@ class Soak:
         self.cache.reset(ended)
 
     def compare(self, text: Tensor, logits: Tensor) -> None:
-        """Compare the logits ``(T, V)`` of a stream's last tokens with those of the stream alone."""
+        """Compare logits ``(T, V)`` of a stream's last tokens with those of the stream alone."""
         alone = StreamingCache.for_model(self.model, **SHAPE)
         expected = self.model(text[None], past_key_values=alone, use_cache=True).logits[0, -len(logits) :]
         difference = (logits - expected).abs().max() / expected.abs().max()

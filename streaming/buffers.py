@@ -166,4 +166,3 @@ def gather_columns(states: Tensor, columns: Tensor) -> Tensor:
     """Gather ``columns`` ``(B or 1, N)`` of keys or values ``(B, G, T, D)`` to ``(B, G, N, D)``."""
     index = columns[:, None, :, None].expand(states.shape[0], states.shape[1], -1, states.shape[3])
     return torch.gather(states, 2, index)
-

@@ -175,8 +175,8 @@ def check_text(cache: "StreamingCache", ids: Tensor, mask: Tensor | None) -> Non
     rows = (~is_same).nonzero().flatten().tolist()
     if is_token is not None and record.has_read(read, None)[rows].all():
         raise ValueError(
-            f"attention_mask marks tokens as padding that this StreamingCache has read as text (rows {rows}): `generate` "
-            "pads rows that end early, and reads the padding. Pass a mask with 1 for these tokens"
+            f"attention_mask marks tokens as padding that this StreamingCache has read as text (rows {rows}): "
+            "`generate` pads rows that end early, and reads the padding. Pass a mask with 1 for these tokens"
         )
     raise ValueError(
         f"the text does not begin with the {num_seen} tokens that this StreamingCache has read (rows {rows}). To "

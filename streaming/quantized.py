@@ -7,7 +7,7 @@ bits, a smallest value.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class Int8:
     """Symmetric, with one scale for each key and value of a head."""
 
     def codes_shape(self, head_dim: int) -> tuple[torch.dtype, int, int]:
-        """Return the dtype and the number of codes, and the number of parameters of a group."""
+        """Return dtype and number of the codes of a head, and the number of its parameters."""
         return torch.int8, head_dim, 1
 
     def quantize(self, states: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,7 +42,7 @@ class Int8:
 
 @dataclass(frozen=True)
 class Int4:
-    """Asymmetric, in groups of 32 dimensions, or of all if 32 does not divide them; two per byte."""
+    """Asymmetric, in groups of 32 dimensions, or of all if 32 does not divide them."""
 
     def group(self, head_dim: int) -> int:
         return 32 if head_dim % 32 == 0 else head_dim
@@ -85,10 +85,10 @@ class QuantizedLayer(StreamingLayer):
         kept_keys, kept_values: ``(B, G, S + 1, D)``, see `StreamingLayer`.
     """
 
-    BUFFERS = ("key_codes", "value_codes", "key_scales", "value_scales") + (
-        "recent_keys", "recent_values", "kept_keys", "kept_values",
-    )  # fmt: skip
-    kv_dtype: ClassVar[str]
+    BUFFERS = (
+        *("key_codes", "value_codes", "key_scales", "value_scales"),
+        *("recent_keys", "recent_values", "kept_keys", "kept_values"),
+    )
 
     key_codes: Tensor
     value_codes: Tensor

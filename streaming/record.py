@@ -1,7 +1,7 @@
 """A digest of the text that the streams of a cache have read, to recognize another text.
 
-The digest of a row is a sum over its tokens, so tokens can be added in any number of passes, removed
-again, and compared without being stored. All arithmetic is on the device, below 2^63.
+The digest of a row is a sum over its tokens, so tokens can be added in any number of passes,
+removed again, and compared without being stored. All arithmetic is on the device, below 2^63.
 """
 
 import torch

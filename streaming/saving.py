@@ -64,7 +64,9 @@ def load_cache(path: Path, model: PreTrainedModel) -> tuple["StreamingCache", di
 
     state, tensors = read_file(path)
     check_model(path, state, model)
-    cache = StreamingCache(model, StreamShape(state["num_kept"], state["window"]), state["chunk_size"], state["kv_dtype"])
+    cache = StreamingCache(
+        model, StreamShape(state["num_kept"], state["window"]), state["chunk_size"], state["kv_dtype"]
+    )
     cache.num_since_rebase, cache.is_ragged = state["num_since_rebase"], state["is_ragged"]
     if not tensors:
         return cache, state["notes"]
@@ -135,7 +137,9 @@ def check_model(path: Path, state: dict[str, Any], model: PreTrainedModel) -> No
                 f"{config[name]!r}"
             )
     if fingerprint(decoder) != state["weights"]:
-        raise ValueError(f"{path} was saved with another model: the weights differ. Load the same checkpoint and adapter")
+        raise ValueError(
+            f"{path} was saved with another model: the weights differ. Load the same checkpoint and adapter"
+        )
 
 
 def relevant_config(decoder: Any) -> dict[str, Any]:

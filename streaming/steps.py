@@ -224,7 +224,7 @@ class ChunkStep(Step):
         return self.replaced(self.shape.tokens_in_slots(self.num_seen[:, 0] + self.num_new))
 
     def replaced(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return `replacements` of slots that hold ``tokens`` ``(B or 1, slots)`` after the chunk."""
+        """Return `replacements` of slots that hold ``tokens`` ``(B or 1, N)`` after the chunk."""
         ranks = (tokens - self.num_seen).clamp(0, self.num_inputs - 1)
         return (tokens >= self.num_seen)[:, None, :, None], self.order.expand(len(ranks), -1).gather(1, ranks)
 

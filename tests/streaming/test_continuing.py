@@ -60,7 +60,7 @@ def test_a_text_that_differs_in_any_token_is_an_error(model, place):
 
 
 def test_all_ways_to_continue_read_the_same(model):
-    """The full text, in chunks of `generate`, only new tokens with a mask of all, or passes of one's own."""
+    """The full text, also in chunks, only the new tokens with a mask of all, or own passes."""
     text = generate(model, turn(9, seed=1), None)
     new = torch.cat((text[:, -1:], turn(5)), dim=1)
     results = []

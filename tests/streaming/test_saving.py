@@ -94,8 +94,14 @@ def swapped_rows(model):
         (changed_weight, "another model: the weights differ"),
         (swapped_rows, "another model: the weights differ"),
         (lambda model: model.double(), "saved with a model in torch.float32, this model is in torch.float64"),
-        (lambda _: tiny.build(tiny.config("llama:linear", num_hidden_layers=1), dtype=torch.float32), "its rope_parameters is"),
-        (lambda _: tiny.build(tiny.config("gpt_neox", num_hidden_layers=1), dtype=torch.float32), "saved with another model: its"),
+        (
+            lambda _: tiny.build(tiny.config("llama:linear", num_hidden_layers=1), dtype=torch.float32),
+            "its rope_parameters is",
+        ),
+        (
+            lambda _: tiny.build(tiny.config("gpt_neox", num_hidden_layers=1), dtype=torch.float32),
+            "saved with another model: its",
+        ),
     ],
 )
 def test_another_model_is_an_error(model, file, change, message):
