@@ -4,7 +4,8 @@
 
 Each row of a batch reads tokens of its own number in every pass, or none. At random, a stream ends
 and another one starts in its row, and the cache is saved and loaded. When a sampled stream ends,
-its last logits are compared with those of the stream alone in a cache of its own. Prints JSON lines.
+its last logits are compared with those of the stream alone in a cache of its own. Prints JSON
+lines.
 """
 
 import argparse

@@ -78,7 +78,7 @@ def chat(
     if session is not None and session.exists():
         conversation = Chat.load(session, tokenizer, language_model, max_new_tokens=max_new_tokens, **sampling)
         _check_same(session, conversation, shape, system)
-        console.note(f"continuing {session}: {len(conversation.history) // 2} turns")
+        console.note(f"continuing {session}, which has {len(conversation.history)} messages")
     else:
         generator = make_generator(console, language_model, shape, temperature, top_k)
         conversation = Chat(tokenizer, generator, system=system, max_new_tokens=max_new_tokens)

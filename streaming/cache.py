@@ -97,7 +97,7 @@ class StreamingCache(Cache):
         self.counters: StreamCounters | None = None
         self.record: TextRecord | None = None  # what was read
         self.step: DecodeStep | ChunkStep | None = None  # the current pass
-        self.inputs: Any = None  # of the current pass, and which of them are tokens
+        self.inputs: tuple[Tensor, Tensor | None] | None = None  # of the current pass, and which are tokens
         self.num_since_rebase = 0
         self.is_ragged = False  # rows have seen different numbers of tokens
         self.is_damaged = False  # a pass was interrupted: some layers have read its tokens, some have not
@@ -297,9 +297,11 @@ class StreamingCache(Cache):
         assert step is not None
         assert self.counters is not None
         assert self.record is not None
+        assert self.inputs is not None
         self.record.add(*self.inputs, self.counters.num_columns)
         self.counters.num_seen += step.num_new
         self.counters.num_columns += step.num_inputs
+        self.inputs = None
 
     def rebase_before(self, num_inputs: int) -> None:
         """Count the next ``num_inputs`` inputs, after a `rebase` if one is due.

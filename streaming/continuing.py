@@ -127,7 +127,7 @@ def is_streaming(cache: Any) -> bool:
 def used_cache(named: dict) -> "StreamingCache | None":
     """Return the streaming cache among these arguments if it has read a text."""
     for name in NAMES:
-        cache = named.get(name)
+        cache: Any = named.get(name)
         if is_streaming(cache) and cache.is_initialized:
             return cache
     return None
