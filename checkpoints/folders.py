@@ -22,6 +22,8 @@ import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from ..hub import find_on_hub
+
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
 METRICS_FILE = "metrics.jsonl"
@@ -131,16 +133,15 @@ def _step_folders(run: Path) -> dict[int, Path]:
 
 
 def resolve_model_folder(name_or_path: str | Path) -> str:
-    """Return the transformers folder for ``name_or_path``, or the name itself if it is not a path.
+    """Return the transformers folder for ``name_or_path``, or the name of a model on the Hub.
 
     Raises:
-        FileNotFoundError: the path does not exist or has no model or no complete checkpoint.
+        FileNotFoundError: there is no such path and no such model on the Hub (`find_on_hub`), or
+            the folder has no model or no complete checkpoint.
     """
     path = Path(name_or_path)
     if not path.exists():
-        if is_local(name_or_path):
-            raise FileNotFoundError(f"{path}: no such folder; check the path")
-        return str(name_or_path)
+        return find_on_hub(str(name_or_path))
     if (path / "config.json").exists():
         return str(path)
     if (path / CHECKPOINTS_FOLDER).is_dir():
@@ -159,13 +160,3 @@ def resolve_model_folder(name_or_path: str | Path) -> str:
     raise FileNotFoundError(
         f"{path} contains neither a transformers model (config.json) nor a training checkpoint: check the path"
     )
-
-
-def is_local(name_or_path: str | Path) -> bool:
-    """Whether a name is a local path and not a name on the Hub.
-
-    It is if it looks like a path or its parent folder contains training runs.
-    """
-    path = Path(name_or_path)
-    says_so = path.is_absolute() or str(name_or_path).startswith(".") or str(name_or_path).count("/") > 1
-    return says_so or (len(path.parts) > 1 and any(path.parent.glob(f"*/{CHECKPOINTS_FOLDER}")))

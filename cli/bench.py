@@ -30,8 +30,8 @@ CONFIGS_PACKAGE = "sinklm.configs"
 
 
 @examples(
-    "sinklm bench decode runs/learnable-sink --caches 1+63,1+127 --num-steps 20",
-    "sinklm bench decode pythia-6.9b --device cuda --batch-sizes 1,8",
+    "sinklm bench decode runs/quickstart --caches 1+63,1+127 --num-steps 20",
+    "sinklm bench decode pythia-6.9b --batch-sizes 1,8 --device cuda",
 )
 def decode(
     model: Annotated[
@@ -73,7 +73,7 @@ def decode(
 
     from ..eval.decode_speed import copy_bandwidth, default_caches, measure_decoding, results_table
     from ..eval.plots import plot_decoding
-    from ..eval.report import ReportFile, default_output, library_versions
+    from ..eval.report import ReportFile, default_output, display_name, library_versions
 
     torch.manual_seed(seed)
     loaded, description = _load(model, **placement(device, dtype))
@@ -94,8 +94,9 @@ def decode(
                 report["results"] += rows
             file.keep(report)
     file.finish(report)
-    plot_decoding(report, folder / "decode.png", title=f"{model}, {report['hardware']}")
-    console.print(results_table(report["results"], f"Decoding, milliseconds per token: {model}, {report['hardware']}"))
+    title = f"{display_name(model)}, {report['hardware']}"
+    plot_decoding(report, folder / "decode.png", title=title)
+    console.print(results_table(report["results"], f"Decoding, milliseconds per token: {title}"))
     console.print(f"Results: {file.path}, {folder / 'decode.png'}")
 
 

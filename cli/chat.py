@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,17 +11,22 @@ import typer
 
 from ..console import Console
 from ..files import check_writable
+from ..text import message_of
 from .generate import describe_cache, show
 from .options import (
+    MAX_NEW_TOKENS_HELP,
     Cache,
     Device,
     Dtype,
     DtypeName,
+    MinP,
     Model,
     Quiet,
+    RepetitionPenalty,
     Seed,
     Temperature,
     TopK,
+    TopP,
     check_temperature,
     examples,
     parse_cache,
@@ -31,16 +37,29 @@ if TYPE_CHECKING:
     from ..streaming import Chat
 
 
+RESET = "/reset"
+
+
 @examples(
-    "sinklm chat runs/learnable-sink",
-    "echo 'Who are you?' | sinklm chat runs/learnable-sink --temperature 0 --max-new-tokens 40",
+    "sinklm chat runs/quickstart",
+    "echo 'Who are you?' | sinklm chat runs/quickstart --temperature 0 --max-new-tokens 40",
 )
 def chat(
     model: Model,
     system: Annotated[str | None, typer.Option(help="System prompt, placed before the first message.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens of a reply.")] = 512,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            help="Chat template (Jinja), or a file with one, instead of the tokenizer's.",
+            show_default=False,
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help=MAX_NEW_TOKENS_HELP)] = 512,
     temperature: Temperature = 0.8,
     top_k: TopK = None,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
     cache: Cache = None,
     session: Annotated[
         Path | None,
@@ -57,12 +76,14 @@ def chat(
 ) -> None:
     """Chat with a model. Each line is a message; Ctrl-C stops a reply, Ctrl-D ends the chat.
 
-    All turns share one cache of constant size, by default 1024 tokens or one less than the trained
-    length, and each turn is read only once. Turns are formatted with the tokenizer's chat template.
-    Without a template they are lines of plain text, and a reply is one line.
+    A line /reset starts a new conversation. All turns share one cache of constant size, by default
+    1024 tokens or one less than the trained length, and each turn is read only once. Turns are
+    formatted with the tokenizer's chat template. Without a template they are lines of plain text,
+    and a reply is one line. Special tokens in a message are read as text.
     """
     shape = None if cache is None else parse_cache(cache)
     check_temperature(temperature)
+    template = None if chat_template is None else _read_template(chat_template)
     if session is not None:
         check_writable(session)
     console = Console(is_quiet=quiet)
@@ -71,24 +92,42 @@ def chat(
 
     from ..checkpoints import load_model, load_tokenizer
     from ..streaming import Chat
+    from ..streaming.sampling import Sampling
     from .generate import make_generator
 
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     language_model, tokenizer = load_model(model, **placement(device, dtype)), load_tokenizer(model)
-    sampling = {"temperature": temperature, "top_k": top_k}
+    tokenizer.chat_template = template or tokenizer.chat_template
     if session is not None and session.exists():
-        conversation = Chat.load(session, tokenizer, language_model, max_new_tokens=max_new_tokens, **sampling)
+        settings = asdict(sampling)
+        conversation = Chat.load(session, tokenizer, language_model, max_new_tokens=max_new_tokens, **settings)
         _check_same(session, conversation, shape, system)
         console.note(f"continuing {session}, which has {len(conversation.history)} messages")
     else:
-        generator = make_generator(console, language_model, shape, temperature, top_k)
+        generator = make_generator(console, language_model, shape, sampling)
         conversation = Chat(tokenizer, generator, system=system, max_new_tokens=max_new_tokens)
+    _explain(console, has_template=bool(tokenizer.chat_template))
     torch.manual_seed(seed)
     for message in _messages():
-        _reply(console, conversation, message)
+        if message == RESET:
+            conversation.reset()
+            console.note("new conversation")
+        else:
+            _reply(console, conversation, message)
         if session is not None and not conversation.generator.cache.is_damaged:
             conversation.save(session)
-    seen = conversation.generator.cache
-    console.note(f"{seen.get_seq_length():,} tokens seen; {describe_cache(seen)}")
+    cache_used = conversation.generator.cache
+    console.note(f"{cache_used.get_seq_length():,} tokens seen; {describe_cache(cache_used)}")
+
+
+def _explain(console: Console, *, has_template: bool) -> None:
+    if not has_template:
+        console.note(
+            "this tokenizer has no chat template: messages and replies are lines of text, User: … and Assistant: …; "
+            "--chat-template sets one"
+        )
+    if sys.stdin is not None and sys.stdin.isatty():
+        console.note(f"{RESET} starts a new conversation, Ctrl-C stops a reply, Ctrl-D ends the chat")
 
 
 def _check_same(session: Path, conversation: "Chat", shape: tuple[int, int] | None, system: str | None) -> None:
@@ -104,6 +143,18 @@ def _check_same(session: Path, conversation: "Chat", shape: tuple[int, int] | No
             f"--system differs from the instructions of the conversation in {session}: leave it out, or choose another "
             "--session"
         )
+
+
+def _read_template(template: str) -> str:
+    """Return a chat template, given itself or its file."""
+    if "{{" in template or "{%" in template:
+        return template
+    try:
+        return Path(template).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--chat-template {template} cannot be read: {message_of(error)}; pass a file in UTF-8 or a Jinja template"
+        ) from error
 
 
 def _messages() -> Iterator[str]:

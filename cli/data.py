@@ -16,11 +16,11 @@ PREVIEW_LENGTH = 60  # characters
 
 
 @examples(
-    "sinklm data merge parts/00 parts/01 -o stores/merged",
-    "sinklm data merge parts/* -o stores/all",
+    "sinklm data merge parts/00 parts/01 -o stores/all",
+    "sinklm data merge parts/01 parts/00 -o stores/other-order --quiet",
 )
 def merge(
-    stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Finished token stores, in order.")],
+    stores: Annotated[list[Path], typer.Argument(metavar="STORE", help="Finished token stores, in order.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")],
 ) -> None:
     """Join token stores into one without copying tokens.
@@ -52,7 +52,7 @@ def inspect(
         Path, typer.Argument(help="Token store, or folder of pre-shuffled rows or of an order of Megatron.")
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe, as for `sinklm train`.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Keys of the recipe, as for `sinklm train`.")
     ] = None,
     split: Annotated[str, typer.Option(help="Split of the document.")] = "train",
     document: Annotated[int | None, typer.Option(min=0, help="Print this document.")] = None,

@@ -35,8 +35,8 @@ MOST_LINES = 100_000_000
 
 
 @examples(
-    "sinklm eval zero-shot runs/learnable-sink --tasks lambada_openai,piqa",
-    "sinklm eval zero-shot EleutherAI/pythia-160m --limit 100",
+    "sinklm eval zero-shot runs/quickstart --tasks rooms --include-path tasks -o results/rooms",
+    "sinklm eval zero-shot runs/quickstart --tasks lambada_openai,piqa --limit 100",
 )
 def zero_shot(
     model: Model,
@@ -65,29 +65,33 @@ def zero_shot(
     console.note(f"loading {model} …")
     from ..checkpoints import load_tokenizer
     from ..eval.loading import load_causal_model
-    from ..eval.report import ReportFile, default_output, new_report
+    from ..eval.quiet import quiet_libraries
+    from ..eval.report import ReportFile, default_output, display_name, new_report
     from ..eval.zero_shot import evaluate, results_table
 
     loaded, tokenizer = load_causal_model(model, **placement(device, dtype)), load_tokenizer(model)
     file = ReportFile((output or default_output(model)) / "zero_shot.json")
-    results = evaluate(
-        loaded,
-        tokenizer,
-        [name.strip() for name in tasks.split(",")],
-        limit=limit,
-        include_path=include_path,
-        num_fewshot=num_fewshot,
-        batch_size=batch_size if batch_size == "auto" else int(batch_size),
-        max_length=max_length,
-    )
+    with quiet_libraries(shows_progress=not quiet):
+        results = evaluate(
+            loaded,
+            tokenizer,
+            [name.strip() for name in tasks.split(",")],
+            limit=limit,
+            include_path=include_path,
+            num_fewshot=num_fewshot,
+            batch_size=batch_size if batch_size == "auto" else int(batch_size),
+            max_length=max_length,
+        )
     file.finish(new_report(loaded, model, **results))
-    console.print(results_table(results, f"Zero-shot: {model}" + (f", first {limit} examples" if limit else "")))
+    console.print(
+        results_table(results, f"Zero-shot: {display_name(model)}" + (f", first {limit} examples" if limit else ""))
+    )
     console.print(f"Results: {file.path}")
 
 
 @examples(
-    "sinklm eval streaming runs/learnable-sink --text book.txt",
-    "sinklm eval streaming runs/learnable-sink --text book.txt --caches 0+64,1+63 --tokens 2000 -o results/book",
+    "sinklm eval streaming runs/quickstart --text book.txt --tokens 2000",
+    "sinklm eval streaming runs/quickstart --text book.txt --caches 0+64,1+63 -o results/book",
 )
 def streaming(
     model: Model,
@@ -118,7 +122,7 @@ def streaming(
     from ..eval import perplexity
     from ..eval.loading import load_causal_model
     from ..eval.plots import plot_streaming
-    from ..eval.report import ReportFile, default_output, new_report
+    from ..eval.report import ReportFile, default_output, display_name, new_report
 
     tokenized = perplexity.read_text_files(text, load_tokenizer(model), tokens)
     loaded = load_causal_model(model, **placement(device, dtype))
@@ -138,15 +142,15 @@ def streaming(
         report |= perplexity.as_json(results, tokenized)
         file.keep(report)
     file.finish(report)
-    plot_streaming(report, folder / "streaming.png", title=model)
+    plot_streaming(report, folder / "streaming.png", title=display_name(model))
     console.print(perplexity.results_table(results, f"Perplexity on {report['text']['num_tokens']:,} tokens: {model}"))
     _explain_unscored(console, results, tokenized, recompute_every, report["model"]["max_position_embeddings"])
     console.print(f"Results: {file.path}, {folder / 'streaming.png'}")
 
 
 @examples(
-    "sinklm eval stream-eval runs/learnable-sink --num-samples 8 --num-lines 200",
-    "sinklm eval stream-eval runs/learnable-sink --caches 0+64,1+63 --distances 10,20 --num-samples 2 --num-lines 50",
+    "sinklm eval stream-eval runs/quickstart --num-samples 1 --num-lines 210",
+    "sinklm eval stream-eval runs/quickstart --caches 0+64,1+63 --distances 10,20 --num-samples 2 --num-lines 50",
 )
 def stream_eval(
     model: Model,
@@ -174,7 +178,7 @@ def stream_eval(
     from ..eval.loading import load_causal_model
     from ..eval.perplexity import default_caches, refuse_small_caches
     from ..eval.plots import plot_stream_eval
-    from ..eval.report import ReportFile, default_output, new_report
+    from ..eval.report import ReportFile, default_output, display_name, new_report
     from ..eval.stream_eval import check_distances, make_records, results_table, tokens_per_line
 
     check_distances(chosen_distances, num_lines)
@@ -195,8 +199,10 @@ def stream_eval(
         report["results"].append(result)
         file.keep(report)
     file.finish(report)
-    plot_stream_eval(report, folder / "stream_eval.png", title=model)
-    console.print(results_table(report["results"], f"StreamEval, accuracy in percent by distance: {model}"))
+    plot_stream_eval(report, folder / "stream_eval.png", title=display_name(model))
+    console.print(
+        results_table(report["results"], f"StreamEval, accuracy in percent by distance: {display_name(model)}")
+    )
     console.print(f"One line is {report['tokens_per_line']:.1f} tokens.")
     console.print(f"Results: {file.path}, {folder / 'stream_eval.png'}")
 

@@ -10,8 +10,8 @@ from .options import examples
 
 
 @examples(
-    "sinklm export runs/learnable-sink exports/learnable-sink",
-    "sinklm export runs/learnable-sink/checkpoints/step-4 exports/step-4",
+    "sinklm export runs/quickstart exports/quickstart",
+    "sinklm export runs/quickstart/checkpoints/step-20 exports/step-20",
 )
 def export(
     checkpoint: Annotated[

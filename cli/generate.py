@@ -1,45 +1,74 @@
 """`sinklm generate`: continue a prompt and print the text while it is generated."""
 
-import os
-import warnings
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..console import Console
 from ..text import printable
 from .options import (
+    MAX_NEW_TOKENS_HELP,
     Cache,
     Device,
     Dtype,
     DtypeName,
+    MinP,
     Model,
     Quiet,
+    RepetitionPenalty,
     Seed,
     Temperature,
     TopK,
+    TopP,
     check_temperature,
     examples,
     parse_cache,
     placement,
 )
+from .prompts import read_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..streaming import Generator, StreamingCache
+    from ..streaming.sampling import Sampling
 
+DEFAULT_NEW_TOKENS = 128
 LONG_TEXT = 1000  # number of tokens from which compiling the step on a GPU saves time
 
 
+@dataclass(frozen=True)
+class Continuation:
+    """A prompt and its continuation; `--json` prints this."""
+
+    prompt: str
+    text: str
+    num_tokens: int  # without that of the end
+    finish_reason: str  # stop: end of text; length: the maximum; interrupted: Ctrl-C
+
+
 @examples(
-    'sinklm generate runs/learnable-sink "Once upon a time"',
-    'sinklm generate exports/learnable-sink "Once upon a time" --stream --cache 1+63 --max-new-tokens 200',
+    'sinklm generate runs/quickstart "Once upon a time"',
+    'sinklm generate exports/quickstart "Once upon a time" --stream --cache 1+63 --max-new-tokens 200',
+    "sinklm generate runs/quickstart --prompts-file prompts.txt --top-p 0.9 --json",
 )
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PROMPT", help="Texts to continue; - reads one from standard input."),
+    ] = None,
+    prompts_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with a prompt in each line; in a .jsonl file, each line is a JSON text or has the key prompt.",
+            show_default=False,
+        ),
+    ] = None,
     stream: Annotated[
         bool,
         typer.Option(
@@ -50,61 +79,72 @@ def generate(
     ] = False,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Maximum number of tokens to generate.", show_default="128; no limit with --stream"),
+        typer.Option(min=1, help=MAX_NEW_TOKENS_HELP, show_default="128; no limit with --stream"),
     ] = None,
     temperature: Temperature = 0.8,
     top_k: TopK = None,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
     cache: Cache = None,
     seed: Seed = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a line of JSON for each prompt, when its text is complete.")
+    ] = False,
     device: Device = None,
     dtype: Dtype = DtypeName.AUTO,
     quiet: Quiet = False,
 ) -> None:
-    """Continue a prompt up to the end-of-text token, or with --stream without a length limit.
+    """Continue prompts up to the end-of-text token, or with --stream without a length limit.
 
-    With --stream or --cache, memory does not grow with the text.
+    Prompts are continued one after the other, each with the same seed, so that its text does not
+    depend on the others. With --stream or --cache, memory does not grow with the text.
     """
     shape = None if cache is None else parse_cache(cache)
     check_temperature(temperature)
-    prompt = _read_prompt(prompt)
+    texts = read_prompts(prompts or [], prompts_file)
+    if stream and max_new_tokens is None and len(texts) > 1:
+        raise ValueError(f"--stream never ends the first of {len(texts)} prompts: set --max-new-tokens")
     console = Console(is_quiet=quiet)
     console.note(f"loading {model} …")
     import torch
 
     from ..checkpoints import load_model, load_tokenizer
+    from ..streaming.sampling import Sampling
 
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     language_model, tokenizer = load_model(model, **placement(device, dtype)), load_tokenizer(model)
+    encoded = [_encode(tokenizer, text) for text in texts]
+    limit = max_new_tokens or (None if stream else DEFAULT_NEW_TOKENS)
+    generator = None
+    if stream or shape is not None:
+        is_long = limit is None or limit * len(texts) > LONG_TEXT
+        generator = make_generator(console, language_model, shape, sampling, compile=is_long)
+    end_ids = set() if stream else end_of_text_ids(language_model, tokenizer)
+    write = _nothing if as_json else show
+    for i, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
+        torch.manual_seed(seed)
+        write("\n" * bool(i))
+        if generator is None:
+            done = _continue_dense(language_model, tokenizer, text, ids, limit or 0, sampling, end_ids, write)
+        else:
+            generator.reset()
+            done = _continue_stream(console, tokenizer, generator, text, ids, limit, end_ids, write)
+        if as_json:
+            print(json.dumps(asdict(done), ensure_ascii=False), flush=True)
+        if done.finish_reason == "interrupted":
+            break
+
+
+def _encode(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
     ids = tokenizer(prompt, verbose=False)["input_ids"]
     if not ids:
         raise ValueError("the prompt is empty: pass at least one character")
-    torch.manual_seed(seed)
-    if not stream and shape is None:
-        _generate_dense(language_model, tokenizer, ids, max_new_tokens or 128, temperature, top_k)
-        return
-    limit = max_new_tokens or (None if stream else 128)
-    is_long = limit is None or limit > LONG_TEXT
-    generator = make_generator(console, language_model, shape, temperature, top_k, compile=is_long)
-    end_ids = set() if stream else end_of_text_ids(language_model, tokenizer)
-    _print_stream(console, tokenizer, generator, prompt, ids, limit, end_ids)
+    return ids
 
 
-def _read_prompt(prompt: str) -> str:
-    import sys
-
-    if prompt == "-" and sys.stdin is None:
-        raise ValueError("standard input is closed: pass the prompt as an argument, or open standard input")
-    try:
-        if prompt == "-":  # as UTF-8, whatever the locale
-            prompt = sys.stdin.buffer.read().decode() if hasattr(sys.stdin, "buffer") else sys.stdin.read()
-        prompt = os.fsencode(prompt).decode() if _has_bytes(prompt) else prompt
-    except UnicodeError as error:
-        raise ValueError(f"the prompt is not valid UTF-8 ({error}): convert it to UTF-8") from error
-    return prompt
-
-
-def _has_bytes(argument: str) -> bool:
-    """Whether an argument contains bytes that are no text in the encoding of the locale."""
-    return any("\udc80" <= character <= "\udcff" for character in argument)
+def _nothing(text: str, end: str = "") -> None:
+    pass
 
 
 def show(text: str, end: str = "") -> None:
@@ -119,8 +159,7 @@ def make_generator(
     console: Console,
     model: "PreTrainedModel",
     shape: tuple[int, int] | None,
-    temperature: float,
-    top_k: int | None,
+    sampling: "Sampling",
     *,
     compile: bool = True,
 ) -> "Generator":
@@ -128,12 +167,8 @@ def make_generator(
     from ..streaming import Generator, StreamingCache, default_cache
 
     num_kept, window = default_cache(model) if shape is None else shape
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        cache = StreamingCache.for_model(model, num_kept=num_kept, window=window)
-    for warning in caught:
-        console.warn(str(warning.message))
-    generator = Generator(model, cache, temperature=temperature, top_k=top_k, compile=compile)
+    cache = StreamingCache.for_model(model, num_kept=num_kept, window=window)
+    generator = Generator(model, cache, compile=compile, **asdict(sampling))
     if generator.is_compiled:
         console.note("compiling; the second token will be delayed")
     return generator
@@ -146,24 +181,26 @@ def end_of_text_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBas
     return {token_id for token_id in ids if token_id is not None}
 
 
-def _generate_dense(
+def _continue_dense(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
+    prompt: str,
     prompt_ids: list[int],
     max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-) -> None:
+    sampling: "Sampling",
+    end_ids: set[int],
+    write: Callable[..., None],
+) -> Continuation:
+    """Continue a prompt with dense attention, in a cache that grows."""
     import torch
     from transformers import TextStreamer
 
-    class Shown(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            show(text, end="\n" if stream_end else "")
-
     from ..models.checked import checked_passes
     from ..streaming.families import num_embedded_positions
-    from ..streaming.generation import MIN_TEMPERATURE
+
+    class Shown(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            write(text, end="\n" if stream_end else "")
 
     num_positions = num_embedded_positions(model.config)
     if num_positions and len(prompt_ids) + max_new_tokens > num_positions:
@@ -172,22 +209,23 @@ def _generate_dense(
             "positions of this model: lower --max-new-tokens or shorten the prompt"
         )
     ids = torch.tensor([prompt_ids], device=model.device)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": max(temperature, MIN_TEMPERATURE), "top_k": top_k or 0}
     with checked_passes(model):
-        model.generate(
+        written = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
-            pad_token_id=min(end_of_text_ids(model, tokenizer), default=None),
+            pad_token_id=min(end_ids, default=None),
             streamer=Shown(tokenizer, skip_special_tokens=True),
             trust_remote_code=False,
-            **sampling,
-        )
+            **sampling.generate_arguments(),
+        )[0].tolist()
+    whole, read = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (written, prompt_ids))
+    is_complete = written[-1] in end_ids
+    num_tokens = len(written) - len(prompt_ids) - is_complete
+    return Continuation(prompt, whole.removeprefix(read), num_tokens, "stop" if is_complete else "length")
 
 
-def _print_stream(
+def _continue_stream(
     console: Console,
     tokenizer: "PreTrainedTokenizerBase",
     generator: "Generator",
@@ -195,23 +233,28 @@ def _print_stream(
     prompt_ids: list[int],
     max_new_tokens: int | None,
     end_ids: set[int],
-) -> None:
-    """Print the text to stdout and the speed to stderr."""
+    write: Callable[..., None],
+) -> Continuation:
+    """Continue a prompt in a streaming cache, and print the speed to stderr."""
     from itertools import islice, takewhile
 
     from ..streaming import TextStream
 
-    speed = Speed()
-    text = TextStream(tokenizer)
-    show(prompt)
+    speed, text = Speed(), TextStream(tokenizer)
+    pieces = []
+    write(prompt)
     try:
         tokens = takewhile(lambda token: token not in end_ids, generator(prompt_ids))
         for token in speed.count(islice(tokens, max_new_tokens)):
-            show(text.push(token))
+            pieces.append(text.push(token))
+            write(pieces[-1])
+        reason = "stop" if end_ids.intersection(generator.unread) else "length"
     except KeyboardInterrupt:
-        pass
-    show(text.flush(), end="\n")
+        reason = "interrupted"
+    pieces.append(text.flush())
+    write(pieces[-1], end="\n")
     console.note(f"{speed}; {describe_cache(generator.cache)}")
+    return Continuation(prompt, "".join(pieces), speed.num_tokens, reason)
 
 
 class Speed:

@@ -14,12 +14,13 @@ from .data import inspect, merge
 from .evaluate import stream_eval, streaming, zero_shot
 from .export import export
 from .generate import generate
+from .mistakes import Group, explain
 from .options import examples_text
 from .prepare import prepare
 from .runs import runs
 from .sinks import sinks
 from .tokenizer import train as train_tokenizer
-from .train import train
+from .train import recipes, train
 
 # click's, or that of the copy of click in newer versions of typer.
 UsageError: Any = typer.BadParameter.__base__
@@ -29,6 +30,7 @@ HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}  # commands of groups inh
 
 def _group(help: str, **options: Any) -> typer.Typer:
     return typer.Typer(
+        cls=Group,
         help=help,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
@@ -73,6 +75,7 @@ for _parent, _name, _command in (
     (app, "prepare", prepare),
     (data_app, "merge", merge),
     (data_app, "inspect", inspect),
+    (app, "recipes", recipes),
     (app, "train", train),
     (app, "runs", runs),
     (eval_app, "zero-shot", zero_shot),
@@ -110,6 +113,5 @@ def _invoke() -> None:
         if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help
             error.show()
         else:
-            wanted = f"; see {error.ctx.command_path} --help" if error.ctx else ""
-            print(f"error: {printable(error.format_message()).rstrip('.')}{wanted}", file=sys.stderr)
+            print(f"error: {printable(explain(error))}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -88,6 +88,18 @@ Temperature = Annotated[
 TopK = Annotated[
     int | None, typer.Option(min=1, help="Sample from the K most likely tokens.", show_default="from all tokens")
 ]
+TopP = Annotated[
+    float,
+    typer.Option(min=0.0, max=1.0, help="Sample from the most likely tokens with a total probability of P."),
+]
+MinP = Annotated[
+    float,
+    typer.Option(min=0.0, max=1.0, help="Sample from tokens of at least P times the highest probability."),
+]
+RepetitionPenalty = Annotated[
+    float, typer.Option(min=0.0, help="Above 1, tokens that the text already has become less likely.")
+]
+MAX_NEW_TOKENS_HELP = "Maximum number of tokens to generate for each prompt or message."
 
 
 def parse_cache(text: str, option: str = "--cache") -> tuple[int, int]:

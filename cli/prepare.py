@@ -18,13 +18,14 @@ LINE_SECONDS = 15.0  # between progress lines if the output is not a terminal
 
 @examples(
     "sinklm prepare corpus/ --tokenizer tokenizer.json -o store",
+    "sinklm prepare 'corpus/*.jsonl' book.txt --tokenizer tokenizer.json --split-sets -o stores/by-set",
     "sinklm prepare EleutherAI/the_pile_deduplicated -o stores/pile",
 )
 def prepare(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            metavar="INPUT...",
+            metavar="INPUT",
             help="Files (.jsonl.zst, .jsonl.gz, .jsonl, .parquet; a file of text is one document), folders, "
             "quoted patterns ('src/**/*.c'), or a data set on the Hugging Face Hub "
             "(EleutherAI/the_pile_deduplicated, owner/name:config).",

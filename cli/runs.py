@@ -20,12 +20,12 @@ STYLES = {"running": "green", "finished": "", "stopped": "yellow", "damaged": "r
 
 @examples(
     "sinklm runs",
-    "sinklm runs runs/learnable-sink --json",
+    "sinklm runs runs/quickstart --json",
 )
 def runs(
     folders: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[FOLDER]...", help="Runs, or folders with runs in them; default: runs."),
+        typer.Argument(metavar="FOLDER", help="Runs, or folders with runs in them; default: runs."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list instead of a table.")] = False,
 ) -> None:

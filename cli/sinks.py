@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 @examples(
-    "sinklm eval sinks runs/learnable-sink --text book.txt",
-    "sinklm eval sinks runs/learnable-sink --store store --num-sequences 10 --checkpoints",
+    "sinklm eval sinks runs/quickstart --text book.txt",
+    "sinklm eval sinks runs/quickstart --store store --num-sequences 10 --checkpoints",
 )
 def sinks(
     model: Model,
@@ -51,7 +51,7 @@ def sinks(
     console.note(f"loading {model} …")
     from ..checkpoints import load_tokenizer
     from ..eval.loading import load_causal_model
-    from ..eval.report import ReportFile, default_output, new_report
+    from ..eval.report import ReportFile, default_output, display_name, new_report
     from ..eval.sinks import sequences_of_store, sequences_of_texts
     from ..eval.sinks.plots import plot_sinks
     from ..eval.sinks.tables import as_json, heads_table, massive_table, named_positions, positions_table, summary
@@ -77,8 +77,8 @@ def sinks(
         statistics = _measure(console, loaded, sequences, epsilon, name="sequences")
     report |= as_json(statistics, positions)
     file.finish(report)
-    pictures = plot_sinks(report, folder, title=model)
-    console.print(positions_table(report, f"Attention sinks: {model}"))
+    pictures = plot_sinks(report, folder, title=display_name(model))
+    console.print(positions_table(report, f"Attention sinks: {display_name(model)}"))
     console.print(heads_table(report))
     console.print(massive_table(report) if report["massive_activations"] else "No massive activations.")
     console.print(f"Results: {', '.join(map(str, [file.path, *pictures]))}")

@@ -12,14 +12,12 @@ from .options import Quiet, examples
 
 @examples(
     "sinklm tokenizer train corpus/ --vocab-size 2048 -o tokenizer.json",
-    "sinklm tokenizer train 'corpus/*.jsonl' book.txt --vocab-size 4096 -o tokenizer-4096.json",
+    "sinklm tokenizer train 'corpus/*.jsonl' book.txt --vocab-size 4096 -o large.json",
 )
 def train(
     inputs: Annotated[
         list[str],
-        typer.Argument(
-            metavar="INPUT...", help="Text: files, folders, patterns or a data set, as in `sinklm prepare`."
-        ),
+        typer.Argument(metavar="INPUT", help="Text: files, folders, patterns or a data set, as in `sinklm prepare`."),
     ],
     vocab_size: Annotated[int, typer.Option(help="Number of tokens, including special tokens and the 256 bytes.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("tokenizer.json"),

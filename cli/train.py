@@ -1,26 +1,70 @@
-"""``sinklm train``: pre-train a model from a recipe."""
+"""``sinklm train``: pre-train a model from a recipe; ``sinklm recipes``: the packaged recipes."""
 
 from typing import Annotated
 
 import typer
 
+from ..console import Console
 from .options import examples
 
 
+def _print_keys(is_wanted: bool) -> None:
+    if not is_wanted:
+        return
+    from ..train.keys import keys_tables
+
+    console = Console(highlight=False)
+    for table in keys_tables():
+        console.print(table)
+    raise typer.Exit
+
+
 @examples(
-    "sinklm train pythia-160m data.path=stores/pile --dry-run",
+    "sinklm recipes",
+    "sinklm train paper/learnable-sink --dry-run",
+)
+def recipes() -> None:
+    """List the packaged recipes for `sinklm train`."""
+    from rich.table import Table
+
+    from ..train.recipe import describe_recipe, recipe_names
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for name in recipe_names():
+        table.add_row(name, describe_recipe(name))
+    Console(highlight=False).print(table)
+
+
+@examples(
     "sinklm train quickstart data.path=store train.num_steps=20",
+    "sinklm train pythia-160m data.path=stores/pile --dry-run",
+    "sinklm train --keys",
 )
 def train(
     recipe: Annotated[
-        str, typer.Argument(help="Packaged recipe (pythia-160m, paper/learnable-sink, …) or path of a YAML file.")
+        str,
+        typer.Argument(
+            help="Packaged recipe (pythia-160m, paper/learnable-sink, …; `sinklm recipes` lists them) or path of a "
+            "YAML file."
+        ),
     ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...", help="Settings that override the recipe, e.g. data.path=store train.num_steps=100"
+            metavar="KEY=VALUE", help="Settings that override the recipe, e.g. data.path=store train.num_steps=100"
         ),
     ] = None,
+    keys: Annotated[
+        bool,
+        typer.Option(
+            "--keys",
+            callback=_print_keys,
+            is_eager=True,
+            help="Print all keys with type, default and meaning, and exit.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print the resolved settings, model size, memory and steps without training."),
@@ -38,6 +82,7 @@ def train(
     This command runs one process. For several GPUs, use `deepspeed --module sinklm.train RECIPE
     KEY=VALUE…`, torchrun or srun.
     """
+    Console().note("loading torch …")
     from ..train.run import train as run
 
     run(recipe, overrides or [], only_describe=dry_run, trust_checkpoint=trust_checkpoint)

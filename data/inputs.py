@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from ..hub import find_on_hub, near_path_hint
 from .compression import has_checksum
 from .readers import (
     FOLDER_SUFFIXES,
@@ -79,7 +80,7 @@ def find_inputs(names: list[str], *, text_key: str = TEXT_KEY) -> Inputs:
         elif HUB_NAME.fullmatch(name) and not name.lower().endswith((*FOLDER_SUFFIXES, ".json", *REFUSED)):
             shards.extend(hub_shards(name, text_key))
         else:
-            raise FileNotFoundError(f"{name}: no such file or folder; check the path")
+            raise FileNotFoundError(f"{name}: no such file or folder; {near_path_hint(name) or 'check the path'}")
     return Inputs(shards, num_ignored)
 
 
@@ -189,14 +190,16 @@ def hub_shards(name: str, text_key: str = TEXT_KEY) -> list[Shard]:
         text_key: the column of the text.
 
     Raises:
+        FileNotFoundError: there is no such data set.
         ValueError: ``datasets`` cannot load it.
     """
-    from datasets import load_dataset
-
     match = HUB_NAME.fullmatch(name)
     path, config = match.groups() if match else (name, None)
+    source = find_on_hub(path, "dataset") if match else path
+    from datasets import load_dataset
+
     try:
-        dataset = load_dataset(path, config, split="train", streaming=True)
+        dataset = load_dataset(source, config, split="train", streaming=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{name}: no such file or folder, and it could not be loaded as a Hub data set ({error})"

@@ -7,6 +7,7 @@ The folder contains the files of ``EleutherAI/pile-deduped-pythia-preshuffled``
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -79,13 +80,16 @@ class PreshuffledStore:
 
 
 def open_store(
-    path: str | os.PathLike, *, verify: Verify = "auto"
+    path: str | os.PathLike, *, verify: Verify = "auto", on_read: Callable[[int], None] | None = None
 ) -> TokenStore | PreshuffledStore | MegatronOrderStore:
-    """Open a folder of training data: a token store, pre-shuffled rows or an order of Megatron."""
+    """Open a folder of training data: a token store, pre-shuffled rows or an order of Megatron.
+
+    ``verify`` and ``on_read`` are those of a `TokenStore`.
+    """
     folder = Path(path)
     if not (folder / MANIFEST_NAME).exists():
         if any(folder.glob("*_idx.npy")):
             return MegatronOrderStore(folder)
         if any(folder.glob("*.bin")):
             return PreshuffledStore(folder)
-    return TokenStore(folder, verify=verify)
+    return TokenStore(folder, verify=verify, on_read=on_read)

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -55,6 +56,7 @@ class TokenStore:
         verify: how files are checked against the manifest. "size" checks that every file exists and
             has the right size, and the tokenizer; "sha256" also reads every file; "auto" also reads
             the files that are new or changed since they were last verified, see `note_verified`.
+        on_read: called with a number of bytes before files are read to verify them.
 
     Attributes:
         manifest: see :class:`Manifest`.
@@ -71,7 +73,9 @@ class TokenStore:
 
     is_shuffled = False
 
-    def __init__(self, path: str | os.PathLike, *, verify: Verify = "auto"):
+    def __init__(
+        self, path: str | os.PathLike, *, verify: Verify = "auto", on_read: Callable[[int], None] | None = None
+    ):
         if verify not in ("auto", "size", "sha256"):
             raise ValueError(f"verify is {verify!r}; it must be auto, size or sha256")
         self.path = Path(path)
@@ -85,7 +89,7 @@ class TokenStore:
         if sha256_of(self.tokenizer_path) != self.manifest.tokenizer.sha256:
             raise ValueError(_differs(self.tokenizer_path))
         if verify != "size":
-            check_hashes(self.path, self.manifest.files, trust_note=verify == "auto")
+            check_hashes(self.path, self.manifest.files, trust_note=verify == "auto", on_read=on_read)
             if (size := tokenizer_size(load_tokenizer_file(self.tokenizer_path))) != self.tokenizer_size:
                 raise ValueError(
                     f"{self.tokenizer_path}: has {size} ids, but {MANIFEST_NAME} says {self.tokenizer_size}; copy or "
@@ -181,11 +185,15 @@ def _differs(path: Path) -> str:
     return f"{path}: checksum differs from {MANIFEST_NAME}; copy or prepare the store again"
 
 
-def check_hashes(store: Path, files: dict[str, FileInfo], *, trust_note: bool) -> None:
+def check_hashes(
+    store: Path, files: dict[str, FileInfo], *, trust_note: bool, on_read: Callable[[int], None] | None = None
+) -> None:
     """Verify the checksums of all files, or of those changed since the last verification."""
     stamps = _stamps(store, files)
     notes = _read_notes(store) if trust_note else []
     names = [name for name in files if not any(note.get(name) == stamps[name] for note in notes)]
+    if names and on_read:
+        on_read(sum(files[name].bytes for name in names))
     for name, sha256 in zip(names, sha256_of_all(store / name for name in names), strict=True):
         if sha256 != files[name].sha256:
             raise ValueError(_differs(store / name))

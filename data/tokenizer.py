@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from ..hub import find_on_hub
 from ..special_tokens import PADDING_TOKENS, drop_template, without_template
 
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"  # Pythia's
 EOD_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
-HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 def find_tokenizer_file(name_or_path: str | os.PathLike) -> Path:
@@ -31,10 +31,16 @@ def find_tokenizer_file(name_or_path: str | os.PathLike) -> Path:
     if path.is_file():
         return path
     name = str(name_or_path)
-    if name.endswith(".json") or not HUB_NAME.fullmatch(name):
+    if name.endswith(".json"):
         raise FileNotFoundError(f"{path}: no such tokenizer file; pass --tokenizer with another path or a Hub name")
     from huggingface_hub import hf_hub_download
 
+    try:
+        found = Path(find_on_hub(name))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"tokenizer {error}; pass --tokenizer with the path of a tokenizer.json") from error
+    if found.is_dir():  # in the cache of the Hub
+        return found / "tokenizer.json"
     try:
         return Path(hf_hub_download(name, "tokenizer.json"))
     except (OSError, ValueError) as error:

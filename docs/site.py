@@ -13,11 +13,8 @@ import tarfile
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from sinklm.train.config import TrainingConfig
+from sinklm.train.keys import KeySection, key_sections
 
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "build" / "pages"
@@ -37,7 +34,6 @@ SCRIPTS = {
     ),
 }
 MARKER = "<!-- `make docs` puts the {} here -->"
-LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 
 def page(text: str) -> str:
@@ -59,40 +55,16 @@ def commands() -> str:
 
 def recipe_keys() -> str:
     """A heading and a table for each section of a recipe."""
-    schema = TrainingConfig.model_json_schema()
-    return "\n".join(_section("", schema, schema["$defs"]))
+    return "\n".join(line for section in key_sections() for line in _section(section))
 
 
-def _section(path: str, section: dict[str, Any], definitions: dict[str, Any]) -> Iterator[str]:
-    """Lines for one section, and for the sections in it."""
-    inner: list[tuple[str, dict[str, Any]]] = []
-    rows: list[str] = []
-    for name, field in section["properties"].items():
-        key = f"{path}.{name}" if path else name
-        if "$ref" in field:
-            inner.append((key, definitions[field["$ref"].rpartition("/")[2]]))
-        else:
-            default = f"`{_yaml(field['default'])}`" if "default" in field else "required"
-            rows.append(f"| `{key}` | {_type(field)} | {default} | {field.get('description', '')} |")
-    if rows:
-        yield from (f"## `{path}`", "", section.get("description", ""), "")
-        yield from ("| key | type | default | meaning |", "|---|---|---|---|", *rows, "")
-    for key, definition in inner:
-        yield from _section(key, definition, definitions)
-
-
-def _type(field: dict[str, Any]) -> str:
-    """The type of a field and its limits, such as "integer ≥ 1, or null"."""
-    if "anyOf" in field:
-        return ", or ".join(map(_type, field["anyOf"]))
-    if "enum" in field:
-        return ", ".join(f"`{value}`" for value in field["enum"])
-    limits = " and ".join(f"{sign} {field[name]}" for name, sign in LIMITS.items() if name in field)
-    return f"{field['type']} {limits}".strip()
-
-
-def _yaml(value: object) -> str:
-    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
+def _section(section: KeySection) -> Iterator[str]:
+    yield from (f"## `{section.name}`", "", section.description, "")
+    yield from ("| key | type | default | meaning |", "|---|---|---|---|")
+    for key in section.keys:
+        default = "required" if key.default is None else f"`{key.default}`"
+        yield f"| `{key.name}` | {key.type} | {default} | {key.description} |"
+    yield ""
 
 
 def download(name: str, release: str, member: str, sha256: str) -> Path:

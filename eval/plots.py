@@ -7,11 +7,15 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # Okabe & Ito's palette without yellow, which is too light on white.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-DASHES = {"dense": "--", "window": "-", "streaming": "-", "recompute": ":"}
+# Later curves are drawn over earlier ones: these leave gaps in which an equal curve is visible.
+DASHES: tuple[Any, ...] = ("-", (0, (6, 3)), (0, (2, 2)), (0, (8, 2, 2, 2)), (0, (1, 3)), (0, (4, 6)))
 MARKERS = "os^Dvx"
+METHOD_NAMES = {"floor": "limit of memory bandwidth"}
+CACHE_TITLE = "cache: first +\nrecent tokens"
 NUM_PLACES = 20  # points of a curve over the stream
 STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -20,9 +24,25 @@ STYLE: dict[Any, Any] = {
     "axes.linewidth": 0.8,
     "lines.linewidth": 1.4,
     "legend.frameon": False,
+    "legend.handlelength": 3.0,  # shows the dashes
     "text.parse_math": False,  # a model's name may contain "$"
     "figure.dpi": 300,
 }
+
+
+def curve_style(i: int, num_curves: int) -> dict[str, Any]:
+    """Return the style of curve i: equal curves stay visible by dashes and decreasing widths."""
+    width = 1.2 + 1.4 * (1 - (i + 1) / num_curves)
+    return {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)], "linewidth": width}
+
+
+def log_scale(axes: Axes) -> None:
+    """Make the y axis logarithmic, after all curves. Labels are plain text: formulas are off."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    low, high = axes.get_ylim()
+    is_short = high < 30 * low  # otherwise the powers of ten are enough
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if is_short and f"{value:g}"[0] in "235" else "")
 
 
 def plot_streaming(report: dict[str, Any], path: Path, title: str | None = None) -> None:
@@ -44,9 +64,9 @@ def streaming_figure(report: dict[str, Any], title: str | None = None) -> Figure
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: _short(value))
         axes.set_xlabel("Position in the text (tokens, log scale)")
-        axes.set_ylabel("Loss (nats per token)")
+        axes.set_ylabel("Mean loss of a token (nats)")
         axes.grid(axis="y", linewidth=0.4, alpha=0.5)
-        axes.legend(title="cache: perplexity", loc="upper left", bbox_to_anchor=(1.0, 1.0), alignment="left")
+        axes.legend(title=f"{CACHE_TITLE};\nperplexity", loc="upper left", bbox_to_anchor=(1.0, 1.0), alignment="left")
         if title:
             axes.set_title(title, loc="left", fontsize=10, pad=14)
     return figure
@@ -67,13 +87,8 @@ def stream_eval_figure(report: dict[str, Any], title: str | None = None) -> Figu
         figure = Figure(figsize=(8.0, 3.2), layout="constrained")
         by_distance, by_place = figure.subplots(1, 2, sharey=True)
         for i, result in enumerate(report["results"]):
-            weight = 1 - i / len(report["results"])  # keeps equal curves visible
-            style = {
-                "color": COLOURS[i % len(COLOURS)],
-                "marker": MARKERS[i % len(MARKERS)],
-                "markersize": 3 + 5 * weight,
-            }
-            style |= {"linewidth": 1 + 2 * weight, "label": result["configuration"]}
+            style = curve_style(i, len(report["results"])) | {"label": result["configuration"]}
+            style |= {"marker": MARKERS[i % len(MARKERS)], "markersize": 3 * style["linewidth"]}
             columns = result["distances"]
             by_distance.plot([c["lines"] for c in columns], [100 * c["accuracy"] for c in columns], **style)
             reach = result["window"] / report["tokens_per_line"]
@@ -82,12 +97,13 @@ def stream_eval_figure(report: dict[str, Any], title: str | None = None) -> Figu
             shortest = str(columns[0]["lines"])
             places, accuracies = _smooth([p for p in result["places"] if shortest in p["accuracy"]], shortest)
             by_place.plot(places, accuracies, **style)
-        by_distance.set_xlabel("Distance to the queried line (lines)")
-        by_distance.set_ylabel("Accuracy (%)")
+        by_distance.set_xlabel("Lines between the question and its answer")
+        by_distance.set_ylabel("Correct answers (%)")
         by_distance.set_ylim(-3, 103)
-        by_place.set_xlabel(f"Tokens read, at a distance of {shortest} lines")
+        by_distance.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+        by_place.set_xlabel(f"Tokens read before a question {shortest} lines back")
         by_place.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value else "0")
-        by_place.legend(title="cache", loc="upper left", bbox_to_anchor=(1.0, 1.0), alignment="left")
+        by_place.legend(title=CACHE_TITLE, loc="upper left", bbox_to_anchor=(1.0, 1.0), alignment="left")
         for axes in (by_distance, by_place):
             axes.grid(axis="y", linewidth=0.4, alpha=0.5)
         if title:
@@ -114,7 +130,8 @@ def decoding_figure(report: dict[str, Any], title: str | None = None) -> Figure:
         for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
             for j, batch_size in enumerate(batch_sizes):
                 chosen = [row for row in rows if (row["method"], row["batch_size"]) == (method, batch_size)]
-                label = f"{method}, batch {batch_size}" if len(batch_sizes) > 1 else method
+                name = METHOD_NAMES.get(method, method)
+                label = f"{name}, batch {batch_size}" if len(batch_sizes) > 1 else name
                 style = {
                     "color": COLOURS[i],
                     "marker": MARKERS[i],
@@ -131,11 +148,7 @@ def decoding_figure(report: dict[str, Any], title: str | None = None) -> Figure:
             axes.set_xlabel("Cache size (tokens)")
             axes.set_ylabel(quantity)
             axes.grid(axis="y", linewidth=0.4, alpha=0.5)
-        panels[0].set_yscale("log")
-        panels[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        low, high = panels[0].get_ylim()
-        if high < 30 * low:  # otherwise the powers of ten are enough
-            panels[0].yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:g}"[0] in "235" else "")
+        log_scale(panels[0])
         lines, labels = panels[0].get_legend_handles_labels()  # the floor has a time but no memory
         panels[-1].legend(lines, labels, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         if title:
@@ -154,18 +167,10 @@ def _smooth(places: list[dict[str, Any]], distance: str) -> tuple[list[float], l
 def _draw_losses(axes: Axes, report: dict[str, Any]) -> None:
     edges = report["bin_edges"]
     centres = [max((a * b) ** 0.5, b / 2) for a, b in pairwise(edges)]
-    num_lines = len(report["results"])
     for i, result in enumerate(report["results"]):
         losses = [float("nan") if loss is None else loss for loss in result["binned_losses"]]
         label = f"{result['configuration']}: {_perplexity(result['perplexity'])}"
-        axes.plot(
-            centres,
-            losses,
-            color=COLOURS[i % len(COLOURS)],
-            linestyle=DASHES[result["method"]],
-            linewidth=1.0 + 1.2 * (1 - (i + 1) / num_lines),  # keeps equal curves visible
-            label=label,
-        )
+        axes.plot(centres, losses, label=label, **curve_style(i, len(report["results"])))
 
 
 def _mark_positions(axes: Axes, report: dict[str, Any]) -> None:

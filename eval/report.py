@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..checkpoints.folders import resolve_model_folder
+from ..checkpoints.folders import CHECKPOINTS_FOLDER, resolve_model_folder
 from ..files import check_writable, named_errors, write_json
 
 JSON_OPTIONS: dict[str, Any] = {"default": str, "allow_nan": False}
@@ -39,6 +39,17 @@ def new_report(model: PreTrainedModel, name_or_path: str | Path, **facts: Any) -
 
 def library_versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES}
+
+
+def display_name(name_or_path: str | Path) -> str:
+    """Return a short name of a model for titles: that of its folder, or its name on the Hub."""
+    path = Path(name_or_path)
+    if not path.exists():
+        return str(name_or_path)
+    parts = path.absolute().parts
+    if len(parts) > 2 and parts[-2] == CHECKPOINTS_FOLDER:
+        return f"{parts[-3]}, {parts[-1]}"
+    return parts[-1]
 
 
 def default_output(name_or_path: str | Path) -> Path:

@@ -10,11 +10,13 @@ from .cache import StreamingCache
 from .chat import Chat
 from .decoding import StreamingDecoder
 from .generation import Generator, TextStream, default_cache
+from .sampling import Sampling
 from .scoring import stream_logits, stream_losses
 
 __all__ = [
     "Chat",
     "Generator",
+    "Sampling",
     "StreamingCache",
     "StreamingDecoder",
     "TextStream",

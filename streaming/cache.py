@@ -2,7 +2,6 @@
 
 import copy
 import os
-import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from .advice import refuse_constructor, refuse_name, warn_if_untrained
 from .buffers import StreamingLayer, select_rows, static_copy, static_zeros
 from .continuing import check_generation
 from .encodings import Rotary
@@ -80,6 +80,10 @@ class StreamingCache(Cache):
     part of a stream. For inference only.
     """
 
+    def __new__(cls, *arguments: Any, **options: Any) -> "StreamingCache":
+        refuse_constructor(arguments)
+        return super().__new__(cls)
+
     def __init__(self, model: PreTrainedModel, shape: StreamShape, chunk_size: int, kv_dtype: str | None = None):
         decoder: Any = model.get_decoder()
         if is_without_weights(decoder):
@@ -134,20 +138,16 @@ class StreamingCache(Cache):
             UserWarning: the cache has more positions than the model was trained on.
 
         Raises:
+            TypeError: ``model`` is a name.
             ValueError: the model is not supported, ``num_kept < 0``, ``window < 1``,
                 ``chunk_size < 1``, or an unknown ``kv_dtype``.
         """
+        refuse_name(model)
         if kv_dtype is not None and kv_dtype not in KV_DTYPES:
             raise ValueError(f"kv_dtype is {kv_dtype!r}: it must be {', '.join(map(repr, KV_DTYPES))} or None")
         if chunk_size < 1:
             raise ValueError(f"chunk_size is {chunk_size}: it must be at least 1")
-        trained_length = getattr(model.config, "max_position_embeddings", None)
-        if trained_length and num_kept + window >= trained_length:
-            warnings.warn(
-                f"the cache {num_kept}+{window} is too large for the {trained_length} positions that the model was "
-                f"trained on; output quality may degrade. Use num_kept + window < {trained_length}",
-                stacklevel=2,
-            )
+        warn_if_untrained(model, StreamShape(num_kept, window))
         return cls(model, StreamShape(num_kept, window), chunk_size, kv_dtype)
 
     def __repr__(self) -> str:

@@ -1,6 +1,7 @@
 """A conversation in one streaming cache: each turn reads only the tokens that are new."""
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,40 @@ from .generation import Generator, TextStream
 from .saving import load_cache, save_cache
 from .templates import render
 
-REPLY = "\N{OBJECT REPLACEMENT CHARACTER}"  # placeholder of a reply in a rendered template
+# Placeholders of a reply and of a message in a rendered template.
+REPLY, MESSAGE = "\N{OBJECT REPLACEMENT CHARACTER}", "\N{INTERLINEAR ANNOTATION ANCHOR}"
+
+
+def split_special(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Split a text within each special token, so that the parts are encoded as ordinary text."""
+    names = sorted((str(token) for token in tokenizer.get_added_vocab() if len(token) > 1), key=len, reverse=True)
+    found = re.search("|".join(map(re.escape, names)), text) if names else None
+    if found is None:
+        return [text]
+    cut = found.start() + 1
+    return [text[:cut], *split_special(text[cut:], tokenizer)]
+
+
+def encode_turn(
+    tokenizer: PreTrainedTokenizerBase, before: str, message: str, after: str, *, begins: bool = False
+) -> list[int]:
+    """Return the ids of a message between the texts of a template.
+
+    Special tokens of the template are read as such; in the message they are text, so that a user
+    cannot end a turn or write one for the model. A message without any is encoded with its
+    surroundings in one piece.
+
+    Args:
+        begins: add the tokens that the tokenizer puts before a text.
+    """
+    first, *others = split_special(message, tokenizer)
+    parts = [before + first, *others]
+    parts[-1] += after
+    return [
+        token
+        for i, part in enumerate(parts)
+        for token in tokenizer(part, add_special_tokens=begins and i == 0)["input_ids"]
+    ]
 
 
 class PlainTurns:
@@ -26,11 +60,11 @@ class PlainTurns:
 
     def first(self, message: str, system: str | None) -> list[int]:
         preamble = f"{system}\n\n" if system else ""
-        return self.tokenizer(f"{preamble}User: {message}\nAssistant:")["input_ids"]
+        return encode_turn(self.tokenizer, f"{preamble}User: ", message, "\nAssistant:", begins=True)
 
     def next(self, message: str, end_of_reply: str) -> list[int]:
         line_end = "" if "\n" in end_of_reply else "\n"
-        return self.tokenizer(f"{line_end}User: {message}\nAssistant:", add_special_tokens=False)["input_ids"]
+        return encode_turn(self.tokenizer, f"{line_end}User: ", message, "\nAssistant:")
 
     def ends_reply(self, piece: str) -> bool:
         return "\n" in piece
@@ -46,25 +80,25 @@ class TemplateTurns:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         special = {tokenizer.eos_token_id, *tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-        closing = self._encode(self._after_reply(None))
+        closing = tokenizer(self._after_reply(is_last=True), add_special_tokens=False)["input_ids"]
         self.end_ids = ({tokenizer.eos_token_id} - {None}) | (set(closing[:1]) & special)
 
     def first(self, message: str, system: str | None) -> list[int]:
         instructions = [{"role": "system", "content": system}] if system else []
-        conversation = [*instructions, {"role": "user", "content": message}]
-        return self._encode(render(self.tokenizer, conversation, reply_begins=True))
+        conversation = [*instructions, {"role": "user", "content": MESSAGE}]
+        return self._encode(render(self.tokenizer, conversation, reply_begins=True), message)
 
     def next(self, message: str, end_of_reply: str) -> list[int]:
-        return self._encode(self._after_reply(message))
+        return self._encode(self._after_reply(is_last=False), message)
 
     def ends_reply(self, piece: str) -> bool:
         return False
 
-    def _after_reply(self, message: str | None) -> str:
-        """Render the text after a reply: its end, and the next message up to its reply."""
+    def _after_reply(self, *, is_last: bool) -> str:
+        """Render the text after a reply: its end, and the next `MESSAGE` up to its reply."""
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": REPLY}]
-        messages += [] if message is None else [{"role": "user", "content": message}]
-        rendered = render(self.tokenizer, messages, reply_begins=message is not None)
+        messages += [] if is_last else [{"role": "user", "content": MESSAGE}]
+        rendered = render(self.tokenizer, messages, reply_begins=not is_last)
         if REPLY not in rendered:
             raise ValueError(
                 "this tokenizer's chat template leaves out earlier replies, so turns cannot share a cache: use a "
@@ -72,8 +106,14 @@ class TemplateTurns:
             )
         return rendered.split(REPLY, 1)[1]
 
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _encode(self, rendered: str, message: str) -> list[int]:
+        before, found, after = rendered.partition(MESSAGE)
+        if not found:
+            raise ValueError(
+                "this tokenizer's chat template leaves out the message: use a tokenizer with another template, or "
+                "without one"
+            )
+        return encode_turn(self.tokenizer, before, message, after)
 
 
 class Chat:
@@ -112,7 +152,9 @@ class Chat:
             ValueError, OSError: as `StreamingCache.save`.
         """
         names = ("system", "has_begun", "end_of_reply", "history")
-        conversation = {name: getattr(self, name) for name in names} | {"unread": self.generator.unread}
+        conversation = {name: getattr(self, name) for name in names}
+        conversation |= {"unread": self.generator.unread, "recent": list(self.generator.recent)}
+        conversation["chat_template"] = self.tokenizer.chat_template
         save_cache(self.generator.cache, Path(path), {"conversation": conversation})
 
     @classmethod
@@ -132,15 +174,18 @@ class Chat:
             sampling: arguments of `Generator`.
 
         Raises:
-            ValueError: the file has no conversation, or as `StreamingCache.load`.
+            ValueError: the file has no conversation or one with another chat template, or as `StreamingCache.load`.
             OSError: the file cannot be read.
         """
         cache, notes = load_cache(Path(path), model)
         if "conversation" not in notes:
             raise ValueError(f"{path} has a cache but no conversation: pass a file of Chat.save")
         conversation = notes["conversation"]
+        if conversation["chat_template"] != tokenizer.chat_template:
+            raise ValueError(f"the conversation in {path} has another chat template: set it for the tokenizer")
         generator = Generator(model, cache, **sampling)
         generator.unread = conversation["unread"]
+        generator.recent.extend(conversation["recent"])
         chat = cls(tokenizer, generator, system=conversation["system"], max_new_tokens=max_new_tokens)
         for name in ("has_begun", "end_of_reply", "history"):
             setattr(chat, name, conversation[name])
@@ -153,8 +198,7 @@ class Chat:
         interrupted, the next call starts a new conversation.
         """
         if self.generator.cache.is_damaged:
-            self.generator.cache.reset()
-            self.has_begun, self.history = False, []
+            self.reset()
         if self.has_begun:
             prompt = self.generator.unread + self.turns.next(message, self.end_of_reply)
         else:
@@ -179,3 +223,8 @@ class Chat:
             if self.turns.ends_reply(said) or num_tokens == self.max_new_tokens:
                 break
         yield text.flush()
+
+    def reset(self) -> None:
+        """Start a new conversation."""
+        self.generator.reset()
+        self.has_begun, self.end_of_reply, self.history = False, "", []

@@ -1,7 +1,8 @@
 """Text generation without a length limit, in constant memory."""
 
-import math
+from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,11 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..models.checked import check_ids, refuse_nonfinite_logits
 from .cache import StreamingCache
 from .decoding import StreamingDecoder
+from .sampling import Sampling
 
 DEFAULT_CACHE_SIZE = 1024
 DEFAULT_NUM_KEPT = 4  # for a model without sink tokens (Xiao et al. 2024, Table 2)
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-MIN_TEMPERATURE = 1e-6  # equals greedy decoding; scores divided by a lower temperature overflow
 MAX_PENDING = 16  # after so many tokens without a complete character, the text is shown as it is
 
 
@@ -37,12 +38,13 @@ class Generator:
     hundred tokens and hardly improves the speed.
 
     Args:
-        temperature: sampling temperature; 0 always chooses the most likely token.
-        top_k: sample from the ``top_k`` most likely tokens; None samples from all.
+        sampling: settings of `Sampling`, such as ``temperature=0.8, top_p=0.9``. By default the
+            most likely token is always chosen. ``repetition_penalty`` applies to the last tokens,
+            as many as the cache holds.
         compile: set to False for short texts, which finish before the step is compiled.
 
     Raises:
-        ValueError: ``temperature`` is negative or not finite, or ``top_k < 1``.
+        ValueError: a setting of the sampling is out of its range.
     """
 
     def __init__(
@@ -50,16 +52,13 @@ class Generator:
         model: PreTrainedModel,
         cache: StreamingCache,
         *,
-        temperature: float = 0.0,
-        top_k: int | None = None,
         compile: bool = True,
+        **sampling: Any,
     ):
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature is {temperature}: it must be a finite number of at least 0")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k is {top_k}: it must be at least 1, or None to sample among all tokens")
         self.cache, self.device = cache, model.device
-        self.temperature, self.top_k = temperature, top_k
+        self.sampling = Sampling(**sampling)
+        self.processors = self.sampling.processors()
+        self.recent: deque[int] = deque(maxlen=cache.shape.num_cached)  # the last tokens of the text
         self.turn = 0  # number of prompts read
         self.unread: list[int] = []  # the last generated token, until it is in the cache
         self.sink_ids = torch.tensor(getattr(model.config, "sink_token_ids", []), dtype=torch.long, device=model.device)
@@ -85,9 +84,11 @@ class Generator:
         check_ids(prompt, self.decoder.model)
         logits = self.decoder.prefill(prompt.to(self.device))
         self.unread = []
+        self.recent.extend(prompt_ids)
         while True:
             token = self.sample(logits[:, -1])
             self.unread = [int(token)]
+            self.recent.append(self.unread[0])
             yield self.unread[0]
             if self.turn != turn:
                 raise ValueError(
@@ -100,13 +101,15 @@ class Generator:
     def sample(self, logits: Tensor) -> Tensor:
         """Sample the next tokens ``(B, 1)`` from logits ``(B, V)``; sinks are never sampled."""
         scores = refuse_nonfinite_logits(logits).float().index_fill(-1, self.sink_ids, float("-inf"))
-        if self.temperature == 0:
-            return scores.argmax(-1, keepdim=True)
-        scores = scores / max(self.temperature, MIN_TEMPERATURE)
-        if self.top_k is None or self.top_k >= scores.shape[-1]:
-            return torch.multinomial(scores.softmax(-1), 1)
-        best, ids = scores.topk(self.top_k, dim=-1)
-        return ids.gather(-1, torch.multinomial(best.softmax(-1), 1))
+        recent = [list(self.recent)] if self.sampling.repetition_penalty != 1 else []
+        scores = self.processors(torch.tensor(recent, dtype=torch.long, device=scores.device), scores)
+        return scores.argmax(-1, keepdim=True) if self.sampling.is_greedy else torch.multinomial(scores.softmax(-1), 1)
+
+    def reset(self) -> None:
+        """Empty the cache for a new text."""
+        self.cache.reset()
+        self.unread = []
+        self.recent.clear()
 
 
 class TextStream:

@@ -161,6 +161,8 @@ def _draw_costs(axes: Axes, report: dict[str, Any]) -> str:
     """Draw a line for each cache except the one with the most kept tokens, and return its name."""
     axes.set_xscale("log")
     axes.set_yscale("symlog", linthresh=LARGEST_LINEAR)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
     *smaller, largest = (cache for cache in report["binned_losses"] if cache != "dense")
     for i, cache in enumerate(smaller, start=1):
         curve = _columns(cost_by_position(report, cache, largest))

@@ -50,7 +50,9 @@ SAME = "use the weights and the config.json of the same model"
 DENSE = "gpt_neox.layers.0.attention.dense.weight"
 
 MODELS = [
-    Case("a missing folder", "generate ./no/where hi", r"no/where: no such folder; check the path"),
+    Case("a missing folder", "generate ./no/where hi", r"\./no/where: no such folder; check the path"),
+    Case("a mistyped folder", "generate modle hi", r"modle: no such folder; did you mean model\?"),
+    Case("a mistyped text", "prepare txt.text -o s", r"txt\.text: no such file or folder; did you mean text\.txt\?"),
     Case(
         "an empty folder",
         "generate empty hi",
@@ -364,8 +366,8 @@ OPTIONS = [
         r"a cache of 1\+10+ tokens is too large: use at most .*",
     ),
     Case("a cache as a number", GENERATE + " --cache 1024", r"--cache: '1024' is not a cache: write kept tokens .*"),
-    Case("an unknown option", "generate --nope", r"No such option: --nope.*; see sinklm generate --help"),
-    Case("an unknown command", "evaluate", r"No such command 'evaluate'.*; see sinklm --help"),
+    Case("an unknown option", "generate --nope", r"no such option --nope; see sinklm generate --help"),
+    Case("an unknown command", "evaluate", r"no such command 'evaluate': did you mean eval\? See sinklm --help"),
     Case("an empty prompt", "generate {model} ''", r"the prompt is empty: pass at least one character"),
     Case(
         "the sink in a text",

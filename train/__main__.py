@@ -1,8 +1,10 @@
 """``python -m sinklm.train RECIPE key=value …``, for launchers (deepspeed, torchrun, srun)."""
 
 import argparse
+import sys
 
 from ..command import run
+from .keys import key_hint
 from .run import train
 
 
@@ -17,7 +19,12 @@ def main() -> None:
         help="resume from a checkpoint without checksums or with pickled code",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    arguments = parser.parse_intermixed_args()
+    arguments, unknown = parser.parse_known_intermixed_args()
+    if unknown:
+        option = unknown[0].partition("=")[0]
+        hint = key_hint(option, ["--dry-run", "--trust-checkpoint"], sys.argv)
+        print(f"error: no such option {option}{f': {hint}' if hint else ''}", file=sys.stderr)
+        sys.exit(2)
     run(
         lambda: train(
             arguments.recipe,

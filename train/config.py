@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from ..models.config import SINK_KINDS
+from ..text import near_hint
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 LargeCount = Annotated[int, Field(ge=1, le=10**15)]
@@ -48,17 +49,17 @@ class SinkSection(Section):
 class ModelSection(Section):
     """The sizes of the model."""
 
-    hidden_size: Count
-    num_hidden_layers: Annotated[int, Field(ge=1, le=10_000)]
-    num_attention_heads: Count
+    hidden_size: Count = Field(description="width of the hidden states")
+    num_hidden_layers: int = Field(ge=1, le=10_000, description="number of layers")
+    num_attention_heads: Count = Field(description="number of attention heads in a layer")
     intermediate_size: Count | None = Field(default=None, description="width of the MLP; null: 4 × `hidden_size`")
     vocab_size: Count | None = Field(
         default=None,
         description="rows of the embedding; null: tokenizer plus sink tokens, rounded up to a multiple of 128",
     )
     rotary_pct: Ratio = Field(default=0.25, description="fraction of each head's dimensions that are rotated")
-    rope_theta: float = Field(default=10_000.0, gt=0)
-    parallel_residual: bool = True
+    rope_theta: float = Field(default=10_000.0, gt=0, description="base of the rotary frequencies")
+    parallel_residual: bool = Field(default=True, description="attention and MLP read the same input, as in Pythia")
     max_position_embeddings: Count | None = Field(
         default=None, description="maximum sequence length, sink tokens included; null: `train.seq_length`"
     )
@@ -114,7 +115,9 @@ class TrainSection(Section):
         default=16,
         description="samples per rank in one forward pass; affects memory and speed, not the result",
     )
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp16", "fp32"] = Field(
+        default="bf16", description="data type of the forward and backward pass; fp32 is the fastest on most CPUs"
+    )
     activation_checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass: less memory, about a third more time"
     )
@@ -159,9 +162,11 @@ class OptimizerSection(Section):
     lr: float = Field(gt=0, description="peak learning rate, reached after warm-up")
     min_lr_ratio: Ratio = Field(default=0.1, description="final learning rate as a fraction of `lr`")
     warmup_ratio: Ratio = Field(default=0.01, description="fraction of the steps used for linear warm-up")
-    betas: Annotated[list[float], Field(min_length=2, max_length=2)] = [0.9, 0.95]
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)
+    betas: Annotated[list[float], Field(min_length=2, max_length=2)] = Field(
+        default=[0.9, 0.95], description="decay rates of AdamW's averages of the gradient and of its square"
+    )
+    eps: float = Field(default=1e-8, gt=0, description="term of AdamW's denominator")
+    weight_decay: float = Field(default=0.1, ge=0, description="weight decay of the matrices")
     clip: float = Field(default=1.0, ge=0, description="maximum norm of the gradient; 0: no clipping")
 
     @field_validator("betas")
@@ -285,9 +290,9 @@ class DeepSpeedSection(BaseModel):
     @model_validator(mode="after")
     def _no_misspelt_keys(self) -> "DeepSpeedSection":
         for key in self.extra_keys:
-            near = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=1, cutoff=0.8)
+            near = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=3, cutoff=0.8)
             if near and key not in DEEPSPEED_KEYS:
-                raise ValueError(f"unknown key {key}: did you mean {near[0]}?")
+                raise ValueError(f"unknown key {key}: {near_hint('', (), others=near)}")
         return self
 
 
@@ -295,7 +300,7 @@ class WandbSection(Section):
     mode: Literal["auto", "online", "offline", "disabled"] = Field(
         default="auto", description="`auto`: online if you are logged in, else offline"
     )
-    project: Name = "sinklm"
+    project: Name = Field(default="sinklm", description="project on Weights & Biases")
     entity: Name | None = Field(default=None, description="user or team; null: your default one")
     name: Name | None = Field(default=None, description="name of the run; null: that of its folder")
     group: Name | None = Field(default=None, description="group in which wandb shows the run")

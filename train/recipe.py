@@ -1,11 +1,11 @@
 """Reads a recipe: YAML, its base and command-line overrides. Errors name the wrong key."""
 
-import difflib
 import hashlib
 import json
 import re
 from collections.abc import Iterator
 from importlib.resources import files
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
-from ..text import one_line
+from ..hub import near_path_hint
+from ..text import near_hint, one_line
 from .config import TrainingConfig
 
 LARGEST_RECIPE = 2**20  # bytes
@@ -65,6 +66,13 @@ def recipe_names() -> list[str]:
     )
 
 
+def describe_recipe(name: str) -> str:
+    """Return the first sentence of the comment at the beginning of a packaged recipe."""
+    comment = takewhile(lambda line: line.startswith("#"), _find(name).splitlines())
+    text = " ".join(line.lstrip("# ") for line in comment)
+    return re.split(r"(?<=[^.]\.)\s(?=[A-Z])|, see docs/", text)[0].removesuffix(".")
+
+
 def _read(recipe: str, readers: tuple[str, ...]) -> DictConfig:
     """Read a recipe merged over its base; ``readers`` are the recipes derived from it."""
     if recipe in readers:
@@ -92,7 +100,7 @@ def _find(recipe: str) -> str:
     path = Path(recipe)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise FileNotFoundError(f"recipe {recipe}: no such file; check the path")
+            raise FileNotFoundError(f"recipe {recipe}: no such file; {near_path_hint(recipe) or 'check the path'}")
         if path.stat().st_size > LARGEST_RECIPE:
             raise ValueError(f"recipe {recipe} has {path.stat().st_size:,} bytes: pass a recipe, which is a short file")
         try:
@@ -102,8 +110,7 @@ def _find(recipe: str) -> str:
     packaged = files(CONFIGS_PACKAGE).joinpath(f"{recipe}.yaml")
     if not packaged.is_file():
         names = recipe_names()
-        near = difflib.get_close_matches(recipe, names, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(names)}, or the path of a .yaml file"
+        hint = near_hint(recipe, names) or "`sinklm recipes` lists them; or pass the path of a .yaml file"
         raise FileNotFoundError(f"there is no recipe {recipe!r}: {hint}")
     return packaged.read_text(encoding="utf-8")
 
@@ -169,12 +176,11 @@ def _first_key(section: str) -> str:
 
 def _nearest(key: str) -> str:
     known = list(dotted_keys(TrainingConfig))
-    near = difflib.get_close_matches(key, known if "." in key else TrainingConfig.model_fields, n=1, cutoff=0.75)
-    if not near:  # the key may be right and only the section wrong
-        last = key.rpartition(".")[2]
-        near = [name for name in known if name.rpartition(".")[2] == last]
+    last = key.rpartition(".")[2]  # it may be right and only the section wrong
+    elsewhere = [name for name in known if name.rpartition(".")[2] == last]
+    near = near_hint(key, known if "." in key else TrainingConfig.model_fields, others=elsewhere)
     if near:
-        return f"did you mean {near[0]}?"
+        return near
     section = key.partition(".")[0]
     siblings = [name for name in known if name.startswith(f"{section}.")] or list(TrainingConfig.model_fields)
     return f"valid keys are {', '.join(siblings)}"

@@ -206,6 +206,10 @@ def _ready_engine(plan: Plan, world: World, resume: Resume | None, progress: Run
     return engine
 
 
+def _say_reading(num_bytes: int) -> None:
+    print(f"reading {num_bytes / 1e6:,.1f} MB of data.path to verify checksums, which is done once …", flush=True)
+
+
 def _open_store(config: TrainingConfig, world: World) -> TokenSource:
     """Open the data. Rank 0 verifies its content, and so does one rank of each host with a copy."""
     with world.all_or_none():
@@ -213,9 +217,7 @@ def _open_store(config: TrainingConfig, world: World) -> TokenSource:
             raise ValueError(
                 "data.path is not set: set it to a folder made by `sinklm prepare`, e.g. data.path=stores/pile"
             )
-        if world.is_main:
-            print(f"opening {config.data.path} (on first use, all files are read to verify checksums) …", flush=True)
-        store = open_store(config.data.path, verify="auto" if world.is_main else "size")
+        store = open_store(config.data.path, verify="auto" if world.is_main else "size", on_read=_say_reading)
     fingerprint = {"the fingerprint of data.path": store.fingerprint[:12]}
     check_same(world, fingerprint, "copy the store of rank 0 to all hosts, or share it")
     is_other_copy = has_other_copy(store.path, world)

@@ -10,7 +10,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..plots import COLOURS, MARKERS, STYLE, save_figure
+from ..plots import COLOURS, MARKERS, STYLE, curve_style, log_scale, save_figure
 from .tables import shown_positions
 
 FAINTEST = 1e-3  # smaller attention is drawn as this value
@@ -39,13 +39,13 @@ def heads_figure(report: dict[str, Any], title: str | None = None) -> Figure:
             for axes, key in zip(row, ("sink_rate", "mass"), strict=True):
                 shares = np.array(report["heads"][name][key]).T  # (H, L)
                 image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
-                what = f"Sink rate (ε = {report['epsilon']:g})" if key == "sink_rate" else "Attention"
+                what = f"Sink rate (attention > {report['epsilon']:g})" if key == "sink_rate" else "Attention"
                 axes.set_title(f"{what}, {name}: {100 * shares.mean():.1f} %", fontsize=9)
                 _whole_ticks(axes)
             row[0].set_ylabel("Head")
         for axes in panels[-1]:
             axes.set_xlabel("Layer")
-        figure.colorbar(image, ax=panels, shrink=0.9, pad=0.01)
+        figure.colorbar(image, ax=panels, shrink=0.9, pad=0.01, label="Share of texts; mean attention")
         _set_title(figure, title)
     return figure
 
@@ -67,10 +67,10 @@ def maps_figure(report: dict[str, Any], title: str | None = None) -> Figure:
             _whole_ticks(axes)
         first_text = report["positions"]["first text token"]
         for axes in panels[-1]:
-            axes.set_xlabel(f"Key (text from {first_text})" if first_text else "Key")
+            axes.set_xlabel(f"Key position\n(text from {first_text})" if first_text else "Key position")
         for axes in panels[:, 0]:
-            axes.set_ylabel("Query")
-        figure.colorbar(image, ax=panels, shrink=0.9, pad=0.01, label="Attention")
+            axes.set_ylabel("Query position")
+        figure.colorbar(image, ax=panels, shrink=0.9, pad=0.01, label="Mean attention (log scale)", format="{x:g}")
         _set_title(figure, title)
     return figure
 
@@ -83,26 +83,26 @@ def layers_figure(report: dict[str, Any], title: str | None = None) -> Figure:
         figure = Figure(figsize=(7.0, 4.4), layout="constrained")
         (hidden, largest), (values, cosines) = figure.subplots(2, 2, sharex=True)
         for axes, key, quantity in (
-            (hidden, "hidden_norm", "Norm of hidden states"),
-            (largest, "largest_activation", "Largest activation |h|"),
-            (values, "value_norm", "Norm of values"),
+            (hidden, "hidden_norm", "Mean norm of hidden states"),
+            (largest, "largest_activation", "Largest activation"),
+            (values, "value_norm", "Mean norm of values"),
         ):
             _draw_positions(axes, layers[key], positions)
             axes.set_ylabel(quantity)
-        median = largest.plot(layers["median_activation"], color=GREY, linestyle="--", label="median |h|")
-        largest.legend(handles=median, fontsize=7)
+        median = largest.plot(layers["median_activation"], color=GREY, linestyle="--", label="median activation")
+        largest.legend(handles=median, fontsize=7, handlelength=2.5)
         for axes in (hidden, largest):
-            axes.set_yscale("log")
+            log_scale(axes)
         cosines.plot(layers["key_cosine"][:, 1:].mean(1), color=GREY, label="other keys with the first key")
         if np.isfinite(layers["query_cosine"]).all():
             others = layers["query_key_cosine"][:, 1:].mean(1)
             cosines.plot(layers["query_cosine"].mean(1), color=COLOURS[1], label="queries with the first key")
             cosines.plot(others, color=COLOURS[1], linestyle=":", label="queries with other keys")
-        cosines.set_ylabel("Cosine")
+        cosines.set_ylabel("Mean cosine similarity")
         cosines.axhline(0, color="0.8", linewidth=0.6, zorder=0)
         cosines.set_ylim(top=1.1)  # room for the legend
         for axes in (hidden, cosines):
-            axes.legend(fontsize=7)
+            axes.legend(fontsize=7, handlelength=2.5)
         for axes in (hidden, largest, values, cosines):
             axes.grid(axis="y", linewidth=0.4, alpha=0.5)
         for axes in (values, cosines):
@@ -124,12 +124,13 @@ def checkpoints_figure(report: dict[str, Any], title: str | None = None) -> Figu
         figure = Figure(figsize=(8.0, 3.2), layout="constrained")
         rates, masses = figure.subplots(1, 2)
         for i, name in enumerate(shown_positions(report)):
-            style = {"color": COLOURS[1 + i % (len(COLOURS) - 1)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
+            style = curve_style(i + 1, 1 + len(shown_positions(report)))
+            style |= {"marker": MARKERS[i % len(MARKERS)], "markersize": 4}
             for axes, key in ((rates, "sink_rate"), (masses, "mass")):
                 shares = [100 * checkpoint[key][name] for checkpoint in checkpoints]
                 axes.plot(steps, shares, label=name, clip_on=False, **style)  # whole markers at the edges
-        rates.set_ylabel(f"Sink rate (%), ε = {report['epsilon']:g}")
-        masses.set_ylabel("Attention (%)")
+        rates.set_ylabel(f"Heads with attention > {report['epsilon']:g} (%)")
+        masses.set_ylabel("Mean attention (%)")
         for axes in (rates, masses):
             if len(steps) == 1:
                 axes.set_xticks(steps)
@@ -158,7 +159,7 @@ def _draw_positions(axes: Axes, values: np.ndarray, positions: dict[str, int]) -
     axes.fill_between(layers, others.min(1), others.max(1), color=GREY, alpha=0.25, linewidth=0)
     axes.plot(layers, others.mean(1), color=GREY, label="other positions")
     for i, (name, k) in enumerate(positions.items()):
-        axes.plot(layers, values[:, k], color=COLOURS[1 + i % (len(COLOURS) - 1)], label=name)
+        axes.plot(layers, values[:, k], label=name, **curve_style(i + 1, 1 + len(positions)))
 
 
 def _whole_ticks(axes: Axes) -> None:

@@ -6,6 +6,7 @@ import os
 import select
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -19,8 +20,10 @@ def run(command: Callable[[], object]) -> None:
 
     Characters that the encoding of stdout does not have are printed as ``?``. If the reader of
     stdout ends first (``| head``), the command ends silently with status 141, as other programs do.
-    Set ``SINKLM_DEBUG=1`` to see the traceback of an error.
+    Set ``SINKLM_DEBUG=1`` to see the traceback of an error and the place of a warning.
     """
+    if not os.environ.get("SINKLM_DEBUG"):
+        warnings.formatwarning = _format_warning
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     try:
@@ -43,6 +46,11 @@ def run(command: Callable[[], object]) -> None:
             _discard_output()  # Python would fail with it at exit
             message = str(of_output)
         sys.exit(f"error: {printable(message)}")
+
+
+def _format_warning(message: Warning | str, *details: object, **options: object) -> str:
+    """Return a warning in one line, without the place in the code."""
+    return f"warning: {printable(str(message))}\n"
 
 
 def _flush() -> None:

@@ -1,6 +1,10 @@
 """Text from outside in messages: file names, error texts of libraries, generated text."""
 
+import difflib
+from collections.abc import Iterable
+
 LONGEST = 400  # characters of a quoted error text
+MOST_NAMES = 5  # in a hint
 
 # Control characters except tab and line end, and the characters that reorder text: in a terminal
 # they move the cursor, change colours and titles, or show a name other than the real one.
@@ -28,3 +32,28 @@ def one_line(error: object) -> str:
 def message_of(error: BaseException) -> str:
     """Return the message of an error in one line without its type, or the type if it is empty."""
     return one_line(str(error).strip() or type(error).__name__)
+
+
+def near_names(name: str, names: Iterable[str]) -> list[str]:
+    """Return all names that ``name`` may be a misspelling or part of, the nearest first."""
+    wanted = name.lower()
+    ratios = {each: difflib.SequenceMatcher(None, wanted, each.lower()).ratio() for each in names}
+    nearest = max(ratios.values(), default=0.0)
+    near = [each for each, ratio in ratios.items() if ratio >= max(0.7, nearest - 0.08)]
+    parts = [each for each in ratios if each not in near and _is_part(wanted, each.lower())]
+    return sorted(near, key=lambda each: -ratios[each])[:MOST_NAMES] + parts[:MOST_NAMES]
+
+
+def near_hint(name: str, names: Iterable[str], *, others: Iterable[str] = (), prefix: str = "") -> str:
+    """Return ``did you mean a, b or c?`` with `near_names`, or an empty text if there are none.
+
+    Args:
+        others: names to suggest besides.
+        prefix: put before each name.
+    """
+    *first, last = dict.fromkeys(prefix + each for each in [*near_names(name, names), *others]) or [""]
+    return f"did you mean {', '.join(first)}{' or ' * bool(first)}{last}?" if last else ""
+
+
+def _is_part(one: str, other: str) -> bool:
+    return min(len(one), len(other)) > 2 and (one in other or other in one)

@@ -8,7 +8,7 @@ import torch
 from transformers import GPTNeoXConfig, T5Config
 
 from sinklm.checkpoints import checks, load_model, load_tokenizer, loading
-from sinklm.checkpoints.folders import is_local, resolve_model_folder
+from sinklm.checkpoints.folders import resolve_model_folder
 
 from ..models.tiny import tiny_model
 
@@ -30,7 +30,6 @@ def test_a_run_folder_gives_its_newest_complete_checkpoint(run_folder):
     assert load_model(run_folder, device="cpu").gpt_neox.final_layer_norm.bias[0] == 10
     assert load_model(run_folder / "checkpoints" / "step-2", device="cpu").gpt_neox.final_layer_norm.bias[0] == 2
     assert resolve_model_folder(run_folder / "checkpoints/step-2/model").endswith("step-2/model")
-    assert resolve_model_folder("EleutherAI/pythia-160m") == "EleutherAI/pythia-160m"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -54,7 +53,7 @@ def test_a_missing_model_is_an_error_with_its_path(run_folder, tmp_path):
         load_model(tmp_path / "empty" / "checkpoints")
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         load_model("./nowhere")
-    with pytest.raises(FileNotFoundError, match="cannot load a model from 'nobody/nothing'"):
+    with pytest.raises(FileNotFoundError, match="nobody/nothing: no such folder, and the cache of the Hugging"):
         load_model("nobody/nothing")
 
 
@@ -63,8 +62,6 @@ def test_a_path_next_to_runs_is_not_searched_on_the_hub(run_folder, monkeypatch)
     name = f"{run_folder.parent.name}/nope"
     with pytest.raises(FileNotFoundError, match=f"{name}: no such folder"):
         load_model(name)
-    assert not is_local("EleutherAI/pythia-160m")
-    assert not is_local("gpt2")
 
 
 def test_a_folder_without_a_tokenizer_is_an_error(tmp_path):

@@ -18,6 +18,23 @@ def test_each_line_gets_a_reply(tmp_path, capfd, monkeypatch):
     assert " tokens seen; cache 1+20" in shown.err
 
 
+def test_reset_starts_a_new_conversation_and_a_template_can_be_given(tmp_path, capfd, monkeypatch):
+    checkpoint = str(write_checkpoint(tmp_path / "model", small_model(1)))
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}")
+    for options in ({}, {"chat_template": str(template)}):
+        replies = []
+        for lines in ("Hello\n", "Who?\n/reset\nHello\n"):
+            monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+            chat(checkpoint, max_new_tokens=5, temperature=0, **options)
+            shown = capfd.readouterr()
+            replies.append(shown.out.splitlines()[-1])
+            assert ("no chat template" in shown.err) == (not options)
+        assert replies[0] == replies[1]
+    with pytest.raises(ValueError, match=r"--chat-template no\.jinja cannot be read: .*; pass a file"):
+        chat(checkpoint, chat_template="no.jinja")
+
+
 def test_a_session_goes_on_after_a_restart(tmp_path, capfd, monkeypatch):
     checkpoint = str(write_checkpoint(tmp_path / "model", small_model(1)))
     options = {"temperature": 0.0, "max_new_tokens": 10}

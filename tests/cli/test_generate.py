@@ -1,6 +1,9 @@
 """`sinklm generate`: output on stdout and stderr, the end of the text, and errors."""
 
 import io
+import json
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +27,7 @@ def checkpoint(tmp_path_factory) -> str:
 
 
 def test_a_stream_is_text_on_stdout_and_speed_on_stderr(checkpoint, capfd):
-    generate(checkpoint, "def main", stream=True, max_new_tokens=30, cache="1+9")
+    generate(checkpoint, ["def main"], stream=True, max_new_tokens=30, cache="1+9")
     shown = capfd.readouterr()
     assert shown.out.startswith("def main")
     assert len(shown.out) > len("def main\n")
@@ -34,14 +37,14 @@ def test_a_stream_is_text_on_stdout_and_speed_on_stderr(checkpoint, capfd):
 
 def test_text_that_fits_the_cache_equals_that_of_dense_attention(checkpoint, capfd):
     for options in ({}, {"stream": True}, {"cache": "1+100"}):
-        generate(checkpoint, "import os", max_new_tokens=25, temperature=0, **options)
+        generate(checkpoint, ["import os"], max_new_tokens=25, temperature=0, **options)
     dense, *streamed = capfd.readouterr().out.split("import os")[1:]
     assert [text.strip() for text in streamed] == [dense.strip()] * 2
 
 
 def test_a_temperature_near_0_equals_greedy_decoding(checkpoint, capfd):
     for temperature in (0, 1e-40):
-        generate(checkpoint, "import os", max_new_tokens=25, temperature=temperature)
+        generate(checkpoint, ["import os"], max_new_tokens=25, temperature=temperature)
     greedy, sampled = capfd.readouterr().out.split("import os")[1:]
     assert sampled == greedy
 
@@ -56,7 +59,7 @@ def test_ctrl_c_ends_the_stream_with_its_speed(checkpoint, capfd, monkeypatch):
         return forward(self, logits)
 
     monkeypatch.setattr(Generator, "sample", interrupted)
-    generate(checkpoint, "a", stream=True)
+    generate(checkpoint, ["a"], stream=True)
     assert "7 tokens, " in capfd.readouterr().err
 
 
@@ -64,7 +67,7 @@ def test_only_a_stream_continues_after_the_end_of_the_text(checkpoint, capfd, mo
     end = load_tokenizer(checkpoint).eos_token_id
     monkeypatch.setattr(Generator, "sample", lambda self, logits: torch.tensor([[end]]))
     for options in ({"cache": "1+9"}, {"stream": True, "max_new_tokens": 12}):
-        generate(checkpoint, "a", **options)
+        generate(checkpoint, ["a"], **options)
     without, stream = [line for line in capfd.readouterr().err.splitlines() if "cache 1+" in line]
     assert without.startswith("0 tokens")
     assert stream.startswith("12 tokens")
@@ -72,16 +75,16 @@ def test_only_a_stream_continues_after_the_end_of_the_text(checkpoint, capfd, mo
 
 def test_an_incomplete_cache_and_an_empty_prompt_are_an_error(checkpoint):
     with pytest.raises(ValueError, match="--cache: '4' is not a cache"):
-        generate(checkpoint, "a", cache="4")
+        generate(checkpoint, ["a"], cache="4")
     with pytest.raises(ValueError, match="prompt is empty"):
-        generate(checkpoint, "")
+        generate(checkpoint, [""])
 
 
 def test_a_model_may_have_several_end_of_text_tokens(checkpoint, capfd, monkeypatch):
     model = load_model(checkpoint)
     model.config.eos_token_id = model.generation_config.eos_token_id = [0, 5]
     monkeypatch.setattr("sinklm.checkpoints.load_model", lambda name, **options: model)
-    generate(checkpoint, "import os", max_new_tokens=5)
+    generate(checkpoint, ["import os"], max_new_tokens=5)
     assert capfd.readouterr().out.startswith("import os")
 
 
@@ -92,28 +95,64 @@ def test_a_model_with_nan_outputs_is_an_error(checkpoint, monkeypatch, stream):
         model.lm_head.weight[5, 0] = float("nan")
     monkeypatch.setattr("sinklm.checkpoints.load_model", lambda name, **options: model)
     with pytest.raises(ValueError, match="outputs are not finite"):
-        generate(checkpoint, "import os", stream=stream)
+        generate(checkpoint, ["import os"], stream=stream)
 
 
 def test_a_prompt_can_come_from_standard_input(checkpoint, capfd, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("import os\n" * 100))
-    generate(checkpoint, "-", stream=True, max_new_tokens=1)
+    generate(checkpoint, ["-"], stream=True, max_new_tokens=1)
     assert capfd.readouterr().out.startswith("import os\n" * 100)
     with pytest.raises(ValueError, match="the prompt is not valid UTF-8"):
-        generate(checkpoint, "a\udcff")
+        generate(checkpoint, ["a\udcff"])
 
 
-def test_a_cache_larger_than_the_trained_length_gives_a_warning(checkpoint, capfd):
+def test_a_cache_larger_than_the_trained_length_gives_a_warning(checkpoint):
     trained = load_model(checkpoint).config.max_position_embeddings
-    for window in (trained - 2, trained - 1):
-        generate(checkpoint, "a", stream=True, max_new_tokens=2, cache=f"1+{window}")
-    assert capfd.readouterr().err.count("is too large for") == 1
+    with warnings.catch_warnings(action="error"):
+        generate(checkpoint, ["a"], stream=True, max_new_tokens=2, cache=f"1+{trained - 2}")
+    with pytest.warns(UserWarning, match=f"the cache 1.{trained - 1} is too large for the {trained} positions"):
+        generate(checkpoint, ["a"], stream=True, max_new_tokens=2, cache=f"1+{trained - 1}")
 
 
 def test_more_tokens_than_the_model_has_positions_are_an_error(tmp_path, capfd):
     model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=1, n_positions=12))
     folder = str(write_checkpoint(tmp_path / "gpt2", model))
     num_tokens = len(load_tokenizer(folder)("import os")["input_ids"])
-    generate(folder, "import os", max_new_tokens=12 - num_tokens)
+    generate(folder, ["import os"], max_new_tokens=12 - num_tokens)
     with pytest.raises(ValueError, match="exceed the 12 positions of this model: lower --max-new-tokens"):
-        generate(folder, "import os", max_new_tokens=13 - num_tokens)
+        generate(folder, ["import os"], max_new_tokens=13 - num_tokens)
+
+
+def test_several_prompts_are_lines_of_json_that_do_not_depend_on_each_other(checkpoint, tmp_path, capfd):
+    (tmp_path / "prompts.txt").write_text("def main\n\nimport os\n")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "def main"}\n"import os"\n')
+    lines = {}
+    for name in ("prompts.txt", "prompts.jsonl"):
+        for cache in (None, "1+9"):
+            generate(checkpoint, prompts_file=tmp_path / name, cache=cache, max_new_tokens=7, top_p=0.9, as_json=True)
+            lines[name, cache] = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    for cache in (None, "1+9"):
+        assert lines["prompts.txt", cache] == lines["prompts.jsonl", cache]
+        assert [line["prompt"] for line in lines["prompts.txt", cache]] == ["def main", "import os"]
+        assert all((line["num_tokens"], line["finish_reason"]) == (7, "length") for line in lines["prompts.txt", cache])
+        generate(checkpoint, ["import os"], cache=cache, max_new_tokens=7, top_p=0.9)
+        assert capfd.readouterr().out == "import os" + lines["prompts.txt", cache][1]["text"] + "\n"
+
+
+def test_quiet_leaves_only_the_text(checkpoint, capfd):
+    generate(checkpoint, ["def main"], cache="1+9", max_new_tokens=3, quiet=True)
+    shown = capfd.readouterr()
+    assert shown.out.startswith("def main")
+    assert shown.err == ""
+
+
+def test_wrong_prompts_are_one_error(checkpoint, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('"a"\n{"text": 1}\n')
+    with pytest.raises(ValueError, match=r"prompts\.jsonl, line 2 has no prompt: write"):
+        generate(checkpoint, prompts_file=tmp_path / "prompts.jsonl")
+    with pytest.raises(FileNotFoundError, match="--prompts-file no cannot be read: No such file"):
+        generate(checkpoint, prompts_file=Path("no"))
+    with pytest.raises(ValueError, match="there is no prompt: pass one"):
+        generate(checkpoint)
+    with pytest.raises(ValueError, match="--stream never ends the first of 2 prompts: set --max-new-tokens"):
+        generate(checkpoint, ["a", "b"], stream=True)

@@ -65,7 +65,7 @@ def test_a_mistyped_path_does_not_go_to_the_hub(name: str, tmp_path: Path, monke
 
 
 def test_a_data_set_out_of_reach_is_one_error() -> None:
-    with pytest.raises(ValueError, match="nobody/nothing: no such file or folder, and it could not be loaded as a Hub"):
+    with pytest.raises(FileNotFoundError, match="nobody/nothing: no such file or folder, and the cache of the Hugging"):
         find_inputs(["nobody/nothing"])
 
 

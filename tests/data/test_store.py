@@ -102,6 +102,16 @@ def test_files_are_read_again_only_when_they_changed(store: Path, monkeypatch: p
     assert len(hashed) == 1 + len(TokenStore(store).manifest.files)
 
 
+def test_a_store_says_how_much_it_reads(store: Path) -> None:
+    said: list[int] = []
+    (store / VERIFIED_NAME).unlink(missing_ok=True)
+    opened = open_store(store, on_read=said.append)
+    assert said == [sum(info.bytes for info in opened.manifest.files.values())]
+    open_store(store, on_read=said.append)
+    open_store(store, verify="size", on_read=said.append)
+    assert len(said) == 1
+
+
 def test_a_copy_is_read_again_though_its_times_and_its_record_are_copied(store: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     subprocess.run(["cp", "-a", str(store), str(copy)], check=True)

@@ -112,7 +112,7 @@ def test_a_folder_here_is_not_sought_on_the_hub(tmp_path: Path, monkeypatch: pyt
 
 
 def test_without_the_hub_a_local_file_is_asked_for() -> None:
-    with pytest.raises(OSError, match=r"EleutherAI/gpt-neox-20b.*pass --tokenizer with the path of a local"):
+    with pytest.raises(OSError, match=r"EleutherAI/gpt-neox-20b.*pass --tokenizer with the path of a"):
         find_tokenizer_file("EleutherAI/gpt-neox-20b")
 
 

@@ -471,3 +471,11 @@ def test_a_cache_may_be_garbage_collected_while_torch_calls_hooks(hook):
     torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-12)
     assert len(model.base_model._forward_pre_hooks) == (hook == "register_forward_pre_hook")
     assert "forward" not in vars(model.base_model)
+
+
+def test_wrong_ways_to_create_a_cache_name_the_right_one():
+    for arguments, options in (((), {}), ((tiny.build(tiny.config("llama")),), {"num_kept": 4, "window": 9})):
+        with pytest.raises(TypeError, match=r"not created by its constructor: use StreamingCache\.for_model\(model, "):
+            StreamingCache(*arguments, **options)
+    with pytest.raises(TypeError, match=r"takes a loaded model and not its name: pass sinklm\.load_model\('a/b'\)"):
+        StreamingCache.for_model("a/b", num_kept=4, window=9)

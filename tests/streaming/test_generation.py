@@ -10,10 +10,12 @@ from transformers import PreTrainedTokenizerFast
 
 from sinklm.streaming import Generator, StreamingCache, TextStream, default_cache
 from sinklm.streaming.generation import MAX_PENDING
+from sinklm.streaming.sampling import Sampling
 
 from ..eval.checkpoints import small_tokenizer
 from ..models.tiny import FIRST_SINK, text, tiny_model
 
+MODEL = tiny_model(num_sinks=0)
 TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=small_tokenizer(), eos_token="<|endoftext|>")
 
 
@@ -72,6 +74,29 @@ def test_a_temperature_near_0_chooses_the_most_likely_token(temperature):
     model, logits = tiny_model(num_sinks=0), torch.tensor([[-90.0, 89.9, 90.0]]).repeat(50, 1)
     for top_k in (None, 2):
         assert (generator(model, temperature=temperature, top_k=top_k).sample(logits) == 2).all()
+
+
+@given(
+    sampling=st.fixed_dictionaries(
+        {},
+        optional={
+            "temperature": st.sampled_from([0.3, 1.0, 2.0]),
+            "top_k": st.integers(1, 9),
+            "top_p": st.floats(0.05, 1.0),
+            "min_p": st.floats(0.0, 1.0),
+            "repetition_penalty": st.floats(0.5, 2.0),
+        },
+    )
+)
+@settings(max_examples=25, deadline=None)
+def test_the_loop_samples_as_generate_does(sampling):
+    model, ids = MODEL, text(1, 6)
+    sampling = {"temperature": 1.0} | sampling
+    torch.manual_seed(0)
+    arguments = Sampling(**sampling).generate_arguments()
+    expected = model.generate(ids, max_new_tokens=8, eos_token_id=None, pad_token_id=0, **arguments)
+    torch.manual_seed(0)
+    assert list(islice(generator(model, window=40, **sampling)(ids[0].tolist()), 8)) == expected[0, 6:].tolist()
 
 
 def test_invalid_sampling_and_an_empty_prompt_are_an_error():

@@ -156,6 +156,9 @@ def test_a_chat_goes_on_after_a_restart(tmp_path, template):
         assert restarted.history == chat.history
         assert len(chat.history) == 2 * (number + 1)
         assert chat.history[-1] == {"role": "assistant", "content": reply}
+        assert restarted.generator.recent == chat.generator.recent
+    with pytest.raises(ValueError, match="another chat template"):
+        Chat.load(tmp_path / "chat", tokenizer("{{ 'other' }}"), model)
 
 
 def test_a_cache_without_a_conversation_is_an_error(file):

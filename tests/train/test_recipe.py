@@ -43,7 +43,10 @@ def test_weights_of_sets_are_replaced_as_a_whole(tmp_path):
         (["train.micro_batch=3"], "unknown key train.micro_batch: did you mean train.micro_batch_size?"),
         (["trian.seed=3"], "unknown key trian: did you mean train?"),
         (["lr=3"], "unknown key lr: did you mean optimizer.lr?"),
-        (["model.sink.number=3"], "unknown key model.sink.number: did you mean model.sink.num_tokens?"),
+        (
+            ["model.sink.number=3"],
+            "unknown key model.sink.number: did you mean model.sink.num_tokens or model.sink.kind?",
+        ),
         (["train.xyz=3"], "unknown key train.xyz: valid keys are train.run_dir, train.seed"),
         (["train.precision=int8"], "train.precision is 'int8': it should be 'bf16', 'fp16' or 'fp32'"),
         (["train.num_steps=0"], "train.num_steps is 0: it should be greater than or equal to 1"),

@@ -1,0 +1,55 @@
+"""Explains wrong arguments, and names all near commands, options and keys."""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import typer
+import typer.core
+
+from ..extras import MissingExtraError
+from ..text import near_hint
+
+
+class Group(typer.core.TyperGroup):
+    """A group of commands that suggests the near names for an unknown one."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name = args[0]
+        if self.get_command(ctx, name) is None:
+            ctx.fail(f"no such command {name!r}{_sentence(near_hint(name, _paths(self)))}")
+        return super().resolve_command(ctx, args)
+
+
+def explain(error: Any) -> str:
+    """Return the line for a usage error of click."""
+    message = error.format_message().rstrip(".")
+    if type(error).__name__ == "NoSuchOption":
+        names = [name for param in error.ctx.command.params for name in param.opts]
+        is_training = error.ctx.command.name == "train"
+        hint = _key_hint(error.option_name, names) if is_training else near_hint(error.option_name, names)
+        message = f"no such option {error.option_name}{_sentence(hint)}"
+    if error.ctx is None:
+        return message
+    see = f"ee {error.ctx.command_path} --help"
+    return f"{message} S{see}" if message.endswith("?") else f"{message}; s{see}"
+
+
+def _sentence(hint: str) -> str:
+    return f": {hint}" if hint else ""
+
+
+def _paths(group: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the names of all commands of a group: ``eval``, ``eval streaming`` and so on."""
+    for name, command in group.commands.items():
+        yield prefix + name
+        if hasattr(command, "commands"):
+            yield from _paths(command, f"{prefix}{name} ")
+
+
+def _key_hint(option: str, names: list[str]) -> str:
+    try:
+        from ..train.keys import key_hint
+    except MissingExtraError:
+        return near_hint(option, names)
+    return key_hint(option, names, sys.argv)

@@ -1,0 +1,51 @@
+"""Pictures of the results in docs/results: plain tick labels, and curves that stay visible."""
+
+import json
+from pathlib import Path
+
+import matplotlib
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from sinklm.eval.plots import MARKERS, STYLE, curve_style, stream_eval_figure, streaming_figure
+from sinklm.eval.report import display_name
+from sinklm.eval.sinks.plots import heads_figure, layers_figure, maps_figure
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+FIGURES = {
+    streaming_figure: "streaming-quality.json",
+    stream_eval_figure: "stream-eval.json",
+    heads_figure: "sinks-smollm2.json",
+    maps_figure: "sinks-smollm2.json",
+    layers_figure: "sinks-learnable-sink.json",
+}
+
+
+@pytest.mark.parametrize("make", FIGURES)
+def test_all_labels_are_plain_text(make):
+    figure = make(json.loads((RESULTS / FIGURES[make]).read_text()), title="a $model$")
+    with matplotlib.rc_context(STYLE):
+        FigureCanvasAgg(figure).draw()
+        ticks = [text.get_text() for axes in figure.axes for text in (*axes.get_xticklabels(), *axes.get_yticklabels())]
+        ticks += [text.get_text() for axes in figure.axes for text in axes.get_yticklabels(minor=True)]
+    assert any(ticks)
+    assert not [text for text in ticks if "$" in text or "math" in text]
+    shown = [axes for axes in figure.axes if axes.lines or axes.images]
+    assert all(axes.get_ylabel() for axes in shown if axes.get_subplotspec().is_first_col())
+    assert all(axes.get_xlabel() for axes in shown if axes.get_subplotspec().is_last_row())
+
+
+def test_equal_curves_differ_by_dashes_and_width():
+    styles = [curve_style(i, len(MARKERS)) for i in range(len(MARKERS))]
+    assert len({str(style["linestyle"]) for style in styles}) == len(styles)
+    widths = [style["linewidth"] for style in styles]
+    assert widths == sorted(widths, reverse=True)
+    assert len(set(widths)) == len(widths)
+
+
+def test_a_title_is_the_name_of_a_model_and_not_its_path(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "vanilla" / "checkpoints" / "step-4").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "runs" / "vanilla")
+    assert display_name("EleutherAI/pythia-160m") == "EleutherAI/pythia-160m"
+    assert display_name(tmp_path / "runs" / "vanilla") == display_name(".") == "vanilla"
+    assert display_name(tmp_path / "runs" / "vanilla" / "checkpoints" / "step-4") == "vanilla, step-4"
