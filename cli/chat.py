@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -99,8 +99,8 @@ def chat(
     language_model, tokenizer = load_model(model, **placement(device, dtype)), load_tokenizer(model)
     tokenizer.chat_template = template or tokenizer.chat_template
     if session is not None and session.exists():
-        settings = asdict(sampling)
-        conversation = Chat.load(session, tokenizer, language_model, max_new_tokens=max_new_tokens, **settings)
+        options: dict[str, Any] = asdict(sampling) | {"max_new_tokens": max_new_tokens}
+        conversation = Chat.load(session, tokenizer, language_model, **options)
         _check_same(session, conversation, shape, system)
         console.note(f"continuing {session}, which has {len(conversation.history)} messages")
     else:
@@ -108,6 +108,13 @@ def chat(
         conversation = Chat(tokenizer, generator, system=system, max_new_tokens=max_new_tokens)
     _explain(console, has_template=bool(tokenizer.chat_template))
     torch.manual_seed(seed)
+    _converse(console, conversation, session)
+    cache_used = conversation.generator.cache
+    console.note(f"{cache_used.get_seq_length():,} tokens seen; {describe_cache(cache_used)}")
+
+
+def _converse(console: Console, conversation: "Chat", session: Path | None) -> None:
+    """Answer the messages of stdin, and save the conversation after each."""
     for message in _messages():
         if message == RESET:
             conversation.reset()
@@ -116,8 +123,6 @@ def chat(
             _reply(console, conversation, message)
         if session is not None and not conversation.generator.cache.is_damaged:
             conversation.save(session)
-    cache_used = conversation.generator.cache
-    console.note(f"{cache_used.get_seq_length():,} tokens seen; {describe_cache(cache_used)}")
 
 
 def _explain(console: Console, *, has_template: bool) -> None:

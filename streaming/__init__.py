@@ -2,8 +2,8 @@
 
 Suggested reading order: `rule` (the streaming rule as arithmetic), `encodings` (how phases are
 moved), `steps` (one forward pass), `cache` and `steering` (how models of transformers use it),
-`families` (which models are supported), `quantized`, `saving`, and `record` and `continuing` (what a
-cache has read).
+`families` (which models are supported), `quantized`, `saving`, and `record` and `continuing` (what
+a cache has read).
 """
 
 from .cache import StreamingCache

@@ -174,7 +174,8 @@ class Chat:
             sampling: arguments of `Generator`.
 
         Raises:
-            ValueError: the file has no conversation or one with another chat template, or as `StreamingCache.load`.
+            ValueError: the file has no conversation, or one with another chat template; or as
+                `StreamingCache.load`.
             OSError: the file cannot be read.
         """
         cache, notes = load_cache(Path(path), model)

@@ -152,7 +152,7 @@ def digest(state: str, tensors: dict[str, Tensor]) -> str:
     sha = hashlib.sha256(state.encode())
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha.update(as_bytes(tensor).numpy())
+        sha.update(as_bytes(tensor).numpy().data)
     return sha.hexdigest()
 
 
@@ -173,7 +173,7 @@ def fingerprint(decoder: nn.Module) -> str:
         samples = words[:: max(1, len(words) // NUM_SAMPLES)].long()
         found.setdefault(weight.device, []).append(torch.cat((words.sum(dtype=torch.int64)[None], samples)))
     for sums in found.values():
-        sha.update(torch.cat(sums).cpu().numpy())
+        sha.update(torch.cat(sums).cpu().numpy().data)
     return sha.hexdigest()
 
 
