@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from sinklm.streaming import StreamingCache
 
@@ -28,8 +29,28 @@ VOCABULARY = 101
 SHAPE: dict[str, Any] = {"num_kept": 4, "window": 60}
 
 
-def tiny_llama(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Return a small random model with sharp attention, in which a misplaced key has an effect."""
+class Rotary64(LlamaRotaryEmbedding):
+    """Rotary tables in float64; in float32 their rounding differs with the phase of a stream."""
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        angles = position_ids[..., None].double() * self.inv_freq.double()
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos(), angles.sin()
+
+
+class RMSNorm64(LlamaRMSNorm):
+    """Norm without the conversion to float32."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        scale = torch.rsqrt(hidden_states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * hidden_states * scale
+
+
+def tiny_llama() -> PreTrainedModel:
+    """Return a small random model with sharp attention, in which a misplaced key has an effect.
+
+    All of it is float64, so that differences are not those of rounding.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -44,7 +65,12 @@ def tiny_llama(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.normal_(std=0.3)
-    return model.to(dtype)
+    for module in model.modules():
+        if isinstance(module, LlamaRotaryEmbedding):
+            module.__class__ = Rotary64
+        elif isinstance(module, LlamaRMSNorm):
+            module.__class__ = RMSNorm64
+    return model.double()
 
 
 @dataclass
