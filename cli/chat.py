@@ -2,13 +2,15 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..console import Console
+from ..files import check_writable
 from ..text import message_of
 from .generate import describe_cache, show
 from .options import (
@@ -59,6 +61,14 @@ def chat(
     min_p: MinP = 0.0,
     repetition_penalty: RepetitionPenalty = 1.0,
     cache: Cache = None,
+    session: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False,
+            help="File of the conversation: it is continued if the file exists, and saved after each turn.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = DtypeName.AUTO,
@@ -74,6 +84,8 @@ def chat(
     shape = None if cache is None else parse_cache(cache)
     check_temperature(temperature)
     template = None if chat_template is None else _read_template(chat_template)
+    if session is not None:
+        check_writable(session)
     console = Console(is_quiet=quiet)
     console.note(f"loading {model} …")
     import torch
@@ -86,23 +98,56 @@ def chat(
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     language_model, tokenizer = load_model(model, **placement(device, dtype)), load_tokenizer(model)
     tokenizer.chat_template = template or tokenizer.chat_template
-    generator = make_generator(console, language_model, shape, sampling)
-    conversation = Chat(tokenizer, generator, system=system, max_new_tokens=max_new_tokens)
-    if not tokenizer.chat_template:
-        console.note(
-            "this tokenizer has no chat template: messages and replies are lines of text, User: … and Assistant: …; "
-            "--chat-template sets one"
-        )
-    if sys.stdin is not None and sys.stdin.isatty():
-        console.note(f"{RESET} starts a new conversation, Ctrl-C stops a reply, Ctrl-D ends the chat")
+    if session is not None and session.exists():
+        options: dict[str, Any] = asdict(sampling) | {"max_new_tokens": max_new_tokens}
+        conversation = Chat.load(session, tokenizer, language_model, **options)
+        _check_same(session, conversation, shape, system)
+        console.note(f"continuing {session}, which has {len(conversation.history)} messages")
+    else:
+        generator = make_generator(console, language_model, shape, sampling)
+        conversation = Chat(tokenizer, generator, system=system, max_new_tokens=max_new_tokens)
+    _explain(console, has_template=bool(tokenizer.chat_template))
     torch.manual_seed(seed)
+    _converse(console, conversation, session)
+    cache_used = conversation.generator.cache
+    console.note(f"{cache_used.get_seq_length():,} tokens seen; {describe_cache(cache_used)}")
+
+
+def _converse(console: Console, conversation: "Chat", session: Path | None) -> None:
+    """Answer the messages of stdin, and save the conversation after each."""
     for message in _messages():
         if message == RESET:
             conversation.reset()
             console.note("new conversation")
         else:
             _reply(console, conversation, message)
-    console.note(f"{generator.cache.get_seq_length():,} tokens seen; {describe_cache(generator.cache)}")
+        if session is not None and not conversation.generator.cache.is_damaged:
+            conversation.save(session)
+
+
+def _explain(console: Console, *, has_template: bool) -> None:
+    if not has_template:
+        console.note(
+            "this tokenizer has no chat template: messages and replies are lines of text, User: … and Assistant: …; "
+            "--chat-template sets one"
+        )
+    if sys.stdin is not None and sys.stdin.isatty():
+        console.note(f"{RESET} starts a new conversation, Ctrl-C stops a reply, Ctrl-D ends the chat")
+
+
+def _check_same(session: Path, conversation: "Chat", shape: tuple[int, int] | None, system: str | None) -> None:
+    """Raise a ValueError if options differ from those that a conversation began with."""
+    saved = conversation.generator.cache.shape
+    if shape is not None and shape != (saved.num_kept, saved.window):
+        raise ValueError(
+            f"--cache is {shape[0]}+{shape[1]}, but the conversation in {session} has a cache "
+            f"{saved.num_kept}+{saved.window}: leave out --cache, or choose another --session"
+        )
+    if system is not None and system != conversation.system:
+        raise ValueError(
+            f"--system differs from the instructions of the conversation in {session}: leave it out, or choose another "
+            "--session"
+        )
 
 
 def _read_template(template: str) -> str:

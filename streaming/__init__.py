@@ -2,7 +2,8 @@
 
 Suggested reading order: `rule` (the streaming rule as arithmetic), `encodings` (how phases are
 moved), `steps` (one forward pass), `cache` and `steering` (how models of transformers use it),
-`families` (which models are supported). `testing` checks a model against the rule.
+`families` (which models are supported), `quantized`, `saving`, and `record` and `continuing` (what
+a cache has read). `testing` checks a model against the rule.
 """
 
 from .adapters import Adapter

@@ -119,7 +119,7 @@ def rotated_attention(
     step = step_of(cache_ref)
     rotary = step.encoding
     assert isinstance(rotary, Rotary)
-    phases = rotary.phases(step.position_ids, query)
+    phases = rotary.phases(step.on(query.device).position_ids, query)
     query, key = rotary.turn(query, phases), rotary.turn(key, phases)
     out = step.attend(module.layer_idx, query, key, value, module.head_dim**-0.5)
     return module.resid_dropout(module.out_proj(merge_heads(out)))

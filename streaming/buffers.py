@@ -1,9 +1,15 @@
 """Buffers of an attention layer: keys and values in slots, and the original kept keys."""
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from .rule import StreamShape
+
+if TYPE_CHECKING:
+    from .steps import ChunkStep, DecodeStep
 
 
 class StreamingLayer:
@@ -18,6 +24,8 @@ class StreamingLayer:
         num_arrived: ``(B, G)``, counter of the decoding kernel, 0 between steps.
     """
 
+    BUFFERS: tuple[str, ...] = ("keys", "values", "kept_keys", "num_arrived")
+
     keys: Tensor
     values: Tensor
     kept_keys: Tensor
@@ -28,39 +36,99 @@ class StreamingLayer:
         self.is_allocated = False
 
     def allocate(self, key: Tensor, value: Tensor) -> None:
-        """Allocate the buffers for states like these ``(B, G, T, D)`` if they do not exist yet."""
-        if self.is_allocated:
-            return
+        """Allocate the buffers for states like these ``(B, G, T, D)`` if they do not exist yet.
+
+        If the layer has moved to another device since, they move there.
+        """
+        if not self.is_allocated:
+            self._allocate(key, value)
+            self.is_allocated = True
+        elif self.kept_keys.device != key.device:
+            self.set_buffers({name: buffer.to(key.device) for name, buffer in self.buffers.items()})
+
+    def _allocate(self, key: Tensor, value: Tensor) -> None:
         self.keys = zeros_like_heads(key, self.shape.num_slots)
         self.values = zeros_like_heads(value, self.shape.num_slots)
         self.kept_keys = zeros_like_heads(key, self.shape.num_kept + 1)
         self.num_arrived = static_zeros(key.shape[:2], torch.int32, key.device)
+
+    def write(self, key: Tensor, value: Tensor, step: "DecodeStep") -> None:
+        """Store the key and value ``(B, G, 1, D)`` of the next token of each row."""
+        self.keys[step.rows, :, step.slot] = key[:, :, 0]
+        self.values[step.rows, :, step.slot] = value[:, :, 0]
+        if self.shape.num_kept:
+            self.kept_keys[step.rows, :, step.kept_row] = key[:, :, 0]
+
+    def read(self, num_seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values ``(B, G, S + W + 1, D)`` of all slots.
+
+        The first S keys are those of `kept_keys`, or rotated. The caller may overwrite them.
+
+        Args:
+            num_seen: ``(B or 1,)``, tokens before the pass.
+        """
+        return self.keys, self.values
+
+    def store(self, key: Tensor, value: Tensor, step: "ChunkStep") -> None:
+        """Store the keys and values ``(B, G, T, D)`` of a chunk in the slots they have after it."""
+        is_new, columns = step.replacements
+        self.keys.copy_(torch.where(is_new, gather_columns(key, columns), self.keys))
+        self.values.copy_(torch.where(is_new, gather_columns(value, columns), self.values))
+        num_kept = self.shape.num_kept
+        kept = self.kept_keys[:, :, :num_kept]
+        kept.copy_(torch.where(is_new[:, :, :num_kept], self.keys[:, :, :num_kept], kept))
+
+    @property
+    def first_values(self) -> Tensor:
+        """The values ``(B, G, S, D)`` of the kept tokens."""
+        return self.values[:, :, : self.shape.num_kept]
+
+    def turn_window(self, turn: Callable[[Tensor], Tensor]) -> None:
+        """Rotate the keys of the window."""
+        ring = self.keys[:, :, self.shape.num_kept :]
+        ring.copy_(turn(ring))
+
+    def restart_rows(self, rows: Tensor) -> None:
+        """Restore the kept keys that steps have rotated, for rows that only keep sinks."""
+        if self.is_allocated:
+            rows, num_kept = rows.to(self.keys.device), self.shape.num_kept
+            self.keys[rows, :, :num_kept] = self.kept_keys[rows, :, :num_kept]
+
+    def crop(self, num_before: Tensor, num_after: Tensor) -> None:
+        """Remove the last tokens of each row ``(B,)``; none has left the layer."""
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.BUFFERS} if self.is_allocated else {}
+
+    def set_buffers(self, buffers: dict[str, Tensor]) -> None:
+        """Replace the buffers by copies with static addresses."""
+        for name in self.BUFFERS:
+            setattr(self, name, static_copy(buffers[name]))
         self.is_allocated = True
 
     @property
     def num_bytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes + self.kept_keys.nbytes if self.is_allocated else 0
+        return sum(buffer.nbytes for name, buffer in self.buffers.items() if name != "num_arrived")
 
     def free(self) -> None:
-        if self.is_allocated:
-            del self.keys, self.values, self.kept_keys, self.num_arrived
-            self.is_allocated = False
+        for name in self.buffers:
+            delattr(self, name)
+        self.is_allocated = False
+
+    def empty_twin(self) -> "StreamingLayer":
+        return StreamingLayer(self.shape, self.has_positions)
 
     def __deepcopy__(self, memo: dict) -> "StreamingLayer":
-        twin = StreamingLayer(self.shape, self.has_positions)
-        twin.is_allocated = self.is_allocated
+        twin = self.empty_twin()
         if self.is_allocated:
-            twin.keys, twin.values = static_copy(self.keys), static_copy(self.values)
-            twin.kept_keys, twin.num_arrived = static_copy(self.kept_keys), static_copy(self.num_arrived)
+            twin.set_buffers(self.buffers)
         return twin
 
     def map_rows(self, rows: Tensor) -> None:
         """Replace row i of the batch by row ``rows[i]``; the batch size may change."""
-        if self.is_allocated:
-            self.keys = select_rows(self.keys, rows)
-            self.values = select_rows(self.values, rows)
-            self.kept_keys = select_rows(self.kept_keys, rows)
-            self.num_arrived = select_rows(self.num_arrived, rows)
+        for name, buffer in self.buffers.items():
+            setattr(self, name, select_rows(buffer, rows))
 
 
 def zeros_like_heads(states: Tensor, length: int) -> Tensor:

@@ -1,25 +1,40 @@
 """`StreamingCache`: a transformers cache that keeps S initial and W recent tokens of any text."""
 
 import copy
+import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from .advice import refuse_constructor, refuse_name, warn_if_untrained
 from .buffers import StreamingLayer, select_rows, static_copy, static_zeros
+from .continuing import check_generation
 from .encodings import Rotary
 from .families import family_of, num_equal_positions
+from .quantized import KV_DTYPES, QuantizedLayer
+from .record import TextRecord
 from .rule import StreamShape
+from .saving import load_cache, save_cache
 from .steering import SteeredForward
 from .steps import ChunkStep, DecodeStep
 from .wrappers import decoder_of
+
+
+def is_without_weights(decoder: nn.Module) -> bool:
+    """Whether weights are missing, and were not offloaded by accelerate either."""
+    return any(
+        parameter.is_meta and not hasattr(module, "_hf_hook")
+        for module in decoder.modules()
+        for parameter in module.parameters(recurse=False)
+    )
 
 
 @dataclass
@@ -40,8 +55,14 @@ class StreamCounters:
     def start(cls, batch_size: int, device: torch.device) -> "StreamCounters":
         return cls(*(static_zeros(shape, torch.long, device) for shape in ((batch_size,), (batch_size,), ())))
 
-    def __deepcopy__(self, memo: dict) -> "StreamCounters":
+    def copy(self) -> "StreamCounters":
         return StreamCounters(*(static_copy(tensor) for tensor in (self.num_seen, self.base, self.num_columns)))
+
+    def __deepcopy__(self, memo: dict) -> "StreamCounters":
+        return self.copy()
+
+    def to(self, device: torch.device) -> "StreamCounters":
+        return StreamCounters(*(tensor.to(device) for tensor in (self.num_seen, self.base, self.num_columns))).copy()
 
     def map_rows(self, rows: Tensor) -> None:
         self.num_seen, self.base = select_rows(self.num_seen, rows), select_rows(self.base, rows)
@@ -64,23 +85,24 @@ class StreamingCache(Cache):
         refuse_constructor(arguments)
         return super().__new__(cls)
 
-    def __init__(self, model: PreTrainedModel, shape: StreamShape, chunk_size: int):
+    def __init__(self, model: PreTrainedModel, shape: StreamShape, chunk_size: int, kv_dtype: str | None = None):
         decoder = decoder_of(model)
-        devices = sorted({str(parameter.device) for parameter in decoder.parameters()})
-        if len(devices) > 1:
-            raise ValueError(
-                f"the model is on several devices ({', '.join(devices)}): move it to one device for streaming"
-            )
+        if is_without_weights(decoder):
+            raise ValueError("the model has weights on the device meta, which stores none: load them first")
         family = family_of(decoder.config, shape)
         encoding = family.encoding(decoder, shape)
+        new_layer = StreamingLayer if kv_dtype is None else partial(QuantizedLayer, kv_dtype)
         rotates = encoding.rotates if isinstance(encoding, Rotary) else lambda layer_idx: True
-        layers = [StreamingLayer(shape, rotates(i)) for i in range(decoder.config.num_hidden_layers)]
+        layers = [new_layer(shape, rotates(i)) for i in range(decoder.config.num_hidden_layers)]
         super().__init__(layers=layers)
         self.streaming_layers = layers
-        self.decoder, self.shape, self.encoding = decoder, shape, encoding
+        self.model, self.decoder, self.shape, self.encoding = model, decoder, shape, encoding
         self.chunk_size = min(chunk_size, num_equal_positions(decoder.config) - shape.num_slots)
+        self.kv_dtype = kv_dtype
         self.counters: StreamCounters | None = None
+        self.record: TextRecord | None = None  # what was read
         self.step: DecodeStep | ChunkStep | None = None  # the current pass
+        self.inputs: tuple[Tensor, Tensor | None] | None = None  # of the current pass, and which are tokens
         self.num_since_rebase = 0
         self.is_ragged = False  # rows have seen different numbers of tokens
         self.is_damaged = False  # a pass was interrupted: some layers have read its tokens, some have not
@@ -89,10 +111,17 @@ class StreamingCache(Cache):
         attend = family.adapter.attend if family.adapter else None
         self.substitutes = [(module, partial(attend, weakref.ref(self), module)) for module in modules if attend]
         self.steering = SteeredForward.of(self, decoder)
+        check_generation(self, model)
 
     @classmethod
     def for_model(
-        cls, model: PreTrainedModel, *, num_kept: int, window: int, chunk_size: int = 1024
+        cls,
+        model: PreTrainedModel,
+        *,
+        num_kept: int,
+        window: int,
+        chunk_size: int = 1024,
+        kv_dtype: Literal["int8", "int4"] | None = None,
     ) -> "StreamingCache":
         """Create an empty cache for a model.
 
@@ -103,17 +132,24 @@ class StreamingCache(Cache):
                 ``num_kept=4, window=1020``.
             chunk_size: maximum number of tokens of a prompt per forward pass. It bounds the memory
                 and does not change the result.
+            kv_dtype: store keys and values with 8 or 4 bits, except those of the kept tokens and of
+                the last 32. None stores them as they are.
+
+        Warns:
+            UserWarning: the cache has more positions than the model was trained on.
 
         Raises:
             TypeError: ``model`` is a name.
-            ValueError: the model is not supported, ``num_kept < 0``, ``window < 1`` or
-                ``chunk_size < 1``.
+            ValueError: the model is not supported, ``num_kept < 0``, ``window < 1``,
+                ``chunk_size < 1``, or an unknown ``kv_dtype``.
         """
         refuse_name(model)
+        if kv_dtype is not None and kv_dtype not in KV_DTYPES:
+            raise ValueError(f"kv_dtype is {kv_dtype!r}: it must be {', '.join(map(repr, KV_DTYPES))} or None")
         if chunk_size < 1:
             raise ValueError(f"chunk_size is {chunk_size}: it must be at least 1")
         warn_if_untrained(model, StreamShape(num_kept, window))
-        return cls(model, StreamShape(num_kept, window), chunk_size)
+        return cls(model, StreamShape(num_kept, window), chunk_size, kv_dtype)
 
     def __repr__(self) -> str:
         shape = self.shape
@@ -124,8 +160,8 @@ class StreamingCache(Cache):
 
         A prompt that was read once can thus be continued several times.
         """
-        twin = StreamingCache(self.decoder, self.shape, self.chunk_size)
-        for name in ("counters", "num_since_rebase", "is_ragged", "is_damaged"):
+        twin = StreamingCache(self.model, self.shape, self.chunk_size, self.kv_dtype)
+        for name in ("counters", "record", "num_since_rebase", "is_ragged", "is_damaged"):
             setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
         twin.streaming_layers = copy.deepcopy(self.streaming_layers, memo)
         twin.layers = twin.streaming_layers
@@ -133,9 +169,34 @@ class StreamingCache(Cache):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ValueError(
-            "a StreamingCache is tied to its model and can be neither saved nor copied with copy.copy: use "
-            "copy.deepcopy(cache) for a second cache with the same tokens"
+            "a StreamingCache is tied to its model and can be neither pickled nor copied with copy.copy: use "
+            "cache.save(path) for a file, or copy.deepcopy(cache) for a second cache with the same tokens"
         )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Save the streams to a safetensors file, from which `load` continues them.
+
+        An older file is replaced when the new one is complete.
+
+        Raises:
+            ValueError: an earlier pass was interrupted, or one is running.
+            OSError: the file cannot be written.
+        """
+        save_cache(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, model: PreTrainedModel) -> "StreamingCache":
+        """Return a cache with the streams of a file of `save`.
+
+        Args:
+            model: the model that has read the streams, on any device.
+
+        Raises:
+            ValueError: the file is damaged, or was saved with a model of another configuration,
+                other weights or another dtype.
+            OSError: the file cannot be read.
+        """
+        return load_cache(Path(path), model)[0]
 
     # -- One forward pass, called by `SteeredForward` --------------------------------------------
 
@@ -197,7 +258,7 @@ class StreamingCache(Cache):
             self.is_damaged |= num_inputs > 1
             raise
         finally:
-            self.step = None
+            self.step = self.inputs = None
 
     @torch.compiler.disable
     def begin_chunk(self, inputs: Tensor, is_token: Tensor | None) -> Tensor:
@@ -218,6 +279,9 @@ class StreamingCache(Cache):
         batch_size, num_inputs = inputs.shape[:2]
         if self.counters is None:
             self.counters = StreamCounters.start(batch_size, inputs.device)
+            self.record = TextRecord.start(batch_size, self.shape.num_slots, inputs.device)
+        elif self.counters.base.device != inputs.device and self.record is not None:
+            self.counters, self.record = self.counters.to(inputs.device), self.record.to(inputs.device)
         num_seen, base = self.counters.num_seen, self.counters.base
         context = (self.streaming_layers, self.shape, self.encoding)
         if num_inputs == 1:
@@ -225,6 +289,7 @@ class StreamingCache(Cache):
         else:
             rows = slice(None) if self.is_ragged else slice(1)
             self.step = ChunkStep(*context, num_seen[rows], base[rows], num_inputs, is_token)
+        self.inputs = inputs, is_token
         return self.step.position_ids.expand(batch_size, -1)
 
     def end_pass(self) -> None:
@@ -232,8 +297,12 @@ class StreamingCache(Cache):
         step, self.step = self.step, None
         assert step is not None
         assert self.counters is not None
+        assert self.record is not None
+        assert self.inputs is not None
+        self.record.add(*self.inputs, self.counters.num_columns)
         self.counters.num_seen += step.num_new
         self.counters.num_columns += step.num_inputs
+        self.inputs = None
 
     def rebase_before(self, num_inputs: int) -> None:
         """Count the next ``num_inputs`` inputs, after a `rebase` if one is due.
@@ -259,14 +328,19 @@ class StreamingCache(Cache):
         if self.counters is None:
             return
         base = (self.counters.num_seen - self.shape.num_slots).clamp(min=0)
-        layers = [layer for layer in self.streaming_layers if layer.is_allocated and layer.has_positions]
-        rings = [layer.keys[:, :, self.shape.num_kept :] for layer in layers]
-        if isinstance(self.encoding, Rotary) and rings:
-            back = (self.counters.base - base)[:, None]
-            phases = self.encoding.phases(back, like=rings[0])
-            for ring in rings:
-                ring.copy_(self.encoding.turn(ring, phases))
+        if isinstance(self.encoding, Rotary):
+            self.turn_windows(self.encoding, (self.counters.base - base)[:, None])
         self.counters.base.copy_(base)
+
+    def turn_windows(self, encoding: Rotary, steps: Tensor) -> None:
+        """Rotate the keys of all windows by ``steps`` ``(B, 1)`` positions."""
+        phases: dict[torch.device, tuple[Tensor, Tensor]] = {}  # on each device with layers
+        for layer in self.streaming_layers:
+            if layer.is_allocated and layer.has_positions:
+                like = layer.kept_keys
+                if like.device not in phases:
+                    phases[like.device] = encoding.phases(steps.to(like.device), like)
+                layer.turn_window(partial(encoding.turn, phases=phases[like.device]))
 
     # -- The interface of transformers' caches ---------------------------------------------------
 
@@ -306,8 +380,12 @@ class StreamingCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """False: tokens that have left the window cannot be restored. See `crop`."""
-        return False
+        """Whether no token has left the cache, so that `crop` is possible (assisted generation)."""
+        if self.counters is None:
+            return True
+        # On MPS, `generate` would remove a token after each step, also when the cache is full.
+        is_full = int(self.counters.num_seen.max()) > self.shape.num_slots
+        return not (is_full or self.is_ragged or self.decoder.device.type == "mps")
 
     @property
     def is_sliding(self) -> list[bool]:
@@ -323,13 +401,42 @@ class StreamingCache(Cache):
         """Memory of keys and values in bytes, constant after the first forward pass."""
         return sum(layer.num_bytes for layer in self.streaming_layers)
 
-    def reset(self) -> None:
-        """Empty the cache. The next forward pass starts new streams, with any batch size."""
-        self.counters = self.step = None
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        """Empty the cache. The next forward pass starts new streams, with any batch size.
+
+        Args:
+            rows: empty only these rows of the batch. The others continue.
+
+        Raises:
+            ValueError: the model has sink tokens that the cache does not keep. They cannot be read
+                again for some rows only.
+        """
+        if rows is not None:
+            self._reset_rows(rows)
+            return
+        self.counters = self.record = self.step = None
         self.is_ragged = self.is_damaged = False
         self.num_since_rebase = 0
         for layer in self.streaming_layers:
             layer.free()
+
+    def _reset_rows(self, rows: Sequence[int]) -> None:
+        self.check_whole()
+        if self.counters is None or self.record is None:
+            return
+        sink_ids = getattr(self.decoder.config, "sink_token_ids", [])
+        if len(sink_ids) > self.shape.num_kept:
+            raise ValueError(
+                f"the model has {len(sink_ids)} sink tokens, of which the cache keeps {self.shape.num_kept}: reset all "
+                "rows, or use a cache with a larger num_kept"
+            )
+        index = torch.tensor(rows, dtype=torch.long, device=self.counters.base.device)
+        self.counters.num_seen[index] = len(sink_ids)
+        self.counters.base[index] = 0
+        self.record.restart_rows(index, sink_ids)
+        for layer in self.streaming_layers:
+            layer.restart_rows(index)
+        self.is_ragged = True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens, as long as no token has left the cache.
@@ -356,6 +463,12 @@ class StreamingCache(Cache):
             )
         if -tokens_to_remove > int(self.counters.num_seen.min()):
             raise ValueError(f"crop({tokens_to_remove}): only {int(self.counters.num_seen.min())} tokens were seen")
+        if self.record is not None and self.record.is_known:
+            self.record.remove(-tokens_to_remove, self.counters.num_columns)
+        for layer in self.streaming_layers:
+            if layer.is_allocated:
+                num_seen = self.counters.num_seen.to(layer.kept_keys.device)
+                layer.crop(num_seen, num_seen + tokens_to_remove)
         self.counters.num_seen += tokens_to_remove
         self.counters.num_columns += tokens_to_remove
 
@@ -363,6 +476,8 @@ class StreamingCache(Cache):
         """Let row i continue the stream of row ``beam_idx[i]`` (beam search)."""
         if self.counters is not None:
             self.counters.map_rows(beam_idx)
+            if self.record is not None:
+                self.record.map_rows(beam_idx)
             for layer in self.streaming_layers:
                 layer.map_rows(beam_idx)
 

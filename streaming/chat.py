@@ -1,11 +1,15 @@
 """A conversation in one streaming cache: each turn reads only the tokens that are new."""
 
+import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .generation import Generator, TextStream
+from .saving import load_cache, save_cache
 from .templates import render
 
 # Placeholders of a reply and of a message in a rendered template.
@@ -139,6 +143,54 @@ class Chat:
         self.turns = TemplateTurns(tokenizer) if tokenizer.chat_template else PlainTurns(tokenizer)
         self.has_begun = False
         self.end_of_reply = ""
+        self.history: list[dict[str, str]] = []  # all messages, as in a chat template
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Save the conversation and its cache to a file, from which `load` continues it.
+
+        Raises:
+            ValueError, OSError: as `StreamingCache.save`.
+        """
+        names = ("system", "has_begun", "end_of_reply", "history")
+        conversation = {name: getattr(self, name) for name in names}
+        conversation |= {"unread": self.generator.unread, "recent": list(self.generator.recent)}
+        conversation["chat_template"] = self.tokenizer.chat_template
+        save_cache(self.generator.cache, Path(path), {"conversation": conversation})
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        tokenizer: PreTrainedTokenizerBase,
+        model: PreTrainedModel,
+        *,
+        max_new_tokens: int = 512,
+        **sampling: Any,
+    ) -> "Chat":
+        """Return the conversation of a file of `save`.
+
+        Args:
+            model: the model that has read the conversation.
+            sampling: arguments of `Generator`.
+
+        Raises:
+            ValueError: the file has no conversation, or one with another chat template; or as
+                `StreamingCache.load`.
+            OSError: the file cannot be read.
+        """
+        cache, notes = load_cache(Path(path), model)
+        if "conversation" not in notes:
+            raise ValueError(f"{path} has a cache but no conversation: pass a file of Chat.save")
+        conversation = notes["conversation"]
+        if conversation["chat_template"] != tokenizer.chat_template:
+            raise ValueError(f"the conversation in {path} has another chat template: set it for the tokenizer")
+        generator = Generator(model, cache, **sampling)
+        generator.unread = conversation["unread"]
+        generator.recent.extend(conversation["recent"])
+        chat = cls(tokenizer, generator, system=conversation["system"], max_new_tokens=max_new_tokens)
+        for name in ("has_begun", "end_of_reply", "history"):
+            setattr(chat, name, conversation[name])
+        return chat
 
     def __call__(self, message: str) -> Iterator[str]:
         """Read a message and yield the reply in pieces.
@@ -153,6 +205,13 @@ class Chat:
         else:
             prompt = self.turns.first(message, self.system)
         self.has_begun, self.end_of_reply = True, ""
+        self.history += [{"role": "user", "content": message}, {"role": "assistant", "content": ""}]
+        for piece in self._reply(prompt):
+            self.history[-1]["content"] += piece
+            yield piece
+
+    def _reply(self, prompt: list[int]) -> Iterator[str]:
+        """Read a prompt and yield the reply in pieces."""
         text, says_something = TextStream(self.tokenizer), False
         for num_tokens, token in enumerate(self.generator(prompt), start=1):
             if token in self.turns.end_ids:  # the next turn starts with the end of the reply
@@ -169,4 +228,4 @@ class Chat:
     def reset(self) -> None:
         """Start a new conversation."""
         self.generator.reset()
-        self.has_begun, self.end_of_reply = False, ""
+        self.has_begun, self.end_of_reply, self.history = False, "", []

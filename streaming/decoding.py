@@ -26,7 +26,8 @@ class StreamingDecoder:
             logits = decoder(logits.argmax(-1))
 
     A streaming cache keeps its shapes and addresses from token to token, so the step is one graph
-    without breaks. Rebasing, once per window, is done between the steps.
+    without breaks. Rebasing, once per window, is done between the steps. The steps of a model on
+    several devices, or with offloaded weights, are not compiled.
 
     Args:
         compile: more arguments of `torch.compile`, for example
@@ -38,6 +39,8 @@ class StreamingDecoder:
         self.step = torch.compile(self._forward, fullgraph=True, dynamic=False, **(compile or {}))
         self.compiled_for: Tensor | None = None  # `num_seen`; a new tensor whenever the buffers change
         self.captured: CapturedStep | None = None
+        # accelerate's hooks move weights and states between the layers
+        self.is_dispatched = any(hasattr(module, "_hf_hook") for module in model.modules())
 
     def _forward(self, token_ids: Tensor) -> Tensor:
         with kernels.OneRowLinear() if kernels.is_available else nullcontext():
@@ -76,6 +79,8 @@ class StreamingDecoder:
                 f"a step with rope_type {rope_type!r} is not one graph, since each pass chooses the frequencies: "
                 "call generate, or Generator with compile=False"
             )
+        if self.is_dispatched:
+            return self.prefill(token_ids)
         self.cache.rebase_before(1)
         with self.cache.steering.in_graph(self.cache):
             if self.compiled_for is not num_seen:  # the first step compiles and warms up for the capture

@@ -75,7 +75,7 @@ def exaone4_rotary(decoder: Any, shape: StreamShape) -> Rotary:
 def gptj_rotary(decoder: Any, shape: StreamShape) -> Rotary:
     """Return the rotary embedding of GPT-J and CodeGen: pairs of adjacent dimensions."""
     num_dims = decoder.config.rotary_dim or decoder.config.hidden_size
-    dims = torch.arange(0, num_dims, 2, dtype=torch.float64, device=decoder.device)
+    dims = torch.arange(0, num_dims, 2, dtype=torch.float64, device=device_of(decoder))
     inv_freq = 10000 ** (-dims / num_dims)
     return Rotary(lambda: inv_freq, interleaved=True)
 
@@ -89,15 +89,20 @@ def falcon_encoding(decoder: FalconModel, shape: StreamShape) -> Encoding:
         return shared_rotary(decoder, shape)
     num_heads, head_dim = decoder.config.num_attention_heads, decoder.config.head_dim
     alibi = build_falcon_alibi(torch.ones(1, shape.num_slots, dtype=torch.long), num_heads, torch.float64)
-    return Alibi(alibi[:, 0].to(decoder.device) / head_dim**0.5)
+    return Alibi(alibi[:, 0].to(device_of(decoder)) / head_dim**0.5)
 
 
 def mpt_alibi(decoder: MptModel, shape: StreamShape) -> Alibi:
-    return Alibi(decoder.build_mpt_alibi_tensor(decoder.num_heads, shape.num_slots, device=decoder.device)[:, 0])
+    return Alibi(decoder.build_mpt_alibi_tensor(decoder.num_heads, shape.num_slots, device=device_of(decoder))[:, 0])
+
+
+def device_of(decoder: Any) -> torch.device:
+    """Return the device of a decoder's first weights, the CPU if accelerate has offloaded them."""
+    return torch.device("cpu") if decoder.device.type == "meta" else decoder.device
 
 
 def bloom_alibi(decoder: Any, shape: StreamShape) -> Alibi:
-    ones = torch.ones(1, shape.num_slots, dtype=torch.long, device=decoder.device)
+    ones = torch.ones(1, shape.num_slots, dtype=torch.long, device=device_of(decoder))
     return Alibi(build_bloom_alibi(ones, decoder.num_heads, torch.float32)[:, 0])
 
 

@@ -67,7 +67,8 @@ class Generator:
         sink_ids = getattr(unwrapped(model).config, "sink_token_ids", [])
         self.sink_ids = torch.tensor(sink_ids, dtype=torch.long, device=self.device)
         self.decoder = StreamingDecoder(model, cache)
-        self.is_compiled = compile and self.device.type == "cuda" and is_one_graph(cache.decoder)
+        is_one_step = is_one_graph(cache.decoder) and not self.decoder.is_dispatched
+        self.is_compiled = compile and self.device.type == "cuda" and is_one_step
         self.read_one = self.decoder if self.is_compiled else self.decoder.prefill
 
     def __call__(self, prompt_ids: list[int]) -> Iterator[int]:

@@ -1,6 +1,7 @@
 """Logits and losses of texts of any length, in chunks and constant memory."""
 
 from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +14,13 @@ from .wrappers import unwrapped
 
 
 def stream_logits(
-    model: PreTrainedModel, token_ids: Tensor, *, num_kept: int, window: int, chunk_size: int = 1024
+    model: PreTrainedModel,
+    token_ids: Tensor,
+    *,
+    num_kept: int,
+    window: int,
+    chunk_size: int = 1024,
+    kv_dtype: Literal["int8", "int4"] | None = None,
 ) -> Iterator[Tensor]:
     """Yield logits ``(B, c, V)`` of consecutive chunks of the streams ``token_ids`` ``(B, T)``.
 
@@ -24,8 +31,11 @@ def stream_logits(
         token_ids: on any device or memory-mapped, without the model's own sinks.
         num_kept, window: as in `StreamingCache.for_model`; ``num_kept=0`` is window attention.
         chunk_size: tokens per pass; memory depends on it and on the size of the cache.
+        kv_dtype: as in `StreamingCache.for_model`. Tokens of one pass see each other in full
+            precision, so at most 32 of them per pass give the losses of decoding.
     """
-    cache = StreamingCache.for_model(model, num_kept=num_kept, window=window, chunk_size=chunk_size)
+    settings: dict[str, Any] = {"num_kept": num_kept, "window": window, "chunk_size": chunk_size, "kv_dtype": kv_dtype}
+    cache = StreamingCache.for_model(model, **settings)
     device = unwrapped(model).device
     for chunk in token_ids.split(chunk_size, dim=1):
         with torch.inference_mode():
@@ -33,7 +43,13 @@ def stream_logits(
 
 
 def stream_losses(
-    model: PreTrainedModel, token_ids: Tensor, *, num_kept: int, window: int, chunk_size: int = 1024
+    model: PreTrainedModel,
+    token_ids: Tensor,
+    *,
+    num_kept: int,
+    window: int,
+    chunk_size: int = 1024,
+    kv_dtype: Literal["int8", "int4"] | None = None,
 ) -> Iterator[Tensor]:
     """Yield negative log-likelihoods of the tokens 1 … T - 1 in nats, chunk by chunk.
 
@@ -41,7 +57,8 @@ def stream_losses(
     Token 0 is not scored, because without a sink it has no context.
     """
     end = 0
-    for logits in stream_logits(model, token_ids, num_kept=num_kept, window=window, chunk_size=chunk_size):
+    settings: dict[str, Any] = {"num_kept": num_kept, "window": window, "chunk_size": chunk_size, "kv_dtype": kv_dtype}
+    for logits in stream_logits(model, token_ids, **settings):
         start, end = end, end + logits.shape[1]
         targets = token_ids[:, start + 1 : end + 1].to(logits.device, torch.long)
         if targets.shape[1]:

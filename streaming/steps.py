@@ -33,6 +33,17 @@ class Step:
 
     def __init__(self, layers: list[StreamingLayer], shape: StreamShape, encoding: Encoding):
         self.layers, self.shape, self.encoding = layers, shape, encoding
+        self.arguments: tuple = ()  # of the pass
+        self.copies: dict[torch.device, Step] = {}
+
+    def on(self, device: torch.device) -> "Step":
+        """Return this pass with its tensors on another device, for the layers there."""
+        if device == self.position_ids.device:
+            return self
+        if device not in self.copies:
+            moved = (value.to(device) if isinstance(value, Tensor) else value for value in self.arguments)
+            self.copies[device] = type(self)(self.layers, self.shape, self.encoding, *moved)
+        return self.copies[device]
 
     def attend(
         self,
@@ -57,7 +68,7 @@ class Step:
         layer = self.layers[layer_idx]
         with torch.no_grad():
             layer.allocate(key, value)
-            out = self._attend(layer, query, key, value, scaling, column)
+            out = self.on(key.device)._attend(layer, query, key, value, scaling, column)
         if any(states.requires_grad for states in (query, key, value)):
             return WithoutGradient.apply(out, query, key, value)
         return out
@@ -106,6 +117,7 @@ class DecodeStep(Step):
         is_token: Tensor | None = None,
     ):
         super().__init__(layers, shape, encoding)
+        self.arguments = (num_seen, base, is_token)
         self.num_seen, self.base = num_seen, base
         self.num_inputs, self.num_new = 1, 1 if is_token is None else is_token[:, 0].long()
         self.position_ids = (num_seen - base)[:, None]
@@ -127,19 +139,17 @@ class DecodeStep(Step):
             where = (self.shape, self.encoding, layer, self.num_seen, self.base)
             out, lse = kernels.decode_attention(*where, query, key, value, scaling)
             return out if column is None else merge_column(out, lse, column)[0]
-        layer.keys[self.rows, :, self.slot] = key[:, :, 0]
-        layer.values[self.rows, :, self.slot] = value[:, :, 0]
+        layer.write(key, value, self)
+        keys, values = layer.read(self.num_seen)
         num_kept = self.shape.num_kept
         if isinstance(self.encoding, Alibi):
             mask = self.encoding.bias(self.key_positions[:, None], self.visible[:, None], like=query)
         else:
             mask = self.visible[:, None, None]
-            if num_kept:
-                layer.kept_keys[self.rows, :, self.kept_row] = key[:, :, 0]
             if num_kept and layer.has_positions:
                 self.phases = self.phases or self.encoding.phases(self.kept_turn, like=key)
-                layer.keys[:, :, :num_kept] = self.encoding.turn(layer.kept_keys[:, :, :num_kept], self.phases)
-        return attention(query, layer.keys, layer.values, mask, scaling, column)
+                keys[:, :, :num_kept] = self.encoding.turn(layer.kept_keys[:, :, :num_kept], self.phases)
+        return attention(query, keys, values, mask, scaling, column)
 
 
 class ChunkStep(Step):
@@ -164,6 +174,7 @@ class ChunkStep(Step):
         is_token: Tensor | None = None,
     ):
         super().__init__(layers, shape, encoding)
+        self.arguments = (num_seen, base, num_inputs, is_token)
         self.num_seen = num_seen[:, None]
         self.has_equal_rows = is_token is None and num_seen.shape[0] == 1
         self.num_inputs, device = num_inputs, num_seen.device
@@ -210,22 +221,24 @@ class ChunkStep(Step):
     @cached_property
     def replacements(self) -> tuple[Tensor, Tensor]:
         """Which slots ``(B, 1, slots, 1)`` are overwritten, and by which input ``(B, slots)``."""
-        tokens = self.shape.tokens_in_slots(self.num_seen[:, 0] + self.num_new)
+        return self.replaced(self.shape.tokens_in_slots(self.num_seen[:, 0] + self.num_new))
+
+    def replaced(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `replacements` of slots that hold ``tokens`` ``(B or 1, N)`` after the chunk."""
         ranks = (tokens - self.num_seen).clamp(0, self.num_inputs - 1)
         return (tokens >= self.num_seen)[:, None, :, None], self.order.expand(len(ranks), -1).gather(1, ranks)
 
     def _attend(self, layer, query, key, value, scaling, column):
         num_kept = self.shape.num_kept
-        window_key = gather_columns(layer.keys, self.window_slots)
-        window_value = gather_columns(layer.values, self.window_slots)
-        self._store(layer, key, value)
+        keys, values = layer.read(self.num_seen[:, 0])
+        window_key, window_value = gather_columns(keys, self.window_slots), gather_columns(values, self.window_slots)
+        layer.store(key, value, self)
         band_key, band_value = torch.cat((window_key, key), dim=2), torch.cat((window_value, value), dim=2)
-        kept_value = layer.values[:, :, :num_kept]
+        kept_key, kept_value = layer.kept_keys[:, :, :num_kept], layer.first_values
         if isinstance(self.encoding, Alibi):
             bias = self.encoding.bias(self.key_positions, self.visible, like=query)
-            keys = torch.cat((layer.keys[:, :, :num_kept], band_key), dim=2)
+            keys = torch.cat((kept_key, band_key), dim=2)
             return attention(query, keys, torch.cat((kept_value, band_value), dim=2), bias, scaling, column)
-        kept_key = layer.kept_keys[:, :, :num_kept]
         turned = query
         if num_kept and layer.has_positions:
             self.phases = self.phases or self.encoding.phases(self.query_turn, like=query)
@@ -246,12 +259,3 @@ class ChunkStep(Step):
             )
         values, mask = torch.cat((kept_value, band_value), dim=2), self.visible[:, None]
         return two_phase_attention(query, turned, kept_key, band_key, values, mask, scaling, self.encoding.dims, column)
-
-    def _store(self, layer: StreamingLayer, key: Tensor, value: Tensor) -> None:
-        """Write the chunk's tokens to the slots in which they are after the chunk."""
-        is_new, columns = self.replacements
-        num_kept = self.shape.num_kept
-        layer.keys.copy_(torch.where(is_new, gather_columns(key, columns), layer.keys))
-        layer.values.copy_(torch.where(is_new, gather_columns(value, columns), layer.values))
-        kept = layer.kept_keys[:, :, :num_kept]
-        kept.copy_(torch.where(is_new[:, :, :num_kept], layer.keys[:, :, :num_kept], kept))

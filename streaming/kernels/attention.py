@@ -13,6 +13,7 @@ from torch.library import custom_op
 
 from ..buffers import StreamingLayer
 from ..encodings import Rotary
+from ..quantized import QuantizedLayer
 from ..rule import StreamShape
 
 BLOCK_BYTES = 8192  # keys that a program processes at a time, in bytes
@@ -25,9 +26,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def can_fuse(encoding: Rotary, layer: StreamingLayer, query: Tensor) -> bool:
     """Whether the kernel can be used.
 
-    It requires CUDA, not float64, values as wide as keys, and that the first dimensions of a head
-    are rotated.
+    It requires CUDA, not float64, values as wide as keys, none of them quantized, and that the
+    first dimensions of a head are rotated.
     """
+    if isinstance(layer, QuantizedLayer):
+        return False
     has_one_type = query.dtype == layer.keys.dtype == layer.values.dtype != torch.float64
     return query.is_cuda and has_one_type and layer.keys.shape == layer.values.shape and encoding.start == 0
 

@@ -33,3 +33,27 @@ def test_reset_starts_a_new_conversation_and_a_template_can_be_given(tmp_path, c
         assert replies[0] == replies[1]
     with pytest.raises(ValueError, match=r"--chat-template no\.jinja cannot be read: .*; pass a file"):
         chat(checkpoint, chat_template="no.jinja")
+
+
+def test_a_session_goes_on_after_a_restart(tmp_path, capfd, monkeypatch):
+    checkpoint = str(write_checkpoint(tmp_path / "model", small_model(1)))
+    options = {"temperature": 0.0, "max_new_tokens": 10}
+
+    def say(*messages, **more):
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{message}\n" for message in messages)))
+        chat(checkpoint, **options | more)
+        return capfd.readouterr()
+
+    together = say("Hello", "Who are you?", cache="1+20", system="Be brief.").out
+    session = tmp_path / "session.safetensors"
+    first = say("Hello", cache="1+20", system="Be brief.", session=session).out
+    second = say("Who are you?", session=session)
+    assert first + second.out == together
+    assert f"continuing {session}, which has 2 messages" in second.err
+    assert "cache 1+20" in second.err
+    for wrong, message in (({"cache": "1+30"}, "--cache is 1\\+30"), ({"system": "Shout."}, "--system differs")):
+        with pytest.raises(ValueError, match=message):
+            say("And where?", session=session, **wrong)
+    checkpoint = str(write_checkpoint(tmp_path / "other", small_model(0)))
+    with pytest.raises(ValueError, match="another model"):
+        say("And where?", session=session)

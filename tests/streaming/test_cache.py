@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import warnings
 
 import pytest
 import torch
@@ -73,10 +74,40 @@ def test_a_cache_wider_than_the_models_own_window_is_an_error():
         for_model(other, num_kept=4, window=10)
 
 
-def test_a_model_on_several_devices_is_an_error(model):
-    model.gpt_neox.layers[1].to("meta")
-    with pytest.raises(ValueError, match=r"several devices \(cpu, meta\)"):
-        for_model(model)
+def test_more_positions_than_the_model_was_trained_on_give_a_warning():
+    other = tiny.build(tiny.config("llama", max_position_embeddings=16))
+    with pytest.warns(UserWarning, match="the cache 4\\+12 is too large for the 16 positions"):
+        for_model(other, num_kept=4, window=12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for_model(other, num_kept=4, window=11)
+
+
+def test_resetting_rows_starts_new_streams_in_them(model):
+    cache, ids = for_model(model), tiny.random_ids(30, batch_size=3)
+    run(model, ids, cache)
+    cache.reset([0, 2])
+    more = tiny.random_ids(25, batch_size=3, seed=4)
+    found = torch.cat([run(model, part, cache) for part in (more[:, :1], more[:, 1:9], more[:, 9:])], dim=1)
+    for row, before in enumerate((0, 30, 0)):
+        text = torch.cat((ids[row, :before], more[row]))[None]
+        torch.testing.assert_close(found[row], run(model, text, for_model(model))[0, before:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_rows_of_a_model_with_sinks_start_again_after_the_sinks(kv_dtype):
+    model = tiny_model(num_sinks=2)
+    cache = for_model(model, num_kept=3, kv_dtype=kv_dtype)
+    ids, more = tiny.random_ids(30, batch_size=2), tiny.random_ids(9, batch_size=2, seed=4)
+    run(model, ids, cache)
+    run(model, ids[:, :1], cache)
+    cache.reset([1])
+    expected = run(model, more[1:], for_model(model, num_kept=3, kv_dtype=kv_dtype))
+    torch.testing.assert_close(run(model, more, cache)[1:], expected, rtol=0, atol=1e-5)
+    evicting = for_model(model, num_kept=1)
+    run(model, ids, evicting)
+    with pytest.raises(ValueError, match="2 sink tokens, of which the cache keeps 1"):
+        evicting.reset([0])
 
 
 def test_a_model_can_be_saved_whole_while_it_streams(model, tmp_path):
@@ -195,9 +226,9 @@ def test_attention_weights_and_saving_are_an_error(model, tmp_path):
     cache = for_model(model)
     with pytest.raises(ValueError, match="output_attentions"):
         run(model, tiny.random_ids(4), cache, output_attentions=True)
-    with pytest.raises(ValueError, match="neither saved nor copied"):
+    with pytest.raises(ValueError, match="neither pickled nor copied"):
         torch.save(cache, tmp_path / "cache.pt")
-    with pytest.raises(ValueError, match="neither saved nor copied"):
+    with pytest.raises(ValueError, match="neither pickled nor copied"):
         copy.copy(cache)
 
 
