@@ -178,8 +178,8 @@ def _generate_dense(
             show(text, end="\n" if stream_end else "")
 
     from ..models.checked import checked_passes
+    from ..streaming.families import num_embedded_positions
     from ..streaming.generation import MIN_TEMPERATURE
-    from ..streaming.refusals import num_embedded_positions
 
     num_positions = num_embedded_positions(model.config)
     if num_positions and len(prompt_ids) + max_new_tokens > num_positions:
