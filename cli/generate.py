@@ -196,7 +196,7 @@ def _continue_dense(
     from transformers import TextStreamer
 
     from ..models.checked import checked_passes
-    from ..streaming.refusals import num_embedded_positions
+    from ..streaming.families import num_embedded_positions
 
     class Shown(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:

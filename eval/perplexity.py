@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.records import TextFile
 from ..models.checked import check_ids
 from ..streaming import StreamingCache
-from ..streaming.refusals import num_embedded_positions
+from ..streaming.families import num_embedded_positions
 from .losses import ReportTokens, dense_losses, recompute_losses, streaming_losses
 
 METHODS = ("dense", "window", "streaming", "recompute")

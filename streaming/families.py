@@ -18,7 +18,7 @@ from transformers.models.mpt.modeling_mpt import MptModel
 
 from . import adapters
 from .encodings import Alibi, Encoding, Rotary
-from .refusals import refusal
+from .refusals import ABSOLUTE, REFUSED, refusal
 from .rule import LARGEST, StreamShape
 
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "ntk_alpha")
@@ -188,6 +188,12 @@ def register_family(
     if model_type in FAMILIES:
         raise ValueError(f"model type {model_type!r} is registered for streaming already: remove the second call")
     FAMILIES[model_type] = Family(encoding, adapter)
+
+
+def num_embedded_positions(config: PreTrainedConfig) -> int | None:
+    """Return the number of positions of a model with absolute position embeddings, else None."""
+    is_absolute = REFUSED.get(config.model_type) == ABSOLUTE
+    return getattr(config, "max_position_embeddings", None) if is_absolute else None
 
 
 def family_of(config: PreTrainedConfig, shape: StreamShape) -> Family:

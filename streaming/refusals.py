@@ -43,9 +43,3 @@ def refusal(model_type: str, config: PreTrainedConfig | None = None) -> str | No
         return REFUSED[model_type]
     kinds = " ".join(getattr(config, "layer_types", None) or ())
     return next((reason for name, reason in KINDS_OF_LAYERS.items() if name in kinds), None)
-
-
-def num_embedded_positions(config: PreTrainedConfig) -> int | None:
-    """Return the number of positions of a model with absolute position embeddings, else None."""
-    is_absolute = REFUSED.get(config.model_type) == ABSOLUTE
-    return getattr(config, "max_position_embeddings", None) if is_absolute else None

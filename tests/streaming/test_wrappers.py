@@ -71,7 +71,7 @@ def test_replicas_are_an_error(model):
         StreamingCache.for_model(wrapped, num_kept=2, window=6)
 
 
-@pytest.mark.parametrize("other", [torch.nn.Linear(2, 2), "gpt2", None])
+@pytest.mark.parametrize("other", [torch.nn.Linear(2, 2), None])
 def test_something_else_is_an_error(other):
     with pytest.raises(ValueError, match="is not a model of transformers"):
         StreamingCache.for_model(other, num_kept=2, window=6)
