@@ -185,7 +185,7 @@ def streaming(
 
 
 @examples(
-    "sinklm eval stream-eval runs/quickstart --num-samples 1 --num-lines 210",
+    "sinklm eval stream-eval runs/quickstart --num-samples 1 --num-lines 210 --caches 0+128,1+127",
     "sinklm eval stream-eval runs/quickstart --caches 0+64,1+63 --distances 10,20 --num-samples 2 --num-lines 50",
 )
 def stream_eval(

@@ -93,6 +93,8 @@ def _cached_folder(name: str, kind: str) -> str | None:
 def near_path_hint(path: str) -> str:
     """Return ``did you mean …?`` with the files beside a missing path that have a similar name."""
     missing = Path(path)
+    if missing.exists():
+        return ""
     try:
         beside = [each.name for each in missing.parent.iterdir()]
     except OSError:

@@ -80,7 +80,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     for part in (0, 1):
         lines = (json.dumps({"text": document}) + "\n" for document in documents[part::2])
         Path(f"corpus/{part}.jsonl").write_text("".join(lines))
-    Path("book.txt").write_text(text[-30_000:])
+    Path("book.txt").write_text(text[-24_000:])
     Path("prompts.txt").write_text("Once upon a time\nThe sea\n")
     shutil.copytree(ROOT / "tests" / "eval" / "tasks", "tasks")
     task = Path("tasks/rooms.yaml")
