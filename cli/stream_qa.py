@@ -1,7 +1,7 @@
 """`sinklm eval stream-qa`: questions one after another in one stream."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -92,13 +92,19 @@ def stream_qa(
     file.finish(report)
     plot_stream_qa(report, folder / "stream_qa.png", title=display_name(model))
     console.print(measurement.results_table(report["results"], f"Streaming question answering: {display_name(model)}"))
-    for row in report["results"]:
-        if row["method"] == "dense" and row["num_questions"] < max(r["num_questions"] for r in report["results"]):
-            console.print(f"{row['task']}: dense attention stopped after {row['num_questions']} questions.")
+    _explain_stops(console, report["results"])
     console.print(f"Results: {file.path}, {folder / 'stream_qa.png'}")
 
 
 METHODS = ("one-shot", "dense", "stream")
+
+
+def _explain_stops(console: Console, results: list[dict[str, Any]]) -> None:
+    """Print after how many questions dense attention stopped."""
+    for row in results:
+        num_asked = max(other["num_questions"] for other in results if other["task"] == row["task"])
+        if row["method"] == "dense" and row["num_questions"] < num_asked:
+            console.print(f"{row['task']}: dense attention stopped after {row['num_questions']} questions.")
 
 
 def _names(option: str, text: str, known: tuple[str, ...]) -> list[str]:

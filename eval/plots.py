@@ -135,8 +135,8 @@ def stream_qa_figure(report: dict[str, Any], title: str | None = None) -> Figure
             axes.set_xlabel("Tokens read")
             axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value else "0")
             axes.grid(axis="y", linewidth=0.4, alpha=0.5)
-            axes.set_ylim(bottom=-3)
         figure.axes[0].set_ylabel("Exact match (%)")
+        figure.axes[0].set_ylim(bottom=-3)  # shared, so after all curves
         figure.axes[-1].legend(title="cache", loc="upper left", bbox_to_anchor=(1.0, 1.0), alignment="left")
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=10)

@@ -36,7 +36,8 @@ CACHE_SIZE = 1024  # the paper's
 NUM_KEPT = 4
 DENSE_LENGTHS = 2  # dense attention is asked up to this many trained lengths
 ALONE_BATCH = 8
-NUM_PLACES = 20  # points of a curve over the stream
+NUM_PLACES = 20  # points of a curve over the stream, at most
+PLACE_QUESTIONS = 20  # of a point, at least
 
 Progress = Callable[[int], None]  # called with the number of questions answered since the last call
 
@@ -243,7 +244,7 @@ def summarize(replies: Sequence[Reply], task: str, method: str, cache: str, seco
     """
     num = len(replies)
     exact_match = sum(reply.is_right for reply in replies) / num
-    size = -(-num // NUM_PLACES)
+    size = max(PLACE_QUESTIONS, -(-num // NUM_PLACES))
     return {
         "task": task,
         "method": method,

@@ -97,13 +97,7 @@ def evaluate(
         ) from error
     if output is None:
         return None
-    groups = output.get("groups", {})
-    results = {
-        "tasks": {name: _metrics(row) for name, row in output["results"].items() if name not in groups},
-        "groups": {name: _metrics(row) for name, row in groups.items()},
-        "num_samples": output["n-samples"],
-        "num_fewshot": output["n-shot"],
-        "task_versions": output["versions"],
+    results = _scores(output) | {
         "limit": limit,
         "apply_chat_template": apply_chat_template,
         "model_args": model_args or {},
@@ -112,6 +106,17 @@ def evaluate(
         "seed": SEED,
     }
     return results | ({"samples": output["samples"]} if log_samples else {})
+
+
+def _scores(output: dict[str, Any]) -> dict[str, Any]:
+    groups = output.get("groups", {})
+    return {
+        "tasks": {name: _metrics(row) for name, row in output["results"].items() if name not in groups},
+        "groups": {name: _metrics(row) for name, row in groups.items()},
+        "num_samples": output["n-samples"],
+        "num_fewshot": output["n-shot"],
+        "task_versions": output["versions"],
+    }
 
 
 @contextmanager
