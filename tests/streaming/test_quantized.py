@@ -152,3 +152,26 @@ def test_an_unknown_type_and_an_odd_head_size_are_errors(model):
     odd = tiny.build(tiny.config("mpt", hidden_size=20), dtype=torch.float32)
     with pytest.raises(ValueError, match="requires an even head size, the model has 5"):
         run(odd, for_model(odd, "int4"), tiny.random_ids(3))
+
+
+@pytest.mark.parametrize("window", [5, 40, 100])
+@pytest.mark.parametrize("lengths", [(150, 1, 1), (1,) * 150, (60, 1, 1, 50, 1, 1), (2, 1)])
+def test_each_slot_holds_its_token_and_the_recent_ones_exactly(window, lengths):
+    """Compared with the unquantized buffers of a first layer, whose inputs are the same."""
+    model = tiny.build(tiny.config("llama", num_hidden_layers=1), dtype=torch.float32)
+    ids, buffers = tiny.random_ids(sum(lengths)), {}
+    for kv_dtype in (None, "int8"):
+        cache = for_model(model, kv_dtype, window=window)
+        run(model, cache, *ids.split(lengths, dim=1))
+        num_seen = cache.counters.num_seen
+        buffers[kv_dtype] = cache.streaming_layers[0].read(num_seen)
+    tokens = cache.shape.tokens_in_slots(num_seen)[0]
+    seen = len(ids[0])
+    for expected, found in zip(buffers[None], buffers["int8"], strict=True):
+        is_recent = (tokens >= 3) & (tokens >= seen - min(NUM_RECENT, window))
+        is_visible = (tokens >= 3) & (tokens >= seen - window)
+        torch.testing.assert_close(found[:, :, is_recent], expected[:, :, is_recent], rtol=0, atol=1e-5)
+        step = expected.abs().amax(-1, keepdim=True) / 127
+        error = (found - expected).abs() / step.clamp(min=1e-9)
+        assert (error[:, :, is_visible] < 2.5).all()  # phases were moved once: rounded twice
+        assert is_visible.sum() == min(window, max(seen - 3, 0))
