@@ -15,9 +15,9 @@ from transformers import GPTNeoXConfig, PreTrainedConfig
 
 from ..files import check_writable, replace_folder
 from ..models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM
-from .checks import checked_config, read_tokenizer
+from .checks import checked_config, read_json_object, read_tokenizer
 from .checksums import verify_model_folder, write_sums
-from .loading import load_tokenizer, save_model
+from .loading import save_model
 from .model_tokenizer import write_tokenizer
 from .sink_rows import SinkRow, start_sink_rows
 from .sources import find_model, with_safetensors
@@ -188,17 +188,17 @@ def _num_tokens(folder: Path) -> int:
 
     Raises:
         FileNotFoundError: there is no ``tokenizer.json``.
-        ValueError: other files of the tokenizer have tokens that it lacks. Their rows are trained,
+        ValueError: ``tokenizer_config.json`` has tokens that it lacks. Their rows may be trained,
             and a sink would take the first of them.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no tokenizer.json: copy that of the model to this folder")
     known = read_tokenizer(path).get_vocab(with_added_tokens=True).values()
-    if missing := set(load_tokenizer(folder).get_vocab().values()) - set(known):
-        raise ValueError(
-            f"{path} lacks the token {min(missing)}, which another file of the tokenizer has: add it to tokenizer.json"
-        )
+    settings = folder / "tokenizer_config.json"
+    added = read_json_object(settings).get("added_tokens_decoder") if settings.is_file() else None
+    if missing := {int(key) for key in added or () if key.isdecimal()} - set(known):
+        raise ValueError(f"{path} lacks the token {min(missing)}, which {settings.name} has: add it to tokenizer.json")
     return max(known, default=-1) + 1
 
 

@@ -40,6 +40,7 @@ SHORTER = {
     r"^(sinklm eval stream-eval .*)": r"\1 --num-samples 1 --num-lines 25 --distances 20 --caches 1+127",
     r"^(sinklm eval sinks .*)": r"\1 --num-sequences 4",
     r"^(sinklm bench decode .*)": r"\1 --num-steps 2",
+    r"1\+1023,1\+4095": "1+63",
     r"/data/runs": "runs",
 }
 BOOK = ROOT / "examples" / "checkpoints" / "book.txt"

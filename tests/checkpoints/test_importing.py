@@ -298,7 +298,7 @@ def test_a_token_that_only_another_file_has_is_not_taken_for_a_sink(tmp_path):
     added = {"content": "<|im_start|>", "special": True, "normalized": False}
     decoder = {"added_tokens_decoder": {str(token): added | dict.fromkeys(("lstrip", "rstrip", "single_word"), False)}}
     path.write_text(json.dumps(json.loads(path.read_text()) | decoder))
-    with pytest.raises(ValueError, match=rf"tokenizer\.json lacks the token {token}, which another file"):
+    with pytest.raises(ValueError, match=rf"tokenizer\.json lacks the token {token}, which tokenizer_config"):
         import_model(source, tmp_path / "imported")
 
 
