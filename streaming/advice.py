@@ -5,6 +5,7 @@ import warnings
 from typing import Any
 
 from .rule import StreamShape
+from .wrappers import unwrapped
 
 
 def refuse_constructor(arguments: tuple[Any, ...]) -> None:
@@ -26,7 +27,7 @@ def refuse_name(model: object) -> None:
 
 def warn_if_untrained(model: Any, shape: StreamShape) -> None:
     """Warn if a cache has distances that the model was not trained on."""
-    trained = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    trained = getattr(unwrapped(model).config, "max_position_embeddings", None)
     if trained and shape.num_cached >= trained:
         warnings.warn(
             f"the cache {shape.num_kept}+{shape.window} is too large for the {trained} positions that the model was "
