@@ -98,7 +98,7 @@ def import_model(
     """
     output = Path(output)
     _check_arguments(output, sink, sink_row)
-    sink_row = sink_row or SinkRow.MEAN
+    row = SinkRow(sink_row or SinkRow.MEAN)
     check_writable(output)
     folder = find_model(source, revision)
     partial = output.absolute().with_name(f".{output.absolute().name}.partial")
@@ -108,13 +108,13 @@ def import_model(
         scratch.mkdir(parents=True)
         model, num_new_rows = _model(source, with_safetensors(folder, scratch), folder, sink, dtype)
         if sink == "token":
-            start_sink_rows(model, model.config.sink_token_ids, sink_row, seed=seed)
+            start_sink_rows(model, model.config.sink_token_ids, row, seed=seed)
         save_model(model, partial)
         shutil.rmtree(scratch)
         write_tokenizer(partial, model.config, folder / "tokenizer.json")
         commit = folder.name if not Path(source).is_dir() else None
         imported = Imported(output, commit, model.config, model.num_parameters(), num_new_rows)
-        (partial / "README.md").write_text(_card(source, revision, imported, sink_row), encoding="utf-8")
+        (partial / "README.md").write_text(_card(source, revision, imported, row), encoding="utf-8")
         write_sums(partial)
         replace_folder(partial, output)
     except SafetensorError as error:
@@ -220,7 +220,7 @@ def _grow(model: SinkGPTNeoXForCausalLM) -> int:
     return new - old
 
 
-def _card(source: str | Path, revision: str | None, imported: Imported, sink_row: str) -> str:
+def _card(source: str | Path, revision: str | None, imported: Imported, sink_row: SinkRow) -> str:
     config = imported.config
     row = f"The embedding of the sink token {', '.join(map(str, config.sink_token_ids))} is {ROWS[SinkRow(sink_row)]}."
     return CARD.format(
