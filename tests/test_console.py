@@ -50,7 +50,7 @@ def test_every_output_of_a_command_shows_a_name_as_it_is(name):
     assert visible in shown(f"Results: {name}")
     results = {"tasks": {name: {name: 0.5}}, "groups": {}, "num_samples": {}}
     assert shown(zero_shot.results_table(results, name)).count(visible) == 3
-    assert visible in shown(perplexity.results_table([], name))
+    assert visible in shown(perplexity.results_table([], name, name))
     result = {"configuration": name, "distances": [{"lines": name, "accuracy": 0.5}]}
     assert shown(stream_eval.results_table([result], name)).count(visible) == 3
     counts = Counts(documents=1, bytes=1, tokens=1)

@@ -32,7 +32,9 @@ def objects() -> dict[str, Any]:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
     turns = [tokenizer(text, return_tensors="pt") for text in ("Once upon a time", " there was a river")]
     ids = tokenizer((MODEL.parent / "book.txt").read_text()[:2000], return_tensors="pt").input_ids
-    names = {"first_turn": turns[0], "second_turn_ids": turns[1].input_ids[:, 1:], "inputs": turns[0], "ids": ids}
+    names: dict[str, Any] = {"StreamingCache": StreamingCache}
+    names["cache"] = StreamingCache.for_model(model, num_kept=1, window=60)
+    names |= {"first_turn": turns[0], "second_turn_ids": turns[1].input_ids[:, 1:], "inputs": turns[0], "ids": ids}
     return {"model": model, "tokenizer": tokenizer, "torch": torch, **names}
 
 

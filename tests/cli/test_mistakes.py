@@ -16,7 +16,7 @@ from sinklm.train.__main__ import main as launched
         ("decode model", "no such command 'decode': did you mean bench decode? See sinklm --help"),
         (
             "eval stream model",
-            "no such command 'stream': did you mean streaming or stream-eval? See sinklm eval --help",
+            "no such command 'stream': did you mean streaming, stream-qa or stream-eval? See sinklm eval --help",
         ),
         ("nothing", "no such command 'nothing'; see sinklm --help"),
         ("generate m p --top_k 3", "no such option --top_k: did you mean --top-k? See sinklm generate --help"),

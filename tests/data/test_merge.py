@@ -149,7 +149,7 @@ def test_stores_that_do_not_belong_together_are_refused(
 
 def test_the_command_prints_the_merged_store(inputs: list[Path], tmp_path: Path, tokenizer_file: Path) -> None:
     parts = [str(prepare([path], tmp_path / path.name[0], tokenizer_file)) for path in inputs]
-    result = CliRunner().invoke(app, ["data", "merge", str(tmp_path / "merged"), *parts], catch_exceptions=False)
+    result = CliRunner().invoke(app, ["data", "merge", *parts, "-o", str(tmp_path / "merged")], catch_exceptions=False)
     assert result.exit_code == 0
     assert f"fingerprint {TokenStore(tmp_path / 'merged').fingerprint}" in result.output.replace("\n", "")
     assert "The merged stores remain and can be deleted." in result.output.replace("\n", " ")
