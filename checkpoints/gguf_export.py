@@ -73,9 +73,10 @@ def export_gguf(checkpoint: str | Path, output: str | Path, *, dtype: str = "aut
         )
     matrix_dtype = model.dtype if dtype == "auto" else DTYPES[dtype]
     partial = path.with_name(f".{path.name}{PARTIAL}")
+    name = output.absolute().stem if output.suffix == ".gguf" else output.absolute().name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(partial, model, tokenizer, matrix_dtype, output.absolute().stem)
+        _write(partial, model, tokenizer, matrix_dtype, name)
         sync_file(partial)
         os.replace(partial, path)
     except OSError as error:

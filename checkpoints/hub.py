@@ -150,4 +150,4 @@ def _copy_export(source: Path, folder: Path, repository: str) -> None:
         shutil.copyfile(path, folder / path.name)
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8") if card.exists() else ""
-    card.write_text(re.sub(r'from_pretrained\("[^"/]*"', f'from_pretrained("{repository}"', text), encoding="utf-8")
+    card.write_text(re.sub(r'from_pretrained\("[^"]*"', f'from_pretrained("{repository}"', text), encoding="utf-8")

@@ -95,7 +95,7 @@ def zero_shot(
     from ..eval.zero_shot import evaluate, results_table, write_samples
 
     options = parse_options(model_args)
-    placed = placement(device or own_device(), dtype)
+    placed = placement(own_device(device), dtype)
     loaded, tokenizer = load_causal_model(model, **placed), load_tokenizer(model)
     file = ReportFile((output or default_output(model)) / "zero_shot.json")
     with quiet_libraries(shows_progress=not console.is_quiet):

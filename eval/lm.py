@@ -152,10 +152,16 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def own_device() -> str | None:
-    """Return the GPU of this process, None for the default device."""
-    if num_processes() == 1 or not torch.cuda.is_available():
-        return None
+def own_device(device: str | None) -> str | None:
+    """Return the device of this process: of several, each has a GPU of its own.
+
+    Raises:
+        ValueError: ``device`` is one GPU, and there are several processes.
+    """
+    if num_processes() == 1 or device not in (None, "cuda") or not torch.cuda.is_available():
+        if num_processes() > 1 and device is not None and ":" in device:
+            raise ValueError(f"--device {device} would be shared by {num_processes()} processes: leave it out")
+        return device
     return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
 
 
