@@ -5,6 +5,7 @@ the tokenizer change: the exported tokenizer prepends the sinks, which the sinkl
 """
 
 import json
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -18,7 +19,7 @@ from tokenizers.processors import Sequence, TemplateProcessing
 from transformers import GenerationConfig, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from ..files import check_writable, replace_folder, write_json
+from ..files import check_new, write_json
 from ..models.config import SinkGPTNeoXConfig
 from ..special_tokens import has_sinks, padding_token, template_with_sinks, without_template
 from .checks import read_tokenizer
@@ -39,11 +40,11 @@ def export_model(checkpoint: str | Path, output: str | Path, *, name: str | None
 
     The file ``SHA256SUMS`` has the checksums of the others, except the model card.
 
-    The folder gets its final name only when it is complete, and replaces an older export.
+    The folder gets its final name only when it is complete. It replaces nothing.
 
     Args:
         checkpoint: a run, a checkpoint or the folder of a sinklm model, as for `load_model`.
-        output: the folder to create.
+        output: the folder to create. It may exist if it is empty.
         name: of the model in its card; default: that of the folder.
 
     Returns:
@@ -52,17 +53,16 @@ def export_model(checkpoint: str | Path, output: str | Path, *, name: str | None
     Raises:
         ValueError: plain GPT-NeoX does not support the model, its tokenizer does not match its
             sinks, or ``checkpoint`` is an export.
-        FileExistsError: ``output`` exists and is not an export.
-        OSError: writing failed. No partial files remain, and an older export is unchanged.
+        FileExistsError: ``output`` exists and is not empty.
+        OSError: writing failed. No partial files remain.
     """
     output = Path(output)
-    _check_replaceable(output)
-    check_writable(output)
+    folder = check_new(output, "folder")
     if is_export(Path(resolve_model_folder(checkpoint))):
         raise ValueError(f"{checkpoint} is already an export: use or copy it as it is")
     model = load_model(checkpoint, device="cpu", dtype="auto")
     config = _exportable_config(model, checkpoint)
-    partial = output.absolute().with_name(f".{output.absolute().name}.partial")
+    partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -76,7 +76,7 @@ def export_model(checkpoint: str | Path, output: str | Path, *, name: str | None
         )
         (partial / "README.md").write_text(card, encoding="utf-8")
         write_sums(partial)
-        replace_folder(partial, output)
+        os.rename(partial, folder)
     except FileNotFoundError:  # the checkpoint has no tokenizer
         raise
     except (SafetensorError, OSError) as error:
@@ -98,13 +98,6 @@ def is_export(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return config.get("model_type") == "gpt_neox" and "sink" in config
-
-
-def _check_replaceable(output: Path) -> None:
-    if not output.exists() or is_export(output):
-        return
-    if not output.is_dir() or any(output.iterdir()):
-        raise FileExistsError(f"{output} exists and is not an export of sinklm: choose another output folder")
 
 
 def _exportable_config(model: PreTrainedModel, checkpoint: str | Path) -> SinkGPTNeoXConfig:
@@ -230,7 +223,7 @@ def exported_tokenizer(checkpoint: str | Path, config: PreTrainedConfig) -> Expo
     backend = without_template(read_tokenizer(path))
     backend.no_truncation()
     backend.no_padding()
-    names = name_sinks(backend, sink_ids(config))
+    names = name_sinks(backend, sink_ids(config), path)
     chosen = trained.pad_token if trained.pad_token_id != config.eos_token_id else None
     template = trained.chat_template if isinstance(trained.chat_template, str) else None
     with_sinks = template_with_sinks(template, names) if template else None
@@ -259,19 +252,29 @@ def sink_config(config: PreTrainedConfig) -> SinkGPTNeoXConfig:
     return SinkGPTNeoXConfig(vocab_size=config.vocab_size, sink=getattr(config, "sink", None) or {})
 
 
-def name_sinks(backend: Tokenizer, token_ids: list[int]) -> list[str]:
+def name_sinks(backend: Tokenizer, token_ids: list[int], path: str | Path) -> list[str]:
     """Add the sinks to a tokenizer as special tokens and return their names.
 
+    Args:
+        path: of the tokenizer, for the error.
+
     Raises:
-        ValueError: the tokenizer's next free ids are not ``token_ids``.
+        ValueError: the tokenizer's next free ids are not ``token_ids``, or it has a token with the
+            name of a sink and another id.
     """
     names = sink_names(len(token_ids))
+    for name, token_id in zip(names, token_ids, strict=True):
+        if backend.token_to_id(name) not in (None, token_id):
+            raise ValueError(
+                f"{path} already has the token {name} with the id {backend.token_to_id(name)}, but the model's sink "
+                f"has the id {token_id}: use a tokenizer without this token"
+            )
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     given = [backend.token_to_id(name) for name in names]
     if given != token_ids:
         raise ValueError(
-            f"the tokenizer's next free ids are {given}, but the model's sinks have the ids {token_ids}: this is not "
-            "the tokenizer that the model was trained with"
+            f"{path}: the tokenizer's next free ids are {given}, but the model's sinks have the ids {token_ids}: this "
+            "is not the tokenizer that the model was trained with"
         )
     return names
 

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..extras import require_extra
-from ..files import PARTIAL, check_writable, sync_file
+from ..files import PARTIAL, check_new, sync_file
 from .export import EXPORTABLE_KINDS, ExportedTokenizer, exported_tokenizer, sink_config, sink_ids
 from .loading import load_model
 
@@ -39,7 +39,7 @@ def export_gguf(checkpoint: str | Path, output: str | Path, *, dtype: str = "aut
     Args:
         checkpoint: a run, a checkpoint, the folder of a sinklm model, or an export.
         output: the file to write, with the suffix ``.gguf``, or a folder, in which it is
-            ``model.gguf``. An older file of this function is replaced at the end.
+            ``model.gguf``. It replaces nothing.
         dtype: of the matrices: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"auto"``, which is
             that of the checkpoint. Vectors (biases and norms) are always float32.
 
@@ -50,8 +50,8 @@ def export_gguf(checkpoint: str | Path, output: str | Path, *, dtype: str = "aut
         MissingExtraError: ``gguf`` is not installed.
         ValueError: llama.cpp cannot compute the model or tokenize as its tokenizer does, or a value
             is too large for float16.
-        FileExistsError: the file exists and this function did not write it.
-        OSError: writing failed. No partial file remains, and an older one is unchanged.
+        FileExistsError: the file exists.
+        OSError: writing failed. No partial file remains.
 
     Warns:
         UserWarning: the tokenizer normalizes, which llama.cpp does not do.
@@ -59,8 +59,7 @@ def export_gguf(checkpoint: str | Path, output: str | Path, *, dtype: str = "aut
     require_extra("gguf")
     output = Path(output)
     path = output if output.suffix == ".gguf" else output / "model.gguf"
-    _check_replaceable(path)
-    check_writable(path)
+    target = check_new(path, "file")
     model = load_model(checkpoint, device="cpu", dtype="auto")
     _check_model(model, checkpoint)
     tokenizer = exported_tokenizer(checkpoint, model.config)
@@ -72,29 +71,18 @@ def export_gguf(checkpoint: str | Path, output: str | Path, *, dtype: str = "aut
             stacklevel=2,
         )
     matrix_dtype = model.dtype if dtype == "auto" else DTYPES[dtype]
-    partial = path.with_name(f".{path.name}{PARTIAL}")
+    partial = target.with_name(f".{target.name}{PARTIAL}")
     name = output.absolute().stem if output.suffix == ".gguf" else output.absolute().name
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         _write(partial, model, tokenizer, matrix_dtype, name)
         sync_file(partial)
-        os.replace(partial, path)
+        os.replace(partial, target)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)
     return path
-
-
-def _check_replaceable(path: Path) -> None:
-    if not path.exists():
-        return
-    if path.is_file():
-        with open(path, "rb") as file:
-            head = file.read(4096)
-        if head.startswith(b"GGUF") and VERSION_KEY.encode() in head:
-            return
-    raise FileExistsError(f"{path} exists and is not a GGUF file of sinklm: choose another output file")
 
 
 def _check_model(model: PreTrainedModel, checkpoint: str | Path) -> None:

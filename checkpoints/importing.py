@@ -5,7 +5,10 @@ A sink token is the first id that the tokenizer does not use. Pythia's tokenizer
 50277 and no shape changes.
 """
 
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import GPTNeoXConfig, PreTrainedConfig
 
-from ..files import check_writable, replace_folder
+from ..files import check_new, named_errors
 from ..models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM
 from .checks import checked_config, read_json_object, read_tokenizer
 from .checksums import verify_model_folder, write_sums
@@ -82,7 +85,7 @@ def import_model(
     Args:
         source: a name on the Hub, or a transformers folder with ``config.json``, ``tokenizer.json``
             and weights as safetensors or pickles, in one file or several.
-        output: the folder to create.
+        output: the folder to create. It may exist if it is empty.
         revision: branch, tag or commit on the Hub, such as ``step3000``.
         sink: ``token``; ``none``, which computes exactly what transformers does; ``zero``,
             ``logit`` or ``kv_bias``, whose additional column changes the output at once.
@@ -93,20 +96,21 @@ def import_model(
     Raises:
         ValueError: the source is not a plain GPT-NeoX, its files are damaged or do not fit
             together, or an argument is wrong.
-        FileExistsError: ``output`` exists.
+        FileExistsError: ``output`` exists and is not empty.
         OSError: a file is missing, or cannot be downloaded or written. No partial files remain.
     """
     output = Path(output)
-    _check_arguments(output, sink, sink_row)
+    _check_arguments(sink, sink_row)
     row = SinkRow(sink_row or SinkRow.MEAN)
-    check_writable(output)
+    target = check_new(output, "folder")
     folder = find_model(source, revision)
-    partial = output.absolute().with_name(f".{output.absolute().name}.partial")
+    partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         scratch = partial / "scratch"
         scratch.mkdir(parents=True)
-        model, num_new_rows = _model(source, with_safetensors(folder, scratch), folder, sink, dtype)
+        with _named_source(scratch, folder):
+            model, num_new_rows = _model(source, with_safetensors(folder, scratch), folder, sink, dtype)
         if sink == "token":
             start_sink_rows(model, model.config.sink_token_ids, row, seed=seed)
         save_model(model, partial)
@@ -116,7 +120,8 @@ def import_model(
         imported = Imported(output, commit, model.config, model.num_parameters(), num_new_rows)
         (partial / "README.md").write_text(_card(source, revision, imported, row), encoding="utf-8")
         write_sums(partial)
-        replace_folder(partial, output)
+        with named_errors(output):
+            os.rename(partial, target)
     except SafetensorError as error:
         raise OSError(f"cannot write to {output.absolute().parent}: {error}") from error
     finally:
@@ -124,7 +129,7 @@ def import_model(
     return imported
 
 
-def _check_arguments(output: Path, sink: str, sink_row: str | None) -> None:
+def _check_arguments(sink: str, sink_row: str | None) -> None:
     if sink not in SINKS:
         why = ": its gate starts at one half, so the model would lose what it has learned" if sink == "gate" else ""
         raise ValueError(f"--sink {sink} is not possible{why}: choose one of {', '.join(SINKS)}")
@@ -132,8 +137,15 @@ def _check_arguments(output: Path, sink: str, sink_row: str | None) -> None:
         raise ValueError(f"--sink-row {sink_row} is for a sink token, but --sink is {sink}: leave it out")
     if sink_row not in (None, *SinkRow):
         raise ValueError(f"--sink-row is {sink_row!r}: choose one of {', '.join(SinkRow)}")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} exists: choose another --output, or delete it")
+
+
+@contextmanager
+def _named_source(scratch: Path, folder: Path) -> Iterator[None]:
+    """Name the source in errors about the safetensors that were made of its pickles."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(scratch), str(folder))) from error
 
 
 def _model(
@@ -196,8 +208,10 @@ def _num_tokens(folder: Path) -> int:
         raise FileNotFoundError(f"{folder} has no tokenizer.json: copy that of the model to this folder")
     known = read_tokenizer(path).get_vocab(with_added_tokens=True).values()
     settings = folder / "tokenizer_config.json"
-    added = read_json_object(settings).get("added_tokens_decoder") if settings.is_file() else None
-    if missing := {int(key) for key in added or () if key.isdecimal()} - set(known):
+    added = (read_json_object(settings).get("added_tokens_decoder") if settings.is_file() else None) or {}
+    if not isinstance(added, dict):
+        raise ValueError(f"{settings}: added_tokens_decoder is not an object from ids to tokens: copy the file again")
+    if missing := {int(key) for key in added if key.isdecimal()} - set(known):
         raise ValueError(f"{path} lacks the token {min(missing)}, which {settings.name} has: add it to tokenizer.json")
     return max(known, default=-1) + 1
 

@@ -21,7 +21,7 @@ def write_tokenizer(folder: Path, config: SinkGPTNeoXConfig, tokenizer_path: Pat
     tokenizer = without_template(read_tokenizer(tokenizer_path))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    name_sinks(tokenizer, config.sink_token_ids)
+    name_sinks(tokenizer, config.sink_token_ids, tokenizer_path)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     end_of_document = tokenizer.id_to_token(config.eos_token_id)  # type: ignore[arg-type]
     description = {

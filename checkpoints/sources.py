@@ -17,6 +17,7 @@ from ..text import one_line
 from .checks import INDEX, SAVED_BUFFERS, WEIGHTS, read_json_object
 from .folders import resolve_model_folder
 
+LFS_POINTER = b"version https://git-lfs"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 PYTHIA_REVISIONS = "Pythia's are step0, step1, step2, step4 … step512, step1000, step2000 … step143000"
@@ -96,30 +97,53 @@ def _pickles(folder: Path) -> list[str]:
     if not (folder / PICKLE_INDEX).is_file():
         return [PICKLE] if (folder / PICKLE).is_file() else []
     shards = read_json_object(folder / PICKLE_INDEX).get("weight_map")
-    names = sorted(set(shards.values())) if isinstance(shards, dict) else []
-    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+    files = list(shards.values()) if isinstance(shards, dict) else []
+    if not files or not all(isinstance(name, str) and Path(name).name == name for name in files):
         raise ValueError(f"{folder / PICKLE_INDEX} has no weight_map from tensors to files: copy it again")
+    names = sorted(set(files))
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} has no {missing[0]}, which {PICKLE_INDEX} lists: copy the missing file")
     return names
+
+
+def _is_plain(tensor: object) -> bool:
+    """Whether this is a tensor whose values are in memory, one after the other."""
+    return (
+        isinstance(tensor, torch.Tensor)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not (tensor.is_quantized or tensor.is_nested)
+    )
 
 
 def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     """Read a state dict of tensors, without the buffers that models compute.
 
     Raises:
-        ValueError: the file is damaged, or needs code to be read.
+        ValueError: the file is damaged, needs code to be read, or has something else than ordinary
+            tensors with names.
     """
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{path} is a pointer of Git LFS, not the weights: run git lfs pull in its repository")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
+    except OSError:
+        raise
+    except pickle.UnpicklingError as error:  # torch's message advises to run the code
         raise ValueError(
-            f"{path} is damaged, or contains code, which is never run ({one_line(error)}): copy it again, or use a "
-            "model with safetensors"
+            f"{path} cannot be read safely: it is damaged or no file of torch, or contains code, which is never run; "
+            "copy it again, or use a model with safetensors"
         ) from error
-    except (RuntimeError, EOFError, KeyError, UnicodeError, ValueError) as error:
+    except Exception as error:  # a damaged pickle raises anything
         raise ValueError(f"{path} is damaged ({one_line(error)}): copy it again") from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise ValueError(f"{path} contains something else than tensors: use the weights of a model")
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} contains a {type(state).__name__}, not tensors by name: use the weights of a model")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not _is_plain(tensor):
+            raise ValueError(
+                f"{path} contains something else than ordinary tensors with names: {one_line(repr(name))}; use the "
+                "weights of a model, neither quantized nor sparse"
+            )
     kept = {name: tensor for name, tensor in state.items() if not re.search(SAVED_BUFFERS, name)}
     return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in kept.items()}

@@ -38,8 +38,7 @@ def export(
     output: Annotated[
         str,
         typer.Argument(
-            help="hf: folder to create. gguf: file.gguf, or a folder for model.gguf. hub: owner/name. An older export "
-            "is replaced.",
+            help="hf: folder to create. gguf: file.gguf, or a folder for model.gguf. hub: owner/name.",
             show_default=False,
         ),
     ],

@@ -444,7 +444,7 @@ OPTIONS = [
     Case(
         "an output that is a file",
         "export {model} text.txt",
-        r"text\.txt exists and is not an export of sinklm: choose another .*",
+        r"text\.txt exists: choose another output folder, or delete it",
     ),
     Case(
         "a tokenizer in place of a folder",

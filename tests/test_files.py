@@ -66,19 +66,18 @@ def test_a_file_system_without_locks_is_not_an_error(tmp_path: Path, monkeypatch
         pass
 
 
-def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def make(name: str, content: str) -> Path:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text(content)
-        return tmp_path / name
-
-    output = make("output", "old")
-    files.replace_folder(make("output.partial", "new"), output)
-    assert (output / "file").read_text() == "new"
-    assert list(tmp_path.iterdir()) == [output]
-
-    new, rename = make("output.partial", "newer"), os.rename
-    monkeypatch.setattr(os, "rename", lambda a, b: rename(a, b) if a != new else rename(tmp_path / "gone", b))
-    with pytest.raises(FileNotFoundError):
-        files.replace_folder(new, output)
-    assert (output / "file").read_text() == "new"
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_exists_is_not_new_and_a_link_names_its_target(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    (tmp_path / "empty").mkdir()
+    for name, target in (("dangling", "missing"), ("to-empty", "empty"), ("to-full", "full"), ("loop", "loop")):
+        (tmp_path / name).symlink_to(target)
+    for name in ("full", "full/file", "to-full", "loop"):
+        with pytest.raises(FileExistsError, match=rf"{name} exists: choose another output {kind}, or delete it"):
+            files.check_new(tmp_path / name, kind)
+    assert files.check_new(tmp_path / "dangling", kind) == tmp_path / "missing"
+    if kind == "folder":
+        assert files.check_new(tmp_path / "to-empty", kind) == tmp_path / "empty"
+    with pytest.raises(OSError, match=r"cannot write .*: Not a directory"):
+        files.check_new(tmp_path / "full" / "file" / "below", kind)

@@ -4,7 +4,6 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -61,6 +60,29 @@ def check_writable(path: Path) -> None:
     with named_errors(path):
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         tempfile.TemporaryFile(dir=folder).close()
+
+
+def check_new(output: Path, kind: str) -> Path:
+    """Check that a file or folder can be created at ``output``; an empty folder may exist there.
+
+    Nothing is ever replaced: an older file or folder may have been changed, or be of another model.
+
+    Args:
+        kind: ``"file"`` or ``"folder"``.
+
+    Returns:
+        The absolute path to create, which is the target if ``output`` is a symbolic link.
+
+    Raises:
+        FileExistsError: ``output`` exists.
+        OSError: it cannot be created.
+    """
+    path = Path(os.path.realpath(output))
+    check_writable(output if os.path.abspath(output) == str(path) else path)  # as the user wrote it, if it is no link
+    is_empty_folder = kind == "folder" and path.is_dir() and not any(path.iterdir())
+    if os.path.lexists(path) and not is_empty_folder:
+        raise FileExistsError(f"{output} exists: choose another output {kind}, or delete it")
+    return path
 
 
 @contextmanager
@@ -125,19 +147,3 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def replace_folder(new: Path, output: Path) -> None:
-    """Rename a finished folder to ``output``. An older ``output`` is deleted after the rename."""
-    if not output.exists():
-        os.rename(new, output)
-        return
-    old = new.with_suffix(".old")
-    shutil.rmtree(old, ignore_errors=True)
-    os.rename(output, old)
-    try:
-        os.rename(new, output)
-    except OSError:
-        os.rename(old, output)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

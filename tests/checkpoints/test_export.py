@@ -187,37 +187,56 @@ def test_an_arm_that_plain_gpt_neox_does_not_support_is_an_error(tmp_path, kind)
     assert not (tmp_path / "export").exists()
 
 
-def test_only_an_empty_folder_or_an_older_export_is_replaced(checkpoint, tmp_path):
-    foreign = tmp_path / "foreign"
-    foreign.mkdir()
-    export_model(checkpoint, foreign)  # empty
-    (foreign / "notes.txt").write_text("of the older export")
-    export_model(make_checkpoint(tmp_path / "other", num_sinks=2), foreign)
-    assert json.loads((foreign / "config.json").read_text())["sink"]["num_tokens"] == 2
-    assert not (foreign / "notes.txt").exists()
-
-    precious = tmp_path / "precious"
-    precious.mkdir()
-    (precious / "thesis.txt").write_text("years of work")
-    with pytest.raises(FileExistsError, match="precious exists and is not an export"):
-        export_model(checkpoint, precious)
-    with pytest.raises(FileExistsError, match="is not an export"):
-        export_model(checkpoint, checkpoint)  # a checkpoint is not an export either
-    assert (precious / "thesis.txt").read_text() == "years of work"
+def test_only_an_empty_folder_becomes_an_export(checkpoint, tmp_path):
+    folder = tmp_path / "export"
+    folder.mkdir()
+    export_model(checkpoint, folder)
+    (folder / "README.md").write_text("an edited model card")
+    before = files_in(tmp_path)
+    other = make_checkpoint(tmp_path / "other", num_sinks=2)
+    for source, output in ((checkpoint, folder), (other, folder), (checkpoint, checkpoint)):
+        with pytest.raises(FileExistsError, match=f"{output.name} exists: choose another output folder, or delete it"):
+            export_model(source, output)
+    assert files_in(folder) == {path: data for path, data in before.items() if folder in path.parents}
     assert hidden_files(tmp_path) == []
 
 
-def test_a_failure_midway_leaves_the_older_export_and_nothing_else(checkpoint, tmp_path, monkeypatch):
-    folder = export_model(checkpoint, tmp_path / "export")
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+def files_in(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
+
+def test_a_folder_that_is_filled_meanwhile_is_not_replaced(checkpoint, tmp_path, monkeypatch):
+    def fill(*arguments):
+        (tmp_path / "export").mkdir()
+        (tmp_path / "export" / "thesis.txt").write_text("years of work")
+
+    monkeypatch.setattr("sinklm.checkpoints.export.write_sums", fill)
+    with pytest.raises(OSError, match=r"cannot write the export to .*not empty"):
+        export_model(checkpoint, tmp_path / "export")
+    assert [path.name for path in (tmp_path / "export").iterdir()] == ["thesis.txt"]
+    assert hidden_files(tmp_path) == []
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_stays_and_its_target_becomes_the_export(checkpoint, tmp_path, exists):
+    (tmp_path / "link").symlink_to("disk/target")
+    if exists:
+        (tmp_path / "disk" / "target").mkdir(parents=True)
+    assert export_model(checkpoint, tmp_path / "link") == tmp_path / "link"
+    assert (tmp_path / "link").is_symlink()
+    assert is_export(tmp_path / "disk" / "target")
+    assert "# link\n" in (tmp_path / "link" / "README.md").read_text()
+    assert hidden_files(tmp_path) == hidden_files(tmp_path / "disk") == []
+
+
+def test_a_failure_midway_leaves_nothing(checkpoint, tmp_path, monkeypatch):
     def fails(*arguments):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("sinklm.checkpoints.export._write_tokenizer", fails)
     with pytest.raises(OSError, match=rf"cannot write the export to {tmp_path}: .*No space left"):
-        export_model(checkpoint, folder)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        export_model(checkpoint, tmp_path / "export")
+    assert not (tmp_path / "export").exists()
     assert hidden_files(tmp_path) == []
 
 
@@ -243,6 +262,17 @@ def test_a_full_disk_is_one_clear_error(checkpoint, tmp_path, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not (tmp_path / "export").exists()
     assert hidden_files(tmp_path) == []
+
+
+def test_a_token_with_the_name_of_a_sink_is_an_error(checkpoint, tmp_path):
+    tokenizer = small_tokenizer().from_str(small_tokenizer().to_str())
+    tokenizer.add_tokens(["more", "<|sink|>"])
+    tokenizer.save(str(checkpoint / "tokenizer.json"))
+    taken, sink = tokenizer.token_to_id("<|sink|>"), load_model(checkpoint).config.sink_token_ids[0]
+    with pytest.raises(
+        ValueError, match=rf"tokenizer\.json already has .*<\|sink\|> with the id {taken}, .* id {sink}:"
+    ):
+        export_model(checkpoint, tmp_path / "export")
 
 
 def test_a_tokenizer_of_another_model_is_an_error(checkpoint, tmp_path):
@@ -306,7 +336,7 @@ def test_the_model_card_has_the_facts_of_the_run(tmp_path, capsys):
         text = (checkpoint / name).read_text()
         (checkpoint / name).write_text(text.replace("0", "1"))
         with pytest.raises(ValueError, match=rf"step-200 is damaged: {name} has another sha256"):
-            export_model(tmp_path / "run", tmp_path / "my-model")
+            export_model(tmp_path / "run", tmp_path / "again")
         (checkpoint / name).write_text(text)
 
 

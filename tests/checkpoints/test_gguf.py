@@ -2,13 +2,11 @@
 
 import json
 import os
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -25,13 +23,13 @@ from sinklm.models.arms import ARMS
 
 from ..eval import checkpoints
 from ..eval.checkpoints import small_tokenizer, write_checkpoint
+from .llama_cpp import ENGINE, HAS_LLAMA_CPP
+
+gguf = pytest.importorskip("gguf")
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "examples" / "checkpoints"
-ENGINE = ROOT / ".ci" / "node" / "node_modules" / "node-llama-cpp"  # `.ci/llama-cpp` installs it
-needs_llama_cpp = pytest.mark.skipif(
-    not (ENGINE.exists() and shutil.which("node")), reason="needs llama.cpp; .ci/llama-cpp installs it"
-)
+needs_llama_cpp = pytest.mark.skipif(not HAS_LLAMA_CPP, reason="needs llama.cpp; .ci/llama-cpp installs it")
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -303,15 +301,13 @@ def test_a_normalizer_is_a_warning(tmp_path):
         export_gguf(folder, tmp_path / "model.gguf")
 
 
-def test_a_value_too_large_for_float16_is_an_error_that_leaves_the_older_file(tmp_path):
+def test_a_value_too_large_for_float16_is_an_error_that_leaves_nothing(tmp_path):
     model = small_model(1)
     model.gpt_neox.layers[0].mlp.dense_h_to_4h.weight.data[0, 0] = 1e5
     folder, path = write_checkpoint(tmp_path / "checkpoint", model), tmp_path / "model.gguf"
-    before = export_gguf(folder, path).read_bytes()
     with pytest.raises(ValueError, match=r"blk\.0\.ffn_up\.weight has values too large for float16"):
         export_gguf(folder, path, dtype="float16")
-    assert path.read_bytes() == before
-    assert [item.name for item in tmp_path.glob(".*")] == []
+    assert [item.name for item in tmp_path.iterdir()] == ["checkpoint"]
 
 
 def test_more_tokens_than_rows_are_refused(tmp_path):
@@ -334,12 +330,15 @@ def test_a_wrong_sink_in_an_export_is_refused(tmp_path, sink):
         export_gguf(folder, tmp_path / "model.gguf")
 
 
-@pytest.mark.parametrize("content", [b"precious", b"GGUF of another program"])
-def test_a_file_of_others_is_not_replaced(checkpoint, tmp_path, content):
-    (tmp_path / "model.gguf").write_bytes(content)
-    with pytest.raises(FileExistsError, match="exists and is not a GGUF file of sinklm"):
-        export_gguf(checkpoint, tmp_path)
-    assert (tmp_path / "model.gguf").read_bytes() == content
+def test_a_file_is_not_replaced_and_a_link_stays(checkpoint, tmp_path):
+    (tmp_path / "model.gguf").symlink_to("disk/target.gguf")
+    assert export_gguf(checkpoint, tmp_path) == tmp_path / "model.gguf"
+    before = (tmp_path / "disk" / "target.gguf").read_bytes()
+    for output in (tmp_path, tmp_path / "disk" / "target.gguf"):
+        with pytest.raises(FileExistsError, match=r"\.gguf exists: choose another output file, or delete it"):
+            export_gguf(checkpoint, output)
+    assert (tmp_path / "disk" / "target.gguf").read_bytes() == before
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["target.gguf"]
 
 
 def test_without_the_library_the_extra_is_named(checkpoint, tmp_path, monkeypatch):

@@ -246,13 +246,13 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch):
         None,
         pickle.dumps(Code(), protocol=2),
         b"",
-        b"version https://git-lfs",
         (source / "pytorch_model.bin").read_bytes()[:-90],
     ):
         if content is not None:
             (source / "pytorch_model.bin").write_bytes(content)
-        with pytest.raises(ValueError, match=r"pytorch_model\.bin (is damaged|has something else)"):
+        with pytest.raises(ValueError, match=r"pytorch_model\.bin (is damaged|cannot be read safely)") as raised:
             import_model(source, tmp_path / "imported")
+        assert "weights_only" not in str(raised.value)
     assert not (tmp_path / "ran").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
@@ -264,6 +264,83 @@ def edit_config(folder: Path, **values) -> None:
 
 def truncated_index(folder: Path) -> None:
     (folder / "pytorch_model.bin.index.json").write_text("{}")
+
+
+def edit_pickle(folder: Path, name: object = "gpt_neox.embed_in.weight", change=lambda weight: weight) -> None:
+    """Change a tensor, and store it under ``name``."""
+    state = torch.load(folder / "pytorch_model.bin")
+    state[name] = change(state.pop("gpt_neox.embed_in.weight").float())
+    torch.save(state, folder / "pytorch_model.bin")
+
+
+def quantized(weight: torch.Tensor) -> torch.Tensor:
+    return torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8)
+
+
+NOT_ORDINARY = r"source/pytorch_model\.bin contains something else than ordinary tensors with names: "
+OF_SOURCE = "the weights in .*/source "  # not in the temporary folder of the conversion
+PICKLES = {
+    "an integer key": (lambda folder: edit_pickle(folder, name=1), NOT_ORDINARY + "1;"),
+    "no tensor": (lambda folder: edit_pickle(folder, change=lambda weight: 1), NOT_ORDINARY + "'gpt_neox"),
+    "sparse": (lambda folder: edit_pickle(folder, change=torch.Tensor.to_sparse), NOT_ORDINARY + "'gpt_neox"),
+    "meta": (lambda folder: edit_pickle(folder, change=lambda weight: weight.to("meta")), NOT_ORDINARY + "'gpt_neox"),
+    "quantized": (lambda folder: edit_pickle(folder, change=quantized), NOT_ORDINARY + "'gpt_neox"),
+    "a list": (
+        lambda folder: torch.save([1], folder / "pytorch_model.bin"),
+        r"model\.bin contains a list, not tensors",
+    ),
+    "NaN": (lambda folder: edit_pickle(folder, change=lambda weight: weight / 0), OF_SOURCE + "are not finite"),
+    "int8": (lambda folder: edit_pickle(folder, change=torch.Tensor.char), OF_SOURCE + ".* of type I8"),
+    "a pointer": (
+        lambda folder: (folder / "pytorch_model.bin").write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
+        r"source/pytorch_model\.bin is a pointer of Git LFS, .*: run git lfs pull",
+    ),
+    "lists in an index": (
+        lambda folder: (folder / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": ["b"]}}'),
+        r"source/pytorch_model\.bin\.index\.json has no weight_map",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize:UserWarning")
+@pytest.mark.parametrize("name", PICKLES)
+def test_a_pickle_of_something_else_is_an_error_that_names_it(tmp_path, name):
+    source = write_pythia(tmp_path / "source", "pickle")
+    change, message = PICKLES[name]
+    change(source)
+    with pytest.raises(ValueError, match=message) as raised:
+        import_model(source, tmp_path / "imported")
+    assert ".partial" not in str(raised.value)
+    assert len(str(raised.value).splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize("decoder", [5, [1, 2]])
+def test_a_wrong_added_tokens_decoder_is_an_error_that_names_the_file(tmp_path, decoder):
+    source = write_pythia(tmp_path / "source")
+    path = source / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens_decoder": decoder}))
+    with pytest.raises(ValueError, match=r"source/tokenizer_config\.json: added_tokens_decoder is not an object"):
+        import_model(source, tmp_path / "imported")
+
+
+def test_a_tokenizer_that_has_a_sink_is_an_error_that_says_so(tmp_path):
+    source = write_pythia(tmp_path / "source")
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<|sink|>"])
+    tokenizer.save(str(source / "tokenizer.json"))
+    with pytest.raises(
+        ValueError, match=rf"tokenizer\.json already has the token <\|sink\|> with the id {num_tokens()},"
+    ):
+        import_model(source, tmp_path / "imported")
+
+
+def test_a_link_stays_and_its_target_becomes_the_import(pythia, tmp_path):
+    (tmp_path / "link").symlink_to("target")
+    assert import_model(pythia, tmp_path / "link").folder == tmp_path / "link"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "target"]
+    assert (tmp_path / "link").is_symlink()
+    load_tokenizer(tmp_path / "target")
 
 
 @pytest.mark.parametrize(
@@ -314,7 +391,7 @@ def test_wrong_arguments_are_refused(pythia, tmp_path):
     for source in (imported, exported):
         with pytest.raises(ValueError, match=r"sink\.kind token: it needs no import; .*model\.init_from="):
             import_model(source, tmp_path / "other")
-    with pytest.raises(FileExistsError, match="imported exists: choose another --output"):
+    with pytest.raises(FileExistsError, match="imported exists: choose another output folder, or delete it"):
         import_model(pythia, imported)
     with pytest.raises(ValueError, match=r"gate is not possible: .*choose one of token, none, zero"):
         import_model(pythia, tmp_path / "other", sink="gate")
