@@ -20,7 +20,7 @@ from transformers import GenerationConfig, GPTNeoXConfig, GPTNeoXForCausalLM, Pr
 from transformers.utils import cached_file
 
 from ..files import check_new, write_json
-from ..models.config import SinkGPTNeoXConfig
+from ..models.config import SinkGPTNeoXConfig, sink_config
 from ..special_tokens import has_sinks, padding_token, template_with_sinks, without_template
 from .checks import read_tokenizer
 from .checksums import write_sums
@@ -223,7 +223,7 @@ def exported_tokenizer(checkpoint: str | Path, config: PreTrainedConfig) -> Expo
     backend = without_template(read_tokenizer(path))
     backend.no_truncation()
     backend.no_padding()
-    names = name_sinks(backend, sink_ids(config), path)
+    names = name_sinks(backend, sink_config(config).sink_token_ids, path)
     chosen = trained.pad_token if trained.pad_token_id != config.eos_token_id else None
     template = trained.chat_template if isinstance(trained.chat_template, str) else None
     with_sinks = template_with_sinks(template, names) if template else None
@@ -234,22 +234,6 @@ def exported_tokenizer(checkpoint: str | Path, config: PreTrainedConfig) -> Expo
             stacklevel=2,
         )
     return ExportedTokenizer(backend, Path(path), names, chosen or padding_token(backend), with_sinks)
-
-
-def sink_ids(config: PreTrainedConfig) -> list[int]:
-    """Return the ids of the sink tokens of a sinklm model or an export."""
-    return sink_config(config).sink_token_ids
-
-
-def sink_config(config: PreTrainedConfig) -> SinkGPTNeoXConfig:
-    """Return the configuration of the sink of a sinklm model or an export.
-
-    Raises:
-        ValueError: the key ``sink`` of an export is wrong.
-    """
-    if isinstance(config, SinkGPTNeoXConfig):
-        return config
-    return SinkGPTNeoXConfig(vocab_size=config.vocab_size, sink=getattr(config, "sink", None) or {})
 
 
 def name_sinks(backend: Tokenizer, token_ids: list[int], path: str | Path) -> list[str]:

@@ -20,7 +20,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..extras import require_extra
 from ..files import PARTIAL, check_new, sync_file
-from .export import EXPORTABLE_KINDS, ExportedTokenizer, exported_tokenizer, sink_config, sink_ids
+from ..models.config import sink_config
+from .export import EXPORTABLE_KINDS, ExportedTokenizer, exported_tokenizer
 from .loading import load_model
 
 if TYPE_CHECKING:
@@ -251,7 +252,7 @@ def _add_tokenizer(writer: "GGUFWriter", tokenizer: ExportedTokenizer, config: P
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
-    ids = sink_ids(config)
+    ids = sink_config(config).sink_token_ids
     writer.add_bos_token_id(ids[0] if ids else config.eos_token_id)
     writer.add_eos_token_id(config.eos_token_id)
     if tokenizer.padding is not None and (padding := backend.token_to_id(tokenizer.padding)) is not None:

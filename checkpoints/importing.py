@@ -18,13 +18,14 @@ from transformers import GPTNeoXConfig, PreTrainedConfig
 
 from ..files import check_new, named_errors
 from ..models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM
+from ..models.config import sink_config
 from .checks import checked_config, read_json_object, read_tokenizer
 from .checksums import verify_model_folder, write_sums
 from .loading import save_model
 from .model_tokenizer import write_tokenizer
 from .sink_rows import SinkRow, start_sink_rows
 from .sources import find_model, with_safetensors
-from .warm_start import load_same_weights, sink_of
+from .warm_start import load_same_weights
 
 # The gate halves the output of every attention layer at the start, for which no weight is trained.
 SINKS = ("token", "none", "zero", "logit", "kv_bias")
@@ -184,10 +185,10 @@ def _model(
 
 
 def _check_source(source: str | Path, config: PreTrainedConfig) -> None:
-    if config.model_type == "sink_gpt_neox" or sink_of(config)["kind"] != "none":
+    if config.model_type == "sink_gpt_neox" or sink_config(config).sink_kind != "none":
         raise ValueError(
-            f"{source} is a model of sinklm with sink.kind {sink_of(config)['kind']}: it needs no import; train on "
-            f"from it with model.init_from={source}"
+            f"{source} is a model of sinklm with sink.kind {sink_config(config).sink_kind}: it needs no import; train "
+            f"on from it with model.init_from={source}"
         )
     if not isinstance(config, GPTNeoXConfig):
         raise ValueError(f"{source} has model type {config.model_type}: use a GPT-NeoX model, such as Pythia")

@@ -12,6 +12,7 @@ from transformers.utils import cached_file
 
 from ..models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM
 from ..models.arms import ARM_PARAMETERS
+from ..models.config import sink_config
 from ..text import one_line
 from .checks import check_loaded, checked_config, read_tokenizer
 from .checksums import verify_model_folder
@@ -124,20 +125,15 @@ def load_same_weights(folder: str, config: SinkGPTNeoXConfig, dtype: torch.dtype
     return model
 
 
-def sink_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the key ``sink`` of a model's configuration, which an export has too."""
-    sink = getattr(config, "sink", None)
-    return sink if isinstance(sink, dict) and "kind" in sink else {"kind": "none"}
-
-
 def _trained_sinks(name_or_path: str | Path, theirs: PreTrainedConfig, config: SinkGPTNeoXConfig) -> list[int]:
     """Return the ids of the sink tokens that the other model was trained with.
 
     Raises:
         ValueError: it was trained with another arm, or its sink tokens have other ids.
     """
-    sink = sink_of(theirs)
-    kind = sink["kind"]
+    with _init_from(name_or_path):
+        sink = sink_config(theirs)
+    kind = sink.sink_kind
     if kind not in ("none", "token", config.sink_kind):
         raise ValueError(
             f"model.sink.kind is {config.sink_kind}, but model.init_from={name_or_path} was trained with {kind}: set "
@@ -145,13 +141,13 @@ def _trained_sinks(name_or_path: str | Path, theirs: PreTrainedConfig, config: S
         )
     if kind != "token":
         return []
-    first = sink["first_token_id"]
+    first = sink.sink_token_ids[0]
     if config.num_sinks and first != config.sink_token_ids[0]:
         raise ValueError(
             f"model.init_from={name_or_path} has its first sink token at id {first}, but the first id that the data's "
             f"tokenizer does not use is {config.sink_token_ids[0]}: prepare the data with the tokenizer of the model"
         )
-    return list(range(first, first + sink["num_tokens"]))
+    return sink.sink_token_ids
 
 
 @contextmanager

@@ -51,10 +51,11 @@ def sinks(
     console.note(f"loading {model} …")
     from ..checkpoints import load_tokenizer
     from ..eval.loading import load_causal_model
-    from ..eval.report import ReportFile, default_output, display_name, new_report, sink_of
+    from ..eval.report import ReportFile, default_output, display_name, new_report
     from ..eval.sinks import sequences_of_store, sequences_of_texts
     from ..eval.sinks.plots import plot_sinks
     from ..eval.sinks.tables import as_json, heads_table, massive_table, named_positions, positions_table, summary
+    from ..models.config import sink_config
 
     run = _checkpoints_of(model) if checkpoints else {}
     place = placement(device, dtype)
@@ -62,7 +63,7 @@ def sinks(
     num_sinks = getattr(loaded.config, "num_sinks", 0)
     wanted = (tokenizer, num_sequences, seq_length - num_sinks)
     sequences = sequences_of_store(store, *wanted) if store else sequences_of_texts(text or [], *wanted)
-    exported = len(sink_of(loaded.config).token_ids) - num_sinks  # which the tokenizer of an export adds
+    exported = sink_config(loaded.config).num_sinks - num_sinks  # which the tokenizer of an export adds
     positions = named_positions(num_sinks + exported, sequences.num_prefix - exported)
     folder = output or default_output(model)
     file = ReportFile(folder / "sinks.json")

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models import SinkGPTNeoXConfig
 from ..models.checked import check_ids, refuse_nonfinite_logits
-from .report import sink_of
+from ..models.config import sink_config
 
 CPU_BATCH = 8  # larger batches are not faster there
 # Arguments of HFLM that have an effect on a model that is loaded already.
@@ -106,13 +106,13 @@ def as_lm(
         ValueError: an option is unknown or has no effect here.
     """
     _check_options(options)
-    sinks = sink_of(model.config)
+    sink_ids = sink_config(model.config).sink_token_ids
     num_positions: Any = max_length or getattr(model.config, "max_position_embeddings", None)
     if batch_size == "auto" and model.device.type == "cpu":
         batch_size = CPU_BATCH
     common: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": batch_size, "trust_remote_code": False}
-    if sinks.token_ids:
-        num_sinks = len(sinks.token_ids)
+    if sink_ids:
+        num_sinks = len(sink_ids)
         if num_positions < num_sinks + 2:
             raise ValueError(
                 f"--max-length is {num_positions}: with the model's {num_sinks} sink tokens, it must be at least "
@@ -122,7 +122,7 @@ def as_lm(
             raise ValueError(
                 "--model-args: add_bos_token and prefix_token_id have no effect on a model with sink tokens"
             )
-        lm = SinkLM(model, sinks.token_ids, max_length=num_positions - num_sinks, **common, **options)
+        lm = SinkLM(model, sink_ids, max_length=num_positions - num_sinks, **common, **options)
     elif isinstance(model.config, SinkGPTNeoXConfig):
         ours = {"add_bos_token": False, "prefix_token_id": model.config.eos_token_id}
         lm = HFLM(pretrained=model, max_length=num_positions, **common, **(ours | options))

@@ -5,7 +5,7 @@ replaced, so scores equal those of lm-eval on the same data.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,16 @@ FIELDS = {
     "baber/piqa": ("goal", "sol1", "sol2", "label"),
     "allenai/winogrande": ("sentence", "option1", "option2", "answer"),
 }
+# The right answers that rows of them may have. lm-eval would score other answers, or a PIQA row
+# whose label is text, as wrong.
+ANSWERS: dict[str, Callable[[dict[str, Any]], Sequence[Any]]] = {
+    "allenai/ai2_arc": lambda row: row["choices"]["label"],
+    "Rowan/hellaswag": lambda _: (*range(4), *"0123"),
+    "allenai/openbookqa": lambda row: row["choices"]["label"],
+    "baber/piqa": lambda _: (0, 1),
+    "allenai/winogrande": lambda _: ("1", "2"),
+}
+PACKAGED_BUILDERS = {"csv", "text", *BUILDERS.values()}
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 Files = dict[str, list[Path]]
@@ -57,12 +67,15 @@ class Source:
             ValueError: the task has no data set on the Hub that files could replace.
         """
         name = definition.get("dataset_path")
-        evaluated = definition.get("test_split") or definition.get("validation_split")
-        if not isinstance(name, str) or not evaluated or "class" in definition or definition.get("custom_dataset"):
+        evaluated = _evaluated_split(definition)
+        if not isinstance(name, str) or not evaluated or "class" in definition:
             raise ValueError(f"the data of the task {task!r} cannot be read from --data-dir: use --include-path for it")
-        drawn = (definition.get("fewshot_config") or {}).get("split") or definition.get("fewshot_split")
+        fewshot = definition.get("fewshot_config") or {}
+        drawn = fewshot.get("split") or definition.get("fewshot_split")
         drawn = drawn or definition.get("training_split") or definition.get("validation_split") or evaluated
         wanted = definition.get("num_fewshot") if num_fewshot is None else num_fewshot
+        if fewshot.get("samples") is not None and not fewshot.get("split"):  # they are in the task's file
+            wanted = 0
         return cls(task, name, definition.get("dataset_name"), evaluated, drawn if wanted else None)
 
     @property
@@ -73,7 +86,8 @@ class Source:
 def use_local_data(manager: TaskManager, names: Iterable[str], folder: Path, num_fewshot: int | None = None) -> Files:
     """Make a manager read the data of tasks from a folder, and return the files by task.
 
-    Tasks whose data is local already, those of ``--include-path``, are left as they are.
+    Tasks that need nothing from the Hub are left as they are: those that make their data, and those
+    that name files of their own, such as those of ``--include-path``.
 
     Args:
         names: tasks, groups or tags.
@@ -89,8 +103,8 @@ def use_local_data(manager: TaskManager, names: Iterable[str], folder: Path, num
     used: Files = {}
     for name in dict.fromkeys(_leaves(manager, names)):
         entry = manager.task_index[name]
-        definition = load_yaml(entry.yaml_path, resolve_func=True) if entry.yaml_path else dict(entry.cfg or {})
-        if definition.get("dataset_path") in set(BUILDERS.values()):
+        definition = _definition_of(manager, name)
+        if definition.get("custom_dataset") or definition.get("dataset_path") in PACKAGED_BUILDERS:
             continue
         source = Source.of(name, definition, num_fewshot)
         files = _needed_files(source, folder)
@@ -116,12 +130,21 @@ def load_rows(task: str, folder: Path | None) -> list[dict[str, Any]]:
     manager = task_manager([task])
     if folder is not None:
         use_local_data(manager, [task], folder)
-    entry = manager.task_index[task]
-    definition = load_yaml(entry.yaml_path, resolve_func=True) if entry.yaml_path else dict(entry.cfg or {})
-    split = definition.get("test_split") or definition["validation_split"]
+    definition = _definition_of(manager, task)
     options = definition.get("dataset_kwargs") or {}
     name = definition.get("dataset_name")
+    split = _evaluated_split(definition)
     return list(datasets.load_dataset(definition["dataset_path"], name, split=split, **options))
+
+
+def _definition_of(manager: TaskManager, task: str) -> dict[str, Any]:
+    entry = manager.task_index[task]
+    return load_yaml(entry.yaml_path, resolve_func=True) if entry.yaml_path else dict(entry.cfg or {})
+
+
+def _evaluated_split(definition: dict[str, Any]) -> str | None:
+    """Return the split that lm-eval evaluates."""
+    return definition.get("test_split") or definition.get("validation_split")
 
 
 def find_files(source: Source, folder: Path) -> Files:
@@ -295,6 +318,28 @@ def _check_fields(source: Source, files: Files, overrides: dict[str, Any]) -> No
         unlabelled = [i for i, value in enumerate(loaded[split][fields[-1]]) if value in (None, "", -1, "-1")]
         if unlabelled:
             raise ValueError(f"{paths[0]} has no {fields[-1]} in row {unlabelled[0]}: use a split with labels")
+        _check_answers(source, paths[0], loaded[split], fields[-1])
+
+
+def _check_answers(source: Source, path: Path, rows: datasets.Dataset, field: str) -> None:
+    """Raise a ValueError if the answer of a row is not one of `ANSWERS`, of the same type."""
+    if source.name not in ANSWERS:
+        return
+    for number, row in enumerate(rows):
+        answer = row[field]
+        if source.name == "allenai/openbookqa" and isinstance(answer, str):
+            answer = answer.lstrip()  # as lm-eval
+        try:
+            allowed = list(ANSWERS[source.name](row))
+        except (TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path} has no choices.label in row {number}: use the data set {source.name} of the Hub"
+            ) from error
+        if not any(answer == value and type(answer) is type(value) for value in allowed):
+            raise ValueError(
+                f"{path} has the {field} {answer!r} in row {number}, but only {', '.join(map(repr, allowed))} are "
+                f"possible: use the data set {source.name} of the Hub"
+            )
 
 
 def _leaves(manager: TaskManager, names: Iterable[Any]) -> Iterator[str]:

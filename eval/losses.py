@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from .. import streaming
 from ..models.cache_argument import CACHE
 from ..models.checked import refuse_nonfinite_losses
+from ..streaming.families import num_embedded_positions
 
 CHUNK = 512  # tokens per pass; bounds the memory of logits and a dense mask, does not change the result
 GPU_STREAM_CHUNK = 4096  # large enough to use a whole GPU; its logits need 1.6 GB
@@ -52,8 +53,7 @@ def dense_losses(model: PreTrainedModel, ids: torch.Tensor, progress: ReportToke
     `DENSE_LENGTHS` trained lengths, or when the cache is larger than the free memory; the remaining
     losses are NaN.
     """
-    trained_length = getattr(model.config, "max_position_embeddings", None)
-    last = min(len(ids) - 1, DENSE_LENGTHS * (trained_length or len(ids)))
+    last = num_dense_tokens(model, len(ids) - 1, DENSE_LENGTHS)
     cache = DynamicCache(config=model.config)
     losses = _unscored(ids)
     losses[0] = _first_loss(model, ids)
@@ -137,6 +137,19 @@ def _unscored(ids: torch.Tensor) -> torch.Tensor:
 def _advance(progress: ReportTokens | None, num_tokens: int) -> None:
     if progress is not None and num_tokens:
         progress(num_tokens)
+
+
+def num_dense_tokens(model: PreTrainedModel, num_tokens: int, num_lengths: int) -> int:
+    """Return how many of the first tokens of a text dense attention reads.
+
+    They end after ``num_lengths`` trained lengths, in which the sinks count whether the model or
+    its tokenizer adds them, or where a model has no more position embeddings.
+    """
+    trained_length = getattr(model.config, "max_position_embeddings", None)
+    if trained_length is None:
+        return num_tokens
+    num_positions = num_embedded_positions(model.config) or num_lengths * trained_length
+    return min(num_tokens, num_positions - getattr(model.config, "num_sinks", 0))
 
 
 def fills_memory(cache: DynamicCache, device: torch.device) -> bool:

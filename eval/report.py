@@ -4,60 +4,39 @@ import errno
 import os
 import platform
 import re
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..checkpoints.folders import CHECKPOINTS_FOLDER, resolve_model_folder
 from ..files import check_writable, named_errors, write_json
 from ..models import SinkGPTNeoXConfig
+from ..models.config import sink_config
 
 JSON_OPTIONS: dict[str, Any] = {"default": str, "allow_nan": False}
 LIBRARIES = ("sinklm", "torch", "transformers", "tokenizers", "lm-eval", "datasets", "numpy")
-
-
-@dataclass(frozen=True)
-class Sink:
-    """A model's attention sink: its kind, the ids of its tokens, and what puts them first.
-
-    ``added_by`` is ``"model"``, or ``"tokenizer"`` for an export; None without sink tokens.
-    """
-
-    kind: str | None
-    token_ids: list[int]
-    added_by: str | None
-
-
-def sink_of(config: PreTrainedConfig) -> Sink:
-    """Return the sink of a model of sinklm, of an export, or of another model, which has none."""
-    if isinstance(config, SinkGPTNeoXConfig):
-        return Sink(config.sink_kind, config.sink_token_ids, "model" if config.num_sinks else None)
-    sink = getattr(config, "sink", None)
-    if config.model_type != "gpt_neox" or not isinstance(sink, dict):
-        return Sink(None, [], None)
-    exported = SinkGPTNeoXConfig(vocab_size=config.vocab_size, sink=sink)
-    return Sink(exported.sink_kind, exported.sink_token_ids, "tokenizer" if exported.num_sinks else None)
 
 
 def describe_model(model: PreTrainedModel, name_or_path: str | Path) -> dict[str, Any]:
     """Return a description of an evaluated model, ready for JSON.
 
     ``sink_token_ids`` are the first tokens of every text. ``sinks_added_by`` is ``model``, or
-    ``tokenizer`` for an export.
+    ``tokenizer`` for an export; None without sink tokens. ``sink_kind`` is None for models that are
+    not of sinklm.
     """
-    sink = sink_of(model.config)
+    sink = sink_config(model.config)
+    added_by = "model" if isinstance(model.config, SinkGPTNeoXConfig) else "tokenizer"
     return {
         "name_or_path": str(name_or_path),
         "folder": resolve_model_folder(name_or_path),
         "class": type(model).__name__,
         "num_parameters": sum(p.numel() for p in model.parameters()),
-        "sink_kind": sink.kind,
-        "num_sinks": len(sink.token_ids),
-        "sink_token_ids": sink.token_ids,
-        "sinks_added_by": sink.added_by,
+        "sink_kind": sink.sink_kind if hasattr(model.config, "sink") else None,
+        "num_sinks": sink.num_sinks,
+        "sink_token_ids": sink.sink_token_ids,
+        "sinks_added_by": added_by if sink.num_sinks else None,
         "max_position_embeddings": getattr(model.config, "max_position_embeddings", None),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),

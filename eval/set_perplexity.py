@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import TokenStore
 from ..data.store import Tokens, TokenSource
+from ..models.cache_argument import CACHE
 from ..models.checked import check_ids, refuse_nonfinite_losses
+from ..streaming.generation import REPLACEMENT
 from .perplexity import text_prefix
 
 SPLIT = "validation"
-BATCH_TOKENS = 4096  # per pass; bounds the memory of logits
+BATCH_TOKENS = 4096  # per batch of windows
+LOGIT_BYTES = 2**30  # per pass, in float32
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,9 @@ def measure(
     samples do in training, so a window may begin within a document. The model's sinks, or the
     begin-of-text token of its tokenizer, are in front of each.
 
+    ``num_bytes`` is the UTF-8 length of the scored tokens without special tokens. A character of
+    which the first or the last scored token is only a part is not counted.
+
     Args:
         max_tokens: score only the first tokens of the set.
     """
@@ -92,25 +98,65 @@ def measure(
     room = model.config.max_position_embeddings - len(prefix) - getattr(model.config, "num_sinks", 0)
     if room < 1:
         raise ValueError("the model's trained length leaves no room for text")
-    nats = 0.0
+    nats, counter = 0.0, ByteCounter(tokenizer)
     for inputs, targets in _batches(tokens, num_scored, room):
         ids = torch.cat([prefix.expand(len(inputs), -1), inputs], dim=1)
         check_ids(inputs, model)
         nats += _sum_of_losses(model, ids, targets)
+        counter.read(targets.flatten())
         if progress:
             progress(targets.numel())
-    scored = torch.from_numpy(tokens.read(1, num_scored + 1)).tolist()
-    text = tokenizer.decode(scored, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return SetLoss(name, nats, num_scored, len(text.encode()), time.perf_counter() - started)
+    return SetLoss(name, nats, num_scored, counter.finish(), time.perf_counter() - started)
+
+
+class ByteCounter:
+    """Counts the UTF-8 bytes of token ids that are read piece by piece, a document at a time.
+
+    A piece may end within a character, a document does not. Special tokens are not counted.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer, self.num_bytes = tokenizer, 0
+        self.special = torch.tensor(tokenizer.all_special_ids, dtype=torch.long)
+        self.document: list[int] = []
+
+    def read(self, ids: torch.Tensor) -> None:
+        """Read the next ids ``(N,)``."""
+        starts = torch.isin(ids, self.special).nonzero().flatten()
+        first, *others = ids.tensor_split(starts)
+        self.document += first.tolist()
+        for document in others:
+            self.num_bytes += len(self._text().encode())
+            self.document = document.tolist()
+
+    def finish(self) -> int:
+        """Return the number of bytes of all documents."""
+        return self.num_bytes + len(self._text().rstrip(REPLACEMENT).encode())
+
+    def _text(self) -> str:
+        text = self.tokenizer.decode(self.document, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text if self.num_bytes else text.lstrip(REPLACEMENT)
 
 
 @torch.inference_mode()
 def _sum_of_losses(model: PreTrainedModel, ids: torch.Tensor, targets: torch.Tensor) -> float:
-    logits = model(ids.to(model.device), use_cache=False).logits[:, -targets.shape[1] :]
-    losses = F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.to(logits.device).flatten(), reduction="none"
-    )  # fmt: skip
-    return float(refuse_nonfinite_losses(losses).double().sum())
+    """Return the loss of ``targets`` ``(B, T)`` after ids ``(B, P + T)``, summed in nats.
+
+    A long window is read in several passes through a cache, since a model may scale its logits or
+    limit them, so that only the model itself can compute them.
+    """
+    num_prefix = ids.shape[1] - targets.shape[1]
+    targets = F.pad(targets, (num_prefix, 0), value=-100)  # which have no loss
+    size = max(1, LOGIT_BYTES // (4 * len(ids) * model.get_input_embeddings().weight.shape[0]))
+    options: dict[str, Any] = {"use_cache": False}
+    if ids.shape[1] > size:
+        options = {"use_cache": True, CACHE: DynamicCache(config=model.config)}
+    nats = 0.0
+    for piece, wanted in zip(ids.split(size, dim=1), targets.split(size, dim=1), strict=True):
+        logits = model(piece.to(model.device), **options).logits
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), wanted.to(logits.device).flatten(), reduction="none")
+        nats += float(refuse_nonfinite_losses(losses).double().sum())
+    return nats
 
 
 def _batches(tokens: Tokens, num_scored: int, room: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -26,8 +26,10 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.cache_argument import CACHE
 from ..models.checked import check_ids, checked_passes
+from ..models.config import sink_config
 from ..streaming import stream_logits
-from .losses import CHUNK, fills_memory
+from ..streaming.families import num_embedded_positions
+from .losses import CHUNK, fills_memory, num_dense_tokens
 from .perplexity import text_prefix
 
 TASKS = ("arc_easy", "arc_challenge")
@@ -145,8 +147,8 @@ def ask_in_stream(
 
     Args:
         num_kept, window: the cache; None for both is dense attention. It stops after
-            `DENSE_LENGTHS` trained lengths or when its cache fills the memory, and the replies with
-            it.
+            `DENSE_LENGTHS` trained lengths, after the last position embedding or when its cache
+            fills the memory, and the replies with it.
     """
     ids = _beginning(tokenizer)
     places = []  # index of the first token of each answer
@@ -183,9 +185,19 @@ def ask_alone(
     questions: Sequence[QuestionTokens],
     progress: Progress | None = None,
 ) -> list[Reply]:
-    """Return the reply to each question by itself, the one-shot baseline."""
+    """Return the reply to each question by itself, the one-shot baseline.
+
+    Raises:
+        ValueError: a question is longer than the position embeddings of the model.
+    """
     prefix = _beginning(tokenizer)
     texts = [prefix + question.question + question.answer[:-1] for question in questions]
+    longest = max(map(len, texts), default=0)
+    if (num_positions := num_embedded_positions(model.config)) and longest > num_positions:
+        raise ValueError(
+            f"the longest question has {longest} tokens with the instruction, but the model only {num_positions} "
+            "positions: remove one-shot from --methods"
+        )
     replies: dict[int, Reply] = {}
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
     for start in range(0, len(order), ALONE_BATCH):
@@ -213,8 +225,7 @@ def _reply(question: QuestionTokens, chosen: list[int], num_read: int) -> Reply:
 
 @torch.inference_mode()
 def _dense_choices(model: PreTrainedModel, stream: torch.Tensor) -> Iterator[torch.Tensor]:
-    trained_length = getattr(model.config, "max_position_embeddings", None)
-    last = min(len(stream), DENSE_LENGTHS * (trained_length or len(stream)))
+    last = num_dense_tokens(model, len(stream), DENSE_LENGTHS)
     cache = DynamicCache(config=model.config)
     for start in range(0, last, CHUNK):
         ids = stream[None, start : min(start + CHUNK, last)].to(model.device)
@@ -231,7 +242,7 @@ def default_caches(model: PreTrainedModel) -> list[tuple[int, int]]:
     """
     num_positions = getattr(model.config, "max_position_embeddings", None) or 2 * CACHE_SIZE
     size = min(CACHE_SIZE, num_positions // 2)
-    num_kept = getattr(model.config, "num_sinks", 0) or NUM_KEPT
+    num_kept = sink_config(model.config).num_sinks or NUM_KEPT
     if size <= num_kept:
         raise ValueError("the model's trained length is too short for the default caches: set --caches")
     return [(0, size), (num_kept, size - num_kept)]

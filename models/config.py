@@ -4,7 +4,7 @@ from dataclasses import field
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import GPTNeoXConfig
+from transformers import GPTNeoXConfig, PreTrainedConfig
 
 SINK_KINDS = ("none", "token", "zero", "logit", "kv_bias", "gate")
 
@@ -60,6 +60,23 @@ class SinkGPTNeoXConfig(GPTNeoXConfig):
             return []
         first = self.sink["first_token_id"]
         return list(range(first, first + self.num_sinks))
+
+
+def sink_config(config: PreTrainedConfig) -> SinkGPTNeoXConfig:
+    """Return the configuration of the sink of a model of sinklm or of an export.
+
+    Other models have no sink. The tokenizer of an export adds the sink tokens, so a model adds
+    ``config.num_sinks`` tokens itself only if ``config`` is a `SinkGPTNeoXConfig`.
+
+    Raises:
+        ValueError: the key ``sink`` of an export is wrong.
+    """
+    if isinstance(config, SinkGPTNeoXConfig):
+        return config
+    sink = getattr(config, "sink", None)
+    if config.model_type != "gpt_neox" or not isinstance(sink, dict):
+        return SinkGPTNeoXConfig()
+    return SinkGPTNeoXConfig(vocab_size=config.vocab_size, sink=sink)
 
 
 def tokens_per_sample(seq_length: int, num_sinks: int) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.checked import check_ids, refuse_nonfinite_logits
+from ..models.config import sink_config
 from .cache import StreamingCache
 from .decoding import StreamingDecoder
 from .families import is_one_graph
@@ -29,7 +30,7 @@ def default_cache(model: PreTrainedModel) -> tuple[int, int]:
     cache is then longer than those seen in training.
     """
     config = unwrapped(model).config
-    num_kept = getattr(config, "num_sinks", 0) or DEFAULT_NUM_KEPT
+    num_kept = sink_config(config).num_sinks or DEFAULT_NUM_KEPT
     trained_length = getattr(config, "max_position_embeddings", None) or DEFAULT_CACHE_SIZE + 1
     return num_kept, max(1, min(DEFAULT_CACHE_SIZE, trained_length - 1) - num_kept)
 
@@ -64,7 +65,7 @@ class Generator:
         self.recent: deque[int] = deque(maxlen=cache.shape.num_cached)  # the last tokens of the text
         self.turn = 0  # number of prompts read
         self.unread: list[int] = []  # the last generated token, until it is in the cache
-        sink_ids = getattr(unwrapped(model).config, "sink_token_ids", [])
+        sink_ids = sink_config(unwrapped(model).config).sink_token_ids  # never generated
         self.sink_ids = torch.tensor(sink_ids, dtype=torch.long, device=self.device)
         self.decoder = StreamingDecoder(model, cache)
         is_one_step = is_one_graph(cache.decoder) and not self.decoder.is_dispatched

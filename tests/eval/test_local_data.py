@@ -12,7 +12,7 @@ from lm_eval.tasks import TaskManager
 
 from sinklm.checkpoints import load_model, load_tokenizer
 from sinklm.eval.lm import as_lm
-from sinklm.eval.local_data import Source, find_files, load_rows, use_local_data
+from sinklm.eval.local_data import FIELDS, Source, find_files, load_rows, use_local_data
 from sinklm.eval.zero_shot import PAPER_FOLDERS, evaluate, task_manager
 
 from .benchmarks import ARC, DATA, TASKS, write_benchmarks, write_rows
@@ -164,6 +164,60 @@ def test_rows_without_labels_are_named(tmp_path, label, message):
     write_rows(tmp_path / "piqa" / "valid.jsonl", rows)
     with pytest.raises(ValueError, match=rf"piqa/valid\.jsonl {message}"):
         use_local_data(task_manager(["piqa"]), ["piqa"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("task", "label", "message"),
+    [
+        ("piqa", "1", "the label '1' in row 0, but only 0, 1 are"),
+        ("piqa", 2, "the label 2 in row 1"),  # labels from 1
+        ("hellaswag", "4", "the label '4' in row 1"),
+        ("winogrande", 1, "the answer 1 in row 0, but only '1', '2' are"),
+        ("arc_easy", "E", "the answerKey 'E' in row 1, but only 'A', 'B', 'C', 'D' are"),
+        ("openbookqa", 0, "the answerKey 0 in row 0"),
+        ("piqa", 1, None),
+        ("hellaswag", 3, None),
+        ("openbookqa", " B", None),
+    ],
+)
+def test_labels_that_lm_eval_would_score_as_wrong_are_named(tmp_path, task, label, message):
+    (split, rows), field = next(iter(DATA[TASKS[task]].items())), FIELDS[TASKS[task][0]][-1]
+    wrong = rows[-1] | {field: label}
+    is_same_type = type(rows[-1][field]) is type(label)  # which a field has in all rows of a file
+    write_rows(tmp_path / task / f"{split}.jsonl", [rows[-1], wrong] if is_same_type else [wrong])
+    if message is None:
+        use_local_data(task_manager([task]), [task], tmp_path)
+    else:
+        with pytest.raises(ValueError, match=message):
+            use_local_data(task_manager([task]), [task], tmp_path)
+
+
+def test_choices_without_labels_are_named(tmp_path):
+    write_rows(tmp_path / "arc_easy_test.jsonl", [ARC[0] | {"choices": ["a stone", "a horse"]}])
+    with pytest.raises(ValueError, match=r"arc_easy_test\.jsonl has no choices\.label in row 0"):
+        use_local_data(task_manager(["arc_easy"]), ["arc_easy"], tmp_path)
+
+
+CUSTOM = {
+    "own": "dataset_path: csv\ndataset_kwargs: {data_files: {test: own.csv}}\ntest_split: test\n",
+    "shots": """\
+dataset_path: allenai/ai2_arc
+dataset_name: ARC-Easy
+training_split: train
+test_split: test
+num_fewshot: 1
+fewshot_config: {sampler: first_n, samples: [{question: Q, choices: {text: [a], label: [A]}, answerKey: A}]}
+""",
+}
+
+
+@pytest.mark.parametrize(("task", "is_replaced"), [("stream_eval", False), ("own", False), ("shots", True)])
+def test_only_what_comes_from_the_hub_is_replaced(tmp_path, task, is_replaced):
+    if task in CUSTOM:
+        (tmp_path / "own.yaml").write_text(f"task: {task}\n{CUSTOM[task]}doc_to_text: question\n")
+    write_rows(tmp_path / "shots_test.jsonl", ARC)
+    files = use_local_data(task_manager([task], tmp_path), [task], tmp_path)
+    assert files == ({task: [tmp_path / "shots_test.jsonl"]} if is_replaced else {})
 
 
 def test_a_missing_folder_is_named():

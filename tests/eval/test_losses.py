@@ -9,7 +9,7 @@ from torch import nn
 from sinklm.eval import losses
 from sinklm.models.arms import ARMS
 
-from ..models.tiny import plain_twin, sinks, text, tiny_arm, tiny_model
+from ..models.tiny import as_export, plain_twin, sinks, text, tiny_arm, tiny_model
 from ..streaming.oracle import stream_logits
 
 NUM_TOKENS = 40
@@ -82,6 +82,18 @@ def test_a_cache_that_never_fills_is_dense_attention(num_kept, window, num_token
     stream, dense = losses.streaming_losses(model, ids, num_kept, window), losses.dense_losses(model, ids)
 
     torch.testing.assert_close(stream[:num_full], dense[:num_full], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_sinks", [0, 1, 2])
+def test_a_checkpoint_and_its_export_are_scored_up_to_the_same_token(num_sinks):
+    model = tiny_model(num_sinks, max_position_embeddings=16)
+    ids = text(1, 16 * losses.DENSE_LENGTHS + 5)[0]
+
+    ours = losses.dense_losses(model, ids)
+    exported = losses.dense_losses(as_export(model), whole_stream(model, ids))[num_sinks:]
+
+    assert ours.isnan().sum() == 4 + num_sinks + (num_sinks == 0)
+    torch.testing.assert_close(ours[1:], exported[1:], equal_nan=True, rtol=0, atol=1e-4)
 
 
 def test_dense_attention_stops_where_memory_ends(monkeypatch):

@@ -3,15 +3,21 @@
 import json
 import math
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
+from transformers import PreTrainedTokenizerFast
 
 from sinklm.checkpoints import load_model, load_tokenizer
 from sinklm.cli.perplexity import perplexity
 from sinklm.data import open_store, prepare_store
 from sinklm.data.inputs import find_inputs
+from sinklm.eval import set_perplexity
 from sinklm.eval.loading import open_store_of
-from sinklm.eval.set_perplexity import SetLoss, measure, sets_of, total
+from sinklm.eval.set_perplexity import ByteCounter, SetLoss, measure, sets_of, total
+
+from .checkpoints import END_OF_TEXT, small_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +58,34 @@ def test_every_token_but_the_first_is_scored_once_in_windows_after_the_sinks(che
         few = measure(model, tokenizer, name, tokens, max_tokens=room + 5)
         assert few.num_tokens == room + 5
         assert few.nats < found.nats
+
+
+@pytest.mark.parametrize("num_sinks", [0, 2])
+def test_a_long_window_is_scored_in_several_passes(checkpoints, store, monkeypatch, num_sinks):
+    model, tokenizer = load_model(checkpoints[num_sinks]), load_tokenizer(checkpoints[num_sinks])
+    tokens = sets_of(open_store_of(store, tokenizer))["Books"]
+    whole = measure(model, tokenizer, "Books", tokens)
+    monkeypatch.setattr(set_perplexity, "LOGIT_BYTES", 4 * model.config.vocab_size * 17)
+    monkeypatch.setattr(set_perplexity, "BATCH_TOKENS", 1)
+    sizes = []
+    model.register_forward_hook(lambda _, __, output: sizes.append(output.logits.shape[1]))
+    assert measure(model, tokenizer, "Books", tokens).nats == pytest.approx(whole.nats, rel=1e-5)
+    assert max(sizes) == 17
+
+
+@given(cut=st.integers(0, 60), size=st.integers(1, 9))
+@settings(max_examples=30, deadline=None)
+def test_bytes_are_counted_wherever_a_text_is_cut(cut, size):
+    """Characters of several bytes are several tokens of this tokenizer."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=small_tokenizer(), eos_token=END_OF_TEXT)
+    documents = ["Öl und Käse 🧀", "日本語", "", "plain"]
+    ids = torch.tensor(tokenizer(END_OF_TEXT.join(documents))["input_ids"])[cut:]
+    counter = ByteCounter(tokenizer)
+    for piece in ids.split(size):
+        counter.read(piece)
+    text = tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+    assert counter.finish() == len(text.strip("\N{REPLACEMENT CHARACTER}").encode())
+    assert cut or text == "".join(documents)
 
 
 def test_the_total_is_over_all_tokens():

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from sinklm.checkpoints import load_model, load_tokenizer
 from sinklm.cli.stream_qa import stream_qa
+from sinklm.eval import decode_speed
 from sinklm.eval import stream_qa as measurement
 from sinklm.eval.plots import stream_qa_figure
 from sinklm.eval.stream_qa import (
@@ -21,6 +22,7 @@ from sinklm.eval.stream_qa import (
     tokenize,
 )
 
+from ..models.tiny import as_export
 from .checkpoints import small_model, small_tokenizer
 
 ROWS = [
@@ -109,9 +111,34 @@ def test_dense_attention_stops_after_twice_the_trained_length():
     assert all(reply.num_read <= 128 for reply in replies)
 
 
+def test_dense_attention_asks_an_export_as_many_questions_as_its_checkpoint(monkeypatch):
+    tokens = tokenize(TOKENIZER, QUESTIONS)
+    answered = len(TOKENIZER(whole_text(3)[:-2])["input_ids"])
+    model = small_model(1, max_position_embeddings=answered // 2)  # one position too few with the sink
+    ours = ask_in_stream(model, TOKENIZER, tokens, num_kept=None, window=None)
+    monkeypatch.setattr(measurement, "text_prefix", lambda _: model.config.sink_token_ids)
+    exported = ask_in_stream(as_export(model), TOKENIZER, tokens, num_kept=None, window=None)
+    assert [reply.is_right for reply in exported] == [reply.is_right for reply in ours]
+    assert len(ours) == 2
+
+
+def test_models_with_position_embeddings_are_asked_within_them():
+    config = GPT2Config(vocab_size=512, n_positions=96, n_embd=16, n_layer=1, n_head=2)
+    model, tokens = GPT2LMHeadModel(config).eval(), tokenize(TOKENIZER, QUESTIONS)
+    replies = ask_in_stream(model, TOKENIZER, tokens, num_kept=None, window=None)
+    assert 0 < len(replies) < 12
+    assert len(ask_alone(model, TOKENIZER, tokens)) == 12
+    short = GPT2LMHeadModel(GPT2Config(vocab_size=512, n_positions=32, n_embd=16, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match="only 32 positions: remove one-shot"):
+        ask_alone(short, TOKENIZER, tokens)
+
+
 def test_the_default_caches_are_of_equal_size_and_keep_the_sinks():
     assert default_caches(small_model(0, max_position_embeddings=4096)) == [(0, 1024), (4, 1020)]
     assert default_caches(small_model(2, max_position_embeddings=256)) == [(0, 128), (2, 126)]
+    exported = as_export(small_model(2, max_position_embeddings=256))
+    assert default_caches(exported) == [(0, 128), (2, 126)]
+    assert decode_speed.default_caches(exported)[0] == (2, 254)
     with pytest.raises(ValueError, match="set --caches"):
         default_caches(small_model(0, max_position_embeddings=8))
 

@@ -1,6 +1,8 @@
 import pytest
+from transformers import GPTNeoXConfig, LlamaConfig
 
 from sinklm.models import SinkGPTNeoXConfig
+from sinklm.models.config import sink_config
 
 
 def test_a_config_has_the_kind_and_ids_of_its_sinks():
@@ -14,6 +16,17 @@ def test_a_config_is_saved_and_loaded_unchanged(tmp_path):
     config = SinkGPTNeoXConfig(vocab_size=384, sink={"kind": "token", "num_tokens": 3, "first_token_id": 300})
     config.save_pretrained(tmp_path)
     assert SinkGPTNeoXConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+def test_a_model_and_its_export_have_the_same_sinks():
+    config = SinkGPTNeoXConfig(vocab_size=384, sink={"kind": "token", "num_tokens": 3, "first_token_id": 300})
+    exported = GPTNeoXConfig(vocab_size=384, sink=config.sink)
+    assert sink_config(config) is config
+    assert sink_config(exported).sink_token_ids == [300, 301, 302]
+    for other in (GPTNeoXConfig(), LlamaConfig(), LlamaConfig(sink={"kind": "token"})):
+        assert sink_config(other).sink == {"kind": "none"}
+    with pytest.raises(Exception, match="outside the vocabulary of 301"):
+        sink_config(GPTNeoXConfig(vocab_size=301, sink=config.sink))
 
 
 @pytest.mark.parametrize(

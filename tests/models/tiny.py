@@ -66,6 +66,13 @@ def plain_twin(model: SinkGPTNeoXForCausalLM) -> GPTNeoXForCausalLM:
     return twin
 
 
+def as_export(model: SinkGPTNeoXForCausalLM) -> GPTNeoXForCausalLM:
+    """The model as loaded from an export, whose tokenizer adds the sinks."""
+    twin = plain_twin(model)
+    twin.config.sink = model.config.sink
+    return twin
+
+
 def sinks(model: SinkGPTNeoXForCausalLM, batch_size: int) -> torch.Tensor:
     """``(B, n)`` sink ids, to be prepended to the input of the plain twin."""
     return torch.tensor(model.config.sink_token_ids, dtype=torch.long).expand(batch_size, -1)

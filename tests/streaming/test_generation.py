@@ -13,7 +13,7 @@ from sinklm.streaming.generation import MAX_PENDING
 from sinklm.streaming.sampling import Sampling
 
 from ..eval.checkpoints import small_tokenizer
-from ..models.tiny import FIRST_SINK, text, tiny_model
+from ..models.tiny import FIRST_SINK, as_export, text, tiny_model
 
 MODEL = tiny_model(num_sinks=0)
 TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=small_tokenizer(), eos_token="<|endoftext|>")
@@ -51,8 +51,9 @@ def test_a_sink_is_never_sampled():
     logits = torch.randn(400, model.config.vocab_size)
     logits[:, FIRST_SINK : FIRST_SINK + 2] = 50.0
     for sampling in ({}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3}):
-        chosen = generator(model, **sampling).sample(logits)
-        assert not ((chosen >= FIRST_SINK) & (chosen < FIRST_SINK + 2)).any()
+        for variant in (model, as_export(model)):
+            chosen = generator(variant, **sampling).sample(logits)
+            assert not ((chosen >= FIRST_SINK) & (chosen < FIRST_SINK + 2)).any()
     plain = generator(tiny_model(num_sinks=0)).sample(logits)
     assert ((plain >= FIRST_SINK) & (plain < FIRST_SINK + 2)).all()  # without sinks the ids are ordinary
 
@@ -128,6 +129,7 @@ def test_the_default_cache_fits_the_model():
     assert default_cache(tiny_model(1, max_position_embeddings=2048)) == (1, 1023)
     assert default_cache(tiny_model(2, max_position_embeddings=2048)) == (2, 1022)
     assert default_cache(tiny_model(1, max_position_embeddings=128)) == (1, 126)
+    assert default_cache(as_export(tiny_model(2, max_position_embeddings=2048))) == (2, 1022)
 
 
 @given(st.text(max_size=60))
