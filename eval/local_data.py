@@ -189,8 +189,8 @@ def _files_of_card(folder: Path, source: Source) -> Files:
                 files[entry["split"]] = sorted(found)
             except (TypeError, ValueError, NotImplementedError, AttributeError, IndexError) as error:
                 raise ValueError(
-                    f"{readme}: the header has the entry {str(entry)[:80]}, but it needs a split and a path relative to "
-                    "the folder; download the data set again"
+                    f"{readme}: the header has the entry {str(entry)[:80]}, but it needs a split and a path relative "
+                    "to the folder; download the data set again"
                 ) from error
     return _one_format({split: paths for split, paths in files.items() if paths})
 
