@@ -45,7 +45,7 @@ def compare(
     paths = [output / f"compare.{suffix}" for suffix in ("md", "csv", "json")]
     if plot_comparison(comparison, output / "compare.png"):
         paths.append(output / "compare.png")
-    console.print(results_table(comparison, "Comparison"))
+    console.print(results_table(comparison, "Comparison", console.width))
     console.print("± one standard error; p: paired, over the same examples")
     for note in comparison.notes:
         console.warn(note)

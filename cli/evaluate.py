@@ -92,7 +92,7 @@ def zero_shot(
     from ..eval.loading import load_causal_model
     from ..eval.quiet import quiet_libraries
     from ..eval.report import ReportFile, default_output, display_name, new_report
-    from ..eval.zero_shot import evaluate, results_table, write_samples
+    from ..eval.zero_shot import evaluate, results_table, write_results
 
     options = parse_options(model_args)
     placed = placement(own_device(device), dtype)
@@ -115,12 +115,12 @@ def zero_shot(
         )
     if results is None:  # another process than the first
         return
-    samples = write_samples(results.pop("samples", {}), file.path.parent)
-    file.finish(new_report(loaded, model, **results))
+    samples = results.pop("samples", {})
+    paths = write_results(file, new_report(loaded, model, **results), samples)
     console.print(
         results_table(results, f"Zero-shot: {display_name(model)}" + (f", first {limit} examples" if limit else ""))
     )
-    console.print(f"Results: {', '.join(map(str, [file.path, *samples]))}")
+    console.print(f"Results: {', '.join(map(str, [file.path, *paths]))}")
 
 
 @examples(

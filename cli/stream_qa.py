@@ -69,6 +69,7 @@ def stream_qa(
     from ..eval.loading import load_causal_model
     from ..eval.perplexity import refuse_small_caches
     from ..eval.plots import plot_stream_qa
+    from ..eval.quiet import quiet_libraries
     from ..eval.report import ReportFile, default_output, display_name, new_report
 
     loaded, tokenizer = load_causal_model(model, **placement(device, dtype)), load_tokenizer(model)
@@ -79,7 +80,8 @@ def stream_qa(
     file = ReportFile(folder / "stream_qa.json")
     report = new_report(loaded, model, limit=limit, questions_sha256={}, results=[])
     for task in names:
-        questions = _questions(task, data_dir, limit)
+        with quiet_libraries(shows_progress=not console.is_quiet):
+            questions = _questions(task, data_dir, limit)
         report["questions_sha256"][task] = measurement.fingerprint(questions)
         tokens = measurement.tokenize(tokenizer, questions)
         for way in chosen:
@@ -87,8 +89,14 @@ def stream_qa(
                 name = way if isinstance(way, str) else f"{way[0]}+{way[1]}"
                 bar = bars.add_task(f"{task} {name}", total=len(tokens))
                 advance = lambda num, bar=bar, bars=bars: bars.advance(bar, num)  # noqa: E731
-                report["results"].append(measurement.measure(loaded, tokenizer, tokens, task, way, advance))
+                result = measurement.measure(loaded, tokenizer, tokens, task, way, advance)
+            if result is None:
+                console.warn(f"{task}: {FIRST_IS_TOO_LONG}")
+                continue
+            report["results"].append(result)
             file.keep(report)
+    if not report["results"]:
+        raise ValueError(f"{FIRST_IS_TOO_LONG}: use --methods stream")
     file.finish(report)
     plot_stream_qa(report, folder / "stream_qa.png", title=display_name(model))
     console.print(measurement.results_table(report["results"], f"Streaming question answering: {display_name(model)}"))
@@ -97,6 +105,9 @@ def stream_qa(
 
 
 METHODS = ("one-shot", "dense", "stream")
+FIRST_IS_TOO_LONG = (
+    "dense attention answers no question, because the first is longer than 2 × the trained length or the free memory"
+)
 
 
 def _explain_stops(console: Console, results: list[dict[str, Any]]) -> None:

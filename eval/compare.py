@@ -6,8 +6,10 @@ question answering), the difference is paired: its standard error is that of the
 differences, which is smaller than that of two independent samples.
 """
 
+import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 from .report import default_output
 
 NUM_RUNS = 7  # colours of a picture
+LARGEST = 1e150  # of a number in a report; its square is finite
 MEANS = ("acc", "acc_norm", "exact_match")  # metrics that are means over examples
 
 
@@ -26,12 +29,14 @@ class Value:
     Attributes:
         value, stderr: the number and its standard error, None if there is none.
         conditions: settings that must be equal for a difference.
+        questions: sha256 of the questions, which must be equal if both values have it.
         examples: the outcome of each example by its identity, if they were kept.
     """
 
     value: float
     stderr: float | None = None
     conditions: tuple = ()
+    questions: str | None = None
     examples: dict[str, float] | None = None
 
 
@@ -107,10 +112,10 @@ def compare(names: Sequence[str]) -> Comparison:
 
     Raises:
         FileNotFoundError: there are no reports.
-        ValueError: a file is not a report, or there are too many runs.
+        ValueError: a file is not a report, or there are too few or too many runs.
     """
-    if len(names) > NUM_RUNS:
-        raise ValueError(f"{len(names)} runs: compare at most {NUM_RUNS} at once")
+    if not 2 <= len(names) <= NUM_RUNS:
+        raise ValueError(f"{len(names)} run{'s' * (len(names) != 1)}: compare at least 2 and at most {NUM_RUNS}")
     runs = [read_run(name, label) for name, label in zip(names, short_names(names), strict=True)]
     keys = list(dict.fromkeys(key for run in runs for key in run.values))
     order = [name for name, _ in READERS.values()]
@@ -138,6 +143,8 @@ def difference(first: Value | None, second: Value | None) -> tuple[Difference | 
         return None, ""
     ours, theirs = dict(first.conditions), dict(second.conditions)
     unlike = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    if first.questions and second.questions and first.questions != second.questions:
+        unlike.append("questions")
     if unlike:
         return None, ", ".join(unlike)
     change = second.value - first.value
@@ -160,11 +167,11 @@ def _stderr_of_mean(values: Sequence[float]) -> float | None:
 
 def short_names(names: Sequence[str]) -> list[str]:
     """Return the shortest ends of paths that are different, such as ``vanilla``."""
-    paths = [Path(name) for name in names]
-    parts = [(p.absolute().parent if p.name in READERS else p.absolute()).parts for p in paths]
+    paths = [Path(os.path.abspath(name)) for name in names]
+    parts = [(path.parent if path.name in READERS else path).parts for path in paths]
     for length in range(1, max(map(len, parts), default=1) + 1):
-        ends = ["/".join(part[-length:]) for part in parts]
-        if len(set(ends)) == len(set(names)):
+        ends = [str(Path(*part[-length:])) for part in parts]
+        if len(set(ends)) == len(set(parts)):
             break
     counts: dict[str, int] = {}
     unique = []
@@ -195,18 +202,31 @@ def read_run(name: str, label: str) -> Run:
         measurement, read = READERS[kind]
         try:
             for (what, metric), value in read(report, file, run.notes):
+                _check_numbers(what, metric, value)
                 run.values[measurement, what, metric] = value
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
+        except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
             raise ValueError(
                 f"{file} is not a complete report of sinklm ({error!r}): run the evaluation again"
             ) from error
     return run
 
 
+def _check_numbers(what: str, metric: str, value: Value) -> None:
+    for number in (value.value, *(() if value.stderr is None else (value.stderr,))):
+        if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) < LARGEST:
+            raise TypeError(f"{what} {metric} is {str(number)[:40]!r} and not a number")
+    if not isinstance(what, str):
+        raise TypeError(f"a name is {str(what)[:40]!r} and not a text")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number")
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        report = json.loads(file.read_bytes())
-    except ValueError as error:
+        report = json.loads(file.read_bytes(), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(report, dict):
         raise ValueError(f"{file} is not a report of sinklm eval: use one of {', '.join(READERS)}")
@@ -233,12 +253,16 @@ Reading = Iterator[tuple[tuple[str, str], Value]]
 
 
 def _zero_shot(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
-    same = ("limit", "apply_chat_template")
     for task, metrics in (report["tasks"] | report["groups"]).items():
-        conditions = [(name, report.get(name) or None) for name in same]
-        conditions += [(name, _hashable(report[name].get(task))) for name in ("num_fewshot", "task_versions")]
-        conditions.append(("number of examples", _hashable(report["num_samples"].get(task))))
-        samples = _read_samples(file.parent / f"samples_{task}.jsonl")
+        leaves = _tasks_of(task, report)
+        conditions = [(name, report.get(name) or None) for name in ("limit", "apply_chat_template")]
+        for name, key in (
+            *((key, key) for key in ("num_fewshot", "task_versions")),
+            ("number of examples", "num_samples"),
+        ):
+            conditions.append((name, _hashable([report[key].get(leaf) for leaf in leaves])))
+        digests = [report.get("questions_sha256", {}).get(leaf) for leaf in leaves]
+        samples = _read_samples(task, report, file, notes)
         for metric, value in metrics.items():
             if "_stderr" in metric or not math.isfinite(value):
                 continue
@@ -249,16 +273,30 @@ def _zero_shot(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
             examples = _outcomes(samples, name, metric_filter or "none", value)
             if samples and examples is None and name in MEANS:
                 notes.append(f"{task} {metric}: its samples are not averaged to its value, so it is not paired")
-            yield (task, metric), Value(value, stderr, tuple(conditions), examples)
+            questions = None if None in digests else _hashable(digests)
+            yield (task, metric), Value(value, stderr, tuple(conditions), questions, examples)
 
 
-def _read_samples(file: Path) -> list[dict[str, Any]]:
-    if not file.is_file():
+def _tasks_of(name: str, report: dict[str, Any]) -> list[str]:
+    """Return a task itself, or the tasks of a group and of the groups in it."""
+    if children := report.get("group_tasks", {}).get(name):
+        return sorted(leaf for child in children for leaf in _tasks_of(child, report))
+    return sorted(report["tasks"]) if name in report["groups"] else [name]
+
+
+def _read_samples(task: str, report: dict[str, Any], file: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """Return the samples of a report's task: none if its file is that of another report by now."""
+    if (entry := report.get("samples", {}).get(task)) is None:
+        return []
+    path = file.parent / Path(entry["file"]).name
+    content = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+        notes.append(f"{task}: {path.name} is missing or of another evaluation, so it is not paired")
         return []
     try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}; run sinklm eval zero-shot --log-samples again") from error
+        return [json.loads(line) for line in content.split(b"\n") if line]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}; run sinklm eval zero-shot --log-samples again") from error
 
 
 def _outcomes(samples: list[dict[str, Any]], metric: str, metric_filter: str, mean: float) -> dict[str, float] | None:
@@ -311,7 +349,7 @@ def _stream_qa(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
         )
         examples = {str(i): float(character == "1") for i, character in enumerate(result["right"])}
         name = f"{result['task']}, {result['configuration']}"
-        yield (name, "exact match"), Value(result["exact_match"], result["stderr"], conditions, examples)
+        yield (name, "exact match"), Value(result["exact_match"], result["stderr"], conditions, examples=examples)
 
 
 def _sinks(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:

@@ -9,6 +9,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from ..console import Console
 from .compare import Comparison, Difference, Row, Value
 from .plots import COLOURS, MARKERS, STYLE, save_figure
 
@@ -24,6 +25,7 @@ PLOTTED = {
     "stream-eval": ("accuracy",),
     "sinks": ("sink rate", "attention"),
 }
+MOST_COLUMNS = 10_000  # wider than any table
 
 CSV_COLUMNS = (
     *("measurement", "name", "metric", "run", "value", "stderr"),
@@ -31,8 +33,13 @@ CSV_COLUMNS = (
 )
 
 
-def results_table(comparison: Comparison, title: str) -> Table:
-    """Return a table for the terminal."""
+def results_table(comparison: Comparison, title: str, width: int) -> Table:
+    """Return a table for a terminal of ``width`` columns: of one line a run if it is too narrow."""
+    table = _wide_table(comparison, title)
+    return table if Console(width=MOST_COLUMNS).measure(table).maximum <= width else _long_table(comparison, title)
+
+
+def _wide_table(comparison: Comparison, title: str) -> Table:
     header, rows = _cells(comparison)
     table = Table(title=title)
     for i, name in enumerate(header):
@@ -41,6 +48,19 @@ def results_table(comparison: Comparison, title: str) -> Table:
         if previous and previous[0] != row[0]:
             table.add_section()
         table.add_row(*row)
+    return table
+
+
+def _long_table(comparison: Comparison, title: str) -> Table:
+    first = comparison.runs[0].name
+    table = Table("Measurement and run", title=title)
+    for name in ("Value", f"Difference to {first}"):
+        table.add_column(name, justify="right")
+    for row in comparison.rows:
+        table.add_section()
+        table.add_row(", ".join(part for part in row.key if part))
+        for run, value, found in zip(comparison.runs, row.values, row.differences, strict=True):
+            table.add_row(f"  {run.name}", _value(value), _difference(found))
     return table
 
 

@@ -29,9 +29,33 @@ LM_ARGUMENTS = (
     "think_end_token",
     "truncation",
 )
+FLOAT_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-class SinkLM(HFLM):
+class CheckedLM(HFLM):
+    """lm-eval's model, with errors in place of its assertions for requests that are too long."""
+
+    num_sinks = 0  # positions that ``max_length`` does not count
+
+    def _loglikelihood_tokens(self, requests: list[Any], *arguments: Any, **options: Any) -> Any:
+        longest = max((len(answer) for _, _, answer in requests), default=0)
+        if longest > self.max_length:
+            raise ValueError(
+                f"an answer has {longest} tokens, but requests have {self.max_length} besides {self.num_sinks} sink "
+                f"tokens: set --max-length to at least {longest + self.num_sinks}"
+            )
+        return super()._loglikelihood_tokens(requests, *arguments, **options)
+
+    def generate_until(self, requests: list[Any], *arguments: Any, **options: Any) -> Any:
+        try:
+            return super().generate_until(requests, *arguments, **options)
+        except AssertionError as error:
+            if "max tokens to generate" not in str(error):
+                raise
+            raise ValueError(f"{error} Raise --max-length") from error
+
+
+class SinkLM(CheckedLM):
     """Scores texts after a model's sink tokens, for a model of sinklm and for its export.
 
     lm-eval sees texts without sinks, so truncation and rolling windows never remove or score them.
@@ -40,7 +64,7 @@ class SinkLM(HFLM):
     """
 
     def __init__(self, model: PreTrainedModel, sink_ids: list[int], **options: Any):
-        self.sink_ids = sink_ids
+        self.sink_ids, self.num_sinks = sink_ids, len(sink_ids)
         self.is_export = not isinstance(model.config, SinkGPTNeoXConfig)  # its tokenizer adds the sinks
         super().__init__(pretrained=model, prefix_token_id=sink_ids[-1], **options)
         # A chat template of an export may write the sinks into the text.
@@ -99,11 +123,11 @@ def as_lm(
         batch_size: requests per batch. ``"auto"`` finds the largest that fits the memory of a GPU;
             on a CPU it is 8.
         max_length: positions of a request; None: the trained length. lm-eval truncates contexts
-            only: an answer longer than this raises an error.
+            only: an answer longer than this raises a ValueError.
         options: those of lm-eval's ``HFLM`` in `LM_ARGUMENTS`.
 
     Raises:
-        ValueError: an option is unknown or has no effect here.
+        ValueError: an option is unknown, has a wrong value or no effect here.
     """
     _check_options(options)
     sink_ids = sink_config(model.config).sink_token_ids
@@ -125,9 +149,9 @@ def as_lm(
         lm = SinkLM(model, sink_ids, max_length=num_positions - num_sinks, **common, **options)
     elif isinstance(model.config, SinkGPTNeoXConfig):
         ours = {"add_bos_token": False, "prefix_token_id": model.config.eos_token_id}
-        lm = HFLM(pretrained=model, max_length=num_positions, **common, **(ours | options))
+        lm = CheckedLM(pretrained=model, max_length=num_positions, **common, **(ours | options))
     else:
-        lm = HFLM(pretrained=model, max_length=num_positions, **common, **options)
+        lm = CheckedLM(pretrained=model, max_length=num_positions, **common, **options)
     _join_processes(lm)
     return lm
 
@@ -176,9 +200,24 @@ def _join_processes(lm: HFLM) -> None:
 
 def _check_options(options: dict[str, Any]) -> None:
     known = set(inspect.signature(HFLM.__init__).parameters)
-    for name in options:
+    for name, value in options.items():
         if name == "dtype":
             raise ValueError("--model-args: use --dtype for the data type of the weights")
         if name not in LM_ARGUMENTS:
             reason = "has no effect on a model that is loaded already" if name in known else "is unknown"
             raise ValueError(f"--model-args: {name} {reason}: use only {', '.join(LM_ARGUMENTS)}")
+        if expected := _expected(name, value):
+            raise ValueError(f"--model-args: {name} is {str(value)[:40]!r}: it must be {expected}")
+
+
+def _expected(name: str, value: Any) -> str:
+    """Return what an option must be, empty if it is."""
+    if name.endswith("_dtype"):
+        dtype = getattr(torch, value, None) if isinstance(value, str) else value
+        return "" if value is None or dtype in FLOAT_TYPES else "float32, float64, bfloat16 or float16"
+    if name in ("max_batch_size", "prefix_token_id"):
+        smallest = 1 if name == "max_batch_size" else 0
+        return "" if type(value) is int and value >= smallest else f"a number of at least {smallest}"
+    if name in ("add_bos_token", "enable_thinking", "logits_cache", "truncation"):
+        return "" if value in (True, False, None) else "True or False"
+    return ""

@@ -5,7 +5,7 @@ replaced, so scores equal those of lm-eval on the same data.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,31 +15,14 @@ import yaml
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from .local_rows import check_rows, read_rows
+
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
 NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 SPLIT_KEYS = ("training_split", "validation_split", "test_split")
 SHARD = r"(?:-\d{5}-of-\d{5}(?:-[0-9a-f]+)?)?"  # as in the names of the Hub's parquet files
-# Fields of the paper's data sets; the last one is the right answer, if any. lm-eval itself would
-# score an example without its label as wrong.
-FIELDS = {
-    "allenai/ai2_arc": ("question", "choices", "answerKey"),
-    "Rowan/hellaswag": ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
-    "EleutherAI/lambada_openai": ("text",),
-    "allenai/openbookqa": ("question_stem", "choices", "answerKey"),
-    "baber/piqa": ("goal", "sol1", "sol2", "label"),
-    "allenai/winogrande": ("sentence", "option1", "option2", "answer"),
-}
-# The right answers that rows of them may have. lm-eval would score other answers, or a PIQA row
-# whose label is text, as wrong.
-ANSWERS: dict[str, Callable[[dict[str, Any]], Sequence[Any]]] = {
-    "allenai/ai2_arc": lambda row: row["choices"]["label"],
-    "Rowan/hellaswag": lambda _: (*range(4), *"0123"),
-    "allenai/openbookqa": lambda row: row["choices"]["label"],
-    "baber/piqa": lambda _: (0, 1),
-    "allenai/winogrande": lambda _: ("1", "2"),
-}
 PACKAGED_BUILDERS = {"csv", "text", *BUILDERS.values()}
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -96,7 +79,8 @@ def use_local_data(manager: TaskManager, names: Iterable[str], folder: Path, num
 
     Raises:
         FileNotFoundError: the folder, or a split that the evaluation reads, does not exist.
-        ValueError: a file is ambiguous or not downloaded, or a task has no data set to replace.
+        ValueError: a file is ambiguous, damaged or not downloaded, a row lacks a field or its
+            answer, or a task has no data set to replace.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"the folder {folder} does not exist: check --data-dir")
@@ -109,7 +93,9 @@ def use_local_data(manager: TaskManager, names: Iterable[str], folder: Path, num
         source = Source.of(name, definition, num_fewshot)
         files = _needed_files(source, folder)
         overrides = _overrides(definition, files)
-        _check_fields(source, files, overrides)
+        rows = read_rows(overrides["dataset_path"], overrides["dataset_kwargs"]["data_files"])
+        for split, paths in files.items():
+            check_rows(source.name, rows[split], paths[0])
         manager.task_index[name] = replace(entry, yaml_path=None, cfg=definition | overrides)
         used[name] = [path for paths in files.values() for path in paths]
     return used
@@ -191,18 +177,19 @@ def _cached_snapshot(folder: Path) -> list[Path]:
     """Return the snapshot of a data set in the Hub's cache that the main branch points to."""
     snapshots = sorted(path for path in (folder / "snapshots").glob("*") if path.is_dir())
     if len(snapshots) > 1 and (folder / "refs" / "main").is_file():
-        return [folder / "snapshots" / (folder / "refs" / "main").read_text().strip()]
+        return [folder / "snapshots" / (folder / "refs" / "main").read_text(errors="replace").strip()]
     return snapshots
 
 
 def _files_of_card(folder: Path, source: Source) -> Files:
     """Return the files that the YAML header of the data set's README names, as on the Hub."""
     readme = folder / "README.md"
-    header = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", readme.read_text("utf-8"), re.S) if readme.is_file() else None
+    text = readme.read_text("utf-8", errors="replace") if readme.is_file() else ""
+    header = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", text, re.S)
     try:
         configs = (yaml.safe_load(header[1]) or {}).get("configs") or [] if header else []
         configs = {config["config_name"]: config.get("data_files") for config in configs}
-    except (yaml.YAMLError, AttributeError, TypeError, KeyError):
+    except (yaml.YAMLError, AttributeError, TypeError, KeyError, ValueError, RecursionError):
         return {}
     wanted = source.config or (next(iter(configs)) if len(configs) == 1 else "default")
     patterns = configs.get(wanted)
@@ -211,7 +198,14 @@ def _files_of_card(folder: Path, source: Source) -> Files:
         if isinstance(entry, dict) and "split" in entry:
             paths = entry.get("path", [])
             globs = [paths] if isinstance(paths, str) else paths
-            files[entry["split"]] = sorted({path for glob in globs for path in folder.glob(glob) if _builder(path)})
+            try:
+                found = {path for glob in globs for path in folder.glob(glob) if _builder(path)}
+                files[entry["split"]] = sorted(found)
+            except (TypeError, ValueError, NotImplementedError, AttributeError, IndexError) as error:
+                raise ValueError(
+                    f"{readme}: the header has the entry {str(entry)[:80]}, but it needs a split and a path relative "
+                    "to the folder; download the data set again"
+                ) from error
     return _one_format({split: paths for split, paths in files.items() if paths})
 
 
@@ -301,45 +295,6 @@ def _overrides(definition: dict[str, Any], files: Files) -> dict[str, Any]:
         "dataset_kwargs": {"data_files": data_files},
         **splits,
     }
-
-
-def _check_fields(source: Source, files: Files, overrides: dict[str, Any]) -> None:
-    """Raise a ValueError if rows of one of the paper's data sets lack a field or the answer."""
-    if source.name not in FIELDS:
-        return
-    fields = FIELDS[source.name]
-    loaded = datasets.load_dataset(overrides["dataset_path"], **overrides["dataset_kwargs"])
-    for split, paths in files.items():
-        if missing := [name for name in fields if name not in loaded[split].column_names]:
-            raise ValueError(
-                f"{paths[0]} has no field {missing[0]!r}, only {', '.join(loaded[split].column_names)}: use the data "
-                f"set {source.name} of the Hub, which has {', '.join(fields)}"
-            )
-        unlabelled = [i for i, value in enumerate(loaded[split][fields[-1]]) if value in (None, "", -1, "-1")]
-        if unlabelled:
-            raise ValueError(f"{paths[0]} has no {fields[-1]} in row {unlabelled[0]}: use a split with labels")
-        _check_answers(source, paths[0], loaded[split], fields[-1])
-
-
-def _check_answers(source: Source, path: Path, rows: datasets.Dataset, field: str) -> None:
-    """Raise a ValueError if the answer of a row is not one of `ANSWERS`, of the same type."""
-    if source.name not in ANSWERS:
-        return
-    for number, row in enumerate(rows):
-        answer = row[field]
-        if source.name == "allenai/openbookqa" and isinstance(answer, str):
-            answer = answer.lstrip()  # as lm-eval
-        try:
-            allowed = list(ANSWERS[source.name](row))
-        except (TypeError, KeyError) as error:
-            raise ValueError(
-                f"{path} has no choices.label in row {number}: use the data set {source.name} of the Hub"
-            ) from error
-        if not any(answer == value and type(answer) is type(value) for value in allowed):
-            raise ValueError(
-                f"{path} has the {field} {answer!r} in row {number}, but only {', '.join(map(repr, allowed))} are "
-                f"possible: use the data set {source.name} of the Hub"
-            )
 
 
 def _leaves(manager: TaskManager, names: Iterable[Any]) -> Iterator[str]:

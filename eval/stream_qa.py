@@ -286,14 +286,13 @@ def measure(
     task: str,
     cache: tuple[int, int] | str,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Ask all questions of a task in one way and return `summarize` of the replies.
+
+    None if dense attention cannot read the first question: see `ask_in_stream`.
 
     Args:
         cache: ``(num_kept, window)``, ``"one-shot"`` for each question alone, or ``"dense"``.
-
-    Raises:
-        ValueError: the memory is too small for a single question.
     """
     started = time.perf_counter()
     if cache == "one-shot":
@@ -302,7 +301,7 @@ def measure(
         kept, window = (None, None) if isinstance(cache, str) else cache
         replies = ask_in_stream(model, tokenizer, questions, num_kept=kept, window=window, progress=progress)
     if not replies:
-        raise ValueError(f"{task}: no question fits the memory with {cache} attention: use a smaller model")
+        return None
     method = cache if isinstance(cache, str) else ("streaming" if cache[0] else "window")
     name = cache if isinstance(cache, str) else f"{cache[0]}+{cache[1]}"
     return summarize(replies, task, method, name, time.perf_counter() - started)

@@ -1,5 +1,6 @@
 """Zero-shot benchmarks with lm-eval."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from ..models.checked import checked_passes
 from ..versions import warn_if_untested
 from .lm import as_lm, num_processes
 from .local_data import use_local_data
+from .report import ReportFile
 
 warn_if_untested("lm-eval")
 
@@ -61,8 +63,8 @@ def evaluate(
 
     Returns:
         ``{"tasks": {name: {metric: value, metric_stderr: …}}, "groups": …, "num_samples": …,
-        "task_versions": …}``; with ``log_samples`` also ``"samples"``: lists of lm-eval's records
-        by task. None in all processes but the first of several.
+        "task_versions": …, "questions_sha256": …}``; with ``log_samples`` also ``"samples"``: lists
+        of lm-eval's records by task. None in all processes but the first of several.
 
     Raises:
         ValueError: a task does not exist, its data has the wrong fields, the tokenizer has no chat
@@ -84,7 +86,7 @@ def evaluate(
                 limit=limit,
                 num_fewshot=num_fewshot,
                 apply_chat_template=apply_chat_template,
-                log_samples=log_samples,
+                log_samples=True,
                 random_seed=SEED,
                 numpy_random_seed=SEED,
                 torch_random_seed=SEED,
@@ -102,10 +104,17 @@ def evaluate(
         "apply_chat_template": apply_chat_template,
         "model_args": model_args or {},
         "data_files": {task: list(map(str, paths)) for task, paths in files.items()},
+        "questions_sha256": {task: _fingerprint(records) for task, records in output["samples"].items()},
         "num_processes": num_processes(),
         "seed": SEED,
     }
     return results | ({"samples": output["samples"]} if log_samples else {})
+
+
+def _fingerprint(records: list[dict[str, Any]]) -> str:
+    """Return a sha256 of the questions of a task; their order does not change it."""
+    hashes = sorted({(record["doc_hash"], record["doc_id"]) for record in records})  # a record for each filter
+    return hashlib.sha256("".join(f"{doc_hash}\n" for doc_hash, _ in hashes).encode()).hexdigest()
 
 
 def _scores(output: dict[str, Any]) -> dict[str, Any]:
@@ -113,6 +122,7 @@ def _scores(output: dict[str, Any]) -> dict[str, Any]:
     return {
         "tasks": {name: _metrics(row) for name, row in output["results"].items() if name not in groups},
         "groups": {name: _metrics(row) for name, row in groups.items()},
+        "group_tasks": output.get("group_subtasks", {}),
         "num_samples": output["n-samples"],
         "num_fewshot": output["n-shot"],
         "task_versions": output["versions"],
@@ -175,6 +185,35 @@ def write_samples(samples: dict[str, list[dict[str, Any]]], folder: Path) -> lis
         lines = (json.dumps(record, default=handle_non_serializable, ensure_ascii=False) for record in ordered)
         write_text(paths[-1], "".join(f"{line}\n" for line in lines))
     return paths
+
+
+def write_results(file: ReportFile, report: dict[str, Any], samples: dict[str, list[dict[str, Any]]]) -> list[Path]:
+    """Finish a report with its samples, and delete those of the report that it replaces.
+
+    The report has the name and the sha256 of each file of samples, so that
+    `sinklm.eval.compare.compare` does not use those of another report.
+
+    Returns:
+        the files of samples.
+    """
+    replaced = sample_files(file.path)
+    paths = write_samples(samples, file.path.parent)
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    named = [{"file": path.name, "sha256": digest} for path, digest in zip(paths, digests, strict=True)]
+    file.finish(report | {"samples": dict(zip(samples, named, strict=True))})
+    for path in set(replaced) - set(paths):
+        path.unlink(missing_ok=True)
+    return paths
+
+
+def sample_files(report: Path) -> list[Path]:
+    """Return the unchanged files of samples that a report names; none if it cannot be read."""
+    try:
+        listed = json.loads(report.read_bytes())["samples"].values()
+        paths = {report.parent / Path(entry["file"]).name: entry["sha256"] for entry in listed}
+        return [path for path, digest in paths.items() if hashlib.sha256(path.read_bytes()).hexdigest() == digest]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []
 
 
 def _metrics(row: dict[str, Any]) -> dict[str, float]:

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import random
+import re
 import shutil
 import statistics
 from pathlib import Path
@@ -13,34 +14,38 @@ import pytest
 
 from sinklm.cli.compare import compare as command
 from sinklm.cli.evaluate import streaming, zero_shot
-from sinklm.eval.compare import compare, short_names
+from sinklm.console import Console
+from sinklm.eval.compare import compare, read_run, short_names
 from sinklm.eval.compare_output import comparison_figure, csv_text, markdown, results_table
+from sinklm.eval.report import ReportFile
+from sinklm.eval.zero_shot import write_results
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 
 def write_zero_shot(folder: Path, outcomes: list[float] | None, *, acc: float | None = None, **changes) -> Path:
     """A report of one task as `zero_shot` writes it, and the samples if there are outcomes."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     num = len(outcomes or [0] * 50)
     mean = statistics.fmean(outcomes) if acc is None else acc
     report = {
         "model": {},
-        "tasks": {"piqa": {"acc": mean, "acc_stderr": 0.05, "perplexity": 12.5, "perplexity_stderr": float("nan")}},
+        "tasks": {"piqa": {"acc": mean, "acc_stderr": 0.05, "perplexity": 12.5, "perplexity_stderr": None}},
         "groups": {},
+        "group_tasks": {},
         "num_samples": {"piqa": {"original": 100, "effective": num}},
         "num_fewshot": {"piqa": 0},
         "task_versions": {"piqa": 1.0},
+        "questions_sha256": {"piqa": "q"},
         "limit": None,
         "apply_chat_template": False,
     }
-    (folder / "zero_shot.json").write_text(json.dumps(report | changes).replace("NaN", "null"))
-    if outcomes is not None:
-        lines = [
-            json.dumps({"doc_id": i, "doc_hash": f"h{i}", "filter": "none", "acc": value})
-            for i, value in enumerate(outcomes)
-        ]
-        (folder / "samples_piqa.jsonl").write_text("\n".join(reversed(lines)))
+    samples = [
+        {"doc_id": i, "doc_hash": f"h{i}", "filter": "none", "acc": value, "text": "a\u2028b"}
+        for i, value in enumerate(outcomes or ())
+    ]
+    file = ReportFile(folder / "zero_shot.json")
+    write_results(file, report | changes, {"piqa": [*reversed(samples)]} if samples else {})
     return folder
 
 
@@ -72,12 +77,44 @@ def test_without_samples_the_standard_errors_are_added(tmp_path):
 
 
 def test_samples_of_another_evaluation_are_not_paired(tmp_path):
-    """The report was replaced by a later evaluation without --log-samples."""
+    """A later evaluation replaced the samples of a renamed report. The means are equal."""
+    first = write_zero_shot(tmp_path / "a", [1.0, 0.0, 1.0, 1.0])
+    renamed = write_zero_shot(tmp_path / "b", [1.0, 0.0, 1.0, 1.0]) / "before.json"
+    (tmp_path / "b" / "zero_shot.json").rename(renamed)
+    second = write_zero_shot(tmp_path / "b", [1.0, 1.0, 0.0, 1.0])
+    comparison = compare([str(first), str(renamed), str(second)])
+    _, of_renamed, of_second = row_of(comparison, "zero-shot", "piqa", "acc").differences
+    assert (of_renamed.is_paired, of_second.is_paired) == (False, True)
+    assert comparison.notes == [
+        "before.json: piqa: samples_piqa.jsonl is missing or of another evaluation, so it is not paired"
+    ]
+
+
+def test_a_later_evaluation_without_samples_deletes_those_of_the_one_before(tmp_path):
+    folder = write_zero_shot(tmp_path, [1.0, 0.0])
+    mine = folder / "samples_mine.jsonl"
+    mine.write_text("of no report")
+    assert (folder / "samples_piqa.jsonl").exists()
+    write_zero_shot(tmp_path, None, acc=0.5)
+    assert sorted(path.name for path in folder.iterdir()) == ["samples_mine.jsonl", "zero_shot.json"]
+
+
+def test_samples_that_are_not_averaged_to_the_value_are_not_paired(tmp_path):
     first = write_zero_shot(tmp_path / "a", [1.0, 0.0, 1.0, 1.0])
     second = write_zero_shot(tmp_path / "b", [1.0, 0.0, 0.0, 1.0], acc=0.75)
     comparison = compare([str(first), str(second)])
     assert not row_of(comparison, "zero-shot", "piqa", "acc").differences[1].is_paired
     assert comparison.notes == ["b: piqa acc: its samples are not averaged to its value, so it is not paired"]
+
+
+def test_a_group_with_other_questions_in_one_of_its_tasks_has_no_difference(tmp_path):
+    group = {"groups": {"all": {"acc": 0.5}}, "group_tasks": {"all": ["some"], "some": ["piqa"]}}
+    names = [
+        str(write_zero_shot(tmp_path / name, [1.0, 0.0], questions_sha256={"piqa": name}, **group)) for name in "ab"
+    ]
+    comparison = compare(names)
+    assert row_of(comparison, "zero-shot", "all", "acc").differences == [None, None]
+    assert "zero-shot all acc: a and b differ in questions: no difference" in comparison.notes
 
 
 @pytest.mark.parametrize(
@@ -87,6 +124,7 @@ def test_samples_of_another_evaluation_are_not_paired(tmp_path):
         ({"apply_chat_template": True}, "apply_chat_template"),
         ({"num_fewshot": {"piqa": 5}}, "num_fewshot"),
         ({"task_versions": {"piqa": 2.0}}, "task_versions"),
+        ({"questions_sha256": {"piqa": "other"}}, "questions"),
         ({"num_samples": {"piqa": {"original": 100, "effective": 7}}}, "number of examples"),
     ],
 )
@@ -121,6 +159,8 @@ def test_the_reports_of_all_commands_are_read(tmp_path, checkpoints, task_folder
     report = json.loads((tmp_path / "out" / "compare.json").read_text())
     by_key = {(row["measurement"], row["name"], row["metric"]): row for row in report["rows"]}
     first, second = (json.loads((Path(folder) / "zero_shot.json").read_text()) for folder in folders)
+    assert first["questions_sha256"] == second["questions_sha256"]
+    assert len(first["questions_sha256"]["rooms"]) == 64
     acc = by_key["zero-shot", "rooms", "acc"]
     assert [run["value"] for run in acc["runs"]] == [first["tasks"]["rooms"]["acc"], second["tasks"]["rooms"]["acc"]]
     assert acc["differences"][0]["paired"] is True
@@ -164,7 +204,10 @@ def test_tables_escape_names_and_leave_missing_values_empty(tmp_path):
     text = markdown(comparison)
     assert "a\\|b" in text
     assert "| zero-shot | piqa | acc | 0.5000 ± 0.0500 |  |  |" in text
-    assert len(results_table(comparison, "x").columns) == 6
+    assert len(results_table(comparison, "x", width=200).columns) == 6
+    narrow = Console(width=60, file=io.StringIO())
+    narrow.print(results_table(comparison, "x", width=60))
+    assert re.search(r"│   a\|b +│ 0\.5000 ± 0\.0500 │ +│\n│   c +│ +│ +│\n", narrow.file.getvalue())
     assert len(csv_text(comparison).splitlines()) == 3
     assert comparison_figure(comparison) is not None
 
@@ -173,28 +216,66 @@ def test_names_are_as_short_as_possible():
     assert short_names(["runs/vanilla", "runs/sink"]) == ["vanilla", "sink"]
     assert short_names(["a/x/zero_shot.json", "b/x/zero_shot.json"]) == ["a/x", "b/x"]
     assert short_names(["EleutherAI/pythia-1.4b", "other"]) == ["pythia-1.4b", "other"]
-    assert short_names(["runs/a", "runs/a"]) == ["a", "a (2)"]
+    assert short_names(["/a/x", "/x"]) == ["a/x", "/x"]
+    assert short_names(["/a/b", "/b", "/"]) == ["a/b", "/b", "/"]
+    for same in ("runs/a", "./runs/a", "runs/b/../a/", "runs/a/zero_shot.json"):
+        assert short_names(["runs/a", same]) == ["a", "a (2)"]
 
 
 def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="runs/a has no results: evaluate it first"):
-        compare(["runs/a"])
-    for content, message in (("{", "is not JSON"), ("[]", "is not a report"), ("{}", "is not a report")):
-        Path("x.json").write_text(content)
-        with pytest.raises(ValueError, match=message):
-            compare(["x.json"])
-    Path("x.json").write_text(json.dumps({"tasks": {"piqa": {"acc": 1.0}}}))
-    with pytest.raises(ValueError, match="is not a complete report"):
-        compare(["x.json"])
+        read_run("runs/a", "a")
     folder = write_zero_shot(tmp_path / "results" / "runs-a", [1.0, 0.0])
+    assert read_run("runs/a", "a").files == [Path("results/runs-a/zero_shot.json")]
     (folder / "samples_piqa.jsonl").write_text("{")
-    with pytest.raises(ValueError, match=r"samples_piqa\.jsonl is damaged"):
-        compare(["runs/a"])
-    (folder / "samples_piqa.jsonl").unlink()
-    assert compare(["runs/a"]).runs[0].files == [Path("results/runs-a/zero_shot.json")]
-    with pytest.raises(ValueError, match="at most 7"):
-        compare(["runs/a"] * 8)
+    assert "samples_piqa.jsonl is missing or of another" in read_run("runs/a", "a").notes[0]
+    for num in (1, 8):
+        with pytest.raises(ValueError, match=rf"{num} runs?: compare at least 2 and at most 7"):
+            compare(["runs/a"] * num)
+
+
+STREAMED = {"configuration": "4+60", "method": "streaming", "num_scored": 9, "perplexity": 9.5, "bits_per_byte": None}
+STREAMED_TEXT = {"sha256": "x", "num_tokens": 100, "num_prefix_tokens": 0, "num_bytes": 300}
+ANSWERED = {"task": "arc_easy", "configuration": "4+60", "num_questions": 1, "right": "1", "stderr": None}
+ANSWERED |= {"exact_match": 1.0}
+
+
+def streamed(**changes) -> str:
+    report = {"model": {"num_sinks": 0}, "bin_edges": [], "text": STREAMED_TEXT, "results": [STREAMED | changes]}
+    return json.dumps(report)
+
+
+def answered(**changes) -> str:
+    return json.dumps({"questions_sha256": {"arc_easy": "x"}, "results": [ANSWERED | changes]})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "is not a report"),
+        ("{}", "is not a report"),
+        ('{"tasks": ' + "[" * 100_000, "is not JSON: .*recursion"),
+        (json.dumps({"tasks": {"piqa": {"acc": 1.0}}}), "is not a complete report"),
+        (json.dumps({"tasks": {"piqa": {"acc": 10**400}}, "groups": {}}), "is not a complete report"),
+        (streamed(perplexity=None), "is not a complete report .*'None' and not a number"),
+        (streamed(perplexity="3"), "is not a complete report .*'3' and not a number"),
+        (streamed(perplexity=10**400), "is not a complete report"),
+        (streamed(perplexity=math.nan), "is not JSON: NaN is not a number"),
+        (streamed(perplexity=1).replace('": 1,', '": 1e999,'), "is not a complete report .*'inf' and not a number"),
+        (streamed(num_scored="9"), "is not a complete report"),
+        (streamed(configuration=[4, 60]), r"is not a complete report .*'\[4, 60\]' and not a text"),
+        (answered(exact_match=None), "is not a complete report"),
+        (answered(stderr="0.1"), "is not a complete report"),
+        (answered(right=None), "is not a complete report"),
+    ],
+)  # fmt: skip
+def test_a_damaged_report_is_named(tmp_path, content, message):
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=rf"x\.json {message}"):
+        read_run(str(path), "x")
 
 
 @pytest.mark.parametrize(

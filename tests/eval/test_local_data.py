@@ -15,7 +15,10 @@ from sinklm.eval.lm import as_lm
 from sinklm.eval.local_data import FIELDS, Source, find_files, load_rows, use_local_data
 from sinklm.eval.zero_shot import PAPER_FOLDERS, evaluate, task_manager
 
-from .benchmarks import ARC, DATA, TASKS, write_benchmarks, write_rows
+from .benchmarks import ARC, DATA, HELLASWAG, TASKS, write_benchmarks, write_card, write_rows
+
+WINOGRANDE = DATA["allenai/winogrande", "winogrande_xl"]["validation"][0]
+LINE = json.dumps(ARC[0]).encode() + b"\n"
 
 
 @pytest.fixture(scope="module")
@@ -133,12 +136,56 @@ def test_missing_and_ambiguous_files_are_named(tmp_path, files, error, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"), (b"", "is empty")],
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
+        (b"", "is empty"),
+        (b"\n\n", "no rows"),
+        (LINE + LINE[:40], r"is damaged in line 2 \(Unterminated string"),
+        (b"\x00\xff\x17 garbage", "is damaged in line 1"),
+        (LINE + b"3\n", "has no JSON object in line 2"),
+        (LINE + b"[" * 100_000, "is damaged in line 2"),
+    ],
 )
-def test_files_without_data_are_named(tmp_path, content, message):
+def test_files_without_data_are_named(tmp_path, content, message, caplog):
     (tmp_path / "arc_easy_test.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"arc_easy_test\.jsonl.* {message}"):
+        load_rows("arc_easy", tmp_path)
+    assert not caplog.records  # the error is not printed twice
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("arc_easy_test.json", b'[{"question": "a"}, {"ques', r"json is damaged \("),
+        ("arc_easy_test.json", b"[]", "no rows"),
+        ("arc_easy_test.jsonl.gz", gzip.compress(LINE * 9)[:-12], "gz is damaged"),
+        ("arc_easy_test.parquet", b"PAR1 and no more", r"parquet: cannot be read"),
+    ],
+)
+def test_damaged_files_of_other_formats_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load_rows("arc_easy", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "entry", [*({"split": "test", "path": path} for path in ("/etc/*", 5, "", [3])), {"split": ["test"], "path": "*"}]
+)
+def test_a_wrong_path_in_the_header_of_a_data_set_names_the_file(tmp_path, entry):
+    write_rows(tmp_path / "ai2_arc" / "ARC-Easy" / "test.jsonl", ARC)
+    listed = [{"config_name": "ARC-Easy", "data_files": [entry]}]
+    (tmp_path / "ai2_arc" / "README.md").write_text(f"---\nconfigs: {json.dumps(listed)}\n---\n")
+    with pytest.raises(ValueError, match=r"ai2_arc/README\.md: the header has the entry .*'test'"):
+        load_rows("arc_easy", tmp_path)
+
+
+def test_a_header_with_other_bytes_than_utf8_and_wrong_dates_is_read_or_ignored(tmp_path):
+    write_rows(tmp_path / "ai2_arc" / "ARC-Easy" / "test.jsonl", ARC)
+    write_card(tmp_path / "ai2_arc", {"ARC-Easy": {"test": "ARC-Easy/test.jsonl"}})
+    readme = tmp_path / "ai2_arc" / "README.md"
+    for content in (readme.read_bytes() + b"caf\xe9\n", b"---\ndate: 2024-13-45\n---\n"):
+        readme.write_bytes(content)
+        assert load_rows("arc_easy", tmp_path) == ARC
 
 
 def test_few_shot_examples_are_drawn_from_the_split_of_lm_eval_or_refused(tmp_path):
@@ -151,9 +198,34 @@ def test_rows_with_other_fields_are_named(tmp_path, checkpoints, monkeypatch):
     write_rows(tmp_path / "arc_easy_test.jsonl", [{"stem": "Which?", "choices": ["a", "b"], "answer": "a"}])
     with pytest.raises(ValueError, match=r"arc_easy_test\.jsonl has no field 'question', only stem, choices, answer"):
         use_local_data(task_manager(["arc_easy"]), ["arc_easy"], tmp_path)
-    monkeypatch.setattr("sinklm.eval.local_data.FIELDS", {})  # of a task whose fields are not known
+    monkeypatch.setattr("sinklm.eval.local_rows.FIELDS", {})  # of a task whose fields are not known
     with pytest.raises(ValueError, match=r"does not have the fields of the Hub's.*arc_easy_test\.jsonl"):
         evaluate(load_model(checkpoints[0]), load_tokenizer(checkpoints[0]), ["arc_easy"], data_dir=tmp_path)
+
+
+PIQA = {"goal": "open a door", "sol1": "a key", "sol2": "a spoon", "label": 0}
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        ("arc_easy", ARC[0] | {"question": None}, "null as question in row 1"),
+        ("arc_easy", ARC[0] | {"choices": {"text": ["a", None, "c"], "label": ["A", "B", "C"]}}, "null as choices"),
+        ("arc_easy", ARC[0] | {"answerKey": "Z"}, "answerKey 'Z' in row 1, which is not one of its choices"),
+        ("arc_easy", ARC[0] | {"choices": {"text": ["a"], "label": ["A", "B"]}}, "not one of its choices"),
+        ("hellaswag", HELLASWAG[0] | {"endings": ["a", None]}, "null as endings"),
+        ("hellaswag", HELLASWAG[0] | {"label": "4"}, "label '4' in row 1"),
+        ("piqa", PIQA | {"sol2": None}, "null as sol2"),
+        ("piqa", PIQA | {"label": 2}, "label '2' in row 1"),
+        ("winogrande", WINOGRANDE | {"answer": "3"}, "answer '3' in row 1"),
+    ],
+)
+def test_rows_that_lm_eval_would_score_without_their_content_are_named(tmp_path, task, row, message):
+    split = "test" if task == "arc_easy" else "validation"
+    good = {"arc_easy": ARC[0], "hellaswag": HELLASWAG[0], "piqa": PIQA, "winogrande": WINOGRANDE}[task]
+    write_rows(tmp_path / f"{task}_{split}.jsonl", [good, row])
+    with pytest.raises(ValueError, match=rf"{task}_{split}\.jsonl has .*{message}"):
+        use_local_data(task_manager([task]), [task], tmp_path)
 
 
 @pytest.mark.parametrize(("label", "message"), [(-1, "has no label in row 1"), (None, "has no field 'label'")])

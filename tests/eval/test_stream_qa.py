@@ -190,3 +190,19 @@ def test_the_command_writes_results_and_a_picture(tmp_path, checkpoints, capsys)
         stream_qa(str(checkpoints[1]), data_dir=tmp_path, tasks="piqa")
     with pytest.raises(ValueError, match="--methods contains 'window'"):
         stream_qa(str(checkpoints[1]), data_dir=tmp_path, methods="window")
+
+
+def test_a_first_question_longer_than_dense_attention_reads_leaves_the_caches(tmp_path, checkpoints, capfd):
+    rows = [ROWS[0] | {"question": "What is the number? " * 200}, *ROWS[1:3]]
+    (tmp_path / "arc_easy_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"data_dir": tmp_path, "tasks": "arc_easy", "caches": "0+32", "output": tmp_path / "out", "quiet": True}
+
+    stream_qa(str(checkpoints[0]), methods="dense,stream", **options)
+
+    report = json.loads((tmp_path / "out" / "stream_qa.json").read_text())
+    assert [(row["method"], row["num_questions"]) for row in report["results"]] == [("window", 3)]
+    shown = capfd.readouterr().err
+    assert "arc_easy: dense attention answers no question" in shown
+    assert len(shown.splitlines()) == 1  # no bars of datasets with --quiet
+    with pytest.raises(ValueError, match="use --methods stream"):
+        stream_qa(str(checkpoints[0]), methods="dense", **options)

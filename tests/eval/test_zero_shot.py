@@ -206,6 +206,11 @@ def test_the_chat_template_formats_prompts_and_samples_are_logged(tmp_path, chec
         ("dtype=float16", "use --dtype"),
         ("revision=main", "revision has no effect"),
         ("logit_cache=1", "logit_cache is unknown: use only add_bos_token"),
+        ("softmax_dtype=int8", "softmax_dtype is 'int8': it must be float32"),
+        ("mixed_precision_dtype=float8_e4m3fn", "mixed_precision_dtype is 'float8_e4m3fn': it must be"),
+        ("softmax_dtype=nn", "softmax_dtype is 'nn'"),
+        ("max_batch_size=many", "max_batch_size is 'many': it must be a number"),
+        ("logits_cache=often", "logits_cache is 'often': it must be True or False"),
     ],
 )
 def test_model_arguments_without_effect_are_refused(text, message):
@@ -222,6 +227,19 @@ def test_model_arguments_reach_lm_eval(checkpoints):
         as_lm(model, tokenizer, max_length=2)
     with pytest.raises(ValueError, match="no effect on a model with sink tokens"):
         as_lm(model, tokenizer, add_bos_token=True)
+
+
+@pytest.mark.parametrize("num_sinks", [0, 1])
+def test_requests_that_do_not_fit_name_the_length(checkpoints, num_sinks):
+    model, tokenizer = load_model(checkpoints[num_sinks]), load_tokenizer(checkpoints[num_sinks])
+    lm = as_lm(model, tokenizer, max_length=2 + num_sinks)
+    num_tokens = len(tokenizer(" down to the sea")["input_ids"])
+    with pytest.raises(ValueError, match=f"set --max-length to at least {num_tokens + num_sinks}"):
+        lm.loglikelihood(requests("loglikelihood", [("The old man", " down to the sea")]), disable_tqdm=True)
+    with pytest.raises(ValueError, match="Raise --max-length"):
+        lm.generate_until(requests("generate_until", [("A", {"max_gen_toks": 12})]), disable_tqdm=True)
+    fits = as_lm(model, tokenizer, max_length=num_tokens + num_sinks)
+    assert fits.loglikelihood(requests("loglikelihood", [("The old man", " down to the sea")]), disable_tqdm=True)
 
 
 def test_the_batch_size_is_found_by_itself(checkpoints, monkeypatch):
