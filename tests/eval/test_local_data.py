@@ -12,7 +12,8 @@ from lm_eval.tasks import TaskManager
 
 from sinklm.checkpoints import load_model, load_tokenizer
 from sinklm.eval.lm import as_lm
-from sinklm.eval.local_data import FIELDS, Source, find_files, load_rows, use_local_data
+from sinklm.eval.local_data import Source, find_files, load_rows, use_local_data
+from sinklm.eval.local_rows import FIELDS
 from sinklm.eval.zero_shot import PAPER_FOLDERS, evaluate, task_manager
 
 from .benchmarks import ARC, DATA, HELLASWAG, TASKS, write_benchmarks, write_card, write_rows
