@@ -111,7 +111,7 @@ class StreamingCache(Cache):
         attend = family.adapter.attend if family.adapter else None
         self.substitutes = [(module, partial(attend, weakref.ref(self), module)) for module in modules if attend]
         self.steering = SteeredForward.of(self, decoder)
-        check_generation(self, model)
+        check_generation(model)
 
     @classmethod
     def for_model(
