@@ -166,17 +166,16 @@ def test_assisted_generation_inside_the_cache_equals_generation_without(family):
 
 def test_copies_of_a_model_check_their_own_caches(tmp_path):
     model = build("llama")
-    cache = for_model(model)
+    cache = for_model(model)  # while it exists, the decoder's forward method is replaced
     torch.save(model, tmp_path / "model.pt")
     loaded = torch.load(tmp_path / "model.pt", weights_only=False)
-    assert "_prefill" not in vars(model)
+    assert not cache.is_initialized
     for twin in (copy.deepcopy(model), copy.copy(model), loaded):
         assert generate(twin, turn(5), None).tolist() == generate(model, turn(5), None).tolist()
         text = generate(twin, turn(5), own := for_model(twin))
         with pytest.raises(ValueError, match=READ):
             generate(twin, turn(9), own)
         assert text.shape == (1, 9)
-    del cache
 
 
 def test_another_head_is_checked_and_methods_outlive_the_caches():
@@ -191,12 +190,12 @@ def test_another_head_is_checked_and_methods_outlive_the_caches():
     assert kept(turn(5), use_cache=True)["input_ids"].shape == (1, 5)
 
 
-def test_new_tokens_alone_with_prompt_lookup_and_texts_after_beams_are_errors_with_the_remedy():
+def test_new_tokens_alone_with_prompt_lookup_and_a_turn_after_beams_are_errors():
     model = build("llama")
     cache = for_model(model, window=60)
     full = torch.cat((generate(model, turn(9, seed=1), cache), turn(3)), dim=1)
+    new = full[:, cache.get_seq_length() :]
     with pytest.raises(ValueError, match="cannot continue with new tokens alone"):
-        new = full[:, cache.get_seq_length() :]
         generate(model, new, cache, attention_mask=torch.ones_like(full), prompt_lookup_num_tokens=3)
     cache.reset()
     full = torch.cat((generate(model, turn(9, seed=1), cache, num_beams=2), turn(3)), dim=1)
