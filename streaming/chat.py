@@ -18,7 +18,7 @@ REPLY, MESSAGE = "\N{OBJECT REPLACEMENT CHARACTER}", "\N{INTERLINEAR ANNOTATION 
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the special tokens, and other added ones that the chat template uses as control tokens.
+    """Return the special tokens, and other added tokens that occur in the chat template.
 
     Added tokens of ordinary text, such as the runs of spaces of Pythia's tokenizer, are neither.
     """

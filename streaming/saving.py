@@ -182,37 +182,40 @@ def fingerprint(decoder: nn.Module) -> str:
     return sha.hexdigest()
 
 
-def adapters_of(decoder: nn.Module) -> tuple[dict[str, Any], set[str]]:
-    """Return the adapters of PEFT that are in use by layer, and the names of unused modules."""
-    states, unused = {}, set()
+def adapters_of(decoder: nn.Module) -> tuple[dict[str, Any], set[int]]:
+    """Return the state of the adapters of PEFT by layer, and the ids of modules not in use."""
+    states: dict[str, Any] = {}
+    unused: set[int] = set()
     for prefix, layer in decoder.named_modules():
-        active = getattr(layer, "active_adapters", None)
+        active: Any = getattr(layer, "active_adapters", None)
         if not isinstance(active, (str, list)) or not hasattr(layer, "disable_adapters"):
             continue
         active = [active] if isinstance(active, str) else active
-        merged = list(getattr(layer, "merged_adapters", []))
+        merged, scaling = list(getattr(layer, "merged_adapters", [])), getattr(layer, "scaling", None)
         used = merged + [name for name in active if not layer.disable_adapters]
-        scaling = getattr(layer, "scaling", {})
-        states[prefix] = [bool(layer.disable_adapters), active, merged, [str(scaling.get(name)) for name in used]]
-        for part, child in layer.named_children():
+        scales = [str(scaling.get(name)) for name in used] if isinstance(scaling, dict) else str(scaling)
+        states[prefix] = [bool(layer.disable_adapters), active, merged, scales]
+        for child in layer.children():
             if isinstance(child, (nn.ModuleDict, nn.ParameterDict)):  # an entry for each adapter
-                unused |= {f"{prefix}.{part}.{name}" for name in child if name not in used}
+                for name, part in child.items():
+                    if name not in used:
+                        unused |= {id(part)} | {id(module) for module in getattr(part, "modules", list)()}
     return states, unused
 
 
-def weights_of(decoder: nn.Module, unused: set[str]) -> Iterator[tuple[str, Tensor]]:
+def weights_of(decoder: nn.Module, unused: set[int]) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters and the saved buffers, those that accelerate has offloaded too.
 
     Args:
-        unused: names of modules and parameters to leave out.
+        unused: ids of modules and parameters to leave out.
     """
     for prefix, module in decoder.named_modules():
-        if any(prefix == name or prefix.startswith(f"{name}.") for name in unused):
+        if id(module) in unused:
             continue
         with in_memory(module):
             saved = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
             for name, weight in {**module._parameters, **saved}.items():
-                if weight is not None and f"{prefix}.{name}" not in unused:
+                if weight is not None and id(weight) not in unused:
                     yield from plain_tensors(f"{prefix}.{name}", weight.detach())
 
 
