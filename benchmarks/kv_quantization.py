@@ -34,6 +34,8 @@ def seconds_per_token(model, ids, settings) -> tuple[float, int]:
         torch.set_num_threads(1)
     cache = StreamingCache.for_model(model, **settings)
     model(ids[:, : settings["window"] + 100], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    if cache.get_seq_length() < settings["num_kept"] + settings["window"]:
+        raise SystemExit(f"a row has only {ids.shape[1]} tokens, so the cache is not full: use --rows 1 or more tokens")
     times = []
     for _ in range(NUM_TIMED):
         start = clock()

@@ -8,6 +8,7 @@ the cache is empty and removes their positions from the logits, so callers never
 import math
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -75,7 +76,7 @@ class CheckedLoading:
             OSError: the folder is that of a run or of a checkpoint, which contains that of a model.
         """
         name = pretrained_model_name_or_path
-        refuse_run(name)
+        refuse_run(Path(str(name)) / (kwargs.get("subfolder") or ""))
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         if foreign := sorted(key for key in info["unexpected_keys"] if re.search(ARM_PARAMETERS, key)):
             raise ValueError(

@@ -111,7 +111,7 @@ class StreamingCache(Cache):
         attend = family.adapter.attend if family.adapter else None
         self.substitutes = [(module, partial(attend, weakref.ref(self), module)) for module in modules if attend]
         self.steering = SteeredForward.of(self, decoder)
-        check_generation(self, model)
+        check_generation(model)
 
     @classmethod
     def for_model(
@@ -250,12 +250,16 @@ class StreamingCache(Cache):
     def damaged_by_failure(self, num_inputs: int) -> Iterator[None]:
         """Mark the cache as damaged if a pass over ``num_inputs`` inputs fails.
 
-        A pass over one token does no damage: the next token overwrites it.
+        A pass over one token does no damage: the next token overwrites it. If it is the first one,
+        the cache is empty again.
         """
+        was_empty = self.counters is None
         try:
             yield
         except BaseException:
             self.is_damaged |= num_inputs > 1
+            if was_empty and num_inputs == 1:
+                self.reset()
             raise
         finally:
             self.step = self.inputs = None

@@ -1,5 +1,6 @@
 """A conversation in one streaming cache: each turn reads only the tokens that are new."""
 
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -16,14 +17,28 @@ from .templates import render
 REPLY, MESSAGE = "\N{OBJECT REPLACEMENT CHARACTER}", "\N{INTERLINEAR ANNOTATION ANCHOR}"
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the special tokens, and other added tokens that occur in the chat template.
+
+    Added tokens of ordinary text, such as the runs of spaces of Pythia's tokenizer, are neither.
+    """
+    template = str(tokenizer.chat_template or "")
+    found = {str(token) for token in tokenizer.all_special_tokens}
+    for token in tokenizer.added_tokens_decoder.values():
+        name = token.content
+        if token.special or (name in template and not name.isspace()):
+            found.add(name)
+    return sorted(token for token in found if len(token) > 1)
+
+
 def split_special(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Split a text within each special token, so that the parts are encoded as ordinary text."""
-    names = sorted((str(token) for token in tokenizer.get_added_vocab() if len(token) > 1), key=len, reverse=True)
-    found = re.search("|".join(map(re.escape, names)), text) if names else None
-    if found is None:
+    names = special_tokens(tokenizer)
+    if not names:
         return [text]
-    cut = found.start() + 1
-    return [text[:cut], *split_special(text[cut:], tokenizer)]
+    starts = re.finditer(f"(?={'|'.join(map(re.escape, names))})", text)  # they may overlap
+    cuts = [0, *(found.start() + 1 for found in starts), len(text)]
+    return [text[start:end] for start, end in itertools.pairwise(cuts)]
 
 
 def encode_turn(
@@ -183,7 +198,10 @@ class Chat:
             raise ValueError(f"{path} has a cache but no conversation: pass a file of Chat.save")
         conversation = notes["conversation"]
         if conversation["chat_template"] != tokenizer.chat_template:
-            raise ValueError(f"the conversation in {path} has another chat template: set it for the tokenizer")
+            raise ValueError(
+                f"the conversation in {path} has another chat template: set tokenizer.chat_template "
+                "(`sinklm chat`: --chat-template)"
+            )
         generator = Generator(model, cache, **sampling)
         generator.unread = conversation["unread"]
         generator.recent.extend(conversation["recent"])

@@ -1,13 +1,15 @@
 """Checks the text that transformers' `generate` continues with a cache that has read some already.
 
 `generate` takes the whole text, of which it skips as many tokens as the cache has seen, whatever
-they are. Only the text's length tells it from a new turn. While a model has streaming caches, two
-methods of `generate` are therefore replaced, in which the whole text passes by once per call.
+they are. Only the text's length tells it from a new turn. With the first streaming cache, two
+methods of `GenerationMixin`, and of classes that override them, are therefore wrapped. The whole
+text passes by them once per call. Calls without a streaming cache are not changed.
 """
 
 import copy
-import inspect
-import weakref
+import functools
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,67 +17,22 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 
 from ..models.cache_argument import NAMES
-from .wrappers import decoder_of
 
 if TYPE_CHECKING:
     from .cache import StreamingCache
 
 FULL = "pass `generate` the full sequence, that is the tokens that are already in the cache followed by the new ones"
+is_checked: ContextVar[bool] = ContextVar("is_checked", default=False)  # within a wrapped method
 
 
-class CheckedMethod:
-    """Replaces a method of a model for the lifetime of its streaming caches.
+def checked_prefill(original: Callable) -> Callable:
+    """Wrap `GenerationMixin._prefill`: the first pass of all kinds of generation but assisted."""
 
-    A deep copy and a pickle of the model get the original method.
-    """
-
-    name: str
-
-    def __init__(self, model: GenerationMixin):
-        self.model = weakref.ref(model)
-        self.replaced = vars(model).get(self.name)
-        self.num_caches = 0
-        self.__signature__ = inspect.signature(self.original)  # `generate` looks up names of arguments
-
-    @property
-    def original(self) -> Any:
-        return self.replaced or getattr(type(self.model()), self.name).__get__(self.model())
-
-    @classmethod
-    def install(cls, cache: "StreamingCache", model: Any) -> None:
-        method = vars(model).get(cls.name)
-        if not isinstance(method, cls) or method.model() is not model:
-            method = cls(model)
-            setattr(model, cls.name, method)
-        method.num_caches += 1
-        weakref.finalize(cache, method.release)
-
-    def release(self) -> None:
-        self.num_caches -= 1
-        model = self.model()
-        if self.num_caches or model is None or vars(model).get(self.name) is not self:
-            return
-        delattr(model, self.name)
-        if self.replaced is not None:
-            setattr(model, self.name, self.replaced)
-
-    def __deepcopy__(self, memo: dict) -> Any:
-        if self.replaced is not None:
-            return copy.deepcopy(self.replaced, memo)
-        model = memo[id(self.model())]
-        return getattr(type(model), self.name).__get__(model)
-
-    def __reduce__(self) -> Any:
-        return getattr, (self.model(), self.name)
-
-
-class CheckedPrefill(CheckedMethod):
-    """`GenerationMixin._prefill`: the first pass of all kinds of generation but assisted."""
-
-    name = "_prefill"
-    is_running = False
-
-    def __call__(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(original)
+    def prefill(model: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any):
+        if not any(is_streaming(model_kwargs.get(name)) for name in NAMES):
+            return original(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
+        wrap_methods(type(model))
         cache = used_cache(model_kwargs)
         if cache is not None:
             is_first = args[0] if args else kwargs.get("is_first_iteration", True)
@@ -87,38 +44,66 @@ class CheckedPrefill(CheckedMethod):
                 check_text(cache, input_ids, mask)
             elif mask_length != -1:
                 check_new_length(cache, input_ids.shape[1], mask_length)
-        if any(is_streaming(model_kwargs.get(name)) for name in NAMES) and generation_config.prefill_chunk_size:
+        if generation_config.prefill_chunk_size:
             generation_config = copy.copy(generation_config)
             generation_config.prefill_chunk_size = None  # the cache has its own chunks
-        self.is_running = True
+        token = is_checked.set(True)
         try:
-            return self.original(input_ids, generation_config, model_kwargs, *args, **kwargs)
+            return original(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
         finally:
-            self.is_running = False
+            is_checked.reset(token)
+
+    return prefill
 
 
-class PreparedInputs(CheckedMethod):
-    """`prepare_inputs_for_generation`: assisted generation would read the whole text again."""
+def checked_inputs(original: Callable) -> Callable:
+    """Wrap `prepare_inputs_for_generation`.
 
-    name = "prepare_inputs_for_generation"
+    Assisted generation would read the whole text again. Some models (Phi-3) drop the cache once the
+    text is longer than their original context, since their keys change there; those of a streaming
+    cache do not, so they get the inputs of `GenerationMixin`.
+    """
 
-    def __call__(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(original)
+    def prepare(model: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         cache = used_cache(kwargs)
-        is_checked = getattr(vars(self.model())["_prefill"], "is_running", False)
-        if cache is not None and not is_checked and kwargs.get("is_first_iteration"):
+        if cache is not None and not is_checked.get() and kwargs.get("is_first_iteration"):
             is_assisted = "next_sequence_length" in kwargs and kwargs["next_sequence_length"] is None
             if is_assisted and kwargs.get("inputs_embeds") is None:
-                check_text(cache, input_ids, kwargs.get("attention_mask"))
+                check_assisted(cache, input_ids, kwargs.get("attention_mask"))
                 kwargs["next_sequence_length"] = input_ids.shape[1] - cache.get_seq_length()
-        return self.original(input_ids, *args, **kwargs)
+        token = is_checked.set(True)
+        try:
+            inputs = original(model, input_ids, *args, **kwargs)
+            for name in NAMES:
+                if is_streaming(kwargs.get(name)) and not any(is_streaming(inputs.get(other)) for other in NAMES):
+                    return GenerationMixin.prepare_inputs_for_generation(model, input_ids, *args, **kwargs)
+            return inputs
+        finally:
+            is_checked.reset(token)
+
+    return prepare
 
 
-def check_generation(cache: "StreamingCache", model: nn.Module) -> None:
-    """Check all texts that a model, or one inside its wrappers, continues with this cache."""
+WRAPPERS = {"_prefill": checked_prefill, "prepare_inputs_for_generation": checked_inputs}
+
+
+def check_generation(model: nn.Module) -> None:
+    """Check all texts that are continued with a streaming cache, by this model or one inside it."""
     for module in model.modules():
-        if isinstance(module, GenerationMixin) and decoder_of(module) is cache.decoder:
-            CheckedPrefill.install(cache, module)
-            PreparedInputs.install(cache, module)
+        if isinstance(module, GenerationMixin):
+            wrap_methods(type(module))
+
+
+def wrap_methods(model_class: type) -> None:
+    """Wrap the methods of a model's class, and those of `GenerationMixin`, if they are not yet."""
+    for name, wrapper in WRAPPERS.items():
+        for owner in (GenerationMixin, *model_class.__mro__):
+            method = vars(owner).get(name)
+            if method is not None and not hasattr(method, "checks_streaming"):
+                wrapped: Any = wrapper(method)
+                wrapped.checks_streaming = True
+                setattr(owner, name, wrapped)
 
 
 def is_streaming(cache: Any) -> bool:
@@ -146,6 +131,14 @@ def check_length(cache: "StreamingCache", num_given: int) -> None:
             f"no new tokens for this StreamingCache: the text has {num_given} tokens, and the cache has read "
             f"{num_seen}. To continue, {FULL}; to begin another text, call reset()"
         )
+
+
+def check_assisted(cache: "StreamingCache", ids: Tensor, mask: Tensor | None) -> None:
+    """As `check_text`, for assisted generation, whose mask has been cut to the text."""
+    try:
+        check_text(cache, ids, mask)
+    except ValueError as error:
+        raise ValueError(f"{error}. Prompt lookup and assistants cannot continue with new tokens alone") from None
 
 
 def check_new_length(cache: "StreamingCache", num_new: int, mask_length: int) -> None:
@@ -181,5 +174,5 @@ def check_text(cache: "StreamingCache", ids: Tensor, mask: Tensor | None) -> Non
         )
     raise ValueError(
         f"the text does not begin with the {num_seen} tokens that this StreamingCache has read (rows {rows}). To "
-        f"continue, {FULL}; to begin another text, call reset()"
+        f"continue, {FULL}; to begin another text, or after beam search, call reset()"
     )

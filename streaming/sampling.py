@@ -71,7 +71,10 @@ class Sampling:
         return found
 
     def generate_arguments(self) -> dict[str, Any]:
-        """Return the arguments of ``model.generate``; none is left to the model's own settings."""
+        """Return these settings as arguments of ``model.generate``.
+
+        Other settings, such as beams or stop strings, are those of the model's generation config.
+        """
         arguments: dict[str, Any] = {"do_sample": not self.is_greedy, "repetition_penalty": self.repetition_penalty}
         if not self.is_greedy:
             arguments |= {"temperature": max(self.temperature, MIN_TEMPERATURE), "top_k": self.top_k or 0}

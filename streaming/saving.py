@@ -129,7 +129,7 @@ def check_model(path: Path, state: dict[str, Any], model: PreTrainedModel) -> No
     if state["dtype"] != str(decoder.dtype):
         raise ValueError(
             f"{path} was saved with a model in {state['dtype']}, this model is in {decoder.dtype}: load the model with "
-            f"dtype={state['dtype']}"
+            f"dtype={state['dtype']} (`sinklm`: --dtype {state['dtype'].removeprefix('torch.')})"
         )
     config = relevant_config(decoder)
     for name in sorted(config.keys() & state["config"].keys()):  # other versions of transformers have other names
@@ -164,14 +164,17 @@ def fingerprint(decoder: nn.Module) -> str:
 
     It consists of the sum of each tensor's bits, as integers, and of samples of them.
     """
-    sha = hashlib.sha256()
+    adapters, unused = adapters_of(decoder)
+    sha = hashlib.sha256(json.dumps(adapters).encode() if adapters else b"")
     found: dict[torch.device, list[Tensor]] = {}
-    for name, weight in weights_of(decoder):
+    for name, weight in weights_of(decoder, unused):
         sha.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
         bits = as_bytes(weight)
         if len(bits) == 0:
             continue
-        words = bits.view(torch.int64) if len(bits) % 8 == 0 and bits.storage_offset() % 8 == 0 else bits
+        words = bits
+        if len(bits) % 8 == 0:
+            words = (bits.clone() if bits.storage_offset() % 8 else bits).view(torch.int64)
         samples = words[:: max(1, len(words) // NUM_SAMPLES)].long()
         found.setdefault(weight.device, []).append(torch.cat((words.sum(dtype=torch.int64)[None], samples)))
     for sums in found.values():
@@ -179,13 +182,40 @@ def fingerprint(decoder: nn.Module) -> str:
     return sha.hexdigest()
 
 
-def weights_of(decoder: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters and the saved buffers, those that accelerate has offloaded too."""
+def adapters_of(decoder: nn.Module) -> tuple[dict[str, Any], set[int]]:
+    """Return the state of the adapters of PEFT by layer, and the ids of modules not in use."""
+    states: dict[str, Any] = {}
+    unused: set[int] = set()
+    for prefix, layer in decoder.named_modules():
+        active: Any = getattr(layer, "active_adapters", None)
+        if not isinstance(active, (str, list)) or not hasattr(layer, "disable_adapters"):
+            continue
+        active = [active] if isinstance(active, str) else active
+        merged, scaling = list(getattr(layer, "merged_adapters", [])), getattr(layer, "scaling", None)
+        used = merged + [name for name in active if not layer.disable_adapters]
+        scales = [str(scaling.get(name)) for name in used] if isinstance(scaling, dict) else str(scaling)
+        states[prefix] = [bool(layer.disable_adapters), active, merged, scales]
+        for child in layer.children():
+            if isinstance(child, (nn.ModuleDict, nn.ParameterDict)):  # an entry for each adapter
+                for name, part in child.items():
+                    if name not in used:
+                        unused |= {id(part)} | {id(module) for module in getattr(part, "modules", list)()}
+    return states, unused
+
+
+def weights_of(decoder: nn.Module, unused: set[int]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters and the saved buffers, those that accelerate has offloaded too.
+
+    Args:
+        unused: ids of modules and parameters to leave out.
+    """
     for prefix, module in decoder.named_modules():
+        if id(module) in unused:
+            continue
         with in_memory(module):
             saved = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
             for name, weight in {**module._parameters, **saved}.items():
-                if weight is not None:
+                if weight is not None and id(weight) not in unused:
                     yield from plain_tensors(f"{prefix}.{name}", weight.detach())
 
 

@@ -48,6 +48,8 @@ def test_transformers_loads_the_model_of_a_checkpoint(run_folder):
 def test_from_pretrained_of_a_run_names_the_model_to_load(loader, inner, run_folder):
     with pytest.raises(OSError, match=r"of a training run.*pass .*checkpoints/step-10/model"):
         loader.from_pretrained(run_folder / inner)
+    loaded = loader.from_pretrained(run_folder, subfolder="checkpoints/step-10/model")
+    assert loaded.base_model.final_layer_norm.bias[0] == 10
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

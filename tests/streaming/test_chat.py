@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from sinklm.streaming import Chat, Generator, StreamingCache
-from sinklm.streaming.chat import encode_turn
+from sinklm.streaming.chat import encode_turn, split_special
 
 from ..eval.checkpoints import small_model, small_tokenizer
 
@@ -177,3 +178,20 @@ def test_special_tokens_in_a_message_are_text(template):
 def test_a_message_without_special_tokens_is_encoded_with_its_surroundings():
     words = tokenizer()
     assert encode_turn(words, "User: ", "say it", "\nBot:") == words("User: say it\nBot:")["input_ids"]
+
+
+def test_added_tokens_of_ordinary_text_are_encoded_as_such():
+    """Like the runs of spaces of Pythia's tokenizer, also if a template is indented."""
+    words = tokenizer()
+    words.add_tokens([AddedToken(" " * n, normalized=True) for n in range(2, 9)])
+    words.add_tokens(["<|user|>", "<|tool|>"])  # control tokens need not be special
+    for template in (None, "        " + TEMPLATE + "<|user|>"):
+        words.chat_template = template
+        message = "def f():\n" + " " * 8 + "return '<|tool|>'"
+        assert encode_turn(words, "", message, "") == words(message, add_special_tokens=False)["input_ids"]
+        assert len(split_special("say <|user|>", words)) == (1 if template is None else 2)
+
+
+def test_many_special_tokens_are_split():
+    end = "<|endoftext|>"
+    assert split_special(end * 3000, tokenizer()) == ["<", *[end[1:] + "<"] * 2999, end[1:]]

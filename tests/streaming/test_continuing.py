@@ -164,19 +164,44 @@ def test_assisted_generation_inside_the_cache_equals_generation_without(family):
         model.generate(torch.cat((again, ids), dim=1), past_key_values=cache, **options)  # still known
 
 
-def test_the_model_is_unchanged_without_caches(tmp_path):
+def test_copies_of_a_model_check_their_own_caches(tmp_path):
     model = build("llama")
-    cache = for_model(model)
+    cache = for_model(model)  # while it exists, the decoder's forward method is replaced
     torch.save(model, tmp_path / "model.pt")
-    for twin in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert not cache.is_initialized
+    for twin in (copy.deepcopy(model), copy.copy(model), loaded):
         assert generate(twin, turn(5), None).tolist() == generate(model, turn(5), None).tolist()
         text = generate(twin, turn(5), own := for_model(twin))
         with pytest.raises(ValueError, match=READ):
             generate(twin, turn(9), own)
         assert text.shape == (1, 9)
+
+
+def test_another_head_is_checked_and_methods_outlive_the_caches():
+    model = build("llama")
+    cache = for_model(model.model)  # of the decoder, which does not know its head
+    kept = model.prepare_inputs_for_generation
+    generate(model, turn(9, seed=1), cache)
+    with pytest.raises(ValueError, match=READ):
+        generate(model, turn(30), cache)
     del cache
     gc.collect()
-    assert not {"_prefill", "prepare_inputs_for_generation"} & vars(model).keys()
+    assert kept(turn(5), use_cache=True)["input_ids"].shape == (1, 5)
+
+
+def test_new_tokens_alone_with_prompt_lookup_and_a_turn_after_beams_are_errors():
+    model = build("llama")
+    cache = for_model(model, window=60)
+    full = torch.cat((generate(model, turn(9, seed=1), cache), turn(3)), dim=1)
+    new = full[:, cache.get_seq_length() :]
+    with pytest.raises(ValueError, match="cannot continue with new tokens alone"):
+        generate(model, new, cache, attention_mask=torch.ones_like(full), prompt_lookup_num_tokens=3)
+    cache.reset()
+    full = torch.cat((generate(model, turn(9, seed=1), cache, num_beams=2), turn(3)), dim=1)
+    for num_beams in (1, 2):
+        with pytest.raises(ValueError, match=r"call reset\(\)"):
+            generate(model, full.roll(1, dims=1), cache, num_beams=num_beams)
 
 
 def test_the_record_does_not_depend_on_passes_and_forgets_what_is_removed():

@@ -32,6 +32,23 @@ def test_every_family_equals_the_stock_model(name):
     assert check_family(random_model(small_families.config(name))) < 2e-5
 
 
+@pytest.mark.parametrize("name", small_families.FAMILIES)
+@torch.no_grad()
+def test_generate_streams_past_every_length_of_the_config(name):
+    """Its text is the one that the streaming rule gives, also where a model drops other caches."""
+    config = small_families.config(name)
+    if hasattr(config, "original_max_position_embeddings"):
+        config.original_max_position_embeddings = 15
+    model, ids = random_model(config), tiny.random_ids(9)
+    for num_new in (10, 2):  # the second prompt is longer than 15
+        cache, again = (StreamingCache.for_model(model, num_kept=1, window=5) for _ in range(2))
+        options = {"do_sample": False, "eos_token_id": None, "use_cache": True, "max_new_tokens": num_new}
+        ids = model.generate(ids, attention_mask=torch.ones_like(ids), **{CACHE: cache}, **options)
+        assert cache.get_seq_length() == ids.shape[1] - 1
+        expected = model(ids, **{CACHE: again}).logits.argmax(-1)[0, -num_new - 1 : -1]
+        assert ids[0, -num_new:].tolist() == expected.tolist()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", small_families.FAMILIES)
 def test_every_family_equals_the_stock_model_on_a_gpu(name):

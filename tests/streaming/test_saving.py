@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sinklm.streaming import Chat, Generator, StreamingCache
+from sinklm.streaming.saving import fingerprint
 
 from ..eval.checkpoints import small_model
 from ..models.tiny import tiny_model
@@ -168,3 +169,29 @@ def test_a_cache_without_a_conversation_is_an_error(file):
     with pytest.raises(ValueError, match="no conversation"):
         Chat.load(file, tokenizer(), model)
     Generator(model, StreamingCache.load(file, model))
+
+
+def test_an_interrupted_first_token_leaves_an_empty_cache(model, file, monkeypatch):
+    cache = StreamingCache.for_model(model, num_kept=1, window=4)
+    ids = tiny.random_ids(1)
+
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.model.layers[0].mlp), "forward", fail)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids, past_key_values=cache)
+    cache.save(file)
+    loaded = StreamingCache.load(file, model)
+    assert loaded.get_seq_length() == cache.get_seq_length() == 0
+    assert torch.equal(model(ids, past_key_values=loaded).logits, model(ids, past_key_values=cache).logits)
+
+
+def test_the_fingerprint_does_not_depend_on_the_memory_of_a_weight(model):
+    moved = copy.deepcopy(model)
+    weight = moved.model.layers[0].mlp.up_proj.weight
+    storage = torch.zeros(weight.numel() + 1)
+    storage[1:] = weight.detach().flatten()
+    weight.data = storage[1:].view_as(weight)
+    assert fingerprint(moved.model) == fingerprint(model.model)

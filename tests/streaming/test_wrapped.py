@@ -59,6 +59,27 @@ def test_a_lora_adapter_streams_like_the_merged_model(tmp_path):
         StreamingCache.load(tmp_path / "cache", build())
 
 
+def test_a_cache_belongs_to_the_adapters_in_use(tmp_path):
+    """Another active adapter, scaling or none is another model, one that is not in use is not."""
+    peft, model, file = pytest.importorskip("peft"), with_lora(build()).eval(), tmp_path / "cache"
+    cache = for_model(model)
+    run(model, cache, tiny.random_ids(16))
+    cache.save(file)
+    settings = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, r=4, task_type="CAUSAL_LM")
+    model.add_adapter("other", settings)
+    StreamingCache.load(file, model)
+    with model.disable_adapter(), pytest.raises(ValueError, match="the weights differ"):
+        StreamingCache.load(file, model)
+    model.set_adapter("other")
+    with pytest.raises(ValueError, match="the weights differ"):
+        StreamingCache.load(file, model)
+    model.set_adapter("default")
+    StreamingCache.load(file, model)
+    model.base_model.model.model.layers[0].self_attn.q_proj.set_scale("default", 3.0)
+    with pytest.raises(ValueError, match="the weights differ"):
+        StreamingCache.load(file, model)
+
+
 @torch.no_grad()
 def test_a_compiled_model_streams_like_the_model_itself():
     model, ids = build(num_hidden_layers=1), tiny.random_ids(12)
