@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..extras import require_extra
-from ..files import PARTIAL, check_writable, sync_file
+from ..files import check_writable, partial_name, sync_file
 from .export import EXPORTABLE_KINDS, ExportedTokenizer, exported_tokenizer, sink_config, sink_ids
 from .loading import load_model
 
@@ -72,12 +72,13 @@ def export_gguf(checkpoint: str | Path, output: str | Path, *, dtype: str = "aut
             stacklevel=2,
         )
     matrix_dtype = model.dtype if dtype == "auto" else DTYPES[dtype]
-    partial = path.with_name(f".{path.name}{PARTIAL}")
+    target = Path(os.path.realpath(path))  # of a link
+    partial = target.with_name(partial_name(target.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(partial, model, tokenizer, matrix_dtype, output.absolute().stem)
         sync_file(partial)
-        os.replace(partial, path)
+        os.replace(partial, target)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
