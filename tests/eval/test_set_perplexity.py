@@ -5,13 +5,14 @@ import math
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sinklm.checkpoints import load_model, load_tokenizer
 from sinklm.cli.perplexity import perplexity
 from sinklm.data import open_store, prepare_store
 from sinklm.data.inputs import find_inputs
 from sinklm.eval.loading import open_store_of
-from sinklm.eval.set_perplexity import SetLoss, measure, sets_of, total
+from sinklm.eval.set_perplexity import DEFAULT_LENGTH, SetLoss, measure, sets_of, total
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,21 @@ def test_every_token_but_the_first_is_scored_once_in_windows_after_the_sinks(che
         few = measure(model, tokenizer, name, tokens, max_tokens=room + 5)
         assert few.num_tokens == room + 5
         assert few.nats < found.nats
+
+
+@pytest.mark.parametrize(("family", "length"), [("mpt", 64), ("bloom", DEFAULT_LENGTH)])
+def test_a_model_without_positions_has_windows_of_its_own_or_a_default_length(checkpoints, store, family, length):
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "vocab_size": 500}
+    layers = {"mpt": {"n_layers": 1, "max_seq_len": 64}, "bloom": {"n_layer": 1}}[family]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **layers)).eval()
+    tokenizer = load_tokenizer(checkpoints[0])
+    tokens = sets_of(open_store_of(store, tokenizer))["Books"]
+    ids = torch.from_numpy(tokens.read(0, 66)).long()
+    with torch.no_grad():
+        logits = [model(part[None]).logits[0] for part in ids[:-1].split(length)]
+    expected = torch.nn.functional.cross_entropy(torch.cat(logits), ids[1:], reduction="sum").item()
+    found = measure(model, tokenizer, "Books", tokens, max_tokens=65)
+    assert found.nats == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_total_is_over_all_tokens():
