@@ -198,7 +198,9 @@ def register_family(
 
 
 def num_embedded_positions(config: PreTrainedConfig) -> int | None:
-    """Return the number of positions of a model with absolute position embeddings, else None."""
+    """Return the number of positions if the model has a table of them, else None."""
+    if config.model_type == "mpt":
+        return config.max_seq_len
     is_absolute = REFUSED.get(config.model_type) == ABSOLUTE
     return getattr(config, "max_position_embeddings", None) if is_absolute else None
 
