@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..extras import require_extra
-from ..files import PARTIAL, check_new, sync_file
+from ..files import check_new, partial_name, sync_file
 from ..models.config import sink_config
 from .export import EXPORTABLE_KINDS, ExportedTokenizer, exported_tokenizer
 from .loading import load_model
@@ -72,7 +72,7 @@ def export_gguf(checkpoint: str | Path, output: str | Path, *, dtype: str = "aut
             stacklevel=2,
         )
     matrix_dtype = model.dtype if dtype == "auto" else DTYPES[dtype]
-    partial = target.with_name(f".{target.name}{PARTIAL}")
+    partial = target.with_name(partial_name(target.name))
     name = output.absolute().stem if output.suffix == ".gguf" else output.absolute().name
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

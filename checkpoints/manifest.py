@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..files import PARTIAL, sync_file, sync_folder, write_text
+from ..files import partial_name, sync_file, sync_folder, write_text
 from .folders import (
     COMPLETE_MARKER,
     DEEPSPEED_FOLDER,
@@ -61,7 +61,7 @@ def owned_files(checkpoint: Path, rank: int, world_size: int) -> list[str]:
     """
     names = _file_names(checkpoint, checkpoint)
     owned = [name for name in names if owner(name, world_size) == rank]
-    return sorted(name for name in owned if name not in (COMPLETE_MARKER, f"{COMPLETE_MARKER}{PARTIAL}"))
+    return sorted(name for name in owned if name not in (COMPLETE_MARKER, partial_name(COMPLETE_MARKER)))
 
 
 def owner(name: str, world_size: int) -> int:

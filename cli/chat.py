@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..console import Console
-from ..files import check_writable
+from ..files import check_writable, locked, named_errors
 from ..text import message_of
 from .generate import describe_cache, show
 from .options import (
     MAX_NEW_TOKENS_HELP,
+    MOST_NEW_TOKENS,
     Cache,
     Device,
     Dtype,
@@ -54,7 +56,7 @@ def chat(
             show_default=False,
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help=MAX_NEW_TOKENS_HELP)] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_NEW_TOKENS, help=MAX_NEW_TOKENS_HELP)] = 512,
     temperature: Temperature = 0.8,
     top_k: TopK = None,
     top_p: TopP = 1.0,
@@ -84,45 +86,68 @@ def chat(
     shape = None if cache is None else parse_cache(cache)
     check_temperature(temperature)
     template = None if chat_template is None else _read_template(chat_template)
-    if session is not None:
-        check_writable(session)
     console = Console(is_quiet=quiet)
-    console.note(f"loading {model} …")
-    import torch
+    with nullcontext() if session is None else _held(session):
+        console.note(f"loading {model} …")
+        import torch
 
-    from ..checkpoints import load_model, load_tokenizer
-    from ..streaming import Chat
-    from ..streaming.sampling import Sampling
-    from .generate import make_generator
+        from ..checkpoints import load_model, load_tokenizer
+        from ..streaming import Chat
+        from ..streaming.sampling import Sampling
+        from .generate import make_generator
 
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    language_model, tokenizer = load_model(model, **placement(device, dtype)), load_tokenizer(model)
-    tokenizer.chat_template = template or tokenizer.chat_template
-    if session is not None and session.exists():
-        options: dict[str, Any] = asdict(sampling) | {"max_new_tokens": max_new_tokens}
-        conversation = Chat.load(session, tokenizer, language_model, **options)
-        _check_same(session, conversation, shape, system)
-        console.note(f"continuing {session}, which has {len(conversation.history)} messages")
-    else:
-        generator = make_generator(console, language_model, shape, sampling)
-        conversation = Chat(tokenizer, generator, system=system, max_new_tokens=max_new_tokens)
-    _explain(console, has_template=bool(tokenizer.chat_template))
-    torch.manual_seed(seed)
-    _converse(console, conversation, session)
-    cache_used = conversation.generator.cache
-    console.note(f"{cache_used.get_seq_length():,} tokens seen; {describe_cache(cache_used)}")
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        language_model, tokenizer = load_model(model, **placement(device, dtype)), load_tokenizer(model)
+        tokenizer.chat_template = template or tokenizer.chat_template
+        if session is not None and session.exists():
+            options: dict[str, Any] = asdict(sampling) | {"max_new_tokens": max_new_tokens}
+            conversation = Chat.load(session, tokenizer, language_model, **options)
+            _check_same(session, conversation, shape, system)
+            console.note(f"continuing {session}, which has {len(conversation.history)} messages")
+        else:
+            generator = make_generator(console, language_model, shape, sampling)
+            conversation = Chat(tokenizer, generator, system=system, max_new_tokens=max_new_tokens)
+        _explain(console, has_template=bool(tokenizer.chat_template))
+        torch.manual_seed(seed)
+        conversation = _converse(console, conversation, session)
+        cache_used = conversation.generator.cache
+        console.note(f"{cache_used.get_seq_length():,} tokens seen; {describe_cache(cache_used)}")
 
 
-def _converse(console: Console, conversation: "Chat", session: Path | None) -> None:
-    """Answer the messages of stdin, and save the conversation after each."""
+def _held(session: Path) -> AbstractContextManager[None]:
+    """Return the lock of a session's file, whose folder is created."""
+    target = session.resolve()  # links to a file have its lock
+    check_writable(target)
+    with named_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    busy = f"--session {session} is in use by another `sinklm chat`: end it, or choose another file"
+    return locked(target.with_name(f".{target.name}.lock"), busy)
+
+
+def _converse(console: Console, conversation: "Chat", session: Path | None) -> "Chat":
+    """Answer the messages of stdin, and save the conversation after each. Return it at the end."""
     for message in _messages():
         if message == RESET:
             conversation.reset()
             console.note("new conversation")
         else:
-            _reply(console, conversation, message)
-        if session is not None and not conversation.generator.cache.is_damaged:
+            _reply(conversation, message)
+        if conversation.generator.cache.is_damaged:
+            conversation = _restored(console, conversation, session)
+        elif session is not None:
             conversation.save(session)
+    return conversation
+
+
+def _restored(console: Console, conversation: "Chat", session: Path | None) -> "Chat":
+    """Return the conversation before a message whose reading was interrupted, if it was saved."""
+    if session is None or not session.exists():
+        console.warn("reading the message was interrupted: the next message starts a new conversation")
+        return conversation
+    console.warn("reading the message was interrupted: it is not part of the conversation")
+    generator = conversation.generator
+    options = asdict(generator.sampling) | {"max_new_tokens": conversation.max_new_tokens}
+    return type(conversation).load(session, conversation.tokenizer, generator.decoder.model, **options)
 
 
 def _explain(console: Console, *, has_template: bool) -> None:
@@ -155,7 +180,7 @@ def _read_template(template: str) -> str:
     if "{{" in template or "{%" in template:
         return template
     try:
-        return Path(template).read_text(encoding="utf-8")
+        return Path(template).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--chat-template {template} cannot be read: {message_of(error)}; pass a file in UTF-8 or a Jinja template"
@@ -180,7 +205,7 @@ def _messages() -> Iterator[str]:
             yield line.strip()
 
 
-def _reply(console: Console, conversation: "Chat", message: str) -> None:
+def _reply(conversation: "Chat", message: str) -> None:
     has_begun = False
     try:
         for piece in conversation(message):
@@ -188,6 +213,5 @@ def _reply(console: Console, conversation: "Chat", message: str) -> None:
             has_begun = has_begun or bool(shown)
             show(shown)
     except KeyboardInterrupt:
-        if conversation.generator.cache.is_damaged:
-            console.warn("reading the message was interrupted: the next message starts a new conversation")
+        pass
     print(flush=True)

@@ -12,6 +12,7 @@ from ..console import Console
 from ..text import printable
 from .options import (
     MAX_NEW_TOKENS_HELP,
+    MOST_NEW_TOKENS,
     Cache,
     Device,
     Dtype,
@@ -79,7 +80,7 @@ def generate(
     ] = False,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help=MAX_NEW_TOKENS_HELP, show_default="128; no limit with --stream"),
+        typer.Option(min=1, max=MOST_NEW_TOKENS, help=MAX_NEW_TOKENS_HELP, show_default="128; no limit with --stream"),
     ] = None,
     temperature: Temperature = 0.8,
     top_k: TopK = None,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 LARGEST_SEED = 2**32 - 1
+MOST_NEW_TOKENS = 10**12
 
 
 class DtypeName(StrEnum):
@@ -149,8 +150,8 @@ def placement(device: str | None, dtype: str) -> dict[str, Any]:
 
     if device is not None:
         try:
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            torch.zeros(1, device=device).tolist()  # meta has no values
+        except Exception as error:  # of any type: backends fail in their own ways
             count = torch.cuda.device_count()
             gpus = f"cuda:0 to cuda:{count - 1}" if count > 1 else "cuda" if count else ""
             usable = " or ".join(filter(None, ["cpu", gpus]))

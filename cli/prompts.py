@@ -28,7 +28,7 @@ def _of_argument(prompt: str) -> str:
         raise ValueError("standard input is closed: pass the prompt as an argument, or open standard input")
     try:
         if prompt == "-":  # as UTF-8, whatever the locale
-            return sys.stdin.buffer.read().decode() if hasattr(sys.stdin, "buffer") else sys.stdin.read()
+            return sys.stdin.buffer.read().decode("utf-8-sig") if hasattr(sys.stdin, "buffer") else sys.stdin.read()
         return os.fsencode(prompt).decode() if _has_bytes(prompt) else prompt
     except UnicodeError as error:
         raise ValueError(f"the prompt is not valid UTF-8 ({error}): convert it to UTF-8") from error
@@ -42,13 +42,13 @@ def _has_bytes(argument: str) -> bool:
 def _of_file(file: Path) -> list[str]:
     """Read a prompt from each line; in JSON lines, a text or an object with the key ``prompt``."""
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise type(error)(f"--prompts-file {file} cannot be read: {error.strerror}; check the path") from error
     except UnicodeError as error:
         raise ValueError(f"--prompts-file {file} is not valid UTF-8 ({error}): convert it to UTF-8") from error
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not file.name.endswith(".jsonl"):
+    if file.suffix.lower() != ".jsonl":
         return [line for _, line in numbered]
     return [_of_json(line, f"--prompts-file {file}, line {number}") for number, line in numbered]
 
@@ -61,4 +61,8 @@ def _of_json(line: str, where: str) -> str:
     prompt = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(prompt, str):
         raise ValueError(f'{where} has no prompt: write a text or {{"prompt": "…"}} in each line')
+    try:
+        prompt.encode()
+    except UnicodeError as error:
+        raise ValueError(f"{where} has half of a surrogate pair ({error}): write both halves") from error
     return prompt

@@ -12,7 +12,7 @@ from urllib.parse import quote
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from ..files import PARTIAL, write_json
+from ..files import PARTIAL, partial_name, write_json
 from .inputs import no_document
 from .manifest import SPLITS, Counts, FileInfo, sha256_of
 from .megatron import MegatronWriter
@@ -154,8 +154,9 @@ class ShardJob:
                     files[name] = FileInfo(bytes=path.stat().st_size, sha256=sha256_of(path))
         self._writers.clear()
         for split in SPLITS:  # of a set that the input no longer has
-            for path in (self.store / split).glob(f"{self.stem}.*{PARTIAL}"):
-                path.unlink()
+            for name in (f"{self.stem}.*{PARTIAL}", partial_name(f"{self.stem}.*")):
+                for path in (self.store / split).glob(name):
+                    path.unlink()
         self.state.files = files
         write_json(self.note_path, self.state.model_dump(), ensure_ascii=False)
 

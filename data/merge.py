@@ -4,7 +4,7 @@ import errno
 import os
 from pathlib import Path
 
-from ..files import PARTIAL, atomic_file, locked, sync_folder, write_json
+from ..files import atomic_file, locked, partial_name, sync_folder, write_json
 from .manifest import MANIFEST_NAME, TOKENIZER_NAME, Counts, FileInfo, Manifest, Split
 from .store import TokenStore, note_verified
 
@@ -97,7 +97,7 @@ def _check_contents(output: Path, links: dict[Path, Path], tokenizer: Path) -> N
     """Check that the output has nothing but what an interrupted merge of these stores left."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output}: is not a folder; choose another")
-    unfinished = {output / f"{name}{PARTIAL}" for name in (TOKENIZER_NAME, MANIFEST_NAME)} | {output / LOCK_NAME}
+    unfinished = {output / partial_name(name) for name in (TOKENIZER_NAME, MANIFEST_NAME)} | {output / LOCK_NAME}
     for path in output.rglob("*"):
         if path.is_symlink():
             is_ours = False

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch.nn import functional as F
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import TokenStore
 from ..data.store import Tokens, TokenSource
@@ -19,6 +19,7 @@ from ..streaming.generation import REPLACEMENT
 from .perplexity import text_prefix
 
 SPLIT = "validation"
+DEFAULT_LENGTH = 2048  # tokens of a window, for a model without a trained length
 BATCH_TOKENS = 4096  # per batch of windows
 LOGIT_BYTES = 2**30  # per pass, in float32
 
@@ -95,7 +96,7 @@ def measure(
     started = time.perf_counter()
     num_scored = len(tokens) - 1 if max_tokens is None else min(max_tokens, len(tokens) - 1)
     prefix = torch.tensor(text_prefix(tokenizer), dtype=torch.long)
-    room = model.config.max_position_embeddings - len(prefix) - getattr(model.config, "num_sinks", 0)
+    room = trained_length(model.config) - len(prefix) - getattr(model.config, "num_sinks", 0)
     if room < 1:
         raise ValueError("the model's trained length leaves no room for text")
     nats, counter = 0.0, ByteCounter(tokenizer)
@@ -136,6 +137,12 @@ class ByteCounter:
     def _text(self) -> str:
         text = self.tokenizer.decode(self.document, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text if self.num_bytes else text.lstrip(REPLACEMENT)
+
+
+def trained_length(config: PreTrainedConfig) -> int:
+    """Return the trained length, `DEFAULT_LENGTH` if the config has none (ALiBi: MPT, BLOOM)."""
+    names = ("max_position_embeddings", "max_seq_len", "seq_length")
+    return next(filter(None, (getattr(config, name, None) for name in names)), DEFAULT_LENGTH)
 
 
 @torch.inference_mode()

@@ -4,6 +4,8 @@ import os
 import warnings
 from typing import Any
 
+from torch import nn
+
 from .rule import StreamShape
 from .wrappers import unwrapped
 
@@ -23,6 +25,16 @@ def refuse_name(model: object) -> None:
         raise TypeError(
             f"StreamingCache.for_model takes a loaded model and not its name: pass sinklm.load_model({str(model)!r})"
         )
+
+
+def refuse_without_weights(decoder: nn.Module) -> None:
+    """Raise a ValueError if weights are missing, and were not offloaded by accelerate either."""
+    if any(
+        parameter.is_meta and not hasattr(module, "_hf_hook")
+        for module in decoder.modules()
+        for parameter in module.parameters(recurse=False)
+    ):
+        raise ValueError("the model has weights on the device meta, which stores none: load them first")
 
 
 def warn_if_untrained(model: Any, shape: StreamShape) -> None:

@@ -1,7 +1,8 @@
 """Buffers of an attention layer: keys and values in slots, and the original kept keys."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -161,6 +162,23 @@ def select_rows(buffer: Tensor, rows: Tensor) -> Tensor:
     """
     selected = buffer.index_select(0, rows.to(buffer.device))
     return buffer.copy_(selected) if selected.shape == buffer.shape else static_copy(selected)
+
+
+def row_index(rows: Any, batch_size: int, device: torch.device) -> Tensor:
+    """Return the numbers of some rows of a batch as a tensor.
+
+    Raises:
+        ValueError: they are not a sequence or tensor of integers from 0 to ``batch_size - 1``.
+    """
+    found = rows.tolist() if hasattr(rows, "tolist") else rows
+    is_index = isinstance(found, list | tuple | range) and all(
+        isinstance(row, Integral) and not isinstance(row, bool) and 0 <= int(row) < batch_size for row in found
+    )
+    if not is_index:
+        raise ValueError(
+            f"rows is {str(found)[:80]}: pass a sequence or tensor of row numbers from 0 to {batch_size - 1}"
+        )
+    return torch.tensor(list(map(int, found)), dtype=torch.long, device=device)
 
 
 def gather_columns(states: Tensor, columns: Tensor) -> Tensor:

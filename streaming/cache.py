@@ -11,30 +11,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from .advice import refuse_constructor, refuse_name, warn_if_untrained
-from .buffers import StreamingLayer, select_rows, static_copy, static_zeros
+from .advice import refuse_constructor, refuse_name, refuse_without_weights, warn_if_untrained
+from .buffers import StreamingLayer, row_index, select_rows, static_copy, static_zeros
 from .continuing import check_generation
 from .encodings import Rotary
 from .families import family_of, num_equal_positions
-from .quantized import KV_DTYPES, QuantizedLayer
+from .quantized import KV_DTYPES, QuantizedLayer, check_head_sizes
 from .record import TextRecord
 from .rule import StreamShape
 from .saving import load_cache, save_cache
 from .steering import SteeredForward
 from .steps import ChunkStep, DecodeStep
 from .wrappers import decoder_of
-
-
-def is_without_weights(decoder: nn.Module) -> bool:
-    """Whether weights are missing, and were not offloaded by accelerate either."""
-    return any(
-        parameter.is_meta and not hasattr(module, "_hf_hook")
-        for module in decoder.modules()
-        for parameter in module.parameters(recurse=False)
-    )
 
 
 @dataclass
@@ -77,7 +68,8 @@ class StreamingCache(Cache):
         model.generate(**inputs, past_key_values=cache, max_new_tokens=100_000)
 
     The cache belongs to one model and one batch of streams. Forward passes may have any length,
-    from one token to a whole book, with the same result. Padding in the ``attention_mask`` is not
+    from one token to a whole book, with the same result (but for rounding if keys and values are
+    quantized). Padding in the ``attention_mask`` is not
     part of a stream. For inference only.
     """
 
@@ -87,8 +79,9 @@ class StreamingCache(Cache):
 
     def __init__(self, model: PreTrainedModel, shape: StreamShape, chunk_size: int, kv_dtype: str | None = None):
         decoder = decoder_of(model)
-        if is_without_weights(decoder):
-            raise ValueError("the model has weights on the device meta, which stores none: load them first")
+        refuse_without_weights(decoder)
+        if kv_dtype is not None:
+            check_head_sizes(decoder.config, kv_dtype)
         family = family_of(decoder.config, shape)
         encoding = family.encoding(decoder, shape)
         new_layer = StreamingLayer if kv_dtype is None else partial(QuantizedLayer, kv_dtype)
@@ -133,7 +126,9 @@ class StreamingCache(Cache):
             chunk_size: maximum number of tokens of a prompt per forward pass. It bounds the memory
                 and does not change the result.
             kv_dtype: store keys and values with 8 or 4 bits, except those of the kept tokens and of
-                the last 32. None stores them as they are.
+                the last 32. None stores them as they are. With a window above 32, passes of other
+                lengths then give slightly different results: within a pass, tokens see each other
+                in full precision.
 
         Warns:
             UserWarning: the cache has more positions than the model was trained on.
@@ -141,7 +136,7 @@ class StreamingCache(Cache):
         Raises:
             TypeError: ``model`` is a name.
             ValueError: the model is not supported, ``num_kept < 0``, ``window < 1``,
-                ``chunk_size < 1``, or an unknown ``kv_dtype``.
+                ``chunk_size < 1``, an unknown ``kv_dtype``, or ``"int4"`` for an odd head size.
         """
         refuse_name(model)
         if kv_dtype is not None and kv_dtype not in KV_DTYPES:
@@ -405,15 +400,15 @@ class StreamingCache(Cache):
         """Memory of keys and values in bytes, constant after the first forward pass."""
         return sum(layer.num_bytes for layer in self.streaming_layers)
 
-    def reset(self, rows: Sequence[int] | None = None) -> None:
+    def reset(self, rows: Sequence[int] | Tensor | None = None) -> None:
         """Empty the cache. The next forward pass starts new streams, with any batch size.
 
         Args:
-            rows: empty only these rows of the batch. The others continue.
+            rows: numbers of the only rows of the batch to empty. The others continue.
 
         Raises:
-            ValueError: the model has sink tokens that the cache does not keep. They cannot be read
-                again for some rows only.
+            ValueError: ``rows`` are not integers from 0 to B - 1, or the model has sink tokens that
+                the cache does not keep. They cannot be read again for some rows only.
         """
         if rows is not None:
             self._reset_rows(rows)
@@ -424,7 +419,7 @@ class StreamingCache(Cache):
         for layer in self.streaming_layers:
             layer.free()
 
-    def _reset_rows(self, rows: Sequence[int]) -> None:
+    def _reset_rows(self, rows: Sequence[int] | Tensor) -> None:
         self.check_whole()
         if self.counters is None or self.record is None:
             return
@@ -434,7 +429,7 @@ class StreamingCache(Cache):
                 f"the model has {len(sink_ids)} sink tokens, of which the cache keeps {self.shape.num_kept}: reset all "
                 "rows, or use a cache with a larger num_kept"
             )
-        index = torch.tensor(rows, dtype=torch.long, device=self.counters.base.device)
+        index = row_index(rows, self.batch_size, self.counters.base.device)
         self.counters.num_seen[index] = len(sink_ids)
         self.counters.base[index] = 0
         self.record.restart_rows(index, sink_ids)

@@ -59,7 +59,7 @@ def encode_turn(
     return [
         token
         for i, part in enumerate(parts)
-        for token in tokenizer(part, add_special_tokens=begins and i == 0)["input_ids"]
+        for token in tokenizer(part, add_special_tokens=begins and i == 0, verbose=False)["input_ids"]
     ]
 
 

@@ -143,8 +143,8 @@ def check_assisted(cache: "StreamingCache", ids: Tensor, mask: Tensor | None) ->
 
 def check_new_length(cache: "StreamingCache", num_new: int, mask_length: int) -> None:
     """Raise a ValueError if a mask does not cover the tokens that were read and the new ones."""
-    num_seen, num_sinks = num_text_columns(cache), getattr(cache.decoder.config, "num_sinks", 0)
-    if mask_length not in (num_seen + num_new, num_seen + num_sinks + num_new):
+    num_seen = num_text_columns(cache)
+    if mask_length != num_seen + num_new:
         raise ValueError(
             f"attention_mask covers {mask_length} tokens, but this StreamingCache has read {num_seen} and gets "
             f"{num_new} new ones. The last token that `generate` returned is not in the cache yet: {FULL}"

@@ -181,8 +181,15 @@ def register_family(
         adapter: for attention code that does not use transformers' attention interface.
 
     Raises:
-        ValueError: the type is supported already, or known to be impossible.
+        ValueError: the type is supported already, or known to be impossible; or an argument is of
+            the wrong type.
     """
+    if not isinstance(model_type, str) or not model_type:
+        raise ValueError(f"model_type is {model_type!r}: pass the model_type of the decoder's config")
+    if not callable(encoding):
+        raise ValueError(f"encoding is {encoding!r}: pass a function of (decoder, shape), such as shared_rotary")
+    if adapter is not None and not isinstance(adapter, adapters.Adapter):
+        raise ValueError(f"adapter is {adapter!r}: pass a sinklm.streaming.adapters.Adapter, or None")
     if reason := refusal(model_type):
         raise ValueError(f"model type {model_type!r} cannot be registered for streaming: {reason}")
     if model_type in FAMILIES:
@@ -191,7 +198,9 @@ def register_family(
 
 
 def num_embedded_positions(config: PreTrainedConfig) -> int | None:
-    """Return the number of positions of a model with absolute position embeddings, else None."""
+    """Return the number of positions if the model has a table of them, else None."""
+    if config.model_type == "mpt":
+        return config.max_seq_len
     is_absolute = REFUSED.get(config.model_type) == ABSOLUTE
     return getattr(config, "max_position_embeddings", None) if is_absolute else None
 

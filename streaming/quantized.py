@@ -7,7 +7,7 @@ bits, a smallest value.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -70,6 +70,16 @@ class Int4:
 
 
 KV_DTYPES: dict[str, Int8 | Int4] = {"int8": Int8(), "int4": Int4()}
+
+
+def check_head_sizes(config: Any, kv_dtype: str) -> None:
+    """Raise a ValueError if the heads of a model cannot be stored in this format."""
+    if hasattr(config, "qk_nope_head_dim"):
+        sizes = [config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim]
+    else:
+        sizes = [getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads]
+    for head_dim in sizes:
+        KV_DTYPES[kv_dtype].codes_shape(head_dim)
 
 
 class QuantizedLayer(StreamingLayer):

@@ -13,6 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+MAX_PENALTY = 1000  # and its inverse is the lowest; scores overflow with much larger ones
 MIN_TEMPERATURE = 1e-6  # equals greedy decoding; scores divided by a lower temperature overflow
 
 
@@ -46,8 +47,10 @@ class Sampling:
             raise ValueError(f"top_p is {self.top_p}: it must be greater than 0 and at most 1")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p is {self.min_p}: it must be from 0 to 1")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty is {self.repetition_penalty}: it must be a finite number above 0")
+        if not 1 / MAX_PENALTY <= self.repetition_penalty <= MAX_PENALTY:
+            raise ValueError(
+                f"repetition_penalty is {self.repetition_penalty}: it must be from {1 / MAX_PENALTY} to {MAX_PENALTY}"
+            )
 
     @property
     def is_greedy(self) -> bool:

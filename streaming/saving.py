@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..files import atomic_file, named_errors
+from .advice import refuse_without_weights
 from .record import TextRecord
 from .rule import StreamShape
 from .wrappers import decoder_of
@@ -63,6 +64,7 @@ def load_cache(path: Path, model: PreTrainedModel) -> tuple["StreamingCache", di
     """Load a cache and its notes, see `StreamingCache.load`."""
     from .cache import StreamCounters, StreamingCache
 
+    refuse_without_weights(decoder_of(model))
     state, tensors = read_file(path)
     check_model(path, state, model)
     cache = StreamingCache(

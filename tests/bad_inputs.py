@@ -367,6 +367,12 @@ OPTIONS = [
     Case("a negative temperature", GENERATE + " --temperature -1", r".*'--temperature'.*; see sinklm generate --help"),
     Case("a seed of 23 digits", GENERATE + " --seed 1" + "0" * 23, r".*'--seed'.*; see sinklm generate --help"),
     Case("a negative seed", GENERATE + " --seed -1", r".*'--seed'.*; see sinklm generate --help"),
+    Case("10^20 new tokens", GENERATE[:-1] + "1" + "0" * 20, r".*'--max-new-tokens'.*; see sinklm generate --help"),
+    Case("a tiny penalty", GENERATE + " --repetition-penalty 1e-40", r"repetition_penalty is 1e-40: it must be .*"),
+    *(
+        Case(f"the device {name}", GENERATE + f" --device {name}", rf"--device {name} is not available .*: use cpu.*")
+        for name in ("meta", "hpu", "privateuseone", "nonsense")
+    ),
     Case(
         "a cache of 10^11",
         GENERATE + " --cache 1+1" + "0" * 11,

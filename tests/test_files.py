@@ -18,7 +18,7 @@ def test_a_full_disk_leaves_the_older_file(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     files.write_json(path, {"perplexity": 18.0})
     before = path.read_bytes()
-    (tmp_path / "results.json.partial").symlink_to("/dev/full")
+    (tmp_path / ".results.json.partial").symlink_to("/dev/full")
     with pytest.raises(OSError, match=rf"^cannot write {path}: No space left on device$") as caught:
         files.write_json(path, {"perplexity": 19.0})
     assert caught.value.errno == errno.ENOSPC
@@ -30,6 +30,20 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"cannot write .*file/results\.json"):
         files.write_json(tmp_path / "file" / "results.json", {})
+
+
+def test_a_link_is_written_through_and_files_with_similar_names_stay(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    link, target = tmp_path / "link", tmp_path / "folder" / "target"
+    link.symlink_to(target)
+    others = [tmp_path / "link.partial", tmp_path / "folder" / "target.partial"]
+    for other in others:
+        other.write_text("mine")
+    for text in ("new file", "replaced"):
+        files.write_text(link, text)
+        assert link.is_symlink()
+        assert target.read_text() == text
+    assert [other.read_text() for other in others] == ["mine"] * 2
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

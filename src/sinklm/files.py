@@ -16,16 +16,22 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, a quota and 
 NUM_LOCK_ATTEMPTS = 4  # `is_locked` of another process may have the lock for a moment
 
 
+def partial_name(name: str) -> str:
+    """Return the name of an unfinished file of `atomic_file`, hidden and unlike a user's own."""
+    return f".{name}{PARTIAL}"
+
+
 @contextmanager
 def atomic_file(path: Path, *, binary: bool = False) -> Iterator[IO]:
     """Open a file for writing that gets its name when it is complete and on disk.
 
-    Until then an older file of that name is unchanged.
+    Until then an older file of that name is unchanged. A link stays, and its target is written.
 
     Raises:
         OSError: the file cannot be written. The partial file is deleted.
     """
-    partial = path.with_name(path.name + PARTIAL)
+    path = Path(os.path.realpath(path))
+    partial = path.with_name(partial_name(path.name))
     try:
         with open(partial, "wb") if binary else open(partial, "w", encoding="utf-8") as file:
             yield file

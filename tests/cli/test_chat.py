@@ -5,6 +5,8 @@ import io
 import pytest
 
 from sinklm.cli.chat import chat
+from sinklm.files import locked
+from sinklm.streaming import StreamingCache
 
 from ..eval.checkpoints import small_model, write_checkpoint
 
@@ -57,3 +59,37 @@ def test_a_session_goes_on_after_a_restart(tmp_path, capfd, monkeypatch):
     checkpoint = str(write_checkpoint(tmp_path / "other", small_model(0)))
     with pytest.raises(ValueError, match="another model"):
         say("And where?", session=session)
+
+
+def test_an_interrupted_message_leaves_the_saved_conversation(tmp_path, capfd, monkeypatch):
+    checkpoint = str(write_checkpoint(tmp_path / "model", small_model(1)))
+    (tmp_path / "link").symlink_to(tmp_path / "new" / "session")
+
+    def say(*messages, session):
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{message}\n" for message in messages)))
+        chat(checkpoint, temperature=0.0, max_new_tokens=10, session=session)
+        return capfd.readouterr()
+
+    together = say("Hello", "Who are you?", session=tmp_path / "other").out
+    begin = StreamingCache.begin_pass
+    num_calls = []
+
+    def interrupted(self, inputs, is_token):
+        num_calls.append(inputs.shape[1])
+        if sum(num > 1 for num in num_calls) == 2:  # the second message
+            num_calls.append(2)
+            raise KeyboardInterrupt
+        return begin(self, inputs, is_token)
+
+    monkeypatch.setattr(StreamingCache, "begin_pass", interrupted)
+    shown = say("Hello", "Stop!", "Who are you?", session=tmp_path / "link")
+    assert "it is not part of the conversation" in shown.err
+    assert shown.out.replace("\n\n", "\n") == together
+    assert "which has 4 messages" in say(session=tmp_path / "new" / "session").err
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_session_has_one_chat(tmp_path):
+    busy = "session is in use by another `sinklm chat`: end it"
+    with locked(tmp_path / ".session.lock", ""), pytest.raises(ValueError, match=busy):
+        chat("model", session=tmp_path / "session")

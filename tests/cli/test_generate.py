@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from sinklm.checkpoints import load_model, load_tokenizer
 from sinklm.cli.generate import generate
+from sinklm.cli.prompts import read_prompts
 from sinklm.streaming import Generator
 
 from ..eval.checkpoints import small_model, write_checkpoint
@@ -139,6 +140,12 @@ def test_several_prompts_are_lines_of_json_that_do_not_depend_on_each_other(chec
         assert capfd.readouterr().out == "import os" + lines["prompts.txt", cache][1]["text"] + "\n"
 
 
+def test_a_byte_order_mark_is_not_part_of_a_prompt(tmp_path):
+    for name, content in (("a.txt", "one\ntwo\n"), ("a.JSONL", '"one"\n{"prompt": "two"}\n')):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert read_prompts([], tmp_path / name) == ["one", "two"]
+
+
 def test_quiet_leaves_only_the_text(checkpoint, capfd):
     generate(checkpoint, ["def main"], cache="1+9", max_new_tokens=3, quiet=True)
     shown = capfd.readouterr()
@@ -149,6 +156,9 @@ def test_quiet_leaves_only_the_text(checkpoint, capfd):
 def test_wrong_prompts_are_one_error(checkpoint, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('"a"\n{"text": 1}\n')
     with pytest.raises(ValueError, match=r"prompts\.jsonl, line 2 has no prompt: write"):
+        generate(checkpoint, prompts_file=tmp_path / "prompts.jsonl")
+    (tmp_path / "prompts.jsonl").write_text('"\\ud800"\n')
+    with pytest.raises(ValueError, match=r"prompts\.jsonl, line 1 has half of a surrogate pair"):
         generate(checkpoint, prompts_file=tmp_path / "prompts.jsonl")
     with pytest.raises(FileNotFoundError, match="--prompts-file no cannot be read: No such file"):
         generate(checkpoint, prompts_file=Path("no"))

@@ -147,7 +147,7 @@ def test_the_command_says_when_the_text_is_too_small(tmp_path: Path) -> None:
 def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("the sink the sink")
     output = tmp_path / "t.json"
-    (tmp_path / "t.json.partial").symlink_to("/dev/full")
+    (tmp_path / ".t.json.partial").symlink_to("/dev/full")
     arguments = ["tokenizer", "train", str(tmp_path / "a.txt"), "--vocab-size", "300", "--output", str(output)]
     with pytest.raises(OSError, match=rf"cannot write {output}: No space left on device"):
         CliRunner().invoke(app, arguments, catch_exceptions=False)

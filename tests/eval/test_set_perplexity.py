@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from sinklm.checkpoints import load_model, load_tokenizer
 from sinklm.cli.perplexity import perplexity
@@ -15,7 +15,7 @@ from sinklm.data import open_store, prepare_store
 from sinklm.data.inputs import find_inputs
 from sinklm.eval import set_perplexity
 from sinklm.eval.loading import open_store_of
-from sinklm.eval.set_perplexity import ByteCounter, SetLoss, measure, sets_of, total
+from sinklm.eval.set_perplexity import DEFAULT_LENGTH, ByteCounter, SetLoss, measure, sets_of, total
 
 from .checkpoints import END_OF_TEXT, small_tokenizer
 
@@ -86,6 +86,21 @@ def test_bytes_are_counted_wherever_a_text_is_cut(cut, size):
     text = tokenizer.decode(ids.tolist(), skip_special_tokens=True)
     assert counter.finish() == len(text.strip("\N{REPLACEMENT CHARACTER}").encode())
     assert cut or text == "".join(documents)
+
+
+@pytest.mark.parametrize(("family", "length"), [("mpt", 64), ("bloom", DEFAULT_LENGTH)])
+def test_a_model_without_positions_has_windows_of_its_own_or_a_default_length(checkpoints, store, family, length):
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "vocab_size": 500}
+    layers = {"mpt": {"n_layers": 1, "max_seq_len": 64}, "bloom": {"n_layer": 1}}[family]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **layers)).eval()
+    tokenizer = load_tokenizer(checkpoints[0])
+    tokens = sets_of(open_store_of(store, tokenizer))["Books"]
+    ids = torch.from_numpy(tokens.read(0, 66)).long()
+    with torch.no_grad():
+        logits = [model(part[None]).logits[0] for part in ids[:-1].split(length)]
+    expected = torch.nn.functional.cross_entropy(torch.cat(logits), ids[1:], reduction="sum").item()
+    found = measure(model, tokenizer, "Books", tokens, max_tokens=65)
+    assert found.nats == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_total_is_over_all_tokens():

@@ -83,6 +83,22 @@ def test_more_positions_than_the_model_was_trained_on_give_a_warning():
         for_model(other, num_kept=4, window=11)
 
 
+WRONG_ROWS = [[True, False], torch.tensor([True, False]), [0.7], torch.tensor([0.0]), [5], [-1], "0", {0}, 0, [[0]]]
+
+
+@pytest.mark.parametrize("rows", WRONG_ROWS, ids=str)
+def test_rows_to_reset_that_are_not_row_numbers_are_an_error(rows):
+    model = tiny.build(tiny.config("llama"))
+    cache = StreamingCache.for_model(model, num_kept=1, window=4)
+    with torch.no_grad():
+        model(tiny.random_ids(3, batch_size=2), past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match=r"^rows is .*: pass .* row numbers from 0 to 1$"):
+        cache.reset(rows)
+    for right in ([], (1,), range(1, 2), torch.tensor([1]), torch.tensor([1]).numpy()):
+        cache.reset(right)
+        assert cache.counters.num_seen.tolist() == [3, 0 if len(right) else 3]
+
+
 def test_resetting_rows_starts_new_streams_in_them(model):
     cache, ids = for_model(model), tiny.random_ids(30, batch_size=3)
     run(model, ids, cache)

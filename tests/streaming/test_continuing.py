@@ -92,6 +92,14 @@ def test_new_tokens_without_the_last_generated_one_are_an_error(model):
         generate(model, turn(5), cache, attention_mask=mask)
 
 
+def test_with_one_sink_a_forgotten_token_is_not_taken_for_the_sink():
+    model = tiny_model(num_sinks=1, dtype=torch.float32)
+    text = generate(model, turn(9, seed=1), cache := for_model(model))
+    mask = torch.ones(1, text.shape[1] + 3, dtype=torch.long)
+    with pytest.raises(ValueError, match="is not in the cache yet"):
+        generate(model, turn(3), cache, attention_mask=mask)
+
+
 def test_padded_batches_continue_and_other_texts_or_masks_are_errors(model):
     cache = for_model(model)
     ids, mask = pad_left([turn(9, seed=1)[0], turn(4, seed=2)[0]])

@@ -71,11 +71,14 @@ def test_the_buffers_of_a_layer_are_on_its_device(family, kv_dtype):
     assert not Generator(model, cache).is_compiled
 
 
-def test_weights_that_are_nowhere_are_an_error():
+def test_weights_that_are_nowhere_are_an_error(tmp_path):
     model = tiny.build(tiny.config("gpt_neox"))
+    for_model(model).save(tmp_path / "cache")
     model.gpt_neox.layers[1].to("meta")
     with pytest.raises(ValueError, match="weights on the device meta"):
         for_model(model)
+    with pytest.raises(ValueError, match="weights on the device meta"):
+        StreamingCache.load(tmp_path / "cache", model)
 
 
 @pytest.mark.gpu

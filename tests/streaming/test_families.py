@@ -121,6 +121,10 @@ def test_a_family_can_be_registered_from_outside_as_in_the_guide(registry, capsy
         register_family("persimmon", shared_rotary)
     with pytest.raises(ValueError, match="'gpt2' cannot be registered for streaming: it adds absolute"):
         register_family("gpt2", shared_rotary)
+    wrong = [("", shared_rotary), (None, shared_rotary), ("new", "shared_rotary"), ("new", shared_rotary, "OWN")]
+    for arguments in wrong:
+        with pytest.raises(ValueError, match=r"^(model_type|encoding|adapter) is .*: pass "):
+            register_family(*arguments)
 
 
 @pytest.mark.parametrize(
