@@ -46,8 +46,8 @@ def train(
     recipe: Annotated[
         str,
         typer.Argument(
-            help="Packaged recipe (pythia-160m, paper/learnable-sink, …; `sinklm recipes` lists them) or path of a "
-            "YAML file."
+            help="Packaged recipe (pythia-160m, paper/learnable-sink, …; `sinklm recipes` lists them) path of a "
+            "YAML file, or folder of a run to resume."
         ),
     ],
     overrides: Annotated[
