@@ -438,6 +438,7 @@ OPTIONS = [
         "export {model} out.gguf --to gguf",
         r".*model rotates 3 of the dimensions of a head \(rotary_pct\), an odd number, .*",
     ),
+    Case("a GGUF file without --to gguf", "export ./no/where out.gguf", r"out\.gguf would be .*: did you mean --to gguf\?"),
     Case("a name of the Hub without owner", "export {model} mine --to hub --dry-run", ".*: write owner/name"),
     Case("an option of another form", "export {model} out --private", "--private is an option of --to hub"),
     Case("an output that cannot be made", "export {model} /proc/a/b", r"cannot write /proc/a/b: .*"),
