@@ -11,11 +11,10 @@ from .options import examples
 def _print_keys(is_wanted: bool) -> None:
     if not is_wanted:
         return
-    from ..train.keys import keys_tables
+    from ..train.keys import keys_text
 
-    console = Console(highlight=False)
-    for table in keys_tables():
-        console.print(table)
+    console = Console()
+    console.write(keys_text(console.width))
     raise typer.Exit
 
 

@@ -93,7 +93,7 @@ def _facts(plan: Plan, store: TokenSource | None) -> dict[str, str]:
     facts = {
         "model": describe_model(plan),
         "batch": f"{plan.samples_per_step:,} samples of {train.seq_length:,} positions = {train.batch_size_tokens:,}",
-        "on one rank": f"{_micro_batches(plan)} of {train.micro_batch_size:,} sample{'s' * (train.micro_batch_size > 1)}",
+        "on one rank": f"{_micro_batches(plan)} of {train.micro_batch_size:,} samples",
         "steps": f"{train.num_steps:,}, including {num_warmup_steps:,} warm-up steps",
         "total positions": f"{plan.num_positions:,} ({human(plan.num_positions)})",
         "total compute": f"{num_operations:.3g} FLOP",

@@ -178,7 +178,9 @@ def test_names_are_as_short_as_possible():
 
 def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="runs/a has no results: evaluate it first"):
+    with pytest.raises(
+        FileNotFoundError, match="runs/a is no file or folder here, and has no results: evaluate it first"
+    ):
         compare(["runs/a"])
     for content, message in (("{", "is not JSON"), ("[]", "is not a report"), ("{}", "is not a report")):
         Path("x.json").write_text(content)
