@@ -40,7 +40,8 @@ def keys_text(width: int) -> str:
     """Return all keys with default, type and meaning, by section. Keys are never broken."""
     lines: list[str] = []
     for section in key_sections():
-        lines += ["", f"{section.name}: {section.description}" if section.description else section.name, ""]
+        title = f"{section.name}: {section.description}" if section.description else section.name
+        lines += ["", *_wrapped(title, width, indent=0), ""]
         for key in section.keys:
             setting = f"{key.name} (required; " if key.default is None else f"{key.name}={key.default} ("
             lines += _wrapped(f"{setting}{key.type})", width, indent=2)
