@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ..files import is_locked
+from ..hub import near_path_hint
 from .folders import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
@@ -63,7 +64,8 @@ def find_runs(folder: Path) -> list[Path]:
         FileNotFoundError: the folder does not exist.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; pass the folder of a run, or one with runs in it")
+        remedy = near_path_hint(str(folder)) or "pass the folder of a run, or one with runs in it"
+        raise FileNotFoundError(f"{folder}: no such folder; {remedy}")
     return list(_find(folder, MAX_DEPTH))
 
 

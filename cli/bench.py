@@ -24,6 +24,7 @@ from .options import (
     parse_caches,
     parse_numbers,
     placement,
+    print_results,
 )
 
 CONFIGS_PACKAGE = "sinklm.configs"
@@ -97,7 +98,7 @@ def decode(
     title = f"{display_name(model)}, {report['hardware']}"
     plot_decoding(report, folder / "decode.png", title=title)
     console.print(results_table(report["results"], f"Decoding, milliseconds per token: {title}"))
-    console.print(f"Results: {file.path}, {folder / 'decode.png'}")
+    print_results(console, [file.path, folder / "decode.png"])
 
 
 def _load(name: str, **options: Any) -> tuple["PreTrainedModel", dict[str, Any]]:

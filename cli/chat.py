@@ -44,6 +44,7 @@ RESET = "/reset"
 
 @examples(
     "sinklm chat runs/quickstart",
+    "sinklm chat runs/quickstart --session chat.safetensors",
     "echo 'Who are you?' | sinklm chat runs/quickstart --temperature 0 --max-new-tokens 40",
 )
 def chat(
@@ -78,10 +79,11 @@ def chat(
 ) -> None:
     """Chat with a model. Each line is a message; Ctrl-C stops a reply, Ctrl-D ends the chat.
 
-    A line /reset starts a new conversation. All turns share one cache of constant size, by default
-    1024 tokens or one less than the trained length, and each turn is read only once. Turns are
-    formatted with the tokenizer's chat template. Without a template they are lines of plain text,
-    and a reply is one line. Special tokens in a message are read as text.
+    A line /reset starts a new conversation. All turns share one cache of constant size, and each
+    turn is read only once. By default the cache has 1024 tokens, or one less than the trained
+    length if that is shorter, and keeps the model's sinks, or the first 4 tokens without sinks.
+    Turns are formatted with the tokenizer's chat template. Without a template they are lines of
+    plain text, and a reply is one line. Special tokens in a message are read as text.
     """
     shape = None if cache is None else parse_cache(cache)
     check_temperature(temperature)

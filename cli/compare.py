@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..console import Console
-from .options import Quiet, examples
+from .options import Quiet, examples, print_results
 
 
 @examples(
@@ -49,4 +49,4 @@ def compare(
     console.print("± one standard error; p: paired, over the same examples")
     for note in comparison.notes:
         console.warn(note)
-    console.print(f"Results: {', '.join(map(str, paths))}")
+    print_results(console, paths)

@@ -125,7 +125,7 @@ def _show_samples(
     from ..train.plan import Plan
     from ..train.recipe import load_config
 
-    config = load_config(_recipe_of(recipe), [*overrides, f"data.path={store.path}"])
+    config = load_config(recipe, [*overrides, f"data.path={store.path}"])
     config = config.model_copy(update={"validation": ValidationSection(every_steps=None)})  # its split is not needed
     plan = Plan(config, 1, store.tokenizer_size, store.eod_id)
     windows, _ = open_windows(store, plan)
@@ -152,12 +152,3 @@ def _show_samples(
         console.print(
             f"{len(windows):,} samples of {plan.tokens_per_sample:,} tokens, {plan.samples_per_step:,} per step"
         )
-
-
-def _recipe_of(name: str) -> str:
-    """Return the recipe of a run, if ``name`` is the folder of a run, or else ``name``."""
-    from ..checkpoints.folders import CONFIG_FILE
-    from ..train.recipe import recipe_names
-
-    config = Path(name) / CONFIG_FILE
-    return str(config) if config.is_file() and name not in recipe_names() else name

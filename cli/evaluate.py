@@ -11,6 +11,7 @@ import typer
 from ..console import Console
 from .options import (
     Caches,
+    DataDir,
     Device,
     Dtype,
     DtypeName,
@@ -20,10 +21,14 @@ from .options import (
     Seed,
     Texts,
     Tokens,
+    check_folder,
+    check_texts,
     examples,
     parse_caches,
+    parse_names,
     parse_numbers,
     placement,
+    print_results,
     progress_bars,
 )
 
@@ -32,6 +37,7 @@ if TYPE_CHECKING:
 
     from ..eval.perplexity import Configuration, Result, TokenizedText
 
+METHODS = ("dense", "window", "streaming", "recompute")  # as in `eval.perplexity`, which imports torch
 MOST_LINES = 100_000_000
 
 
@@ -46,10 +52,7 @@ def zero_shot(
         str, typer.Option(help="lm-eval tasks, separated by commas; sinklm_paper is the seven tasks of the paper.")
     ] = "sinklm_paper",
     limit: Annotated[int | None, typer.Option(min=1, help="Evaluate only the first N examples of each task.")] = None,
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(help="Folder with the data sets as files; see docs/evaluation.md.", show_default="the Hub"),
-    ] = None,
+    data_dir: DataDir = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with additional lm-eval task files.")] = None,
     num_fewshot: Annotated[
         int | None, typer.Option(min=0, help="Number of few-shot examples in the prompt; default: as in the task.")
@@ -85,6 +88,8 @@ def zero_shot(
     """
     if batch_size != "auto" and (not batch_size.isdecimal() or int(batch_size) < 1):
         raise ValueError(f"--batch-size is {batch_size!r}: it must be a positive number or auto")
+    check_folder(data_dir, "--data-dir")
+    check_folder(include_path, "--include-path")
     console = Console(is_quiet=quiet or int(os.environ.get("RANK", "0")) > 0)  # of torchrun or accelerate
     console.note(f"loading {model} …")
     from ..checkpoints import load_tokenizer
@@ -120,7 +125,7 @@ def zero_shot(
     console.print(
         results_table(results, f"Zero-shot: {display_name(model)}" + (f", first {limit} examples" if limit else ""))
     )
-    console.print(f"Results: {', '.join(map(str, [file.path, *paths]))}")
+    print_results(console, [file.path, *paths])
 
 
 @examples(
@@ -150,6 +155,8 @@ def streaming(
 ) -> None:
     """Measure perplexity on long text under several ways of limiting attention: see --methods."""
     given = None if caches is None else parse_caches(caches)
+    wanted = None if methods is None else parse_names(methods, "--methods", METHODS)
+    check_texts(text)
     console = Console(is_quiet=quiet)
     console.note(f"loading {model} …")
     from ..checkpoints import load_tokenizer
@@ -162,7 +169,7 @@ def streaming(
     loaded = load_causal_model(model, **placement(device, dtype))
     shapes = given or perplexity.default_caches(loaded)
     chosen = perplexity.configurations(
-        perplexity.default_methods(shapes) if methods is None else [name.strip() for name in methods.split(",")],
+        perplexity.default_methods(shapes) if wanted is None else wanted,
         shapes,
         num_sinks=getattr(loaded.config, "num_sinks", 0),
     )
@@ -178,10 +185,12 @@ def streaming(
     file.finish(report)
     plot_streaming(report, folder / "streaming.png", title=display_name(model))
     console.print(
-        perplexity.results_table(results, tokenized, f"Perplexity on {report['text']['num_tokens']:,} tokens: {model}")
+        perplexity.results_table(
+            results, tokenized, f"Perplexity on {report['text']['num_tokens']:,} tokens: {display_name(model)}"
+        )
     )
     _explain_unscored(console, results, tokenized, recompute_every, report["model"]["max_position_embeddings"])
-    console.print(f"Results: {file.path}, {folder / 'streaming.png'}")
+    print_results(console, [file.path, folder / "streaming.png"])
 
 
 @examples(
@@ -238,10 +247,10 @@ def stream_eval(
     file.finish(report)
     plot_stream_eval(report, folder / "stream_eval.png", title=display_name(model))
     console.print(
-        results_table(report["results"], f"StreamEval, accuracy in percent by distance: {display_name(model)}")
+        results_table(report["results"], f"StreamEval, accuracy in percent by distance in lines: {display_name(model)}")
     )
     console.print(f"One line is {report['tokens_per_line']:.1f} tokens.")
-    console.print(f"Results: {file.path}, {folder / 'stream_eval.png'}")
+    print_results(console, [file.path, folder / "stream_eval.png"])
 
 
 def _ask_all(

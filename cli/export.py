@@ -61,6 +61,8 @@ def export(
     """Export a checkpoint for transformers, for llama.cpp, or to the Hugging Face Hub."""
     if to != Form.GGUF and dtype != DtypeName.AUTO:
         raise ValueError("--dtype is an option of --to gguf: the other forms have the data type of the checkpoint")
+    if to == Form.HF and output.lower().endswith(".gguf"):
+        raise ValueError(f"{output} would be a folder for transformers: did you mean --to gguf?")
     if to != Form.HUB and (private or dry_run):
         raise ValueError(f"{'--private' if private else '--dry-run'} is an option of --to hub")
     console = Console(is_quiet=quiet)

@@ -1,12 +1,21 @@
 """`sinklm import`: make a model with a sink from a released GPT-NeoX model."""
 
+import shlex
+from importlib.resources import files
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+import yaml
 
 from ..console import Console
 from .options import DtypeName, Quiet, Seed, examples
+
+if TYPE_CHECKING:
+    from ..checkpoints.importing import Imported
+
+CONFIGS_PACKAGE = "sinklm.configs"
+FALLBACK = "continue/pythia-160m"
 
 
 @examples(
@@ -73,4 +82,37 @@ def import_(
             f"the embedding had no unused row: it has {config.vocab_size:,} rows now, {imported.num_new_rows} more; "
             f"set model.vocab_size={config.vocab_size} to train on"
         )
-    console.note(f"to train on: sinklm train RECIPE model.init_from={imported.folder} data.path=STORE")
+    console.note(f"to train on: {_training_command(imported)}")
+
+
+def _training_command(imported: "Imported") -> str:
+    """Return a command that trains on from a model, with the packaged recipe of its sizes."""
+    from ..checkpoints.warm_start import architecture
+
+    config = imported.config
+    sizes = {key: getattr(config, key) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    recipe, is_released = recipe_of(sizes)
+    settings: dict[str, object] = {}
+    if not is_released:
+        settings = {f"model.{key}": value for key, value in architecture(config).items()}
+        settings["train.seq_length"] = config.max_position_embeddings
+    if not is_released or imported.num_new_rows:
+        settings["model.vocab_size"] = config.vocab_size
+    if config.sink_kind != "token":
+        settings["model.sink.kind"] = config.sink_kind
+    settings |= {"model.init_from": str(imported.folder), "data.path": "STORE"}
+    if not recipe.startswith("continue/"):
+        settings["train.num_steps"] = 5000
+    return shlex.join(["sinklm", "train", recipe, *(f"{key}={value}" for key, value in settings.items())])
+
+
+def recipe_of(sizes: dict[str, int]) -> tuple[str, bool]:
+    """Return the packaged recipe of some sizes, or else that of Pythia-160M, and if it has them."""
+    folder = files(CONFIGS_PACKAGE)
+    for entry in folder.iterdir():
+        if entry.name.startswith("pythia-"):
+            model = yaml.safe_load(entry.read_text(encoding="utf-8"))["model"]
+            if sizes.items() <= model.items():
+                own = f"continue/{entry.name}"
+                return (own if (folder / own).is_file() else entry.name).removesuffix(".yaml"), True
+    return FALLBACK, False

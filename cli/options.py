@@ -4,9 +4,11 @@ A command takes an option as ``device: Device = None``, parses ``--cache`` with 
 it imports torch, and prints with a `Console` that knows ``--quiet``.
 """
 
+import errno
 import math
+import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -14,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from ..console import Console
+from ..hub import near_path_hint
+from ..text import near_hint
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -83,6 +87,14 @@ Texts = Annotated[
 Tokens = Annotated[
     int | None, typer.Option(min=2, help="Number of tokens of the text to read.", show_default="the whole text")
 ]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder with the data sets: copies of the Hub's (ai2_arc/), its cache, or a file for each task "
+        "(arc_easy.jsonl).",
+        show_default="the Hub",
+    ),
+]
 Temperature = Annotated[
     float, typer.Option(min=0.0, help="Sampling temperature; 0 always chooses the most likely token.")
 ]
@@ -135,6 +147,36 @@ def parse_numbers(text: str, option: str) -> list[int]:
         raise ValueError(f"{option} is {text[:80]!r}: it must be whole numbers separated by commas") from error
 
 
+def parse_names(text: str, option: str, known: Sequence[str]) -> list[str]:
+    """Parse ``"dense,window"`` into ``["dense", "window"]``.
+
+    Raises:
+        ValueError: a name is not one of ``known``.
+    """
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in known:
+            hint = near_hint(name[:80], known) or f"use only {', '.join(known)}"
+            raise ValueError(f"{option} contains {name[:80]!r}: {hint}")
+    return names
+
+
+def check_texts(paths: Iterable[Path]) -> None:
+    """Raise an OSError for a ``--text`` that cannot be read."""
+    for path in paths:
+        number = errno.ENOENT if not path.exists() else errno.EISDIR if path.is_dir() else 0
+        if number or not os.access(path, os.R_OK):
+            remedy = near_path_hint(str(path)) or "pass a text file"
+            raise OSError(f"--text {path} cannot be read: {os.strerror(number or errno.EACCES)}; {remedy}")
+
+
+def check_folder(path: Path | None, option: str) -> None:
+    """Raise a FileNotFoundError for a folder that does not exist."""
+    if path is not None and not path.is_dir():
+        remedy = near_path_hint(str(path)) or f"check {option}"
+        raise FileNotFoundError(f"the folder {path} does not exist: {remedy}")
+
+
 def check_temperature(temperature: float) -> None:
     if not math.isfinite(temperature):
         raise ValueError(f"--temperature is {temperature}: it must be a finite number of at least 0")
@@ -170,6 +212,13 @@ def progress_bars(console: Console) -> "Progress":
         TimeRemainingColumn(),
     )
     return Progress(*columns, console=console.stderr_console, disable=console.is_quiet)
+
+
+def print_results(console: Console, paths: Sequence[Path]) -> None:
+    """Print which files have the results: their folder once, and no line break in a name."""
+    folder = paths[0].parent
+    names = ", ".join(path.name if path.parent == folder else str(path) for path in paths)
+    console.print(f"Results in {folder}: {names}", highlight=False, soft_wrap=True)
 
 
 Command = TypeVar("Command", bound=Callable[..., None])

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..console import Console
-from .options import Device, Dtype, DtypeName, Model, Output, Quiet, examples, placement, progress_bars
+from .options import Device, Dtype, DtypeName, Model, Output, Quiet, examples, placement, print_results, progress_bars
 
 
 @examples(
@@ -49,4 +49,4 @@ def perplexity(
             file.keep(report)
     file.finish(report)
     console.print(results_table(results, f"Perplexity by set: {display_name(model)}"))
-    console.print(f"Results: {file.path}")
+    print_results(console, [file.path])

@@ -203,6 +203,14 @@ def print_summary(console: Console, manifest: "Manifest", output: Path) -> None:
         console.print(f"{name}: {split.total.tokens:,} tokens", highlight=False)
     if num_empty := sum(source.num_empty_files for source in manifest.sources):
         console.print(f"Skipped {num_empty} empty text files.")
+    nothing = [name for name in sorted(sets) if not held_out.sets.get(name, Counts()).documents]
+    if manifest.split_sets and manifest.validation_fraction and nothing and held_out.total.documents:
+        console.print(
+            f"No document was held out of {', '.join(nothing)}, so validation.by_set and sinklm eval perplexity leave "
+            f"{'it' if len(nothing) == 1 else 'them'} out; to change that, raise --validation-fraction.",
+            style="yellow",
+            soft_wrap=True,
+        )
     if manifest.validation_fraction and not held_out.total.documents:
         console.print(
             "No document was held out for validation; to measure validation loss, raise --validation-fraction.",

@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..console import Console
-from .options import Device, Dtype, DtypeName, Model, Output, Quiet, examples, placement, progress_bars
+from .options import (
+    Device,
+    Dtype,
+    DtypeName,
+    Model,
+    Output,
+    Quiet,
+    check_texts,
+    examples,
+    placement,
+    print_results,
+    progress_bars,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,6 +59,7 @@ def sinks(
     """Measure attention sinks: sink rates, attention maps, norms and massive activations."""
     if bool(text) == bool(store):
         raise ValueError("pass exactly one of --text and --store")
+    check_texts(text or [])
     console = Console(is_quiet=quiet)
     console.note(f"loading {model} …")
     from ..checkpoints import load_tokenizer
@@ -83,7 +96,7 @@ def sinks(
     console.print(positions_table(report, f"Attention sinks: {display_name(model)}"))
     console.print(heads_table(report))
     console.print(massive_table(report) if report["massive_activations"] else "No massive activations.")
-    console.print(f"Results: {', '.join(map(str, [file.path, *pictures]))}")
+    print_results(console, [file.path, *pictures])
 
 
 def _checkpoints_of(run: str) -> dict[int, Path]:

@@ -9,15 +9,19 @@ from ..console import Console
 from .options import (
     CACHES_HELP,
     CACHES_METAVAR,
+    DataDir,
     Device,
     Dtype,
     DtypeName,
     Model,
     Output,
     Quiet,
+    check_folder,
     examples,
     parse_caches,
+    parse_names,
     placement,
+    print_results,
     progress_bars,
 )
 
@@ -31,10 +35,7 @@ if TYPE_CHECKING:
 )
 def stream_qa(
     model: Model,
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(help="Folder with ARC, as for zero-shot.", show_default="ARC is downloaded from the Hub"),
-    ] = None,
+    data_dir: DataDir = None,
     tasks: Annotated[
         str, typer.Option(help="Sets of questions, separated by commas: arc_easy, arc_challenge.")
     ] = "arc_easy,arc_challenge",
@@ -61,7 +62,9 @@ def stream_qa(
 ) -> None:
     """Measure question answering in one endless stream of questions, and one by one."""
     shapes = None if caches is None else parse_caches(caches)
-    names, ways = _names("--tasks", tasks, ("arc_easy", "arc_challenge")), _names("--methods", methods, METHODS)
+    names = parse_names(tasks, "--tasks", ("arc_easy", "arc_challenge"))
+    ways = parse_names(methods, "--methods", METHODS)
+    check_folder(data_dir, "--data-dir")
     console = Console(is_quiet=quiet)
     console.note(f"loading {model} …")
     from ..checkpoints import load_tokenizer
@@ -101,7 +104,7 @@ def stream_qa(
     plot_stream_qa(report, folder / "stream_qa.png", title=display_name(model))
     console.print(measurement.results_table(report["results"], f"Streaming question answering: {display_name(model)}"))
     _explain_stops(console, report["results"])
-    console.print(f"Results: {file.path}, {folder / 'stream_qa.png'}")
+    print_results(console, [file.path, folder / "stream_qa.png"])
 
 
 METHODS = ("one-shot", "dense", "stream")
@@ -116,14 +119,6 @@ def _explain_stops(console: Console, results: list[dict[str, Any]]) -> None:
         num_asked = max(other["num_questions"] for other in results if other["task"] == row["task"])
         if row["method"] == "dense" and row["num_questions"] < num_asked:
             console.print(f"{row['task']}: dense attention stopped after {row['num_questions']} questions.")
-
-
-def _names(option: str, text: str, known: tuple[str, ...]) -> list[str]:
-    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
-    for name in names:
-        if name not in known:
-            raise ValueError(f"{option} contains {name[:80]!r}: use only {', '.join(known)}")
-    return names
 
 
 def _questions(task: str, data_dir: Path | None, limit: int | None) -> "list[Question]":

@@ -11,11 +11,10 @@ from .options import examples
 def _print_keys(is_wanted: bool) -> None:
     if not is_wanted:
         return
-    from ..train.keys import keys_tables
+    from ..train.keys import keys_text
 
-    console = Console(highlight=False)
-    for table in keys_tables():
-        console.print(table)
+    console = Console()
+    console.write(keys_text(console.width))
     raise typer.Exit
 
 
@@ -46,8 +45,8 @@ def train(
     recipe: Annotated[
         str,
         typer.Argument(
-            help="Packaged recipe (pythia-160m, paper/learnable-sink, …; `sinklm recipes` lists them) or path of a "
-            "YAML file."
+            help="Packaged recipe (pythia-160m, paper/learnable-sink, …; `sinklm recipes` lists them) path of a "
+            "YAML file, or folder of a run to resume."
         ),
     ],
     overrides: Annotated[

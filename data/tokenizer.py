@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from ..hub import find_on_hub
+from ..hub import find_on_hub, near_path_hint
 from ..special_tokens import PADDING_TOKENS, drop_template, without_template
 
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"  # Pythia's
@@ -32,7 +32,10 @@ def find_tokenizer_file(name_or_path: str | os.PathLike) -> Path:
         return path
     name = str(name_or_path)
     if name.endswith(".json"):
-        raise FileNotFoundError(f"{path}: no such tokenizer file; pass --tokenizer with another path or a Hub name")
+        raise FileNotFoundError(
+            f"{path}: no such tokenizer file; "
+            f"{near_path_hint(name) or 'pass --tokenizer with another path or a Hub name'}"
+        )
     from huggingface_hub import hf_hub_download
 
     try:

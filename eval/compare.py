@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..hub import near_path_hint
 from .report import default_output
 
 NUM_RUNS = 7  # colours of a picture
@@ -190,9 +191,12 @@ def read_run(name: str, label: str) -> Run:
     else:
         found = [[folder / file for file in READERS if (folder / file).is_file()] for folder in folders]
         files = next((paths for paths in found if paths), [])
+    if not files and not path.exists() and path.parent.is_dir():
+        raise FileNotFoundError(f"{name}: no such file or folder; {near_path_hint(name) or 'check the path'}")
     if not files:
         raise FileNotFoundError(
-            f"{name} has no results: evaluate it first (sinklm eval zero-shot {name}), or pass the folder given as "
+            f"{name}{'' if path.exists() else ' is no file or folder here, and'} has no results: evaluate it first "
+            f"(sinklm eval zero-shot {name}), or pass the folder given as "
             f"--output; looked for {', '.join(READERS)} in {', '.join(map(str, folders))}"
         )
     run = Run(label, files)

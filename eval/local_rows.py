@@ -120,7 +120,7 @@ def check_rows(name: str, rows: datasets.Dataset, path: Path) -> None:
             is_right = False
         if not is_right:
             raise ValueError(
-                f"{path} has the {fields[-1]} {str(row[fields[-1]])[:40]!r} in row {number}, which is not one of its "
+                f"{path} has the {fields[-1]} {repr(row[fields[-1]])[:40]} in row {number}, which is not one of its "
                 f"choices: correct it, or download {name} again"
             )
 

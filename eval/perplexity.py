@@ -314,8 +314,8 @@ def results_table(results: Iterable[Result], tokenized: TokenizedText, title: st
     table = Table(title=title)
     table.add_column("Method")
     table.add_column("Cache")
-    for header in ("Perplexity", "Loss (nats)", "Bits per byte", "Tokens scored", "Tokens/s"):
-        table.add_column(header, justify="right")
+    for header in ("Perplexity", "Nats", "Bits/byte", "Tokens", "Tokens/s"):
+        table.add_column(header, justify="right", no_wrap=True)
     for result in results:
         table.add_row(
             result.configuration.method,

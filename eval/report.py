@@ -58,7 +58,7 @@ def display_name(name_or_path: str | Path) -> str:
     if not path.exists():
         return str(name_or_path)
     parts = path.absolute().parts
-    if len(parts) > 2 and parts[-2] == CHECKPOINTS_FOLDER:
+    if len(parts) > 2 and parts[-2] == CHECKPOINTS_FOLDER and re.fullmatch(r"step-\d+", parts[-1]):
         return f"{parts[-3]}, {parts[-1]}"
     return parts[-1]
 

@@ -192,8 +192,8 @@ def total(sets: Sequence[SetLoss]) -> SetLoss:
 def results_table(sets: Sequence[SetLoss], title: str) -> Table:
     table = Table(title=title)
     table.add_column("Set")
-    for header in ("Perplexity", "Loss (nats)", "Bits per byte", "Tokens"):
-        table.add_column(header, justify="right")
+    for header in ("Perplexity", "Nats", "Bits/byte", "Tokens"):
+        table.add_column(header, justify="right", no_wrap=True)
     for row in [*sets, *([total(sets)] if len(sets) > 1 else [])]:
         bits = "" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}"
         table.add_row(row.name, f"{row.perplexity:,.2f}", f"{row.loss:.4f}", bits, f"{row.num_tokens:,}")

@@ -204,7 +204,7 @@ def results_table(results: Sequence[dict[str, Any]], title: str) -> Table:
     table = Table(title=title)
     table.add_column("Cache")
     for column in results[0]["distances"]:
-        table.add_column(f"{column['lines']} lines", justify="right")
+        table.add_column(str(column["lines"]), justify="right")
     for result in results:
         table.add_row(result["configuration"], *(f"{100 * column['accuracy']:.1f}" for column in result["distances"]))
     return table

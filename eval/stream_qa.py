@@ -312,7 +312,7 @@ def results_table(results: Sequence[dict[str, Any]], title: str) -> Table:
     table = Table(title=title)
     for header, justify in (("Task", "left"), ("Method", "left"), ("Cache", "left"), ("Questions", "right")):
         table.add_column(header, justify=justify)  # type: ignore[arg-type]
-    for header in ("Exact match (%)", "± standard error", "Answers that are a label (%)"):
+    for header in ("Exact match (%)", "± stderr", "Labels (%)"):
         table.add_column(header, justify="right")
     for row in results:
         stderr = "" if row["stderr"] is None else f"{100 * row['stderr']:.2f}"

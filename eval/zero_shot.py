@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..files import write_text
 from ..models.checked import checked_passes
+from ..text import near_hint
 from ..versions import warn_if_untested
 from .lm import as_lm, num_processes
 from .local_data import use_local_data
@@ -160,9 +161,10 @@ def task_manager(names: Sequence[str], include_path: Path | None = None) -> Task
         manager = TaskManager(include_path=folders)  # slow: reads lm-eval's 13,000 task files
     for name in names:
         if name not in manager.all_tasks and not Path(name).is_file():
+            near = near_hint(name, manager.all_tasks)
             raise ValueError(
-                f"there is no task {name!r}: use one of lm-eval's (listed by `lm-eval ls tasks`), {PAPER_TASKS}, or "
-                f"a task file in the folder given with --include-path"
+                f"there is no task {name!r}: {near}{' Or ' * bool(near)}use one of lm-eval's (listed by "
+                f"`lm-eval ls tasks`), {PAPER_TASKS}, or a task file in the folder given with --include-path"
             )
     return manager
 
@@ -228,7 +230,7 @@ def results_table(results: dict[str, Any], title: str) -> Table:
     table = Table(title=title)
     for header, justify in (("Task", "left"), ("Examples", "right"), ("Metric", "left"), ("Value", "right")):
         table.add_column(header, justify=justify)  # type: ignore[arg-type]
-    table.add_column("± standard error", justify="right")
+    table.add_column("± stderr", justify="right", no_wrap=True)
     for name, metrics in (results["tasks"] | results["groups"]).items():
         for metric, value in metrics.items():
             if "_stderr" in metric:

@@ -137,12 +137,12 @@ def check_model(path: Path, state: dict[str, Any], model: PreTrainedModel) -> No
     for name in sorted(config.keys() & state["config"].keys()):  # other versions of transformers have other names
         if config[name] != state["config"][name]:
             raise ValueError(
-                f"{path} was saved with another model: its {name} is {state['config'][name]!r}, this model has "
-                f"{config[name]!r}"
+                f"{path} was saved with another model, whose {name} differs: load that model, or choose another file"
             )
     if fingerprint(decoder) != state["weights"]:
         raise ValueError(
-            f"{path} was saved with another model: the weights differ. Load the same checkpoint and adapter"
+            f"{path} was saved with another model: the weights differ. Load the same checkpoint and adapter, or "
+            "choose another file"
         )
 
 

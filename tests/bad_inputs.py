@@ -400,6 +400,36 @@ OPTIONS = [
         r"--text no\.txt cannot be read: No such file or directory; pass a text file",
     ),
     Case(
+        "a mistyped text of an evaluation",
+        "eval streaming ./no/where --text txt.text",
+        r"--text txt\.text cannot be read: No such file or directory; did you mean text\.txt\?",
+    ),
+    Case(
+        "a mistyped method",
+        "eval streaming ./no/where --text text.txt --methods stream",
+        r"--methods contains 'stream': did you mean streaming\?",
+    ),
+    Case(
+        "a mistyped set of questions",
+        "eval stream-qa ./no/where --tasks arc_eazy",
+        r"--tasks contains 'arc_eazy': did you mean arc_easy\?",
+    ),
+    Case(
+        "a mistyped folder of benchmarks",
+        "eval stream-qa ./no/where --data-dir modle",
+        r"the folder modle does not exist: did you mean model\?",
+    ),
+    Case(
+        "a mistyped task",
+        "eval zero-shot {model} --tasks lambda_openai",
+        r"there is no task 'lambda_openai': did you mean .*lambada_openai.*",
+    ),
+    Case(
+        "a mistyped tokenizer", "prepare text.txt -o s --tokenizer model/tokeniser.json", r".*did you mean model/tok.*"
+    ),
+    Case("a mistyped run", "runs modle", r"modle: no such folder; did you mean model\?"),
+    Case("a mistyped result", "eval compare modle model", r"modle: no such file or folder; did you mean model\?"),
+    Case(
         "a folder for a text",
         "eval streaming {model} --text .",
         r"--text \. cannot be read: Is a directory; pass a text file",
@@ -443,6 +473,11 @@ OPTIONS = [
         "a model that llama.cpp does not compute",
         "export {model} out.gguf --to gguf",
         r".*model rotates 3 of the dimensions of a head \(rotary_pct\), an odd number, .*",
+    ),
+    Case(
+        "a GGUF file without --to gguf",
+        "export ./no/where out.gguf",
+        r"out\.gguf would be .*: did you mean --to gguf\?",
     ),
     Case("a name of the Hub without owner", "export {model} mine --to hub --dry-run", ".*: write owner/name"),
     Case("an option of another form", "export {model} out --private", "--private is an option of --to hub"),

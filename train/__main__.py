@@ -10,7 +10,7 @@ from .run import train
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="sinklm.train", description="Train a model from a recipe.")
-    parser.add_argument("recipe", help="name of a packaged recipe or path of a YAML file")
+    parser.add_argument("recipe", help="name of a packaged recipe, path of a YAML file, or folder of a run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the recipe's")
     parser.add_argument("--dry-run", action="store_true", help="print the configuration and cost without training")
     parser.add_argument(

@@ -88,6 +88,8 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
+    """The token store and its sets."""
+
     path: Name | None = Field(default=None, description="the token store, a folder made by `sinklm prepare`")
     weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = Field(
         default=None,
@@ -104,6 +106,8 @@ class DataSection(Section):
 
 
 class TrainSection(Section):
+    """Steps, batch, precision and the run's folder."""
+
     run_dir: Name | None = Field(default=None, description="folder of the run; null: `runs/<recipe name>`")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         default=1234, description="random seed of the initial weights and the data order"
@@ -178,6 +182,8 @@ class OptimizerSection(Section):
 
 
 class ValidationSection(Section):
+    """The loss on held-out text, and what is measured with it."""
+
     every_steps: Count | None = Field(default=1000, description="steps between validations; null: no validation")
     num_samples: Count = Field(default=512, description="samples from the start of the validation split; at most all")
     by_set: bool = Field(
@@ -202,6 +208,8 @@ class ValidationSection(Section):
 
 
 class CheckpointSection(Section):
+    """When checkpoints are saved and deleted."""
+
     every_steps: Count | None = Field(default=1000, description="steps between checkpoints; null: only at the end")
     pythia_steps: bool = Field(
         default=False, description="also save at steps 0, 1, 2, 4 … 512 and every 1000, and never delete these"
@@ -297,6 +305,8 @@ class DeepSpeedSection(BaseModel):
 
 
 class WandbSection(Section):
+    """Logging to Weights & Biases."""
+
     mode: Literal["auto", "online", "offline", "disabled"] = Field(
         default="auto", description="`auto`: online if you are logged in, else offline"
     )

@@ -1,11 +1,10 @@
 """The keys of a recipe with type, default and meaning, for ``sinklm train --keys`` and the docs."""
 
+import textwrap
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import yaml
-from rich import box
-from rich.table import Table
 
 from ..text import near_hint, near_names
 from .config import TrainingConfig
@@ -37,17 +36,24 @@ def key_sections() -> list[KeySection]:
     return list(_sections("", schema, schema["$defs"]))
 
 
-def keys_tables() -> Iterator[Table]:
-    """Yield a table for each section."""
+def keys_text(width: int) -> str:
+    """Return all keys with default, type and meaning, by section. Keys are never broken."""
+    lines: list[str] = []
     for section in key_sections():
         title = f"{section.name}: {section.description}" if section.description else section.name
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for name in ("key", "type", "default", "meaning"):
-            table.add_column(name, overflow="fold")
+        lines += ["", *_wrapped(title, width, indent=0), ""]
         for key in section.keys:
-            default = "required" if key.default is None else key.default
-            table.add_row(key.name, key.type.replace("`", ""), default, key.description.replace("`", ""))
-        yield table
+            setting = f"{key.name} (required; " if key.default is None else f"{key.name}={key.default} ("
+            lines += _wrapped(f"{setting}{key.type})", width, indent=2)
+            lines += _wrapped(key.description, width, indent=6)
+    return "\n".join(lines[1:]).replace("`", "")
+
+
+def _wrapped(text: str, width: int, indent: int) -> list[str]:
+    first, rest = " " * indent, " " * 6
+    return textwrap.wrap(
+        text, width, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _sections(path: str, section: dict[str, Any], definitions: dict[str, Any]) -> Iterator[KeySection]:

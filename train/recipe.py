@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
+from ..checkpoints.folders import CONFIG_FILE, STATE_FILE
 from ..hub import near_path_hint
 from ..text import near_hint, one_line
 from .config import TrainingConfig
@@ -28,8 +29,9 @@ def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Tra
     """Load and validate the configuration of a recipe.
 
     Args:
-        recipe: name of a packaged recipe (``pythia-160m``, ``paper/vanilla``) or path of a YAML
-            file. Its key ``base`` may name another recipe, whose values it overrides.
+        recipe: name of a packaged recipe (``pythia-160m``, ``paper/vanilla``), path of a YAML file,
+            or folder of a run, whose recipe is used with this folder. The key ``base`` of a recipe
+            may name another one, whose values it overrides.
         overrides: ``section.key=value``; later ones win. Values are YAML (``null``, ``1e-3``,
             ``[0.9, 0.95]``).
 
@@ -39,7 +41,7 @@ def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Tra
             one) or a value is invalid.
     """
     try:
-        merged = _merged(_read(recipe, ()), *(_parse_override(text) for text in overrides))
+        merged = _merged(_read_own(recipe), *(_parse_override(text) for text in overrides))
         values = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, RecursionError) as error:
         raise ValueError(f"recipe {recipe}: {one_line(error)}; correct the interpolation ${{…}}") from error
@@ -71,6 +73,14 @@ def describe_recipe(name: str) -> str:
     comment = takewhile(lambda line: line.startswith("#"), _find(name).splitlines())
     text = " ".join(line.lstrip("# ") for line in comment)
     return re.split(r"(?<=[^.]\.)\s(?=[A-Z])|, see docs/", text)[0].removesuffix(".")
+
+
+def _read_own(recipe: str) -> DictConfig:
+    """Read a recipe, or that of a run with its folder as ``train.run_dir``: it may have moved."""
+    if not _is_run(recipe):
+        return _read(recipe, ())
+    folder = OmegaConf.create({"train": {"run_dir": str(Path(recipe))}})
+    return _merged(_read(str(Path(recipe) / CONFIG_FILE), ()), folder)
 
 
 def _read(recipe: str, readers: tuple[str, ...]) -> DictConfig:
@@ -111,8 +121,23 @@ def _find(recipe: str) -> str:
     if not packaged.is_file():
         names = recipe_names()
         hint = near_hint(recipe, names) or "`sinklm recipes` lists them; or pass the path of a .yaml file"
+        if (path / CONFIG_FILE).is_file():
+            hint = f"to continue or repeat this run, pass {path / CONFIG_FILE}"
         raise FileNotFoundError(f"there is no recipe {recipe!r}: {hint}")
     return packaged.read_text(encoding="utf-8")
+
+
+def _is_run(recipe: str) -> bool:
+    """Whether a recipe is given as the folder of a run. Names of packaged recipes come first."""
+    folder = Path(recipe)
+    if not (folder / CONFIG_FILE).is_file() or recipe in recipe_names():
+        return False
+    if (folder / STATE_FILE).exists():
+        raise ValueError(
+            f"{recipe} is a checkpoint: to resume its run, pass {folder.absolute().parent.parent}; to start another "
+            f"one from its weights, pass a recipe and model.init_from={recipe}"
+        )
+    return True
 
 
 def _name(recipe: str) -> str:

@@ -21,6 +21,7 @@ from ..checkpoints.folders import (
     interrupted_checkpoints,
 )
 from ..checkpoints.warm_start import check_tokenizer, load_weights
+from ..console import Console
 from ..data import open_store
 from ..data.store import TokenSource
 from ..files import locked, write_json
@@ -41,6 +42,7 @@ from .recipe import config_yaml, load_config
 from .resume import Resume, find_resume
 from .stopping import exit_status
 from .summary import describe_run, dry_run
+from .validation import sets_left_out
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -86,7 +88,8 @@ def train(
             sys.exit(1)  # the first rank of each host reports it, because the hosts may have different files
         raise
     if rank == 0:
-        print("loading DeepSpeed and connecting to the other ranks …", flush=True)
+        others = " and connecting to the other ranks" if _is_one_of_several() else ""
+        Console().note(f"loading DeepSpeed{others} …")
     try:
         with (
             deterministic(config.train.deterministic),
@@ -103,6 +106,10 @@ def train(
         sys.exit(128 + signal.SIGINT)
     if code:
         sys.exit(exit_status(code))
+
+
+def _is_one_of_several() -> bool:
+    return os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")) != "1"
 
 
 @contextmanager
@@ -169,6 +176,8 @@ def _set_up(config: TrainingConfig, world: World, held: ExitStack, trust_checkpo
     progress = held.enter_context(RunProgress(config.train.num_steps, is_silent=not world.is_main))
     for line in describe_run(plan, store, windows, resume):
         progress.say(line)
+    if names := sets_left_out(store, plan):
+        progress.say(f"validation.by_set leaves out sets without a held-out sample: {', '.join(names)}")
     for path in interrupted_checkpoints(run_dir):
         progress.say(f"ignoring {path}, which was interrupted; the next save deletes it")
     for path in damaged_checkpoints(run_dir):
@@ -186,8 +195,9 @@ def _set_up(config: TrainingConfig, world: World, held: ExitStack, trust_checkpo
 def _ready_engine(plan: Plan, world: World, resume: Resume | None, progress: RunProgress) -> "DeepSpeedEngine":
     """Make the engine in the state from which training starts."""
     config = plan.config
-    progress.say(f"{'drawing' if config.model.init_from is None else 'reading'} the initial weights …")
-    world.mark("making the initial weights")
+    if resume is None:
+        progress.say(f"{'drawing' if config.model.init_from is None else 'reading'} the initial weights …")
+    world.mark("making the model")
     with world.all_or_none():
         model = _build_model(plan, world.device)
     progress.say("setting up DeepSpeed …")

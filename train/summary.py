@@ -32,7 +32,7 @@ def describe_run(plan: Plan, store: TokenSource, windows: Windows, resume: "Resu
     lines = [
         f"model: {describe_model(plan)}",
         f"batch: {plan.world_size} rank{'s' * (plan.world_size > 1)} × {config.train.micro_batch_size} samples × "
-        f"{plan.num_accumulation_steps} micro-batches = {plan.samples_per_step:,} samples of "
+        f"{_micro_batches(plan)} = {plan.samples_per_step:,} samples of "
         f"{config.train.seq_length:,} positions; {config.train.precision}, ZeRO-{config.deepspeed.zero_stage}",
         f"data: {store.path}, {len(windows):,} samples; {config.train.num_steps:,} steps = {epochs(plan, windows)}",
         f"run: {config.train.run_dir}",
@@ -41,6 +41,11 @@ def describe_run(plan: Plan, store: TokenSource, windows: Windows, resume: "Resu
         lines.append(f"resuming from {resume.path} (step {resume.step:,})")
         lines += [f"changed since the checkpoint: {change}" for change in resume.changes]
     return lines
+
+
+def _micro_batches(plan: Plan) -> str:
+    count = plan.num_accumulation_steps
+    return f"{count:,} micro-batch{'es' * (count > 1)}"
 
 
 def describe_model(plan: Plan) -> str:
@@ -88,7 +93,7 @@ def _facts(plan: Plan, store: TokenSource | None) -> dict[str, str]:
     facts = {
         "model": describe_model(plan),
         "batch": f"{plan.samples_per_step:,} samples of {train.seq_length:,} positions = {train.batch_size_tokens:,}",
-        "on one rank": f"{plan.num_accumulation_steps:,} micro-batches of {train.micro_batch_size:,} samples",
+        "on one rank": f"{_micro_batches(plan)} of {train.micro_batch_size:,} samples",
         "steps": f"{train.num_steps:,}, including {num_warmup_steps:,} warm-up steps",
         "total positions": f"{plan.num_positions:,} ({human(plan.num_positions)})",
         "total compute": f"{num_operations:.3g} FLOP",

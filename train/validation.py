@@ -31,14 +31,26 @@ def set_windows(store: TokenSource, plan: Plan) -> dict[str, TokenWindows]:
     if not isinstance(store, TokenStore):
         raise ValueError(f"{store.path}: it has no sets; remove validation.by_set")
     sizes = {"tokens_per_sample": plan.tokens_per_sample, "stride": plan.stride}
-    sets = store.manifest.splits["validation"].sets
-    large = sorted(name for name, counts in sets.items() if counts.tokens >= plan.tokens_per_sample)
+    large = sorted(_sets_with_samples(store, plan))
     try:
         if not large:
             raise ValueError(f"{store.path}: no set has a sample of {plan.tokens_per_sample} tokens for validation")
         return {name: TokenWindows(store, "validation", set_name=name, **sizes) for name in large}
     except ValueError as error:
         raise ValueError(f"{error} (or remove validation.by_set)") from None
+
+
+def sets_left_out(store: TokenSource, plan: Plan) -> list[str]:
+    """Return the sets of a store that ``validation.by_set`` leaves out, sorted."""
+    if not plan.config.validation.by_set or not isinstance(store, TokenStore):
+        return []
+    names = {name for split in store.manifest.splits.values() for name in split.sets}
+    return sorted(names - _sets_with_samples(store, plan))
+
+
+def _sets_with_samples(store: TokenStore, plan: Plan) -> set[str]:
+    sets = store.manifest.splits["validation"].sets
+    return {name for name, counts in sets.items() if counts.tokens >= plan.tokens_per_sample}
 
 
 @torch.no_grad()

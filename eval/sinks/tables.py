@@ -124,7 +124,7 @@ def heads_table(report: dict[str, Any]) -> Table:
 def massive_table(report: dict[str, Any]) -> Table:
     """Return a table of massive activations by position and dimension, over layers."""
     table = Table(title="Massive activations")
-    for header in ("Position", "Dimension", "Layers", "Largest", "× median", "Sequences, max. (%)"):
+    for header in ("Position", "Dimension", "Layers", "Largest", "× median", "Share (%)"):
         table.add_column(header, justify="right")
     groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for activation in report["massive_activations"]:

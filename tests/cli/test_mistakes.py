@@ -1,5 +1,6 @@
 """Wrong names of commands, options and keys get a suggestion, with every supported typer."""
 
+import re
 import shlex
 import sys
 
@@ -69,11 +70,13 @@ def test_the_keys_and_recipes_are_listed(monkeypatch, capfd):
     keys = [key for section in key_sections() for key in section.keys]
     assert {key.name for key in keys} == set(dotted_keys(TrainingConfig))
     assert all(key.description for key in keys)
-    monkeypatch.setenv("COLUMNS", "200")
+    assert all(section.description for section in key_sections())
+    monkeypatch.setenv("COLUMNS", "80")
     for line, names in (("train --keys", [key.name for key in keys]), ("recipes", recipe_names())):
         monkeypatch.setattr(sys, "argv", ["sinklm", *line.split()])
         with pytest.raises(SystemExit) as end:
             main()
         assert not end.value.code
         said = capfd.readouterr().out
-        assert all(f"{name} " in said for name in names)
+        assert all(re.search(rf"^ *{re.escape(name)}[= ]", said, flags=re.MULTILINE) for name in names)
+        assert max(map(len, said.splitlines())) <= 80 or line != "train --keys"

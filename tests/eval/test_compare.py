@@ -224,7 +224,7 @@ def test_names_are_as_short_as_possible():
 
 def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="runs/a has no results: evaluate it first"):
+    with pytest.raises(FileNotFoundError, match="runs/a is no file or folder here, and has no results: evaluate"):
         read_run("runs/a", "a")
     folder = write_zero_shot(tmp_path / "results" / "runs-a", [1.0, 0.0])
     assert read_run("runs/a", "a").files == [Path("results/runs-a/zero_shot.json")]

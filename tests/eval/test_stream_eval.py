@@ -163,7 +163,7 @@ def test_the_command_writes_table_json_and_picture(checkpoints, tmp_path, capsys
     assert [(d["lines"], d["num_questions"]) for d in report["results"][0]["distances"]] == [(0, 6), (20, 4)]
     assert (tmp_path / "stream_eval.png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
-    assert "20 lines" in shown
+    assert "by distance in lines" in " ".join(shown.split())
     assert "1+400" in shown
 
     by_distance, by_place = stream_eval_figure(report).axes

@@ -98,11 +98,11 @@ def swapped_rows(model):
         (lambda model: model.double(), "saved with a model in torch.float32, this model is in torch.float64"),
         (
             lambda _: tiny.build(tiny.config("llama:linear", num_hidden_layers=1), dtype=torch.float32),
-            "its rope_parameters is",
+            "whose rope_parameters differs: load that model",
         ),
         (
             lambda _: tiny.build(tiny.config("gpt_neox", num_hidden_layers=1), dtype=torch.float32),
-            "saved with another model: its",
+            "saved with another model, whose",
         ),
     ],
 )

@@ -124,6 +124,21 @@ def test_a_recipe_that_does_not_exist_is_named():
         load_config("runs/mine.yaml")
 
 
+def test_the_folder_of_a_run_is_its_recipe(tmp_path):
+    config = load_config("pythia-14m", ["train.num_steps=7", "train.run_dir=elsewhere"])
+    run, checkpoint = tmp_path / "run", tmp_path / "run/checkpoints/step-4"
+    checkpoint.mkdir(parents=True)
+    for folder in (run, checkpoint):
+        (folder / "config.yaml").write_text(config_yaml(config))
+    (checkpoint / "state.json").touch()
+    train = load_config(str(run), ["train.seed=3"]).train
+    assert (train.num_steps, train.seed, train.run_dir) == (7, 3, str(run))
+    with pytest.raises(ValueError, match=f"is a checkpoint: to resume its run, pass {run};"):
+        load_config(str(checkpoint))
+    with pytest.raises(FileNotFoundError, match="there is no recipe"):
+        load_config(str(tmp_path))
+
+
 def test_every_key_is_documented():
     documented = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
     missing = [key for key in dotted_keys(TrainingConfig) if f"`{key}`" not in documented]

@@ -133,7 +133,10 @@ def test_an_interrupted_checkpoint_is_passed_over(recipe, whole_run, stopped_run
     shutil.copytree(whole_run / "checkpoints" / "step-8", interrupted)
     (interrupted / "COMPLETE").unlink()
     train(recipe, [f"train.run_dir={stopped_run}"])
-    assert "resuming from" in (output := capsys.readouterr().out)
+    output, notes = capsys.readouterr()
+    assert "resuming from" in output
+    assert "initial weights" not in output
+    assert "loading DeepSpeed …" in notes
     assert "step-4 (step 4)" in output.replace("\n", "")
     assert "step-6, which was interrupted" in output.replace("\n", "")
     assert losses(stopped_run) == losses(whole_run)

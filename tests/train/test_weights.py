@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from sinklm.checkpoints import load_model
+from sinklm.cli.prepare import print_summary
+from sinklm.console import Console
 from sinklm.data import SampleOrder, SetWindows, TokenStore, TokenWindows, WeightedOrder
 from sinklm.train.batches import open_windows, sample_order
 from sinklm.train.plan import Plan
 from sinklm.train.recipe import load_config
 from sinklm.train.run import train
 from sinklm.train.summary import epochs
+from sinklm.train.validation import sets_left_out
 
 from .tiny import copy_checkpoint, losses, metrics, prepare_here
 
@@ -106,6 +109,17 @@ def test_the_validation_loss_of_each_set_is_that_of_its_documents(recipe, store,
     assert f"(code {by_set['code']:.4f}, web (en) {by_set['web (en)']:.4f})" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"prepare it with --split-sets \(or remove validation\.by_set\)"):
         train(recipe, [f"data.path={mixed(sets, tmp_path)}", *settings[1:], f"train.run_dir={tmp_path / 'other'}"])
+
+
+def test_sets_without_held_out_text_are_named(recipe, store, tmp_path, capsys):
+    rows = [{"text": f"{i} sink token", "meta": {"pile_set_name": "code"}} for i in range(100)]
+    rows.append({"text": "one law", "meta": {"pile_set_name": "law"}})
+    (tmp_path / "corpus.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    sets = prepare_here(tmp_path / "corpus.jsonl", tmp_path / "store", tokenizer=store, split_sets=True)
+    print_summary(Console(), TokenStore(sets).manifest, sets)
+    assert "No document was held out of law, so validation.by_set" in capsys.readouterr().out
+    assert sets_left_out(TokenStore(sets), plan_of(recipe, sets, "validation.by_set=true")) == ["law"]
+    assert sets_left_out(TokenStore(sets), plan_of(recipe, sets)) == []
 
 
 def mixed(sets: Path, folder: Path) -> Path:
