@@ -509,7 +509,7 @@ OPTIONS = [
     Case(
         "an unknown task",
         "eval zero-shot {model} --tasks nope --include-path {here}/no",
-        r"the task folder .*/no does not exist: check --include-path",
+        r"the folder .*/no does not exist: check --include-path",
     ),
     Case(
         "a batch of -3",

@@ -132,6 +132,7 @@ def results(tmp_path_factory) -> dict[str, int | str]:
     """Exit status or error message of each command, run in one process without the extras."""
     folder = tmp_path_factory.mktemp("without")
     write_checkpoint(folder / "model", small_model(num_sinks=1))
+    (folder / "text").write_text("some words")
     lines = [*HELP, *IN_THE_BASE, *WITHOUT_EXTRA]
     command = [sys.executable, "-c", RUN_COMMANDS.format(blocked=BLOCKED, lines=lines)]
     result = subprocess.run(command, input="word\n", capture_output=True, text=True, cwd=folder, check=True)

@@ -18,7 +18,7 @@ NUM_LOCK_ATTEMPTS = 4  # `is_locked` of another process may have the lock for a 
 
 def partial_name(name: str) -> str:
     """Return the name of an unfinished file of `atomic_file`, hidden and unlike a user's own."""
-    return f".{name}{PARTIAL}"
+    return f".{name.removeprefix('.')}{PARTIAL}"
 
 
 @contextmanager

@@ -217,7 +217,7 @@ PIQA = {"goal": "open a door", "sol1": "a key", "sol2": "a spoon", "label": 0}
         ("hellaswag", HELLASWAG[0] | {"endings": ["a", None]}, "null as endings"),
         ("hellaswag", HELLASWAG[0] | {"label": "4"}, "label '4' in row 1"),
         ("piqa", PIQA | {"sol2": None}, "null as sol2"),
-        ("piqa", PIQA | {"label": 2}, "label '2' in row 1"),
+        ("piqa", PIQA | {"label": 2}, "label 2 in row 1"),
         ("winogrande", WINOGRANDE | {"answer": "3"}, "answer '3' in row 1"),
     ],
 )

@@ -143,9 +143,9 @@ def test_dense_attention_ends_after_eight_trained_lengths(tmp_path, book, capsys
     folder = write_checkpoint(tmp_path / "model", small_model(1, max_position_embeddings=32))
     streaming(str(folder), [book], tokens=400, caches="1+15", output=tmp_path)
     dense, stream = json.loads((tmp_path / "streaming.json").read_text())["results"]
-    assert (dense["method"], dense["num_scored"]) == ("dense", 257)  # the loss of token 256 is that of position 255
+    assert (dense["method"], dense["num_scored"]) == ("dense", 256)  # after the sink
     assert (stream["method"], stream["num_scored"]) == ("streaming", 400)
-    assert "stopped after 257 tokens, 8 × the trained length" in " ".join(capsys.readouterr().out.split())
+    assert "stopped after 256 tokens, 8 × the trained length" in " ".join(capsys.readouterr().out.split())
 
 
 @given(st.integers(1, 3_000_000))

@@ -165,7 +165,7 @@ def test_mistakes_are_named(run, book, tmp_path, checkpoints):
         sinks(model, [book], store=tmp_path)
     with pytest.raises(ValueError, match="has no complete checkpoint"):
         sinks(model, [book], checkpoints=True)
-    with pytest.raises(FileNotFoundError, match=r"--text nobook\.txt cannot be read: No such file"):
+    with pytest.raises(OSError, match=r"--text nobook\.txt cannot be read: No such file"):
         sinks(model, [Path("nobook.txt")])
     with pytest.raises(ValueError, match="--seq-length 129 is more than the model's 128 positions"):
         sinks(model, [book], num_sequences=1, seq_length=129, output=tmp_path)
