@@ -259,7 +259,8 @@ Reading = Iterator[tuple[tuple[str, str], Value]]
 def _zero_shot(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
     for task, metrics in (report["tasks"] | report["groups"]).items():
         leaves = _tasks_of(task, report)
-        conditions = [(name, report.get(name) or None) for name in ("limit", "apply_chat_template")]
+        settings = ("limit", "apply_chat_template", "max_length", "model_args")
+        conditions = [(name, _hashable(report.get(name) or None)) for name in settings]
         for name, key in (
             *((key, key) for key in ("num_fewshot", "task_versions")),
             ("number of examples", "num_samples"),
@@ -327,7 +328,8 @@ def _streaming(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
     has_first = int(bool(report["model"]["num_sinks"] or text["num_prefix_tokens"]))  # others cannot score it
     for result in report["results"]:
         num_scored = result["num_scored"] - has_first
-        same: tuple = (("text", text["sha256"]), ("number of tokens scored", num_scored))
+        same: tuple = (("text", text["sha256"]), ("tokens", text.get("ids_sha256")))
+        same += (("number of tokens scored", num_scored),)
         same += (("recompute_every", report.get("recompute_every")),) if result["method"] == "recompute" else ()
         yield (result["configuration"], "perplexity"), Value(result["perplexity"], None, same)
         if result.get("bits_per_byte") is not None:  # of other tokenizers too, so the number of tokens may differ
@@ -358,7 +360,7 @@ def _stream_qa(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
 
 def _sinks(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
     text = report["text"]
-    source = text.get("sha256") or text if isinstance(text, dict) else text
+    source = text.get("sha256") or text.get("fingerprint") if isinstance(text, dict) else text
     conditions = (
         ("text", _hashable(source)),
         *((name, report[name]) for name in ("num_sequences", "seq_length", "epsilon")),

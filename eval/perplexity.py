@@ -286,6 +286,7 @@ def as_json(results: Iterable[Result], tokenized: TokenizedText) -> dict[str, An
         "text": {
             "files": list(tokenized.files),
             "sha256": tokenized.sha256,
+            "ids_sha256": hashlib.sha256(tokenized.ids[tokenized.num_prefix :].numpy().tobytes()).hexdigest(),
             "num_tokens": len(tokenized.ids) - tokenized.num_prefix,
             "num_prefix_tokens": tokenized.num_prefix,
             "num_bytes": None if tokenized.num_bytes is None else int(tokenized.num_bytes.sum()),

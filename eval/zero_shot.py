@@ -103,6 +103,7 @@ def evaluate(
     results = _scores(output) | {
         "limit": limit,
         "apply_chat_template": apply_chat_template,
+        "max_length": max_length,
         "model_args": model_args or {},
         "data_files": {task: list(map(str, paths)) for task, paths in files.items()},
         "questions_sha256": {task: _fingerprint(records) for task, records in output["samples"].items()},
