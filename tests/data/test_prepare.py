@@ -380,7 +380,7 @@ def test_a_full_disk_is_one_error_and_loses_nothing(corpus: list[str], tmp_path:
     options = ["--tokenizer", tokenizer_file, "--output", tmp_path / "store", "--processes", 1]
     result = run_command(corpus[0], big, *options, limit=2**18)
     assert result.returncode == 1
-    note, error = result.stderr.splitlines()
+    note, error = filter(None, result.stderr.splitlines())  # rich before 14.3 ends a hidden bar with an empty line
     assert note == "reading the list of inputs …"
     assert error.startswith(f"error: {tmp_path}/store: no space left to write")
     kept = tmp_path / "store/train/00000.bin"
@@ -400,10 +400,11 @@ def test_a_bad_record_is_one_line_on_stderr_and_keeps_the_shards_before_it(
     options = [corpus[0], bad, "--tokenizer", tokenizer_file, "--output", tmp_path / "store", "--processes", 1]
     result = run_command(*options)
     assert result.returncode == 1
-    assert result.stderr == (
-        "reading the list of inputs …\n"
+    note, error = filter(None, result.stderr.splitlines())
+    assert note == "reading the list of inputs …"
+    assert error == (
         f'error: {bad}, line 2: the record has no text (key "text" is missing); fix or remove it, or name another '
-        "key with --text-key\n"
+        "key with --text-key"
     )
     assert (tmp_path / "store/train/00000.bin").exists()
     assert not (tmp_path / "store/manifest.json").exists()
