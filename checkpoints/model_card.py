@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel
 
+from ..models.config import default_num_kept
 from .checksums import verify_description
 from .folders import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, STATE_FILE, read_state
 
@@ -73,7 +74,7 @@ def model_card(model: PreTrainedModel, folder: Path, name: str, sink_names: list
     It includes facts about the training run if ``folder`` is in a run folder.
     """
     num_sinks = len(sink_names)
-    num_kept = num_sinks or 4
+    num_kept = default_num_kept(model.config)
     window = model.config.max_position_embeddings // 2 - num_kept
     if num_sinks:
         notes = SINK_NOTES.format(names=f"`{''.join(sink_names)}`")

@@ -14,9 +14,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..models.cache_argument import CACHE
 from ..models.checked import checked_passes
-from ..models.config import sink_config
+from ..models.config import default_num_kept
 from ..streaming import Generator, StreamingCache
-from ..streaming.generation import DEFAULT_NUM_KEPT
 
 METHODS = ("streaming", "cropped cache", "re-computation", "floor")
 NUM_WARMUP = 5
@@ -27,7 +26,7 @@ EXTRA_TOKENS = 8  # prompt tokens beyond the cache size, so that the cache is fu
 
 def default_caches(model: PreTrainedModel) -> list[tuple[int, int]]:
     """Return caches of `CACHE_SIZES` that keep the model's sinks, or 4 tokens without any."""
-    num_kept = sink_config(model.config).num_sinks or DEFAULT_NUM_KEPT
+    num_kept = default_num_kept(model.config)
     return [(num_kept, size - num_kept) for size in CACHE_SIZES]
 
 

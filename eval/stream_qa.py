@@ -26,7 +26,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.cache_argument import CACHE
 from ..models.checked import check_ids, checked_passes
-from ..models.config import sink_config
+from ..models.config import default_num_kept
 from ..streaming import stream_logits
 from ..streaming.families import num_embedded_positions
 from .losses import CHUNK, fills_memory, num_dense_tokens
@@ -35,7 +35,6 @@ from .perplexity import text_prefix
 TASKS = ("arc_easy", "arc_challenge")
 INSTRUCTION = "Answer each question with the label of the right choice.\n\n"
 CACHE_SIZE = 1024  # the paper's
-NUM_KEPT = 4
 DENSE_LENGTHS = 2  # dense attention is asked up to this many trained lengths
 ALONE_BATCH = 8
 NUM_PLACES = 20  # points of a curve over the stream, at most
@@ -242,7 +241,7 @@ def default_caches(model: PreTrainedModel) -> list[tuple[int, int]]:
     """
     num_positions = getattr(model.config, "max_position_embeddings", None) or 2 * CACHE_SIZE
     size = min(CACHE_SIZE, num_positions // 2)
-    num_kept = sink_config(model.config).num_sinks or NUM_KEPT
+    num_kept = default_num_kept(model.config)
     if size <= num_kept:
         raise ValueError("the model's trained length is too short for the default caches: set --caches")
     return [(0, size), (num_kept, size - num_kept)]

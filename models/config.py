@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import GPTNeoXConfig, PreTrainedConfig
 
+DEFAULT_NUM_KEPT = 4  # for a model without sink tokens (Xiao et al. 2024, Table 2)
 SINK_KINDS = ("none", "token", "zero", "logit", "kv_bias", "gate")
 
 
@@ -77,6 +78,11 @@ def sink_config(config: PreTrainedConfig) -> SinkGPTNeoXConfig:
     if config.model_type != "gpt_neox" or not isinstance(sink, dict):
         return SinkGPTNeoXConfig()
     return SinkGPTNeoXConfig(vocab_size=config.vocab_size, sink=sink)
+
+
+def default_num_kept(config: PreTrainedConfig) -> int:
+    """Return how many first tokens a cache keeps by default: the sinks, or `DEFAULT_NUM_KEPT`."""
+    return sink_config(config).num_sinks or DEFAULT_NUM_KEPT
 
 
 def tokens_per_sample(seq_length: int, num_sinks: int) -> int:

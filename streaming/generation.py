@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.checked import check_ids, refuse_nonfinite_logits
-from ..models.config import sink_config
+from ..models.config import default_num_kept, sink_config
 from .cache import StreamingCache
 from .decoding import StreamingDecoder
 from .families import is_one_graph
@@ -17,7 +17,6 @@ from .sampling import Sampling
 from .wrappers import unwrapped
 
 DEFAULT_CACHE_SIZE = 1024
-DEFAULT_NUM_KEPT = 4  # for a model without sink tokens (Xiao et al. 2024, Table 2)
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 MAX_PENDING = 16  # after so many tokens without a complete character, the text is shown as it is
 
@@ -30,7 +29,7 @@ def default_cache(model: PreTrainedModel) -> tuple[int, int]:
     cache is then longer than those seen in training.
     """
     config = unwrapped(model).config
-    num_kept = sink_config(config).num_sinks or DEFAULT_NUM_KEPT
+    num_kept = default_num_kept(config)
     trained_length = getattr(config, "max_position_embeddings", None) or DEFAULT_CACHE_SIZE + 1
     return num_kept, max(1, min(DEFAULT_CACHE_SIZE, trained_length - 1) - num_kept)
 

@@ -1,7 +1,7 @@
 """Logits and losses of texts of any length, in chunks and constant memory."""
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,8 +34,7 @@ def stream_logits(
         kv_dtype: as in `StreamingCache.for_model`. Tokens of one pass see each other in full
             precision, so at most 32 of them per pass give the losses of decoding.
     """
-    settings: dict[str, Any] = {"num_kept": num_kept, "window": window, "chunk_size": chunk_size, "kv_dtype": kv_dtype}
-    cache = StreamingCache.for_model(model, **settings)
+    cache = StreamingCache.for_model(model, num_kept=num_kept, window=window, chunk_size=chunk_size, kv_dtype=kv_dtype)
     device = unwrapped(model).device
     for chunk in token_ids.split(chunk_size, dim=1):
         with torch.inference_mode():
@@ -57,8 +56,8 @@ def stream_losses(
     Token 0 is not scored, because without a sink it has no context.
     """
     end = 0
-    settings: dict[str, Any] = {"num_kept": num_kept, "window": window, "chunk_size": chunk_size, "kv_dtype": kv_dtype}
-    for logits in stream_logits(model, token_ids, **settings):
+    chunks = stream_logits(model, token_ids, num_kept=num_kept, window=window, chunk_size=chunk_size, kv_dtype=kv_dtype)
+    for logits in chunks:
         start, end = end, end + logits.shape[1]
         targets = token_ids[:, start + 1 : end + 1].to(logits.device, torch.long)
         if targets.shape[1]:
