@@ -215,9 +215,10 @@ class CheckpointSection(Section):
         default=False, description="also save at steps 0, 1, 2, 4 … 512 and every 1000, and never delete these"
     )
     keep: Count | None = Field(default=3, description="number of newest checkpoints to keep; null: all")
-    asynchronous: bool = Field(
-        default=False,
-        description="write checkpoints from a copy in host memory while training goes on, if the memory is free",
+    asynchronous: bool | None = Field(
+        default=None,
+        description="write checkpoints from a copy in host memory while training goes on, if the memory is free; "
+        "null: yes on a GPU, no on a CPU",
     )
     resume: Name = Field(
         default="auto",

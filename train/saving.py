@@ -33,7 +33,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints, in a thread if ``checkpoint.asynchronous``. Every rank has one.
+    """Writes a run's checkpoints, with ``checkpoint.asynchronous`` in a thread. Every rank has one.
 
     One checkpoint at a time is written. The next save waits for it.
 
@@ -218,7 +218,8 @@ class CheckpointWriter:
 
     def _is_asynchronous(self) -> bool:
         """Whether to save in a thread: if the recipe says so and all hosts have the memory."""
-        if not self._plan.config.checkpoint.asynchronous:
+        wanted = self._plan.config.checkpoint.asynchronous
+        if not (self._world.device.type == "cuda" if wanted is None else wanted):
             return False
         free = min(self._world.gather(free_memory()))
         if free > self.num_bytes:  # as if all ranks were on one host

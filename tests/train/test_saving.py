@@ -192,4 +192,7 @@ def test_a_snapshot_is_what_it_was_when_it_was_taken():
         for tensor in state.values():
             tensor.fill_(-1)
         memory.wait_on_host()
-        assert all(bool((tensor == value).all()) and tensor.is_pinned() for tensor in copied.values())
+        assert memory.pinning_error() == ""
+        assert {name: bool((tensor == value).all()) for name, tensor in copied.items()} == dict.fromkeys(state, True)
+        assert all(tensor.is_pinned() for tensor in copied.values())
+    memory.close()
