@@ -38,6 +38,7 @@ from sinklm.checkpoints import load_model, load_tokenizer
 from sinklm.eval.decode_speed import milliseconds, synchronize
 from sinklm.eval.report import library_versions
 from sinklm.models import SinkGPTNeoXForCausalLM
+from sinklm.models.cache_argument import CACHE
 from sinklm.streaming import StreamingCache, StreamingDecoder, stream_losses
 from sinklm.train.plan import Plan
 from sinklm.train.recipe import load_config
@@ -116,12 +117,12 @@ def eager_step(args: argparse.Namespace, kv_dtype: str | None) -> dict[str, Any]
     if ids.shape[1] < cache_size:
         raise ValueError(f"the text has {ids.shape[1]} tokens, so a cache of {cache_size} is not full")
     stream = StreamingCache.for_model(model, num_kept=args.num_kept, window=args.window, kv_dtype=kv_dtype)
-    model(ids, past_key_values=stream, use_cache=True, logits_to_keep=1)
+    model(ids, use_cache=True, logits_to_keep=1, **{CACHE: stream})
     clock = time.perf_counter if model.device.type == "cuda" else time.process_time
     times = []
     for _ in range(NUM_EAGER_STEPS):
         start = clock()
-        model(ids[:, :1], past_key_values=stream, use_cache=True)
+        model(ids[:, :1], use_cache=True, **{CACHE: stream})
         synchronize()
         times.append(clock() - start)
     return {"ms": 1e3 * sorted(times)[NUM_EAGER_STEPS // 2], "bytes": stream.num_bytes}

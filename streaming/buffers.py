@@ -10,8 +10,7 @@ from torch import Tensor
 from .rule import StreamShape
 
 if TYPE_CHECKING:
-    from .quantized import RecentTokens
-    from .steps import ChunkStep, DecodeStep
+    from .steps import ChunkStep, DecodeStep, Step
 
 
 class StreamingLayer:
@@ -61,13 +60,10 @@ class StreamingLayer:
         if self.shape.num_kept:
             self.kept_keys[step.rows, :, step.kept_row] = key[:, :, 0]
 
-    def read(self, recent: "RecentTokens") -> tuple[Tensor, Tensor]:
+    def read(self, step: "Step") -> tuple[Tensor, Tensor]:
         """Return keys and values ``(B, G, S + W + 1, D)`` of all slots.
 
         The first S keys are those of `kept_keys`, or rotated. The caller may overwrite them.
-
-        Args:
-            recent: of the pass, for quantized keys and values.
         """
         return self.keys, self.values
 

@@ -6,7 +6,7 @@ bits, a smallest value.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from .buffers import StreamingLayer, gather_columns, static_zeros, zeros_like_he
 from .rule import StreamShape
 
 if TYPE_CHECKING:
-    from .steps import ChunkStep, DecodeStep
+    from .steps import ChunkStep, DecodeStep, Step
 
 NUM_RECENT = 32  # recent tokens that are also stored in full precision
 
@@ -87,26 +87,18 @@ class RecentTokens:
 
     Args:
         num_seen: ``(B or 1,)``, tokens before the pass.
+
+    Attributes:
+        tokens: their indices ``(B or 1, R + 1)``, negative at the start of a stream.
+        rows: their rows in full precision.
+        ring: their slots in the ring; those of kept tokens are empty slots while it fills.
     """
 
     def __init__(self, shape: StreamShape, num_seen: Tensor):
-        self.shape, self.num_seen = shape, num_seen
         self.num_recent = min(NUM_RECENT, shape.window)
-
-    @cached_property
-    def tokens(self) -> Tensor:
-        """Their indices ``(B or 1, R + 1)``, negative at the start of a stream."""
-        return self.num_seen[:, None] - self.num_recent + torch.arange(self.num_recent + 1, device=self.num_seen.device)
-
-    @cached_property
-    def rows(self) -> Tensor:
-        """Their rows in full precision, ``(B or 1, R + 1)``."""
-        return self.tokens.remainder(self.num_recent + 1)
-
-    @cached_property
-    def ring(self) -> Tensor:
-        """Their slots in the ring; those of kept tokens are empty slots while it fills."""
-        return (self.tokens - self.shape.num_kept).remainder(self.shape.window + 1)
+        self.tokens = num_seen[:, None] - self.num_recent + torch.arange(self.num_recent + 1, device=num_seen.device)
+        self.rows = self.tokens.remainder(self.num_recent + 1)
+        self.ring = (self.tokens - shape.num_kept).remainder(shape.window + 1)
 
     def after(self, num_seen: Tensor) -> Tensor:
         """Return the tokens in the rows after ``num_seen`` ``(B or 1,)`` tokens."""
@@ -170,8 +162,8 @@ class QuantizedLayer(StreamingLayer):
             getattr(self, f"recent_{name}s")[step.rows, :, row] = states
             getattr(self, f"kept_{name}s")[step.rows, :, step.kept_row] = states
 
-    def read(self, recent: RecentTokens) -> tuple[Tensor, Tensor]:
-        dense = []
+    def read(self, step: "Step") -> tuple[Tensor, Tensor]:
+        recent, dense = step.recent, []
         for name in ("key", "value"):
             exact = gather_columns(getattr(self, f"recent_{name}s"), recent.rows)
             index = recent.ring[:, None, :, None].expand(exact.shape)

@@ -38,6 +38,7 @@ class Step:
         self.layers, self.shape, self.encoding = layers, shape, encoding
         self.arguments: tuple = ()  # of the pass
         self.copies: dict[torch.device, Step] = {}
+        self._recent: RecentTokens | None = None
 
     def on(self, device: torch.device) -> "Step":
         """Return this pass with its tensors on another device, for the layers there."""
@@ -48,10 +49,12 @@ class Step:
             self.copies[device] = type(self)(self.layers, self.shape, self.encoding, *moved)
         return self.copies[device]
 
-    @cached_property
+    @property
     def recent(self) -> RecentTokens:
         """Where quantized layers find the tokens before the pass that they store as they are."""
-        return RecentTokens(self.shape, self.num_seen.flatten())
+        if self._recent is None:  # `cached_property` has a lock in Python 3.11, so it cannot be compiled
+            self._recent = RecentTokens(self.shape, self.num_seen.flatten())
+        return self._recent
 
     def attend(
         self,
@@ -148,7 +151,7 @@ class DecodeStep(Step):
             out, lse = kernels.decode_attention(*where, query, key, value, scaling)
             return out if column is None else merge_column(out, lse, column)[0]
         layer.write(key, value, self)
-        keys, values = layer.read(self.recent)
+        keys, values = layer.read(self)
         num_kept = self.shape.num_kept
         if isinstance(self.encoding, Alibi):
             mask = self.encoding.bias(self.key_positions[:, None], self.visible[:, None], like=query)
@@ -243,7 +246,7 @@ class ChunkStep(Step):
 
     def _attend(self, layer, query, key, value, scaling, column):
         num_kept = self.shape.num_kept
-        keys, values = layer.read(self.recent)
+        keys, values = layer.read(self)
         window_key, window_value = gather_columns(keys, self.window_slots), gather_columns(values, self.window_slots)
         layer.store(key, value, self)
         band_key, band_value = torch.cat((window_key, key), dim=2), torch.cat((window_value, value), dim=2)

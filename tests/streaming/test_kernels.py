@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from sinklm.streaming import kernels
 from sinklm.streaming.buffers import StreamingLayer
 from sinklm.streaming.encodings import Rotary
-from sinklm.streaming.quantized import KV_DTYPES, QuantizedLayer, RecentTokens
+from sinklm.streaming.quantized import KV_DTYPES, QuantizedLayer
 from sinklm.streaming.rule import StreamShape
 from sinklm.streaming.steps import DecodeStep
 
@@ -152,7 +152,7 @@ def test_quantized_attention_is_the_plain_step(case, dtype, kv_dtype, monkeypatc
         out, lse = kernels.decode_attention(shape, encoding, fused, num_seen, base, query, key, value, scaling)
         assert out.dtype == dtype
         torch.testing.assert_close(out.float(), expected, rtol=1e-5, atol=TOLERANCES[dtype])
-        keys = plain.read(RecentTokens(shape, num_seen))[0]
+        keys = plain.read(DecodeStep([plain], shape, encoding, num_seen, base))[0]
         if num_kept:
             turn = (num_seen - base - shape.query_position(num_seen))[:, None]
             keys[:, :, :num_kept] = encoding.turn(keys[:, :, :num_kept], encoding.phases(turn, like=keys))
