@@ -19,6 +19,7 @@ The dtype is bfloat16 on a GPU and float32 on a CPU.
 """
 
 import argparse
+import gc
 import json
 import math
 import time
@@ -26,7 +27,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -46,7 +47,8 @@ from sinklm.train.summary import PYTHIA_TOKENIZER_SIZE
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "checkpoints"
 PARTS = ["perplexity", "step", "decode"]
-KV_DTYPES = {"none": None, "int8": "int8", "int4": "int4"}
+KvDtype = Literal["int8", "int4"] | None
+KV_DTYPES: dict[str, KvDtype] = {"none": None, "int8": "int8", "int4": "int4"}
 TOKENS_PER_PASS = 16  # on a CPU
 NUM_EAGER_STEPS = 50
 NUM_WARMUP = 5
@@ -80,7 +82,7 @@ def token_ids(args: argparse.Namespace) -> Tensor:
     return ids[: len(ids) // args.rows * args.rows].view(args.rows, -1)
 
 
-def perplexity(args: argparse.Namespace, kv_dtype: str | None) -> dict[str, Any]:
+def perplexity(args: argparse.Namespace, kv_dtype: KvDtype) -> dict[str, Any]:
     model, ids = model_of(args.model), token_ids(args)
     settings: dict[str, Any] = {"num_kept": args.num_kept, "window": args.window, "kv_dtype": kv_dtype}
     start = time.perf_counter()
@@ -100,7 +102,7 @@ def perplexity(args: argparse.Namespace, kv_dtype: str | None) -> dict[str, Any]
 @torch.no_grad()
 def decoded_loss(model: PreTrainedModel, ids: Tensor, settings: dict[str, Any]) -> float:
     """Return the sum of the losses of all tokens but the first of each stream."""
-    torch._dynamo.reset()
+    free_memory()
     decoder = StreamingDecoder(model, StreamingCache.for_model(model, **settings))
     total = torch.zeros((), dtype=torch.float64, device=ids.device)
     logits = decoder.prefill(ids[:, :1])
@@ -111,7 +113,7 @@ def decoded_loss(model: PreTrainedModel, ids: Tensor, settings: dict[str, Any]) 
 
 
 @torch.inference_mode()
-def eager_step(args: argparse.Namespace, kv_dtype: str | None) -> dict[str, Any]:
+def eager_step(args: argparse.Namespace, kv_dtype: KvDtype) -> dict[str, Any]:
     model, cache_size = model_of(args.model), args.num_kept + args.window
     ids = token_ids(args).flatten()[None, : cache_size + 100].to(model.device)
     if ids.shape[1] < cache_size:
@@ -135,29 +137,38 @@ class RandomModel:
     """The model of a recipe with random weights; only the newest one stays in memory."""
 
     name: str | None = None
-    model: PreTrainedModel
+    model: PreTrainedModel | None = None
 
     def __call__(self, name: str) -> PreTrainedModel:
         if name != self.name:
-            self.name, self.model = None, None  # type: ignore[assignment]
+            self.name, self.model = None, None
             config = Plan(load_config(name), 1, PYTHIA_TOKENIZER_SIZE).model_config
             is_gpu = torch.cuda.is_available()
             dtype = torch.bfloat16 if is_gpu else torch.float32
             with torch.device("cuda" if is_gpu else "cpu"):
                 self.model = SinkGPTNeoXForCausalLM._from_config(config, dtype=dtype).eval()
             self.name = name
+        assert self.model is not None
         return self.model
 
 
 random_model = RandomModel()
 
 
+def free_memory() -> None:
+    """Free compiled steps, their graphs and caches."""
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 @torch.no_grad()
 def decode(
-    name: str, cache_size: int, batch_size: int, num_kept: int, kv_dtype: str | None, num_steps: int
+    name: str, cache_size: int, batch_size: int, num_kept: int, kv_dtype: KvDtype, num_steps: int
 ) -> dict[str, Any]:
     model = random_model(name)
-    torch._dynamo.reset()
+    free_memory()
     window = cache_size - num_kept
     stream = StreamingCache.for_model(model, num_kept=num_kept, window=window, kv_dtype=kv_dtype)
     decoder = StreamingDecoder(model, stream)
