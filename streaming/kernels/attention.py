@@ -9,7 +9,7 @@ from torch.library import custom_op
 from ..buffers import StreamingLayer
 from ..encodings import Rotary
 from ..quantized import QuantizedLayer
-from ..rule import StreamShape
+from ..rule import LARGEST, StreamShape
 from .parts import LOG2E, MIN_TILE, Launch, _attend, _attend_new, _finish, block_of_dims, with_strides
 from .quantized_attention import decode_quantized_attention
 
@@ -19,13 +19,14 @@ BLOCK_BYTES = 8192  # keys that a program processes at a time, in bytes
 def can_fuse(encoding: Rotary, layer: StreamingLayer, query: Tensor) -> bool:
     """Whether a kernel can be used.
 
-    It requires CUDA, not float64, values as wide as keys, and that the first dimensions of a head
-    are rotated.
+    It requires CUDA, not float64, values as wide as keys, that the first dimensions of a head are
+    rotated, and that 32 bits can count the dimensions of all slots.
     """
     keys = layer.kept_keys
     values = layer.kept_values if isinstance(layer, QuantizedLayer) else layer.values
     has_one_type = query.dtype == keys.dtype == values.dtype != torch.float64
-    return query.is_cuda and has_one_type and keys.shape[-1] == values.shape[-1] and encoding.start == 0
+    has_one_size = keys.shape[-1] == values.shape[-1] and layer.shape.num_slots * keys.shape[-1] <= LARGEST
+    return query.is_cuda and has_one_type and has_one_size and encoding.start == 0
 
 
 def decode_attention(
