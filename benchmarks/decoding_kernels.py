@@ -11,16 +11,18 @@ import argparse
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 import torch
+import triton
 from torch.nn import functional as F
 
 from sinklm.eval.decode_speed import copy_bandwidth, milliseconds
 from sinklm.streaming import kernels
 from sinklm.streaming.buffers import StreamingLayer
 from sinklm.streaming.encodings import Rotary
-from sinklm.streaming.kernels import attention as attention_kernel
-from sinklm.streaming.kernels import matvec as matvec_kernel
+from sinklm.streaming.kernels import attention, matvec, parts, quantized_attention
+from sinklm.streaming.quantized import KV_DTYPES, QuantizedLayer
 from sinklm.streaming.rule import StreamShape
 from sinklm.streaming.steps import DecodeStep
 
@@ -48,16 +50,17 @@ def microseconds(calls: list[Callable[[], object]]) -> float:
 
 
 def attention_calls(
-    heads: int, groups: int, head_size: int, cache: int, batch: int
+    heads: int, groups: int, head_size: int, cache: int, batch: int, kv_dtype: str | None = None
 ) -> tuple[list[Callable[[], object]], int]:
     """Return calls of the step's attention, one for each layer, and the bytes read by one call."""
     shape, inv_freq = StreamShape(4, cache - 4), torch.ones(head_size // 8, device="cuda")
     query = torch.randn(batch, heads, 1, head_size, device="cuda", dtype=DTYPE)
     key = torch.randn(batch, groups, 1, head_size, device="cuda", dtype=DTYPE)
-    num_bytes = 2 * key.nbytes * shape.num_slots
-    layers = [StreamingLayer(shape) for _ in range(max(2, int(BYTES_IN_ALL / num_bytes)))]
-    for layer in layers:
-        layer.allocate(key, key)
+    layers: list[StreamingLayer] = []
+    while len(layers) < 2 or sum(layer.num_bytes for layer in layers) < BYTES_IN_ALL:
+        layers.append(StreamingLayer(shape) if kv_dtype is None else QuantizedLayer(kv_dtype, shape))
+        layers[-1].allocate(key, key)
+    num_bytes = layers[0].num_bytes
     num_seen = torch.full((batch,), 3 * cache, device="cuda")
     step = DecodeStep(layers, shape, Rotary(lambda: inv_freq), num_seen, num_seen - cache - 5)
     return [lambda i=i: step.attend(i, query, key, key, 0.1) for i in range(len(layers))], num_bytes
@@ -74,13 +77,13 @@ def linear_calls(num_out: int, num_in: int) -> tuple[list[Callable[[], object]],
 
 
 @contextmanager
-def setting(module, **values) -> Iterator[None]:
-    old = {name: getattr(module, name) for name in values}
-    for name, value in values.items():
-        setattr(module, name, value)
+def settings(values: dict[tuple[ModuleType, str], object]) -> Iterator[None]:
+    old = {place: getattr(*place) for place in values}
+    for place, value in values.items():
+        setattr(*place, value)
     yield
-    for name, value in old.items():
-        setattr(module, name, value)
+    for place, value in old.items():
+        setattr(*place, value)
 
 
 def with_matvec(calls: list[Callable[[], object]]) -> float:
@@ -91,15 +94,42 @@ def with_matvec(calls: list[Callable[[], object]]) -> float:
     return microseconds([lambda call=call: run(call) for call in calls])
 
 
-def sweep(module, measure: Callable[[], float], **choices: tuple[int, ...]) -> None:
+def sweep(measure: Callable[[], float], choices: dict[tuple[ModuleType, str], tuple[int, ...]]) -> None:
     """Print the five fastest combinations of a kernel's settings."""
     results = []
     for values in itertools.product(*choices.values()):
-        named = dict(zip(choices, values, strict=True))
-        with setting(module, **named):
-            results.append((measure(), named))
-    for time, named in sorted(results, key=lambda result: result[0])[:5]:
-        print(f"    {time:8.2f}  {', '.join(f'{name}={value}' for name, value in named.items())}", flush=True)
+        chosen = dict(zip(choices, values, strict=True))
+        with settings(chosen):
+            try:
+                results.append((measure(), chosen))
+            except triton.OutOfResources as error:
+                print(f"    {list(chosen.values())}: {error}", flush=True)
+    for time, chosen in sorted(results, key=lambda result: result[0])[:5]:
+        names = ", ".join(f"{name}={value}" for (_, name), value in chosen.items())
+        print(f"    {time:8.2f}  {names}", flush=True)
+
+
+def sweep_attention(calls: list[Callable[[], object]], module: ModuleType, block_bytes: tuple[int, ...]) -> None:
+    choices = {(module, "BLOCK_BYTES"): block_bytes, (parts, "PROGRAMS_PER_PROCESSOR"): (1, 2, 3, 4, 6)}
+    sweep(lambda: microseconds(calls), choices)
+
+
+def report_attention(has_sweep: bool, bandwidth: float) -> None:
+    print("attention: heads, groups, head size, cache, batch: floor, SDPA with a mask, ours; int8, int4: floor, ours")
+    for size in ATTENTION:
+        calls, num_bytes = attention_calls(*size)
+        with settings({(kernels, "is_available"): False}):
+            plain = microseconds(calls)
+        cells = [num_bytes / bandwidth * 1e6, plain, microseconds(calls)]
+        if has_sweep:
+            sweep_attention(calls, attention, (4096, 8192, 16384, 32768))
+        for kv_dtype in KV_DTYPES:
+            calls, num_bytes = attention_calls(*size, kv_dtype)
+            cells += [num_bytes / bandwidth * 1e6, microseconds(calls)]
+            if has_sweep:
+                print(f"  {kv_dtype}")
+                sweep_attention(calls, quantized_attention, (8192, 16384, 32768))
+        print(f"{size!s:>22}:", *(f"{cell:8.2f}" for cell in cells), flush=True)
 
 
 @torch.no_grad()
@@ -109,24 +139,15 @@ def main() -> None:
     args = parser.parse_args()
     bandwidth = copy_bandwidth(torch.device("cuda"))
     print(f"{torch.cuda.get_device_name()}, {bandwidth / 1e12:.2f} TB/s, torch {torch.__version__}")
-    print("attention: heads, groups, head size, cache, batch: floor, SDPA with a mask, ours")
-    for size in ATTENTION:
-        calls, num_bytes = attention_calls(*size)
-        with setting(kernels, is_available=False):
-            plain = microseconds(calls)
-        floor, ours = num_bytes / bandwidth * 1e6, microseconds(calls)
-        print(f"{size!s:>22}: {floor:8.2f} {plain:8.2f} {ours:8.2f}", flush=True)
-        if args.settings:
-            choices = {"BLOCK_BYTES": (4096, 8192, 16384, 32768), "PROGRAMS_PER_PROCESSOR": (1, 2, 4, 6, 8)}
-            sweep(attention_kernel, lambda calls=calls: microseconds(calls), **choices)
+    report_attention(args.settings, bandwidth)
     print("linear layer of one row: outputs, inputs: floor, cuBLAS, ours")
     for size in LINEAR:
         calls, num_bytes = linear_calls(*size)
         floor, plain, ours = num_bytes / bandwidth * 1e6, microseconds(calls), with_matvec(calls)
         print(f"{size!s:>22}: {floor:8.2f} {plain:8.2f} {ours:8.2f}", flush=True)
         if args.settings:
-            choices = {"TILE": (1024, 2048, 4096), "MAX_BLOCK_IN": (512, 1024, 2048)}
-            sweep(matvec_kernel, lambda calls=calls: with_matvec(calls), **choices)
+            choices = {(matvec, "TILE"): (1024, 2048, 4096), (matvec, "MAX_BLOCK_IN"): (512, 1024, 2048)}
+            sweep(lambda calls=calls: with_matvec(calls), choices)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from torch import Tensor
 from .rule import StreamShape
 
 if TYPE_CHECKING:
-    from .steps import ChunkStep, DecodeStep
+    from .steps import ChunkStep, DecodeStep, Step
 
 
 class StreamingLayer:
@@ -60,13 +60,10 @@ class StreamingLayer:
         if self.shape.num_kept:
             self.kept_keys[step.rows, :, step.kept_row] = key[:, :, 0]
 
-    def read(self, num_seen: Tensor) -> tuple[Tensor, Tensor]:
+    def read(self, step: "Step") -> tuple[Tensor, Tensor]:
         """Return keys and values ``(B, G, S + W + 1, D)`` of all slots.
 
         The first S keys are those of `kept_keys`, or rotated. The caller may overwrite them.
-
-        Args:
-            num_seen: ``(B or 1,)``, tokens before the pass.
         """
         return self.keys, self.values
 

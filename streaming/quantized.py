@@ -16,7 +16,7 @@ from .buffers import StreamingLayer, gather_columns, static_zeros, zeros_like_he
 from .rule import StreamShape
 
 if TYPE_CHECKING:
-    from .steps import ChunkStep, DecodeStep
+    from .steps import ChunkStep, DecodeStep, Step
 
 NUM_RECENT = 32  # recent tokens that are also stored in full precision
 
@@ -82,6 +82,31 @@ def check_head_sizes(config: Any, kv_dtype: str) -> None:
         KV_DTYPES[kv_dtype].codes_shape(head_dim)
 
 
+class RecentTokens:
+    """Where a pass finds the R tokens before it and its first one, computed once for all layers.
+
+    Args:
+        num_seen: ``(B or 1,)``, tokens before the pass.
+
+    Attributes:
+        tokens: their indices ``(B or 1, R + 1)``, negative at the start of a stream.
+        rows: their rows in full precision.
+        ring: their slots in the ring; those of kept tokens are empty slots while it fills.
+    """
+
+    def __init__(self, shape: StreamShape, num_seen: Tensor):
+        self.num_recent = min(NUM_RECENT, shape.window)
+        self.tokens = num_seen[:, None] - self.num_recent + torch.arange(self.num_recent + 1, device=num_seen.device)
+        self.rows = self.tokens.remainder(self.num_recent + 1)
+        self.ring = (self.tokens - shape.num_kept).remainder(shape.window + 1)
+
+    def after(self, num_seen: Tensor) -> Tensor:
+        """Return the tokens in the rows after ``num_seen`` ``(B or 1,)`` tokens."""
+        rows = torch.arange(self.num_recent + 1, device=num_seen.device)
+        laps = (num_seen[:, None] - 1 - rows).div(self.num_recent + 1, rounding_mode="floor")
+        return rows + laps * (self.num_recent + 1)
+
+
 class QuantizedLayer(StreamingLayer):
     """Static buffers of one layer; the window is quantized.
 
@@ -93,11 +118,12 @@ class QuantizedLayer(StreamingLayer):
         recent_keys, recent_values: ``(B, G, R + 1, D)``, the last R tokens as they are; token t is
             in row ``t % (R + 1)``. They replace those in the ring when it is read.
         kept_keys, kept_values: ``(B, G, S + 1, D)``, see `StreamingLayer`.
+        num_arrived: ``(B, G)``, counter of the decoding kernel.
     """
 
     BUFFERS = (
         *("key_codes", "value_codes", "key_scales", "value_scales"),
-        *("recent_keys", "recent_values", "kept_keys", "kept_values"),
+        *("recent_keys", "recent_values", "kept_keys", "kept_values", "num_arrived"),
     )
 
     key_codes: Tensor
@@ -125,24 +151,22 @@ class QuantizedLayer(StreamingLayer):
             setattr(self, f"{name}_scales", zeros((batch_size, num_heads, num_tokens, num_parameters), torch.bfloat16))
             setattr(self, f"recent_{name}s", zeros_like_heads(states, self.num_recent + 1))
             setattr(self, f"kept_{name}s", zeros_like_heads(states, self.shape.num_kept + 1))
+        self.num_arrived = static_zeros(key.shape[:2], torch.int32, key.device)
 
     def write(self, key: Tensor, value: Tensor, step: "DecodeStep") -> None:
-        ring = (step.num_seen - self.shape.num_kept).remainder(self.shape.window + 1)
-        recent = step.num_seen.remainder(self.num_recent + 1)
+        ring, row = step.recent.ring[:, -1], step.recent.rows[:, -1]
         for name, states in (("key", key[:, :, 0]), ("value", value[:, :, 0])):
             codes, scales = self.format.quantize(states)
             getattr(self, f"{name}_codes")[step.rows, :, ring] = codes
             getattr(self, f"{name}_scales")[step.rows, :, ring] = scales
-            getattr(self, f"recent_{name}s")[step.rows, :, recent] = states
+            getattr(self, f"recent_{name}s")[step.rows, :, row] = states
             getattr(self, f"kept_{name}s")[step.rows, :, step.kept_row] = states
 
-    def read(self, num_seen: Tensor) -> tuple[Tensor, Tensor]:
-        recent = self._recent_tokens(num_seen)
-        rows, ring = recent.remainder(self.num_recent + 1), self._ring_slots(recent)
-        dense = []
+    def read(self, step: "Step") -> tuple[Tensor, Tensor]:
+        recent, dense = step.recent, []
         for name in ("key", "value"):
-            exact = gather_columns(getattr(self, f"recent_{name}s"), rows)
-            index = ring[:, None, :, None].expand(exact.shape)
+            exact = gather_columns(getattr(self, f"recent_{name}s"), recent.rows)
+            index = recent.ring[:, None, :, None].expand(exact.shape)
             kept = getattr(self, f"kept_{name}s")[:, :, : self.shape.num_kept]
             dense.append(torch.cat((kept, self._ring(name).scatter_(2, index, exact)), dim=2))
         return dense[0], dense[1]
@@ -150,10 +174,7 @@ class QuantizedLayer(StreamingLayer):
     def store(self, key: Tensor, value: Tensor, step: "ChunkStep") -> None:
         num_kept = self.shape.num_kept
         is_new, columns = step.replacements
-        after = step.num_seen[:, 0] + step.num_new
-        rows = torch.arange(self.num_recent + 1, device=key.device)
-        laps = (after[:, None] - 1 - rows).div(self.num_recent + 1, rounding_mode="floor")
-        is_recent, recent = step.replaced(rows + laps * (self.num_recent + 1))
+        is_recent, recent = step.recent_replacements
         for name, states in (("key", key), ("value", value)):
             codes, scales = self.format.quantize(gather_columns(states, columns[:, num_kept:]))
             replace(getattr(self, f"{name}_codes"), codes, is_new[:, :, num_kept:])
@@ -177,26 +198,18 @@ class QuantizedLayer(StreamingLayer):
 
     def crop(self, num_before: Tensor, num_after: Tensor) -> None:
         """The removed tokens have overwritten some recent ones: take those from the ring."""
-        recent = self._recent_tokens(num_after)
-        is_gone = (recent < num_before[:, None] - self.num_recent)[:, None, :, None]
-        rows, ring = recent.remainder(self.num_recent + 1), self._ring_slots(recent)
+        recent = RecentTokens(self.shape, num_after)
+        is_gone = (recent.tokens < num_before[:, None] - self.num_recent)[:, None, :, None]
         for name in ("key", "value"):
             states = getattr(self, f"recent_{name}s")
-            found = torch.where(is_gone, gather_columns(self._ring(name), ring), gather_columns(states, rows))
-            states.scatter_(2, rows[:, None, :, None].expand(found.shape), found)
+            in_ring = gather_columns(self._ring(name), recent.ring)
+            found = torch.where(is_gone, in_ring, gather_columns(states, recent.rows))
+            states.scatter_(2, recent.rows[:, None, :, None].expand(found.shape), found)
 
     def _ring(self, name: str) -> Tensor:
         """Return the keys or values ``(B, G, W + 1, D)`` of the ring in full precision."""
         dtype = self.kept_keys.dtype
         return self.format.dequantize(getattr(self, f"{name}_codes"), getattr(self, f"{name}_scales"), dtype)
-
-    def _recent_tokens(self, num_seen: Tensor) -> Tensor:
-        """Return the R tokens before a pass and the first one in it, ``(B or 1, R + 1)``."""
-        return num_seen[:, None] - self.num_recent + torch.arange(self.num_recent + 1, device=num_seen.device)
-
-    def _ring_slots(self, tokens: Tensor) -> Tensor:
-        """Return the slots in the ring; those of kept tokens are empty slots while it fills."""
-        return (tokens - self.shape.num_kept).remainder(self.shape.window + 1)
 
 
 def replace(buffer: Tensor, states: Tensor, is_new: Tensor) -> None:

@@ -165,6 +165,11 @@ def fingerprint(decoder: nn.Module) -> str:
     """Return a digest of the weights that reads each only once, without copying them to the CPU.
 
     It consists of the sum of each tensor's bits, as integers, and of samples of them.
+
+    Like a decoding step it reads each weight once, in less time (38 ms and 95 ms for SmolLM2-135M
+    in one thread of a CPU). It is not kept for the next save: writes through ``.data``, and those
+    of kernels, leave no trace in a tensor's version or address, and the file would name the old
+    weights.
     """
     adapters, unused = adapters_of(decoder)
     sha = hashlib.sha256(json.dumps(adapters).encode() if adapters else b"")

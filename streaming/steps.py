@@ -15,6 +15,7 @@ from ..models.sink_column import SinkColumn, merge_column
 from . import kernels
 from .buffers import StreamingLayer, gather_columns
 from .encodings import Alibi, Encoding, Rotary
+from .quantized import RecentTokens
 from .rule import StreamShape
 
 
@@ -25,16 +26,19 @@ class Step:
         position_ids: ``(B or 1, T)`` positions of the inputs.
         num_inputs: T, including padding.
         num_new: number of tokens among the inputs, ``(B,)`` or one number for all rows.
+        num_seen: tokens before the pass, ``(B or 1,)`` or ``(B or 1, 1)``.
     """
 
     position_ids: Tensor
     num_inputs: int
     num_new: Tensor | int
+    num_seen: Tensor
 
     def __init__(self, layers: list[StreamingLayer], shape: StreamShape, encoding: Encoding):
         self.layers, self.shape, self.encoding = layers, shape, encoding
         self.arguments: tuple = ()  # of the pass
         self.copies: dict[torch.device, Step] = {}
+        self._recent: RecentTokens | None = None
 
     def on(self, device: torch.device) -> "Step":
         """Return this pass with its tensors on another device, for the layers there."""
@@ -44,6 +48,13 @@ class Step:
             moved = (value.to(device) if isinstance(value, Tensor) else value for value in self.arguments)
             self.copies[device] = type(self)(self.layers, self.shape, self.encoding, *moved)
         return self.copies[device]
+
+    @property
+    def recent(self) -> RecentTokens:
+        """Where quantized layers find the tokens before the pass that they store as they are."""
+        if self._recent is None:  # `cached_property` has a lock in Python 3.11, so it cannot be compiled
+            self._recent = RecentTokens(self.shape, self.num_seen.flatten())
+        return self._recent
 
     def attend(
         self,
@@ -140,7 +151,7 @@ class DecodeStep(Step):
             out, lse = kernels.decode_attention(*where, query, key, value, scaling)
             return out if column is None else merge_column(out, lse, column)[0]
         layer.write(key, value, self)
-        keys, values = layer.read(self.num_seen)
+        keys, values = layer.read(self)
         num_kept = self.shape.num_kept
         if isinstance(self.encoding, Alibi):
             mask = self.encoding.bias(self.key_positions[:, None], self.visible[:, None], like=query)
@@ -223,6 +234,11 @@ class ChunkStep(Step):
         """Which slots ``(B, 1, slots, 1)`` are overwritten, and by which input ``(B, slots)``."""
         return self.replaced(self.shape.tokens_in_slots(self.num_seen[:, 0] + self.num_new))
 
+    @cached_property
+    def recent_replacements(self) -> tuple[Tensor, Tensor]:
+        """The same for the rows that a quantized layer stores in full precision."""
+        return self.replaced(self.recent.after(self.num_seen[:, 0] + self.num_new))
+
     def replaced(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return `replacements` of slots that hold ``tokens`` ``(B or 1, N)`` after the chunk."""
         ranks = (tokens - self.num_seen).clamp(0, self.num_inputs - 1)
@@ -230,7 +246,7 @@ class ChunkStep(Step):
 
     def _attend(self, layer, query, key, value, scaling, column):
         num_kept = self.shape.num_kept
-        keys, values = layer.read(self.num_seen[:, 0])
+        keys, values = layer.read(self)
         window_key, window_value = gather_columns(keys, self.window_slots), gather_columns(values, self.window_slots)
         layer.store(key, value, self)
         band_key, band_value = torch.cat((window_key, key), dim=2), torch.cat((window_value, value), dim=2)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from sinklm.streaming import StreamingCache, StreamingDecoder
+from sinklm.streaming import StreamingCache, StreamingDecoder, kernels
+from sinklm.streaming.quantized import KV_DTYPES, NUM_RECENT
 from sinklm.streaming.testing import random_model, reference_logits
 
 from ..models.tiny import plain_twin, sinks, tiny_model
@@ -19,10 +20,10 @@ def _fresh_compiler():
 
 
 @torch.no_grad()
-def decoded(model, ids, prompt_length, num_kept, window):
+def decoded(model, ids, prompt_length, num_kept, window, kv_dtype=None):
     """Return logits ``(T - prompt_length + 1, V)`` from the prompt on, and the compile counter."""
     counter = CompileCounter()
-    cache = StreamingCache.for_model(model, num_kept=num_kept, window=window)
+    cache = StreamingCache.for_model(model, num_kept=num_kept, window=window, kv_dtype=kv_dtype)
     decoder = StreamingDecoder(model, cache, compile={"backend": counter})
     logits = [decoder.prefill(ids[:, :prompt_length])]
     logits += [decoder(ids[:, t : t + 1]) for t in range(prompt_length, ids.shape[1])]
@@ -44,6 +45,18 @@ def test_other_kinds_of_layers_are_one_graph(family):
     logits, counter = decoded(model, ids, 5, 1, 5)
     assert counter.frame_count == 1
     torch.testing.assert_close(logits, reference_logits(model, ids[0], 1, 5)[4:], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_quantized_keys_and_values_are_one_graph(kv_dtype):
+    model, ids = tiny.build(tiny.config("llama"), dtype=torch.float32), tiny.random_ids(60)
+    logits, counter = decoded(model, ids, 45, 2, 40, kv_dtype)
+    assert counter.frame_count == 1
+    cache = StreamingCache.for_model(model, num_kept=2, window=40, kv_dtype=kv_dtype)
+    pieces = ids.split([45] + [1] * 15, dim=1)
+    with torch.no_grad():
+        expected = torch.cat([model(piece, past_key_values=cache).logits[:, -1] for piece in pieces])
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
 
 def test_frequencies_that_each_pass_chooses_are_an_error():
@@ -146,21 +159,51 @@ def test_a_captured_graph_is_as_near_to_float64_as_eager_steps(dtype, family):
 
 
 @pytest.mark.gpu
-def test_a_captured_step_makes_no_copy_of_the_buffers():
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize(("family", "num_kept", "window"), [("gpt_neox", 0, 60), ("llama", 4, 60), ("llama", 1, 20)])
+@torch.no_grad()
+def test_a_captured_graph_is_the_quantized_step_without_the_kernel(family, num_kept, window, kv_dtype, monkeypatch):
+    """Two ragged rows; the window wraps, and phases are moved back. A few codes differ by one."""
+    model = tiny.build(tiny.config(family, hidden_size=128), dtype=torch.float32).cuda()
+    ids = tiny.random_ids(200, batch_size=2).cuda()
+    mask = torch.ones(2, 70, dtype=torch.long, device="cuda")
+    mask[1, :30] = 0
+    sizes = {"num_kept": num_kept, "window": window}
+    plain, eager = (StreamingCache.for_model(model, **sizes, kv_dtype=name) for name in (None, kv_dtype))
+    decoder = StreamingDecoder(model, StreamingCache.for_model(model, **sizes, kv_dtype=kv_dtype))
+    captured = [decoder.prefill(ids[:, :70], mask)]
+    captured += [decoder(ids[:, t : t + 1]).clone() for t in range(70, 200)]
+    assert decoder.captured is not None
+    monkeypatch.setattr(kernels, "is_available", False)
+    logits = []
+    for cache in (plain, eager):
+        logits.append([model(ids[:, :70], attention_mask=mask, past_key_values=cache).logits[:, -1:]])
+        logits[-1] += [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(70, 200)]
+    exact, stepped, found = (torch.cat(parts, dim=1) for parts in (*logits, captured))
+    if window > NUM_RECENT:
+        assert (found - stepped).norm() < 0.1 * (stepped - exact).norm()
+    else:  # nothing is read from the ring
+        assert (found - exact).norm() < 1e-3 * exact.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_dtype", [None, *KV_DTYPES])
+def test_a_captured_step_makes_no_copy_of_the_buffers(kv_dtype):
     """A copy would take longer than the attention. Buffers are larger than cuBLAS's workspace."""
     model, ids = tiny.build(tiny.config("llama", hidden_size=128), dtype=torch.float32).cuda(), tiny.random_ids(16)
-    cache = StreamingCache.for_model(model, num_kept=4, window=2**19)
+    cache = StreamingCache.for_model(model, num_kept=4, window=2**19, kv_dtype=kv_dtype)
     decoder, ids = StreamingDecoder(model, cache), ids.cuda()
     decoder.prefill(ids[:, :9])
     layers = cache.streaming_layers
-    places = [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in layers]
+    buffers = [buffer for layer in layers for buffer in layer.buffers.values()]
+    places = [buffer.data_ptr() for buffer in buffers]
     torch.cuda.reset_peak_memory_stats()
     memory = torch.cuda.memory_allocated()
     for t in range(9, 16):
         decoder(ids[:, t : t + 1])
     assert decoder.captured is not None
-    assert [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in layers] == places
-    assert torch.cuda.max_memory_allocated() - memory < layers[0].keys.nbytes
+    assert [buffer.data_ptr() for layer in layers for buffer in layer.buffers.values()] == places
+    assert torch.cuda.max_memory_allocated() - memory < max(buffer.nbytes for buffer in buffers)
 
 
 @pytest.mark.gpu

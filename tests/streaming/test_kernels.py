@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from sinklm.streaming import kernels
 from sinklm.streaming.buffers import StreamingLayer
 from sinklm.streaming.encodings import Rotary
+from sinklm.streaming.quantized import KV_DTYPES, QuantizedLayer
 from sinklm.streaming.rule import StreamShape
 from sinklm.streaming.steps import DecodeStep
 
@@ -31,46 +32,134 @@ def random_states(*shape, dtype=torch.float32):
     return torch.randn(*shape, device="cuda", dtype=dtype)
 
 
+def counters(case):
+    """Yield the tokens seen and the base of two ragged rows, and whether the stream has jumped.
+
+    From the first token on; then beyond a full window, with phases that were moved back.
+    """
+    num_kept, window = case[:2]
+    num_seen, base = torch.tensor([0, 3], device="cuda"), torch.zeros(2, dtype=torch.long, device="cuda")
+    for _ in range(20):
+        yield num_seen, base, False
+        num_seen = num_seen + 1
+    num_seen = num_seen + 2 * window + 50
+    num_slots = num_kept + window + 1
+    base = num_seen - torch.tensor([num_slots, num_slots + window // 2], device="cuda")
+    for step in range(20):
+        yield num_seen, base, step == 0
+        num_seen = num_seen + 1
+
+
+def rotary(case):
+    *_, rotary_dim, interleaved = case
+    inv_freq = 10000.0 ** (-torch.arange(rotary_dim // 2, device="cuda") / (rotary_dim // 2))
+    return Rotary(lambda: inv_freq, interleaved=interleaved)
+
+
+def plain_step(layer, shape, encoding, num_seen, base, states, scaling, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "is_available", False)
+        return DecodeStep([layer], shape, encoding, num_seen, base).attend(0, *states, scaling)
+
+
+def expected_lse(query, keys, num_seen, scaling):
+    """Log-sum-exp of the scores of visible slots, whose first keys are rotated."""
+    visible = torch.arange(keys.shape[2], device="cuda") <= num_seen[:, None]
+    scores = scaling * query @ keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1).mT
+    return scores.masked_fill(~visible[:, None, None], float("-inf")).logsumexp(-1)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_decode_attention_is_the_plain_step(case, dtype, monkeypatch):
-    """From the first token to beyond a full window, for rows with different numbers of tokens.
-
-    The plain step computes in float32.
-    """
-    num_kept, window, num_heads, num_groups, head_dim, rotary_dim, interleaved = case
-    shape = StreamShape(num_kept, window)
-    inv_freq = 10000.0 ** (-torch.arange(rotary_dim // 2, device="cuda") / (rotary_dim // 2))
-    encoding = Rotary(lambda: inv_freq, interleaved=interleaved)
+    """The plain step computes in float32."""
+    num_kept, window, num_heads, num_groups, head_dim, *_ = case
+    shape, encoding = StreamShape(num_kept, window), rotary(case)
     plain, fused = StreamingLayer(shape), StreamingLayer(shape)
     key = random_states(2, num_groups, 1, head_dim, dtype=dtype)
     plain.allocate(key.float(), key.float())
     fused.allocate(key, key)
-    num_seen, base = torch.tensor([0, 3], device="cuda"), torch.zeros(2, dtype=torch.long, device="cuda")
-    for step in range(40):
-        if step == 20:  # jump ahead: the window is full and phases have been rebased
+    for num_seen, base, has_jumped in counters(case):
+        if has_jumped:
             for name in ("keys", "values", "kept_keys"):
                 getattr(plain, name).copy_(getattr(fused, name).normal_())
-            num_seen += 2 * window + 50
-            base = num_seen - torch.tensor([shape.num_slots, shape.num_slots + window // 2], device="cuda")
         query = random_states(2, num_heads, 1, head_dim, dtype=dtype)
         key, value = (random_states(2, num_groups, 1, head_dim, dtype=dtype) for _ in range(2))
         scaling, as_float = 4 / head_dim, [states.float() for states in (query, key, value)]
-        with monkeypatch.context() as patch:
-            patch.setattr(kernels, "is_available", False)
-            expected = DecodeStep([plain], shape, encoding, num_seen, base).attend(0, *as_float, scaling)
+        expected = plain_step(plain, shape, encoding, num_seen, base, as_float, scaling, monkeypatch)
         out, lse = kernels.decode_attention(shape, encoding, fused, num_seen, base, query, key, value, scaling)
         assert out.dtype == dtype
         torch.testing.assert_close(out.float(), expected, rtol=1e-5, atol=TOLERANCES[dtype])
-        visible = torch.arange(shape.num_slots, device="cuda") <= num_seen[:, None]
-        scores = scaling * as_float[0] @ plain.keys.repeat_interleave(num_heads // num_groups, dim=1).mT
-        scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
-        torch.testing.assert_close(lse, scores.logsumexp(-1), rtol=1e-5, atol=TOLERANCES[dtype])
+        lse_of_plain = expected_lse(as_float[0], plain.keys, num_seen, scaling)
+        torch.testing.assert_close(lse, lse_of_plain, rtol=1e-5, atol=TOLERANCES[dtype])
         assert torch.equal(fused.values.float(), plain.values)
         assert torch.equal(fused.keys[:, :, num_kept:].float(), plain.keys[:, :, num_kept:])
         assert torch.equal(fused.kept_keys[:, :, :num_kept].float(), plain.kept_keys[:, :, :num_kept])
         assert not fused.num_arrived.any()
-        num_seen = num_seen + 1
+
+
+# As CASES; windows below the number of recent tokens, more kept tokens than the window has, and
+# head sizes that are not powers of 2, with one or more groups of 4 bits, also across both halves.
+QUANTIZED_CASES = [
+    (0, 7, 2, 2, 8, 4, False),
+    (4, 31, 4, 2, 16, 8, False),
+    (1, 33, 4, 2, 32, 32, True),
+    (40, 36, 6, 2, 24, 12, True),
+    (0, 130, 3, 1, 96, 96, False),
+    (4, 1020, 12, 12, 64, 16, False),
+    (20, 1500, 9, 3, 80, 20, False),
+    (4, 4092, 32, 8, 128, 128, False),
+    (4, 130, 4, 1, 256, 256, False),
+]
+
+
+def fill(plain, fused):
+    """Fill the buffers of both layers with the same codes and states, of realistic scales."""
+    for name, buffer in fused.buffers.items():
+        if name == "num_arrived":
+            continue
+        if name.endswith("codes"):
+            limits = (-127, 128) if buffer.dtype == torch.int8 else (0, 256)
+            buffer.copy_(torch.randint(*limits, buffer.shape, device="cuda"))
+        elif name.endswith("scales") and fused.kv_dtype == "int8":
+            buffer.uniform_(0.01, 0.03)
+        elif name.endswith("scales"):
+            buffer[..., ::2].uniform_(0.1, 0.3)
+            buffer[..., 1::2].uniform_(-3, -1)
+        else:
+            buffer.normal_()
+        getattr(plain, name).copy_(buffer)
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("case", QUANTIZED_CASES, ids=str)
+def test_quantized_attention_is_the_plain_step(case, dtype, kv_dtype, monkeypatch):
+    """The plain step computes in float32. Codes and scales are the same bits."""
+    num_kept, window, num_heads, num_groups, head_dim, *_ = case
+    shape, encoding = StreamShape(num_kept, window), rotary(case)
+    plain, fused = QuantizedLayer(kv_dtype, shape), QuantizedLayer(kv_dtype, shape)
+    key = random_states(2, num_groups, 1, head_dim, dtype=dtype)
+    plain.allocate(key.float(), key.float())
+    fused.allocate(key, key)
+    for num_seen, base, has_jumped in counters(case):
+        if has_jumped:
+            fill(plain, fused)
+        query = random_states(2, num_heads, 1, head_dim, dtype=dtype)
+        key, value = (random_states(2, num_groups, 1, head_dim, dtype=dtype) for _ in range(2))
+        scaling, as_float = 4 / head_dim, [states.float() for states in (query, key, value)]
+        expected = plain_step(plain, shape, encoding, num_seen, base, as_float, scaling, monkeypatch)
+        out, lse = kernels.decode_attention(shape, encoding, fused, num_seen, base, query, key, value, scaling)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.float(), expected, rtol=1e-5, atol=TOLERANCES[dtype])
+        keys = plain.read(DecodeStep([plain], shape, encoding, num_seen, base))[0]
+        if num_kept:
+            turn = (num_seen - base - shape.query_position(num_seen))[:, None]
+            keys[:, :, :num_kept] = encoding.turn(keys[:, :, :num_kept], encoding.phases(turn, like=keys))
+        lse_of_plain = expected_lse(as_float[0], keys, num_seen, scaling)
+        torch.testing.assert_close(lse, lse_of_plain, rtol=1e-5, atol=TOLERANCES[dtype])
+        for name, buffer in fused.buffers.items():
+            assert torch.equal(buffer, getattr(plain, name).to(buffer.dtype)), name
 
 
 def test_states_may_have_any_memory_layout():

@@ -1,6 +1,7 @@
 """Quantized keys and values: what is exact, and how far the rest is off."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sinklm.streaming import StreamingCache, stream_losses
-from sinklm.streaming.quantized import KV_DTYPES, NUM_RECENT
+from sinklm.streaming.quantized import KV_DTYPES, NUM_RECENT, RecentTokens
 
 from . import tiny
 from .test_batches import pad_left
@@ -164,7 +165,7 @@ def test_each_slot_holds_its_token_and_the_recent_ones_exactly(window, lengths):
         cache = for_model(model, kv_dtype, window=window)
         run(model, cache, *ids.split(lengths, dim=1))
         num_seen = cache.counters.num_seen
-        buffers[kv_dtype] = cache.streaming_layers[0].read(num_seen)
+        buffers[kv_dtype] = cache.streaming_layers[0].read(SimpleNamespace(recent=RecentTokens(cache.shape, num_seen)))
     tokens = cache.shape.tokens_in_slots(num_seen)[0]
     seen = len(ids[0])
     for expected, found in zip(buffers[None], buffers["int8"], strict=True):

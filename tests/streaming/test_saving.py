@@ -115,6 +115,19 @@ def test_another_model_is_an_error(model, file, change, message):
         StreamingCache.load(file, change(copy.deepcopy(model)))
 
 
+def test_each_save_reads_the_weights_again(model, file):
+    """Changes through ``.data`` are not counted in a tensor's version."""
+    model = copy.deepcopy(model)
+    cache = StreamingCache.for_model(model, num_kept=1, window=4)
+    cache.save(file)
+    old = copy.deepcopy(model)
+    changed_weight(model)
+    cache.save(file)
+    StreamingCache.load(file, model)
+    with pytest.raises(ValueError, match="the weights differ"):
+        StreamingCache.load(file, old)
+
+
 def test_any_damage_is_an_error_of_one_line(model, tmp_path):
     file = tmp_path / "cache.safetensors"
     cache = StreamingCache.for_model(model, num_kept=1, window=4)
