@@ -4,14 +4,15 @@ The oracle materializes the whole mask and all probabilities, and gradients are 
 This file needs only torch and can be copied into another project;
 docs/guides/check-attention-gradients.md shows how. The function under test is called as
 
-    attention(query, key, value, *, window, num_kept, rotation, sink_logit, sink_key, sink_value, scaling)
+    attention(query, key, value, *, window, num_kept, rotation, scaling,
+              sink_logit, sink_key, sink_value)
 
 with states ``(B, H, T, D)``, and returns ``(B, H, T, D)``. Query t sees the keys ``t - window … t``
 (all up to t if ``window`` is None) and the first ``num_kept`` keys. The sink is one more key of the
 same softmax: its score is ``sink_logit`` ``(H,)``, or the scaled product of the query and
 ``sink_key`` ``(H, D)``, and its value is ``sink_value`` ``(H, D)``, or zero if that is None.
-``rotation`` is None, or tables ``(T, R)`` of cosines and sines: the query is rotated by the negative
-angle before its product with a kept key outside of the window.
+``rotation`` is None, or tables ``(T, R)`` of cosines and sines: the query is rotated by the
+negative angle before its product with a kept key outside of the window.
 """
 
 from collections.abc import Callable, Iterator
