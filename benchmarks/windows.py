@@ -1,7 +1,7 @@
 """Compare windowed layers with full attention: speed and memory of a training step, and of kernels.
 
     python benchmarks/windows.py                                   # Pythia-160M on one GPU
-    python benchmarks/windows.py --size 14m --lengths 256,1024 --tokens 1024 --window 127  # on a CPU
+    python benchmarks/windows.py --size 14m --lengths 256,1024 --tokens 1024 --window 127  # a CPU
 
 Every micro-batch has the same number of positions (--tokens), whatever the length of a sample.
 
