@@ -360,13 +360,11 @@ def test_windows_are_exported_as_full_attention_only_on_request(
     text.write_text(TEXT * 20, encoding="utf-8")
     command = ["sinklm", "export", str(windowed_checkpoint), target, *form]
     monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(
-        SystemExit, match="windowed layers, which neither plain GPT-NeoX nor llama.cpp has: pass --full"
-    ):
+    with pytest.raises(SystemExit, match="which neither plain GPT-NeoX nor llama"):
         main()
     assert not (tmp_path / "export").exists()
     monkeypatch.setattr(sys, "argv", [*command, "--full-attention", "--text", str(text)])
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main()
     output = " ".join(capsys.readouterr().out.split())
     cost = full_attention_cost(windowed_checkpoint, text.read_text(encoding="utf-8"))
