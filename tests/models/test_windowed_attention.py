@@ -1,7 +1,5 @@
 """Attention functions under the suite of `gradients`, and the suite under wrong functions."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -9,10 +7,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from sinklm.models import fused_windows
 from sinklm.models.fused_attention import CPU
 from sinklm.models.sink_column import FusedAttention, SinkColumn
-from sinklm.models.windowed_attention import turn_back, windowed_attention
+from sinklm.models.windowed_attention import windowed_attention
 from sinklm.models.windows import WindowRule
 
 from .gradients import CASES, Case, exact_attention, failures
+from .plain_windows import use_plain_kernels
 
 FULL = [case for case in CASES if case.window is None]
 WINDOWED = [case for case in CASES if case.window]
@@ -55,61 +54,9 @@ def test_attention_on_a_cpu(attention, cases, dtype):
     assert list(failures(attention, dtype, cases=cases)) == []
 
 
-def band(query, key, window):
-    index = torch.arange(query.shape[2])[:, None] + key.shape[2] - query.shape[2]
-    keys = torch.arange(key.shape[2])
-    return (keys <= index) & (keys >= index - window), (keys < index - window)
-
-
-def plain_forward(query, key, value, window, scaling):
-    query, key, value = (states.transpose(1, 2) for states in (query, key, value))
-    scores = (query @ key.mT * scaling).masked_fill(~band(query, key, window)[0], float("-inf"))
-    return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), scores.logsumexp(-1)
-
-
-def plain_gradients(grad, query, key, value, out, lse, visible, scaling):
-    """The backward pass of a fused kernel: it recomputes the probabilities from ``lse``."""
-    scores = (query @ key.mT * scaling).masked_fill(~visible, float("-inf"))
-    probabilities = (scores - lse[..., None]).exp()
-    grad_scores = probabilities * (grad @ value.mT - (grad * out).sum(-1, keepdim=True)) * scaling
-    return grad_scores @ key, grad_scores.mT @ query, probabilities.mT @ grad
-
-
-def plain_backward(grad, query, key, value, out, lse, window, scaling):
-    states = [states.transpose(1, 2) for states in (grad, query, key, value, out)]
-    grads = plain_gradients(*states, lse, band(states[1], states[2], window)[0], scaling)
-    return tuple(gradient.transpose(1, 2).contiguous() for gradient in grads)
-
-
-def plain_merge_(query, key, value, out, lse, cos, sin, window, num_kept, scaling):
-    visible = band(query.transpose(1, 2), key.transpose(1, 2), window)[1][:, :num_kept]
-    turned = turn_back(query.transpose(1, 2), cos[None], sin[None])
-    kept_key, kept_value = (states[:, :num_kept].transpose(1, 2) for states in (key, value))
-    scores = (turned @ kept_key.mT * scaling).masked_fill(~visible, float("-inf"))
-    total = torch.logaddexp(lse, scores.logsumexp(-1))
-    kept = (scores - total[..., None]).exp() @ kept_value
-    out.copy_((out.transpose(1, 2) * (lse - total).exp()[..., None] + kept).transpose(1, 2))
-    lse.copy_(total)
-
-
-def plain_add_(grad, query, key, value, out, lse, grads, cos, sin, window, num_kept, scaling):
-    visible = band(query.transpose(1, 2), key.transpose(1, 2), window)[1][:, :num_kept]
-    turned = turn_back(query.transpose(1, 2), cos[None], sin[None])
-    kept_key, kept_value = (states[:, :num_kept].transpose(1, 2) for states in (key, value))
-    states = (grad.transpose(1, 2), turned, kept_key, kept_value, out.transpose(1, 2))
-    of_query, *of_kept = plain_gradients(*states, lse, visible, scaling)
-    grads[0].add_(turn_back(of_query, cos[None], -sin[None]).transpose(1, 2))
-    for gradient, added in zip(grads[1:], of_kept, strict=True):
-        gradient[:, :num_kept] += added.transpose(1, 2)
-
-
 @pytest.fixture
 def plain_kernels(monkeypatch):
-    """Replace the kernels of `fused_windows` by plain torch, which has any dtype on a CPU."""
-    monkeypatch.setattr(fused_windows, "band_forward", plain_forward)
-    monkeypatch.setattr(fused_windows, "band_backward", plain_backward)
-    kernels = SimpleNamespace(merge_kept_=plain_merge_, add_kept_gradients_=plain_add_)
-    monkeypatch.setattr(fused_windows, "kernels", kernels)
+    use_plain_kernels(monkeypatch)
 
 
 def fused(query, key, value, *, window, num_kept, rotation, scaling, **sink):

@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from sinklm.models import SinkGPTNeoXForCausalLM
+from sinklm.models import SinkGPTNeoXForCausalLM, windowed_attention
 from sinklm.models.config import SINK_KINDS
 
 from ..streaming.tiny import use_float64
+from .plain_windows import use_plain_kernels
 from .test_modeling import pad
 from .tiny import FIRST_SINK, draw_sinks, plain_twin, sinks, text, tiny_model
 from .windows_oracle import windowed_logits
@@ -196,9 +197,32 @@ def test_a_plain_folder_loads_with_windows_and_a_sink(tmp_path):
     assert_near(again(ids).logits.double(), expected_logits(exact, ids), 1e-5)
 
 
+@pytest.mark.parametrize("kind", ["none", "token", "logit", "kv_bias", "gate"])
+def test_the_fused_passes_are_those_of_the_mask(kind, monkeypatch):
+    model, ids = windowed_model(kind, [3, None, 6], num_kept=2), text(2, 12)
+    gradients = []
+    for is_fused in (False, True):
+        if is_fused:
+            fuse(monkeypatch)
+        model.zero_grad()
+        model(ids, labels=ids, window=torch.tensor(2)).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for masked, fused in zip(*gradients, strict=True):
+        assert_near(fused, masked)
+
+
+def fuse(monkeypatch) -> None:
+    """Use the fused passes on a CPU, with kernels in plain torch."""
+    use_plain_kernels(monkeypatch)
+    monkeypatch.setattr(windowed_attention, "is_fused", lambda query, rule, dropout: rule.is_dense and not dropout)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("is_fused", [False, True], ids=["masked", "fused"])
 @pytest.mark.parametrize(("kind", "checkpointing"), [("token", True), ("kv_bias", False)])
-def test_a_compiled_step_equals_the_eager_one_and_takes_any_window(kind, checkpointing):
+def test_a_compiled_step_equals_the_eager_one_and_takes_any_window(kind, checkpointing, is_fused, monkeypatch):
+    if is_fused:
+        fuse(monkeypatch)
     model, sample = windowed_model(kind, [6, None], dtype=torch.float32), text(2, 12)
     if checkpointing:
         model.gradient_checkpointing_enable()
