@@ -30,7 +30,7 @@ from .config import SinkGPTNeoXConfig
 from .layer import SinkGPTNeoXLayer
 from .loss import IGNORED, linear_cross_entropy
 from .run_folders import refuse_run
-from .windows import WindowRule, check_window, rules_of_pass
+from .windows import WindowRule, check_positions, check_window, rules_of_pass
 
 
 class PythiaInitialisation:
@@ -133,7 +133,10 @@ class SinkGPTNeoXModel(CheckedLoading, PythiaInitialisation, GPTNeoXModel):
             check_segments(self.config, others | kwargs)
             return self._segment_forward(inputs_embeds, carried, window)
         if self.config.has_windows and self.config._attn_implementation in RULE_ATTENTION:
+            check_positions(position_ids, attention_mask)
             kwargs["rules"] = rules_of_pass(self.config, self.rotary_emb, inputs_embeds, attention_mask, cache, window)
+        elif window is not None:
+            raise ValueError("window replaces those of a forward pass without a StreamingCache: leave it out")
         others = (value for name, value in kwargs.items() if name != "rules")
         is_plain = all(value is None for value in (attention_mask, position_ids, cache, *others))
         if is_plain and use_cache is False and self._has_causal_forward():

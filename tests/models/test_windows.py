@@ -166,6 +166,8 @@ def test_attention_that_would_ignore_the_windows_is_an_error():
     model.config._attn_implementation = "sdpa"
     with pytest.raises(ValueError, match=r"windowed layers require one of shape \(batch, tokens\)"):
         model(text(1, 5), attention_mask=torch.ones(1, 1, 5, 5))
+    with pytest.raises(ValueError, match="one text in each row: position_ids must increase by 1"):
+        model(text(1, 5), position_ids=torch.tensor([[0, 1, 2, 0, 1]]))
 
 
 def test_gradient_checkpointing_changes_no_gradient():
