@@ -194,6 +194,10 @@ def test_a_plain_folder_loads_with_windows_and_a_sink(tmp_path):
     model.save_pretrained(tmp_path / "windowed")
     again, ids = SinkGPTNeoXForCausalLM.from_pretrained(tmp_path / "windowed").eval(), text(1, 12)
     assert torch.equal(again(ids).logits, model(ids).logits)
+    unlimited = SinkGPTNeoXForCausalLM.from_pretrained(tmp_path / "windowed", layer_windows=None).eval()
+    assert not unlimited.config.has_windows
+    expected = plain_twin(unlimited)(torch.cat((sinks(model, 1), ids), dim=1)).logits[:, 1:]
+    torch.testing.assert_close(unlimited(ids).logits, expected)
     exact = model.double()
     use_float64(exact)
     assert_near(again(ids).logits.double(), expected_logits(exact, ids), 1e-5)
