@@ -175,7 +175,8 @@ class SinkGPTNeoXModel(CheckedLoading, PythiaInitialisation, GPTNeoXModel):
         rules = {window: rule._replace(num_dropped=num_before) for window, rule in rules.items()}
         segment = {"rules": rules, "position_embeddings": self.rotary_emb(hidden_states, position_ids=positions)}
         layers = []
-        for layer, states in zip(self.layers, carried.layers or [None] * len(self.layers), strict=True):
+        before = [None] * len(self.layers) if carried.is_empty else carried.layers
+        for layer, states in zip(self.layers, before, strict=True):
             hidden_states, states = layer(hidden_states, segment=segment | {"carried": states})
             layers.append(states)
         return CarriedModelOutput(
