@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 
 from sinklm.models import SinkGPTNeoXForCausalLM, windowed_attention
 from sinklm.models.config import SINK_KINDS
@@ -245,3 +246,46 @@ def test_a_compiled_step_equals_the_eager_one_and_takes_any_window(kind, checkpo
             gradients.append([parameter.grad.clone() for parameter in model.parameters()])
         for eager, fast in zip(*gradients, strict=True):
             torch.testing.assert_close(fast, eager, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", SINK_KINDS)
+def test_a_compiled_step_on_a_gpu_is_as_near_to_float64_as_full_attention(kind):
+    """Sharp attention makes bfloat16 inexact; windows must not add to it. No window recompiles."""
+    torch._dynamo.reset()
+    sample, errors = text(4, 129), []
+    for windows in ((None, None), (40, None)):
+        model = windowed_model(kind, windows, hidden_size=128, num_attention_heads=2)
+        settings = {"skip_logits": True, "use_cache": False}
+        exact = {width: gradient_of(model, sample, window=width, **settings) for width in drawn(windows)}
+        model.gpt_neox.rotary_emb = GPTNeoXRotaryEmbedding(model.config)
+        model.to("cuda", torch.bfloat16)
+        compiled = torch.compile(model, fullgraph=True, dynamic=False)
+        for i, (width, expected) in enumerate(exact.items()):
+            with torch.compiler.set_stance("default" if i == 0 else "fail_on_recompile"):
+                gradient = gradient_of(compiled, sample.cuda(), window=width, **settings)
+            errors.append(((gradient - expected).norm() / expected.norm()).item())
+    assert max(errors[1:]) <= 2 * errors[0]
+
+
+def drawn(windows):
+    return [None] if windows[0] is None else [torch.tensor(width) for width in (40, 17, 1)]
+
+
+def gradient_of(model, sample, **settings):
+    model.zero_grad()
+    model(sample[:, :-1], labels=sample, **settings).loss.backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).cpu().double()
+
+
+def test_half_precision_by_autocast_and_by_weights():
+    exact, ids = windowed_model("kv_bias", [4, 4], num_kept=2), text(2, 11)
+    expected = exact(ids).logits
+    model = windowed_model("kv_bias", [4, 4], num_kept=2, dtype=torch.float32)
+    model.load_state_dict(exact.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        lowered = model(ids).logits
+        lowered.square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    for logits in (lowered, model.to(torch.bfloat16)(ids).logits):
+        assert (logits.double() - expected).norm() < 0.05 * expected.norm()
