@@ -137,8 +137,8 @@ class SinkGPTNeoXModel(CheckedLoading, PythiaInitialisation, GPTNeoXModel):
             kwargs["rules"] = rules_of_pass(self.config, self.rotary_emb, inputs_embeds, attention_mask, cache, window)
         elif window is not None:
             raise ValueError("window replaces those of a forward pass without a StreamingCache: leave it out")
-        others = (value for name, value in kwargs.items() if name != "rules")
-        is_plain = all(value is None for value in (attention_mask, position_ids, cache, *others))
+        further = (value for name, value in kwargs.items() if name != "rules")
+        is_plain = all(value is None for value in (attention_mask, position_ids, cache, *further))
         if is_plain and use_cache is False and self._has_causal_forward():
             return self._causal_forward(inputs_embeds, kwargs.get("rules"))
         return super().forward(

@@ -126,6 +126,7 @@ def rules_of_pass(
     Raises:
         ValueError: the mask is not two-dimensional, or the cache drops keys.
     """
+    assert config.num_kept is not None
     num_queries, device = inputs.shape[1], inputs.device
     num_seen = 0 if cache is None else cache.get_seq_length()
     if any(getattr(layer, "is_sliding", False) for layer in getattr(cache, "layers", ())):
