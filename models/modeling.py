@@ -413,7 +413,7 @@ def _align(hidden_states, labels, num_sinks: int, attention_mask) -> tuple[torch
     return predictors, targets
 
 
-def _align_later(hidden_states, labels, num_sinks: int, _: None) -> tuple[torch.Tensor, torch.Tensor]:
+def _align_later(hidden_states, labels, num_sinks: int, _) -> tuple[torch.Tensor, torch.Tensor]:
     """Like `_align`, for a later segment of a sample, in which the sinks predict nothing."""
     return _align(hidden_states[:, num_sinks:], labels, 0, None)
 
