@@ -128,7 +128,7 @@ def rules_of_pass(
     Raises:
         ValueError: the mask is not two-dimensional, or the cache drops keys.
     """
-    assert config.num_kept is not None
+    num_kept = config.num_sinks if config.num_kept is None else config.num_kept
     num_queries, device = inputs.shape[1], inputs.device
     num_seen = 0 if cache is None else cache.get_seq_length()
     if any(getattr(layer, "is_sliding", False) for layer in getattr(cache, "layers", ())):
@@ -152,13 +152,13 @@ def rules_of_pass(
     for largest in {window for window in config.windows if window is not None}:
         width = largest if window is None else window
         # torch.compile needs a compiler for the CPU to add a number and a tensor on the CPU.
-        turn = (queries - config.num_kept - width).clamp(min=0)
+        turn = (queries - num_kept - width).clamp(min=0)
         cos, sin = rotary(like, position_ids=turn)
         scaling = getattr(rotary, "attention_scaling", 1.0)  # YaRN's, which the query has already
         rules[largest] = WindowRule(
             window=largest if drawn is not None or window is None else int(window),
             drawn=drawn,
-            num_kept=config.num_kept,
+            num_kept=num_kept,
             queries=queries,
             is_token=is_token,
             cos=cos / scaling,
