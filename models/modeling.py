@@ -23,12 +23,14 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbeddin
 from transformers.utils import can_return_tuple
 
 from .arms import ARM_PARAMETERS, Gate
-from .attention import SinkAttention
+from .attention import RULE_ATTENTION, SinkAttention
 from .cache_argument import CACHE, single_cache
+from .carried import CarriedCausalLMOutput, CarriedKeys, CarriedModelOutput, check_segments
 from .config import SinkGPTNeoXConfig
 from .layer import SinkGPTNeoXLayer
 from .loss import IGNORED, linear_cross_entropy
 from .run_folders import refuse_run
+from .windows import WindowRule, check_positions, check_window, rules_of_pass
 
 
 class PythiaInitialisation:
@@ -113,12 +115,32 @@ class SinkGPTNeoXModel(CheckedLoading, PythiaInitialisation, GPTNeoXModel):
         past_key_values=None,
         use_cache=None,
         cache=None,
+        window=None,
+        carried=None,
         **kwargs,
     ):
+        """Like the method of transformers, for sinks and text.
+
+        Args:
+            window, carried: see `SinkGPTNeoXForCausalLM.forward`.
+        """
         cache = past_key_values if cache is None else cache
-        is_plain = all(value is None for value in (attention_mask, position_ids, cache, *kwargs.values()))
+        check_window(self.config, window)
+        if inputs_embeds is None and input_ids is not None:
+            input_ids, inputs_embeds = None, self.embed_in(input_ids)
+        if carried is not None:
+            others = {"attention_mask": attention_mask, "position_ids": position_ids, CACHE: cache}
+            check_segments(self.config, others | kwargs)
+            return self._segment_forward(inputs_embeds, carried, window)
+        if self.config.has_windows and self.config._attn_implementation in RULE_ATTENTION:
+            check_positions(position_ids, attention_mask)
+            kwargs["rules"] = rules_of_pass(self.config, self.rotary_emb, inputs_embeds, attention_mask, cache, window)
+        elif window is not None:
+            raise ValueError("window replaces those of a forward pass without a StreamingCache: leave it out")
+        further = (value for name, value in kwargs.items() if name != "rules")
+        is_plain = all(value is None for value in (attention_mask, position_ids, cache, *further))
         if is_plain and use_cache is False and self._has_causal_forward():
-            return self._causal_forward(self.embed_in(input_ids) if inputs_embeds is None else inputs_embeds)
+            return self._causal_forward(inputs_embeds, kwargs.get("rules"))
         return super().forward(
             input_ids, attention_mask, position_ids, inputs_embeds, cache, use_cache=use_cache, **kwargs
         )
@@ -126,7 +148,9 @@ class SinkGPTNeoXModel(CheckedLoading, PythiaInitialisation, GPTNeoXModel):
     def _has_causal_forward(self) -> bool:
         return torch.compiler.is_compiling() and self.config._attn_implementation == "sdpa"
 
-    def _causal_forward(self, inputs_embeds: torch.Tensor) -> BaseModelOutputWithPast:
+    def _causal_forward(
+        self, inputs_embeds: torch.Tensor, rules: dict[int, WindowRule] | None
+    ) -> BaseModelOutputWithPast:
         """The same computation without a mask tensor.
 
         Under `torch.compile`, transformers cannot detect that positions are consecutive and builds
@@ -137,8 +161,26 @@ class SinkGPTNeoXModel(CheckedLoading, PythiaInitialisation, GPTNeoXModel):
         positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
         rotary = self.rotary_emb(hidden_states, position_ids=positions)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask=None, position_embeddings=rotary)
+            hidden_states = layer(hidden_states, attention_mask=None, position_embeddings=rotary, rules=rules)
         return BaseModelOutputWithPast(last_hidden_state=self.final_layer_norm(hidden_states))
+
+    def _segment_forward(self, inputs_embeds: torch.Tensor, carried: CarriedKeys, window) -> CarriedModelOutput:
+        """Compute sinks and text ``(B, sinks + T, hidden)`` of a segment after the carried keys."""
+        hidden_states, num_sinks = self.emb_dropout(inputs_embeds), self.config.num_sinks
+        num_before = 0 if carried.num_tokens is None else carried.num_tokens
+        indices = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        positions = torch.where(indices < num_sinks, indices, indices + num_before)[None]
+        text = hidden_states[:, num_sinks:]
+        rules = rules_of_pass(self.config, self.rotary_emb, text, window=window, num_before=num_before)
+        segment = {"rules": rules, "position_embeddings": self.rotary_emb(hidden_states, position_ids=positions)}
+        layers = []
+        before = [None] * len(self.layers) if carried.is_empty else carried.layers
+        for layer, states in zip(self.layers, before, strict=True):
+            hidden_states, states = layer(hidden_states, segment=segment | {"carried": states})
+            layers.append(states)
+        return CarriedModelOutput(
+            last_hidden_state=self.final_layer_norm(hidden_states), carried=carried.after(text.shape[1], layers)
+        )
 
 
 class SinkGPTNeoXForCausalLM(CheckedLoading, PythiaInitialisation, GPTNeoXForCausalLM):
@@ -171,6 +213,8 @@ class SinkGPTNeoXForCausalLM(CheckedLoading, PythiaInitialisation, GPTNeoXForCau
         skip_logits: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
         cache: Cache | None = None,
+        window: int | torch.Tensor | None = None,
+        carried: CarriedKeys | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Compute logits ``(B, T, V)`` of T tokens and, if ``labels`` are given, the mean loss.
@@ -179,12 +223,14 @@ class SinkGPTNeoXForCausalLM(CheckedLoading, PythiaInitialisation, GPTNeoXForCau
             input_ids: ``(B, T)`` text without sinks. Alternatively ``inputs_embeds`` ``(B, T, D)``.
             attention_mask: ``(B, T)``, or ``(B, tokens seen + T)`` with a cache; 0 is padding.
             position_ids: ``(B, T)``, counted from the first text token, without the sinks.
-            past_key_values, cache: two names of the same argument (`cache_argument`). The sinks are
-                prepended if the cache is empty or None.
+            past_key_values, cache: two names of one argument. If it is empty, sinks are prepended.
             labels: ``(B, T)`` as in transformers, or ``(B, T + 1)``, where the last label is the
                 target of the last token. With sinks, label 0 is a target of the last sink.
             skip_logits: return only the loss; logits are computed for one chunk at a time.
             num_items_in_batch: divisor of the summed loss; default: the number of targets.
+            window: replaces the windows of all windowed layers in this pass (`check_window`).
+            carried: of the segments before this one (`sinklm.models.carried`). The output's is for
+                the next one. In later segments label 0 is ignored: it was the last one before.
         """
         cache = single_cache(cache, past_key_values, kwargs)
         num_new_sinks = 0 if _length(cache) else self.config.num_sinks
@@ -194,30 +240,24 @@ class SinkGPTNeoXForCausalLM(CheckedLoading, PythiaInitialisation, GPTNeoXForCau
         if num_new_sinks:
             input_ids, inputs_embeds = self._prepend_sinks(input_ids, inputs_embeds)
 
+        kwargs |= {"use_cache": use_cache, CACHE: cache, "window": window, "carried": carried}
         outputs = self.gpt_neox(
-            input_ids,
-            attention_mask=mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **{CACHE: cache},
-            **kwargs,
+            input_ids, attention_mask=mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
         )
         hidden_states = outputs.last_hidden_state  # (B, sinks + T, D)
 
         loss = None
         if labels is not None:
-            predictors, targets = _align(hidden_states, labels, num_new_sinks, attention_mask)
+            is_later = carried is not None and not carried.is_empty
+            aligned = _align_later if is_later else _align
+            predictors, targets = aligned(hidden_states, labels, num_new_sinks, attention_mask)
             loss = self._loss(predictors, targets, num_items_in_batch, in_chunks=skip_logits)
         logits = None if skip_logits else self.lm_head(_keep(hidden_states[:, num_new_sinks:], logits_to_keep))
 
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            **{CACHE: getattr(outputs, CACHE)},
-        )
+        if carried is not None:
+            return CarriedCausalLMOutput(loss=loss, logits=logits, carried=outputs.carried)
+        others = {CACHE: getattr(outputs, CACHE), "hidden_states": outputs.hidden_states}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, attentions=outputs.attentions, **others)
 
     def _loss(self, predictors, targets, num_items_in_batch, *, in_chunks: bool) -> torch.Tensor:
         targets = targets.flatten().to(predictors.device)
@@ -371,6 +411,11 @@ def _align(hidden_states, labels, num_sinks: int, attention_mask) -> tuple[torch
         starts.scatter_(1, attention_mask.long().argmax(dim=1, keepdim=True), True)
         predictors = torch.where(starts[..., None], predictors[:, :1], predictors)
     return predictors, targets
+
+
+def _align_later(hidden_states, labels, num_sinks: int, _) -> tuple[torch.Tensor, torch.Tensor]:
+    """Like `_align`, for a later segment of a sample, in which the sinks predict nothing."""
+    return _align(hidden_states[:, num_sinks:], labels, 0, None)
 
 
 def _cross_entropy(logits, targets, num_items_in_batch) -> torch.Tensor:

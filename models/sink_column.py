@@ -79,6 +79,27 @@ def merge_column(out: Tensor, lse: Tensor, column: SinkColumn) -> tuple[Tensor, 
     return widened.to(out.dtype), total
 
 
+def column_gradients(
+    grad: Tensor, out: Tensor, total: Tensor, column: SinkColumn, is_needed: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of a column's score and value.
+
+    Args:
+        grad: gradient of the output, ``(B, H, T, D)``.
+        out, total: output and log-sum-exp with the column.
+        is_needed: whether the score's and the value's gradient are needed; the others are None.
+    """
+    score, sink_value = column
+    grad_score = grad_value = None
+    probability = (score - total).exp()[..., None]  # of the column, (B, H, T, 1)
+    if is_needed[0]:
+        gain = -out if sink_value is None else sink_value[:, None] - out
+        grad_score = (probability * grad * gain).sum(-1).sum_to_size(score.shape)
+    if sink_value is not None and is_needed[1]:
+        grad_value = (probability * grad).sum((0, 2)).to(sink_value.dtype)
+    return grad_score, grad_value
+
+
 class FusedAttention(torch.autograd.Function):
     """Causal attention with a column, computed by a fused kernel.
 
@@ -108,14 +129,8 @@ class FusedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor):
         query, key, value, score, sink_value, out, total = ctx.saved_tensors
         grads = ctx.kernel.backward(grad, query, key, value, out, total, ctx.is_causal, ctx.scaling)
-        grad_score = grad_value = None
-        probability = (score - total).exp()[..., None]  # of the column, (B, H, T, 1)
-        if ctx.needs_input_grad[3]:
-            gain = -out if sink_value is None else sink_value[:, None] - out
-            grad_score = (probability * grad * gain).sum(-1).sum_to_size(score.shape)
-        if sink_value is not None and ctx.needs_input_grad[4]:
-            grad_value = (probability * grad).sum((0, 2)).to(sink_value.dtype)
-        return *grads, grad_score, grad_value, None, None
+        of_column = column_gradients(grad, out, total, SinkColumn(score, sink_value), ctx.needs_input_grad[3:5])
+        return *grads, *of_column, None, None
 
 
 def explicit_attention(
@@ -123,11 +138,11 @@ def explicit_attention(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    column: SinkColumn,
+    column: SinkColumn | None,
     scaling: float,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Compute attention with a column by an explicit softmax, for any mask.
+    """Compute attention, usually with a column, by an explicit softmax, for any mask.
 
     Args:
         mask: boolean (True is visible) or additive, broadcasts to ``(B, H, T, K)``; None shows all
@@ -136,16 +151,18 @@ def explicit_attention(
 
     Returns:
         The output ``(B, H, T, D)`` and the probabilities of the keys ``(B, H, T, K)``, which sum to
-        1 together with that of the column.
+        1 together with that of a column.
     """
-    dtype = column.score.dtype
+    dtype = torch.promote_types(query.dtype, torch.float32) if column is None else column.score.dtype
     with torch.autocast(query.device.type, enabled=False):
         scores = query.to(dtype) @ key.transpose(-1, -2).to(dtype) * scaling
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    score = column.score.expand(scores.shape[:-1])[..., None]
-    weights = torch.cat((scores, score), dim=-1).softmax(-1).to(value.dtype)
-    weights = torch.dropout(weights, dropout, train=dropout > 0)
+    if column is not None:
+        scores = torch.cat((scores, column.score.expand(scores.shape[:-1])[..., None]), dim=-1)
+    weights = torch.dropout(scores.softmax(-1).to(value.dtype), dropout, train=dropout > 0)
+    if column is None:
+        return weights @ value, weights
     weights, sink_weight = weights[..., :-1], weights[..., -1:]
     out = weights @ value
     if column.value is not None:
