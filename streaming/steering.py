@@ -19,7 +19,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
-from ..models.attention import register_column_attention
+from ..models.attention import register_column_attention, score_dtype
+from ..models.cache_argument import NAMES
 from ..models.sink_column import SinkColumn
 from .adapters import STEERED, identity_mask
 
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from .cache import StreamingCache
 
 ATTENTION = "sinklm_streaming"  # value of ``attn_implementation``
+HARMLESS = {  # arguments of attention functions that do not change a streaming pass
+    *("dropout", "sliding_window", "position_ids", "cache_position", "num_items_in_batch", "logits_to_keep"),
+    *("position_embeddings", *NAMES),
+}
 NEEDED_PARAMETERS = ("input_ids", "inputs_embeds", "attention_mask")
 
 
@@ -40,15 +45,43 @@ def streaming_attention(
     *,
     streaming_cache: "StreamingCache",
     column: SinkColumn | None = None,
+    s_aux: Tensor | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention function of transformers' interface for passes with a streaming cache.
 
-    States are ``(B, H, T, D)``, the output is ``(B, T, H, D)``.
+    Args:
+        query, key, value: ``(B, H, T, D)``.
+        column: the sink of a model of sinklm.
+        s_aux: sink logits ``(H,)`` of gpt-oss and similar models.
+        softcap: limit of the scores (Gemma 2).
+
+    Returns:
+        The output ``(B, T, H, D)`` and None.
+
+    Raises:
+        ValueError: the model passes another argument, which may change the attention.
     """
     assert streaming_cache.step is not None
-    out = streaming_cache.step.attend(module.layer_idx, query, key, value, scaling, column)
+    refuse_unknown(module, kwargs)
+    if s_aux is not None:
+        column = SinkColumn(s_aux.to(score_dtype(query))[:, None])
+    out = streaming_cache.step.attend(module.layer_idx, query, key, value, scaling, column, softcap)
     return out.transpose(1, 2).contiguous(), None
+
+
+def refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raise a ValueError for arguments of an attention function that are not known to be harmless.
+
+    Models pass biases, indices and more to their attention, and it would be wrong to ignore them.
+    """
+    for name, value in kwargs.items():
+        if name not in HARMLESS and value is not None and not isinstance(value, bool):
+            raise ValueError(
+                f"streaming does not support {type(module).__name__}: it passes {name!r} to its attention function, "
+                "which a StreamingCache does not know"
+            )
 
 
 AttentionInterface.register(ATTENTION, streaming_attention)
