@@ -11,6 +11,8 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, eag
 
 from .fused_layer import RotatedHeads, is_fused, linear_but_bias_gradient
 from .sink_column import SinkColumn, attention_with_column, explicit_attention
+from .windowed_attention import windowed_attention, windowed_probabilities
+from .windows import WindowRule
 
 
 class SinkAttention(GPTNeoXAttention):
@@ -29,9 +31,13 @@ class SinkAttention(GPTNeoXAttention):
         attention_mask: Tensor | None,
         layer_past: Cache | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        rules: dict[int, WindowRule] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Compute attention over ``hidden_states`` ``(B, T, hidden)``.
+
+        Args:
+            rules: of the windowed layers of this pass (`windows.rules_of_pass`).
 
         Returns:
             The output ``(B, T, hidden)``, and with eager attention the probabilities
@@ -41,8 +47,15 @@ class SinkAttention(GPTNeoXAttention):
         query, key, value, column = self.heads(hidden_states, *position_embeddings)
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_idx)
+        if rules is not None and self.window is not None:
+            kwargs["rule"] = rules[self.window]
         out, weights = self.attend(query, key, value, attention_mask, column, **kwargs)
         return self.dense(self.gated(out.flatten(2), hidden_states)), weights
+
+    @property
+    def window(self) -> int | None:
+        """Number of recent tokens that a query sees besides its own; None for all."""
+        return self.config.windows[self.layer_idx]
 
     def heads(
         self, hidden_states: Tensor, cos: Tensor, sin: Tensor
@@ -66,11 +79,17 @@ class SinkAttention(GPTNeoXAttention):
             The output ``(B, T, H, D)`` and the probabilities or None.
 
         Raises:
-            ValueError: the implementation does not support the arm's column.
+            ValueError: the implementation supports neither the arm's column nor windowed layers.
         """
         implementation = self.config._attn_implementation
         kwargs |= {"scaling": self.scaling, "dropout": self.attention_dropout if self.training else 0.0}
-        if column is None:
+        if "rule" in kwargs:
+            interface, kwargs = RULE_ATTENTION[implementation], kwargs | {"column": column}
+        elif self.window is not None and implementation not in OWN_RULE_ATTENTION:
+            raise ValueError(
+                f"attn_implementation={implementation!r} does not support windowed layers: use 'sdpa' or 'eager'"
+            )
+        elif column is None:
             interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         elif implementation in COLUMN_ATTENTION:
             interface, kwargs = COLUMN_ATTENTION[implementation], kwargs | {"column": column}
@@ -124,8 +143,21 @@ def sdpa_with_column(module, query, key, value, mask, *, column, scaling, dropou
     return attention_with_column(query, key, value, mask, column, scaling, dropout).transpose(1, 2), None
 
 
+def eager_windowed(module, query, key, value, mask, *, rule, column, scaling, dropout, **kwargs):
+    out, weights = windowed_probabilities(query, key, value, rule, column, scaling, dropout)
+    return out.transpose(1, 2), weights
+
+
+def sdpa_windowed(module, query, key, value, mask, *, rule, column, scaling, dropout, **kwargs):
+    return windowed_attention(query, key, value, rule, column, scaling, dropout).transpose(1, 2), None
+
+
 # Attention functions that support a sink's column, by ``attn_implementation``.
 COLUMN_ATTENTION: dict[str, Callable] = {"eager": eager_with_column, "sdpa": sdpa_with_column}
+# Attention functions of windowed layers, which take a `WindowRule`.
+RULE_ATTENTION: dict[str, Callable] = {"eager": eager_windowed, "sdpa": sdpa_windowed}
+# Attention functions that know the windows of the layers without a `WindowRule`.
+OWN_RULE_ATTENTION: set[str] = set()
 
 
 def register_column_attention(name: str, function: Callable) -> None:
@@ -136,3 +168,18 @@ def register_column_attention(name: str, function: Callable) -> None:
         function: as in transformers' `AttentionInterface`, with the extra keyword ``column``.
     """
     COLUMN_ATTENTION[name] = function
+
+
+def register_window_attention(name: str, function: Callable | None = None) -> None:
+    """Register an attention function that supports windowed layers.
+
+    Args:
+        name: value of ``attn_implementation`` that selects the function.
+        function: like that of `register_column_attention`, with the further keyword ``rule`` (a
+            `WindowRule`), for windowed layers. None: the layers' ordinary attention function of
+            this name takes the window from ``module.window`` and applies the rule itself.
+    """
+    if function is None:
+        OWN_RULE_ATTENTION.add(name)
+    else:
+        RULE_ATTENTION[name] = function

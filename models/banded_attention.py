@@ -85,16 +85,27 @@ def two_phase_attention(
 ) -> Tensor:
     """Compute one softmax over kept keys (scored with ``turned_query``) and band keys (``query``).
 
+    No merge is needed, see `two_phase_states`.
+    """
+    queries, keys = two_phase_states(query, turned_query, kept_key, band_key, rotary)
+    return attention(queries, keys, value, mask, scaling, column, softcap)
+
+
+def two_phase_states(
+    query: Tensor, turned_query: Tensor, kept_key: Tensor, band_key: Tensor, rotary: slice
+) -> tuple[Tensor, Tensor]:
+    """Return queries and keys whose product is the scores of kept keys and of band keys.
+
     Queries are concatenations of both phases, and each key is zero in the dimensions of the phase
     that does not apply to it. One product of D dimensions and the ``rotary`` ones again thus
-    computes the scores of both kinds, and no merge is needed.
+    computes the scores of both kinds.
     """
     before, rotated, after = kept_key[..., : rotary.start], kept_key[..., rotary], kept_key[..., rotary.stop :]
     zeros_band = band_key.new_zeros(*band_key.shape[:-1], rotated.shape[-1])
     both_phases = torch.cat((turned_query[..., rotary], query), dim=-1)
     kept = torch.cat((rotated, before, torch.zeros_like(rotated), after), dim=-1)
     band = torch.cat((zeros_band, band_key), dim=-1)
-    return attention(both_phases, torch.cat((kept, band), dim=2), value, mask, scaling, column, softcap)
+    return both_phases, torch.cat((kept, band), dim=2)
 
 
 def can_flash(query: Tensor) -> bool:

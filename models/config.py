@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import GPTNeoXConfig, PreTrainedConfig
 
 DEFAULT_NUM_KEPT = 4  # for a model without sink tokens (Xiao et al. 2024, Table 2)
+WINDOW_FIELDS = ("layer_windows", "num_kept", "window_range")
 SINK_KINDS = ("none", "token", "zero", "logit", "kv_bias", "gate")
 
 
@@ -24,8 +25,16 @@ class SinkGPTNeoXConfig(GPTNeoXConfig):
       (``token`` only). The default is 50277, the first of the ids 50277 to 50303 that Pythia's
       tokenizer does not use.
 
+    Further fields describe layers with windowed attention (see `sinklm.models.windows`):
+
+    - ``layer_windows``: for each layer, its number of recent tokens besides the query itself, or
+      None for full attention. None instead of a list: all layers have full attention;
+    - ``num_kept``: number of first tokens that windowed layers keep (default: the sink tokens);
+    - ``window_range``: ``[low, high]`` if each step of the training drew its window from this
+      range. The windows in ``layer_windows`` are then ``high``.
+
     Raises:
-        ValueError: unknown kind or key, or sink ids outside the vocabulary.
+        ValueError: unknown kind or key, sink ids outside the vocabulary, or inconsistent windows.
     """
 
     model_type = "sink_gpt_neox"
@@ -33,10 +42,44 @@ class SinkGPTNeoXConfig(GPTNeoXConfig):
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 0
     sink: dict[str, Any] = field(default_factory=dict)
+    layer_windows: list[int | None] | None = None
+    num_kept: int | None = None
+    window_range: list[int] | None = None
 
     def __post_init__(self, **kwargs):
         self.sink = _normalised(self.sink)
         super().__post_init__(**kwargs)
+        if self.layer_windows is not None:
+            _check_windows(self.layer_windows, self.num_hidden_layers)
+            if all(window is None for window in self.layer_windows):
+                self.layer_windows = None
+        if self.layer_windows is not None and self.num_kept is None:
+            self.num_kept = self.num_sinks
+        self._check_rule()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Like the method of transformers; a model without windows has none of their fields."""
+        fields = super().to_dict()
+        return {key: value for key, value in fields.items() if key not in WINDOW_FIELDS or value is not None}
+
+    def _check_rule(self) -> None:
+        if self.layer_windows is None:
+            if unused := [name for name in ("num_kept", "window_range") if getattr(self, name) is not None]:
+                raise ValueError(f"{unused[0]} is {getattr(self, unused[0])}, but no layer has a window: remove it")
+            return
+        if not isinstance(self.num_kept, int) or self.num_kept < self.num_sinks:
+            raise ValueError(
+                f"num_kept is {self.num_kept}, but a windowed layer always keeps the sink tokens: set it to "
+                f"{self.num_sinks} or more"
+            )
+        if self.window_range is not None:
+            _check_range(self.window_range, self.layer_windows)
+        rope_type = self.rope_parameters["rope_type"]
+        if rope_type in ("dynamic", "longrope"):
+            raise ValueError(
+                f"windowed layers do not support rope_type {rope_type!r}, whose frequencies depend on the length of "
+                "the text: use another type, or full attention"
+            )
 
     def validate_sink(self) -> None:
         first, last = self.sink.get("first_token_id", 0), self.sink.get("first_token_id", 0) + self.num_sinks - 1
@@ -45,6 +88,16 @@ class SinkGPTNeoXConfig(GPTNeoXConfig):
                 f"the sink token ids {first}…{last} are outside the vocabulary of "
                 f"{self.vocab_size}: raise vocab_size or lower sink.first_token_id"
             )
+
+    @property
+    def windows(self) -> list[int | None]:
+        """The window of each layer; None for full attention."""
+        return [None] * self.num_hidden_layers if self.layer_windows is None else self.layer_windows
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether a layer has windowed attention."""
+        return self.layer_windows is not None
 
     @property
     def sink_kind(self) -> str:
@@ -96,6 +149,30 @@ def tokens_per_sample(seq_length: int, num_sinks: int) -> int:
             f"seq_length is {seq_length}, which leaves no room for text after {num_sinks} sink tokens: raise it"
         )
     return seq_length + 1 - num_sinks
+
+
+def _check_windows(windows: list[int | None], num_layers: int) -> None:
+    if not isinstance(windows, list) or len(windows) != num_layers:
+        raise ValueError(
+            f"layer_windows is {windows}: it must be a list with one entry for each of {num_layers} layers"
+        )
+    if wrong := [window for window in windows if window is not None and not _is_count(window)]:
+        raise ValueError(f"layer_windows contains {wrong[0]!r}: a window is an integer of at least 1, or null")
+
+
+def _check_range(window_range: list[int], windows: list[int | None]) -> None:
+    is_range = isinstance(window_range, list) and len(window_range) == 2 and all(map(_is_count, window_range))
+    if not is_range or window_range[0] > window_range[1]:
+        raise ValueError(f"window_range is {window_range}: it must be [low, high] with 1 <= low <= high")
+    if other := [window for window in windows if window not in (None, window_range[1])]:
+        raise ValueError(
+            f"layer_windows contains {other[0]}, but the largest window of window_range is {window_range[1]}: with a "
+            "range, all windows must be equal to it"
+        )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _normalised(sink: dict[str, Any]) -> dict[str, Any]:

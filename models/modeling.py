@@ -23,12 +23,13 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbeddin
 from transformers.utils import can_return_tuple
 
 from .arms import ARM_PARAMETERS, Gate
-from .attention import SinkAttention
+from .attention import RULE_ATTENTION, SinkAttention
 from .cache_argument import CACHE, single_cache
 from .config import SinkGPTNeoXConfig
 from .layer import SinkGPTNeoXLayer
 from .loss import IGNORED, linear_cross_entropy
 from .run_folders import refuse_run
+from .windows import WindowRule, check_window, rules_of_pass
 
 
 class PythiaInitialisation:
@@ -113,12 +114,25 @@ class SinkGPTNeoXModel(CheckedLoading, PythiaInitialisation, GPTNeoXModel):
         past_key_values=None,
         use_cache=None,
         cache=None,
+        window=None,
         **kwargs,
     ):
+        """Like the method of transformers.
+
+        Args:
+            window: replaces the window of all windowed layers in this pass: an int, or a
+                0-dimensional int64 tensor on the CPU, for which a new value does not recompile.
+        """
         cache = past_key_values if cache is None else cache
-        is_plain = all(value is None for value in (attention_mask, position_ids, cache, *kwargs.values()))
+        check_window(self.config, window)
+        if inputs_embeds is None and input_ids is not None:
+            input_ids, inputs_embeds = None, self.embed_in(input_ids)
+        if self.config.has_windows and self.config._attn_implementation in RULE_ATTENTION:
+            kwargs["rules"] = rules_of_pass(self.config, self.rotary_emb, inputs_embeds, attention_mask, cache, window)
+        others = (value for name, value in kwargs.items() if name != "rules")
+        is_plain = all(value is None for value in (attention_mask, position_ids, cache, *others))
         if is_plain and use_cache is False and self._has_causal_forward():
-            return self._causal_forward(self.embed_in(input_ids) if inputs_embeds is None else inputs_embeds)
+            return self._causal_forward(inputs_embeds, kwargs.get("rules"))
         return super().forward(
             input_ids, attention_mask, position_ids, inputs_embeds, cache, use_cache=use_cache, **kwargs
         )
@@ -126,7 +140,9 @@ class SinkGPTNeoXModel(CheckedLoading, PythiaInitialisation, GPTNeoXModel):
     def _has_causal_forward(self) -> bool:
         return torch.compiler.is_compiling() and self.config._attn_implementation == "sdpa"
 
-    def _causal_forward(self, inputs_embeds: torch.Tensor) -> BaseModelOutputWithPast:
+    def _causal_forward(
+        self, inputs_embeds: torch.Tensor, rules: dict[int, WindowRule] | None
+    ) -> BaseModelOutputWithPast:
         """The same computation without a mask tensor.
 
         Under `torch.compile`, transformers cannot detect that positions are consecutive and builds
@@ -137,7 +153,7 @@ class SinkGPTNeoXModel(CheckedLoading, PythiaInitialisation, GPTNeoXModel):
         positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
         rotary = self.rotary_emb(hidden_states, position_ids=positions)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask=None, position_embeddings=rotary)
+            hidden_states = layer(hidden_states, attention_mask=None, position_embeddings=rotary, rules=rules)
         return BaseModelOutputWithPast(last_hidden_state=self.final_layer_norm(hidden_states))
 
 
@@ -171,6 +187,7 @@ class SinkGPTNeoXForCausalLM(CheckedLoading, PythiaInitialisation, GPTNeoXForCau
         skip_logits: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
         cache: Cache | None = None,
+        window: int | torch.Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Compute logits ``(B, T, V)`` of T tokens and, if ``labels`` are given, the mean loss.
@@ -185,6 +202,9 @@ class SinkGPTNeoXForCausalLM(CheckedLoading, PythiaInitialisation, GPTNeoXForCau
                 target of the last token. With sinks, label 0 is a target of the last sink.
             skip_logits: return only the loss; logits are computed for one chunk at a time.
             num_items_in_batch: divisor of the summed loss; default: the number of targets.
+            window: replaces the window of all windowed layers in this pass, and is at most as
+                large: an int, or a 0-dimensional int64 tensor on the CPU, for which a new value
+                does not recompile.
         """
         cache = single_cache(cache, past_key_values, kwargs)
         num_new_sinks = 0 if _length(cache) else self.config.num_sinks
@@ -200,6 +220,7 @@ class SinkGPTNeoXForCausalLM(CheckedLoading, PythiaInitialisation, GPTNeoXForCau
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            window=window,
             **{CACHE: cache},
             **kwargs,
         )

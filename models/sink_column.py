@@ -123,11 +123,11 @@ def explicit_attention(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    column: SinkColumn,
+    column: SinkColumn | None,
     scaling: float,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Compute attention with a column by an explicit softmax, for any mask.
+    """Compute attention, usually with a column, by an explicit softmax, for any mask.
 
     Args:
         mask: boolean (True is visible) or additive, broadcasts to ``(B, H, T, K)``; None shows all
@@ -136,16 +136,18 @@ def explicit_attention(
 
     Returns:
         The output ``(B, H, T, D)`` and the probabilities of the keys ``(B, H, T, K)``, which sum to
-        1 together with that of the column.
+        1 together with that of a column.
     """
-    dtype = column.score.dtype
+    dtype = torch.promote_types(query.dtype, torch.float32) if column is None else column.score.dtype
     with torch.autocast(query.device.type, enabled=False):
         scores = query.to(dtype) @ key.transpose(-1, -2).to(dtype) * scaling
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    score = column.score.expand(scores.shape[:-1])[..., None]
-    weights = torch.cat((scores, score), dim=-1).softmax(-1).to(value.dtype)
-    weights = torch.dropout(weights, dropout, train=dropout > 0)
+    if column is not None:
+        scores = torch.cat((scores, column.score.expand(scores.shape[:-1])[..., None]), dim=-1)
+    weights = torch.dropout(scores.softmax(-1).to(value.dtype), dropout, train=dropout > 0)
+    if column is None:
+        return weights @ value, weights
     weights, sink_weight = weights[..., :-1], weights[..., -1:]
     out = weights @ value
     if column.value is not None:

@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
-from ..models.attention import register_column_attention, score_dtype
+from ..models.attention import register_column_attention, register_window_attention, score_dtype
 from ..models.cache_argument import NAMES
 from ..models.sink_column import SinkColumn
 from .adapters import STEERED, identity_mask
@@ -86,6 +86,7 @@ def refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
 
 AttentionInterface.register(ATTENTION, streaming_attention)
 register_column_attention(ATTENTION, streaming_attention)
+register_window_attention(ATTENTION)  # the cache has the windows of the layers
 
 
 class SteeredForward:
@@ -249,6 +250,10 @@ def check_call(inputs: Tensor | None, named: dict, config: PreTrainedConfig) -> 
         )
     if named.get("use_cache") is False:  # `generate` would pass the whole text again at each step
         raise ValueError("use_cache is False, but a StreamingCache was passed: pass use_cache=True")
+    if named.get("window") is not None:
+        raise ValueError(
+            "a StreamingCache has the windows of the model: create it with a smaller window instead of passing window="
+        )
     if named.get("output_attentions") or getattr(config, "output_attentions", False):
         raise ValueError("a StreamingCache does not return attention weights: set output_attentions=False")
 

@@ -13,7 +13,12 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from ...models.attention import COLUMN_ATTENTION, register_column_attention
+from ...models.attention import (
+    COLUMN_ATTENTION,
+    RULE_ATTENTION,
+    register_column_attention,
+    register_window_attention,
+)
 from ...models.cache_argument import CACHE
 
 
@@ -70,7 +75,10 @@ def observed_attention(
 ) -> tuple[Tensor, Tensor]:
     """Call the eager attention of the module's family and record the queries."""
     _queries.get().append(query)
-    eager = COLUMN_ATTENTION["eager"] if "column" in kwargs else eager_attention_of(type(module))
+    if "rule" in kwargs:
+        eager = RULE_ATTENTION["eager"]
+    else:
+        eager = COLUMN_ATTENTION["eager"] if "column" in kwargs else eager_attention_of(type(module))
     return eager(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -87,6 +95,7 @@ _queries: ContextVar[list[Tensor]] = ContextVar("queries")
 AttentionInterface.register(OBSERVED, observed_attention)
 AttentionMaskInterface.register(OBSERVED, eager_mask)
 register_column_attention(OBSERVED, observed_attention)
+register_window_attention(OBSERVED, observed_attention)
 
 
 @contextmanager

@@ -1,0 +1,145 @@
+"""The rule of windowed layers: which keys each query of a forward pass sees, at which distance.
+
+With S kept tokens and a window W, the query of token t (counted from 0, sink tokens included) sees
+
+- the band: the tokens ``t - W … t``, at their true distances;
+- the kept tokens ``i < S`` with ``i < t - W``, at distance ``min(t, S + W) - i``.
+
+These are at most S + W + 1 keys: those that a streaming cache with S kept tokens and a window of W
+holds when it reads token t (`sinklm.streaming.rule`). So a model is trained with the attention with
+which it streams. An arm's column is one more key of the same softmax, which every query sees.
+
+Keys are stored with the rotary phase of their token. For kept tokens, the rotated query is turned
+back by ``max(0, t - S - W)`` positions, which gives the distance above.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from .config import SinkGPTNeoXConfig
+
+Rotary = Callable[..., tuple[Tensor, Tensor]]
+
+
+class WindowRule(NamedTuple):
+    """The rule of the layers with one window, for the queries of one forward pass.
+
+    Args:
+        window: W; with ``drawn``, the largest value that it can have.
+        drawn: the W of this pass, a 0-dimensional integer tensor on the CPU, which may change
+            without recompilation; None for ``window``.
+        num_kept: S.
+        queries: index of each query's token, ``(1 or B, T)``.
+        is_token: which keys are tokens and not padding, ``(B, K)``; None if all are.
+        cos, sin: rotation by the number of positions by which each query is turned back,
+            ``(1 or B, T, rotated dimensions)``; the second half of the table repeats the first.
+        is_dense: the queries are those of the last T keys, and nothing is padding.
+    """
+
+    window: int
+    drawn: Tensor | None
+    num_kept: int
+    queries: Tensor
+    is_token: Tensor | None
+    cos: Tensor
+    sin: Tensor
+    is_dense: bool
+
+    @property
+    def width(self) -> int | Tensor:
+        """The W of this pass."""
+        return self.window if self.drawn is None else self.drawn
+
+    def tokens_of_keys(self, num_keys: int) -> Tensor:
+        """Return the index of each key's token ``(1 or B, K)``; keys that are no tokens get -1."""
+        if self.is_token is None:
+            return torch.arange(num_keys, device=self.queries.device)[None]
+        missing = num_keys - self.is_token.shape[1]  # the empty slots of a static cache
+        is_token = torch.nn.functional.pad(self.is_token, (0, missing))
+        return torch.where(is_token, is_token.long().cumsum(-1) - 1, -1)
+
+
+def check_window(config: SinkGPTNeoXConfig, window: int | Tensor | None) -> None:
+    """Check a window that replaces those of a model in one pass.
+
+    Raises:
+        ValueError: the model has no windowed layers, or the window is not between 1 and its
+            largest one, or is a tensor of another kind than a 0-dimensional int64 one on the CPU.
+    """
+    if window is None:
+        return
+    if not config.has_windows:
+        raise ValueError("window was passed to a model without windowed layers: set layer_windows in its configuration")
+    if isinstance(window, Tensor):
+        if window.ndim or window.dtype != torch.int64 or window.device.type != "cpu":
+            raise ValueError(
+                f"window is a tensor of shape {tuple(window.shape)}, {window.dtype} on {window.device}: pass a "
+                "0-dimensional int64 tensor on the CPU, or an int"
+            )
+        if torch.compiler.is_compiling():
+            return
+    largest = min(window for window in config.windows if window is not None)
+    if not 1 <= window <= largest:
+        raise ValueError(f"window is {int(window)}: it must be between 1 and the window of each layer, here {largest}")
+
+
+def rules_of_pass(
+    config: SinkGPTNeoXConfig,
+    rotary: Rotary,
+    inputs: Tensor,
+    attention_mask: Tensor | None = None,
+    cache: Cache | None = None,
+    window: int | Tensor | None = None,
+    num_before: int | Tensor = 0,
+) -> dict[int, WindowRule]:
+    """Return the rules of a forward pass by the window of the layers.
+
+    Args:
+        rotary: the model's rotary embedding.
+        inputs: embeddings ``(B, T, hidden)`` of the pass.
+        attention_mask: ``(B, tokens seen + T)``; 0 is padding.
+        cache: keys of earlier passes, all of which it must still have.
+        window: replaces the windows of all layers.
+        num_before: number of tokens before the first query, in addition to those of the cache.
+
+    Raises:
+        ValueError: the mask is not two-dimensional, or the cache drops keys.
+    """
+    num_queries, device = inputs.shape[1], inputs.device
+    num_seen = 0 if cache is None else cache.get_seq_length()
+    if any(getattr(layer, "is_sliding", False) for layer in getattr(cache, "layers", ())):
+        raise ValueError("the cache drops keys that windowed layers keep: pass a DynamicCache, or a StreamingCache")
+    is_token = None
+    if attention_mask is not None:
+        if attention_mask.ndim != 2:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}: windowed layers require one of shape "
+                "(batch, tokens)"
+            )
+        is_token = attention_mask.to(device).bool()
+        queries = (is_token.long().cumsum(-1) - 1).clamp(min=0)[:, -num_queries:]
+    else:
+        queries = (torch.arange(num_queries, device=device) + (num_seen + num_before))[None]
+    drawn = window if isinstance(window, Tensor) else None
+    like = inputs.new_empty(0, dtype=torch.promote_types(inputs.dtype, torch.float32))
+    rules = {}
+    for largest in {window for window in config.windows if window is not None}:
+        width = largest if window is None else window
+        turn = (queries - (config.num_kept + width)).clamp(min=0)
+        cos, sin = rotary(like, position_ids=turn)
+        scaling = getattr(rotary, "attention_scaling", 1.0)  # YaRN's, which the query has already
+        rules[largest] = WindowRule(
+            window=largest if drawn is not None or window is None else int(window),
+            drawn=drawn,
+            num_kept=config.num_kept,
+            queries=queries,
+            is_token=is_token,
+            cos=cos / scaling,
+            sin=sin / scaling,
+            is_dense=attention_mask is None and cache is None,
+        )
+    return rules
