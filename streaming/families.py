@@ -85,13 +85,16 @@ def rotary_in_some_layers(decoder: Any, shape: StreamShape, *, interleaved: bool
     return shared_rotary(decoder, shape, interleaved=interleaved, layers=layers)
 
 
-def exaone4_rotary(decoder: Any, shape: StreamShape) -> Rotary:
-    """Return EXAONE 4's rotary embedding: of its windowed layers, or of all if it has no window."""
+def rotary_in_windowed_layers(decoder: Any, shape: StreamShape, *, interleaved: bool = False) -> Rotary:
+    """Return a rotary embedding of layers with a window; the others have no positions (Cohere 2).
+
+    If the model has no window, all layers are rotated (EXAONE 4).
+    """
     config = decoder.config
     if config.sliding_window is None:
-        return shared_rotary(decoder, shape)
+        return shared_rotary(decoder, shape, interleaved=interleaved)
     layers = {i for i, layer_type in enumerate(config.layer_types) if layer_type == "sliding_attention"}
-    return shared_rotary(decoder, shape, layers=layers)
+    return shared_rotary(decoder, shape, interleaved=interleaved, layers=layers)
 
 
 def gptj_rotary(decoder: Any, shape: StreamShape) -> Rotary:
@@ -148,6 +151,7 @@ INTERLEAVED = Family(partial(shared_rotary, interleaved=True))
 SOME_LAYERS = Family(rotary_in_some_layers)
 LATENT = Family(latent_rotary)
 BY_TYPE = Family(rotary_by_layer_type)
+WINDOWED_ROTARY = Family(rotary_in_windowed_layers)
 FAMILIES: dict[str, Family] = {
     "gpt_neox": ROTARY,  # Pythia; only part of each head is rotary
     "sink_gpt_neox": ROTARY,
@@ -189,7 +193,23 @@ FAMILIES: dict[str, Family] = {
     "codegen": Family(gptj_rotary, adapters.CODEGEN),
     "bloom": Family(bloom_alibi, adapters.BLOOM),
     "smollm3": SOME_LAYERS,
-    "exaone4": Family(exaone4_rotary),
+    "exaone4": WINDOWED_ROTARY,
+    "exaone_moe": WINDOWED_ROTARY,
+    "afmoe": WINDOWED_ROTARY,
+    "cohere2": Family(partial(rotary_in_windowed_layers, interleaved=True)),
+    "cohere2_moe": Family(partial(rotary_in_windowed_layers, interleaved=True)),
+    "gemma2": ROTARY,
+    "gemma3_text": BY_TYPE,
+    "vaultgemma": ROTARY,
+    "gpt_oss": ROTARY,
+    "olmo3": BY_TYPE,
+    "ministral": ROTARY,
+    "cwm": ROTARY,
+    "mimo_v2_flash": BY_TYPE,
+    "mellum": BY_TYPE,
+    "granite_swa": ROTARY,
+    "granitemoe_swa": ROTARY,
+    "dots1": ROTARY,
     "llama4_text": Family(partial(rotary_in_some_layers, interleaved=True), adapters.OWN),
     "deepseek_v2": Family(partial(latent_rotary, interleaved=True)),
     "deepseek_v3": LATENT,

@@ -80,34 +80,40 @@ def layer_shapes(config: PreTrainedConfig, shape: StreamShape) -> list[StreamSha
 
     - A layer without a window has the shape of the cache.
     - A windowed layer of a model of sinklm keeps and sees at most what it was trained with.
-    - A windowed layer of another model keeps no tokens and has its own window, or that of the cache
-      if it is smaller. If its window covers the whole cache, it has the shape of the cache.
+    - A windowed layer of another model has the shape of the cache if its window covers it.
+      Otherwise it keeps no tokens, and has the smaller of both windows.
 
     Raises:
-        ValueError: a layer sees only the token itself, which is no stream.
+        ValueError: a window of the model shows a token only itself.
     """
-    trained = getattr(config, "layer_windows", None)
-    if trained is not None:
-        num_kept = min(shape.num_kept, config.num_kept)
-        return [shape if own is None else StreamShape(num_kept, min(shape.window, own)) for own in trained]
-    return [shape if keys is None else windowed_shape(keys, shape) for keys in own_windows(config)]
+    return [shape if rule is None else limited(shape, rule, is_stock=not is_ours(config)) for rule in own_rules(config)]
 
 
-def windowed_shape(num_keys: int, shape: StreamShape) -> StreamShape:
-    """Return the shape of a layer that shows ``num_keys`` keys to a query, with its own key."""
-    if num_keys >= shape.num_slots:
+def limited(shape: StreamShape, rule: StreamShape, *, is_stock: bool) -> StreamShape:
+    """Return the shape of a windowed layer in a cache of a given shape."""
+    if is_stock and shape.num_cached <= rule.window:
         return shape
+    return StreamShape(min(shape.num_kept, rule.num_kept), min(shape.window, rule.window))
+
+
+def own_rules(config: PreTrainedConfig) -> list[StreamShape | None]:
+    """Return the rule of each layer of a model, which holds without a cache; None for no window.
+
+    Raises:
+        ValueError: a window shows a token only itself.
+    """
+    if is_ours(config):
+        return [None if window is None else StreamShape(config.num_kept, window) for window in config.layer_windows]
+    num_keys, num_layers = getattr(config, "sliding_window", None), config.num_hidden_layers
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * num_layers
+    if num_keys is None or "sliding_attention" not in types:
+        return [None] * num_layers
     if num_keys < 2:
-        raise ValueError(
-            f"the model's config has sliding_window {num_keys}, which shows a token only itself: set it to 2 or more"
-        )
-    return StreamShape(0, min(shape.window, num_keys - 1))
+        raise ValueError(f"the model's own sliding_window is {num_keys}, and its windowed layers see no other token")
+    rule = StreamShape(0, num_keys - 1)  # `sliding_window` counts the query's own key
+    return [rule if layer_type == "sliding_attention" else None for layer_type in types]
 
 
-def own_windows(config: PreTrainedConfig) -> list[int | None]:
-    """Return the sliding window of each layer in keys, with the query's own; None without one."""
-    window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is None:
-        return [window] * config.num_hidden_layers
-    return [window if layer_type == "sliding_attention" else None for layer_type in layer_types]
+def is_ours(config: PreTrainedConfig) -> bool:
+    """Whether a model has windowed layers of sinklm."""
+    return getattr(config, "layer_windows", None) is not None

@@ -38,7 +38,8 @@ def reference_logits(model: PreTrainedModel, ids: Tensor, num_kept: int, window:
     """
     if getattr(model.config, "num_sinks", 0):
         raise ValueError("the model has sink tokens of its own: check one with another kind of sink, or with none")
-    return _logits_of(model, ids, [cached_tokens(query, num_kept, window) for query in range(len(ids))])
+    cached = [cached_tokens(query, num_kept, window) for query in range(len(ids))]
+    return _logits_of(model, ids, cached, num_kept, window)
 
 
 def cached_tokens(query: int, num_kept: int, window: int) -> list[int]:
@@ -47,14 +48,17 @@ def cached_tokens(query: int, num_kept: int, window: int) -> list[int]:
 
 
 @torch.no_grad()
-def _logits_of(model: PreTrainedModel, ids: Tensor, cached: list[list[int]]) -> Tensor:
+def _logits_of(
+    model: PreTrainedModel, ids: Tensor, cached: list[list[int]], num_kept: int, window: int
+) -> Tensor:
     """Return the logits ``(T, V)`` of queries that see the tokens ``cached[t]`` and themselves."""
     tokens = torch.zeros(len(ids), max(map(len, cached)) + 1, dtype=torch.long)
     for query, before in enumerate(cached):
         tokens[query, : len(before) + 1] = torch.tensor([*before, query])
     columns = torch.tensor([len(before) for before in cached])  # of the queries; a causal model ignores later ones
     tokens, columns = tokens.to(ids.device), columns.to(ids.device)
-    with past_states(decoder_layers(decoder_of(model)), tokens, columns):
+    decoder = decoder_of(model)
+    with past_states(decoder_layers(decoder), tokens, columns), windows_within(decoder.config, num_kept, window):
         logits = model(ids[tokens], use_cache=False).logits
     return logits[torch.arange(len(ids), device=ids.device), columns]
 
@@ -78,6 +82,23 @@ def past_states(layers: nn.ModuleList, tokens: Tensor, columns: Tensor) -> Itera
             handle = layer.register_forward_pre_hook(replace, with_kwargs=True)
             stack.callback(handle.remove)
         yield
+
+
+@contextmanager
+def windows_within(config: PreTrainedConfig, num_kept: int, window: int) -> Iterator[None]:
+    """Reduce a model's own window to that of the cache if it shows only some of the kept tokens.
+
+    Windowed layers do not keep tokens, unless their window covers the whole cache.
+    """
+    own = getattr(config, "sliding_window", None)
+    is_reduced = own is not None and window + 1 < own <= num_kept + window
+    try:
+        if is_reduced:
+            config.sliding_window = window + 1
+        yield
+    finally:
+        if is_reduced:
+            config.sliding_window = own
 
 
 def decoder_layers(decoder: Any) -> nn.ModuleList:
@@ -133,7 +154,7 @@ def _check_shape(model: PreTrainedModel, ids: Tensor, num_kept: int, window: int
     expected = [reference_logits(model, ids[start:], num_kept, window) for start in paddings]
     scale = float(expected[0].abs().max())
     cached = [cached_tokens(query, num_kept, window) for query in range(len(ids))]
-    misplaced = _logits_of(model, ids, [[*before[1:], *before[:1]] for before in cached])
+    misplaced = _logits_of(model, ids, [[*before[1:], *before[:1]] for before in cached], num_kept, window)
     if float((misplaced - expected[0]).abs().max()) < 100 * tolerance * scale:
         raise ValueError(
             "the logits hardly depend on the positions of keys, so a comparison proves nothing: use a trained model, "
