@@ -207,6 +207,7 @@ FAMILIES: dict[str, Family] = {
     "cwm": ROTARY,
     "mimo_v2_flash": BY_TYPE,
     "mellum": BY_TYPE,
+    "laguna": BY_TYPE,
     "granite_swa": ROTARY,
     "granitemoe_swa": ROTARY,
     "dots1": ROTARY,

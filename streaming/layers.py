@@ -114,6 +114,13 @@ def own_rules(config: PreTrainedConfig) -> list[StreamShape | None]:
     return [rule if layer_type == "sliding_attention" else None for layer_type in types]
 
 
+def describe_rules(config: PreTrainedConfig) -> str | None:
+    """Return which layers have windows of their own: "20 of 24 layers 0+511"; None if none has."""
+    rules = own_rules(config)
+    counts = Counter(rule for rule in rules if rule is not None)
+    return ", ".join(f"{number} of {len(rules)} layers {rule}" for rule, number in counts.items()) or None
+
+
 def is_ours(config: PreTrainedConfig) -> bool:
     """Whether a model has windowed layers of sinklm."""
     return getattr(config, "layer_windows", None) is not None
