@@ -112,8 +112,9 @@ class StreamingCache(Cache):
             raise ValueError(f"kv_dtype is {kv_dtype!r}: it must be {', '.join(map(repr, KV_DTYPES))} or None")
         if chunk_size < 1:
             raise ValueError(f"chunk_size is {chunk_size}: it must be at least 1")
-        warn_if_untrained(model, StreamShape(num_kept, window))
-        return cls(model, StreamShape(num_kept, window), chunk_size, kv_dtype)
+        cache = cls(model, StreamShape(num_kept, window), chunk_size, kv_dtype)
+        warn_if_untrained(model, cache.shape, cache.plan.num_slots - 1)
+        return cache
 
     def __repr__(self) -> str:
         shape, own = self.shape, "".join(f", {layers}" for layers in self.plan.own_shapes)
@@ -188,6 +189,11 @@ class StreamingCache(Cache):
             )
         if mask is None:
             return None
+        if not isinstance(mask, Tensor):
+            raise ValueError(
+                f"attention_mask is a {type(mask).__name__}: {type(self.model).__name__} computes masks of its own, as "
+                "for images, which a StreamingCache does not support: use the class of its text model"
+            )
         if mask.ndim != 2 or mask.shape[0] != batch_size or mask.shape[1] < num_inputs:
             raise ValueError(
                 f"attention_mask has shape {tuple(mask.shape)}: a StreamingCache requires a mask of shape "

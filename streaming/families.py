@@ -23,7 +23,7 @@ from .layers import layer_shapes
 from .refusals import ABSOLUTE, REFUSED, refusal
 from .rule import LARGEST, StreamShape
 
-FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "ntk_alpha")
+FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "ntk_alpha", "proportional")
 SWITCHING_ROPE_TYPES = ("dynamic", "longrope")  # fixed up to a length, see `num_equal_positions`
 
 
@@ -200,7 +200,10 @@ FAMILIES: dict[str, Family] = {
     "cohere2_moe": Family(partial(rotary_in_windowed_layers, interleaved=True)),
     "gemma2": ROTARY,
     "gemma3_text": BY_TYPE,
+    "gemma3n_text": BY_TYPE,
+    "gemma4_text": BY_TYPE,
     "vaultgemma": ROTARY,
+    "modernbert-decoder": BY_TYPE,
     "gpt_oss": ROTARY,
     "olmo3": BY_TYPE,
     "ministral": ROTARY,
@@ -217,9 +220,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def register_family(
-    model_type: str, encoding: EncodingOf, adapter: adapters.Adapter | None = None
-) -> None:
+def register_family(model_type: str, encoding: EncodingOf, adapter: adapters.Adapter | None = None) -> None:
     """Let models of another type stream.
 
     Check a model of the type with `sinklm.streaming.testing.check_family`: a wrong encoding gives

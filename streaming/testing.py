@@ -48,9 +48,7 @@ def cached_tokens(query: int, num_kept: int, window: int) -> list[int]:
 
 
 @torch.no_grad()
-def _logits_of(
-    model: PreTrainedModel, ids: Tensor, cached: list[list[int]], num_kept: int, window: int
-) -> Tensor:
+def _logits_of(model: PreTrainedModel, ids: Tensor, cached: list[list[int]], num_kept: int, window: int) -> Tensor:
     """Return the logits ``(T, V)`` of queries that see the tokens ``cached[t]`` and themselves."""
     tokens = torch.zeros(len(ids), max(map(len, cached)) + 1, dtype=torch.long)
     for query, before in enumerate(cached):
@@ -58,7 +56,7 @@ def _logits_of(
     columns = torch.tensor([len(before) for before in cached])  # of the queries; a causal model ignores later ones
     tokens, columns = tokens.to(ids.device), columns.to(ids.device)
     decoder = decoder_of(model)
-    with past_states(decoder_layers(decoder), tokens, columns), windows_within(decoder.config, num_kept, window):
+    with past_states(decoder_layers(decoder), tokens, columns), stock_settings(decoder.config, num_kept, window):
         logits = model(ids[tokens], use_cache=False).logits
     return logits[torch.arange(len(ids), device=ids.device), columns]
 
@@ -73,8 +71,8 @@ def past_states(layers: nn.ModuleList, tokens: Tensor, columns: Tensor) -> Itera
 
     def replace(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         states = args[0] if args else kwargs["hidden_states"]
-        own = states[rows, columns]  # (T, D)
-        states = own[tokens]
+        own = states[..., rows, columns, :]  # (T, D); Gemma 3n has several streams of states
+        states = own[..., tokens, :]
         return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 
     with ExitStack() as stack:
@@ -85,20 +83,29 @@ def past_states(layers: nn.ModuleList, tokens: Tensor, columns: Tensor) -> Itera
 
 
 @contextmanager
-def windows_within(config: PreTrainedConfig, num_kept: int, window: int) -> Iterator[None]:
-    """Reduce a model's own window to that of the cache if it shows only some of the kept tokens.
+def stock_settings(config: PreTrainedConfig, num_kept: int, window: int) -> Iterator[None]:
+    """Reduce a model's own windows to that of the cache, where layers do not see all of it.
 
-    Windowed layers do not keep tokens, unless their window covers the whole cache.
+    Windowed layers of sinklm keep at most the tokens that the cache keeps. Others keep none, unless
+    their window covers the whole cache. SDPA of transformers 5.17 ignores a limit of the scores.
     """
-    own = getattr(config, "sliding_window", None)
-    is_reduced = own is not None and window + 1 < own <= num_kept + window
+    changes: dict[str, Any] = {}
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        changes["_attn_implementation"] = "eager"
+    trained, own = getattr(config, "layer_windows", None), getattr(config, "sliding_window", None)
+    if trained is not None:
+        changes["layer_windows"] = [own and min(own, window) for own in trained]
+        changes["num_kept"] = min(config.num_kept, num_kept)
+    elif own is not None and window + 1 < own <= num_kept + window:
+        changes["sliding_window"] = window + 1
+    before = {name: getattr(config, name) for name in changes}
     try:
-        if is_reduced:
-            config.sliding_window = window + 1
+        for name, value in changes.items():
+            setattr(config, name, value)
         yield
     finally:
-        if is_reduced:
-            config.sliding_window = own
+        for name, value in before.items():
+            setattr(config, name, value)
 
 
 def decoder_layers(decoder: Any) -> nn.ModuleList:

@@ -340,9 +340,10 @@ def test_what_is_observed_is_what_the_model_does(name):
             assert not layer.attention.tril(-window).any()
         if layer.queries is not None and name in families.FAMILIES:
             group = 4 // layer.keys.shape[1]
-            scores = layer.queries @ layer.keys.repeat_interleave(group, 1).mT / layer.keys.shape[-1] ** 0.5
-            mask = torch.ones(12, 12, dtype=torch.bool).triu(1)
-            torch.testing.assert_close(scores.masked_fill(mask, -math.inf).softmax(-1), layer.attention)
+            scaling = getattr(config, "query_pre_attn_scalar", layer.keys.shape[-1]) ** -0.5
+            scores = layer.queries @ layer.keys.repeat_interleave(group, 1).mT * scaling
+            is_hidden = ~torch.tensor(seen_keys(12, layer.rule))
+            torch.testing.assert_close(scores.masked_fill(is_hidden, -math.inf).softmax(-1), layer.attention)
     has_queries = layers[0].queries is not None
     module = sys.modules[type(model).__module__]
     assert has_queries == hasattr(module, "eager_attention_forward")  # otherwise it does not use AttentionInterface

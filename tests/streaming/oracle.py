@@ -237,5 +237,13 @@ def split_falcon(qkv, config):
 
 
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "olmo")
-ORACLES = {"gpt_neox": gpt_neox, "gemma3_text": gemma3, "olmo2": olmo2, "phi": phi, "gptj": gptj, "mpt": mpt, "falcon": falcon}
+ORACLES = {
+    "gpt_neox": gpt_neox,
+    "gemma3_text": gemma3,
+    "olmo2": olmo2,
+    "phi": phi,
+    "gptj": gptj,
+    "mpt": mpt,
+    "falcon": falcon,
+}
 ORACLES |= {"sink_gpt_neox": gpt_neox} | dict.fromkeys(LLAMAS, llama)

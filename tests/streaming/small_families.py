@@ -67,6 +67,15 @@ LOCAL = {
         "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
     }
 }
+PER_LAYER = {  # the last two layers use the keys of the first two
+    **WINDOW,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "head_dim": 8,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 101,
+}
 GEMMA = EVERY | {"head_dim": 8, "query_pre_attn_scalar": 5}
 WINDOWS, SOME_WINDOWS = "rotary; windows", "rotary; windows in some layers"
 
@@ -77,7 +86,7 @@ FAMILIES: dict[str, tuple[str, str, dict]] = {
     "sink_gpt_neox:window": (
         "",
         f"{HALF}; windows in some layers",
-        {"sink": {"kind": "logit"}, "layer_windows": [3, None], "num_kept": 0},
+        {"sink": {"kind": "logit"}, "layer_windows": [3, None], "num_kept": 2},
     ),
     "llama": ("Llama 1–3", "rotary", {}),
     "llama:dynamic": (
@@ -126,6 +135,16 @@ FAMILIES: dict[str, tuple[str, str, dict]] = {
     "gemma": ("Gemma 1", "rotary", {"num_key_value_heads": 1, "head_dim": 16}),
     "gemma2": ("Gemma 2", f"{SOME_WINDOWS}, capped scores", GEMMA | {"attn_logit_softcapping": 2.0}),
     "gemma3_text": ("Gemma 3 (text)", f"{SOME_WINDOWS} with their own base", GEMMA | LOCAL),
+    "gemma3n_text": (
+        "Gemma 3n (text)",
+        f"{SOME_WINDOWS} with their own base, shared keys",
+        PER_LAYER | {"laurel_rank": 4},
+    ),
+    "gemma4_text": (
+        "Gemma 4 (text)",
+        f"{SOME_WINDOWS} with their own base and head size, shared keys",
+        PER_LAYER | {"global_head_dim": 16},
+    ),
     "vaultgemma": ("VaultGemma", f"{SOME_WINDOWS}, capped scores", GEMMA | {"attn_logit_softcapping": 2.0}),
     "gpt_oss": (
         "gpt-oss",
@@ -157,7 +176,11 @@ FAMILIES: dict[str, tuple[str, str, dict]] = {
     "granite": ("Granite", "rotary", MULTIPLIERS),
     "granitemoe": ("Granite-MoE", "rotary", MULTIPLIERS | {"num_local_experts": 4}),
     "granite_swa": ("Granite SWA", f"{SOME_WINDOWS}, sink logits", EVERY | MULTIPLIERS),
-    "granitemoe_swa": ("Granite-MoE SWA", f"{SOME_WINDOWS}, sink logits", EVERY | MULTIPLIERS | {"num_local_experts": 4}),
+    "granitemoe_swa": (
+        "Granite-MoE SWA",
+        f"{SOME_WINDOWS}, sink logits",
+        EVERY | MULTIPLIERS | {"num_local_experts": 4},
+    ),
     "starcoder2": ("StarCoder2", "rotary", {"sliding_window": 7}),
     "starcoder2:window": ("", WINDOWS, WINDOW),
     "glm": ("GLM", "interleaved rotary, a part of each head", PART),
@@ -211,6 +234,11 @@ FAMILIES: dict[str, tuple[str, str, dict]] = {
         "EXAONE-MoE",
         "rotary in windows, or none",
         EVERY | EXPERTS | SHARED_EXPERT | {"head_dim": 8, "mlp_layer_types": ["dense", "sparse"]},
+    ),
+    "modernbert-decoder": (
+        "ModernBERT decoder (Ettin)",
+        f"{SOME_WINDOWS} with their own base",
+        {"local_attention": 4, "layer_types": EVERY["layer_types"], "cls_token_id": 1, "sep_token_id": 2},
     ),
     "afmoe": ("AFMoE (Trinity)", "rotary in windows, or none", EVERY | EXPERTS | {"head_dim": 8}),
     "cwm": ("CWM", SOME_WINDOWS, EVERY | {"head_dim": 8}),

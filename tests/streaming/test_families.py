@@ -32,7 +32,7 @@ def test_every_family_equals_the_stock_model(name):
     assert check_family(random_model(small_families.config(name))) < 2e-5
 
 
-@pytest.mark.parametrize("name", small_families.FAMILIES)
+@pytest.mark.parametrize("name", [name for name in small_families.FAMILIES if not name.endswith(":window")])
 @torch.no_grad()
 def test_generate_streams_past_every_length_of_the_config(name):
     """Its text is the one that the streaming rule gives, also where a model drops other caches."""
@@ -118,7 +118,7 @@ def test_all_parts_of_windowed_layers_matter(ignored, monkeypatch):
 @pytest.mark.parametrize("name", ["gemma3_text", "gpt_oss", "mistral:window"])
 @pytest.mark.parametrize("own_window", [2, 5, 7])
 def test_windows_of_any_size_equal_the_stock_model(name, own_window):
-    """In caches 0+6, 1+5 and 4+2: smaller ones, one that shows some kept tokens, and a whole cache."""
+    """Also if it shows some of the kept tokens of 4+2, and if it covers the cache."""
     config = small_families.config(name)
     config.sliding_window = own_window
     assert check_family(random_model(config)) < 2e-5
@@ -180,7 +180,6 @@ def test_a_family_can_be_registered_from_outside_as_in_the_guide(registry, capsy
     ("model_type", "reason"),
     [
         ("gpt2", "absolute position embeddings"),
-        ("gemma3n_text", "keys of another layer"),
         ("mamba", "no keys to keep"),
         ("xlnet", "neither rotary nor ALiBi"),
         ("persimmon", "not tested"),

@@ -1,6 +1,7 @@
 """Models with windowed layers: the forward pass of training is a stream of the same windows."""
 
 import copy
+import warnings
 from functools import cache as remember
 
 import pytest
@@ -57,7 +58,7 @@ def trained(model, ids, **options):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("pattern", "num_kept"), zip(PATTERNS, (0, 1, 2, 4), strict=True), ids=str)
+@pytest.mark.parametrize(("pattern", "num_kept"), [*zip(PATTERNS, (0, 1, 2, 4), strict=True)], ids=str)
 def test_training_is_a_stream_with_the_same_windows(kind, pattern, num_kept):
     model, ids = windowed(kind, pattern, max(num_kept, NUM_SINKS.get(kind, 0))), text(1, NUM_TOKENS)
     expected = trained(model, ids)
@@ -166,6 +167,22 @@ def test_a_cache_says_which_layers_have_windows_of_their_own():
     assert repr(cache) == "StreamingCache(num_kept=4, window=6, 1 of 2 layers 2+6, 1 of 2 layers 2+3, seen=0)"
     cache = StreamingCache.for_model(windowed("kv_bias", "hybrid", 2), num_kept=2, window=4)
     assert repr(cache) == "StreamingCache(num_kept=2, window=4, seen=0)"
+
+
+def test_a_cache_larger_than_the_trained_length_warns_only_if_a_layer_has_it():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        StreamingCache.for_model(windowed("none", "all alike", 1), num_kept=1, window=500)
+    with pytest.warns(UserWarning, match=r"the cache 1\+500 is too large for the 128 positions"):
+        StreamingCache.for_model(windowed("none", "hybrid", 1), num_kept=1, window=500)
+
+
+def test_masks_that_a_model_computes_itself_are_an_error():
+    """A model of text and images passes a mask for each type of layer."""
+    model = windowed(*HYBRID)
+    cache = StreamingCache.for_model(model, num_kept=2, window=6)
+    with pytest.raises(ValueError, match="attention_mask is a dict: SinkGPTNeoXForCausalLM computes masks of its own"):
+        model.gpt_neox(text(1, 4), attention_mask={"full_attention": None}, **{CACHE: cache})
 
 
 def test_another_window_for_one_pass_is_an_error():
