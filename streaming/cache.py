@@ -189,11 +189,6 @@ class StreamingCache(Cache):
             )
         if mask is None:
             return None
-        if not isinstance(mask, Tensor):
-            raise ValueError(
-                f"attention_mask is a {type(mask).__name__}: {type(self.model).__name__} computes masks of its own, as "
-                "for images, which a StreamingCache does not support: use the class of its text model"
-            )
         if mask.ndim != 2 or mask.shape[0] != batch_size or mask.shape[1] < num_inputs:
             raise ValueError(
                 f"attention_mask has shape {tuple(mask.shape)}: a StreamingCache requires a mask of shape "

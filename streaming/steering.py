@@ -23,6 +23,7 @@ from ..models.attention import register_column_attention, register_window_attent
 from ..models.cache_argument import NAMES
 from ..models.sink_column import SinkColumn
 from .adapters import STEERED, identity_mask
+from .masks import text_mask
 
 if TYPE_CHECKING:
     from .cache import StreamingCache
@@ -168,7 +169,7 @@ class SteeredForward:
         """Run the new inputs through the decoder in chunks. A failure midway damages the cache."""
         name, inputs = inputs_of(named)
         check_call(inputs, named, cache.decoder.config)
-        is_token = cache.check_inputs(inputs, named.get("attention_mask"))
+        is_token = cache.check_inputs(inputs, text_mask(named.get("attention_mask"), inputs.shape[1]))
         outputs = []
         with self.routed(cache), cache.damaged_by_failure(inputs.shape[1]):
             for start in range(0, inputs.shape[1], cache.chunk_size):

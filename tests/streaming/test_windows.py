@@ -177,14 +177,6 @@ def test_a_cache_larger_than_the_trained_length_warns_only_if_a_layer_has_it():
         StreamingCache.for_model(windowed("none", "hybrid", 1), num_kept=1, window=500)
 
 
-def test_masks_that_a_model_computes_itself_are_an_error():
-    """A model of text and images passes a mask for each type of layer."""
-    model = windowed(*HYBRID)
-    cache = StreamingCache.for_model(model, num_kept=2, window=6)
-    with pytest.raises(ValueError, match="attention_mask is a dict: SinkGPTNeoXForCausalLM computes masks of its own"):
-        model.gpt_neox(text(1, 4), attention_mask={"full_attention": None}, **{CACHE: cache})
-
-
 def test_another_window_for_one_pass_is_an_error():
     model = windowed(*HYBRID)
     cache = StreamingCache.for_model(model, num_kept=2, window=6)
