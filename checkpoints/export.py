@@ -20,11 +20,12 @@ from transformers import GenerationConfig, GPTNeoXConfig, GPTNeoXForCausalLM, Pr
 from transformers.utils import cached_file
 
 from ..files import check_new, write_json
-from ..models.config import SinkGPTNeoXConfig, sink_config
+from ..models.config import WINDOW_FIELDS, SinkGPTNeoXConfig, sink_config
 from ..special_tokens import has_sinks, padding_token, template_with_sinks, without_template
 from .checks import read_tokenizer
 from .checksums import write_sums
 from .folders import resolve_model_folder
+from .full_attention import check_windows
 from .loading import let_everyone_read, load_model, load_tokenizer
 from .model_card import model_card
 
@@ -35,7 +36,9 @@ HEAD = "embed_out.weight"  # in the files of every Pythia; in memory its name de
 LARGEST_SHARD = "50GB"  # of a file of weights, as transformers 5 writes them
 
 
-def export_model(checkpoint: str | Path, output: str | Path, *, name: str | None = None) -> Path:
+def export_model(
+    checkpoint: str | Path, output: str | Path, *, name: str | None = None, full_attention: bool = False
+) -> Path:
     """Write a checkpoint as a plain GPT-NeoX folder: weights, configuration, tokenizer, model card.
 
     The file ``SHA256SUMS`` has the checksums of the others, except the model card.
@@ -46,6 +49,8 @@ def export_model(checkpoint: str | Path, output: str | Path, *, name: str | None
         checkpoint: a run, a checkpoint or the folder of a sinklm model, as for `load_model`.
         output: the folder to create. It may exist if it is empty.
         name: of the model in its card; default: that of the folder.
+        full_attention: export a model with windowed layers, which plain GPT-NeoX does not have,
+            with full attention in all layers (`full_attention_cost` measures what that changes).
 
     Returns:
         ``output`` as a path.
@@ -62,6 +67,7 @@ def export_model(checkpoint: str | Path, output: str | Path, *, name: str | None
         raise ValueError(f"{checkpoint} is already an export: use or copy it as it is")
     model = load_model(checkpoint, device="cpu", dtype="auto")
     config = _exportable_config(model, checkpoint)
+    check_windows(config, checkpoint, full_attention)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -138,7 +144,7 @@ def _write_model(model: PreTrainedModel, config: SinkGPTNeoXConfig, folder: Path
 
 def _plain_config(config: SinkGPTNeoXConfig) -> GPTNeoXConfig:
     """Return the configuration for ``GPTNeoXForCausalLM``; its BOS token is the first sink."""
-    ours = {"sink", "model_type", "architectures", "transformers_version"}
+    ours = {"sink", "model_type", "architectures", "transformers_version", *WINDOW_FIELDS}
     fields = {key: value for key, value in config.to_dict().items() if key not in ours}
     if config.num_sinks:
         fields["bos_token_id"] = config.sink_token_ids[0]

@@ -22,6 +22,7 @@ from ..extras import require_extra
 from ..files import check_new, partial_name, sync_file
 from ..models.config import sink_config
 from .export import EXPORTABLE_KINDS, ExportedTokenizer, exported_tokenizer
+from .full_attention import check_windows
 from .loading import load_model
 
 if TYPE_CHECKING:
@@ -34,7 +35,9 @@ NEVER_IN_UTF8 = {chr(byte) for byte in (0xC0, 0xC1, *range(0xF5, 0x100))}  # Pyt
 VERSION_KEY, SINK_KEY = "sinklm.version", "sinklm.sink"
 
 
-def export_gguf(checkpoint: str | Path, output: str | Path, *, dtype: str = "auto") -> Path:
+def export_gguf(
+    checkpoint: str | Path, output: str | Path, *, dtype: str = "auto", full_attention: bool = False
+) -> Path:
     """Write a checkpoint as a GGUF file.
 
     Args:
@@ -43,6 +46,7 @@ def export_gguf(checkpoint: str | Path, output: str | Path, *, dtype: str = "aut
             ``model.gguf``. It replaces nothing.
         dtype: of the matrices: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"auto"``, which is
             that of the checkpoint. Vectors (biases and norms) are always float32.
+        full_attention: as for `export_model`.
 
     Returns:
         The path of the file.
@@ -63,6 +67,7 @@ def export_gguf(checkpoint: str | Path, output: str | Path, *, dtype: str = "aut
     target = check_new(path, "file")
     model = load_model(checkpoint, device="cpu", dtype="auto")
     _check_model(model, checkpoint)
+    check_windows(model.config, checkpoint, full_attention)
     tokenizer = exported_tokenizer(checkpoint, model.config)
     check_tokenizer_form(tokenizer.backend, tokenizer.path)
     if tokenizer.backend.normalizer is not None:

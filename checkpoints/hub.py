@@ -42,17 +42,17 @@ class Publication:
     card: str
 
 
-def describe_publication(checkpoint: str | Path, repository: str) -> Publication:
+def describe_publication(checkpoint: str | Path, repository: str, *, full_attention: bool = False) -> Publication:
     """Export a checkpoint to a temporary folder and say what `publish` would upload.
 
     The Hub is not asked. Arguments and errors are those of `publish`.
     """
-    with _staged(checkpoint, repository) as folder:
+    with _staged(checkpoint, repository, full_attention) as folder:
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
         return Publication(repository, files, (folder / "README.md").read_text(encoding="utf-8"))
 
 
-def publish(checkpoint: str | Path, repository: str, *, private: bool = False) -> str:
+def publish(checkpoint: str | Path, repository: str, *, private: bool = False, full_attention: bool = False) -> str:
     """Export a checkpoint and upload it, in one commit.
 
     Args:
@@ -60,6 +60,7 @@ def publish(checkpoint: str | Path, repository: str, *, private: bool = False) -
         repository: ``owner/name``. It is created if it does not exist.
         private: create a private repository. Without it, the setting of the account decides, which
             is normally public.
+        full_attention: as for `export_model`.
 
     Returns:
         The address of the commit.
@@ -76,7 +77,7 @@ def publish(checkpoint: str | Path, repository: str, *, private: bool = False) -
     api = HfApi()
     with _named_errors(repository):
         _check_repository(api, repository, private)
-    with _staged(checkpoint, repository) as folder, _named_errors(repository):
+    with _staged(checkpoint, repository, full_attention) as folder, _named_errors(repository):
         api.create_repo(repository, private=private or None, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repository,
@@ -131,7 +132,7 @@ def _named_errors(repository: str) -> Iterator[None]:
 
 
 @contextmanager
-def _staged(checkpoint: str | Path, repository: str) -> Iterator[Path]:
+def _staged(checkpoint: str | Path, repository: str, full_attention: bool) -> Iterator[Path]:
     """Write an export, whose card names the repository, to a temporary folder."""
     _check_name(repository)
     with tempfile.TemporaryDirectory(prefix="sinklm-export-") as parent:
@@ -140,7 +141,7 @@ def _staged(checkpoint: str | Path, repository: str) -> Iterator[Path]:
             verify_model_folder(str(source))
             _copy_export(source, folder, repository)
         else:
-            export_model(checkpoint, folder, name=repository)
+            export_model(checkpoint, folder, name=repository, full_attention=full_attention)
         yield folder
 
 

@@ -56,6 +56,17 @@ def export(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be uploaded to the Hub, without asking it.")
     ] = False,
+    full_attention: Annotated[
+        bool,
+        typer.Option(
+            "--full-attention",
+            help="Export a model with windowed layers with full attention in all layers, and measure what it costs.",
+        ),
+    ] = False,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Text for --full-attention.", show_default="help texts of Python"),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Export a checkpoint for transformers, for llama.cpp, or to the Hugging Face Hub."""
@@ -65,28 +76,57 @@ def export(
         raise ValueError(f"{output} would be a folder for transformers: did you mean --to gguf?")
     if to != Form.HUB and (private or dry_run):
         raise ValueError(f"{'--private' if private else '--dry-run'} is an option of --to hub")
+    if text is not None and not full_attention:
+        raise ValueError("--text is an option of --full-attention")
     console = Console(is_quiet=quiet)
-    message = _export(console, checkpoint, output, to, str(dtype), private, dry_run)
+    written = None if text is None else text.read_text(encoding="utf-8")
+    message = _export(console, checkpoint, output, to, str(dtype), private, dry_run, full_attention)
     console.print(message, soft_wrap=True)
+    if full_attention:
+        console.print(_describe_cost(console, checkpoint, written), soft_wrap=True)
 
 
-def _export(console: Console, checkpoint: str, output: str, to: Form, dtype: str, private: bool, dry_run: bool) -> str:
+def _export(
+    console: Console,
+    checkpoint: str,
+    output: str,
+    to: Form,
+    dtype: str,
+    private: bool,
+    dry_run: bool,
+    full_attention: bool,
+) -> str:
     """Write the export and return what to tell the user."""
     console.note(f"loading {checkpoint} …")
     if to == Form.GGUF:
         from ..checkpoints.gguf_export import export_gguf
 
-        return f"{export_gguf(checkpoint, output, dtype=dtype)} is a GGUF file for llama.cpp."
+        file = export_gguf(checkpoint, output, dtype=dtype, full_attention=full_attention)
+        return f"{file} is a GGUF file for llama.cpp."
     if to == Form.HF:
         from ..checkpoints.export import export_model
 
-        folder = export_model(checkpoint, Path(output))
+        folder = export_model(checkpoint, Path(output), full_attention=full_attention)
         return f"{folder} is a plain GPTNeoXForCausalLM. Its README.md shows how to load it with transformers."
     from ..checkpoints.hub import describe_publication, publish
 
     if dry_run:
-        return _describe(describe_publication(checkpoint, output), private)
-    return f"Uploaded: {publish(checkpoint, output, private=private)}"
+        return _describe(describe_publication(checkpoint, output, full_attention=full_attention), private)
+    return f"Uploaded: {publish(checkpoint, output, private=private, full_attention=full_attention)}"
+
+
+def _describe_cost(console: Console, checkpoint: str, text: str | None) -> str:
+    """Measure full attention in place of windows and return what it costs."""
+    from ..checkpoints.full_attention import full_attention_cost
+
+    console.note("measuring the loss with and without windows …")
+    cost = full_attention_cost(checkpoint, text)
+    if cost is None:
+        return f"{checkpoint} has full attention in all layers: --full-attention changed nothing."
+    return (
+        f"With full attention, the loss on {cost.num_tokens:,} tokens is {cost.full:.3f} nats per token, and "
+        f"{cost.windowed:.3f} with the windows that the model was trained with."
+    )
 
 
 def _describe(publication: "Publication", private: bool) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, eager_attention_forward
@@ -51,6 +52,45 @@ class SinkAttention(GPTNeoXAttention):
             kwargs["rule"] = rules[self.window]
         out, weights = self.attend(query, key, value, attention_mask, column, **kwargs)
         return self.dense(self.gated(out.flatten(2), hidden_states)), weights
+
+    def segment(
+        self,
+        hidden_states: Tensor,
+        rules: dict[int, WindowRule],
+        position_embeddings: tuple[Tensor, Tensor],
+        carried: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Compute attention over a segment ``(B, sinks + T, hidden)`` and the keys carried to it.
+
+        Args:
+            rules: for the queries of the text.
+            carried: keys and values ``(B, C, H, D)``; None for the first segment.
+
+        Returns:
+            The output ``(B, sinks + T, hidden)``, and the keys and values for the next segment.
+        """
+        assert self.window is not None
+        rule, num_sinks = rules[self.window], self.config.num_sinks
+        query, key, value, column = self.heads(hidden_states, *position_embeddings)
+        dropout = self.attention_dropout if self.training else 0.0
+        outputs = []
+        if num_sinks:
+            sinks = (states[:, :, :num_sinks] for states in (query, key, value))
+            attended = scaled_dot_product_attention(*sinks, dropout_p=dropout, is_causal=True, scale=self.scaling)
+            outputs.append(attended.transpose(1, 2))
+        keys, values = key.transpose(1, 2), value.transpose(1, 2)  # (B, sinks + T, H, D)
+        if carried is not None:
+            carried = tuple(states.to(keys.dtype) for states in carried)
+            keys, values = (
+                torch.cat((new[:, :num_sinks], old, new[:, num_sinks:]), dim=1)
+                for new, old in zip((keys, values), carried, strict=True)
+            )
+            rule = rule._replace(num_dropped=rule.num_dropped - carried[0].shape[1])
+        states = (query[:, :, num_sinks:], keys.transpose(1, 2), values.transpose(1, 2))
+        outputs.append(windowed_attention(*states, rule, column, self.scaling, dropout).transpose(1, 2))
+        out = self.dense(self.gated(torch.cat(outputs, dim=1).flatten(2), hidden_states))
+        last = slice(max(num_sinks, keys.shape[1] - self.window), None)
+        return out, (keys[:, last].detach().clone(), values[:, last].detach().clone())
 
     @property
     def window(self) -> int | None:

@@ -1,5 +1,7 @@
 """Cost of a model: number of parameters, FLOPs per token, and peak throughput of devices."""
 
+import math
+
 import torch
 
 from .config import SinkGPTNeoXConfig
@@ -43,15 +45,29 @@ def count_parameters(config: SinkGPTNeoXConfig) -> int:
 
 
 def flops_per_token(config: SinkGPTNeoXConfig, seq_length: int) -> float:
-    """FLOPs of the forward and backward pass of one position: ``6 (N - V D) + 12 L D T``.
+    """FLOPs of the forward and backward pass of one position: ``6 (N - V D) + 12 L D K``.
 
     N is the number of parameters, V × D the size of the input embedding (a look-up without
-    multiplications), L the number of layers of width D, and T the number of positions. The count
-    follows PaLM (Chowdhery et al. 2022, appendix B): attention is counted as if it were not causal,
-    and recomputation is not counted.
+    multiplications), L the number of layers of width D, and K the number of keys of a query. The
+    count follows PaLM (Chowdhery et al. 2022, appendix B): recomputation is not counted, and full
+    attention is counted as if it were not causal, so K is ``seq_length``. In a layer with S kept
+    tokens and a window W, K is at most S + W + 1; its mean over the draws if training draws W.
     """
     multiplied = count_parameters(config) - config.vocab_size * config.hidden_size
-    return 6 * multiplied + 12 * config.num_hidden_layers * config.hidden_size * seq_length
+    num_keys = sum(_num_keys(config, window, seq_length) for window in config.windows)
+    return 6 * multiplied + 12 * config.hidden_size * num_keys
+
+
+def _num_keys(config: SinkGPTNeoXConfig, window: int | None, seq_length: int) -> float:
+    if window is None:
+        return seq_length
+    low, high = config.window_range or (window, window)
+    windows = range(low, high + 1)
+    shares = [math.log((window + 1) / window) for window in windows]  # log-uniform
+    num_kept = config.num_kept or 0
+    return sum(
+        share * min(seq_length, num_kept + window + 1) for share, window in zip(shares, windows, strict=True)
+    ) / sum(shares)
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

@@ -73,7 +73,7 @@ def _flash_forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, s
 def _flash_backward(grad, query, key, value, out, lse, is_causal: bool, scaling: float):
     lengths = None, None, query.shape[2], key.shape[2]
     return aten._scaled_dot_product_flash_attention_backward(
-        *(grad, query, key, value, out, lse, *lengths, 0.0, is_causal, *_dropout_state(query)), scale=scaling
+        *(grad, query, key, value, out, lse, *lengths, 0.0, is_causal, *no_dropout_state(query)), scale=scaling
     )
 
 
@@ -87,7 +87,7 @@ def _cudnn_forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, s
 def _cudnn_backward(grad, query, key, value, out, lse, is_causal: bool, scaling: float):
     lengths = None, None, query.shape[2], key.shape[2]
     return aten._scaled_dot_product_cudnn_attention_backward(
-        *(grad, query, key, value, out, lse[..., None], *_dropout_state(query), None, *lengths, 0.0, is_causal),
+        *(grad, query, key, value, out, lse[..., None], *no_dropout_state(query), None, *lengths, 0.0, is_causal),
         scale=scaling,
     )
 
@@ -103,12 +103,12 @@ def _efficient_backward(grad, query, key, value, out, lse, is_causal: bool, scal
     padded = F.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))  # the padding of the kernel's forward pass
     wanted = (True, True, True, False)
     *grads, _ = aten._scaled_dot_product_efficient_attention_backward(
-        grad, query, key, value, None, out, padded, *_dropout_state(query), 0.0, wanted, is_causal, scale=scaling
+        grad, query, key, value, None, out, padded, *no_dropout_state(query), 0.0, wanted, is_causal, scale=scaling
     )
     return tuple(grads)
 
 
-def _dropout_state(query: Tensor) -> tuple[Tensor, Tensor]:
+def no_dropout_state(query: Tensor) -> tuple[Tensor, Tensor]:
     """Placeholder seed and offset: no dropout is applied.
 
     The seed and offset that the forward pass returns are not used: they are CPU tensors, and

@@ -1,5 +1,7 @@
 """GPT-NeoX layer with the attention of the configured ``sink.kind`` and fused kernels."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer, GPTNeoXMLP
@@ -22,6 +24,23 @@ class SinkGPTNeoXLayer(GPTNeoXLayer):
         self.post_mlp_dropout = nn.Dropout(config.hidden_dropout)
         self.attention = ARMS.get(config.sink_kind, SinkAttention)(config, layer_idx)
         self.mlp = SinkMLP(config)
+
+    def forward(self, hidden_states: Tensor, *args: Any, segment: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        """Like the layer of transformers.
+
+        Args:
+            segment: arguments of `SinkAttention.segment`. The keys and values for the next segment
+                are then returned too.
+        """
+        if segment is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        attended, carried = self.attention.segment(self.input_layernorm(hidden_states), **segment)
+        attended = self.post_attention_dropout(attended)
+        if self.use_parallel_residual:
+            inner = self.post_mlp_dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+            return inner + attended + hidden_states, carried
+        attended = attended + hidden_states
+        return self.post_mlp_dropout(self.mlp(self.post_attention_layernorm(attended))) + attended, carried
 
 
 class SinkMLP(GPTNeoXMLP):

@@ -25,6 +25,7 @@ from transformers.utils import can_return_tuple
 from .arms import ARM_PARAMETERS, Gate
 from .attention import RULE_ATTENTION, SinkAttention
 from .cache_argument import CACHE, single_cache
+from .carried import CarriedCausalLMOutput, CarriedKeys, CarriedModelOutput, check_segments
 from .config import SinkGPTNeoXConfig
 from .layer import SinkGPTNeoXLayer
 from .loss import IGNORED, linear_cross_entropy
@@ -115,18 +116,22 @@ class SinkGPTNeoXModel(CheckedLoading, PythiaInitialisation, GPTNeoXModel):
         use_cache=None,
         cache=None,
         window=None,
+        carried=None,
         **kwargs,
     ):
-        """Like the method of transformers.
+        """Like the method of transformers, for sinks and text.
 
         Args:
-            window: replaces the window of all windowed layers in this pass: an int, or a
-                0-dimensional int64 tensor on the CPU, for which a new value does not recompile.
+            window, carried: see `SinkGPTNeoXForCausalLM.forward`.
         """
         cache = past_key_values if cache is None else cache
         check_window(self.config, window)
         if inputs_embeds is None and input_ids is not None:
             input_ids, inputs_embeds = None, self.embed_in(input_ids)
+        if carried is not None:
+            others = {"attention_mask": attention_mask, "position_ids": position_ids, CACHE: cache}
+            check_segments(self.config, others | kwargs)
+            return self._segment_forward(inputs_embeds, carried, window)
         if self.config.has_windows and self.config._attn_implementation in RULE_ATTENTION:
             kwargs["rules"] = rules_of_pass(self.config, self.rotary_emb, inputs_embeds, attention_mask, cache, window)
         others = (value for name, value in kwargs.items() if name != "rules")
@@ -155,6 +160,24 @@ class SinkGPTNeoXModel(CheckedLoading, PythiaInitialisation, GPTNeoXModel):
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask=None, position_embeddings=rotary, rules=rules)
         return BaseModelOutputWithPast(last_hidden_state=self.final_layer_norm(hidden_states))
+
+    def _segment_forward(self, inputs_embeds: torch.Tensor, carried: CarriedKeys, window) -> CarriedModelOutput:
+        """Compute sinks and text ``(B, sinks + T, hidden)`` of a segment after the carried keys."""
+        hidden_states, num_sinks = self.emb_dropout(inputs_embeds), self.config.num_sinks
+        num_before = 0 if carried.num_tokens is None else carried.num_tokens
+        indices = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        positions = torch.where(indices < num_sinks, indices, indices + num_before)[None]
+        text = hidden_states[:, num_sinks:]
+        rules = rules_of_pass(self.config, self.rotary_emb, text, window=window, num_before=num_before + num_sinks)
+        rules = {window: rule._replace(num_dropped=num_before) for window, rule in rules.items()}
+        segment = {"rules": rules, "position_embeddings": self.rotary_emb(hidden_states, position_ids=positions)}
+        layers = []
+        for layer, states in zip(self.layers, carried.layers or [None] * len(self.layers), strict=True):
+            hidden_states, states = layer(hidden_states, segment=segment | {"carried": states})
+            layers.append(states)
+        return CarriedModelOutput(
+            last_hidden_state=self.final_layer_norm(hidden_states), carried=carried.after(text.shape[1], layers)
+        )
 
 
 class SinkGPTNeoXForCausalLM(CheckedLoading, PythiaInitialisation, GPTNeoXForCausalLM):
@@ -188,6 +211,7 @@ class SinkGPTNeoXForCausalLM(CheckedLoading, PythiaInitialisation, GPTNeoXForCau
         num_items_in_batch: torch.Tensor | int | None = None,
         cache: Cache | None = None,
         window: int | torch.Tensor | None = None,
+        carried: CarriedKeys | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Compute logits ``(B, T, V)`` of T tokens and, if ``labels`` are given, the mean loss.
@@ -205,6 +229,10 @@ class SinkGPTNeoXForCausalLM(CheckedLoading, PythiaInitialisation, GPTNeoXForCau
             window: replaces the window of all windowed layers in this pass, and is at most as
                 large: an int, or a 0-dimensional int64 tensor on the CPU, for which a new value
                 does not recompile.
+            carried: keys of the segments before this one, `CarriedKeys()` for the first; see
+                `sinklm.models.carried`. The output's ``carried`` is for the next segment. In later
+                segments the sinks predict nothing, so label 0 is ignored, and with labels
+                ``(B, T + 1)`` in every segment, each token is a target once.
         """
         cache = single_cache(cache, past_key_values, kwargs)
         num_new_sinks = 0 if _length(cache) else self.config.num_sinks
@@ -221,6 +249,7 @@ class SinkGPTNeoXForCausalLM(CheckedLoading, PythiaInitialisation, GPTNeoXForCau
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             window=window,
+            carried=carried,
             **{CACHE: cache},
             **kwargs,
         )
@@ -228,10 +257,15 @@ class SinkGPTNeoXForCausalLM(CheckedLoading, PythiaInitialisation, GPTNeoXForCau
 
         loss = None
         if labels is not None:
-            predictors, targets = _align(hidden_states, labels, num_new_sinks, attention_mask)
+            if carried is not None and not carried.is_empty:
+                predictors, targets = _align(hidden_states[:, num_new_sinks:], labels, 0, None)
+            else:
+                predictors, targets = _align(hidden_states, labels, num_new_sinks, attention_mask)
             loss = self._loss(predictors, targets, num_items_in_batch, in_chunks=skip_logits)
         logits = None if skip_logits else self.lm_head(_keep(hidden_states[:, num_new_sinks:], logits_to_keep))
 
+        if carried is not None:
+            return CarriedCausalLMOutput(loss=loss, logits=logits, carried=outputs.carried)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -79,6 +79,27 @@ def merge_column(out: Tensor, lse: Tensor, column: SinkColumn) -> tuple[Tensor, 
     return widened.to(out.dtype), total
 
 
+def column_gradients(
+    grad: Tensor, out: Tensor, total: Tensor, column: SinkColumn, is_needed: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of a column's score and value.
+
+    Args:
+        grad: gradient of the output, ``(B, H, T, D)``.
+        out, total: output and log-sum-exp with the column.
+        is_needed: whether the score's and the value's gradient are needed; the others are None.
+    """
+    score, sink_value = column
+    grad_score = grad_value = None
+    probability = (score - total).exp()[..., None]  # of the column, (B, H, T, 1)
+    if is_needed[0]:
+        gain = -out if sink_value is None else sink_value[:, None] - out
+        grad_score = (probability * grad * gain).sum(-1).sum_to_size(score.shape)
+    if sink_value is not None and is_needed[1]:
+        grad_value = (probability * grad).sum((0, 2)).to(sink_value.dtype)
+    return grad_score, grad_value
+
+
 class FusedAttention(torch.autograd.Function):
     """Causal attention with a column, computed by a fused kernel.
 
@@ -108,14 +129,8 @@ class FusedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor):
         query, key, value, score, sink_value, out, total = ctx.saved_tensors
         grads = ctx.kernel.backward(grad, query, key, value, out, total, ctx.is_causal, ctx.scaling)
-        grad_score = grad_value = None
-        probability = (score - total).exp()[..., None]  # of the column, (B, H, T, 1)
-        if ctx.needs_input_grad[3]:
-            gain = -out if sink_value is None else sink_value[:, None] - out
-            grad_score = (probability * grad * gain).sum(-1).sum_to_size(score.shape)
-        if sink_value is not None and ctx.needs_input_grad[4]:
-            grad_value = (probability * grad).sum((0, 2)).to(sink_value.dtype)
-        return *grads, grad_score, grad_value, None, None
+        of_column = column_gradients(grad, out, total, SinkColumn(score, sink_value), ctx.needs_input_grad[3:5])
+        return *grads, *of_column, None, None
 
 
 def explicit_attention(

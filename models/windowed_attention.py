@@ -1,6 +1,7 @@
 """Attention of windowed layers, with gradients, for every arm.
 
-`windows` has the rule. One softmax with a mask computes it for any input.
+`windows` has the rule. On CUDA in half precision, `fused_windows` computes it without a mask. For
+everything else (CPU, float32, float64, padding, a cache, dropout) one softmax with a mask does.
 """
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .banded_attention import two_phase_states
+from .fused_windows import fused_windowed_attention, is_fused
 from .sink_column import SinkColumn, explicit_attention
 from .windows import WindowRule
 
@@ -37,6 +39,9 @@ def windowed_attention(
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if is_fused(query, rule, dropout):
+        states = (states.transpose(1, 2) for states in (query, key, value))
+        return fused_windowed_attention(*states, rule, column, scaling).transpose(1, 2)
     query, key, value, mask = masked_states(query, key, value, rule)
     if column is not None:
         return explicit_attention(query, key, value, mask, column, scaling, dropout)[0]

@@ -38,6 +38,7 @@ class WindowRule(NamedTuple):
         cos, sin: rotation by the number of positions by which each query is turned back,
             ``(1 or B, T, rotated dimensions)``; the second half of the table repeats the first.
         is_dense: the queries are those of the last T keys, and nothing is padding.
+        num_dropped: number of tokens after the kept ones that have no key any more.
     """
 
     window: int
@@ -48,6 +49,7 @@ class WindowRule(NamedTuple):
     cos: Tensor
     sin: Tensor
     is_dense: bool
+    num_dropped: int | Tensor = 0
 
     @property
     def width(self) -> int | Tensor:
@@ -57,7 +59,8 @@ class WindowRule(NamedTuple):
     def tokens_of_keys(self, num_keys: int) -> Tensor:
         """Return the index of each key's token ``(1 or B, K)``; keys that are no tokens get -1."""
         if self.is_token is None:
-            return torch.arange(num_keys, device=self.queries.device)[None]
+            indices = torch.arange(num_keys, device=self.queries.device)[None]
+            return torch.where(indices < self.num_kept, indices, indices + self.num_dropped)
         missing = num_keys - self.is_token.shape[1]  # the empty slots of a static cache
         is_token = torch.nn.functional.pad(self.is_token, (0, missing))
         return torch.where(is_token, is_token.long().cumsum(-1) - 1, -1)

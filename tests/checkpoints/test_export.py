@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, GPTNeoXForCausalLM
 from sinklm.checkpoints import load_model, load_tokenizer
 from sinklm.checkpoints.export import export_model, is_export, sink_names
 from sinklm.checkpoints.folders import CheckpointState
+from sinklm.checkpoints.full_attention import full_attention_cost, use_full_attention
 from sinklm.cli.export import export
 from sinklm.cli.main import main
 from sinklm.models.arms import ARMS
@@ -342,3 +343,46 @@ def test_the_model_card_has_the_facts_of_the_run(tmp_path, capsys):
 
 def hidden_files(folder: Path) -> list[Path]:
     return list(folder.glob(".*"))
+
+
+@pytest.fixture(scope="module")
+def windowed_checkpoint(tmp_path_factory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("windowed") / "checkpoint", small_model(1, layer_windows=[3, 3]))
+
+
+@pytest.mark.parametrize("form", [[], ["--to", "gguf"], ["--to", "hub", "--dry-run"]], ids=str)
+def test_windows_are_exported_as_full_attention_only_on_request(
+    windowed_checkpoint, tmp_path, capsys, monkeypatch, form
+):
+    if "gguf" in form:
+        pytest.importorskip("gguf")
+    target, text = "me/name" if "hub" in form else str(tmp_path / "export"), tmp_path / "text"
+    text.write_text(TEXT * 20, encoding="utf-8")
+    command = ["sinklm", "export", str(windowed_checkpoint), target, *form]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="which neither plain GPT-NeoX nor llama"):
+        main()
+    assert not (tmp_path / "export").exists()
+    monkeypatch.setattr(sys, "argv", [*command, "--full-attention", "--text", str(text)])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main()
+    output = " ".join(capsys.readouterr().out.split())
+    cost = full_attention_cost(windowed_checkpoint, text.read_text(encoding="utf-8"))
+    assert cost.full != pytest.approx(cost.windowed, abs=1e-3)
+    assert f"is {cost.full:.3f} nats per token, and {cost.windowed:.3f} with the windows" in output
+
+
+def test_an_export_of_windows_computes_full_attention(windowed_checkpoint, tmp_path):
+    folder = export_model(windowed_checkpoint, tmp_path / "export", full_attention=True)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert not {"layer_windows", "num_kept", "window_range"} & config.keys()
+    ours, plain, ids = (
+        load_model(windowed_checkpoint),
+        GPTNeoXForCausalLM.from_pretrained(folder).eval(),
+        torch.arange(1, 20)[None],
+    )
+    sink = torch.tensor([ours.config.sink_token_ids])
+    use_full_attention(ours.config)
+    torch.testing.assert_close(
+        ours(ids).logits, plain(torch.cat((sink, ids), dim=1)).logits[:, 1:], rtol=1e-4, atol=1e-4
+    )

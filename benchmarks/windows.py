@@ -1,0 +1,234 @@
+"""Compare windowed layers with full attention: speed and memory of a training step, and of kernels.
+
+    python benchmarks/windows.py                                   # Pythia-160M on one GPU
+    python benchmarks/windows.py --size 14m --lengths 256,1024 --tokens 1024 --window 127  # a CPU
+
+Every micro-batch has the same number of positions (--tokens), whatever the length of a sample.
+
+- Steps: forward and backward pass of the compiled model, one sink token, random tokens, without an
+  optimizer. ``full`` has full attention, ``window`` a fixed window in every layer, ``drawn`` a
+  window that changes in each step (`--window` is the largest), ``3:1`` three windowed layers and
+  one full one, ``segments`` carried keys (`sinklm.models.carried`) with segments of twice the
+  window.
+- Kernels: attention of one layer, forward and backward: ``cuDNN`` and ``flash`` are full and
+  causal, ``band`` is FlashAttention over the window, and ``band + kept`` what windowed layers use.
+  ``+ logit`` adds an arm's column.
+
+"of full" is the speed relative to full attention at the same length, "of shortest" that relative to
+the same layers at the first length. A part that fails is reported, and the others still run.
+Results are printed immediately, and written to --output as JSON and Markdown.
+"""
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+
+from sinklm.eval.decode_speed import synchronize
+from sinklm.models import CarriedKeys, SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM
+from sinklm.models.cost import flops_per_token, peak_flops
+from sinklm.models.fused_attention import CUDNN, FLASH
+from sinklm.models.fused_windows import band_backward, band_forward, fused_windowed_attention
+from sinklm.models.sink_column import SinkColumn
+from sinklm.models.windows import WindowRule
+from sinklm.train.plan import Plan
+from sinklm.train.recipe import load_config
+
+TOKENIZER_SIZE = 50277  # Pythia's
+LAYERS = ("full", "window", "drawn", "3:1", "segments")
+KERNELS = ("cuDNN", "flash", "band", "band + kept", "band + kept + logit")
+Settings = argparse.Namespace
+
+
+def windowed_config(layers: str, length: int, args: Settings) -> SinkGPTNeoXConfig:
+    """Return the configuration of the size, with one sink token and the windows of ``layers``."""
+    recipe = load_config(f"pythia-{args.size}", [f"train.seq_length={length}", "model.sink.kind=token"])
+    fields = Plan(recipe, 1, TOKENIZER_SIZE).model_config.to_dict()
+    if layers != "full":
+        num_layers = fields["num_hidden_layers"]
+        fields["layer_windows"] = [None if layers == "3:1" and i % 4 == 3 else args.window for i in range(num_layers)]
+    return SinkGPTNeoXConfig(**fields)
+
+
+def measure_step(layers: str, length: int, args: Settings) -> dict:
+    """Return seconds and memory of a step."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    config = windowed_config(layers, length, args)
+    with torch.device(args.device):
+        model = SinkGPTNeoXForCausalLM(config).to(torch.bfloat16 if args.device == "cuda" else torch.float32)
+    forward = torch.compile(model, fullgraph=True, dynamic=False) if args.compile else model
+    samples = torch.randint(0, TOKENIZER_SIZE, (args.tokens // length, length), device=args.device)
+    draw = torch.Generator().manual_seed(0)
+
+    def step() -> None:
+        settings = {"skip_logits": True, "use_cache": False}
+        if layers == "drawn":
+            low = min(32, args.window)
+            settings["window"] = torch.randint(low, args.window + 1, (), generator=draw)
+        if layers != "segments":
+            forward(samples[:, :-1], labels=samples, **settings).loss.backward()
+        else:
+            carried, size = CarriedKeys(), min(length, 2 * args.window + 2)
+            for start in range(0, length, size):
+                # The first segment has a position for the sink, as a whole sample has.
+                first, last = max(start - 1, 0), start + size - 1
+                segment = samples[:, first : last + 1]
+                output = forward(segment[:, :-1], labels=segment, carried=carried, **settings)
+                carried = output.carried
+                output.loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    row = timed(step, args)
+    row["tokens_per_second"] = args.tokens / row["seconds"]
+    if args.device == "cuda" and (peak := peak_flops(torch.device("cuda", 0), "bf16")):
+        row["mfu"] = row["tokens_per_second"] * flops_per_token(config, length) / peak
+    return row
+
+
+def timed(step: Callable[[], None], args: Settings) -> dict:
+    """Return the mean seconds of a step after warm-up, and the peak memory of the steps."""
+    for _ in range(args.num_warmup_steps):
+        step()
+    synchronize()
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    for _ in range(args.num_steps):
+        step()
+    synchronize()
+    seconds = (time.perf_counter() - start) / args.num_steps
+    return {"seconds": seconds, "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else 0}
+
+
+def measure_kernel(name: str, length: int, args: Settings) -> dict:
+    """Return seconds of the forward and of the backward pass of one layer's attention."""
+    config = windowed_config("full", length, args)
+    head_size = config.hidden_size // config.num_attention_heads
+    shape = (args.tokens // length, length, config.num_attention_heads, head_size)
+    states = [torch.randn(shape, device=args.device, dtype=torch.bfloat16) for _ in range(4)]
+    forward, backward = passes(name, states, args)
+    row = {"forward": timed(forward, args)["seconds"], "backward": timed(backward, args)["seconds"]}
+    return row | {"seconds": row["forward"] + row["backward"]}
+
+
+def passes(name: str, states: list[Tensor], args: Settings) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Return functions that run the forward and the backward pass of a kernel."""
+    grad, query, key, value = states
+    scaling = query.shape[-1] ** -0.5
+    if name in ("cuDNN", "flash"):
+        kernel = CUDNN if name == "cuDNN" else FLASH
+        grad, *inputs = (tensor.transpose(1, 2) for tensor in states)
+        out, lse = kernel.forward(*inputs, True, scaling)
+        return (
+            lambda: kernel.forward(*inputs, True, scaling),
+            lambda: kernel.backward(grad, *inputs, out, lse, True, scaling),
+        )
+    if name == "band":
+        out, lse = band_forward(query, key, value, args.window, scaling)
+        return (
+            lambda: band_forward(query, key, value, args.window, scaling),
+            lambda: band_backward(grad, query, key, value, out, lse, args.window, scaling),
+        )
+    inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
+    num_rotated = query.shape[-1] // 4
+    turn = (torch.arange(query.shape[1], device=query.device) - args.window - 1).clamp(min=0)
+    angles = turn[:, None] * 10000.0 ** (-torch.arange(num_rotated, device=query.device) / num_rotated)
+    tables = (angles.cos()[None], angles.sin()[None])
+    rule = WindowRule(args.window, None, 1, turn[None], None, *tables, is_dense=True)
+    column = None
+    if "logit" in name:
+        column = SinkColumn(torch.zeros(query.shape[2], 1, device=query.device, requires_grad=True))
+    kept = fused_windowed_attention(*inputs, rule, column, scaling)
+
+    def run() -> None:
+        with torch.no_grad():
+            fused_windowed_attention(*inputs, rule, column, scaling)
+
+    return run, lambda: torch.autograd.grad(kept, inputs, grad, retain_graph=True)
+
+
+def measure(kind: str, name: str, length: int, args: Settings) -> dict:
+    """Return the row of one part, with its error if it failed."""
+    row: dict = {"kind": kind, "name": name, "length": length}
+    try:
+        row |= (measure_step if kind == "step" else measure_kernel)(name, length, args)
+    except Exception as error:  # the other parts are still measured
+        row["error"] = f"{type(error).__name__}: {error}"[:300]
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return row
+
+
+def table(rows: list[dict]) -> str:
+    """Return Markdown tables of steps and kernels."""
+    done = {(row["kind"], row["name"], row["length"]): row for row in rows if "error" not in row}
+    shortest = min(row["length"] for row in rows)
+    lines = [
+        "| layers | positions | ms/step | tokens/s | MFU | memory, GiB | of full | of shortest |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    kernels = ["| attention of a layer | positions | forward, ms | backward, ms | sum, ms |", "|---|---|---|---|---|"]
+    for row in rows:
+        begin = f"| {row['name']} | {row['length']:,} |"
+        if "error" in row:
+            (lines if row["kind"] == "step" else kernels).append(f"{begin} {row['error']} |")
+        elif row["kind"] == "kernel":
+            kernels.append(
+                f"{begin} " + " | ".join(f"{1e3 * row[key]:.3f}" for key in ("forward", "backward", "seconds"))
+            )
+            kernels[-1] += " |"
+        else:
+            others = (done.get(("step", "full", row["length"])), done.get(("step", row["name"], shortest)))
+            ratios = (f"{other['seconds'] / row['seconds']:.3f}" if other else "" for other in others)
+            mfu = f"{row['mfu']:.1%}" if "mfu" in row else ""
+            lines.append(
+                f"{begin} {1e3 * row['seconds']:.1f} | {row['tokens_per_second']:,.0f} | {mfu} "
+                f"| {row['memory_gib']:.2f} | {' | '.join(ratios)} |"
+            )
+    return "\n".join(lines) + "\n\n" + "\n".join(kernels) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="160m")
+    parser.add_argument("--lengths", default="2048,4096,16384,65536")
+    parser.add_argument("--tokens", type=int, default=65536, help="positions of a micro-batch")
+    parser.add_argument("--window", type=int, default=1023)
+    parser.add_argument("--layers", default=",".join(LAYERS), help="parts of the steps, or nothing")
+    parser.add_argument("--kernels", default=",".join(KERNELS), help="parts of the kernels, or nothing (CUDA only)")
+    parser.add_argument("--num-warmup-steps", type=int, default=5)
+    parser.add_argument("--num-steps", type=int, default=10)
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--output", type=Path, default=Path("results/windows"), help="path without suffix")
+    args = parser.parse_args()
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    settings = {key: str(value) for key, value in vars(args).items()}
+    report: dict = {"device": name, **versions, "settings": settings, "rows": []}
+    print(name, flush=True)
+    parts = [("kernel", part) for part in args.kernels.split(",") if part and args.device == "cuda"]
+    parts += [("step", part) for part in args.layers.split(",") if part]
+    for length in map(int, args.lengths.split(",")):
+        for kind, part in parts:
+            report["rows"].append(row := measure(kind, part, length, args))
+            print(row, flush=True)
+            args.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+            args.output.with_suffix(".md").write_text(table(report["rows"]))
+    print("\n" + table(report["rows"]))
+
+
+if __name__ == "__main__":
+    main()

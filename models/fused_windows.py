@@ -1,0 +1,191 @@
+"""Fused attention of windowed layers on CUDA in half precision, forward and backward.
+
+FlashAttention computes the band, and no key outside of it. The kept keys are merged into its result
+(`window_kernels`), and then an arm's column (`sink_column`). The backward pass of FlashAttention,
+called with the merged output and log-sum-exp, returns the band's part of the gradients; the kept
+keys add theirs. No mask and no tensor of a size T × W exists.
+
+The passes are custom operators, so `torch.compile` does not trace into them, and a window that is
+drawn in each step is an argument that changes without recompilation.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.library import custom_op
+
+from .fused_attention import no_dropout_state
+from .sink_column import SinkColumn, column_gradients, merge_column
+from .windows import WindowRule
+
+try:
+    from . import window_kernels as kernels
+except ImportError:  # Triton comes with torch's CUDA builds
+    kernels = None  # type: ignore[assignment]
+
+aten = torch.ops.aten
+
+
+def is_fused(query: Tensor, rule: WindowRule, dropout: float) -> bool:
+    """Whether `fused_windowed_attention` supports queries ``(B, H, T, D)`` under this rule.
+
+    It requires CUDA with compute capability 8.0 or higher, Triton, half precision, a head size of
+    8, 16, …, 256, and neither padding nor a cache.
+    """
+    if kernels is None or not rule.is_dense or dropout or query.device.type != "cuda":
+        return False
+    head_size = query.shape[-1]
+    is_supported = query.dtype in (torch.float16, torch.bfloat16) and head_size % 8 == 0 and head_size <= 256
+    return is_supported and torch.cuda.get_device_properties(query.device).major >= 8
+
+
+def fused_windowed_attention(
+    query: Tensor, key: Tensor, value: Tensor, rule: WindowRule, column: SinkColumn | None, scaling: float
+) -> Tensor:
+    """Compute attention under the rule of windowed layers.
+
+    Args:
+        query: ``(B, T, H, D)``, the queries of the last T keys.
+        key, value: ``(B, K, H, D)``; the kept tokens are the first ones.
+
+    Returns:
+        ``(B, T, H, D)``.
+    """
+    score, sink_value = (None, None) if column is None else column
+    num_kept = min(rule.num_kept, key.shape[1])
+    tables = rule.cos[0], rule.sin[0]
+    return FusedWindows.apply(query, key, value, score, sink_value, *tables, rule.drawn, rule.window, num_kept, scaling)
+
+
+class FusedWindows(torch.autograd.Function):
+    """Band, kept keys and column of one softmax, see `fused_windowed_attention`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        score: Tensor | None,
+        sink_value: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        drawn: Tensor | None,
+        window: int,
+        num_kept: int,
+        scaling: float,
+    ) -> Tensor:
+        ctx.settings = (window, num_kept, scaling)
+        out, total = windows_forward(query, key, value, cos, sin, drawn, *ctx.settings)
+        if score is not None:
+            merged, total = merge_column(out.transpose(1, 2), total, SinkColumn(score, sink_value))
+            out, total = merged.transpose(1, 2), total.contiguous()
+        ctx.save_for_backward(query, key, value, score, sink_value, out, total, cos, sin, drawn)
+        return out.view_as(out)  # torch 2.11 compiles no gradient if the last operation returns its own input
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):
+        query, key, value, score, sink_value, out, total, cos, sin, drawn = ctx.saved_tensors
+        grads = windows_backward(grad, query, key, value, out, total, cos, sin, drawn, *ctx.settings)
+        of_column: tuple[Tensor | None, Tensor | None] = (None, None)
+        if score is not None:
+            states = (grad.transpose(1, 2), out.transpose(1, 2), total)
+            of_column = column_gradients(*states, SinkColumn(score, sink_value), ctx.needs_input_grad[3:5])
+        return *grads, *of_column, None, None, None, None, None, None
+
+
+@custom_op("sinklm::windows_forward", mutates_args=())
+def windows_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    drawn: Tensor | None,
+    window: int,
+    num_kept: int,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """Compute attention over the band and the kept keys.
+
+    Args:
+        drawn: replaces ``window`` if it is not None.
+
+    Returns:
+        The output ``(B, T, H, D)`` and the log-sum-exp of the scores, float32 ``(B, H, T)``.
+    """
+    width = _width(drawn, window)
+    out, lse = band_forward(query, key, value, width, scaling)
+    if num_kept:
+        kernels.merge_kept_(query, key, value, out, lse, cos, sin, width, num_kept, scaling)
+    return out, lse
+
+
+@windows_forward.register_fake
+def _(query, key, value, cos, sin, drawn, window, num_kept, scaling):
+    batch_size, num_queries, num_heads, _ = query.shape
+    lse = query.new_empty(batch_size, num_heads, num_queries, dtype=torch.float32)
+    return query.new_empty(query.shape), lse
+
+
+@custom_op("sinklm::windows_backward", mutates_args=())
+def windows_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    drawn: Tensor | None,
+    window: int,
+    num_kept: int,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value, from the result of the whole softmax."""
+    width, grad, out = _width(drawn, window), grad.contiguous(), out.contiguous()
+    grads = band_backward(grad, query, key, value, out, lse, width, scaling)
+    if num_kept:
+        states = (grad, query, key, value, out, lse, grads, cos, sin)
+        kernels.add_kept_gradients_(*states, width, num_kept, scaling)
+    return grads
+
+
+@windows_backward.register_fake
+def _(grad, query, key, value, out, lse, cos, sin, drawn, window, num_kept, scaling):
+    return tuple(states.new_empty(states.shape) for states in (query, key, value))
+
+
+def band_forward(query: Tensor, key: Tensor, value: Tensor, window: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """Compute attention of T queries over the keys ``[K - T + t - window, K - T + t]``.
+
+    Returns:
+        The output ``(B, T, H, D)`` and the log-sum-exp ``(B, H, T)``, both contiguous.
+    """
+    lengths = (None, None, query.shape[1], key.shape[1])
+    band = {"scale": scaling, "window_size_left": window, "window_size_right": 0}
+    out, lse, *_ = aten._flash_attention_forward(query, key, value, *lengths, 0.0, False, False, **band)
+    return out.contiguous(), lse.contiguous()
+
+
+def band_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, window: int, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the band's part of the gradients of query, key and value, contiguous."""
+    lengths = (None, None, query.shape[1], key.shape[1])
+    band = {"scale": scaling, "window_size_left": window, "window_size_right": 0}
+    states = (grad, query, key, value, out, lse)
+    grads = aten._flash_attention_backward(*states, *lengths, 0.0, False, *no_dropout_state(query), **band)
+    return tuple(gradient.contiguous() for gradient in grads)
+
+
+def _width(drawn: Tensor | None, window: int) -> int:
+    if drawn is None:
+        return window
+    if not 1 <= (width := int(drawn)) <= window:
+        raise ValueError(f"window is {width}: it must be between 1 and the window of each layer, here {window}")
+    return width

@@ -1,0 +1,33 @@
+"""A slow reference of windowed layers: each query alone, with an explicit list of keys."""
+
+import torch
+
+from ..streaming.oracle import attend, heads, rotary_score, sink_of
+from ..streaming.tiny import inverse_frequencies
+
+
+def windowed_logits(model, ids: torch.Tensor, window: int | None = None) -> torch.Tensor:
+    """Return logits ``(T, V)`` of sinks and text ``(T,)``, with gradients, in float64.
+
+    Args:
+        window: replaces the windows of the configuration.
+    """
+    config, decoder = model.config, model.gpt_neox
+    head_size = config.hidden_size // config.num_attention_heads
+    score = rotary_score(inverse_frequencies(config), head_size**-0.5)
+    x = decoder.embed_in(ids)
+    for layer, own_window in zip(decoder.layers, config.windows, strict=True):
+        # With full attention, every key is within the window.
+        rule = (0, len(ids)) if own_window is None else (config.num_kept, window or own_window)
+        attn, normed = layer.attention, layer.input_layernorm(x)
+        q, k, v = heads(attn.query_key_value(normed), config.num_attention_heads).chunk(3, dim=-1)
+        attended = attend(q, k, v, *rule, score, sink_of(attn, q))
+        if hasattr(attn, "gate"):
+            attended = attended / (1 + torch.exp(-normed @ attn.gate.weight.T))
+        attended = attn.dense(attended)
+        if config.use_parallel_residual:
+            x = x + attended + layer.mlp(layer.post_attention_layernorm(x))
+        else:
+            x = x + attended
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+    return model.lm_head(decoder.final_layer_norm(x))
