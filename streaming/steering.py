@@ -251,9 +251,9 @@ def check_call(inputs: Tensor | None, named: dict, config: PreTrainedConfig) -> 
         )
     if named.get("use_cache") is False:  # `generate` would pass the whole text again at each step
         raise ValueError("use_cache is False, but a StreamingCache was passed: pass use_cache=True")
-    if named.get("window") is not None:
+    if named.get("window") is not None or named.get("carried") is not None:
         raise ValueError(
-            "a StreamingCache has the windows of the model: create it with a smaller window instead of passing window="
+            "window= and carried= are for passes without a cache: create the StreamingCache with a smaller window"
         )
     if named.get("output_attentions") or getattr(config, "output_attentions", False):
         raise ValueError("a StreamingCache does not return attention weights: set output_attentions=False")

@@ -180,7 +180,7 @@ def test_a_cache_larger_than_the_trained_length_warns_only_if_a_layer_has_it():
 def test_another_window_for_one_pass_is_an_error():
     model = windowed(*HYBRID)
     cache = StreamingCache.for_model(model, num_kept=2, window=6)
-    with pytest.raises(ValueError, match="create it with a smaller window"):
+    with pytest.raises(ValueError, match="create the StreamingCache with a smaller window"):
         model(text(1, 4), window=3, **{CACHE: cache})
 
 
