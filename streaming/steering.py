@@ -239,6 +239,8 @@ def steered(cache: "StreamingCache", named: dict, position_ids: Tensor) -> dict:
     if cache.adapter is not None and cache.adapter.takes_positions_from_cache:
         position_ids = torch.zeros_like(position_ids)
     mask = identity_mask(cache.adapter, inputs.shape[0], inputs.device)
+    if "logits_to_keep" in named:  # Gemma 4 would leave out queries in its last layers
+        named = {**named, "logits_to_keep": 0}
     return {**named, "attention_mask": mask, "position_ids": position_ids, STEERED: cache}
 
 

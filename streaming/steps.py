@@ -77,6 +77,11 @@ class Step:
             ``(B, H, T, D)``.
         """
         softmax = Softmax(query.shape[-1] ** -0.5 if scaling is None else scaling, column, softcap)
+        if not query.shape[2] == key.shape[2] == self.num_inputs:
+            raise ValueError(
+                f"layer {layer_idx} has {query.shape[2]} queries and {key.shape[2]} keys of {self.num_inputs} inputs, "
+                "but a StreamingCache requires one of each"
+            )
         layer = self.layers[layer_idx]
         with torch.no_grad():
             layer.allocate(key, value)

@@ -142,6 +142,17 @@ def test_an_unknown_argument_of_the_attention_is_an_error(monkeypatch):
         model(tiny.random_ids(3), **{CACHE: cache})
 
 
+def test_layers_that_leave_out_queries_get_all_of_them():
+    """Gemma 4 computes its last layers for the last tokens of a prompt only."""
+    model, ids = random_model(small_families.config("gemma4_text")), tiny.random_ids(14)
+    expected = reference_logits(model, ids[0], 1, 5)
+    with torch.no_grad():
+        for num_kept in (1, 2):
+            cache = StreamingCache.for_model(model, num_kept=1, window=5, chunk_size=5)
+            found = model(ids, logits_to_keep=num_kept, **{CACHE: cache}).logits[0]
+            torch.testing.assert_close(found, expected[-num_kept:], rtol=0, atol=1e-4)
+
+
 def test_a_check_that_proves_nothing_is_an_error():
     config = small_families.config("llama")
     with pytest.raises(ValueError, match="hardly depend on the positions"):
