@@ -95,6 +95,13 @@ def test_a_wrong_family_does_not_pass(mistake, registry):
         check_family(random_model(small_families.config(model_type)))
 
 
+def test_every_family_with_windows_is_checked_with_a_small_one():
+    """A setting that a model ignores would otherwise limit its layers in a stream only."""
+    rows = {name: small_families.config(name) for name in small_families.FAMILIES}
+    checked = {config.model_type for config in rows.values() if any(layers.own_rules(config))}
+    assert {config.model_type for config in rows.values() if hasattr(config, "sliding_window")} <= checked
+
+
 IGNORED = {
     "a window": ("gemma2", layers, "own_rules", lambda config: [None, None]),
     "a window that is one key larger": ("mistral:window", layers, "own_rules", lambda config: [StreamShape(0, 3)] * 2),

@@ -12,7 +12,8 @@ from torch._dynamo.testing import CompileCounter
 
 from sinklm.models.arms import ARMS
 from sinklm.models.cache_argument import CACHE
-from sinklm.streaming import StreamingCache, StreamingDecoder, stream_losses
+from sinklm.streaming import StreamingCache, StreamingDecoder, default_cache, stream_losses
+from sinklm.streaming.layers import describe_rules
 
 from ..models.tiny import draw_sinks, text, tiny_model
 from . import oracle, tiny
@@ -167,6 +168,19 @@ def test_a_cache_says_which_layers_have_windows_of_their_own():
     assert repr(cache) == "StreamingCache(num_kept=4, window=6, 1 of 2 layers 2+6, 1 of 2 layers 2+3, seen=0)"
     cache = StreamingCache.for_model(windowed("kv_bias", "hybrid", 2), num_kept=2, window=4)
     assert repr(cache) == "StreamingCache(num_kept=2, window=4, seen=0)"
+
+
+def test_reports_name_the_windows_of_a_model():
+    assert describe_rules(new_model(*HYBRID).config) == "1 of 2 layers 2+4"
+    assert describe_rules(new_model("token", "two windows", 1).config) == "1 of 2 layers 1+7, 1 of 2 layers 1+3"
+    assert describe_rules(tiny_model(1).config) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_kept", "default"), [("token", 1, 1), ("token", 3, 3), ("none", 1, 4), ("none", 6, 6)]
+)
+def test_a_default_cache_keeps_what_windowed_layers_keep(kind, num_kept, default):
+    assert default_cache(new_model(kind, "hybrid", num_kept))[0] == default
 
 
 def test_a_cache_larger_than_the_trained_length_warns_only_if_a_layer_has_it():
