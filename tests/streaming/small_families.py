@@ -76,6 +76,7 @@ PER_LAYER = {  # the last two layers use the keys of the first two
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": 101,
 }
+MINISTRAL = {"head_dim": 8, "rope_parameters": ROPE | {"rope_type": "default", "llama_4_scaling_beta": 2.0}}
 GEMMA = EVERY | {"head_dim": 8, "query_pre_attn_scalar": 5}
 WINDOWS, SOME_WINDOWS = "rotary; windows", "rotary; windows in some layers"
 
@@ -99,15 +100,8 @@ FAMILIES: dict[str, tuple[str, str, dict]] = {
     "ministral": ("Ministral", SOME_WINDOWS, EVERY | {"head_dim": 8}),
     "mixtral": ("Mixtral", "rotary", {"num_local_experts": 4, "sliding_window": None}),
     "mixtral:window": ("", WINDOWS, WINDOW | {"num_local_experts": 4}),
-    "ministral3": (
-        "Ministral 3",
-        "rotary, queries scaled by position",
-        {
-            "head_dim": 8,
-            "sliding_window": None,
-            "rope_parameters": ROPE | {"rope_type": "default", "llama_4_scaling_beta": 2.0},
-        },
-    ),
+    "ministral3": ("Ministral 3", "rotary, queries scaled by position", MINISTRAL | {"sliding_window": None}),
+    "ministral3:window": ("", f"{WINDOWS}, queries scaled by position", MINISTRAL | WINDOW),
     "llama4_text": (
         "Llama 4 (text)",
         "interleaved rotary, or none; queries scaled by position",
@@ -246,7 +240,7 @@ FAMILIES: dict[str, tuple[str, str, dict]] = {
     "mimo_v2_flash": (
         "MiMo-V2-Flash",
         f"{SOME_WINDOWS} with their own base, sink logits",
-        EVERY | LOCAL | {"head_dim": 8, "v_head_dim": 6},
+        EVERY | LOCAL | ROUTED | {"head_dim": 8, "v_head_dim": 6},
     ),
     "mellum": ("Mellum", f"{SOME_WINDOWS} with their own base", EVERY | LOCAL | EXPERTS | {"head_dim": 8}),
     "laguna": ("Laguna", f"{SOME_WINDOWS} with their own base", EVERY | LOCAL | EXPERTS | {"head_dim": 8}),

@@ -48,7 +48,6 @@ def test_invalid_sizes_are_an_error(model, settings, message):
         ("gpt2", "absolute position embeddings"),
         ("opt", "absolute position embeddings"),
         ("mamba", "no keys to keep"),
-        ("xlnet", "neither rotary nor ALiBi"),
     ],
 )
 def test_models_whose_positions_cannot_be_moved_are_an_error(model_type, message):
