@@ -14,6 +14,8 @@ from transformers import PreTrainedConfig
 from .encodings import Encoding, Rotary
 from .rule import StreamShape
 
+KNOWN_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}  # in `config.layer_types`
+
 
 @dataclass(frozen=True)
 class LayerGroup:
@@ -84,8 +86,13 @@ def layer_shapes(config: PreTrainedConfig, shape: StreamShape) -> list[StreamSha
       Otherwise it keeps no tokens, and has the smaller of both windows.
 
     Raises:
-        ValueError: a window of the model shows a token only itself.
+        ValueError: a window shows a token only itself, or a layer is of an unknown type.
     """
+    if unknown := set(getattr(config, "layer_types", None) or ()) - KNOWN_TYPES:
+        raise ValueError(
+            f"the model has layers of type {min(unknown)!r}, which were not tested with a cache. Supported are "
+            f"{', '.join(sorted(KNOWN_TYPES))}"
+        )
     return [shape if rule is None else limited(shape, rule, is_stock=not is_ours(config)) for rule in own_rules(config)]
 
 

@@ -138,6 +138,13 @@ def test_a_window_of_the_token_alone_is_an_error():
         families.family_of(config, StreamShape(4, 6))
 
 
+def test_a_layer_of_an_unknown_type_is_an_error():
+    config = small_families.config("gemma3_text")
+    config.layer_types = ["sliding_attention", "dilated_attention"]
+    with pytest.raises(ValueError, match="layers of type 'dilated_attention', which were not tested"):
+        families.family_of(config, StreamShape(4, 6))
+
+
 def test_an_unknown_argument_of_the_attention_is_an_error(monkeypatch):
     model = random_model(small_families.config("gpt_oss"))
     cache = StreamingCache.for_model(model, num_kept=1, window=5)
