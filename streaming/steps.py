@@ -171,9 +171,9 @@ class DecodeStep(Step):
             self.key_positions = torch.where(tokens < shape.num_kept, tokens, tokens - shift)
 
     def _attend(self, layer, query, key, value, softmax):
-        is_plain = isinstance(self.encoding, Rotary) and softmax.softcap is None
-        if kernels.is_available and is_plain and kernels.can_fuse(self.encoding, layer, query):
-            where = (self.shape, self.encoding, layer, self.num_seen, self.base)
+        encoding, has_kernel = self.encoding, kernels.is_available and softmax.softcap is None
+        if has_kernel and isinstance(encoding, Rotary) and kernels.can_fuse(encoding, layer, query):
+            where = (self.shape, encoding, layer, self.num_seen, self.base)
             out, lse = kernels.decode_attention(*where, query, key, value, softmax.scaling)
             return out if softmax.column is None else merge_column(out, lse, softmax.column)[0]
         layer.write(key, value, self)
