@@ -32,7 +32,7 @@ class CarriedKeys(NamedTuple):
     @property
     def is_empty(self) -> bool:
         """Whether the next segment is the first one."""
-        return not self.layers
+        return len(self.layers) == 0  # torch.compile does not trace `not` of a tuple
 
     def after(self, num_tokens: int, layers: list[tuple[Tensor, Tensor]]) -> "CarriedKeys":
         """Return what a segment of ``num_tokens`` tokens hands to the next one."""

@@ -57,6 +57,14 @@ class SinkGPTNeoXConfig(GPTNeoXConfig):
             self.num_kept = self.num_sinks
         self._check_rule()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> Any:
+        """Like the method of transformers, which would set sink and windows without checks."""
+        ours = {key: kwargs.pop(key) for key in ("sink", *WINDOW_FIELDS) if key in kwargs}
+        replaced = WINDOW_FIELDS if "layer_windows" in ours else ()  # other windows need another num_kept
+        theirs = {key: value for key, value in config_dict.items() if key not in replaced}
+        return super().from_dict(theirs | ours, **kwargs)
+
     def to_dict(self) -> dict[str, Any]:
         """Like the method of transformers; a model without windows has none of their fields."""
         fields = super().to_dict()

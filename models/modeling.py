@@ -30,7 +30,7 @@ from .config import SinkGPTNeoXConfig
 from .layer import SinkGPTNeoXLayer
 from .loss import IGNORED, linear_cross_entropy
 from .run_folders import refuse_run
-from .windows import WindowRule, check_window, rules_of_pass
+from .windows import WindowRule, check_positions, check_window, rules_of_pass
 
 
 class PythiaInitialisation:
@@ -133,9 +133,12 @@ class SinkGPTNeoXModel(CheckedLoading, PythiaInitialisation, GPTNeoXModel):
             check_segments(self.config, others | kwargs)
             return self._segment_forward(inputs_embeds, carried, window)
         if self.config.has_windows and self.config._attn_implementation in RULE_ATTENTION:
+            check_positions(position_ids, attention_mask)
             kwargs["rules"] = rules_of_pass(self.config, self.rotary_emb, inputs_embeds, attention_mask, cache, window)
-        others = (value for name, value in kwargs.items() if name != "rules")
-        is_plain = all(value is None for value in (attention_mask, position_ids, cache, *others))
+        elif window is not None:
+            raise ValueError("window replaces those of a forward pass without a StreamingCache: leave it out")
+        further = (value for name, value in kwargs.items() if name != "rules")
+        is_plain = all(value is None for value in (attention_mask, position_ids, cache, *further))
         if is_plain and use_cache is False and self._has_causal_forward():
             return self._causal_forward(inputs_embeds, kwargs.get("rules"))
         return super().forward(
@@ -172,7 +175,8 @@ class SinkGPTNeoXModel(CheckedLoading, PythiaInitialisation, GPTNeoXModel):
         rules = {window: rule._replace(num_dropped=num_before) for window, rule in rules.items()}
         segment = {"rules": rules, "position_embeddings": self.rotary_emb(hidden_states, position_ids=positions)}
         layers = []
-        for layer, states in zip(self.layers, carried.layers or [None] * len(self.layers), strict=True):
+        before = [None] * len(self.layers) if carried.is_empty else carried.layers
+        for layer, states in zip(self.layers, before, strict=True):
             hidden_states, states = layer(hidden_states, segment=segment | {"carried": states})
             layers.append(states)
         return CarriedModelOutput(

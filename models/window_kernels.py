@@ -13,6 +13,7 @@ from torch import Tensor
 
 ROWS = 256  # rows per program of the backward pass, which sums the gradients of kept keys over them
 KEPT_BLOCK = 16  # kept keys that a program processes at a time; the smallest size of a matrix product
+NUM_WARPS = 8
 SIZES = ("window", "num_queries", "num_keys", "num_kept")
 
 
@@ -42,7 +43,7 @@ def merge_kept_(
         *(*query.stride()[:3], *key.stride()[:3], *value.stride()[:3]),
         *(window, num_queries, key.shape[1], num_kept, scaling, num_heads),
         *(head_size, cos.shape[-1], row_block, KEPT_BLOCK, _dimensions(head_size)),
-        num_warps=_num_warps(head_size),
+        num_warps=NUM_WARPS,
     )
 
 
@@ -76,18 +77,14 @@ def add_kept_gradients_(
         *(*query.stride()[:3], *key.stride()[:3], *value.stride()[:3]),
         *(window, num_queries, key.shape[1], num_kept, scaling, num_heads),
         *(head_size, cos.shape[-1], ROWS, row_block, KEPT_BLOCK, _dimensions(head_size)),
-        num_warps=_num_warps(head_size),
+        num_warps=NUM_WARPS,
     )
     for gradient, of_kept in zip(grads[1:], sums.sum(1), strict=True):
         gradient[:, :num_kept] += of_kept
 
 
 def _row_block(head_size: int) -> int:
-    return 64 if head_size <= 64 else 32
-
-
-def _num_warps(head_size: int) -> int:
-    return 4 if head_size <= 128 else 8
+    return 32 if head_size <= 64 else 16  # more rows do not fit into the registers
 
 
 def _dimensions(head_size: int) -> int:

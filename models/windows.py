@@ -90,6 +90,20 @@ def check_window(config: SinkGPTNeoXConfig, window: int | Tensor | None) -> None
         raise ValueError(f"window is {int(window)}: it must be between 1 and the window of each layer, here {largest}")
 
 
+def check_positions(position_ids: Tensor | None, attention_mask: Tensor | None) -> None:
+    """Refuse positions that start again within a row.
+
+    Without a mask, transformers takes them for several texts, which full attention then separates.
+
+    Raises:
+        ValueError: they do.
+    """
+    if position_ids is None or attention_mask is not None or torch.compiler.is_compiling():
+        return
+    if (position_ids.diff(dim=-1) != 1).any():
+        raise ValueError("windowed layers support one text in each row: position_ids must increase by 1")
+
+
 def rules_of_pass(
     config: SinkGPTNeoXConfig,
     rotary: Rotary,
@@ -112,6 +126,7 @@ def rules_of_pass(
     Raises:
         ValueError: the mask is not two-dimensional, or the cache drops keys.
     """
+    assert config.num_kept is not None
     num_queries, device = inputs.shape[1], inputs.device
     num_seen = 0 if cache is None else cache.get_seq_length()
     if any(getattr(layer, "is_sliding", False) for layer in getattr(cache, "layers", ())):

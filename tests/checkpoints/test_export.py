@@ -347,7 +347,9 @@ def hidden_files(folder: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def windowed_checkpoint(tmp_path_factory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("windowed") / "checkpoint", small_model(1, layer_windows=[3, 3]))
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    model = small_model(1, layer_windows=[3, 3], rope_parameters=rope)
+    return write_checkpoint(tmp_path_factory.mktemp("windowed") / "checkpoint", model)
 
 
 @pytest.mark.parametrize("form", [[], ["--to", "gguf"], ["--to", "hub", "--dry-run"]], ids=str)

@@ -1,8 +1,11 @@
+import math
+
 import pytest
 from transformers import GPTNeoXConfig, LlamaConfig
 
 from sinklm.models import SinkGPTNeoXConfig
 from sinklm.models.config import sink_config
+from sinklm.models.cost import flops_per_token
 
 
 def test_a_config_has_the_kind_and_ids_of_its_sinks():
@@ -43,3 +46,54 @@ def test_a_model_and_its_export_have_the_same_sinks():
 def test_invalid_sinks_are_an_error(sink, message):
     with pytest.raises(Exception, match=message):
         SinkGPTNeoXConfig(vocab_size=512, sink=sink)
+
+
+def test_windows_are_saved_and_a_plain_model_has_none_of_their_fields(tmp_path):
+    sink = {"kind": "token", "num_tokens": 2, "first_token_id": 300}
+    settings = {"vocab_size": 384, "num_hidden_layers": 3, "sink": sink}
+    config = SinkGPTNeoXConfig(**settings, layer_windows=[63, None, 63], window_range=[7, 63])
+    assert (config.windows, config.num_kept, config.has_windows) == ([63, None, 63], 2, True)
+    config.save_pretrained(tmp_path)
+    assert SinkGPTNeoXConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    plain = SinkGPTNeoXConfig(**settings, layer_windows=[None] * 3)
+    assert (plain.layer_windows, plain.windows, plain.has_windows) == (None, [None] * 3, False)
+    assert plain.to_json_string() == SinkGPTNeoXConfig(**settings).to_json_string()
+    assert not {"layer_windows", "num_kept", "window_range"} & plain.to_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layer_windows": [4]}, r"layer_windows is \[4\]: it must be a list with one entry for each of 2 layers"),
+        ({"layer_windows": [4, 0]}, "layer_windows contains 0: a window is an integer of at least 1, or null"),
+        ({"layer_windows": [4, 4], "num_kept": 1}, "num_kept is 1, but .* always keeps the sink tokens: set it to 2"),
+        ({"layer_windows": [4, 4], "window_range": [5, 4]}, r"window_range is \[5, 4\]: it must be \[low, high\]"),
+        ({"layer_windows": [4, 3], "window_range": [1, 4]}, "layer_windows contains 3, but the largest window of"),
+        ({"num_kept": 4}, "num_kept is 4, but no layer has a window: remove it"),
+        ({"window_range": [1, 4]}, r"window_range is \[1, 4\], but no layer has a window"),
+        (
+            {"layer_windows": [4, 4], "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "windowed layers do not support rope_type 'dynamic'",
+        ),
+    ],
+)
+def test_inconsistent_windows_are_an_error(settings, message):
+    sink = {"kind": "token", "num_tokens": 2, "first_token_id": 300}
+    with pytest.raises(ValueError, match=message):
+        SinkGPTNeoXConfig(vocab_size=384, num_hidden_layers=2, sink=sink, **settings)
+
+
+def test_operations_of_windowed_layers():
+    """`flops_per_token` of full attention is compared with torch's counter in tests/train."""
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
+
+    def operations(length, **windows):
+        config = SinkGPTNeoXConfig(**sizes, **windows)
+        return flops_per_token(config, length) - flops_per_token(SinkGPTNeoXConfig(**sizes), 0)
+
+    for length in (100, 1000):  # flat in the length
+        assert operations(length, layer_windows=[31, 31]) == 12 * 64 * 2 * 32
+    assert operations(20, layer_windows=[31, 31], num_kept=4) == operations(20) == 12 * 64 * 2 * 20
+    assert operations(100, layer_windows=[31, None], num_kept=4) == 12 * 64 * (36 + 100)
+    drawn = operations(1000, layer_windows=[32, 32], window_range=[8, 32])
+    assert drawn / (12 * 64 * 2) == pytest.approx((32 - 8) / math.log(4) + 1, rel=0.05)  # mean of log-uniform draws

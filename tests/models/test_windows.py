@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 
 from sinklm.models import SinkGPTNeoXForCausalLM, windowed_attention
 from sinklm.models.config import SINK_KINDS
@@ -166,6 +167,8 @@ def test_attention_that_would_ignore_the_windows_is_an_error():
     model.config._attn_implementation = "sdpa"
     with pytest.raises(ValueError, match=r"windowed layers require one of shape \(batch, tokens\)"):
         model(text(1, 5), attention_mask=torch.ones(1, 1, 5, 5))
+    with pytest.raises(ValueError, match="one text in each row: position_ids must increase by 1"):
+        model(text(1, 5), position_ids=torch.tensor([[0, 1, 2, 0, 1]]))
 
 
 def test_gradient_checkpointing_changes_no_gradient():
@@ -192,6 +195,10 @@ def test_a_plain_folder_loads_with_windows_and_a_sink(tmp_path):
     model.save_pretrained(tmp_path / "windowed")
     again, ids = SinkGPTNeoXForCausalLM.from_pretrained(tmp_path / "windowed").eval(), text(1, 12)
     assert torch.equal(again(ids).logits, model(ids).logits)
+    unlimited = SinkGPTNeoXForCausalLM.from_pretrained(tmp_path / "windowed", layer_windows=None).eval()
+    assert not unlimited.config.has_windows
+    expected = plain_twin(unlimited)(torch.cat((sinks(model, 1), ids), dim=1)).logits[:, 1:]
+    torch.testing.assert_close(unlimited(ids).logits, expected)
     exact = model.double()
     use_float64(exact)
     assert_near(again(ids).logits.double(), expected_logits(exact, ids), 1e-5)
@@ -239,3 +246,46 @@ def test_a_compiled_step_equals_the_eager_one_and_takes_any_window(kind, checkpo
             gradients.append([parameter.grad.clone() for parameter in model.parameters()])
         for eager, fast in zip(*gradients, strict=True):
             torch.testing.assert_close(fast, eager, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", SINK_KINDS)
+def test_a_compiled_step_on_a_gpu_is_as_near_to_float64_as_full_attention(kind):
+    """Sharp attention makes bfloat16 inexact; windows must not add to it. No window recompiles."""
+    torch._dynamo.reset()
+    sample, errors = text(4, 129), []
+    for windows in ((None, None), (40, None)):
+        model = windowed_model(kind, windows, hidden_size=128, num_attention_heads=2)
+        settings = {"skip_logits": True, "use_cache": False}
+        exact = {width: gradient_of(model, sample, window=width, **settings) for width in drawn(windows)}
+        model.gpt_neox.rotary_emb = GPTNeoXRotaryEmbedding(model.config)
+        model.to("cuda", torch.bfloat16)
+        compiled = torch.compile(model, fullgraph=True, dynamic=False)
+        for i, (width, expected) in enumerate(exact.items()):
+            with torch.compiler.set_stance("default" if i == 0 else "fail_on_recompile"):
+                gradient = gradient_of(compiled, sample.cuda(), window=width, **settings)
+            errors.append(((gradient - expected).norm() / expected.norm()).item())
+    assert max(errors[1:]) <= 2 * errors[0]
+
+
+def drawn(windows):
+    return [None] if windows[0] is None else [torch.tensor(width) for width in (40, 17, 1)]
+
+
+def gradient_of(model, sample, **settings):
+    model.zero_grad()
+    model(sample[:, :-1], labels=sample, **settings).loss.backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).cpu().double()
+
+
+def test_half_precision_by_autocast_and_by_weights():
+    exact, ids = windowed_model("kv_bias", [4, 4], num_kept=2), text(2, 11)
+    expected = exact(ids).logits
+    model = windowed_model("kv_bias", [4, 4], num_kept=2, dtype=torch.float32)
+    model.load_state_dict(exact.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        lowered = model(ids).logits
+        lowered.square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    for logits in (lowered, model.to(torch.bfloat16)(ids).logits):
+        assert (logits.double() - expected).norm() < 0.05 * expected.norm()
