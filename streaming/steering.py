@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 ATTENTION = "sinklm_streaming"  # value of ``attn_implementation``
 HARMLESS = {  # arguments of attention functions that do not change a streaming pass
     *("dropout", "sliding_window", "position_ids", "cache_position", "num_items_in_batch", "logits_to_keep"),
-    *("position_embeddings", *NAMES),
+    *("position_embeddings", "token_type_ids", "mm_token_type_ids", *NAMES),
 }
 NEEDED_PARAMETERS = ("input_ids", "inputs_embeds", "attention_mask")
 
