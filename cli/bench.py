@@ -21,6 +21,7 @@ from .options import (
     Quiet,
     Seed,
     examples,
+    note_windows,
     parse_caches,
     parse_numbers,
     placement,
@@ -87,6 +88,7 @@ def decode(
         "num_steps": num_steps,
         "seed": seed,
     }
+    note_windows(console, report)
     report |= {"hardware": _hardware(loaded), "copy_bytes_per_second": bandwidth, "results": []}
     for batch_size in batches:
         for shape in given or default_caches(loaded):
@@ -109,13 +111,19 @@ def _load(name: str, **options: Any) -> tuple["PreTrainedModel", dict[str, Any]]
     """
     from ..checkpoints import load_model
     from ..eval.report import describe_model
+    from ..streaming.layers import describe_rules
 
     if not (files(CONFIGS_PACKAGE) / f"{name}.yaml").is_file() or Path(name).exists():
         loaded = load_model(name, **options)
         return loaded, describe_model(loaded, name)
     loaded = _random_model(name, **options)
     num_parameters = sum(p.numel() for p in loaded.parameters())
-    return loaded, {"recipe": name, "num_parameters": num_parameters, "dtype": str(loaded.dtype).removeprefix("torch.")}
+    return loaded, {
+        "recipe": name,
+        "num_parameters": num_parameters,
+        "windows": describe_rules(loaded.config),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+    }
 
 
 def _random_model(recipe: str, device: str | None = None, dtype: str | None = None) -> "PreTrainedModel":

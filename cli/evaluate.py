@@ -24,6 +24,7 @@ from .options import (
     check_folder,
     check_texts,
     examples,
+    note_windows,
     parse_caches,
     parse_names,
     parse_numbers,
@@ -177,6 +178,7 @@ def streaming(
     folder = output or default_output(model)
     file = ReportFile(folder / "streaming.json")
     report = new_report(loaded, model, recompute_every=recompute_every)
+    note_windows(console, report)
     results = []
     for result in _measure_all(console, loaded, tokenized, chosen, recompute_every):
         results.append(result)
@@ -240,6 +242,7 @@ def stream_eval(
     folder = output or default_output(model)
     file = ReportFile(folder / "stream_eval.json")
     report = new_report(loaded, model, num_samples=num_samples, num_lines=num_lines, seed=seed, results=[])
+    note_windows(console, report)
     report["tokens_per_line"] = tokens_per_line(tokenizer, records[0])
     for result in _ask_all(console, loaded, tokenizer, records, shapes, chosen_distances, batch_size):
         report["results"].append(result)

@@ -283,5 +283,4 @@ class Speed:
 
 
 def describe_cache(cache: "StreamingCache") -> str:
-    shape = cache.shape
-    return f"cache {shape.num_kept}+{shape.window}, {cache.num_bytes / 1e6:,.1f} MB"
+    return f"cache {cache.plan}, {cache.num_bytes / 1e6:,.1f} MB"

@@ -221,6 +221,12 @@ def print_results(console: Console, paths: Sequence[Path]) -> None:
     console.print(f"Results in {folder}: {names}", highlight=False, soft_wrap=True)
 
 
+def note_windows(console: Console, report: dict[str, Any]) -> None:
+    """Say which layers of a report's model have windows that a larger cache does not change."""
+    if windows := report["model"].get("windows"):
+        console.note(f"windows of the model: {windows} (kept and recent tokens); larger caches do not change them")
+
+
 Command = TypeVar("Command", bound=Callable[..., None])
 
 

@@ -16,6 +16,7 @@ from .options import (
     Quiet,
     check_texts,
     examples,
+    note_windows,
     placement,
     print_results,
     progress_bars,
@@ -82,6 +83,7 @@ def sinks(
     file = ReportFile(folder / "sinks.json")
     facts = {"text": sequences.source, "num_sequences": num_sequences, "seq_length": seq_length, "epsilon": epsilon}
     report = new_report(loaded, model, **facts)
+    note_windows(console, report)
 
     if run:
         report["checkpoints"] = []

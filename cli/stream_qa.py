@@ -18,6 +18,7 @@ from .options import (
     Quiet,
     check_folder,
     examples,
+    note_windows,
     parse_caches,
     parse_names,
     placement,
@@ -82,6 +83,7 @@ def stream_qa(
     folder = output or default_output(model)
     file = ReportFile(folder / "stream_qa.json")
     report = new_report(loaded, model, limit=limit, questions_sha256={}, results=[])
+    note_windows(console, report)
     for task in names:
         with quiet_libraries(shows_progress=not console.is_quiet):
             questions = _questions(task, data_dir, limit)

@@ -126,6 +126,8 @@ class CroppedCache:
     def step(self, token: torch.Tensor) -> torch.Tensor:
         logits = self.model(token, use_cache=True, **{CACHE: self.cache}).logits
         for layer in self.cache.layers:
+            if getattr(layer, "is_sliding", False):  # a window of the model, which transformers keeps
+                continue
             layer.keys, layer.values = self._crop(layer.keys), self._crop(layer.values)
         return logits
 

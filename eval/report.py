@@ -14,6 +14,8 @@ from ..checkpoints.folders import CHECKPOINTS_FOLDER, resolve_model_folder
 from ..files import check_writable, named_errors, write_json
 from ..models import SinkGPTNeoXConfig
 from ..models.config import sink_config
+from ..streaming.layers import describe_rules
+from ..streaming.wrappers import decoder_of
 
 JSON_OPTIONS: dict[str, Any] = {"default": str, "allow_nan": False}
 LIBRARIES = ("sinklm", "torch", "transformers", "tokenizers", "lm-eval", "datasets", "numpy")
@@ -24,7 +26,8 @@ def describe_model(model: PreTrainedModel, name_or_path: str | Path) -> dict[str
 
     ``sink_token_ids`` are the first tokens of every text. ``sinks_added_by`` is ``model``, or
     ``tokenizer`` for an export; None without sink tokens. ``sink_kind`` is None for models that are
-    not of sinklm.
+    not of sinklm. ``windows`` says which layers have windows of their own, such as "20 of 24 layers
+    0+511" (kept and recent tokens), which a larger cache does not change; None if none has.
     """
     sink = sink_config(model.config)
     added_by = "model" if isinstance(model.config, SinkGPTNeoXConfig) else "tokenizer"
@@ -37,6 +40,7 @@ def describe_model(model: PreTrainedModel, name_or_path: str | Path) -> dict[str
         "num_sinks": sink.num_sinks,
         "sink_token_ids": sink.sink_token_ids,
         "sinks_added_by": added_by if sink.num_sinks else None,
+        "windows": describe_rules(decoder_of(model).config),
         "max_position_embeddings": getattr(model.config, "max_position_embeddings", None),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),

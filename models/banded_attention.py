@@ -19,6 +19,7 @@ def attention(
     mask: Tensor | None,
     scaling: float,
     column: SinkColumn | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Compute grouped-query attention.
 
@@ -28,10 +29,14 @@ def attention(
         mask: boolean (True is visible) or additive, broadcasts to ``(B, H, T, K)``. It does not
             apply to the sink's column, which every query sees.
         scaling: factor of the scores.
+        softcap: limit of the scores, ``softcap * tanh(score / softcap)``; None for no limit.
 
     Returns:
         ``(B, H, T, D)``.
     """
+    if softcap is not None:
+        key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
+        return capped_attention(query, key, value, mask, scaling, column, softcap)
     if column is not None:
         key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
         return explicit_attention(query, key, value, mask, column, scaling)[0]
@@ -48,6 +53,24 @@ def attention(
     return out[..., :value_dim].reshape(batch_size, num_heads, num_queries, value_dim)
 
 
+def capped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    column: SinkColumn | None,
+    softcap: float,
+) -> Tensor:
+    """Compute attention with limited scores (Gemma 2) by an explicit softmax, as `attention`."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scores = softcap * (query.to(dtype) @ key.mT.to(dtype) * (scaling / softcap)).tanh()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    out, lse = scores.softmax(-1).to(value.dtype) @ value, scores.logsumexp(-1)
+    return out if column is None else merge_column(out, lse, column)[0]
+
+
 def two_phase_attention(
     query: Tensor,
     turned_query: Tensor,
@@ -58,13 +81,14 @@ def two_phase_attention(
     scaling: float,
     rotary: slice,
     column: SinkColumn | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Compute one softmax over kept keys (scored with ``turned_query``) and band keys (``query``).
 
     No merge is needed, see `two_phase_states`.
     """
     queries, keys = two_phase_states(query, turned_query, kept_key, band_key, rotary)
-    return attention(queries, keys, value, mask, scaling, column)
+    return attention(queries, keys, value, mask, scaling, column, softcap)
 
 
 def two_phase_states(

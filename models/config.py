@@ -142,8 +142,12 @@ def sink_config(config: PreTrainedConfig) -> SinkGPTNeoXConfig:
 
 
 def default_num_kept(config: PreTrainedConfig) -> int:
-    """Return how many first tokens a cache keeps by default: the sinks, or `DEFAULT_NUM_KEPT`."""
-    return sink_config(config).num_sinks or DEFAULT_NUM_KEPT
+    """Return how many first tokens a cache keeps by default: the sinks, or `DEFAULT_NUM_KEPT`.
+
+    They are at least those that the model's windowed layers keep.
+    """
+    sink = sink_config(config)
+    return max(sink.num_sinks or DEFAULT_NUM_KEPT, sink.num_kept or 0)
 
 
 def tokens_per_sample(seq_length: int, num_sinks: int) -> int:

@@ -18,7 +18,7 @@ from transformers.models.mpt.modeling_mpt import MptAttention
 
 from ..models.cache_argument import CACHE
 from .encodings import Rotary
-from .steps import Step
+from .steps import Pass
 
 if TYPE_CHECKING:
     from .cache import StreamingCache
@@ -49,7 +49,7 @@ class Adapter:
         return [module for name, module in decoder.named_modules() if name.endswith("." + self.module_name)]
 
 
-def step_of(cache_ref: CacheRef) -> Step:
+def step_of(cache_ref: CacheRef) -> Pass:
     """Return the current pass."""
     step = cache_ref().step
     assert step is not None
@@ -116,7 +116,7 @@ def rotated_attention(
     cache_ref: CacheRef, module: GPTJAttention | CodeGenAttention, query: Tensor, key: Tensor, value: Tensor
 ) -> Tensor:
     """Rotate queries and keys ``(B, H, T, D)`` by the cache's positions, attend, and project."""
-    step = step_of(cache_ref)
+    step = step_of(cache_ref).of(module.layer_idx)
     rotary = step.encoding
     assert isinstance(rotary, Rotary)
     phases = rotary.phases(step.on(query.device).position_ids, query)

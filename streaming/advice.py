@@ -37,10 +37,10 @@ def refuse_without_weights(decoder: nn.Module) -> None:
         raise ValueError("the model has weights on the device meta, which stores none: load them first")
 
 
-def warn_if_untrained(model: Any, shape: StreamShape) -> None:
-    """Warn if a cache has distances that the model was not trained on."""
+def warn_if_untrained(model: Any, shape: StreamShape, largest_distance: int) -> None:
+    """Warn if a cache of a given shape has distances that the model was not trained on."""
     trained = getattr(unwrapped(model).config, "max_position_embeddings", None)
-    if trained and shape.num_cached >= trained:
+    if trained and largest_distance >= trained:
         warnings.warn(
             f"the cache {shape.num_kept}+{shape.window} is too large for the {trained} positions that the model was "
             f"trained on; output quality may degrade. Use a cache of fewer than {trained} tokens in total.",

@@ -5,7 +5,6 @@ import os
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,48 +14,19 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from .advice import refuse_constructor, refuse_name, refuse_without_weights, warn_if_untrained
-from .buffers import StreamingLayer, row_index, select_rows, static_copy, static_zeros
+from .buffers import StreamingLayer, row_index
 from .continuing import check_generation
+from .counters import StreamCounters
 from .encodings import Rotary
 from .families import family_of, num_equal_positions
+from .layers import LayerPlan
 from .quantized import KV_DTYPES, QuantizedLayer, check_head_sizes
 from .record import TextRecord
 from .rule import StreamShape
 from .saving import load_cache, save_cache
 from .steering import SteeredForward
-from .steps import ChunkStep, DecodeStep
+from .steps import ChunkStep, DecodeStep, Pass, Step
 from .wrappers import decoder_of
-
-
-@dataclass
-class StreamCounters:
-    """Counters of the streams of a batch, on the device so that a compiled step can update them.
-
-    Attributes:
-        num_seen: ``(B,)``, tokens seen in each row.
-        base: ``(B,)``, index of the token that has phase 0.
-        num_columns: ``()``, inputs seen including padding, the sequence length for transformers.
-    """
-
-    num_seen: Tensor
-    base: Tensor
-    num_columns: Tensor
-
-    @classmethod
-    def start(cls, batch_size: int, device: torch.device) -> "StreamCounters":
-        return cls(*(static_zeros(shape, torch.long, device) for shape in ((batch_size,), (batch_size,), ())))
-
-    def copy(self) -> "StreamCounters":
-        return StreamCounters(*(static_copy(tensor) for tensor in (self.num_seen, self.base, self.num_columns)))
-
-    def __deepcopy__(self, memo: dict) -> "StreamCounters":
-        return self.copy()
-
-    def to(self, device: torch.device) -> "StreamCounters":
-        return StreamCounters(*(tensor.to(device) for tensor in (self.num_seen, self.base, self.num_columns))).copy()
-
-    def map_rows(self, rows: Tensor) -> None:
-        self.num_seen, self.base = select_rows(self.num_seen, rows), select_rows(self.base, rows)
 
 
 class StreamingCache(Cache):
@@ -83,18 +53,17 @@ class StreamingCache(Cache):
         if kv_dtype is not None:
             check_head_sizes(decoder.config, kv_dtype)
         family = family_of(decoder.config, shape)
-        encoding = family.encoding(decoder, shape)
+        plan = LayerPlan.of(decoder, shape, family.encoding)
         new_layer = StreamingLayer if kv_dtype is None else partial(QuantizedLayer, kv_dtype)
-        rotates = encoding.rotates if isinstance(encoding, Rotary) else lambda layer_idx: True
-        layers = [new_layer(shape, rotates(i)) for i in range(decoder.config.num_hidden_layers)]
+        layers = [new_layer(plan.group(i).shape, plan.has_positions(i)) for i in range(plan.num_layers)]
         super().__init__(layers=layers)
         self.streaming_layers = layers
-        self.model, self.decoder, self.shape, self.encoding = model, decoder, shape, encoding
-        self.chunk_size = min(chunk_size, num_equal_positions(decoder.config) - shape.num_slots)
+        self.model, self.decoder, self.shape, self.plan = model, decoder, shape, plan
+        self.chunk_size = min(chunk_size, num_equal_positions(decoder.config) - plan.num_slots)
         self.kv_dtype = kv_dtype
         self.counters: StreamCounters | None = None
         self.record: TextRecord | None = None  # what was read
-        self.step: DecodeStep | ChunkStep | None = None  # the current pass
+        self.step: Pass | None = None  # the current pass
         self.inputs: tuple[Tensor, Tensor | None] | None = None  # of the current pass, and which are tokens
         self.num_since_rebase = 0
         self.is_ragged = False  # rows have seen different numbers of tokens
@@ -143,12 +112,13 @@ class StreamingCache(Cache):
             raise ValueError(f"kv_dtype is {kv_dtype!r}: it must be {', '.join(map(repr, KV_DTYPES))} or None")
         if chunk_size < 1:
             raise ValueError(f"chunk_size is {chunk_size}: it must be at least 1")
-        warn_if_untrained(model, StreamShape(num_kept, window))
-        return cls(model, StreamShape(num_kept, window), chunk_size, kv_dtype)
+        cache = cls(model, StreamShape(num_kept, window), chunk_size, kv_dtype)
+        warn_if_untrained(model, cache.shape, cache.plan.num_slots - 1)
+        return cache
 
     def __repr__(self) -> str:
-        shape = self.shape
-        return f"StreamingCache(num_kept={shape.num_kept}, window={shape.window}, seen={self.get_seq_length()})"
+        shape, own = self.shape, "".join(f", {layers}" for layers in self.plan.own_shapes)
+        return f"StreamingCache(num_kept={shape.num_kept}, window={shape.window}{own}, seen={self.get_seq_length()})"
 
     def __deepcopy__(self, memo: dict) -> "StreamingCache":
         """Copy the streams to a new cache of the same model.
@@ -282,12 +252,14 @@ class StreamingCache(Cache):
         elif self.counters.base.device != inputs.device and self.record is not None:
             self.counters, self.record = self.counters.to(inputs.device), self.record.to(inputs.device)
         num_seen, base = self.counters.num_seen, self.counters.base
-        context = (self.streaming_layers, self.shape, self.encoding)
+        groups = [(self.streaming_layers, group.shape, group.encoding) for group in self.plan.groups]
+        steps: list[Step]
         if num_inputs == 1:
-            self.step = DecodeStep(*context, num_seen, base, is_token)
+            steps = [DecodeStep(*group, num_seen, base, is_token) for group in groups]
         else:
             rows = slice(None) if self.is_ragged else slice(1)
-            self.step = ChunkStep(*context, num_seen[rows], base[rows], num_inputs, is_token)
+            steps = [ChunkStep(*group, num_seen[rows], base[rows], num_inputs, is_token) for group in groups]
+        self.step = Pass(steps, self.plan.group_of_layer)
         self.inputs = inputs, is_token
         return self.step.position_ids.expand(batch_size, -1)
 
@@ -308,7 +280,7 @@ class StreamingCache(Cache):
 
         Eager passes call this automatically. For a compiled pass, call it before each token.
         """
-        if self.num_since_rebase + num_inputs > self.shape.window + 1:
+        if self.num_since_rebase + num_inputs > self.plan.window + 1:
             try:
                 self.rebase()
             except BaseException:  # some layers are rebased, some are not
@@ -320,26 +292,27 @@ class StreamingCache(Cache):
     def rebase(self) -> None:
         """Move all phases back: the window starts at phase S, and float32 angles stay accurate.
 
-        This is done once per window. A key is rotated back at most once while it is in the cache,
-        so rounding errors do not accumulate, not even in bfloat16.
+        This is done once per window, the largest one of all layers. A key is rotated back at most
+        once while it is in the cache, so rounding errors do not accumulate, not even in bfloat16.
         """
         self.num_since_rebase = 0
         if self.counters is None:
             return
-        base = (self.counters.num_seen - self.shape.num_slots).clamp(min=0)
-        if isinstance(self.encoding, Rotary):
-            self.turn_windows(self.encoding, (self.counters.base - base)[:, None])
+        base = (self.counters.num_seen - self.plan.num_slots).clamp(min=0)
+        self.turn_windows((self.counters.base - base)[:, None])
         self.counters.base.copy_(base)
 
-    def turn_windows(self, encoding: Rotary, steps: Tensor) -> None:
+    def turn_windows(self, steps: Tensor) -> None:
         """Rotate the keys of all windows by ``steps`` ``(B, 1)`` positions."""
-        phases: dict[torch.device, tuple[Tensor, Tensor]] = {}  # on each device with layers
-        for layer in self.streaming_layers:
-            if layer.is_allocated and layer.has_positions:
+        phases: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}  # of each encoding, on each device
+        for index, layer in enumerate(self.streaming_layers):
+            encoding = self.plan.group(index).encoding
+            if isinstance(encoding, Rotary) and layer.is_allocated and layer.has_positions:
                 like = layer.kept_keys
-                if like.device not in phases:
-                    phases[like.device] = encoding.phases(steps.to(like.device), like)
-                layer.turn_window(partial(encoding.turn, phases=phases[like.device]))
+                key = id(encoding), like.device
+                if key not in phases:
+                    phases[key] = encoding.phases(steps.to(like.device), like)
+                layer.turn_window(partial(encoding.turn, phases=phases[key]))
 
     # -- The interface of transformers' caches ---------------------------------------------------
 
@@ -383,7 +356,7 @@ class StreamingCache(Cache):
         if self.counters is None:
             return True
         # On MPS, `generate` would remove a token after each step, also when the cache is full.
-        is_full = int(self.counters.num_seen.max()) > self.shape.num_slots
+        is_full = int(self.counters.num_seen.max()) > self.plan.num_slots_of_smallest
         return not (is_full or self.is_ragged or self.decoder.device.type == "mps")
 
     @property
@@ -454,10 +427,10 @@ class StreamingCache(Cache):
             return
         if self.is_ragged:
             raise ValueError("cannot remove tokens from a batch that had padding: call reset() and read the text again")
-        if int(self.counters.num_seen.max()) > self.shape.num_slots:
+        if int(self.counters.num_seen.max()) > self.plan.num_slots_of_smallest:
             raise ValueError(
                 f"cannot remove tokens: {int(self.counters.num_seen.max())} tokens were seen, and some have left the "
-                f"cache of {self.shape.num_kept}+{self.shape.window}. Assisted generation and prompt lookup remove "
+                f"cache of {self.plan}. Assisted generation and prompt lookup remove "
                 "tokens: turn them off or use a larger window"
             )
         if -tokens_to_remove > int(self.counters.num_seen.min()):

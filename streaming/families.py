@@ -4,12 +4,13 @@ Most families use transformers' attention interface and rotary positions, so onl
 their frequencies is needed. `adapters` replaces the attention code of the others.
 """
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor as build_bloom_alibi
 from transformers.models.falcon.modeling_falcon import FalconModel
@@ -18,10 +19,11 @@ from transformers.models.mpt.modeling_mpt import MptModel
 
 from . import adapters
 from .encodings import Alibi, Encoding, Rotary
+from .layers import layer_shapes
 from .refusals import ABSOLUTE, REFUSED, refusal
 from .rule import LARGEST, StreamShape
 
-FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "ntk_alpha")
+FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "ntk_alpha", "proportional")
 SWITCHING_ROPE_TYPES = ("dynamic", "longrope")  # fixed up to a length, see `num_equal_positions`
 
 
@@ -37,16 +39,36 @@ def shared_rotary(
 
     Further arguments are those of `Rotary`.
     """
-    module: Any = decoder.rotary_emb
+    return Rotary(frequencies(decoder.rotary_emb), interleaved=interleaved, start=start, layers=layers)
+
+
+def frequencies(module: Any, layer_type: str | None = None) -> Callable[[], Tensor]:
+    """Return a function that returns the frequencies of a rotary embedding, or of a type of layers.
+
+    Raises:
+        ValueError: the rotary type was not tested.
+    """
     rope_type = getattr(module, "rope_type", "default")
-    if rope_type in SWITCHING_ROPE_TYPES:
-        return Rotary(lambda: module.original_inv_freq, interleaved=interleaved, start=start, layers=layers)
-    if rope_type not in FIXED_ROPE_TYPES:
+    if isinstance(rope_type, dict):
+        rope_type = rope_type[layer_type]
+    if rope_type not in FIXED_ROPE_TYPES + SWITCHING_ROPE_TYPES:
         raise ValueError(
             f"streaming does not support rope_type {rope_type!r}: it was not tested with the streaming rule. "
             f"Supported are {', '.join(FIXED_ROPE_TYPES + SWITCHING_ROPE_TYPES)}"
         )
-    return Rotary(lambda: module.inv_freq, interleaved=interleaved, start=start, layers=layers)
+    name = "original_inv_freq" if rope_type in SWITCHING_ROPE_TYPES else "inv_freq"
+    return lambda: getattr(module, name if layer_type is None else f"{layer_type}_{name}")
+
+
+def rotary_by_layer_type(decoder: Any, shape: StreamShape, *, interleaved: bool = False) -> list[Rotary]:
+    """Return the rotary embedding of each layer, for types of layers with a base of their own.
+
+    Windowed layers of Gemma 3 have another base than the others. A type without frequencies has no
+    positions.
+    """
+    types, module = decoder.config.layer_types, decoder.rotary_emb
+    embeddings = {name: Rotary(frequencies(module, name), interleaved=interleaved) for name in dict.fromkeys(types)}
+    return [embeddings[name] for name in types]
 
 
 def latent_rotary(decoder: Any, shape: StreamShape, *, interleaved: bool = False) -> Rotary:
@@ -63,13 +85,16 @@ def rotary_in_some_layers(decoder: Any, shape: StreamShape, *, interleaved: bool
     return shared_rotary(decoder, shape, interleaved=interleaved, layers=layers)
 
 
-def exaone4_rotary(decoder: Any, shape: StreamShape) -> Rotary:
-    """Return EXAONE 4's rotary embedding: of its windowed layers, or of all if it has no window."""
+def rotary_in_windowed_layers(decoder: Any, shape: StreamShape, *, interleaved: bool = False) -> Rotary:
+    """Return a rotary embedding of layers with a window; the others have no positions (Cohere 2).
+
+    If the model has no window, all layers are rotated (EXAONE 4).
+    """
     config = decoder.config
     if config.sliding_window is None:
-        return shared_rotary(decoder, shape)
+        return shared_rotary(decoder, shape, interleaved=interleaved)
     layers = {i for i, layer_type in enumerate(config.layer_types) if layer_type == "sliding_attention"}
-    return shared_rotary(decoder, shape, layers=layers)
+    return shared_rotary(decoder, shape, interleaved=interleaved, layers=layers)
 
 
 def gptj_rotary(decoder: Any, shape: StreamShape) -> Rotary:
@@ -106,11 +131,18 @@ def bloom_alibi(decoder: Any, shape: StreamShape) -> Alibi:
     return Alibi(build_bloom_alibi(ones, decoder.num_heads, torch.float32)[:, 0])
 
 
+EncodingOf = Callable[[Any, StreamShape], Encoding | Sequence[Encoding]]
+
+
 @dataclass(frozen=True)
 class Family:
-    """A family's position encoding, and the adapter for its attention code if it needs one."""
+    """A family's position encoding, and the adapter for its attention code if it needs one.
 
-    encoding: Callable[[Any, StreamShape], Encoding]
+    Args:
+        encoding: maps ``(decoder, shape)`` to the encoding of all layers, or to one for each layer.
+    """
+
+    encoding: EncodingOf
     adapter: adapters.Adapter | None = None
 
 
@@ -118,6 +150,8 @@ ROTARY = Family(shared_rotary)
 INTERLEAVED = Family(partial(shared_rotary, interleaved=True))
 SOME_LAYERS = Family(rotary_in_some_layers)
 LATENT = Family(latent_rotary)
+BY_TYPE = Family(rotary_by_layer_type)
+WINDOWED_ROTARY = Family(rotary_in_windowed_layers)
 FAMILIES: dict[str, Family] = {
     "gpt_neox": ROTARY,  # Pythia; only part of each head is rotary
     "sink_gpt_neox": ROTARY,
@@ -159,16 +193,34 @@ FAMILIES: dict[str, Family] = {
     "codegen": Family(gptj_rotary, adapters.CODEGEN),
     "bloom": Family(bloom_alibi, adapters.BLOOM),
     "smollm3": SOME_LAYERS,
-    "exaone4": Family(exaone4_rotary),
+    "exaone4": WINDOWED_ROTARY,
+    "exaone_moe": WINDOWED_ROTARY,
+    "afmoe": WINDOWED_ROTARY,
+    "cohere2": Family(partial(rotary_in_windowed_layers, interleaved=True)),
+    "cohere2_moe": Family(partial(rotary_in_windowed_layers, interleaved=True)),
+    "gemma2": ROTARY,
+    "gemma3_text": BY_TYPE,
+    "gemma3n_text": BY_TYPE,
+    "gemma4_text": BY_TYPE,
+    "vaultgemma": ROTARY,
+    "modernbert-decoder": BY_TYPE,
+    "gpt_oss": ROTARY,
+    "olmo3": BY_TYPE,
+    "ministral": ROTARY,
+    "cwm": ROTARY,
+    "mimo_v2_flash": BY_TYPE,
+    "mellum": BY_TYPE,
+    "laguna": BY_TYPE,
+    "granite_swa": ROTARY,
+    "granitemoe_swa": ROTARY,
+    "dots1": ROTARY,
     "llama4_text": Family(partial(rotary_in_some_layers, interleaved=True), adapters.OWN),
     "deepseek_v2": Family(partial(latent_rotary, interleaved=True)),
     "deepseek_v3": LATENT,
 }
 
 
-def register_family(
-    model_type: str, encoding: Callable[[Any, StreamShape], Encoding], adapter: adapters.Adapter | None = None
-) -> None:
+def register_family(model_type: str, encoding: EncodingOf, adapter: adapters.Adapter | None = None) -> None:
     """Let models of another type stream.
 
     Check a model of the type with `sinklm.streaming.testing.check_family`: a wrong encoding gives
@@ -177,7 +229,8 @@ def register_family(
     Args:
         model_type: as in the config of the decoder, the model without its head.
         encoding: maps ``(decoder, shape)`` to the positions of the decoder's keys: `shared_rotary`
-            for most models, or a function that returns `Rotary` or `Alibi`.
+            for most models, `rotary_by_layer_type`, or a function that returns `Rotary` or `Alibi`,
+            or one of them for each layer.
         adapter: for attention code that does not use transformers' attention interface.
 
     Raises:
@@ -210,7 +263,7 @@ def family_of(config: PreTrainedConfig, shape: StreamShape) -> Family:
 
     Raises:
         ValueError: the model type is not supported, or the model computes something else for
-            caches of this size: its own window is smaller, or its positions change.
+            caches of this size: its attention chunks are smaller, or its positions change.
     """
     model_type = config.model_type
     if model_type not in FAMILIES:
@@ -219,38 +272,29 @@ def family_of(config: PreTrainedConfig, shape: StreamShape) -> Family:
             f"Supported are {', '.join(FAMILIES)}"
         )
         raise ValueError(f"streaming does not support model type {model_type!r}: {reason}")
-    own_window = sliding_window(config)
-    if own_window is not None and own_window < shape.num_slots:
-        raise ValueError(
-            f"the model's own sliding window has {own_window} keys, fewer than the {shape.num_slots} keys of this "
-            f"cache (num_kept + window + 1): num_kept + window must be at most {own_window - 1}"
-        )
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        num_keys = config.attention_chunk_size
+        if num_keys < shape.num_slots:
+            raise ValueError(
+                f"the model's own attention chunks have {num_keys} keys, fewer than the {shape.num_slots} keys of this "
+                f"cache (num_kept + window + 1): num_kept + window must be at most {num_keys - 1}"
+            )
+    shapes = layer_shapes(config, shape)
+    num_used = max(own.num_slots for own in shapes) + max(own.window for own in shapes) + 1
     num_positions = num_equal_positions(config)
-    if shape.num_slots + shape.window + 1 > num_positions:
+    if num_used > num_positions:
         raise ValueError(
             f"the model computes positions from {num_positions} on in another way, and this cache uses "
-            f"{shape.num_slots + shape.window + 1}: num_kept + 2 * window must be at most {num_positions - 2}"
+            f"{num_used}: num_kept + 2 * window must be at most {num_positions - 2}"
         )
     return FAMILIES[model_type]
 
 
-def sliding_window(config: PreTrainedConfig) -> int | None:
-    """Return the model's own sliding window in keys (Mistral 0.1, some Qwen), None without one.
-
-    Llama 4 has chunks instead: a query sees the keys of its own chunk.
-    """
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None and "chunked_attention" in layer_types:
-        return config.attention_chunk_size
-    if layer_types is not None and "sliding_attention" not in layer_types:
-        return None
-    return getattr(config, "sliding_window", None)
-
-
 def is_one_graph(decoder: Any) -> bool:
     """Whether a step can be compiled, which it cannot if it chooses its rotary frequencies."""
-    rotary = getattr(decoder, "rotary_emb", None)
-    return getattr(rotary, "rope_type", None) not in SWITCHING_ROPE_TYPES
+    rope_type = getattr(getattr(decoder, "rotary_emb", None), "rope_type", None)
+    used = rope_type.values() if isinstance(rope_type, dict) else (rope_type,)
+    return not set(used) & set(SWITCHING_ROPE_TYPES)
 
 
 def num_equal_positions(config: PreTrainedConfig) -> int:
@@ -261,11 +305,13 @@ def num_equal_positions(config: PreTrainedConfig) -> int:
     ``num_slots + max(window + 1, chunk_size)``.
     """
     limits = [LARGEST * 4]
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "dynamic":
-        limits.append(config.max_position_embeddings - 1)
-    if rope.get("rope_type") == "longrope" or rope.get("llama_4_scaling_beta"):
-        limits.append(rope["original_max_position_embeddings"])
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_type = [entry for entry in parameters.values() if isinstance(entry, dict)]
+    for rope in by_type or [parameters]:
+        if rope.get("rope_type") == "dynamic":
+            limits.append(config.max_position_embeddings - 1)
+        if rope.get("rope_type") == "longrope" or rope.get("llama_4_scaling_beta"):
+            limits.append(rope["original_max_position_embeddings"])
     if getattr(config, "attn_temperature_tuning", False):
         limits.append(int(config.floor_scale) - 1)
     return min(limits)

@@ -77,7 +77,8 @@ def check_head_sizes(config: Any, kv_dtype: str) -> None:
     if hasattr(config, "qk_nope_head_dim"):
         sizes = [config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim]
     else:
-        sizes = [getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads]
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        sizes = [head_dim, getattr(config, "v_head_dim", None) or head_dim]
     for head_dim in sizes:
         KV_DTYPES[kv_dtype].codes_shape(head_dim)
 

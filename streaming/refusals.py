@@ -5,7 +5,7 @@ from transformers import PreTrainedConfig
 ABSOLUTE = "it adds absolute position embeddings before the first layer, so positions of cached keys cannot be moved"
 RELATIVE = "its attention has relative positions of its own kind, neither rotary nor ALiBi"
 LINEAR = "it has no keys to keep: linear attention and state-space layers store their past in a state of fixed size"
-LAYERED = "some of its layers have their own sliding window, with rules that differ between layers"
+CHUNKED = "its layers see chunks of the text and no window, which was not tested with the streaming rule"
 INDEXED = "its layers select the keys that a query sees, with an index of the whole text"
 REFUSED: dict[str, str] = {
     **dict.fromkeys(("gpt2", "gpt_neo", "gpt_bigcode", "opt", "xglm", "biogpt", "openai-gpt", "ctrl"), ABSOLUTE),
@@ -15,9 +15,6 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "qwen3_next", "xlstm"), LINEAR),
     **dict.fromkeys(("jamba", "bamba", "falcon_h1", "zamba", "zamba2", "minimax", "nemotron_h", "zaya"), LINEAR),
     **dict.fromkeys(("granitemoehybrid", "kimi_linear", "olmo_hybrid", "lfm2", "lfm2_moe"), LINEAR),
-    **dict.fromkeys(("gemma2", "gemma3", "gemma3_text", "gemma3n_text", "gemma4_text", "vaultgemma"), LAYERED),
-    **dict.fromkeys(("cohere2", "cohere2_moe", "olmo3", "gpt_oss", "exaone_moe", "ministral", "cwm"), LAYERED),
-    **dict.fromkeys(("afmoe", "modernbert-decoder", "mimo_v2_flash", "mellum", "laguna"), LAYERED),
     **dict.fromkeys(("deepseek_v32", "deepseek_v4", "glm_moe_dsa"), INDEXED),
 }
 KINDS_OF_LAYERS = {  # part of a name in `config.layer_types`
@@ -29,8 +26,7 @@ KINDS_OF_LAYERS = {  # part of a name in `config.layer_types`
     "indexed": INDEXED,
     "sparse": INDEXED,
     "compressed": INDEXED,
-    "sliding": LAYERED,
-    "chunked": LAYERED,
+    "chunked": CHUNKED,
 }
 
 

@@ -30,7 +30,10 @@ class StreamShape:
         if self.window < 1:
             raise ValueError(f"window is {self.window}: it must be at least 1")
         if self.num_cached > LARGEST:
-            raise ValueError(f"a cache of {self.num_kept}+{self.window} tokens is too large: use at most {LARGEST:,}")
+            raise ValueError(f"a cache of {self} tokens is too large: use at most {LARGEST:,}")
+
+    def __str__(self) -> str:
+        return f"{self.num_kept}+{self.window}"
 
     @property
     def num_cached(self) -> int:

@@ -19,14 +19,20 @@ import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
-from ..models.attention import register_column_attention
+from ..models.attention import register_column_attention, register_window_attention, score_dtype
+from ..models.cache_argument import NAMES
 from ..models.sink_column import SinkColumn
 from .adapters import STEERED, identity_mask
+from .masks import text_mask
 
 if TYPE_CHECKING:
     from .cache import StreamingCache
 
 ATTENTION = "sinklm_streaming"  # value of ``attn_implementation``
+HARMLESS = {  # arguments of attention functions that do not change a streaming pass
+    *("dropout", "sliding_window", "position_ids", "cache_position", "num_items_in_batch", "logits_to_keep"),
+    *("position_embeddings", "token_type_ids", "mm_token_type_ids", *NAMES),
+}
 NEEDED_PARAMETERS = ("input_ids", "inputs_embeds", "attention_mask")
 
 
@@ -40,19 +46,48 @@ def streaming_attention(
     *,
     streaming_cache: "StreamingCache",
     column: SinkColumn | None = None,
+    s_aux: Tensor | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention function of transformers' interface for passes with a streaming cache.
 
-    States are ``(B, H, T, D)``, the output is ``(B, T, H, D)``.
+    Args:
+        query, key, value: ``(B, H, T, D)``.
+        column: the sink of a model of sinklm.
+        s_aux: sink logits ``(H,)`` of gpt-oss and similar models.
+        softcap: limit of the scores (Gemma 2).
+
+    Returns:
+        The output ``(B, T, H, D)`` and None.
+
+    Raises:
+        ValueError: the model passes another argument, which may change the attention.
     """
     assert streaming_cache.step is not None
-    out = streaming_cache.step.attend(module.layer_idx, query, key, value, scaling, column)
+    refuse_unknown(module, kwargs)
+    if s_aux is not None:
+        column = SinkColumn(s_aux.to(score_dtype(query))[:, None])
+    out = streaming_cache.step.attend(module.layer_idx, query, key, value, scaling, column, softcap)
     return out.transpose(1, 2).contiguous(), None
+
+
+def refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raise a ValueError for arguments of an attention function that are not known to be harmless.
+
+    Models pass biases, indices and more to their attention, and it would be wrong to ignore them.
+    """
+    for name, value in kwargs.items():
+        if name not in HARMLESS and value is not None and not isinstance(value, bool):
+            raise ValueError(
+                f"streaming does not support {type(module).__name__}: it passes {name!r} to its attention function, "
+                "which a StreamingCache does not know"
+            )
 
 
 AttentionInterface.register(ATTENTION, streaming_attention)
 register_column_attention(ATTENTION, streaming_attention)
+register_window_attention(ATTENTION)  # the cache has the windows of the layers
 
 
 class SteeredForward:
@@ -134,7 +169,7 @@ class SteeredForward:
         """Run the new inputs through the decoder in chunks. A failure midway damages the cache."""
         name, inputs = inputs_of(named)
         check_call(inputs, named, cache.decoder.config)
-        is_token = cache.check_inputs(inputs, named.get("attention_mask"))
+        is_token = cache.check_inputs(inputs, text_mask(named.get("attention_mask"), inputs.shape[1]))
         outputs = []
         with self.routed(cache), cache.damaged_by_failure(inputs.shape[1]):
             for start in range(0, inputs.shape[1], cache.chunk_size):
@@ -204,6 +239,8 @@ def steered(cache: "StreamingCache", named: dict, position_ids: Tensor) -> dict:
     if cache.adapter is not None and cache.adapter.takes_positions_from_cache:
         position_ids = torch.zeros_like(position_ids)
     mask = identity_mask(cache.adapter, inputs.shape[0], inputs.device)
+    if "logits_to_keep" in named:  # Gemma 4 would leave out queries in its last layers
+        named = {**named, "logits_to_keep": 0}
     return {**named, "attention_mask": mask, "position_ids": position_ids, STEERED: cache}
 
 
@@ -216,6 +253,10 @@ def check_call(inputs: Tensor | None, named: dict, config: PreTrainedConfig) -> 
         )
     if named.get("use_cache") is False:  # `generate` would pass the whole text again at each step
         raise ValueError("use_cache is False, but a StreamingCache was passed: pass use_cache=True")
+    if named.get("window") is not None or named.get("carried") is not None:
+        raise ValueError(
+            "window= and carried= are for passes without a cache: create the StreamingCache with a smaller window"
+        )
     if named.get("output_attentions") or getattr(config, "output_attentions", False):
         raise ValueError("a StreamingCache does not return attention weights: set output_attentions=False")
 

@@ -1,11 +1,13 @@
-"""One forward pass of a stream: the values that all layers share, and the attention of each layer.
+"""One forward pass of a stream: the values that layers share, and the attention of each layer.
 
 `DecodeStep` handles one token per row, in place and with static shapes. `ChunkStep` handles any
-number of tokens as banded attention. Both compute the same result.
+number of tokens as banded attention. Both compute the same result. A `Pass` has one of them for
+each group of layers with the same shape and position encoding.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +21,16 @@ from .quantized import RecentTokens
 from .rule import StreamShape
 
 
+class Softmax(NamedTuple):
+    """How the scores of a layer become weights, see `Step.attend`."""
+
+    scaling: float
+    column: SinkColumn | None = None
+    softcap: float | None = None
+
+
 class Step:
-    """A forward pass over new inputs: the buffers of all layers, and the attention over them.
+    """A forward pass over new inputs for layers of one shape and one position encoding.
 
     Attributes:
         position_ids: ``(B or 1, T)`` positions of the inputs.
@@ -64,6 +74,7 @@ class Step:
         value: Tensor,
         scaling: float | None,
         column: SinkColumn | None = None,
+        softcap: float | None = None,
     ) -> Tensor:
         """Store the new keys and values ``(B, G, T, D)`` of a layer and compute its attention.
 
@@ -71,15 +82,21 @@ class Step:
             query: ``(B, H, T, D)``.
             scaling: factor of the scores; None is ``D ** -0.5``.
             column: the column of the layer's sink, if it has one.
+            softcap: limit of the scores, ``softcap * tanh(score / softcap)``; None for no limit.
 
         Returns:
             ``(B, H, T, D)``.
         """
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        softmax = Softmax(query.shape[-1] ** -0.5 if scaling is None else scaling, column, softcap)
+        if not query.shape[2] == key.shape[2] == self.num_inputs:
+            raise ValueError(
+                f"layer {layer_idx} has {query.shape[2]} queries and {key.shape[2]} keys of {self.num_inputs} inputs, "
+                "but a StreamingCache requires one of each"
+            )
         layer = self.layers[layer_idx]
         with torch.no_grad():
             layer.allocate(key, value)
-            out = self.on(key.device)._attend(layer, query, key, value, scaling, column)
+            out = self.on(key.device)._attend(layer, query, key, value, softmax)
         if any(states.requires_grad for states in (query, key, value)):
             return WithoutGradient.apply(out, query, key, value)
         return out
@@ -90,10 +107,29 @@ class Step:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        scaling: float,
-        column: SinkColumn | None,
+        softmax: Softmax,
     ) -> Tensor:
         raise NotImplementedError
+
+
+class Pass:
+    """One forward pass: a step for each group of layers. All steps have the same inputs.
+
+    Attributes:
+        position_ids, num_inputs, num_new: as in `Step`.
+    """
+
+    def __init__(self, steps: list[Step], group_of_layer: Sequence[int]):
+        self.steps, self.group_of_layer = steps, group_of_layer
+        self.position_ids, self.num_inputs, self.num_new = steps[0].position_ids, steps[0].num_inputs, steps[0].num_new
+
+    def of(self, layer_idx: int) -> Step:
+        """Return the step of a layer."""
+        return self.steps[self.group_of_layer[layer_idx]]
+
+    def attend(self, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        """See `Step.attend`."""
+        return self.of(layer_idx).attend(layer_idx, *args, **kwargs)
 
 
 class WithoutGradient(torch.autograd.Function):
@@ -145,11 +181,12 @@ class DecodeStep(Step):
             shift = (num_seen - shape.query_position(num_seen))[:, None]
             self.key_positions = torch.where(tokens < shape.num_kept, tokens, tokens - shift)
 
-    def _attend(self, layer, query, key, value, scaling, column):
-        if kernels.is_available and isinstance(self.encoding, Rotary) and kernels.can_fuse(self.encoding, layer, query):
-            where = (self.shape, self.encoding, layer, self.num_seen, self.base)
-            out, lse = kernels.decode_attention(*where, query, key, value, scaling)
-            return out if column is None else merge_column(out, lse, column)[0]
+    def _attend(self, layer, query, key, value, softmax):
+        encoding, has_kernel = self.encoding, kernels.is_available and softmax.softcap is None
+        if has_kernel and isinstance(encoding, Rotary) and kernels.can_fuse(encoding, layer, query):
+            where = (self.shape, encoding, layer, self.num_seen, self.base)
+            out, lse = kernels.decode_attention(*where, query, key, value, softmax.scaling)
+            return out if softmax.column is None else merge_column(out, lse, softmax.column)[0]
         layer.write(key, value, self)
         keys, values = layer.read(self)
         num_kept = self.shape.num_kept
@@ -160,7 +197,7 @@ class DecodeStep(Step):
             if num_kept and layer.has_positions:
                 self.phases = self.phases or self.encoding.phases(self.kept_turn, like=key)
                 keys[:, :, :num_kept] = self.encoding.turn(layer.kept_keys[:, :, :num_kept], self.phases)
-        return attention(query, keys, values, mask, scaling, column)
+        return attention(query, keys, values, mask, *softmax)
 
 
 class ChunkStep(Step):
@@ -244,7 +281,7 @@ class ChunkStep(Step):
         ranks = (tokens - self.num_seen).clamp(0, self.num_inputs - 1)
         return (tokens >= self.num_seen)[:, None, :, None], self.order.expand(len(ranks), -1).gather(1, ranks)
 
-    def _attend(self, layer, query, key, value, scaling, column):
+    def _attend(self, layer, query, key, value, softmax):
         num_kept = self.shape.num_kept
         keys, values = layer.read(self)
         window_key, window_value = gather_columns(keys, self.window_slots), gather_columns(values, self.window_slots)
@@ -254,12 +291,13 @@ class ChunkStep(Step):
         if isinstance(self.encoding, Alibi):
             bias = self.encoding.bias(self.key_positions, self.visible, like=query)
             keys = torch.cat((kept_key, band_key), dim=2)
-            return attention(query, keys, torch.cat((kept_value, band_value), dim=2), bias, scaling, column)
+            return attention(query, keys, torch.cat((kept_value, band_value), dim=2), bias, *softmax)
         turned = query
         if num_kept and layer.has_positions:
             self.phases = self.phases or self.encoding.phases(self.query_turn, like=query)
             turned = self.encoding.turn(query, self.phases)
-        if self.has_equal_rows and can_flash(query) and value.shape[-1] <= query.shape[-1]:
+        is_flash = can_flash(query) and value.shape[-1] <= query.shape[-1] and softmax.softcap is None
+        if self.has_equal_rows and is_flash:
             empty = self.num_empty
             return flash_two_phase_attention(
                 query,
@@ -270,8 +308,11 @@ class ChunkStep(Step):
                 band_key[:, :, empty:],
                 band_value[:, :, empty:],
                 self.shape.window,
-                scaling,
-                column,
+                softmax.scaling,
+                softmax.column,
             )
         values, mask = torch.cat((kept_value, band_value), dim=2), self.visible[:, None]
-        return two_phase_attention(query, turned, kept_key, band_key, values, mask, scaling, self.encoding.dims, column)
+        scaling, *limits = softmax
+        return two_phase_attention(
+            query, turned, kept_key, band_key, values, mask, scaling, self.encoding.dims, *limits
+        )

@@ -38,7 +38,8 @@ def reference_logits(model: PreTrainedModel, ids: Tensor, num_kept: int, window:
     """
     if getattr(model.config, "num_sinks", 0):
         raise ValueError("the model has sink tokens of its own: check one with another kind of sink, or with none")
-    return _logits_of(model, ids, [cached_tokens(query, num_kept, window) for query in range(len(ids))])
+    cached = [cached_tokens(query, num_kept, window) for query in range(len(ids))]
+    return _logits_of(model, ids, cached, num_kept, window)
 
 
 def cached_tokens(query: int, num_kept: int, window: int) -> list[int]:
@@ -47,14 +48,15 @@ def cached_tokens(query: int, num_kept: int, window: int) -> list[int]:
 
 
 @torch.no_grad()
-def _logits_of(model: PreTrainedModel, ids: Tensor, cached: list[list[int]]) -> Tensor:
+def _logits_of(model: PreTrainedModel, ids: Tensor, cached: list[list[int]], num_kept: int, window: int) -> Tensor:
     """Return the logits ``(T, V)`` of queries that see the tokens ``cached[t]`` and themselves."""
     tokens = torch.zeros(len(ids), max(map(len, cached)) + 1, dtype=torch.long)
     for query, before in enumerate(cached):
         tokens[query, : len(before) + 1] = torch.tensor([*before, query])
     columns = torch.tensor([len(before) for before in cached])  # of the queries; a causal model ignores later ones
     tokens, columns = tokens.to(ids.device), columns.to(ids.device)
-    with past_states(decoder_layers(decoder_of(model)), tokens, columns):
+    decoder = decoder_of(model)
+    with past_states(decoder_layers(decoder), tokens, columns), stock_settings(decoder.config, num_kept, window):
         logits = model(ids[tokens], use_cache=False).logits
     return logits[torch.arange(len(ids), device=ids.device), columns]
 
@@ -69,8 +71,8 @@ def past_states(layers: nn.ModuleList, tokens: Tensor, columns: Tensor) -> Itera
 
     def replace(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         states = args[0] if args else kwargs["hidden_states"]
-        own = states[rows, columns]  # (T, D)
-        states = own[tokens]
+        own = states[..., rows, columns, :]  # (T, D); Gemma 3n has several streams of states
+        states = own[..., tokens, :]
         return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 
     with ExitStack() as stack:
@@ -78,6 +80,32 @@ def past_states(layers: nn.ModuleList, tokens: Tensor, columns: Tensor) -> Itera
             handle = layer.register_forward_pre_hook(replace, with_kwargs=True)
             stack.callback(handle.remove)
         yield
+
+
+@contextmanager
+def stock_settings(config: PreTrainedConfig, num_kept: int, window: int) -> Iterator[None]:
+    """Reduce a model's own windows to that of the cache, where layers do not see all of it.
+
+    Windowed layers of sinklm keep at most the tokens that the cache keeps. Others keep none, unless
+    their window covers the whole cache. SDPA of transformers 5.17 ignores a limit of the scores.
+    """
+    changes: dict[str, Any] = {}
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        changes["_attn_implementation"] = "eager"
+    trained, own = getattr(config, "layer_windows", None), getattr(config, "sliding_window", None)
+    if trained is not None:
+        changes["layer_windows"] = [own and min(own, window) for own in trained]
+        changes["num_kept"] = min(config.num_kept, num_kept)
+    elif own is not None and window + 1 < own <= num_kept + window:
+        changes["sliding_window"] = window + 1
+    before = {name: getattr(config, name) for name in changes}
+    try:
+        for name, value in changes.items():
+            setattr(config, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
 
 
 def decoder_layers(decoder: Any) -> nn.ModuleList:
@@ -133,7 +161,7 @@ def _check_shape(model: PreTrainedModel, ids: Tensor, num_kept: int, window: int
     expected = [reference_logits(model, ids[start:], num_kept, window) for start in paddings]
     scale = float(expected[0].abs().max())
     cached = [cached_tokens(query, num_kept, window) for query in range(len(ids))]
-    misplaced = _logits_of(model, ids, [[*before[1:], *before[:1]] for before in cached])
+    misplaced = _logits_of(model, ids, [[*before[1:], *before[:1]] for before in cached], num_kept, window)
     if float((misplaced - expected[0]).abs().max()) < 100 * tolerance * scale:
         raise ValueError(
             "the logits hardly depend on the positions of keys, so a comparison proves nothing: use a trained model, "

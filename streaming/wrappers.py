@@ -53,5 +53,7 @@ def decoder_of(model: Any) -> Any:
     if any(type(module).__name__ == "AdaptedAttention" for module in model.modules()):
         raise ValueError(UNSUPPORTED_PEFT.format("ADAPTION_PROMPT"))
     decoder: Any = model.get_decoder()
+    if not isinstance(decoder, PreTrainedModel):  # ModernBERT's attribute `decoder` is the head
+        decoder = model.base_model
     inner = getattr(decoder, "model", None)  # Llama 4 returns the model with its head
     return inner if isinstance(inner, PreTrainedModel) else decoder

@@ -20,6 +20,9 @@ from ...models.attention import (
     register_window_attention,
 )
 from ...models.cache_argument import CACHE
+from ...streaming.layers import own_rules
+from ...streaming.rule import StreamShape
+from ...streaming.wrappers import decoder_of
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Layer:
     keys: Tensor  # (B, G, T, d), rotated
     values: Tensor  # (B, G, T, d)
     attention: Tensor  # (B, H, T, T)
+    rule: StreamShape | None = None  # of a windowed layer
 
 
 @torch.inference_mode()
@@ -64,9 +68,12 @@ def observe(model: PreTrainedModel, ids: Tensor) -> list[Layer]:
         raise no_maps(model)
     states = outputs.hidden_states[: len(maps)]  # without the last, which is the normalised output
     layer_queries: Sequence[Tensor | None] = queries or [None] * len(maps)
+    rules = own_rules(decoder_of(model).config)
     return [
-        Layer(hidden_states, query, cached.keys, cached.values, attention)
-        for hidden_states, query, cached, attention in zip(states, layer_queries, cache.layers, maps, strict=True)
+        Layer(hidden_states, query, cached.keys, cached.values, attention, rule)
+        for hidden_states, query, cached, attention, rule in zip(
+            states, layer_queries, cache.layers, maps, rules, strict=True
+        )
     ]
 
 

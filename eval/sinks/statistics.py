@@ -15,6 +15,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from transformers import PreTrainedModel
 
 from ...models.checked import checked_passes
+from ...streaming.rule import StreamShape
 from .observation import Layer, observe
 
 EPSILON = 0.3
@@ -53,14 +54,28 @@ class Statistics:
     massive_activations: list[MassiveActivation]
 
 
-def attention_mass(attention: Tensor) -> Tensor:
+def visible_keys(num_positions: int, rule: StreamShape | None, device: torch.device) -> Tensor:
+    """Return which keys the queries of a layer see, ``(T, T)``, without a cache.
+
+    Args:
+        rule: of a windowed layer; None for full attention.
+    """
+    queries, keys = torch.arange(num_positions, device=device)[:, None], torch.arange(num_positions, device=device)
+    is_visible = keys <= queries
+    return is_visible if rule is None else is_visible & ((keys >= queries - rule.window) | (keys < rule.num_kept))
+
+
+def attention_mass(attention: Tensor, is_visible: Tensor) -> Tensor:
     """Reduce attention maps ``(…, T, T)``, queries by keys, to the attention mass ``(…, T + 1)``.
 
     Entry k < T is the mean attention to token k from the queries that can attend to it:
-    ``α_k = 1/(T-k+1) Σ_{i≥k} A_ik`` in Gu et al., counted from 1. Entry T is the mean fraction of
-    attention that goes to no token, ``1 - Σ_k A_ik``.
+    ``α_k = 1/(T-k+1) Σ_{i≥k} A_ik`` in Gu et al., counted from 1. In a layer with a window, fewer
+    queries can. Entry T is the mean fraction of attention that goes to no token, ``1 - Σ_k A_ik``.
+
+    Args:
+        is_visible: see `visible_keys`.
     """
-    num_queries = torch.arange(attention.shape[-1], 0, -1, device=attention.device)
+    num_queries = is_visible.sum(0)
     to_none = (1 - attention.sum(-1)).mean(-1, keepdim=True)
     return torch.cat([attention.sum(-2) / num_queries, to_none], dim=-1)
 
@@ -98,7 +113,8 @@ def of_layer(layer: Layer, epsilon: float) -> dict[str, Tensor]:
     Cosines of queries are NaN if queries are not available.
     """
     attention, hidden_states, keys = _wide(layer.attention), _wide(layer.hidden_states), _wide(layer.keys)
-    mass = attention_mass(attention)
+    is_visible = visible_keys(attention.shape[-1], layer.rule, attention.device)
+    mass = attention_mass(attention, is_visible)
     magnitudes = hidden_states.abs()
     return {
         "mass": mass,
@@ -108,7 +124,7 @@ def of_layer(layer: Layer, epsilon: float) -> dict[str, Tensor]:
         "key_norm": keys.norm(dim=-1).mean(1),
         "value_norm": _wide(layer.values).norm(dim=-1).mean(1),
         "key_cosine": cosine_similarity(keys, keys[:, :, :1], dim=-1).mean(1),
-        **_query_cosines(layer.queries, keys),
+        **_query_cosines(layer.queries, keys, is_visible),
         "largest_activation": magnitudes.amax(-1),
         "median_activation": _medians(magnitudes),
     }
@@ -149,7 +165,7 @@ def measure(
     return Statistics(**means, massive_activations=_summarize(massive, len(ids)))
 
 
-def _query_cosines(queries: Tensor | None, keys: Tensor) -> dict[str, Tensor]:
+def _query_cosines(queries: Tensor | None, keys: Tensor, is_visible: Tensor) -> dict[str, Tensor]:
     if queries is None:
         unknown = keys.new_full((keys.shape[0], keys.shape[2]), float("nan"))
         return {"query_cosine": unknown, "query_key_cosine": unknown}
@@ -157,7 +173,7 @@ def _query_cosines(queries: Tensor | None, keys: Tensor) -> dict[str, Tensor]:
     cosines = normalize(_wide(queries), dim=-1) @ normalize(keys, dim=-1).mT  # (B, H, queries, keys)
     return {
         "query_cosine": cosines[..., 0].mean(1),
-        "query_key_cosine": attention_mass(cosines.tril())[..., :-1].mean(1),
+        "query_key_cosine": attention_mass(cosines * is_visible, is_visible)[..., :-1].mean(1),
     }
 
 

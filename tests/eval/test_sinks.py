@@ -14,9 +14,12 @@ from sinklm.eval.sinks import Layer, measure, observe, statistics
 from sinklm.eval.sinks.plots import heads_figure
 from sinklm.eval.sinks.tables import as_json, massive_table, named_positions, positions_table, shown_positions
 from sinklm.models.cache_argument import CACHE
+from sinklm.streaming.rule import StreamShape
+from sinklm.streaming.testing import random_model
 
 from ..models.tiny import plain_twin, text, tiny_arm, tiny_model
 from ..models.tiny import sinks as sink_ids
+from ..streaming import small_families
 from ..streaming import tiny as families
 
 EPSILON = 0.15  # for random attention, so that rates are neither 0 nor 1
@@ -201,32 +204,43 @@ def test_attention_to_no_token_is_the_rest_of_each_row(logit, share):
 
 
 @st.composite
-def attention_maps(draw) -> torch.Tensor:
-    """Causal maps ``(2, T, T)`` with rows that sum to 1 or less."""
+def attention_maps(draw) -> tuple[torch.Tensor, StreamShape | None]:
+    """Maps ``(2, T, T)`` with rows that sum to 1 or less, and the window of their layer or None."""
     size, seed = draw(st.integers(1, 12)), draw(st.integers(0, 2**31))
     generator = torch.Generator().manual_seed(seed)
     scores = draw(st.floats(0, 8)) * torch.randn(2, size, size + 1, generator=generator, dtype=torch.float64)
     scores[..., 0] += draw(st.sampled_from([-math.inf, 0.0, 5.0]))  # a column that belongs to no token
-    scores[..., 1:].masked_fill_(~torch.ones(size, size, dtype=torch.bool).tril(), -math.inf)
-    return scores.softmax(-1)[..., 1:]
+    rule = draw(st.none() | st.builds(StreamShape, st.integers(0, 3), st.integers(1, 5)))
+    scores[..., 1:].masked_fill_(~torch.tensor(seen_keys(size, rule)), -math.inf)
+    return scores.softmax(-1)[..., 1:], rule
+
+
+def seen_keys(size: int, rule: StreamShape | None) -> list[list[bool]]:
+    """Return which keys each query sees."""
+    return [
+        [k <= q and (rule is None or k < rule.num_kept or q - k <= rule.window) for k in range(size)]
+        for q in range(size)
+    ]
 
 
 @given(attention_maps())
 @settings(deadline=None)
-def test_masses_add_up_to_the_attention(attention):
-    mass = statistics.attention_mass(attention)
+def test_masses_add_up_to_the_attention(attention_and_rule):
+    attention, rule = attention_and_rule
     size = attention.shape[-1]
+    mass = statistics.attention_mass(attention, statistics.visible_keys(size, rule, attention.device))
     assert mass.shape == (2, size + 1)
     assert ((mass > -1e-12) & (mass < 1 + 1e-12)).all()
-    num_queries = torch.tensor([*range(size, 0, -1), size])  # that can attend to a token, or to none
+    num_queries = torch.tensor([*map(sum, zip(*seen_keys(size, rule), strict=True)), size])  # to none: all
     torch.testing.assert_close((mass * num_queries).sum(-1), torch.full((2,), size).double())
 
 
 @given(attention_maps(), st.floats(0, 1), st.floats(0, 1))
 @settings(deadline=None)
-def test_a_higher_threshold_never_gives_more_sinks(attention, a, b):
+def test_a_higher_threshold_never_gives_more_sinks(attention_and_rule, a, b):
+    attention, rule = attention_and_rule
     states = torch.ones(1, 2, attention.shape[-1], 4, dtype=torch.float64)
-    layer = Layer(states[:, 0], states, states, states, attention[None])
+    layer = Layer(states[:, 0], states, states, states, attention[None], rule)
     low, high = (statistics.of_layer(layer, epsilon)["sink_rate"] for epsilon in sorted((a, b)))
     assert (low >= high).all()
 
@@ -339,9 +353,10 @@ def test_what_is_observed_is_what_the_model_does(name):
             assert not layer.attention.tril(-window).any()
         if layer.queries is not None and name in families.FAMILIES:
             group = 4 // layer.keys.shape[1]
-            scores = layer.queries @ layer.keys.repeat_interleave(group, 1).mT / layer.keys.shape[-1] ** 0.5
-            mask = torch.ones(12, 12, dtype=torch.bool).triu(1)
-            torch.testing.assert_close(scores.masked_fill(mask, -math.inf).softmax(-1), layer.attention)
+            scaling = getattr(config, "query_pre_attn_scalar", layer.keys.shape[-1]) ** -0.5
+            scores = layer.queries @ layer.keys.repeat_interleave(group, 1).mT * scaling
+            is_hidden = ~torch.tensor(seen_keys(12, layer.rule))
+            torch.testing.assert_close(scores.masked_fill(is_hidden, -math.inf).softmax(-1), layer.attention)
     has_queries = layers[0].queries is not None
     module = sys.modules[type(model).__module__]
     assert has_queries == hasattr(module, "eager_attention_forward")  # otherwise it does not use AttentionInterface
@@ -367,4 +382,27 @@ def test_sums_in_bfloat16_are_taken_in_float32():
     layer = observe(model, ids)[0]
     found = statistics.of_layer(layer, EPSILON)
     assert found["mass"].dtype == torch.float32
-    torch.testing.assert_close(found["mass"], statistics.attention_mass(layer.attention.float()))
+    is_visible = statistics.visible_keys(21, None, ids.device)
+    torch.testing.assert_close(found["mass"], statistics.attention_mass(layer.attention.float(), is_visible))
+
+
+WINDOWED = {
+    "ours": lambda: tiny_model(1, layer_windows=[3, None], num_kept=1, hidden_size=32),
+    "gemma2": lambda: random_model(small_families.config("gemma2")),
+    "gpt_oss": lambda: random_model(small_families.config("gpt_oss")),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_each_layer_has_its_own_window(name):
+    """A token that leaves a window is a sink as often as the queries that see it attend to it."""
+    model = WINDOWED[name]()
+    ids = text(1, 15) if name == "ours" else families.random_ids(16)
+    windowed, full = observe(model, ids)
+    num_seen = torch.tensor(seen_keys(16, windowed.rule)).sum(0)
+    assert full.rule is None
+    assert windowed.rule == (StreamShape(1, 3) if name == "ours" else StreamShape(0, 2))
+    assert ((windowed.attention > 0).sum(-2) == num_seen).all()
+    assert ((full.attention > 0).sum(-2) == torch.arange(16, 0, -1)).all()
+    mass = statistics.of_layer(windowed, EPSILON)["mass"]
+    torch.testing.assert_close(mass[..., :-1], windowed.attention.sum(-2) / num_seen)

@@ -76,10 +76,12 @@ def gpt_neox(model, ids, num_kept, window):
     head_dim = config.hidden_size // config.num_attention_heads
     score = rotary_score(inverse_frequencies(config), head_dim**-0.5)
     x = decoder.embed_in(ids)
-    for layer in decoder.layers:
+    for index, layer in enumerate(decoder.layers):
         attn, normed = layer.attention, layer.input_layernorm(x)
         q, k, v = heads(attn.query_key_value(normed), config.num_attention_heads).chunk(3, dim=-1)
-        attended = attend(q, k, v, num_kept, window, score, sink_of(attn, q))
+        own = config.layer_windows[index] if getattr(config, "layer_windows", None) else None
+        shape = (num_kept, window) if own is None else (min(num_kept, config.num_kept), min(window, own))
+        attended = attend(q, k, v, *shape, score, sink_of(attn, q))
         if hasattr(attn, "gate"):
             attended = attended / (1 + torch.exp(-normed @ attn.gate.weight.T))
         attended = attn.dense(attended)
@@ -120,6 +122,22 @@ def llama(model, ids, num_kept, window):
             q, k = attn.q_norm(q), attn.k_norm(k)
         x = x + attn.o_proj(attend(q, k, v, num_kept, window, score))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
+    return model.lm_head(decoder.norm(x))
+
+
+def gemma3(model, ids, num_kept, window):
+    config, decoder = model.config, model.model
+    x = decoder.embed_tokens(ids)
+    for layer, layer_type in zip(decoder.layers, config.layer_types, strict=True):
+        attn, normed = layer.self_attn, layer.input_layernorm(x)
+        q = attn.q_norm(heads(attn.q_proj(normed), config.num_attention_heads))
+        k = attn.k_norm(heads(attn.k_proj(normed), config.num_key_value_heads))
+        v = heads(attn.v_proj(normed), config.num_key_value_heads)
+        score = rotary_score(inverse_frequencies(config, layer_type), config.query_pre_attn_scalar**-0.5)
+        is_windowed = layer_type == "sliding_attention"
+        shape = (0, min(window, config.sliding_window - 1)) if is_windowed else (num_kept, window)
+        x = x + layer.post_attention_layernorm(attn.o_proj(attend(q, k, v, *shape, score)))
+        x = x + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(x)))
     return model.lm_head(decoder.norm(x))
 
 
@@ -219,5 +237,13 @@ def split_falcon(qkv, config):
 
 
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "olmo")
-ORACLES = {"gpt_neox": gpt_neox, "olmo2": olmo2, "phi": phi, "gptj": gptj, "mpt": mpt, "falcon": falcon}
+ORACLES = {
+    "gpt_neox": gpt_neox,
+    "gemma3_text": gemma3,
+    "olmo2": olmo2,
+    "phi": phi,
+    "gptj": gptj,
+    "mpt": mpt,
+    "falcon": falcon,
+}
 ORACLES |= {"sink_gpt_neox": gpt_neox} | dict.fromkeys(LLAMAS, llama)

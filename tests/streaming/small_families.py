@@ -27,6 +27,7 @@ SMALL = {
     "attention_dropout": 0.0,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+SHARED_EXPERT = {"first_k_dense_replace": 1, "num_shared_experts": 1, "n_group": 1, "topk_group": 1}
 ROUTED = {
     "n_routed_experts": 4,
     "n_shared_experts": 1,
@@ -57,10 +58,37 @@ LONGROPE = ROPE | {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0]
 PART = {"head_dim": 8, "partial_rotary_factor": 0.5}
 HALF = "rotary, a part of each head"
 
+WINDOW = {"sliding_window": 3}  # a window smaller than that of each cache
+EVERY = WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}
+QWEN_WINDOW = WINDOW | {"use_sliding_window": True, "max_window_layers": 1}
+LOCAL = {
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+}
+PER_LAYER = {  # the last two layers use the keys of the first two
+    **WINDOW,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "head_dim": 8,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 101,
+}
+MINISTRAL = {"head_dim": 8, "rope_parameters": ROPE | {"rope_type": "default", "llama_4_scaling_beta": 2.0}}
+GEMMA = EVERY | {"head_dim": 8, "query_pre_attn_scalar": 5}
+WINDOWS, SOME_WINDOWS = "rotary; windows", "rotary; windows in some layers"
+
 # model_type, with a variant after a colon: the name and positions in the table, and settings
 FAMILIES: dict[str, tuple[str, str, dict]] = {
     "gpt_neox": ("Pythia, GPT-NeoX", HALF, {}),
     "sink_gpt_neox": ("models of sinklm", HALF, {"sink": {"kind": "kv_bias"}}),
+    "sink_gpt_neox:window": (
+        "",
+        f"{HALF}; windows in some layers",
+        {"sink": {"kind": "logit"}, "layer_windows": [3, None], "num_kept": 2},
+    ),
     "llama": ("Llama 1–3", "rotary", {}),
     "llama:dynamic": (
         "",
@@ -68,16 +96,12 @@ FAMILIES: dict[str, tuple[str, str, dict]] = {
         {"rope_parameters": ROPE | {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 16},
     ),
     "mistral": ("Mistral", "rotary", {"sliding_window": 7}),
+    "mistral:window": ("", WINDOWS, WINDOW),
+    "ministral": ("Ministral", SOME_WINDOWS, EVERY | {"head_dim": 8}),
     "mixtral": ("Mixtral", "rotary", {"num_local_experts": 4, "sliding_window": None}),
-    "ministral3": (
-        "Ministral 3",
-        "rotary, queries scaled by position",
-        {
-            "head_dim": 8,
-            "sliding_window": None,
-            "rope_parameters": ROPE | {"rope_type": "default", "llama_4_scaling_beta": 2.0},
-        },
-    ),
+    "mixtral:window": ("", WINDOWS, WINDOW | {"num_local_experts": 4}),
+    "ministral3": ("Ministral 3", "rotary, queries scaled by position", MINISTRAL | {"sliding_window": None}),
+    "ministral3:window": ("", f"{WINDOWS}, queries scaled by position", MINISTRAL | WINDOW),
     "llama4_text": (
         "Llama 4 (text)",
         "interleaved rotary, or none; queries scaled by position",
@@ -95,12 +119,35 @@ FAMILIES: dict[str, tuple[str, str, dict]] = {
         },
     ),
     "qwen2": ("Qwen2", "rotary", {}),
+    "qwen2:window": ("", SOME_WINDOWS, QWEN_WINDOW),
     "qwen2_moe": ("Qwen2-MoE", "rotary", EXPERTS | {"shared_expert_intermediate_size": 16}),
+    "qwen2_moe:window": ("", SOME_WINDOWS, QWEN_WINDOW | EXPERTS | {"shared_expert_intermediate_size": 16}),
     "qwen3": ("Qwen3", "rotary", {"head_dim": 16}),
+    "qwen3:window": ("", SOME_WINDOWS, QWEN_WINDOW | {"head_dim": 16}),
     "qwen3_moe": ("Qwen3-MoE", "rotary", EXPERTS | {"head_dim": 8}),
+    "qwen3_moe:window": ("", WINDOWS, QWEN_WINDOW | EXPERTS | {"head_dim": 8}),
     "gemma": ("Gemma 1", "rotary", {"num_key_value_heads": 1, "head_dim": 16}),
+    "gemma2": ("Gemma 2", f"{SOME_WINDOWS}, capped scores", GEMMA | {"attn_logit_softcapping": 2.0}),
+    "gemma3_text": ("Gemma 3 (text)", f"{SOME_WINDOWS} with their own base", GEMMA | LOCAL),
+    "gemma3n_text": (
+        "Gemma 3n (text)",
+        f"{SOME_WINDOWS} with their own base, shared keys",
+        PER_LAYER | {"laurel_rank": 4},
+    ),
+    "gemma4_text": (
+        "Gemma 4 (text)",
+        f"{SOME_WINDOWS} with their own base and head size, shared keys",
+        PER_LAYER | {"global_head_dim": 16},
+    ),
+    "vaultgemma": ("VaultGemma", f"{SOME_WINDOWS}, capped scores", GEMMA | {"attn_logit_softcapping": 2.0}),
+    "gpt_oss": (
+        "gpt-oss",
+        f"{SOME_WINDOWS}, sink logits",
+        EVERY | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
     "phi": ("Phi-1, 1.5, 2", HALF, {"partial_rotary_factor": 0.5}),
     "phi3": ("Phi-3, Phi-4", "rotary", {"sliding_window": 7}),
+    "phi3:window": ("", WINDOWS, WINDOW),
     "phi3:longrope": (
         "",
         "`longrope`",
@@ -115,12 +162,21 @@ FAMILIES: dict[str, tuple[str, str, dict]] = {
             "rope_parameters": LONGROPE | {"short_mscale": 1.1, "long_mscale": 1.7},
         },
     ),
+    "phimoe:window": ("", WINDOWS, WINDOW | {"num_local_experts": 4}),
     "olmo": ("OLMo", "rotary", {}),
     "olmo2": ("OLMo 2", "rotary", {}),
+    "olmo3": ("OLMo 3", SOME_WINDOWS, EVERY),
     "olmoe": ("OLMoE", "rotary", EXPERTS),
     "granite": ("Granite", "rotary", MULTIPLIERS),
     "granitemoe": ("Granite-MoE", "rotary", MULTIPLIERS | {"num_local_experts": 4}),
+    "granite_swa": ("Granite SWA", f"{SOME_WINDOWS}, sink logits", EVERY | MULTIPLIERS),
+    "granitemoe_swa": (
+        "Granite-MoE SWA",
+        f"{SOME_WINDOWS}, sink logits",
+        EVERY | MULTIPLIERS | {"num_local_experts": 4},
+    ),
     "starcoder2": ("StarCoder2", "rotary", {"sliding_window": 7}),
+    "starcoder2:window": ("", WINDOWS, WINDOW),
     "glm": ("GLM", "interleaved rotary, a part of each head", PART),
     "glm4": ("GLM-4", "interleaved rotary, a part of each head", PART),
     "glm4_moe": ("GLM-4.5", HALF, ROUTED | PART | {"use_qk_norm": True}),
@@ -152,14 +208,42 @@ FAMILIES: dict[str, tuple[str, str, dict]] = {
     "apertus": ("Apertus", "rotary", {}),
     "helium": ("Helium", "interleaved rotary", {"head_dim": 8}),
     "cohere": ("Cohere (Command R)", "interleaved rotary", {"use_qk_norm": True}),
+    "cohere2": ("Cohere 2 (Command R7B)", "interleaved rotary in windows, or none", EVERY | {"head_dim": 8}),
+    "cohere2_moe": ("Cohere 2 MoE", "interleaved rotary in windows, or none", EVERY | EXPERTS | {"head_dim": 8}),
     "stablelm": ("StableLM", HALF, {"partial_rotary_factor": 0.5}),
     "nemotron": ("Nemotron", HALF, PART),
     "smollm3": ("SmolLM3", "rotary, or none", {"no_rope_layers": [1, 0], "use_sliding_window": False}),
+    "smollm3:window": (
+        "",
+        "rotary, or none; windows in some layers",
+        EVERY | {"no_rope_layers": [1, 0], "use_sliding_window": True},
+    ),
     "exaone4": (
         "EXAONE 4",
         "rotary, or none",
         {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]},
     ),
+    "exaone4:window": ("", "rotary in windows, or none", EVERY),
+    "exaone_moe": (
+        "EXAONE-MoE",
+        "rotary in windows, or none",
+        EVERY | EXPERTS | SHARED_EXPERT | {"head_dim": 8, "mlp_layer_types": ["dense", "sparse"]},
+    ),
+    "modernbert-decoder": (
+        "ModernBERT decoder (Ettin)",
+        f"{SOME_WINDOWS} with their own base",
+        {"local_attention": 4, "layer_types": EVERY["layer_types"], "cls_token_id": 1, "sep_token_id": 2},
+    ),
+    "afmoe": ("AFMoE (Trinity)", "rotary in windows, or none", EVERY | EXPERTS | {"head_dim": 8}),
+    "cwm": ("CWM", SOME_WINDOWS, EVERY | {"head_dim": 8}),
+    "dots1": ("dots.llm1", SOME_WINDOWS, EVERY | ROUTED | {"head_dim": 8}),
+    "mimo_v2_flash": (
+        "MiMo-V2-Flash",
+        f"{SOME_WINDOWS} with their own base, sink logits",
+        EVERY | LOCAL | ROUTED | {"head_dim": 8, "v_head_dim": 6},
+    ),
+    "mellum": ("Mellum", f"{SOME_WINDOWS} with their own base", EVERY | LOCAL | EXPERTS | {"head_dim": 8}),
+    "laguna": ("Laguna", f"{SOME_WINDOWS} with their own base", EVERY | LOCAL | EXPERTS | {"head_dim": 8}),
     "gptj": ("GPT-J", "interleaved rotary, a part of each head", GPT | NO_DROPOUT),
     "codegen": ("CodeGen", "interleaved rotary, a part of each head", GPT | NO_DROPOUT),
     "falcon": ("Falcon", "rotary", {"new_decoder_architecture": True, "num_kv_heads": 2}),

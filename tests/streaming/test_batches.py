@@ -40,7 +40,7 @@ def rows(*lengths, seed=0):
     return [tiny.random_ids(n, seed=seed + 10 * i)[0] for i, n in enumerate(lengths)]
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "llama", "falcon:rw", "mpt", "gptj"])
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "gemma3_text", "falcon:rw", "mpt", "gptj"])
 def test_left_padded_rows_stream_as_they_would_alone(family):
     model = tiny.build(tiny.config(family))
     turns = [rows(25, 12, 3), *(rows(1, 1, 1, seed=t) for t in range(12)), rows(2, 9, 20, seed=50), rows(1, 1, 1)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from sinklm.streaming import StreamingCache
+from sinklm.streaming import Rotary, StreamingCache
 
 from ..models.tiny import tiny_model
 from . import tiny
@@ -48,7 +48,6 @@ def test_invalid_sizes_are_an_error(model, settings, message):
         ("gpt2", "absolute position embeddings"),
         ("opt", "absolute position embeddings"),
         ("mamba", "no keys to keep"),
-        ("gemma2", "sliding window"),
     ],
 )
 def test_models_whose_positions_cannot_be_moved_are_an_error(model_type, message):
@@ -67,11 +66,11 @@ def test_an_unknown_kind_of_rotary_embedding_is_an_error():
         for_model(other)
 
 
-def test_a_cache_wider_than_the_models_own_window_is_an_error():
+def test_a_cache_says_that_layers_keep_the_models_own_window():
     other = tiny.build(tiny.config("mistral:sliding"))
-    for_model(other, num_kept=4, window=9)
-    with pytest.raises(ValueError, match="num_kept \\+ window must be at most 13"):
-        for_model(other, num_kept=4, window=10)
+    assert repr(for_model(other, num_kept=4, window=9)) == "StreamingCache(num_kept=4, window=9, seen=0)"
+    for window, own in ((10, "0+10"), (12, "0+12"), (40, "0+13")):
+        assert f"window={window}, 2 of 2 layers {own}, seen=0" in repr(for_model(other, num_kept=4, window=window))
 
 
 def test_more_positions_than_the_model_was_trained_on_give_a_warning():
@@ -407,7 +406,7 @@ def test_a_copy_of_a_damaged_cache_is_damaged(model, monkeypatch):
 def test_ctrl_c_while_phases_are_moved_damages_the_cache(model, monkeypatch):
     ids, cache = tiny.random_ids(30), for_model(model)
     run(model, ids[:, :20], cache)
-    monkeypatch.setattr(type(cache.encoding), "turn", interrupt)
+    monkeypatch.setattr(Rotary, "turn", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(model, ids[:, 20:], cache)
     assert cache.is_damaged

@@ -30,7 +30,7 @@ def decoded(model, ids, prompt_length, num_kept, window, kv_dtype=None):
     return torch.cat(logits, dim=1)[0], counter
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "llama", "falcon", "falcon:rw", "mpt", "gptj"])
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "gemma3_text", "falcon", "falcon:rw", "mpt", "gptj"])
 def test_a_stream_of_tokens_is_one_graph(family):
     model, ids = tiny.build(tiny.config(family)), tiny.random_ids(40)
     logits, counter = decoded(model, ids, 5, 2, 9)
@@ -38,9 +38,9 @@ def test_a_stream_of_tokens_is_one_graph(family):
     torch.testing.assert_close(logits, oracle.stream_logits(model, ids[0], 2, 9)[4:], rtol=0, atol=5e-5)
 
 
-@pytest.mark.parametrize("family", ["llama4_text", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["llama4_text", "deepseek_v3", "gemma2", "gpt_oss"])
 def test_other_kinds_of_layers_are_one_graph(family):
-    """Layers without positions, experts, and rotated dimensions at the end of a head."""
+    """Layers without positions, experts, rotated dimensions at the end of a head, and windows."""
     model, ids = random_model(small_families.config(family)), tiny.random_ids(16)
     logits, counter = decoded(model, ids, 5, 1, 5)
     assert counter.frame_count == 1
@@ -136,7 +136,7 @@ def test_a_model_that_the_user_compiled_moves_phases_back_too():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "gemma3_text"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_captured_graph_is_as_near_to_float64_as_eager_steps(dtype, family):
     """Run twice, so that the second decoder compiles a model that already had one."""
@@ -208,7 +208,7 @@ def test_a_captured_step_makes_no_copy_of_the_buffers(kv_dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_kept", [0, 1, 4])
-@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "gemma3_text"])
 def test_flash_chunks_are_as_near_to_float64_as_single_tokens(family, num_kept):
     model = tiny.build(tiny.config(family, hidden_size=128), dtype=torch.float64)
     ids = tiny.random_ids(90)

@@ -12,7 +12,7 @@ from sinklm.streaming import Generator, StreamingCache
 
 from . import tiny
 
-FAMILIES = ["gpt_neox", "llama", "gptj", "mpt", "falcon:rw"]
+FAMILIES = ["gpt_neox", "llama", "gemma3_text", "gptj", "mpt", "falcon:rw"]
 SKIPPED = ["past_key_values", "cache"]
 
 

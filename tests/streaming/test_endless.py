@@ -35,8 +35,9 @@ def test_the_error_after_a_million_tokens_is_not_larger_than_after_a_thousand():
     assert late < 2 * early
 
 
-def test_phases_stay_within_twice_the_cache():
-    model = tiny.build(tiny.config("llama"))
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_phases_stay_within_twice_the_cache(family):
+    model = tiny.build(tiny.config(family))
     cache = StreamingCache.for_model(model, num_kept=NUM_KEPT, window=WINDOW)
     positions = []
     model.base_model.rotary_emb.register_forward_pre_hook(
@@ -49,10 +50,12 @@ def test_phases_stay_within_twice_the_cache():
     assert max(int(p.max()) for p in positions if p.shape[-1] == 1) <= 2 * (NUM_KEPT + WINDOW + 1)
 
 
+@pytest.mark.parametrize("family", ["gpt_neox", "gemma3_text"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_half_precision_does_not_drift(dtype):
+def test_half_precision_does_not_drift(dtype, family):
     """Rotated keys are rounded once, so the error of a bfloat16 stream does not grow."""
-    model = tiny.build(tiny.config("gpt_neox", num_hidden_layers=1), dtype=dtype)
+    one_layer = {"num_hidden_layers": 1} if family == "gpt_neox" else {}
+    model = tiny.build(tiny.config(family, **one_layer), dtype=dtype)
     ids = tiny.random_ids(300)
     cache = StreamingCache.for_model(model, num_kept=NUM_KEPT, window=WINDOW)
     with torch.no_grad():

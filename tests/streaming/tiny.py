@@ -37,6 +37,16 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 32.0, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+LOCAL = {  # a windowed layer with a rotary base of its own, and a full one
+    "head_dim": 16,
+    "query_pre_attn_scalar": 9,
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+    },
+}
 VARIANTS: dict[str, dict[str, dict]] = {
     "gpt_neox": {"": {}, "sequential": {"use_parallel_residual": False}},
     "llama": {
@@ -49,6 +59,7 @@ VARIANTS: dict[str, dict[str, dict]] = {
     "qwen2": {"": GROUPED},
     "qwen3": {"": GROUPED | {"head_dim": 16}},
     "gemma": {"": {"num_key_value_heads": 1, "head_dim": 16}},
+    "gemma3_text": {"": GROUPED | LOCAL},
     "olmo": {"": GROUPED},
     "olmo2": {"": GROUPED},
     "phi": {"": {"partial_rotary_factor": 0.5}},
@@ -86,6 +97,9 @@ def build(cfg, seed: int = 0, dtype=torch.float64):
 def use_float64(model) -> None:
     """Make a model compute in float64 where transformers always uses float32."""
     rotary = getattr(model.base_model, "rotary_emb", None)
+    for layer_type in getattr(rotary, "layer_types", ()):
+        setattr(rotary, f"{layer_type}_inv_freq", inverse_frequencies(model.config, layer_type))
+        rotary.forward = partial(float64_tables, rotary)
     if hasattr(rotary, "inv_freq"):
         rotary.inv_freq = inverse_frequencies(model.config)
         rotary.forward = partial(float64_tables, rotary)
@@ -97,10 +111,12 @@ def use_float64(model) -> None:
             module.forward = lambda x: torch.nn.functional.layer_norm(x, x.shape[-1:], eps=1e-5)
 
 
-def float64_tables(rotary, x, position_ids):
-    angles = position_ids[..., None].double() * rotary.inv_freq
+def float64_tables(rotary, x, position_ids, layer_type=None):
+    prefix = "" if layer_type is None else f"{layer_type}_"
+    angles = position_ids[..., None].double() * getattr(rotary, f"{prefix}inv_freq")
     angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
+    scaling = getattr(rotary, f"{prefix}attention_scaling")
+    return angles.cos() * scaling, angles.sin() * scaling
 
 
 def float64_rms_norm(module, one, x):
@@ -108,11 +124,12 @@ def float64_rms_norm(module, one, x):
     return (one + module.weight) * (x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt())
 
 
-def inverse_frequencies(cfg) -> torch.Tensor:
+def inverse_frequencies(cfg, layer_type: str | None = None) -> torch.Tensor:
     """Return rotary frequencies in float64 (scaled types: float32 values of transformers)."""
-    rope = cfg.rope_parameters
+    rope = cfg.rope_parameters if layer_type is None else cfg.rope_parameters[layer_type]
     if rope["rope_type"] != "default":
-        return ROPE_INIT_FUNCTIONS[rope["rope_type"]](cfg, torch.device("cpu"))[0].double()
+        of_type = {} if layer_type is None else {"layer_type": layer_type}
+        return ROPE_INIT_FUNCTIONS[rope["rope_type"]](cfg, torch.device("cpu"), **of_type)[0].double()
     head_dim = getattr(cfg, "head_dim", None) or cfg.hidden_size // cfg.num_attention_heads
     rotary_dim = int(head_dim * rope.get("partial_rotary_factor", 1.0))
     return rope["rope_theta"] ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)

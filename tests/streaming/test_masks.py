@@ -1,0 +1,67 @@
+"""Text in a model of text and images, which computes its own masks."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma3Config
+
+from sinklm.models.cache_argument import CACHE
+from sinklm.streaming import StreamingCache
+from sinklm.streaming.masks import text_mask
+from sinklm.streaming.testing import random_model, reference_logits
+
+from . import small_families, tiny
+from .test_batches import pad_left
+
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Gemma 3 of text and images, and its text model with the same weights."""
+    text = small_families.config("gemma3_text")
+    config = Gemma3Config(
+        text_config=text.to_dict(),
+        vision_config=VISION,
+        mm_tokens_per_image=4,
+        image_token_id=100,
+        boi_token_id=98,
+        eoi_token_id=99,
+    )
+    model, alone = AutoModelForCausalLM.from_config(config).eval(), random_model(text)
+    model.get_decoder().load_state_dict(alone.model.state_dict())
+    model.lm_head.load_state_dict(alone.lm_head.state_dict())
+    return model, alone
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@torch.no_grad()
+def test_rows_of_text_stream_as_in_the_text_model(models, implementation):
+    model, alone = models
+    model.set_attn_implementation(implementation)
+    streams = [tiny.random_ids(n, seed=n)[0] % 98 for n in (20, 13, 5)]
+    (ids, mask), cache = pad_left(streams), StreamingCache.for_model(model, num_kept=1, window=5)
+    passes, logits = ids.split([9, 1, 1, 9], dim=1), []
+    for end, piece in zip((9, 10, 11, 20), passes, strict=True):
+        logits.append(model(piece, attention_mask=mask[:, :end], use_cache=True, **{CACHE: cache}).logits)
+    for row, stream in zip(torch.cat(logits, dim=1), streams, strict=True):
+        expected = reference_logits(alone, stream, 1, 5)
+        torch.testing.assert_close(row[-len(stream) :], expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_masks_of_other_texts_are_an_error():
+    causal = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    image, padded = causal.clone(), causal.clone()
+    image[..., 1, 2] = True
+    padded[..., 3] = False
+    assert text_mask({"full_attention": causal}, 4).all()
+    assert text_mask({"full_attention": padded}, 4).tolist() == [[1, 1, 1, 0]]  # on the right: an error of the cache
+    with pytest.raises(ValueError, match="does not support images"):
+        text_mask({"full_attention": image}, 4)
+    assert text_mask({"full_attention": None}, 4) is None
