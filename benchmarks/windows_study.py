@@ -83,7 +83,7 @@ def parsed() -> argparse.Namespace:
 
 
 def study(name: str, label: str, arguments: argparse.Namespace) -> None:
-    """Train a run as far as the time allows, and evaluate its newest checkpoint."""
+    """Train a run as far as the time allows, and evaluate it when it is finished."""
     run, path = arguments.folder / "runs" / label, arguments.folder / "results" / f"{label}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -96,7 +96,9 @@ def study(name: str, label: str, arguments: argparse.Namespace) -> None:
         found = {}
     found |= {"recipe": f"windows/{name}", **trained}
     write_json(path, found)
-    if arguments.text:
+    if arguments.store is not None and not trained["is_finished"]:
+        print(f"{label}: not finished; run the same command again, or evaluate it without --store", flush=True)
+    elif arguments.text:
         for _ in evaluate(run, found, arguments):
             write_json(path, found)
     print(f"{label}: {path}", flush=True)
