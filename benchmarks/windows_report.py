@@ -80,16 +80,20 @@ def by_model(runs: Runs) -> Models:
 def perplexities(model: Iterable[dict[str, Any]], num_kept: int | None = None) -> dict[int, list[float]]:
     """Return the perplexities of each seed by the size of the cache.
 
+    Sizes that were not measured with every seed are left out, because their means would be those of
+    other runs.
+
     Args:
         num_kept: of the caches; None: as the model was trained.
     """
     found: dict[int, list[float]] = {}
-    for run in model:
-        wanted = kept_by(run) if num_kept is None and "num_sinks" in run else num_kept
-        for (first, size), value in zip(cache_sizes(run), run.get("perplexity", {}).values(), strict=True):
+    runs = [run for run in model if run.get("perplexity")]
+    for run in runs:
+        wanted = kept_by(run) if num_kept is None else num_kept
+        for (first, size), value in zip(cache_sizes(run), run["perplexity"].values(), strict=True):
             if first == wanted:
                 found.setdefault(size, []).append(value)
-    return dict(sorted(found.items()))
+    return {size: values for size, values in sorted(found.items()) if len(values) == len(runs)}
 
 
 def kept_by(run: dict[str, Any]) -> int:
@@ -176,12 +180,17 @@ def positions(models: Models) -> str:
 
 
 def largest_binned(model: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
-    """Return edges of bins of positions, and mean losses over the seeds in the largest cache."""
+    """Return edges of bins of positions, and mean losses over the seeds in the largest cache.
+
+    It is the largest one that was measured with every seed.
+    """
     runs = [run for run in model if run.get("binned_losses")]
-    if not runs:
+    common = set.intersection(*(set(run["binned_losses"]) for run in runs)) if runs else set()
+    if not common:
         return [], []
-    columns = [max(run["binned_losses"].items(), key=lambda item: sum(map(int, item[0].split("+"))))[1] for run in runs]
-    return runs[0]["text"]["bin_edges"], [fmean(values) for values in zip(*columns, strict=True)]
+    largest = max(common, key=lambda cache: sum(map(int, cache.split("+"))))
+    columns = zip(*(run["binned_losses"][largest] for run in runs), strict=True)
+    return runs[0]["text"]["bin_edges"], list(map(fmean, columns))
 
 
 def by_octave(edges: list[int], losses: list[float], length: int) -> dict[str, float]:

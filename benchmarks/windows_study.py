@@ -33,7 +33,7 @@ import torch
 
 from sinklm.checkpoints import load_model, load_tokenizer
 from sinklm.checkpoints.folders import list_checkpoints
-from sinklm.eval.perplexity import position_bins, read_text_files
+from sinklm.eval.perplexity import read_text_files
 from sinklm.eval.sinks import measure
 from sinklm.files import write_json
 from sinklm.models.cost import count_parameters
@@ -175,7 +175,7 @@ def evaluate(run: Path, found: dict[str, Any], arguments: argparse.Namespace) ->
         "num_tokens": ids.numel(),
         "length": arguments.length,
         "dtype": str(dtype).removeprefix("torch."),
-        "bin_edges": position_bins(arguments.length - 1),
+        "bin_edges": position_edges(arguments.length - 1),
     }
     if found.get("text") != facts:
         found |= {"text": facts, "perplexity": {}, "binned_losses": {}}
@@ -207,6 +207,14 @@ def streamed(model: Any, ids: torch.Tensor, num_kept: int, window: int, chunk: i
     if not losses.isfinite().all():
         raise ValueError(f"a loss with the cache {num_kept}+{window} is not finite")
     return losses
+
+
+def position_edges(num_tokens: int) -> list[int]:
+    """Return edges of bins of positions, four in an octave; powers of two from 64 on are edges."""
+    edges = [0]
+    while (edge := round(64 * 2 ** ((len(edges) - 1) / 4))) < num_tokens:
+        edges.append(edge)
+    return [*edges, num_tokens]
 
 
 def binned(losses: torch.Tensor, edges: list[int]) -> list[float]:
