@@ -35,7 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXMLP
 
 from sinklm.models import SinkGPTNeoXForCausalLM, attention, layer, loss
-from sinklm.models.cost import flops_per_token, peak_flops
+from sinklm.models.cost import peak_flops
 from sinklm.train import deepspeed_patches, fused_update
 from sinklm.train.config import TrainingConfig
 from sinklm.train.engine import make_engine
@@ -184,7 +184,7 @@ def report(args: argparse.Namespace, plan: Plan, world: World) -> dict:
     seconds, by_host = steps.time(args.num_steps)
     positions = plan.config.train.batch_size_tokens
     peak = peak_flops(world.device, plan.config.train.precision)
-    operations = flops_per_token(plan.model_config, plan.config.train.seq_length) * positions
+    operations = plan.flops_per_token() * positions
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "ranks": world.size,

@@ -40,6 +40,8 @@ class RunSummary:
         step: number of the latest recorded step.
         saved_step: step of the newest intact checkpoint; None if there is none.
         loss, validation_loss: the latest ones.
+        attention: pattern and window of its layers, such as ``3:1 255``; None if all are full, or
+            if the recipe cannot be read.
         age: seconds since the latest record, or since the run was started; None if not known.
         command: the command that resumes it; None if it is not stopped.
         note: what is damaged, and the error that stopped the run.
@@ -52,6 +54,7 @@ class RunSummary:
     saved_step: int | None = None
     loss: float | None = None
     validation_loss: float | None = None
+    attention: str | None = None
     age: float | None = None
     command: str | None = None
     note: str = ""
@@ -91,10 +94,10 @@ def summarize(run: Path) -> RunSummary:
         values = _progress(run)
         values["age"] = _age(run)
         if is_locked(run / LOCK_FILE):
-            values["num_steps"] = _config(run)["train"]["num_steps"]
-            return RunSummary(run, "running", **values)
+            return RunSummary(run, "running", **values | _settings(_config(run)))
         config = _config(run)
-        values["num_steps"] = num_steps = config["train"]["num_steps"]
+        values |= _settings(config)
+        num_steps = config["train"]["num_steps"]
         saved, num_ranks, damage = _intact_checkpoint(run)
         values |= {"saved_step": saved, "note": "; ".join(filter(None, (values.get("note"), damage)))}
         if saved is not None and saved >= num_steps:
@@ -102,6 +105,18 @@ def summarize(run: Path) -> RunSummary:
         return RunSummary(run, "stopped", **values, command=_command(run, config, saved, num_ranks))
     except (OSError, ValueError) as error:
         return RunSummary(run, "damaged", **values | {"note": " ".join(str(error).split())})
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run that its summary shows."""
+    model = config.get("model")
+    attention = model.get("attention") if isinstance(model, dict) else None  # runs of older versions have none
+    attention = attention if isinstance(attention, dict) else {}
+    pattern, window = attention.get("pattern"), attention.get("window")
+    if isinstance(pattern, list):
+        pattern = f"{pattern.count('window')} of {len(pattern)}"
+    size = "–".join(map(str, window)) if isinstance(window, list) else window
+    return {"num_steps": config["train"]["num_steps"], "attention": None if window is None else f"{pattern} {size}"}
 
 
 def _config(run: Path) -> dict[str, Any]:

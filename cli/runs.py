@@ -47,16 +47,20 @@ def runs(
 
 
 def runs_table(summaries: "list[RunSummary]") -> Table:
-    """Return a table with one row for each run."""
+    """Return a table with one row for each run, with its attention if a run has windows."""
     table = Table()
     table.add_column("run", overflow="fold")
     table.add_column("state")
+    has_windows = any(run.attention for run in summaries)
+    if has_windows:
+        table.add_column("attention")
     for name in ("step", "saved", "loss", "validation", "updated"):
         table.add_column(name, justify="right")
     for run in summaries:
         table.add_row(
             str(run.path),
             Text(run.state, STYLES[run.state]),
+            *([run.attention or "full"] if has_windows else []),
             f"{run.step:,}/{run.num_steps:,}" if run.num_steps is not None else f"{run.step:,}",
             "–" if run.saved_step is None else f"{run.saved_step:,}",
             *("–" if loss is None else f"{loss:.4f}" for loss in (run.loss, run.validation_loss)),

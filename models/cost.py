@@ -1,6 +1,8 @@
 """Cost of a model: number of parameters, FLOPs per token, and peak throughput of devices."""
 
 import math
+import operator
+from collections.abc import Sequence
 
 import torch
 
@@ -44,30 +46,33 @@ def count_parameters(config: SinkGPTNeoXConfig) -> int:
     return config.num_hidden_layers * per_layer + 2 * config.vocab_size * hidden + 2 * hidden
 
 
-def flops_per_token(config: SinkGPTNeoXConfig, seq_length: int) -> float:
-    """FLOPs of the forward and backward pass of one position: ``6 (N - V D) + 12 L D K``.
+def flops_per_token(config: SinkGPTNeoXConfig, seq_length: int, window: int | None = None) -> float:
+    """FLOPs of the forward and backward pass of one position: ``6 (N - V D) + 12 D Σ K``.
 
     N is the number of parameters, V × D the size of the input embedding (a look-up without
-    multiplications), L the number of layers of width D, and K the number of keys of a query. The
-    count follows PaLM (Chowdhery et al. 2022, appendix B): recomputation is not counted, and full
+    multiplications), and K the number of keys of a query in each layer of width D. The count
+    follows PaLM (Chowdhery et al. 2022, appendix B): recomputation is not counted, and full
     attention is counted as if it were not causal, so K is ``seq_length``. In a layer with S kept
-    tokens and a window W, K is at most S + W + 1; its mean over the draws if training draws W.
+    tokens and a window W, K is at most S + W + 1.
+
+    Args:
+        window: W of a step that drew it; None: its mean over the draws if training draws it.
     """
     multiplied = count_parameters(config) - config.vocab_size * config.hidden_size
-    num_keys = sum(_num_keys(config, window, seq_length) for window in config.windows)
+    drawn = config.window_range if window is None else (window, window)
+    num_keys = sum(_num_keys(config, own, drawn, seq_length) for own in config.windows)
     return 6 * multiplied + 12 * config.hidden_size * num_keys
 
 
-def _num_keys(config: SinkGPTNeoXConfig, window: int | None, seq_length: int) -> float:
-    if window is None:
+def _num_keys(config: SinkGPTNeoXConfig, own: int | None, drawn: Sequence[int] | None, seq_length: int) -> float:
+    if own is None:
         return seq_length
-    low, high = config.window_range or (window, window)
-    windows = range(low, high + 1)
-    shares = [math.log((window + 1) / window) for window in windows]  # log-uniform
-    num_kept = config.num_kept or 0
-    return sum(
-        share * min(seq_length, num_kept + window + 1) for share, window in zip(shares, windows, strict=True)
-    ) / sum(shares)
+    low, high = drawn or (own, own)
+    num_keys = [min(seq_length, (config.num_kept or 0) + window + 1) for window in range(low, high + 1)]
+    if low == high:
+        return num_keys[0]
+    shares = [math.log((window + 1) / window) for window in range(low, high + 1)]  # log-uniform
+    return sum(map(operator.mul, shares, num_keys)) / sum(shares)
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

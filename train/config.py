@@ -11,15 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator,
 
 from ..models.config import SINK_KINDS
 from ..text import near_hint
-
-Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
-LargeCount = Annotated[int, Field(ge=1, le=10**15)]
-Ratio = Annotated[float, Field(ge=0, le=1)]
-Name = Annotated[str, Field(min_length=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False)
+from .attention_section import AttentionSection
+from .section import Count, LargeCount, Name, Ratio, Section
+from .windows import layer_kinds
 
 
 class SinkSection(Section):
@@ -68,6 +62,21 @@ class ModelSection(Section):
         description="initial weights: a run, checkpoint or transformers folder, or a Hub name; null: random",
     )
     sink: SinkSection = SinkSection()
+    attention: AttentionSection = AttentionSection()
+
+    @model_validator(mode="after")
+    def _windows_fit(self) -> "ModelSection":
+        pattern, num_kept = self.attention.pattern, self.attention.num_kept
+        try:
+            layer_kinds(pattern, self.num_hidden_layers)
+        except ValueError as error:
+            raise ValueError(f"attention.pattern is {pattern}: {error}") from None
+        if num_kept is not None and num_kept < self.num_sinks:
+            raise ValueError(
+                f"attention.num_kept is {num_kept}, but the first {self.num_sinks} tokens are sink tokens, which are "
+                "always kept: set attention.num_kept=null to keep just these"
+            )
+        return self
 
     @model_validator(mode="after")
     def _heads_fit(self) -> "ModelSection":
@@ -85,6 +94,19 @@ class ModelSection(Section):
     @property
     def num_sinks(self) -> int:
         return self.sink.num_tokens if self.sink.kind == "token" else 0
+
+    @property
+    def layer_windows(self) -> list[int | None] | None:
+        """The window of each layer, None for full attention; None if all layers have that."""
+        window = self.attention.window
+        largest = window[1] if isinstance(window, list) else window
+        kinds = layer_kinds(self.attention.pattern, self.num_hidden_layers)
+        return None if largest is None else [largest if kind == "window" else None for kind in kinds]
+
+    @property
+    def num_kept(self) -> int:
+        """First tokens that the windowed layers keep."""
+        return self.num_sinks if self.attention.num_kept is None else self.attention.num_kept
 
 
 class DataSection(Section):
@@ -114,6 +136,11 @@ class TrainSection(Section):
     )
     num_steps: LargeCount = Field(default=143_000, description="total number of optimizer steps")
     seq_length: Count = Field(default=2048, description="positions in a sample, sink tokens included")
+    segment_length: Count | None = Field(
+        default=None,
+        description="positions of a sample in one forward and backward pass, which carries the keys of the windows to "
+        "the next one without gradient; null: the whole sample",
+    )
     batch_size_tokens: LargeCount = Field(default=1024 * 2048, description="positions in one step, over all ranks")
     micro_batch_size: Count = Field(
         default=16,
@@ -156,6 +183,10 @@ class TrainSection(Section):
         if self.batch_size_tokens % self.seq_length:
             raise ValueError(
                 f"batch_size_tokens {self.batch_size_tokens} is not a multiple of seq_length {self.seq_length}"
+            )
+        if self.segment_length is not None and self.seq_length % self.segment_length:
+            raise ValueError(
+                f"seq_length {self.seq_length} is not a multiple of segment_length {self.segment_length}: change one"
             )
         return self
 
@@ -346,6 +377,7 @@ class TrainingConfig(Section):
                 f"{self.train.seq_length}: raise train.seq_length"
             )
         self._check_skipping()
+        self._check_segments()
         if self.train.deterministic and self.deepspeed.zero_stage == 3:
             raise ValueError("train.deterministic=true was not tested with deepspeed.zero_stage=3: use a lower stage")
         if self.train.compile and self.deepspeed.zero_stage == 3:
@@ -354,6 +386,28 @@ class TrainingConfig(Section):
                 "train.compile, or use a lower stage"
             )
         return self
+
+    def _check_segments(self) -> None:
+        """Refuse segments of models whose layers need more than the carried keys."""
+        model, length = self.model, self.train.segment_length
+        if length is None or length == self.train.seq_length:
+            return
+        if model.layer_windows is None or None in model.layer_windows:
+            raise ValueError(
+                f"train.segment_length is {length}, but a layer with full attention needs all keys of the sample: "
+                "set model.attention.pattern=window and model.attention.window, or train.segment_length=null"
+            )
+        if model.num_kept != model.num_sinks:
+            raise ValueError(
+                f"train.segment_length is {length}, but the windows keep {model.num_kept} tokens, and only the sink "
+                f"tokens ({model.num_sinks}) are in every segment: set model.attention.num_kept=null, or "
+                "train.segment_length=null"
+            )
+        if length <= model.num_sinks:
+            raise ValueError(
+                f"model.sink.num_tokens {model.num_sinks} leaves no room for text in train.segment_length {length}: "
+                "raise train.segment_length"
+            )
 
     def _check_skipping(self) -> None:
         """Refuse `skip` where DeepSpeed updates weights outside of torch's AdamW."""

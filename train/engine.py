@@ -34,7 +34,7 @@ def deepspeed_config(plan: Plan, *, load_universal: bool = False, is_saved: bool
     stage = config.deepspeed.zero_stage
     ours = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
-        "gradient_accumulation_steps": plan.num_accumulation_steps,
+        "gradient_accumulation_steps": plan.num_passes,
         # Without ZeRO, DeepSpeed clips without reporting the norm, so `step` clips instead.
         "gradient_clipping": config.optimizer.clip if stage else 0.0,
         "zero_optimization": {"stage": stage},
@@ -154,6 +154,11 @@ def make_engine(
         # Without this, torch does not cache the traced model, because the loss is a custom autograd
         # function.
         torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+        # Each shape is compiled for training and for validation. Beyond the limit, torch would run
+        # the model without compiling it.
+        from torch._dynamo import config as dynamo
+
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * plan.num_pass_shapes + 4)
         engine.compile(compile_kwargs={"dynamic": False})
     engine.train()
     return engine

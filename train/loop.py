@@ -12,7 +12,7 @@ import torch
 from ..checkpoints.folders import METRICS_FILE, list_checkpoints
 from ..data import TokenWindows
 from ..data.store import TokenSource
-from ..models.cost import flops_per_token, peak_flops
+from ..models.cost import peak_flops
 from .batches import MicroBatches, Windows, sample_order, samples_of_step
 from .launch import World
 from .metrics import MetricsFile, WandbRun
@@ -87,7 +87,7 @@ class TrainingLoop:
         peak = peak_flops(world.device, config.train.precision)
         self._speed = Speedometer(
             config.train.batch_size_tokens,
-            flops_per_token(plan.model_config, config.train.seq_length),
+            plan.flops_per_token(),
             peak * world.size if peak else None,
         )
         self._time_limit = TimeLimit(config.train.max_minutes, self._writer.num_bytes / TYPICAL_DISK)
@@ -220,7 +220,9 @@ class TrainingLoop:
             "tokens_per_second": round(self._speed.positions_per_second(seconds), 1),
             "memory_gib": round(peak_memory_gib(self._world.device), 3),
         }
-        if (mfu := self._speed.mfu(seconds)) is not None:
+        if (window := self._plan.window(step)) is not None:
+            values["window"] = window
+        if (mfu := self._speed.mfu(seconds, self._plan.flops_per_token(window))) is not None:
             values["mfu"] = round(mfu, 5)
         if result.loss_scale is not None:
             values |= {"loss_scale": result.loss_scale, "is_skipped": result.is_skipped}

@@ -44,7 +44,8 @@ def estimate_memory(
     at a time stores everything. Float32 doubles these sizes. (Korthikanti et al. 2022, equation 2,
     have 34 per layer without the attention matrix, which the kernels do not store.) Logits exist
     for 8192 tokens at a time (`sinklm.models.loss`), with their gradient and, in an eager model,
-    two float32 copies. The head's gradient is accumulated in float32.
+    two float32 copies. The head's gradient is accumulated in float32. With ``train.segment_length``
+    T is the length of a segment, and the keys and values of the windows are added.
 
     The factor 36 fits the peaks that PyTorch reported on one H100 (torch 2.11, ZeRO-1, bf16) to
     6 %: for compiled Pythia-160M at micro-batch 32 the estimate is 24.9 GiB, and 23.6 GiB were
@@ -53,7 +54,8 @@ def estimate_memory(
     bytes_per_value = 4 if config.train.precision == "fp32" else 2
     states = count_parameters(model) * _bytes_per_parameter(zero_stage, bytes_per_value, world_size)
 
-    positions = config.train.micro_batch_size * config.train.seq_length
+    segment_length = config.train.segment_length or config.train.seq_length
+    positions = config.train.micro_batch_size * segment_length
     per_value = 36 + (4 if model.sink_kind == "gate" else 0)
     layer = positions * model.hidden_size * per_value * bytes_per_value / 2
     if config.train.activation_checkpointing:
@@ -62,6 +64,9 @@ def estimate_memory(
         kept = model.num_hidden_layers * layer
     per_logit = 2 * bytes_per_value + (8 if bytes_per_value == 2 and not is_compiled else 0)
     head = model.vocab_size * (min(positions, TOKENS_PER_CHUNK) * per_logit + 4 * model.hidden_size)
+    if segment_length < config.train.seq_length:  # the carried keys and values
+        num_carried = config.train.micro_batch_size * sum(window or 0 for window in model.layer_windows or [])
+        kept += 2 * num_carried * model.hidden_size * bytes_per_value
     return MemoryEstimate(states=states, activations=kept + head)
 
 

@@ -5,7 +5,9 @@ from functools import cached_property
 from typing import Any
 
 from ..models.config import SinkGPTNeoXConfig, tokens_per_sample
+from ..models.cost import flops_per_token
 from .config import TrainingConfig
+from .windows import window_of_step
 
 VOCABULARY_MULTIPLE = 128
 
@@ -62,6 +64,35 @@ class Plan:
         return self.samples_per_step // (self.config.train.micro_batch_size * self.world_size)
 
     @property
+    def num_segments(self) -> int:
+        """Forward and backward passes over a micro-batch."""
+        return self.config.train.seq_length // (self.config.train.segment_length or self.config.train.seq_length)
+
+    @property
+    def num_passes(self) -> int:
+        """Forward and backward passes of a rank in a step."""
+        return self.num_accumulation_steps * self.num_segments
+
+    def window(self, step: int) -> int | None:
+        """Return the window that step ``step`` (from 1) draws; None if it is fixed."""
+        found = self.config.model.attention.window_range
+        return None if found is None else window_of_step(self.config.train.seed, step, *found)
+
+    @property
+    def num_pass_shapes(self) -> int:
+        """Passes of different shapes: the number of carried keys grows up to the window."""
+        if self.num_segments == 1:
+            return 1
+        window = max(window or 0 for window in self.config.model.layer_windows or [0])
+        return min(self.num_segments, 2 + window * self.num_segments // self.config.train.seq_length)
+
+    @property
+    def largest_window(self) -> int | None:
+        """The end of the range of drawn windows, for evaluation; None if the window is fixed."""
+        found = self.config.model.attention.window_range
+        return None if found is None else found[1]
+
+    @property
     def num_positions(self) -> int:
         """Positions of the whole run, sinks included."""
         return self.config.train.batch_size_tokens * self.config.train.num_steps
@@ -84,6 +115,11 @@ class Plan:
         sink: dict[str, Any] = {"kind": model.sink.kind}
         if self.num_sinks:
             sink |= {"num_tokens": self.num_sinks, "first_token_id": self.tokenizer_size}
+        windows: dict[str, Any] = {}
+        if model.layer_windows is not None:
+            drawn = model.attention.window_range
+            windows = {"layer_windows": model.layer_windows, "num_kept": model.num_kept}
+            windows["window_range"] = None if drawn is None else list(drawn)
         return SinkGPTNeoXConfig(
             vocab_size=self.vocab_size,
             hidden_size=model.hidden_size,
@@ -101,7 +137,12 @@ class Plan:
             bos_token_id=self.eod_id,
             eos_token_id=self.eod_id,
             sink=sink,
+            **windows,
         )
+
+    def flops_per_token(self, window: int | None = None) -> float:
+        """FLOPs of a position in a step that drew ``window``; None: the mean over all draws."""
+        return flops_per_token(self.model_config, self.config.train.seq_length, window)
 
     def _check_batch(self) -> None:
         num_samples, world_size = self.samples_per_step, self.world_size

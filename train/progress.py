@@ -63,11 +63,15 @@ class Speedometer:
     def positions_per_second(self, seconds: float | None = None) -> float:
         return self._positions_per_step / (seconds or self.seconds_per_step)
 
-    def mfu(self, seconds: float | None = None) -> float | None:
-        """Model FLOPs utilisation: the model's operations divided by the devices' peak."""
+    def mfu(self, seconds: float | None = None, flops_per_position: float | None = None) -> float | None:
+        """Model FLOPs utilisation: the model's operations divided by the devices' peak.
+
+        Args:
+            flops_per_position: of this step; None: as at construction.
+        """
         if self._peak_flops is None:
             return None
-        return self.positions_per_second(seconds) * self._flops_per_position / self._peak_flops
+        return self.positions_per_second(seconds) * (flops_per_position or self._flops_per_position) / self._peak_flops
 
 
 class RunProgress:

@@ -21,7 +21,10 @@ from .config import TrainingConfig
 
 LARGEST_RECIPE = 2**20  # bytes
 CONFIGS_PACKAGE = f"{__package__.rpartition('.')[0]}.configs"
-CHOICES = (("model", "sink", "kind"), ("train", "precision"), ("wandb", "mode"))  # texts that are one of a few
+CHOICES = (  # texts that are one of a few
+    *(("model", "sink", "kind"), ("model", "attention", "pattern")),
+    *(("train", "precision"), ("wandb", "mode")),
+)
 WEIGHTS_KEY = "data.weights"
 
 

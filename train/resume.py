@@ -30,6 +30,7 @@ from .rank_state import rank_path, restore_rank_state, restore_window
 from .recipe import saved_values, value_digest
 from .unpickling import refused_names, restricted_unpickling
 from .verification import TRUST_OPTION, newest_intact, verified_state
+from .windows import layer_kinds
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -227,7 +228,7 @@ def _compare(path: Path, state: CheckpointState, config: TrainingConfig, fingerp
     for settings in (then, now, now_saved):
         _resolve(settings)
     changes = []
-    for key in sorted(then.keys() | now.keys()):
+    for key in sorted(then.keys() | now.keys(), key=_by_cause):
         before, after = then.get(key), now.get(key)
         # Of an interpolation, the text was saved, and of a fixed key a digest of its value.
         if digests[key] == value_digest(after) if key in digests else before in (after, now_saved.get(key)):
@@ -276,6 +277,25 @@ def _resolve(settings: dict[str, Any]) -> None:
     )
     if settings["model.sink.kind"] != "token":
         settings["model.sink.num_tokens"] = 1
+    _resolve_windows(settings)
+
+
+def _by_cause(key: str) -> tuple[bool, str]:
+    """Sort keys whose resolved values depend on other keys behind these."""
+    return key.startswith("model.attention."), key
+
+
+def _resolve_windows(settings: dict[str, Any]) -> None:
+    """Replace a pattern by the kind of each layer, and fill in what older checkpoints lack."""
+    pattern, num_kept = (settings.get(f"model.attention.{key}") for key in ("pattern", "num_kept"))
+    try:
+        kinds = layer_kinds(pattern or "full", settings["model.num_hidden_layers"])
+    except ValueError:  # the text of an interpolation, or edited
+        return
+    num_sinks = settings["model.sink.num_tokens"] if settings["model.sink.kind"] == "token" else 0
+    settings["model.attention.pattern"] = kinds
+    settings["model.attention.window"] = settings.get("model.attention.window")
+    settings["model.attention.num_kept"] = num_sinks if num_kept is None else num_kept
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:

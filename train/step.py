@@ -13,6 +13,7 @@ from torch import nn
 from .host_copy import HostCopy
 from .launch import SameOnAllRanks, World
 from .plan import Plan
+from .segments import pass_losses
 from .spikes import Spike, describe_spikes, find_spikes
 
 if TYPE_CHECKING:
@@ -116,9 +117,10 @@ def train_step(
     """Queue one optimizer step on the next micro-batches ``(b, tokens_per_sample)``.
 
     Every sample has the same number of targets, so the mean over the global batch is the mean over
-    micro-batches. With `FusedUpdate` the host does not wait for the device, so it can queue the
-    next step before it reads this one. If a loss or gradient is not finite, this step and the steps
-    queued after it do not change the weights.
+    micro-batches, and that of a micro-batch the mean of its `pass_losses`. With `FusedUpdate` the
+    host does not wait for the device, so it can queue the next step before it reads this one. If a
+    loss or gradient is not finite, this step and the steps queued after it do not change the
+    weights.
 
     Args:
         stop_code: why this rank asks all ranks to stop after this step; 0: it does not.
@@ -131,19 +133,21 @@ def train_step(
     for group in engine.basic_optimizer.param_groups:
         group["lr"] = lr
     loss_sum = torch.zeros((), device=engine.device)
-    for micro_step in range(plan.num_accumulation_steps):
+    num_left = plan.num_passes
+    for _ in range(plan.num_accumulation_steps):
         world.mark("reading samples", step=step)
         samples = next(batches)
         world.mark("computing a micro-batch")
-        loss = engine(input_ids=samples[:, :-1], labels=samples, skip_logits=True, use_cache=False).loss
-        loss_sum += loss.detach()
-        engine.backward(_nan_unless_finite(loss))
-        if micro_step < plan.num_accumulation_steps - 1:
-            engine.step()  # counts the micro-batch
+        for loss in pass_losses(engine, samples, samples, plan, window=plan.window(step)):
+            loss_sum += loss.detach()
+            engine.backward(_nan_unless_finite(loss))
+            num_left -= 1
+            if num_left:
+                engine.step()  # counts the pass
 
     code = loss_sum.new_full((), float(stop_code))
     world.mark("updating the weights")
-    gathered = _gather(torch.stack([loss_sum / plan.num_accumulation_steps, code]), world)
+    gathered = _gather(torch.stack([loss_sum / plan.num_passes, code]), world)
     by_rank = HostCopy(gathered)
     engine.spike_guard.begin(gathered[:, 0].mean())
     before_update()

@@ -10,7 +10,7 @@ from ..console import Console
 from ..data import SetWindows, open_store
 from ..data.mixture import shares_of
 from ..data.store import TokenSource
-from ..models.cost import count_parameters, flops_per_token
+from ..models.cost import count_parameters
 from .batches import Windows, open_windows
 from .config import TrainingConfig
 from .disk import checkpoint_bytes, checkpoints_kept
@@ -33,7 +33,8 @@ def describe_run(plan: Plan, store: TokenSource, windows: Windows, resume: "Resu
         f"model: {describe_model(plan)}",
         f"batch: {plan.world_size} rank{'s' * (plan.world_size > 1)} × {config.train.micro_batch_size} samples × "
         f"{_micro_batches(plan)} = {plan.samples_per_step:,} samples of "
-        f"{config.train.seq_length:,} positions; {config.train.precision}, ZeRO-{config.deepspeed.zero_stage}",
+        f"{config.train.seq_length:,} positions{_segments(plan)}; {config.train.precision}, "
+        f"ZeRO-{config.deepspeed.zero_stage}",
         f"data: {store.path}, {len(windows):,} samples; {config.train.num_steps:,} steps = {epochs(plan, windows)}",
         f"run: {config.train.run_dir}",
     ]
@@ -48,11 +49,28 @@ def _micro_batches(plan: Plan) -> str:
     return f"{count:,} micro-batch{'es' * (count > 1)}"
 
 
+def _segments(plan: Plan) -> str:
+    return f" in {plan.num_segments} segments" if plan.num_segments > 1 else ""
+
+
 def describe_model(plan: Plan) -> str:
     kind = plan.config.model.sink.kind
     tokens = f"{plan.num_sinks} sink token{'s' * (plan.num_sinks > 1)}"
     sink = {"none": "no sink", "token": tokens}.get(kind, f"sink.kind {kind}")
-    return f"{count_parameters(plan.model_config):,} parameters, vocabulary {plan.vocab_size:,}, {sink}"
+    parts = [f"{count_parameters(plan.model_config):,} parameters, vocabulary {plan.vocab_size:,}, {sink}"]
+    return ", ".join(parts + describe_windows(plan))
+
+
+def describe_windows(plan: Plan) -> list[str]:
+    """Return what the windowed layers see, and how many they are; nothing without windows."""
+    model = plan.config.model
+    if model.layer_windows is None:
+        return []
+    num_windowed = sum(window is not None for window in model.layer_windows)
+    drawn = model.attention.window_range
+    size = f"{model.attention.window:,}" if drawn is None else f"{drawn[0]:,} to {drawn[1]:,} (drawn for each step)"
+    which = "all" if num_windowed == model.num_hidden_layers else f"{num_windowed} of {model.num_hidden_layers}"
+    return [f"window of {size} in {which} layers with {model.num_kept} kept"]
 
 
 def epochs(plan: Plan, windows: Windows) -> str:
@@ -89,11 +107,11 @@ def dry_run(config: TrainingConfig) -> None:
 def _facts(plan: Plan, store: TokenSource | None) -> dict[str, str]:
     train = plan.config.train
     num_warmup_steps = round(train.num_steps * plan.config.optimizer.warmup_ratio)
-    num_operations = flops_per_token(plan.model_config, train.seq_length) * plan.num_positions
+    num_operations = plan.flops_per_token() * plan.num_positions
     facts = {
         "model": describe_model(plan),
         "batch": f"{plan.samples_per_step:,} samples of {train.seq_length:,} positions = {train.batch_size_tokens:,}",
-        "on one rank": f"{_micro_batches(plan)} of {train.micro_batch_size:,} samples",
+        "on one rank": f"{_micro_batches(plan)} of {train.micro_batch_size:,} samples{_segments(plan)}",
         "steps": f"{train.num_steps:,}, including {num_warmup_steps:,} warm-up steps",
         "total positions": f"{plan.num_positions:,} ({human(plan.num_positions)})",
         "total compute": f"{num_operations:.3g} FLOP",

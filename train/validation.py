@@ -8,14 +8,14 @@ import torch.distributed as dist
 
 from ..data import TokenStore, TokenWindows
 from ..data.store import TokenSource
+from ..models.loss import IGNORED
 from .batches import read_samples
 from .launch import World
 from .plan import Plan
+from .segments import pass_losses
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
-
-IGNORED = -100
 
 
 def set_windows(store: TokenSource, plan: Plan) -> dict[str, TokenWindows]:
@@ -73,8 +73,9 @@ def validation_loss(
         counts = chosen < num_samples
         samples = read_samples(windows, np.where(counts, chosen, 0), pin=False).to(engine.device)
         labels = samples.masked_fill(~torch.from_numpy(counts).to(engine.device)[:, None], IGNORED)
-        loss = engine(input_ids=samples[:, :-1], labels=labels, skip_logits=True, use_cache=False).loss
-        num_targets = int(counts.sum()) * plan.targets_per_sample
+        num_counted = int(counts.sum())
+        losses = list(pass_losses(engine, samples, labels, plan, num_samples=num_counted, window=plan.largest_window))
+        loss, num_targets = torch.stack(losses).mean(), num_counted * plan.targets_per_sample
         if num_targets:
             sums += torch.stack([loss.double() * num_targets, sums.new_tensor(num_targets)])
     engine.train()

@@ -49,6 +49,22 @@ def test_names_from_outside_are_shown_as_they_are(tmp_path):
     assert "30/100" in output
 
 
+def test_the_windows_of_a_run_are_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    make_run(tmp_path / "plain")
+    assert "attention" not in call(str(tmp_path))
+    for name, attention in {
+        "drawn": {"pattern": "window", "window": [32, 2047], "num_kept": None},
+        "hybrid": {"pattern": ["window", "full"], "window": 255, "num_kept": 4},
+    }.items():
+        make_run(tmp_path / name, model={"attention": attention})
+    found = {row["path"].rpartition("/")[2]: row["attention"] for row in json.loads(call("--json", str(tmp_path)))}
+    assert found == {"plain": None, "drawn": "window 32–2047", "hybrid": "1 of 2 255"}
+    output = call(str(tmp_path))
+    assert "window 32–2047" in output
+    assert "full" in output
+
+
 def test_folders_without_runs(tmp_path, monkeypatch):
     assert call(str(tmp_path)) == "no runs\n"
     assert json.loads(call(str(tmp_path), "--json")) == []

@@ -26,6 +26,7 @@ PYTHIA = {
     "6.9b": (6_857_302_016, 1.2e-4),
     "12b": (11_846_072_320, 1.2e-4),
 }
+DRAWN = ["model.attention.pattern=window", "model.attention.window=[32,2047]"]
 # Recipes that differ from `paper/vanilla` by their sink, and its number of parameters in 12 layers
 # of width 768.
 ARMS = {
@@ -44,6 +45,20 @@ STUDY = {
     "study/kv-bias": ("kv_bias", 1),
     "study/gate": ("gate", 1),
 }
+# Recipes that differ from `windows/full` by these settings alone.
+WINDOWS = {
+    "windows/fixed-255": ["model.attention.pattern=window", "model.attention.window=255"],
+    "windows/fixed-1023": ["model.attention.pattern=window", "model.attention.window=1023"],
+    "windows/drawn": DRAWN,
+    "windows/drawn-none": [*DRAWN, "model.sink.kind=none"],
+    "windows/drawn-zero": [*DRAWN, "model.sink.kind=zero"],
+    "windows/drawn-logit": [*DRAWN, "model.sink.kind=logit"],
+    "windows/hybrid": ["model.attention.pattern=3:1", "model.attention.window=255"],
+    "windows/segments": [
+        *("model.attention.pattern=window", "model.attention.window=1023"),
+        "train.segment_length=1024",
+    ],
+}
 STUDY_TOKENIZER_SIZE = 4000
 CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
 
@@ -54,7 +69,8 @@ def plan_of(name: str, *overrides: str, tokenizer_size: int = PYTHIA_TOKENIZER_S
 
 def test_the_recipes_are_these():
     others = {"quickstart", "continue/pythia-160m", "paper/vanilla", *ARMS, "study/vanilla", *STUDY}
-    assert set(recipe_names()) == others | {f"pythia-{size}" for size in PYTHIA}
+    windows = {"windows/full", *WINDOWS, "windows/pythia-160m", "windows/continue-160m"}
+    assert set(recipe_names()) == others | windows | {f"pythia-{size}" for size in PYTHIA}
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -112,6 +128,21 @@ def test_an_arm_of_the_study_differs_from_its_vanilla_by_its_sink_alone(name):
     for config in (vanilla, arm):
         del config["train"]["run_dir"]
     assert vanilla == arm
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_a_recipe_of_the_windows_differs_from_full_attention_by_its_name_alone(name):
+    found, expected = load_config(name).model_dump(), load_config("windows/full", WINDOWS[name]).model_dump()
+    for config in (found, expected):
+        del config["train"]["run_dir"]
+    assert found == expected
+
+
+def test_windows_of_the_160m():
+    assert plan_of("windows/pythia-160m").model_config.layer_windows == 12 * [1023]
+    plan = plan_of("windows/continue-160m")
+    assert (plan.model_config.window_range, plan.num_sinks) == ([32, 1023], 1)
+    assert plan.config.model.init_from == "EleutherAI/pythia-160m"
 
 
 def test_the_study_matches_the_shipped_models():

@@ -1,5 +1,7 @@
 """Reference: training without DeepSpeed and without a loader, on one rank."""
 
+import itertools
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import torch
@@ -15,25 +17,16 @@ from sinklm.train.schedule import learning_rate
 def plain_training(plan: Plan, num_steps: int) -> tuple[list[float], list[float], SinkGPTNeoXForCausalLM]:
     """Losses, gradient norms and the model after ``num_steps`` on whole batches."""
     config = plan.config
-    store = TokenStore(config.data.path)
-    windows = TokenWindows(store, "train", tokens_per_sample=plan.tokens_per_sample, stride=plan.stride)
-    order = SampleOrder(len(windows), config.train.seed)
     torch.manual_seed(config.train.seed)
     model = SinkGPTNeoXForCausalLM(plan.model_config)
-    decayed = [m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)]
-    others = [p for p in model.parameters() if not any(p is matrix for matrix in decayed)]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": config.optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        betas=tuple(config.optimizer.betas),
-        eps=config.optimizer.eps,
-    )
+    optimizer = plain_optimizer(model, plan)
     losses, norms = [], []
-    for step in range(num_steps):
-        batch = range(step * plan.samples_per_step, (step + 1) * plan.samples_per_step)
-        tokens = torch.stack([torch.from_numpy(windows[order(i)]) for i in batch])
+    for step, tokens in zip(range(num_steps), batches_of(plan), strict=False):
         logits = model(tokens[:, :-1]).logits
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        if plan.num_sinks:  # the first token of each sample is a target as well
+        if plan.model_config.layer_windows is not None:
+            loss = model(tokens[:, :-1], labels=tokens, window=plan.window(step + 1)).loss
+        elif plan.num_sinks:  # the first token of each sample is a target as well
             sinks = torch.tensor(plan.model_config.sink_token_ids).expand(len(tokens), -1)
             everything = torch.cat([sinks, tokens], dim=1)
             logits = plain_logits(model, everything[:, :-1])[:, plan.num_sinks - 1 :]
@@ -46,6 +39,27 @@ def plain_training(plan: Plan, num_steps: int) -> tuple[list[float], list[float]
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses, norms, model
+
+
+def batches_of(plan: Plan) -> Iterator[torch.Tensor]:
+    """Yield the whole batch of each step, ``(samples_per_step, tokens_per_sample)``."""
+    store = TokenStore(plan.config.data.path)
+    windows = TokenWindows(store, "train", tokens_per_sample=plan.tokens_per_sample, stride=plan.stride)
+    order = SampleOrder(len(windows), plan.config.train.seed)
+    for step in itertools.count():
+        batch = range(step * plan.samples_per_step, (step + 1) * plan.samples_per_step)
+        yield torch.stack([torch.from_numpy(windows[order(i)]) for i in batch])
+
+
+def plain_optimizer(model: SinkGPTNeoXForCausalLM, plan: Plan) -> torch.optim.AdamW:
+    settings = plan.config.optimizer
+    decayed = [m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)]
+    others = [p for p in model.parameters() if not any(p is matrix for matrix in decayed)]
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        betas=(settings.betas[0], settings.betas[1]),
+        eps=settings.eps,
+    )
 
 
 def plain_logits(model: SinkGPTNeoXForCausalLM, ids: torch.Tensor) -> torch.Tensor:

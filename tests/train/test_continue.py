@@ -10,11 +10,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sinklm.checkpoints import load_model, load_tokenizer
 from sinklm.checkpoints.export import export_model
 from sinklm.checkpoints.importing import import_model
+from sinklm.checkpoints.warm_start import load_weights
+from sinklm.data import TokenStore
 from sinklm.eval.perplexity import configurations, measure, read_text_files
+from sinklm.train.plan import Plan
 from sinklm.train.recipe import load_config
 from sinklm.train.run import train
 
 from ..checkpoints.pythia import write_pythia
+from .plain import batches_of
 from .tiny import losses, metrics
 
 NUM_STEPS = 8
@@ -72,3 +76,17 @@ def test_an_imported_model_is_trained_evaluated_and_exported(pythia, store, tmp_
     with torch.no_grad():
         plain = AutoModelForCausalLM.from_pretrained(exported)(ids).logits[:, 1:]
         torch.testing.assert_close(plain, load_model(run, device="cpu")(ids[:, 1:]).logits, rtol=0, atol=1e-5)
+
+
+def test_a_plain_model_is_trained_on_with_windows_and_a_sink(pythia, store, tmp_path):
+    settings = [*SMALL, f"data.path={store}", f"model.init_from={pythia}", "model.attention.window=[2,15]"]
+    train("windows/continue-160m", [*settings, f"train.run_dir={tmp_path}"])
+    plan = Plan(load_config("windows/continue-160m", settings), 1, TokenStore(store).tokenizer_size)
+    samples = next(batches_of(plan))
+    start = load_weights(pythia, plan.model_config)
+    with torch.no_grad():
+        expected = start(samples[:, :-1], labels=samples, window=plan.window(1)).loss
+    assert losses(tmp_path)[1] == pytest.approx(expected.item(), abs=1e-5)
+    assert losses(tmp_path)[NUM_STEPS] < losses(tmp_path)[1] - 0.1
+    saved = load_model(tmp_path, device="cpu").config
+    assert (saved.layer_windows, saved.num_kept, saved.window_range, saved.num_sinks) == ([15, 15], 1, [2, 15], 1)

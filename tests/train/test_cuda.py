@@ -3,6 +3,8 @@
 import math
 
 import pytest
+import torch
+from torch._dynamo.utils import counters
 
 from sinklm.train.run import train
 
@@ -53,3 +55,31 @@ def test_a_compiled_model_learns_the_same(recipe, tmp_path):
     compiled, eager = (list(losses(tmp_path / name).values()) for name in ("compiled", "eager"))
     assert compiled == pytest.approx(eager, abs=1e-4)
     assert all(math.isfinite(loss) for loss in compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("segments", [[], ["train.segment_length=8"]])
+def test_a_compiled_model_learns_the_same_with_drawn_windows(recipe, tmp_path, segments):
+    """A new window does not compile again: the number of graphs is that of the shapes."""
+    windows = ["model.attention.pattern=window", "model.attention.window=[2,20]", *segments]
+    for name, compiled in (("compiled", "true"), ("eager", "false")):
+        torch._dynamo.reset()
+        counters.clear()
+        train(recipe, [*windows, f"train.compile={compiled}", f"train.run_dir={tmp_path / name}"])
+        if compiled == "true":
+            assert counters["stats"]["unique_graphs"] <= 2 * (4 if segments else 1)
+    compiled, eager = (list(losses(tmp_path / name).values()) for name in ("compiled", "eager"))
+    assert compiled == pytest.approx(eager, abs=1e-4)
+
+
+def test_memory_is_that_of_a_segment(recipe, tmp_path):
+    windows = [EAGER, "model.attention.pattern=window", "model.attention.window=15", "train.num_steps=2"]
+    sizes = ["model.hidden_size=256", "train.micro_batch_size=4", "validation.every_steps=null"]
+    peaks = []
+    for length in (512, 2048):
+        torch.cuda.reset_peak_memory_stats()
+        lengths = [f"train.seq_length={length}", f"model.max_position_embeddings={length}"]
+        lengths += ["train.segment_length=256", f"train.batch_size_tokens={4 * length}"]
+        train(recipe, [*windows, *sizes, *lengths, f"train.run_dir={tmp_path / str(length)}"])
+        peaks.append(metrics(tmp_path / str(length))[-1]["memory_gib"])
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.05)

@@ -41,6 +41,11 @@ FULL = [(2, 1), (3, 0)]  # ZeRO stage, and the rank whose disk is full; ZeRO-3 g
 CONVERSIONS = [(0, "bf16", 3, "bf16"), (1, "bf16", 0, "fp32"), (2, "fp32", 1, "fp32"), (3, "fp32", 2, "fp32")]
 
 
+# With a window that each step draws, in one pass and in segments.
+DRAWN = ["model.attention.pattern=window", "model.attention.window=[2,20]"]
+WINDOWS = [(1, "bf16", DRAWN), (3, "fp32", [*DRAWN, "train.segment_length=8"])]
+
+
 # With a spike in step 8: name of the run, ZeRO stage, precision, `train.on_spike`.
 SPIKES = [("skipped-1", 1, "bf16", "skip"), ("skipped-3", 3, "fp32", "skip"), ("spiked", 1, "bf16", "stop")]
 
@@ -87,6 +92,12 @@ def two_ranks(recipe, store, whole_run, tmp_path_factory) -> Path:
         # It goes on past two further saves.
         calls.append(
             {"overrides": settings(resumed, stage, precision) + SAVE_OFTEN, "copy": [str(whole), 2, str(resumed)]}
+        )
+    for stage, precision, windows in WINDOWS:
+        whole, resumed = folder / f"windows-{stage}", folder / f"resumed-windows-{stage}"
+        calls.append({"overrides": [*settings(whole, stage, precision), *windows]})
+        calls.append(
+            {"overrides": [*settings(resumed, stage, precision), *windows], "copy": [str(whole), 4, str(resumed)]}
         )
     grown, stopped, ahead, diverged, dead = (
         folder / name for name in ("grown", "stopped", "ahead", "diverged", "dead")
@@ -174,6 +185,21 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(two_ranks, stag
     whole, resumed = two_ranks / f"whole-{stage}", two_ranks / f"resumed-{stage}"
     assert losses(resumed) == losses(whole)
     assert_same_weights(weights(resumed, 8), weights(whole, 8))
+
+
+@pytest.mark.parametrize(("stage", "precision", "windows"), WINDOWS)
+def test_two_ranks_draw_the_windows_of_one_and_resume_bit_for_bit(
+    recipe, two_ranks, tmp_path, stage, precision, windows
+):
+    whole, resumed = two_ranks / f"windows-{stage}", two_ranks / f"resumed-windows-{stage}"
+    assert outcomes(two_ranks, whole.name) == outcomes(two_ranks, resumed.name) == ["done"] * 2
+    assert losses(resumed) == losses(whole)
+    assert_same_weights(weights(resumed, 8), weights(whole, 8))
+    train(recipe, [f"train.run_dir={tmp_path}", *windows])
+    for run in (whole, resumed):
+        assert [line.get("window") for line in metrics(run)] == [line.get("window") for line in metrics(tmp_path)]
+    tolerance = 1e-5 if precision == "fp32" else 5e-3
+    assert list(losses(whole).values()) == pytest.approx(list(losses(tmp_path).values()), abs=tolerance)
 
 
 def test_a_damaged_file_of_one_rank_is_noticed_by_all(two_ranks):

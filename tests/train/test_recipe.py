@@ -8,6 +8,8 @@ import pytest
 from sinklm.train.config import TrainingConfig
 from sinklm.train.recipe import config_yaml, dotted_keys, load_config
 
+WINDOW = ["model.attention.pattern=window", "model.attention.window=9"]
+
 
 def test_a_resolved_config_is_a_recipe_of_the_same_run(tmp_path):
     config = load_config("pythia-410m", ["deepspeed.zero_optimization.overlap_comm=true", "optimizer.betas=[0.8, 0.9]"])
@@ -57,6 +59,36 @@ def test_weights_of_sets_are_replaced_as_a_whole(tmp_path):
             ["optimizer.betas=[0.9, 1.0]"],
             "optimizer.betas is [0.9, 1.0]: each value must be at least 0 and less than 1",
         ),
+        (["model.attention.pattern=windw"], "model.attention.pattern is 'windw': it must be full, window, a ratio"),
+        (["model.attention.pattern=[full,none]"], "model.attention.pattern is ['full', 'none']: it must be full,"),
+        (["model.attention.pattern=4"], "model.attention.pattern is 4: it must be full, window"),
+        (["model.attention.pattern=1:2:3"], "model.attention.pattern is 3723: it must be full, window"),
+        (["model.attention.pattern=0:1"], "model.attention.pattern is '0:1': it must be full, window"),
+        (["model.attention.pattern=window"], "pattern is window, but window is null: set window"),
+        (
+            ["model.attention.pattern=[full,window]", "model.attention.window=9"],
+            "attention.pattern is ['full', 'window']: it has 2 entries, but num_hidden_layers is",
+        ),
+        (["model.attention.window=9"], "model.attention: window is 9, but no layer has a window: set pattern"),
+        (["model.attention.num_kept=4"], "model.attention: num_kept is 4, but no layer has a window: set pattern"),
+        ([*WINDOW, "model.attention.window=0"], "model.attention.window is 0: it must be a number of tokens"),
+        ([*WINDOW, "model.attention.window=2.5"], "model.attention.window is 2.5: it must be a number of tokens"),
+        ([*WINDOW, "model.attention.window=[9]"], "model.attention.window is [9]: a range must be [low, high]"),
+        ([*WINDOW, "model.attention.window=[9,9]"], "model.attention.window is [9, 9]: a range must be [low, high]"),
+        ([*WINDOW, "model.attention.num_kept=0"], "attention.num_kept is 0, but the first 1 tokens are sink tokens"),
+        ([*WINDOW, "model.attention.num_kep=0"], "unknown key model.attention.num_kep: did you mean model.attention."),
+        (["model.atention.window=9"], "unknown key model.atention: did you mean model.attention"),
+        (["train.segment_length=100"], "seq_length 2048 is not a multiple of segment_length 100"),
+        (["train.segment_length=512"], "but a layer with full attention needs all keys of the sample"),
+        (
+            ["model.attention.pattern=3:1", "model.attention.window=9", "train.segment_length=512"],
+            "but a layer with full attention needs all keys of the sample: set model.attention.pattern=window",
+        ),
+        (
+            [*WINDOW, "model.attention.num_kept=4", "train.segment_length=512"],
+            "but the windows keep 4 tokens, and only the sink tokens (1) are in every segment: set model.attention",
+        ),
+        ([*WINDOW, "train.segment_length=1"], "model.sink.num_tokens 1 leaves no room for text in train.segment_len"),
         (["model.sink.kind=magic"], "model.sink.kind is 'magic': it must be one of none, token"),
         (["model.num_attention_heads=5"], "hidden_size 128 is not a multiple of num_attention_heads 5"),
         (["model.rotary_pct=0.1"], "rotary_pct 0.1 rotates 3 dimensions"),
@@ -117,7 +149,9 @@ def test_a_bad_file_is_named(tmp_path, text, message):
 
 def test_a_recipe_that_does_not_exist_is_named():
     with pytest.raises(
-        FileNotFoundError, match=r"there is no recipe 'pythia-160': did you mean pythia-160m or continue/pythia-160m\?"
+        FileNotFoundError,
+        match=r"there is no recipe 'pythia-160': did you mean pythia-160m, continue/pythia-160m or "
+        r"windows/pythia-160m\?",
     ):
         load_config("pythia-160")
     with pytest.raises(FileNotFoundError, match=r"recipe runs/mine\.yaml: no such file"):

@@ -1,0 +1,145 @@
+"""Windows in a run: the pattern of the layers, and the window that each step draws."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sinklm.models.cost import flops_per_token
+from sinklm.train.plan import Plan
+from sinklm.train.recipe import load_config
+from sinklm.train.run import train
+from sinklm.train.summary import describe_model
+from sinklm.train.windows import layer_kinds, window_of_step
+
+from ..checkpoints.seal import seal
+from .plain import plain_training
+from .tiny import assert_same_weights, copy_checkpoint, losses, metrics, weights
+
+WINDOWS = ["model.attention.pattern=window", "model.attention.window=[2,20]"]
+RANGES = st.integers(1, 5000).flatmap(lambda low: st.tuples(st.just(low), st.integers(low + 1, 10_000)))
+
+
+def plan(*overrides: str) -> Plan:
+    return Plan(load_config("quickstart", overrides), world_size=1, tokenizer_size=300)
+
+
+@given(num_windowed=st.integers(1, 5), num_full=st.integers(1, 5), num_layers=st.integers(1, 40))
+def test_a_ratio_repeats_over_the_layers(num_windowed, num_full, num_layers):
+    kinds = layer_kinds(f"{num_windowed}:{num_full}", num_layers)
+    period = num_windowed * ["window"] + num_full * ["full"]
+    assert kinds == (period * num_layers)[:num_layers]
+
+
+def test_a_ratio_is_read_with_and_without_quotes():
+    for text in ("3:1", "'3:1'"):
+        config = load_config("quickstart", [f"model.attention.pattern={text}", "model.attention.window=9"])
+        assert config.model.attention.pattern == "3:1"
+        assert config.model.layer_windows == [9, 9, 9, None]
+
+
+@given(seed=st.integers(0, 2**63 - 1), step=st.integers(1, 10**15), limits=RANGES)
+def test_a_drawn_window_is_in_its_range_and_depends_on_seed_and_step_alone(seed, step, limits):
+    window = window_of_step(seed, step, *limits)
+    assert limits[0] <= window <= limits[1]
+    assert window == window_of_step(seed, step, *limits)
+
+
+def test_drawn_windows_are_these_so_that_runs_of_older_versions_resume():
+    drawn = [window_of_step(1234, step, 32, 2047) for step in range(1, 9)]
+    assert drawn == [99, 1360, 47, 69, 71, 89, 1138, 360]
+
+
+@pytest.mark.parametrize(("low", "high"), [(32, 2047), (1, 3), (7, 1000)])
+def test_drawn_windows_are_log_uniform(low, high):
+    num_steps = 20_000
+    drawn = [window_of_step(5, step, low, high) for step in range(1, num_steps + 1)]
+    for middle in (low, low + 1, round(math.sqrt(low * high)), high - 1):
+        share = math.log((middle + 1) / low) / math.log((high + 1) / low)
+        deviation = math.sqrt(share * (1 - share) / num_steps)
+        assert sum(window <= middle for window in drawn) / num_steps == pytest.approx(share, abs=5 * deviation)
+
+
+def test_the_model_has_the_largest_window():
+    fixed = plan("model.attention.pattern=1:1", "model.attention.window=9", "model.attention.num_kept=4").model_config
+    assert (fixed.layer_windows, fixed.num_kept, fixed.window_range) == ([9, None, 9, None], 4, None)
+    drawn = plan(*WINDOWS).model_config
+    assert (drawn.layer_windows, drawn.num_kept, drawn.window_range) == ([20] * 4, 1, [2, 20])
+    assert plan().model_config.layer_windows is None
+
+
+def test_operations_count_the_keys_in_the_windows():
+    full, hybrid, drawn = plan(), plan("model.attention.pattern=3:1", "model.attention.window=9"), plan(*WINDOWS)
+    fewer = 12 * 128 * 3 * (256 - 11)  # in three layers a query has 1 + 9 + 1 keys
+    assert hybrid.flops_per_token() == flops_per_token(hybrid.model_config, 256) == full.flops_per_token() - fewer
+    assert drawn.flops_per_token(20) == full.flops_per_token() - 12 * 128 * 4 * (256 - 22)
+    by_step = [drawn.flops_per_token(drawn.window(step)) for step in range(1, 2001)]
+    assert drawn.flops_per_token() == pytest.approx(sum(by_step) / 2000, rel=0.01)
+    assert plan("model.attention.pattern=window", "model.attention.window=999").flops_per_token() == (
+        full.flops_per_token()
+    )
+
+
+def test_a_run_says_what_its_layers_see():
+    assert describe_model(plan(*WINDOWS)).endswith("window of 2 to 20 (drawn for each step) in all layers with 1 kept")
+    hybrid = plan("model.attention.pattern=3:1", "model.attention.window=1023", "model.attention.num_kept=4")
+    assert describe_model(hybrid).endswith("window of 1,023 in 3 of 4 layers with 4 kept")
+
+
+@pytest.fixture(scope="module")
+def drawn_run(recipe, tmp_path_factory):
+    """Eight steps with drawn windows, saved at 4 and 8."""
+    run = tmp_path_factory.mktemp("drawn") / "run"
+    train(recipe, [f"train.run_dir={run}", *WINDOWS])
+    return run
+
+
+def test_each_step_trains_with_its_own_window(recipe, drawn_run):
+    drawn = {line["step"]: line["window"] for line in metrics(drawn_run) if "window" in line}
+    assert drawn == {step: window_of_step(7, step, 2, 20) for step in range(1, 9)}
+    assert len(set(drawn.values())) > 3
+    plan = Plan(load_config(recipe, WINDOWS), 1, 300)
+    expected, norms, _ = plain_training(plan, num_steps=8)
+    assert list(losses(drawn_run).values()) == pytest.approx(expected, abs=1e-5)
+    assert [line["grad_norm"] for line in metrics(drawn_run) if "loss" in line] == pytest.approx(norms, rel=1e-4)
+
+
+def test_a_run_with_drawn_windows_resumes_bit_for_bit(recipe, drawn_run, tmp_path):
+    copy_checkpoint(drawn_run, 4, tmp_path)
+    train(recipe, [f"train.run_dir={tmp_path}", *WINDOWS])
+    assert losses(tmp_path) == losses(drawn_run)
+    assert_same_weights(weights(tmp_path, 8), weights(drawn_run, 8))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["model.attention.window=[2,21]"], r"model.attention.window is \[2, 21\], but .* was trained with \[2, 20\]"),
+        (["model.attention.window=20"], r"model.attention.window is 20, but .* was trained with \[2, 20\]"),
+        (["model.attention.pattern=1:1"], r"model.attention.pattern is \['window', 'full'\], but .* was trained with"),
+        (["model.attention.num_kept=4"], r"model.attention.num_kept is 4, but .* was trained with"),
+    ],
+)
+def test_a_run_does_not_resume_with_other_windows(recipe, drawn_run, changed, message):
+    with pytest.raises(ValueError, match=message):
+        train(recipe, [f"train.run_dir={drawn_run}", *WINDOWS, *changed])
+
+
+def test_the_same_windows_in_other_words_resume(recipe, drawn_run, tmp_path):
+    copy_checkpoint(drawn_run, 8, tmp_path)
+    same = ["model.attention.pattern=[window,window]", "model.attention.num_kept=1", WINDOWS[1]]
+    train(recipe, [f"train.run_dir={tmp_path}", *same])
+
+
+def test_a_checkpoint_from_before_there_were_windows_resumes(recipe, whole_run, tmp_path):
+    copy_checkpoint(whole_run, 8, tmp_path)
+    config = tmp_path / "checkpoints" / "step-8" / "config.yaml"
+    text = config.read_text()
+    begin = text.index("  attention:\n")
+    end = begin + text[begin:].index("data:\n")
+    config.write_text(text[:begin] + text[end:])
+    seal(tmp_path / "checkpoints" / "step-8")
+    train(recipe, [f"train.run_dir={tmp_path}"])
+    with pytest.raises(ValueError, match=r"model.attention.pattern is \['window', .* was trained with \['full'"):
+        train(recipe, [f"train.run_dir={tmp_path}", *WINDOWS])
