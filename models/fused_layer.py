@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .float8 import Float8Linear
+
 try:
     from . import layer_kernels as kernels
 except ImportError:  # Triton comes with torch's CUDA builds
@@ -26,6 +28,8 @@ def is_fused(states: Tensor) -> bool:
 
 def linear_but_bias_gradient(linear: nn.Linear, states: Tensor) -> Tensor:
     """Apply a linear layer without a gradient for its bias."""
+    if isinstance(linear, Float8Linear):
+        return linear.product(states, linear.bias.detach())
     return nn.functional.linear(states, linear.weight, linear.bias.detach())
 
 

@@ -1,0 +1,137 @@
+"""Linear layers whose matrix products run in float8, for training in ``train.precision: fp8``.
+
+The weights stay in the model's dtype. Each product casts its two factors to float8 with one scale
+for each matrix, so that the largest absolute value of the matrix becomes the largest number of the
+format ("tensor-wise dynamic scaling"; Micikevicius et al. 2022, torchao's recipe ``tensorwise``).
+The product accumulates in float32 and returns the model's dtype.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+try:
+    from . import float8_kernel as kernel
+except ImportError:  # Triton comes with torch's CUDA builds
+    kernel = None  # type: ignore[assignment]
+
+FORMAT = torch.float8_e4m3fn  # of states and weights
+GRADIENT_FORMAT = torch.float8_e5m2  # a wider range, less precision
+LARGEST = {FORMAT: torch.finfo(FORMAT).max, GRADIENT_FORMAT: torch.finfo(GRADIENT_FORMAT).max}
+SMALLEST_PEAK = 2.0**-100  # scale of a matrix of zeros; scale and its reciprocal are normal float32 numbers
+MULTIPLE = 16  # of all three sizes of a float8 product
+PRODUCTS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # of a layer
+
+
+class Float8Linear(nn.Linear):
+    """A linear layer that multiplies in float8 in training, and as `nn.Linear` in evaluation.
+
+    All sizes, also the number of rows of the input, must be multiples of `MULTIPLE`.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map ``(…, in_features)`` to ``(…, out_features)``."""
+        return self.product(input, self.bias)
+
+    def product(self, states: Tensor, bias: Tensor | None) -> Tensor:
+        """Apply the layer with another tensor as the bias."""
+        if not self.training:
+            return nn.functional.linear(states, self.weight, bias)
+        return Float8Product.apply(states.flatten(0, -2), self.weight, bias).view(*states.shape[:-1], -1)
+
+
+def use_float8(model: nn.Module, names: tuple[str, ...] = PRODUCTS) -> None:
+    """Turn the linear layers with these names into `Float8Linear`, in place.
+
+    Parameters and their names are unchanged.
+    """
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in names and type(module) is nn.Linear:
+            module.__class__ = Float8Linear
+
+
+class Float8Product(torch.autograd.Function):
+    """``states @ weight.T + bias`` and its gradients, three products in float8.
+
+    Args:
+        states: ``(N, C)``.
+        weight: ``(D, C)``.
+        bias: ``(D,)`` or None.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        scale, weight_scale = scale_of(states, FORMAT), scale_of(weight, FORMAT)
+        states_8, states_8_transposed = cast_both(states, scale, FORMAT)
+        weight_8 = (weight.float() * weight_scale).to(FORMAT)
+        ctx.save_for_backward(states_8_transposed, scale, weight, weight_scale)
+        return scaled_product(states_8, scale, weight_8, weight_scale, states.dtype, bias, is_fast=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        states_8_transposed, scale, weight, weight_scale = ctx.saved_tensors
+        grad_scale = scale_of(grad, GRADIENT_FORMAT)
+        grad_8, grad_8_transposed = cast_both(grad, grad_scale, GRADIENT_FORMAT)
+        weight_8_transposed = cast_transposed(weight, weight_scale, FORMAT)
+        grad_states = scaled_product(grad_8, grad_scale, weight_8_transposed, weight_scale, grad.dtype)
+        grad_weight = scaled_product(grad_8_transposed, grad_scale, states_8_transposed, scale, weight.dtype)
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
+        return grad_states, grad_weight, grad_bias
+
+
+def scale_of(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the factor, float32 ``()``, that maps the largest absolute value to that of a dtype.
+
+    It is NaN if the matrix contains NaN, and 0 if it contains an infinity. So the products, which
+    are divided by it, are not finite then, and training stops.
+    """
+    peak = matrix.abs().amax().float().clamp(min=SMALLEST_PEAK)
+    return LARGEST[dtype] / peak
+
+
+def cast_both(matrix: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return ``scale × matrix`` ``(N, C)`` in float8, and its transpose ``(C, N)``, both contiguous."""
+    if matrix.is_cuda and kernel is not None:
+        return kernel.cast_float8(matrix.contiguous(), scale, dtype)
+    rounded = (matrix.float() * scale).to(dtype)
+    return rounded, rounded.t().contiguous()
+
+
+def cast_transposed(matrix: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``scale × matrix`` ``(N, C)`` in float8, transposed ``(C, N)`` and contiguous."""
+    if matrix.is_cuda and kernel is not None:
+        return kernel.cast_float8_transposed(matrix.contiguous(), scale, dtype)
+    return (matrix.float() * scale).to(dtype).t().contiguous()
+
+
+def scaled_product(
+    left: Tensor,
+    left_scale: Tensor,
+    right: Tensor,
+    right_scale: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    *,
+    is_fast: bool = False,
+) -> Tensor:
+    """Return ``left @ right.T / (left_scale × right_scale) + bias`` ``(N, M)``.
+
+    Args:
+        left: float8, ``(N, C)``, contiguous.
+        right: float8, ``(M, C)``, contiguous: float8 tensor cores read both factors along C.
+        left_scale, right_scale: what the factors were multiplied by.
+        is_fast: accumulate with fewer bits than float32 on Hopper, which is faster. Gradients are
+            not, as in torchao and Transformer Engine.
+    """
+    return torch._scaled_mm(
+        left,
+        right.t(),
+        scale_a=left_scale.reciprocal(),
+        scale_b=right_scale.reciprocal(),
+        bias=bias,
+        out_dtype=dtype,
+        use_fast_accum=is_fast,
+    )
