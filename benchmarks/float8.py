@@ -58,6 +58,7 @@ TILES = [(64, 64, 4), (128, 64, 4), (64, 128, 4), (128, 128, 4), (128, 128, 8), 
 LAYER_VARIANTS: dict[str, tuple[str, ...] | str | None] = {
     "bf16": None,
     "float8": float8.PRODUCTS,
+    "float8, a pass for each peak": float8.PRODUCTS,
     "float8, not dense": ("query_key_value", *MLP),
     "float8, MLP only": MLP,
     "torchao tensorwise": "tensorwise",
@@ -134,7 +135,7 @@ def measure_products(size: str, args: argparse.Namespace) -> list[dict]:
     rows = []
     for name, (m, n, k) in products_of(plan.model_config, plan.config.train.batch_size_tokens).items():
         left, right = (torch.randn(length, k, device=DEVICE, dtype=torch.bfloat16) for length in (m, n))
-        left_scale, right_scale = float8.scale_of(left, float8.FORMAT), float8.scale_of(right, float8.FORMAT)
+        left_scale, right_scale = scale(left), scale(right)
         left_8, right_8 = (left.float() * left_scale).to(float8.FORMAT), (right.float() * right_scale).to(float8.FORMAT)
         by_row = {"scale_a": torch.ones(m, 1, device=DEVICE), "scale_b": torch.ones(1, n, device=DEVICE)}
 
@@ -170,23 +171,27 @@ def measure_casts(size: str, args: argparse.Namespace) -> list[dict]:
     shape = plan.config.train.batch_size_tokens, plan.model_config.intermediate_size
     matrix = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
     num_bytes = matrix.numel()
-    scale = float8.scale_of(matrix, float8.FORMAT)
-    compiled = torch.compile(float8.scale_of)
+    factor = scale(matrix)
+    compiled = torch.compile(scale, dynamic=False)
     calls: dict[str, tuple[Callable, int]] = {
-        "scale": (lambda: compiled(matrix, float8.FORMAT), 2),
+        "peak": (lambda: compiled(matrix), 2),
         "cast, compiled by inductor": (torch.compile(_plain_cast, dynamic=False), 4),
     }
-    calls["cast, compiled by inductor"] = (lambda cast=calls["cast, compiled by inductor"][0]: cast(matrix, scale), 4)
+    calls["cast, compiled by inductor"] = (lambda cast=calls["cast, compiled by inductor"][0]: cast(matrix, factor), 4)
     if float8.kernel is not None and DEVICE.type == "cuda":
         for tile in TILES:
-            calls[f"cast, tile {tile}"] = (lambda tile=tile: cast_with(matrix, scale, tile), 4)
-        calls["cast, transposed only"] = (lambda: float8.cast_transposed(matrix, scale, float8.FORMAT), 3)
+            calls[f"cast, tile {tile}"] = (lambda tile=tile: cast_with(matrix, factor, tile), 4)
+        calls["cast, transposed only"] = (lambda: float8.cast_transposed(matrix, factor, float8.FORMAT), 3)
     rows = []
     for name, (call, per_value) in calls.items():
         time_ms = attempt(lambda call=call: milliseconds(call, args))
         speed = None if time_ms is None else per_value * num_bytes / time_ms / 1e9
         rows.append({"size": size, "shape": str(shape), "what": name, "ms": time_ms, "TB/s": speed})
     return rows
+
+
+def scale(matrix: Tensor) -> Tensor:
+    return float8.scale_of(float8.peak_of(matrix), float8.FORMAT)
 
 
 def _plain_cast(matrix: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,7 +226,7 @@ def measure_variant(name: str, variant: tuple[str, ...] | str | None, size: str,
         torch.manual_seed(0)
         with torch.device(DEVICE):
             model = SinkGPTNeoXModel(config).to(torch.bfloat16).train()
-        with converted(model, variant):
+        with converted(model, variant), passes_for_peaks("pass for each peak" in name):
             if DEVICE.type == "cuda":
                 model.compile(dynamic=False)
             shape = plan.config.train.micro_batch_size, plan.config.train.seq_length, config.hidden_size
@@ -258,9 +263,9 @@ def converted(model: nn.Module, variant: tuple[str, ...] | str | None) -> Iterat
         model, config=config, module_filter_fn=lambda module, name: name.rpartition(".")[2] in float8.PRODUCTS
     )
 
-    def linear_but_bias_gradient(linear: Any, states: Tensor) -> Tensor:
+    def linear_but_bias_gradient(linear: Any, states: Tensor) -> tuple[Tensor, None]:
         product = matmul_with_hp_or_float8_args.apply(states, linear.weight.t(), linear.linear_mm_config, linear.config)
-        return product + linear.bias.detach()
+        return product + linear.bias.detach(), None
 
     originals = attention.linear_but_bias_gradient, layer.linear_but_bias_gradient
     attention.linear_but_bias_gradient = layer.linear_but_bias_gradient = linear_but_bias_gradient
@@ -268,6 +273,23 @@ def converted(model: nn.Module, variant: tuple[str, ...] | str | None) -> Iterat
         yield
     finally:
         attention.linear_but_bias_gradient, layer.linear_but_bias_gradient = originals
+
+
+@contextmanager
+def passes_for_peaks(is_wanted: bool) -> Iterator[None]:
+    """Let the products compute all peaks themselves."""
+    linear = float8.Float8Linear
+    original = linear._product
+
+    def without_given_peak(self: Any, states: Tensor, bias: Any, peak: Any, *, has_carrier: bool) -> Any:
+        return original(self, states, bias, None, has_carrier=False)
+
+    if is_wanted:
+        linear._product = without_given_peak
+    try:
+        yield
+    finally:
+        linear._product = original
 
 
 def measure_steps(size: str, args: argparse.Namespace) -> list[dict]:
@@ -364,7 +386,9 @@ def measure_curve(args: argparse.Namespace) -> list[dict]:
 
 
 def curve_rows(curves: dict[str, list[dict]], num_steps: int) -> list[dict]:
-    windows = [(start, min(start + num_steps // 10, num_steps)) for start in range(0, num_steps, max(num_steps // 10, 1))]
+    windows = [
+        (start, min(start + num_steps // 10, num_steps)) for start in range(0, num_steps, max(num_steps // 10, 1))
+    ]
     rows = []
     for start, end in windows:
         losses = {

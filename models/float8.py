@@ -31,15 +31,31 @@ class Float8Linear(nn.Linear):
     All sizes, also the number of rows of the input, must be multiples of `MULTIPLE`.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Map ``(…, in_features)`` to ``(…, out_features)``."""
-        return self.product(input, self.bias)
+    def forward(self, input: Tensor, peak: Tensor | None = None) -> Tensor:
+        """Map ``(…, in_features)`` to ``(…, out_features)``.
 
-    def product(self, states: Tensor, bias: Tensor | None) -> Tensor:
-        """Apply the layer with another tensor as the bias."""
+        Args:
+            peak: largest absolute value of ``input``, float32 ``()``, if it is known.
+        """
         if not self.training:
-            return nn.functional.linear(states, self.weight, bias)
-        return Float8Product.apply(states.flatten(0, -2), self.weight, bias).view(*states.shape[:-1], -1)
+            return super().forward(input)
+        return self._product(input, self.bias, peak, has_carrier=False)[0]
+
+    def product_with_carrier(self, states: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply the layer with another tensor as the bias.
+
+        Returns:
+            The output, and its carrier ``()``. As the "gradient" of the carrier, the only function
+            that uses the output must return the peak of the output's gradient, which saves a pass
+            over it.
+        """
+        return self._product(states, bias, None, has_carrier=True)
+
+    def _product(
+        self, states: Tensor, bias: Tensor | None, peak: Tensor | None, *, has_carrier: bool
+    ) -> tuple[Tensor, Tensor]:
+        out, carrier = Float8Product.apply(states.flatten(0, -2), self.weight, bias, peak, has_carrier)
+        return out.view(*states.shape[:-1], -1), carrier
 
 
 def use_float8(model: nn.Module, names: tuple[str, ...] = PRODUCTS) -> None:
@@ -55,45 +71,58 @@ def use_float8(model: nn.Module, names: tuple[str, ...] = PRODUCTS) -> None:
 class Float8Product(torch.autograd.Function):
     """``states @ weight.T + bias`` and its gradients, three products in float8.
 
+    Returns the product, and the carrier of `Float8Linear.product_with_carrier`.
+
     Args:
         states: ``(N, C)``.
         weight: ``(D, C)``.
         bias: ``(D,)`` or None.
+        peak: largest absolute value of ``states``, or None.
+        has_carrier: whether the gradient of the carrier will be the peak of the product's gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        scale, weight_scale = scale_of(states, FORMAT), scale_of(weight, FORMAT)
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, peak: Tensor | None, has_carrier: bool
+    ) -> tuple[Tensor, Tensor]:
+        scale = scale_of(peak_of(states) if peak is None else peak, FORMAT)
+        weight_scale = scale_of(peak_of(weight), FORMAT)
         states_8, states_8_transposed = cast_both(states, scale, FORMAT)
         weight_8 = (weight.float() * weight_scale).to(FORMAT)
         ctx.save_for_backward(states_8_transposed, scale, weight, weight_scale)
-        return scaled_product(states_8, scale, weight_8, weight_scale, states.dtype, bias, is_fast=True)
+        ctx.has_carrier = has_carrier
+        product = scaled_product(states_8, scale, weight_8, weight_scale, states.dtype, bias, is_fast=True)
+        return product, scale.new_zeros(())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor, peak: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
         states_8_transposed, scale, weight, weight_scale = ctx.saved_tensors
-        grad_scale = scale_of(grad, GRADIENT_FORMAT)
+        grad_scale = scale_of(peak if ctx.has_carrier else peak_of(grad), GRADIENT_FORMAT)
         grad_8, grad_8_transposed = cast_both(grad, grad_scale, GRADIENT_FORMAT)
         weight_8_transposed = cast_transposed(weight, weight_scale, FORMAT)
         grad_states = scaled_product(grad_8, grad_scale, weight_8_transposed, weight_scale, grad.dtype)
         grad_weight = scaled_product(grad_8_transposed, grad_scale, states_8_transposed, scale, weight.dtype)
         grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
-        return grad_states, grad_weight, grad_bias
+        return grad_states, grad_weight, grad_bias, None, None
 
 
-def scale_of(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the factor, float32 ``()``, that maps the largest absolute value to that of a dtype.
+def peak_of(matrix: Tensor) -> Tensor:
+    """Return the largest absolute value, float32 ``()``; NaN if there is a NaN."""
+    return matrix.abs().amax().float()
 
-    It is NaN if the matrix contains NaN, and 0 if it contains an infinity. So the products, which
-    are divided by it, are not finite then, and training stops.
+
+def scale_of(peak: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the factor, float32 ``()``, that maps the peak of a matrix to the dtype's largest number.
+
+    For an infinite peak it is 0, so that the products, which are divided by it, are not finite, and
+    training stops. A NaN remains NaN through the cast and the products.
     """
-    peak = matrix.abs().amax().float().clamp(min=SMALLEST_PEAK)
-    return LARGEST[dtype] / peak
+    return LARGEST[dtype] / peak.clamp(min=SMALLEST_PEAK)
 
 
 def cast_both(matrix: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return ``scale × matrix`` ``(N, C)`` in float8, and its transpose ``(C, N)``, both contiguous."""
+    """Return ``scale × matrix`` ``(N, C)`` in float8, and its transpose, both contiguous."""
     if matrix.is_cuda and kernel is not None:
         return kernel.cast_float8(matrix.contiguous(), scale, dtype)
     rounded = (matrix.float() * scale).to(dtype)

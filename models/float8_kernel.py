@@ -11,7 +11,7 @@ ROWS, COLUMNS, NUM_WARPS = 128, 64, 4  # tile of a program
 
 @triton_op("sinklm::cast_float8", mutates_args={})
 def cast_float8(matrix: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return ``scale × matrix`` ``(N, C)`` in float8, and its transpose ``(C, N)``, both contiguous."""
+    """Return ``scale × matrix`` ``(N, C)`` in float8, and its transpose, both contiguous."""
     num_rows, num_columns = matrix.shape
     as_it_is = matrix.new_empty(num_rows, num_columns, dtype=dtype)
     transposed = matrix.new_empty(num_columns, num_rows, dtype=dtype)

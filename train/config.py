@@ -106,7 +106,7 @@ class DataSection(Section):
 
 
 def weights_precision(precision: str) -> str:
-    """Return the precision of the weights under a ``train.precision``; it determines DeepSpeed's files."""
+    """Return the precision of the weights under a ``train.precision``."""
     return "bf16" if precision == "fp8" else precision
 
 

@@ -167,7 +167,8 @@ def make_engine(
 def check_float8(device: torch.device) -> None:
     """Raise a ValueError if the device has no float8 tensor cores."""
     if device.type != "cuda":
-        raise ValueError(f"train.precision=fp8 needs a GPU, but this device is a {device.type.upper()}: set bf16 or fp32")
+        name = device.type.upper()
+        raise ValueError(f"train.precision=fp8 needs a GPU, but this device is a {name}: set bf16 or fp32")
     capability = torch.cuda.get_device_capability(device)
     if capability < FLOAT8_CAPABILITY:
         raise ValueError(
