@@ -106,7 +106,7 @@ def free() -> None:
 
 
 def products_of(config: SinkGPTNeoXConfig, num_rows: int) -> dict[str, tuple[int, int, int]]:
-    """Return the sizes of a layer's products: rows and columns of the result, and the inner size."""
+    """Return the sizes of a layer's products: rows and columns of the result, inner size."""
     hidden, inner = config.hidden_size, config.intermediate_size
     layers = {
         "query_key_value": (3 * hidden, hidden),
@@ -139,21 +139,19 @@ def measure_products(size: str, args: argparse.Namespace) -> list[dict]:
         left_8, right_8 = (left.float() * left_scale).to(float8.FORMAT), (right.float() * right_scale).to(float8.FORMAT)
         by_row = {"scale_a": torch.ones(m, 1, device=DEVICE), "scale_b": torch.ones(1, n, device=DEVICE)}
 
-        def scaled(is_fast: bool, scales: dict | None = None, a: Tensor = left_8, b: Tensor = right_8) -> Tensor:
-            one = torch.ones((), device=DEVICE)
-            scales = scales or {"scale_a": one, "scale_b": one}
-            return torch._scaled_mm(a, b.t(), **scales, out_dtype=torch.bfloat16, use_fast_accum=is_fast)
+        whole = {"scale_a": torch.ones((), device=DEVICE), "scale_b": torch.ones((), device=DEVICE)}
 
-        def time_of(is_fast: bool, scales: dict | None = None, call: Callable = scaled) -> float | None:
-            return attempt(lambda: milliseconds(lambda: call(is_fast, scales), args))
+        def time_of(is_fast: bool, scales: dict, a: Tensor = left_8, b: Tensor = right_8) -> float | None:
+            settings = {**scales, "out_dtype": torch.bfloat16, "use_fast_accum": is_fast}
+            return attempt(lambda: milliseconds(lambda: torch._scaled_mm(a, b.t(), **settings), args))
 
         rows.append(
             {
                 "size": size,
                 "product": name,
                 "bf16": milliseconds(lambda a=left, b=right: a @ b.t(), args),
-                "float8": time_of(False),
-                "float8 fast": time_of(True),
+                "float8": time_of(False, whole),
+                "float8 fast": time_of(True, whole),
                 "by row": time_of(False, by_row),
                 "by row fast": time_of(True, by_row),
             }

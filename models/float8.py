@@ -113,7 +113,7 @@ def peak_of(matrix: Tensor) -> Tensor:
 
 
 def scale_of(peak: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the factor, float32 ``()``, that maps the peak of a matrix to the dtype's largest number.
+    """Return the factor, float32 ``()``, that maps a peak to the largest number of a dtype.
 
     For an infinite peak it is 0, so that the products, which are divided by it, are not finite, and
     training stops. A NaN remains NaN through the cast and the products.
