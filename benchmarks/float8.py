@@ -25,6 +25,7 @@ Recorded results: docs/results/training-speed.md.
 """
 
 import argparse
+import copy
 import gc
 import json
 import platform
@@ -219,7 +220,8 @@ def measure_variant(name: str, variant: tuple[str, ...] | str | None, size: str,
     row: dict[str, Any] = {"size": size, "variant": name, "ms per layer": None, "GiB": None}
     free()
     plan = plan_of(size, args)
-    config = SinkGPTNeoXConfig(**plan.model_config.to_dict() | {"num_hidden_layers": args.layers})
+    config = copy.deepcopy(plan.model_config)
+    config.num_hidden_layers = args.layers
     try:
         torch.manual_seed(0)
         with torch.device(DEVICE):
@@ -232,6 +234,8 @@ def measure_variant(name: str, variant: tuple[str, ...] | str | None, size: str,
             grad = 1e-5 * torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
 
             def step() -> None:
+                model.zero_grad()
+                states.grad = None
                 model(inputs_embeds=states, use_cache=False).last_hidden_state.backward(grad)
 
             step()
@@ -350,7 +354,7 @@ def kernel_rows(steps: list[dict]) -> list[dict]:
         groups: dict[str, float] = {}
         for name, (ms, _) in kernels.items():
             groups[group_of(name)] = groups.get(group_of(name), 0.0) + ms
-        key = {"size": step["size"], "precision": step["precision"]}
+        key = {"size": step["size"], "precision": step.get("precision")}
         rows += [{**key, "kernel": f"all of {group}", "ms": ms, "times": None} for group, ms in groups.items()]
         longest = sorted(kernels.items(), key=lambda item: -item[1][0])[:22]
         rows += [{**key, "kernel": name[:110], "ms": ms, "times": times} for name, (ms, times) in longest]
