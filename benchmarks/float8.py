@@ -347,7 +347,7 @@ def speed_of(plan: Plan, seconds: list[float], of_bf16: list[float]) -> dict:
 
 
 def kernel_rows(steps: list[dict]) -> list[dict]:
-    """Return the milliseconds of each group of kernels and of the longest kernels."""
+    """Return the milliseconds of each group of kernels, and of the longest of the first size."""
     rows = []
     for step in steps:
         kernels = step.get("kernels", {})
@@ -356,8 +356,8 @@ def kernel_rows(steps: list[dict]) -> list[dict]:
             groups[group_of(name)] = groups.get(group_of(name), 0.0) + ms
         key = {"size": step["size"], "precision": step.get("precision")}
         rows += [{**key, "kernel": f"all of {group}", "ms": ms, "times": None} for group, ms in groups.items()]
-        longest = sorted(kernels.items(), key=lambda item: -item[1][0])[:22]
-        rows += [{**key, "kernel": name[:110], "ms": ms, "times": times} for name, (ms, times) in longest]
+        longest = sorted(kernels.items(), key=lambda item: -item[1][0])[:20] if step["size"] == steps[0]["size"] else []
+        rows += [{**key, "kernel": name[:90], "ms": ms, "times": times} for name, (ms, times) in longest]
     return rows
 
 
