@@ -119,10 +119,15 @@ def _normal(x):
 
 
 @triton.jit
-def _store_peak(peaks, largest, dtype: tl.constexpr):
-    """Store the largest of absolute values as rounded to the dtype of the result."""
-    program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(peaks + program, tl.max(tl.max(largest, axis=1), axis=0).to(dtype).to(tl.float32))
+def _program():
+    """Return the number of this program."""
+    return (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+
+
+@triton.jit
+def _peak(values, dtype: tl.constexpr):
+    """Return the largest of values that are at least 0, as rounded to the dtype of the result."""
+    return tl.max(tl.max(values, axis=1), axis=0).to(dtype).to(tl.float32)
 
 
 @triton.jit
@@ -134,7 +139,7 @@ def _gelu_kernel(states, out, peaks, num_rows, num_columns, ROW_BLOCK: tl.conste
     x = tl.load(states + places, mask=mask, other=0.0).to(tl.float32)
     cumulative, _ = _normal(x)
     tl.store(out + places, (x * cumulative).to(out.dtype.element_ty), mask=mask)
-    _store_peak(peaks, tl.abs(x * cumulative), out.dtype.element_ty)
+    tl.store(peaks + _program(), _peak(tl.abs(x * cumulative), out.dtype.element_ty))
 
 
 @triton.jit
@@ -158,7 +163,7 @@ def _gelu_backward_kernel(
         largest = tl.maximum(largest, tl.abs(gradient))
     places = tl.program_id(1).to(tl.int64) * num_columns + columns
     tl.store(sums + places, tl.sum(total, axis=0), mask=columns < num_columns)
-    _store_peak(peaks, largest, grad_states.dtype.element_ty)
+    tl.store(peaks + _program(), _peak(largest, grad_states.dtype.element_ty))
 
 
 @triton.jit
@@ -225,4 +230,4 @@ def _rotate_backward_kernel(
         largest = tl.maximum(largest, tl.abs(turned))
     places = (program.to(tl.int64) * NUM_HEADS + head) * 3 * HEAD_SIZE + part * HEAD_SIZE + dimension
     tl.store(sums + places, tl.sum(total, axis=0), mask=dimension < HEAD_SIZE)
-    _store_peak(peaks, largest, grad_heads.dtype.element_ty)
+    tl.store(peaks + _program(), _peak(largest, grad_heads.dtype.element_ty))
