@@ -150,6 +150,22 @@ def test_rotated_heads_on_a_gpu(head_size, num_rotated, dtype):
     assert_near_float64(fused, plain, linear, given, grads)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peaks_on_a_gpu(dtype):
+    """The largest peak is the largest absolute value of the result, as it is stored."""
+    kernels = fused_layer.kernels
+    states, grad = (torch.randn(700, 300, device="cuda", dtype=dtype) for _ in range(2))
+    heads = [torch.randn(2, 150, 3, 80, device="cuda", dtype=dtype) for _ in range(3)]
+    angles = torch.rand(150, 10, device="cuda").repeat(1, 2) * 6
+    for results in (
+        kernels.gelu(states),
+        kernels.gelu_backward(grad, states),
+        kernels.rotate_heads_backward(*heads, angles.cos(), angles.sin()),
+    ):
+        assert results[-1].max() == results[0].abs().max().float()
+
+
 def assert_near_float64(fused, plain, module, given, grads) -> None:
     """Outputs and gradients are as close to float64 as with plain torch, and are deterministic."""
 
