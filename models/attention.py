@@ -106,8 +106,9 @@ class SinkAttention(GPTNeoXAttention):
         """Return rotated queries and keys, values, each ``(B, H, T, D)``, and the arm's column."""
         projection = self.query_key_value
         if is_fused(hidden_states) and len(cos) == 1 and not self.column_reads_query and projection.bias is not None:
-            heads = linear_but_bias_gradient(projection, hidden_states).unflatten(-1, (-1, 3 * self.head_size))
-            query, key, value = RotatedHeads.apply(heads, projection.bias, cos[0], sin[0])
+            projected, carrier = linear_but_bias_gradient(projection, hidden_states)
+            heads = projected.unflatten(-1, (-1, 3 * self.head_size))
+            query, key, value = RotatedHeads.apply(heads, projection.bias, cos[0], sin[0], carrier)
             column = self.column(query.transpose(1, 2))
         else:
             query, key, value = projection(hidden_states).unflatten(-1, (-1, 3 * self.head_size)).chunk(3, dim=-1)

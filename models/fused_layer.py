@@ -4,6 +4,10 @@ The linear layer before a GELU or a rotary embedding adds its bias in the forwar
 backward kernels here compute the bias gradient. Callers therefore detach the bias in the linear
 layer (`linear_but_bias_gradient`) and pass it to the functions of this module. The kernels are in
 `layer_kernels`; without them, in eager mode and on other devices, plain torch is used.
+
+A product in float8 needs the largest absolute values of its inputs, their "peaks". The kernels also
+compute them. That of the output of GELU is returned. That of the gradient of a linear layer's
+output is handed to the layer as the gradient of a second, empty output: its carrier.
 """
 
 from typing import Any
@@ -11,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from .float8 import Float8Linear
 
 try:
     from . import layer_kernels as kernels
@@ -24,26 +30,42 @@ def is_fused(states: Tensor) -> bool:
     return is_trained and kernels is not None and states.is_cuda and states.dtype != torch.float64
 
 
-def linear_but_bias_gradient(linear: nn.Linear, states: Tensor) -> Tensor:
-    """Apply a linear layer without a gradient for its bias."""
-    return nn.functional.linear(states, linear.weight, linear.bias.detach())
+def linear_but_bias_gradient(linear: nn.Linear, states: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Apply a linear layer without a gradient for its bias.
+
+    Returns:
+        The output, and the carrier of the peak of its gradient, for the function that uses the
+        output; None if the layer does not need it.
+    """
+    if isinstance(linear, Float8Linear) and linear.training:
+        return linear.product_with_carrier(states, linear.bias.detach())
+    return nn.functional.linear(states, linear.weight, linear.bias.detach()), None
 
 
 class BiasedGelu(torch.autograd.Function):
-    """GELU of states ``(…, C)`` that include a bias ``(C,)``; the bias only gets its gradient."""
+    """GELU of states ``(…, C)`` that include a bias ``(C,)``; the bias only gets its gradient.
+
+    Returns the result and its peak, float32 ``()``.
+
+    Args:
+        carrier: see `linear_but_bias_gradient`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, states: Tensor, bias: Tensor, carrier: Tensor | None = None) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(states)
-        ctx.bias_dtype = bias.dtype
-        return kernels.gelu(states.flatten(0, -2)).view(states.shape)
+        ctx.bias_dtype, ctx.has_carrier = bias.dtype, carrier is not None
+        out, peaks = kernels.gelu(states.flatten(0, -2))
+        peak = peaks.amax()
+        ctx.mark_non_differentiable(peak)
+        return out.view(states.shape), peak
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         (states,) = ctx.saved_tensors
-        grad_states, sums = kernels.gelu_backward(grad.contiguous().flatten(0, -2), states.flatten(0, -2))
-        return grad_states.view(states.shape), sums.sum(0).to(ctx.bias_dtype)
+        grad_states, sums, peaks = kernels.gelu_backward(grad.contiguous().flatten(0, -2), states.flatten(0, -2))
+        return grad_states.view(states.shape), sums.sum(0).to(ctx.bias_dtype), peaks.amax() if ctx.has_carrier else None
 
 
 class RotatedHeads(torch.autograd.Function):
@@ -54,12 +76,15 @@ class RotatedHeads(torch.autograd.Function):
     Args:
         bias: ``(H × 3 D,)``, already added to the projections.
         cos, sin: ``(T, rotated dimensions)``; the second half repeats the first.
+        carrier: see `linear_but_bias_gradient`.
     """
 
     @staticmethod
-    def forward(ctx: Any, heads: Tensor, bias: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, heads: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, carrier: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        ctx.bias_dtype = bias.dtype
+        ctx.bias_dtype, ctx.has_carrier = bias.dtype, carrier is not None
         query, key = kernels.rotate_heads(heads, cos, sin)
         return query, key, heads[..., 2 * query.shape[-1] :]
 
@@ -67,6 +92,7 @@ class RotatedHeads(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor
-    ) -> tuple[Tensor, Tensor, None, None]:
-        grad_heads, sums = kernels.rotate_heads_backward(grad_query, grad_key, grad_value, *ctx.saved_tensors)
-        return grad_heads, sums.sum(0).flatten().to(ctx.bias_dtype), None, None
+    ) -> tuple[Tensor, Tensor, None, None, Tensor | None]:
+        grad_heads, sums, peaks = kernels.rotate_heads_backward(grad_query, grad_key, grad_value, *ctx.saved_tensors)
+        grad_bias, peak = sums.sum(0).flatten().to(ctx.bias_dtype), peaks.amax() if ctx.has_carrier else None
+        return grad_heads, grad_bias, None, None, peak

@@ -9,6 +9,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer, GPTNeoX
 from .arms import ARMS
 from .attention import SinkAttention
 from .config import SinkGPTNeoXConfig
+from .float8 import Float8Linear
 from .fused_layer import BiasedGelu, is_fused, linear_but_bias_gradient
 
 
@@ -57,5 +58,8 @@ class SinkMLP(GPTNeoXMLP):
         """Map ``(B, T, hidden)`` to ``(B, T, hidden)``."""
         if not (self.is_gelu and is_fused(hidden_states)):
             return super().forward(hidden_states)
-        inner = linear_but_bias_gradient(self.dense_h_to_4h, hidden_states)
-        return self.dense_4h_to_h(BiasedGelu.apply(inner, self.dense_h_to_4h.bias))
+        inner, carrier = linear_but_bias_gradient(self.dense_h_to_4h, hidden_states)
+        inner, peak = BiasedGelu.apply(inner, self.dense_h_to_4h.bias, carrier)
+        if isinstance(self.dense_4h_to_h, Float8Linear):
+            return self.dense_4h_to_h(inner, peak)
+        return self.dense_4h_to_h(inner)

@@ -2,7 +2,9 @@
 
 Each value is read from memory once and written once. Both backward passes also sum over rows,
 because these sums are the gradient of the bias before them; a separate pass would read everything
-again. Each program sums ``ROWS`` rows; the caller sums the results over programs.
+again. Each program sums ``ROWS`` rows; the caller sums the results over programs. For the same
+reason, kernels whose results are cast to float8 return the largest absolute value of each program
+(its "peak", 0 for a program of NaN only); the caller takes the largest of them.
 """
 
 import torch
@@ -17,17 +19,22 @@ GELU_COLUMNS = 128
 
 
 @triton_op("sinklm::gelu", mutates_args={})
-def gelu(states: Tensor) -> Tensor:
-    """Compute GELU ``x Φ(x)`` of states ``(N, C)``."""
+def gelu(states: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute GELU ``x Φ(x)`` of states ``(N, C)``.
+
+    Returns:
+        The result, and its peaks, float32 ``(programs,)``.
+    """
     out = torch.empty_like(states)
     num_rows, num_columns = states.shape
     grid = (triton.cdiv(num_columns, GELU_COLUMNS), triton.cdiv(num_rows, ROW_BLOCK))
-    wrap_triton(_gelu_kernel)[grid](states, out, num_rows, num_columns, ROW_BLOCK, GELU_COLUMNS, num_warps=8)
-    return out
+    peaks = states.new_empty(grid[0] * grid[1], dtype=torch.float32)
+    wrap_triton(_gelu_kernel)[grid](states, out, peaks, num_rows, num_columns, ROW_BLOCK, GELU_COLUMNS, num_warps=8)
+    return out, peaks
 
 
 @triton_op("sinklm::gelu_backward", mutates_args={})
-def gelu_backward(grad: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+def gelu_backward(grad: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the backward pass of `gelu`.
 
     Args:
@@ -35,18 +42,19 @@ def gelu_backward(grad: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
         states: input of `gelu`, ``(N, C)``.
 
     Returns:
-        The gradient of ``states`` ``(N, C)``, and its partial sums over rows, float32
-        ``(programs, C)``.
+        The gradient of ``states`` ``(N, C)``, its partial sums over rows, float32
+        ``(programs, C)``, and its peaks, float32 ``(all programs,)``.
     """
     num_rows, num_columns = states.shape
     num_programs = triton.cdiv(num_rows, ROWS)
     grad_states = torch.empty_like(states)
     sums = states.new_empty(num_programs, num_columns, dtype=torch.float32)
     grid = (triton.cdiv(num_columns, GELU_COLUMNS), num_programs)
+    peaks = states.new_empty(grid[0] * grid[1], dtype=torch.float32)
     wrap_triton(_gelu_backward_kernel)[grid](
-        *(grad, states, grad_states, sums, num_rows, num_columns), ROWS, ROW_BLOCK, GELU_COLUMNS, num_warps=8
+        *(grad, states, grad_states, sums, peaks, num_rows, num_columns), ROWS, ROW_BLOCK, GELU_COLUMNS, num_warps=8
     )
-    return grad_states, sums
+    return grad_states, sums, peaks
 
 
 @triton_op("sinklm::rotate_heads", mutates_args={})
@@ -70,7 +78,7 @@ def rotate_heads(heads: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tenso
 @triton_op("sinklm::rotate_heads_backward", mutates_args={})
 def rotate_heads_backward(
     grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the backward pass of `rotate_heads`.
 
     Args:
@@ -78,20 +86,21 @@ def rotate_heads_backward(
         grad_value: gradient of the last third of each head, ``(B, T, H, D)``.
 
     Returns:
-        The gradient of ``heads`` ``(B, T, H, 3 D)``, and its partial sums over positions, float32
-        ``(programs, H, 3 D)``.
+        The gradient of ``heads`` ``(B, T, H, 3 D)``, its partial sums over positions, float32
+        ``(programs, H, 3 D)``, and its peaks, float32 ``(all programs,)``.
     """
     batch_size, num_positions, num_heads, head_size = grad_query.shape
     num_rows, block = batch_size * num_positions, triton.next_power_of_2(head_size)
     num_programs = triton.cdiv(num_rows, ROWS)
     grad_heads = grad_query.new_empty(batch_size, num_positions, num_heads, 3 * head_size)
     sums = grad_query.new_empty(num_programs, num_heads, 3 * head_size, dtype=torch.float32)
+    peaks = grad_query.new_empty(num_heads * 3 * num_programs, dtype=torch.float32)
     gradients = (gradient.contiguous() for gradient in (grad_query, grad_key, grad_value))
     wrap_triton(_rotate_backward_kernel)[num_heads, 3, num_programs](
-        *(*gradients, grad_heads, sums, cos, sin, num_rows, num_positions),
+        *(*gradients, grad_heads, sums, peaks, cos, sin, num_rows, num_positions),
         *(num_heads, head_size, cos.shape[-1], ROWS, ROW_BLOCK, block),
     )
-    return grad_heads, sums
+    return grad_heads, sums, peaks
 
 
 @triton.jit
@@ -110,7 +119,19 @@ def _normal(x):
 
 
 @triton.jit
-def _gelu_kernel(states, out, num_rows, num_columns, ROW_BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+def _program():
+    """Return the number of this program."""
+    return (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+
+
+@triton.jit
+def _peak(values, dtype: tl.constexpr):
+    """Return the largest of values that are at least 0, as rounded to the dtype of the result."""
+    return tl.max(tl.max(values, axis=1), axis=0).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _gelu_kernel(states, out, peaks, num_rows, num_columns, ROW_BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None]
     rows = tl.program_id(1) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)[:, None]
     places = rows.to(tl.int64) * num_columns + columns
@@ -118,15 +139,17 @@ def _gelu_kernel(states, out, num_rows, num_columns, ROW_BLOCK: tl.constexpr, CO
     x = tl.load(states + places, mask=mask, other=0.0).to(tl.float32)
     cumulative, _ = _normal(x)
     tl.store(out + places, (x * cumulative).to(out.dtype.element_ty), mask=mask)
+    tl.store(peaks + _program(), _peak(tl.abs(x * cumulative), out.dtype.element_ty))
 
 
 @triton.jit
 def _gelu_backward_kernel(
-    grad, states, grad_states, sums, num_rows, num_columns,
+    grad, states, grad_states, sums, peaks, num_rows, num_columns,
     ROWS: tl.constexpr, ROW_BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([ROW_BLOCK, COLUMNS], tl.float32)
+    largest = tl.zeros([ROW_BLOCK, COLUMNS], tl.float32)
     for start in range(0, ROWS, ROW_BLOCK):
         rows = tl.program_id(1) * ROWS + start + tl.arange(0, ROW_BLOCK)[:, None]
         places = rows.to(tl.int64) * num_columns + columns[None]
@@ -137,8 +160,10 @@ def _gelu_backward_kernel(
         gradient *= cumulative + x * density
         tl.store(grad_states + places, gradient.to(grad_states.dtype.element_ty), mask=mask)
         total += gradient
+        largest = tl.maximum(largest, tl.abs(gradient))
     places = tl.program_id(1).to(tl.int64) * num_columns + columns
     tl.store(sums + places, tl.sum(total, axis=0), mask=columns < num_columns)
+    tl.store(peaks + _program(), _peak(largest, grad_states.dtype.element_ty))
 
 
 @triton.jit
@@ -179,7 +204,7 @@ def _rotate_kernel(
 
 @triton.jit
 def _rotate_backward_kernel(
-    grad_query, grad_key, grad_value, grad_heads, sums, cos, sin, num_rows, num_positions,
+    grad_query, grad_key, grad_value, grad_heads, sums, peaks, cos, sin, num_rows, num_positions,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, ROTATED: tl.constexpr,
     ROWS: tl.constexpr, ROW_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -187,6 +212,7 @@ def _rotate_backward_kernel(
     dimension = tl.arange(0, BLOCK)
     source = grad_query if part == 0 else (grad_key if part == 1 else grad_value)
     total = tl.zeros([ROW_BLOCK, BLOCK], tl.float32)
+    largest = tl.zeros([ROW_BLOCK, BLOCK], tl.float32)
     for start in range(0, ROWS, ROW_BLOCK):
         row = program * ROWS + start + tl.arange(0, ROW_BLOCK)[:, None]
         mask = (row < num_rows) & (dimension[None] < HEAD_SIZE)
@@ -201,5 +227,7 @@ def _rotate_backward_kernel(
         packed = 3 * HEAD_SIZE * place + part * HEAD_SIZE + dimension[None]
         tl.store(grad_heads + packed, turned.to(grad_heads.dtype.element_ty), mask=mask)
         total += turned
+        largest = tl.maximum(largest, tl.abs(turned))
     places = (program.to(tl.int64) * NUM_HEADS + head) * 3 * HEAD_SIZE + part * HEAD_SIZE + dimension
     tl.store(sums + places, tl.sum(total, axis=0), mask=dimension < HEAD_SIZE)
+    tl.store(peaks + _program(), _peak(largest, grad_heads.dtype.element_ty))

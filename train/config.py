@@ -127,6 +127,11 @@ class DataSection(Section):
         return weights
 
 
+def weights_precision(precision: str) -> str:
+    """Return the precision of the weights under a ``train.precision``."""
+    return "bf16" if precision == "fp8" else precision
+
+
 class TrainSection(Section):
     """Steps, batch, precision and the run's folder."""
 
@@ -146,8 +151,10 @@ class TrainSection(Section):
         default=16,
         description="samples per rank in one forward pass; affects memory and speed, not the result",
     )
-    precision: Literal["bf16", "fp16", "fp32"] = Field(
-        default="bf16", description="data type of the forward and backward pass; fp32 is the fastest on most CPUs"
+    precision: Literal["bf16", "fp16", "fp32", "fp8"] = Field(
+        default="bf16",
+        description="data type of the forward and backward pass; fp32 is the fastest on most CPUs; fp8: bf16 with the "
+        "layers' matrix products in float8, for large models on H100, H200 and newer",
     )
     activation_checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass: less memory, about a third more time"
@@ -256,6 +263,9 @@ class CheckpointSection(Section):
         description="`auto`: the run's newest complete checkpoint, if any; `never`; or a checkpoint folder",
     )
 
+
+FLOAT8_MULTIPLE = 16  # of the sizes of a product in float8
+FLOAT8_WIDTH = 2048  # the smallest `model.hidden_size` at which float8 is faster than bf16
 
 # Keys of DeepSpeed's configuration that are derived from the recipe, and what to do instead.
 DERIVED_DEEPSPEED_KEYS = {
@@ -378,6 +388,8 @@ class TrainingConfig(Section):
             )
         self._check_skipping()
         self._check_segments()
+        if self.train.precision == "fp8":
+            self._check_float8()
         if self.train.deterministic and self.deepspeed.zero_stage == 3:
             raise ValueError("train.deterministic=true was not tested with deepspeed.zero_stage=3: use a lower stage")
         if self.train.compile and self.deepspeed.zero_stage == 3:
@@ -408,6 +420,29 @@ class TrainingConfig(Section):
                 f"model.sink.num_tokens {model.num_sinks} leaves no room for text in train.segment_length {length}: "
                 "raise train.segment_length"
             )
+
+    def _check_float8(self) -> None:
+        """Refuse float8 where it is slower than bf16, and where it cannot be computed."""
+        if self.deepspeed.zero_stage not in (1, 2):
+            raise ValueError(
+                f"train.precision=fp8 does not work with deepspeed.zero_stage={self.deepspeed.zero_stage}: set 1 or 2"
+            )
+        if self.train.segment_length is not None:
+            raise ValueError("train.precision=fp8 does not support train.segment_length: set bf16, or null")
+        width = self.model.hidden_size
+        if width < FLOAT8_WIDTH:
+            raise ValueError(
+                f"train.precision=fp8 is slower than bf16 at model.hidden_size {width}, below {FLOAT8_WIDTH}: set "
+                "train.precision=bf16"
+            )
+        sizes = {
+            "model.hidden_size": width,
+            "model.intermediate_size": self.model.intermediate_size or 4 * width,
+            "train.micro_batch_size × train.seq_length": self.train.micro_batch_size * self.train.seq_length,
+        }
+        for key, size in sizes.items():
+            if size % FLOAT8_MULTIPLE:
+                raise ValueError(f"train.precision=fp8 requires multiples of {FLOAT8_MULTIPLE}, but {key} is {size}")
 
     def _check_skipping(self) -> None:
         """Refuse `skip` where DeepSpeed updates weights outside of torch's AdamW."""

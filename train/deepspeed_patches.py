@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..versions import TESTED, is_tested, tested_range
-from .config import OptimizerSection, TrainingConfig
+from .config import OptimizerSection, TrainingConfig, weights_precision
 from .fused_update import NAMES, FusedUpdate
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def no_memory_reports(config: TrainingConfig) -> Iterator[None]:
     """
     from deepspeed.runtime import bf16_optimizer
 
-    is_wanted = config.deepspeed.patches and config.train.precision == "bf16"
+    is_wanted = config.deepspeed.patches and weights_precision(config.train.precision) == "bf16"
     if not is_wanted or not _is_tested("An engine takes 1 to 2 s longer to make", torch.distributed.get_rank() == 0):
         yield
         return
@@ -63,7 +63,8 @@ def no_memory_reports(config: TrainingConfig) -> Iterator[None]:
 
 def fused_update(engine: "DeepSpeedEngine", config: TrainingConfig) -> FusedUpdate | None:
     """Replace the update of an engine's `BF16_Optimizer`, if it has one, with `FusedUpdate`."""
-    if not config.deepspeed.patches or config.deepspeed.zero_stage != 1 or config.train.precision != "bf16":
+    is_bf16 = weights_precision(config.train.precision) == "bf16"
+    if not config.deepspeed.patches or config.deepspeed.zero_stage != 1 or not is_bf16:
         return None
     cost, is_main = "Its own update is used, and a small model's steps take 5 to 10 % longer", engine.global_rank == 0
     if not _is_tested(cost, is_main):

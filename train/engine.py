@@ -10,8 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..models import SinkGPTNeoXForCausalLM
+from ..models.float8 import use_float8
 from . import deepspeed_patches
-from .config import OptimizerSection, TrainingConfig
+from .config import OptimizerSection, TrainingConfig, weights_precision
 from .launch import silent_stdout
 from .plan import Plan
 from .recipe import saved_values
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine  # imported late elsewhere: DeepSpeed selects its device on import
 
 
+FLOAT8_CAPABILITY = (8, 9)  # the first compute capability with float8 tensor cores
 EVEN_SIZE = 8  # 16-bit numbers in 16 bytes, the alignment of arguments that is fastest in cuBLAS
 
 
@@ -57,7 +59,7 @@ def _precision(config: TrainingConfig) -> dict:
     could only accumulate the gradients of 16-bit weights in 16 bits, so the weights stay float32
     and autocast casts the matrix products.
     """
-    precision = config.train.precision
+    precision = weights_precision(config.train.precision)
     if precision == "fp32":
         return {}
     if config.deepspeed.zero_stage == 0:
@@ -131,6 +133,9 @@ def make_engine(
     config = plan.config
     if config.train.precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise ValueError("train.precision=fp16 is not supported on this device: set bf16 or fp32")
+    if config.train.precision == "fp8":
+        check_float8(device)
+        use_float8(model)
     if config.train.activation_checkpointing:
         # renamed in transformers 5.23
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -162,6 +167,19 @@ def make_engine(
         engine.compile(compile_kwargs={"dynamic": False})
     engine.train()
     return engine
+
+
+def check_float8(device: torch.device) -> None:
+    """Raise a ValueError if the device has no float8 tensor cores."""
+    if device.type != "cuda":
+        name = device.type.upper()
+        raise ValueError(f"train.precision=fp8 needs a GPU, but this device is a {name}: set bf16 or fp32")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FLOAT8_CAPABILITY:
+        raise ValueError(
+            f"train.precision=fp8 is not supported on {torch.cuda.get_device_name(device)} (compute capability "
+            f"{capability[0]}.{capability[1]}; 8.9 or higher is needed): set bf16"
+        )
 
 
 def compiles(config: TrainingConfig, device: torch.device) -> bool:

@@ -22,7 +22,7 @@ from ..checkpoints.folders import (
 )
 from ..checkpoints.manifest import owned_files
 from . import deepspeed_patches, universal
-from .config import TrainingConfig
+from .config import TrainingConfig, weights_precision
 from .engine import optimizer_layout
 from .launch import World, silent_stdout
 from .plan import Plan
@@ -109,7 +109,8 @@ class Resume:
                     self.path / DEEPSPEED_FOLDER,
                     folder,
                     zero_stage=self.state.zero_stage,
-                    keep_loss_scale=self.state.precision == plan.config.train.precision,
+                    keep_loss_scale=weights_precision(self.state.precision)
+                    == weights_precision(plan.config.train.precision),
                 )
         with world.all_or_none(), self._damage():
             if plan.config.deepspeed.zero_stage == 0:
@@ -264,7 +265,7 @@ def _mismatches(state: CheckpointState, plan: Plan) -> list[str]:
     compared = {
         "ranks": (state.world_size, plan.world_size),
         "ZeRO stage": (state.zero_stage, plan.config.deepspeed.zero_stage),
-        "precision": (state.precision, plan.config.train.precision),
+        "precision": tuple(map(weights_precision, (state.precision, plan.config.train.precision))),
     }
     found = [f"{what} {before} → {now}" for what, (before, now) in compared.items() if before != now]
     return found if state.optimizer_layout == optimizer_layout(plan) else [*found, "parameter order"]

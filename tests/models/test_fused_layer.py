@@ -8,16 +8,26 @@ import torch
 from torch import nn
 from torch.nn.functional import gelu
 
-from sinklm.models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM, attention, fused_layer, layer
+from sinklm.models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM, attention, float8, fused_layer, layer
 from sinklm.models.attention import rotated
+from sinklm.models.float8 import peak_of, use_float8
 from sinklm.models.fused_layer import BiasedGelu, RotatedHeads, linear_but_bias_gradient
 
 KINDS = ["none", "token", "zero", "logit", "kv_bias", "gate"]
 
 
+def peaks_of(states):
+    return states.abs().float().amax(-1).flatten()
+
+
+def plain_gelu(states):
+    out = gelu(states)
+    return out, peaks_of(out)
+
+
 def plain_gelu_backward(grad, states):
     grad_states = torch.ops.aten.gelu_backward(grad, states)
-    return grad_states, torch.stack([grad_states[::2].sum(0), grad_states[1::2].sum(0)])
+    return grad_states, torch.stack([grad_states[::2].sum(0), grad_states[1::2].sum(0)]), peaks_of(grad_states)
 
 
 def plain_rotate(heads, cos, sin):
@@ -28,11 +38,11 @@ def plain_rotate(heads, cos, sin):
 def plain_rotate_backward(grad_query, grad_key, grad_value, cos, sin):
     query, key = (rotated(grad, cos[None], -sin[None]) for grad in (grad_query, grad_key))
     grad_heads = torch.cat([query, key, grad_value], dim=-1)
-    return grad_heads, grad_heads.sum(1)
+    return grad_heads, grad_heads.sum(1), peaks_of(grad_heads)
 
 
 PLAIN = SimpleNamespace(
-    gelu=gelu,
+    gelu=plain_gelu,
     gelu_backward=plain_gelu_backward,
     rotate_heads=plain_rotate,
     rotate_heads_backward=plain_rotate_backward,
@@ -86,6 +96,24 @@ def test_every_gradient_equals_that_of_the_plain_model(kind, settings, monkeypat
         torch.testing.assert_close(value, twin, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("settings", [{}, {"use_parallel_residual": False}])
+def test_float8_products_get_the_peaks_of_their_inputs_from_the_kernels(settings, monkeypatch):
+    """With them, the results are those of products that compute the peaks themselves."""
+    model, ids = tiny_model("token", **settings).bfloat16().train(), torch.randint(0, 90, (2, 24))
+    use_float8(model)
+    expected = loss_and_gradients(model, ids)
+    monkeypatch.setattr(fused_layer, "kernels", PLAIN)
+    for module in (layer, attention):
+        monkeypatch.setattr(module, "is_fused", lambda states: True)
+    passes = []
+    monkeypatch.setattr(float8, "peak_of", lambda matrix: passes.append(matrix) or peak_of(matrix))
+    ours = loss_and_gradients(model, ids)
+    # in each layer: four weights, three inputs and the gradients of dense and dense_4h_to_h
+    assert len(passes) == model.config.num_hidden_layers * (4 + 3 + 2)
+    for value, twin in zip(ours, expected, strict=True):
+        assert (value.double() - twin.double()).norm() <= 0.02 * twin.double().norm()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 100, 96), (2, 700, 300)])
@@ -95,7 +123,7 @@ def test_gelu_on_a_gpu(shape, dtype):
     grad = torch.randn(shape, device="cuda", dtype=dtype)
 
     def fused(linear, given):
-        return BiasedGelu.apply(linear_but_bias_gradient(linear, given), linear.bias)
+        return BiasedGelu.apply(linear_but_bias_gradient(linear, given)[0], linear.bias)[0]
 
     assert_near_float64(fused, lambda linear, given: gelu(linear(given)), linear, given, (grad,))
 
@@ -111,7 +139,7 @@ def test_rotated_heads_on_a_gpu(head_size, num_rotated, dtype):
     grads = tuple(torch.randn(2, 150, 3, head_size, device="cuda", dtype=dtype) for _ in range(3))
 
     def fused(linear, given):
-        heads = linear_but_bias_gradient(linear, given).unflatten(-1, (3, -1))
+        heads = linear_but_bias_gradient(linear, given)[0].unflatten(-1, (3, -1))
         return RotatedHeads.apply(heads, linear.bias, cos, sin)
 
     def plain(linear, given):
@@ -120,6 +148,22 @@ def test_rotated_heads_on_a_gpu(head_size, num_rotated, dtype):
         return rotated(query, its_cos, its_sin), rotated(key, its_cos, its_sin), value
 
     assert_near_float64(fused, plain, linear, given, grads)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peaks_on_a_gpu(dtype):
+    """The largest peak is the largest absolute value of the result, as it is stored."""
+    kernels = fused_layer.kernels
+    states, grad = (torch.randn(700, 300, device="cuda", dtype=dtype) for _ in range(2))
+    heads = [torch.randn(2, 150, 3, 80, device="cuda", dtype=dtype) for _ in range(3)]
+    angles = torch.rand(150, 10, device="cuda").repeat(1, 2) * 6
+    for results in (
+        kernels.gelu(states),
+        kernels.gelu_backward(grad, states),
+        kernels.rotate_heads_backward(*heads, angles.cos(), angles.sin()),
+    ):
+        assert results[-1].max() == results[0].abs().max().float()
 
 
 def assert_near_float64(fused, plain, module, given, grads) -> None:

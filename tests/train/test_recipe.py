@@ -9,6 +9,7 @@ from sinklm.train.config import TrainingConfig
 from sinklm.train.recipe import config_yaml, dotted_keys, load_config
 
 WINDOW = ["model.attention.pattern=window", "model.attention.window=9"]
+WIDE = ["train.precision=fp8", "model.hidden_size=2048"]
 
 
 def test_a_resolved_config_is_a_recipe_of_the_same_run(tmp_path):
@@ -50,7 +51,15 @@ def test_weights_of_sets_are_replaced_as_a_whole(tmp_path):
             "unknown key model.sink.number: did you mean model.sink.num_tokens or model.sink.kind?",
         ),
         (["train.xyz=3"], "unknown key train.xyz: valid keys are train.run_dir, train.seed"),
-        (["train.precision=int8"], "train.precision is 'int8': it should be 'bf16', 'fp16' or 'fp32'"),
+        (["train.precision=int8"], "train.precision is 'int8': it should be 'bf16', 'fp16', 'fp32' or 'fp8'"),
+        (["train.precision=fp8", "deepspeed.zero_stage=3"], "fp8 does not work with deepspeed.zero_stage=3: set 1"),
+        (["train.precision=fp8", "deepspeed.zero_stage=0"], "fp8 does not work with deepspeed.zero_stage=0: set 1"),
+        (["train.precision=fp8"], "fp8 is slower than bf16 at model.hidden_size 128, below 2048: set train.precision"),
+        ([*WIDE, "model.intermediate_size=8200"], "multiples of 16, but model.intermediate_size is 8200"),
+        (
+            [*WIDE, "train.micro_batch_size=1", "train.seq_length=8"],
+            "multiples of 16, but train.micro_batch_size × train.seq_length is 8",
+        ),
         (["train.num_steps=0"], "train.num_steps is 0: it should be greater than or equal to 1"),
         (["train.num_steps=2.5"], "train.num_steps is 2.5: it should be a valid integer"),
         (["train.num_steps=true"], "train.num_steps is True"),

@@ -1,0 +1,124 @@
+"""`train.precision=fp8`: bf16 training in which the layers' products are in float8.
+
+On a CPU, `torch._scaled_mm` computes the same products slowly.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from sinklm.models import SinkGPTNeoXForCausalLM
+from sinklm.models.float8 import PRODUCTS, Float8Linear
+from sinklm.train import config as config_module
+from sinklm.train import engine as engine_module
+from sinklm.train import universal
+from sinklm.train.engine import check_float8
+from sinklm.train.launch import connected
+from sinklm.train.run import train
+
+from .test_engine import plan_of
+from .tiny import assert_same_weights, copy_checkpoint, losses, metrics, weights
+
+EAGER = "train.compile=false"
+FP8 = "train.precision=fp8"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def any_size_and_device() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config_module, "FLOAT8_WIDTH", 0)
+        if not torch.cuda.is_available():
+            patch.setattr(engine_module, "check_float8", lambda device: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs(recipe: str, any_size_and_device: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Eight steps in each precision, saved at 4 and 8."""
+    folder = tmp_path_factory.mktemp("float8")
+    for precision in ("bf16", "fp8"):
+        train(recipe, [EAGER, f"train.precision={precision}", f"train.run_dir={folder / precision}"])
+    return {precision: folder / precision for precision in ("bf16", "fp8")}
+
+
+def test_the_loss_is_almost_that_of_bf16(runs):
+    bf16, fp8 = (list(losses(run).values()) for run in runs.values())
+    assert fp8 != bf16
+    assert fp8 == pytest.approx(bf16, abs=0.03)
+
+
+def test_saved_weights_have_the_names_and_dtypes_of_bf16(runs):
+    bf16, fp8 = (weights(run, 8) for run in runs.values())
+    assert {name: weight.dtype for name, weight in fp8.items()} == {name: weight.dtype for name, weight in bf16.items()}
+
+
+def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(recipe, runs, tmp_path):
+    copy_checkpoint(runs["fp8"], 4, tmp_path)
+    train(recipe, [EAGER, FP8, f"train.run_dir={tmp_path}"])
+    assert losses(tmp_path) == losses(runs["fp8"])
+    assert_same_weights(weights(tmp_path, 8), weights(runs["fp8"], 8))
+
+
+@pytest.mark.parametrize(("before", "after"), [("bf16", "fp8"), ("fp8", "bf16")])
+def test_a_run_changes_between_bf16_and_fp8_without_conversion(recipe, runs, tmp_path, monkeypatch, before, after):
+    monkeypatch.setattr(universal, "convert_to_universal", None)
+    copy_checkpoint(runs[before], 4, tmp_path)
+    train(recipe, [EAGER, f"train.precision={after}", f"train.run_dir={tmp_path}"])
+    resumed, expected = losses(tmp_path), losses(runs[before])
+    assert resumed != expected
+    assert list(resumed.values()) == pytest.approx(list(expected.values()), abs=0.03)
+
+
+def test_validation_is_in_bf16(recipe, runs, tmp_path):
+    """The validation loss of a run is the one that evaluation of its checkpoint computes."""
+    copy_checkpoint(runs["fp8"], 8, tmp_path)
+    more = ["train.num_steps=9", "validation.every_steps=1", "optimizer.lr=1e-30", f"train.run_dir={tmp_path}"]
+    train(recipe, [EAGER, "train.precision=bf16", *more])
+    found = [line["val_loss"] for line in metrics(tmp_path) if "val_loss" in line]
+    assert found[-1] == found[-2]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["deepspeed.zero_stage=2"], ["train.activation_checkpointing=true"], ["deepspeed.patches=false"]],
+    ids=lambda overrides: overrides[0],
+)
+def test_settings_that_change_only_memory_and_speed(recipe, runs, tmp_path, overrides):
+    rest = ["validation.every_steps=null", "checkpoint.every_steps=null", f"train.run_dir={tmp_path}"]
+    train(recipe, [EAGER, FP8, *overrides, *rest])
+    assert list(losses(tmp_path).values()) == pytest.approx(list(losses(runs["fp8"]).values()), abs=2e-3)
+
+
+def test_only_the_products_of_the_layers_are_converted(recipe):
+    plan = plan_of(recipe, EAGER, FP8, "model.sink.kind=gate")
+    with connected() as world:
+        made = engine_module.make_engine(SinkGPTNeoXForCausalLM(plan.model_config), plan, world.device)
+        found = [name for name, module in made.module.named_modules() if isinstance(module, Float8Linear)]
+    assert len(found) == len(PRODUCTS) * plan.model_config.num_hidden_layers
+    assert {name.rpartition(".")[2] for name in found} == set(PRODUCTS)
+    assert all(".layers." in name for name in found)
+
+
+def test_a_device_without_float8_is_refused(monkeypatch):
+    with pytest.raises(
+        ValueError, match=r"train\.precision=fp8 needs a GPU, but this device is a CPU: set bf16 or fp32"
+    ):
+        check_float8(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    with pytest.raises(ValueError, match=r"not supported on NVIDIA A100 \(compute capability 8\.0; 8\.9 or higher"):
+        check_float8(torch.device("cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_a_compiled_model_learns_the_same_and_repeats_itself(recipe, runs, tmp_path):
+    for name in ("first", "second"):
+        settings = ["train.compile=true", "train.deterministic=true", f"train.run_dir={tmp_path / name}"]
+        train(recipe, [FP8, *settings])
+    first, second, eager = (losses(run) for run in (tmp_path / "first", tmp_path / "second", runs["fp8"]))
+    assert first == second
+    assert_same_weights(weights(tmp_path / "first", 8), weights(tmp_path / "second", 8))
+    assert list(first.values()) == pytest.approx(list(eager.values()), abs=0.02)
