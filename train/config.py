@@ -161,8 +161,12 @@ class TrainSection(Section):
 
 
 class OptimizerSection(Section):
-    """AdamW with weight decay on matrices only, and a cosine schedule."""
+    """AdamW or Muon with weight decay on matrices only, and a cosine schedule."""
 
+    name: Literal["adamw", "muon"] = Field(
+        default="adamw",
+        description="`adamw`; `muon`: Muon for the matrices of the layers, AdamW for the rest; ZeRO stages 0 to 2",
+    )
     lr: float = Field(gt=0, description="peak learning rate, reached after warm-up")
     min_lr_ratio: Ratio = Field(default=0.1, description="final learning rate as a fraction of `lr`")
     warmup_ratio: Ratio = Field(default=0.01, description="fraction of the steps used for linear warm-up")
@@ -243,6 +247,9 @@ DERIVED_DEEPSPEED_KEYS = {
     "zero_optimization.round_robin_gradients": "remove this key; with it DeepSpeed cannot resume on another rank count",
     "checkpoint.load_universal": "remove this key; it is detected automatically",
 }
+
+# Keys of `zero_optimization` with which DeepSpeed moves, reorders or loads optimizer states for AdamW.
+NOT_WITH_MUON = ("offload_optimizer", "zenflow", "elastic_checkpoint", "parameter_alignment")
 
 
 # Switches and sections of DeepSpeed's configuration. DeepSpeed ignores unknown keys silently, so
@@ -345,6 +352,7 @@ class TrainingConfig(Section):
                 f"{self.train.seq_length}: raise train.seq_length"
             )
         self._check_skipping()
+        self._check_muon()
         if self.train.deterministic and self.deepspeed.zero_stage == 3:
             raise ValueError("train.deterministic=true was not tested with deepspeed.zero_stage=3: use a lower stage")
         if self.train.compile and self.deepspeed.zero_stage == 3:
@@ -368,6 +376,18 @@ class TrainingConfig(Section):
                 raise ValueError(
                     f"train.on_spike=skip does not work with deepspeed.zero_optimization.{key}: remove one of them"
                 )
+
+    def _check_muon(self) -> None:
+        """Refuse Muon where matrices or its state would be partitioned in a way that it does not know."""
+        zero = _section(self.deepspeed.extra_keys, "zero_optimization")
+        refused = [f"zero_optimization.{key}" for key in NOT_WITH_MUON if zero.get(key)]
+        if self.deepspeed.zero_stage == 3:
+            refused = ["zero_stage=3"]
+        if self.optimizer.name == "muon" and refused:
+            raise ValueError(
+                f"optimizer.name=muon does not work with deepspeed.{refused[0]}: set optimizer.name=adamw, or "
+                + ("use a lower stage" if refused == ["zero_stage=3"] else "remove the other key")
+            )
 
 
 def _section(values: dict[str, Any], key: str) -> dict[str, Any]:

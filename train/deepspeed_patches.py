@@ -147,8 +147,11 @@ def restore_settings(engine: "DeepSpeedEngine", settings: OptimizerSection, *, z
         ValueError: ZeRO's ``clip_grad`` is missing, so that the checkpoint's clip could be in use.
     """
     optimizer = engine.basic_optimizer
-    for group, weight_decay in zip(optimizer.param_groups, (settings.weight_decay, 0.0), strict=True):
-        group.update(betas=tuple(settings.betas), eps=settings.eps, weight_decay=weight_decay)
+    for group in optimizer.param_groups:
+        is_decayed = group is not optimizer.param_groups[-1]
+        group["weight_decay"] = settings.weight_decay if is_decayed else 0.0
+        if "betas" in group:
+            group.update(betas=tuple(settings.betas), eps=settings.eps)
     for parameter, state in optimizer.state.items():
         if "step" in state:  # fused AdamW needs it on the device of the weights
             state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device).clone()

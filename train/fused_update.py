@@ -125,10 +125,14 @@ class FusedUpdate:
         return grad_norm
 
     def _update_in_one_pass(self) -> None:
-        """Update AdamW's weights and state, and the model's weights, with the kernel."""
+        """Update AdamW's weights and state, and the model's weights, with the kernel. Not for Muon's."""
         optimizer = self._zero.optimizer
         for group, copy, part in zip(optimizer.param_groups, self._copies, self._parts, strict=True):
             (weights,) = group["params"]
+            if group.get("is_muon"):
+                optimizer.update_matrices(group, [part])
+                copy.copy_(weights)
+                continue
             state = optimizer.state[weights]
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=weights.device)

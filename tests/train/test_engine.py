@@ -21,6 +21,7 @@ from sinklm.train.step import train_step
 from .plain import plain_training
 from .tiny import bad_loss_in, losses, metrics, weights
 
+MUON = "optimizer.name=muon"
 OFFLOAD = "deepspeed.zero_optimization.offload_optimizer.device=cpu"
 
 
@@ -45,6 +46,9 @@ def world() -> Iterator[World]:
         ["deepspeed.zero_stage=3", "model.sink.kind=kv_bias"],
         ["deepspeed.zero_stage=1", "train.activation_checkpointing=true", "optimizer.clip=0.1"],
         ["deepspeed.zero_stage=2", OFFLOAD],
+        ["deepspeed.zero_stage=0", MUON, "model.sink.kind=gate"],
+        ["deepspeed.zero_stage=1", MUON],
+        ["deepspeed.zero_stage=2", MUON, "train.micro_batch_size=4"],
     ],
     ids=lambda overrides: " ".join(overrides),
 )
@@ -167,7 +171,7 @@ def test_the_run_ends_with_the_message_and_saves_nothing(recipe, tmp_path, monke
 def test_weight_decay_is_on_matrices_alone(recipe, kind):
     plan = plan_of(recipe, f"model.sink.kind={kind}")
     model = SinkGPTNeoXForCausalLM(plan.model_config)
-    decayed, others = engine_module.make_optimizer(model, plan.config.optimizer).param_groups
+    decayed, others = engine_module.make_optimizer(model, plan.config).param_groups
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     matrices = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear | torch.nn.Embedding)]
     assert {id(p) for p in decayed["params"]} == {id(p) for p in matrices}
