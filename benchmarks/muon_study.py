@@ -62,7 +62,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings for all runs")
     parser.add_argument("--text", action="append", required=True, help="text not in the training data; repeatable")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="tokens of text for streaming perplexity")
-    parser.add_argument("--base", default="study", help="folder of the recipes: study (5 M parameters) or paper (160 M)")
+    parser.add_argument(
+        "--base", default="study", help="folder of the recipes: study (5 M parameters) or paper (160 M)"
+    )
     parser.add_argument("--million-tokens", type=float, help="positions of each run; default: as in the recipe")
     parser.add_argument("--seeds", default="1234,2")
     parser.add_argument("--per-gpu", type=int, default=1, help="runs that share a GPU")

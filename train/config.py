@@ -248,7 +248,8 @@ DERIVED_DEEPSPEED_KEYS = {
     "checkpoint.load_universal": "remove this key; it is detected automatically",
 }
 
-# Keys of `zero_optimization` with which DeepSpeed moves, reorders or loads optimizer states for AdamW.
+# Keys of `zero_optimization` with which DeepSpeed moves the optimizer's state, or partitions or
+# loads it in another way.
 NOT_WITH_MUON = ("offload_optimizer", "zenflow", "elastic_checkpoint", "parameter_alignment")
 
 
@@ -378,16 +379,17 @@ class TrainingConfig(Section):
                 )
 
     def _check_muon(self) -> None:
-        """Refuse Muon where matrices or its state would be partitioned in a way that it does not know."""
+        """Refuse Muon where DeepSpeed would store matrices or state in a way it does not know."""
         zero = _section(self.deepspeed.extra_keys, "zero_optimization")
-        refused = [f"zero_optimization.{key}" for key in NOT_WITH_MUON if zero.get(key)]
-        if self.deepspeed.zero_stage == 3:
-            refused = ["zero_stage=3"]
-        if self.optimizer.name == "muon" and refused:
-            raise ValueError(
-                f"optimizer.name=muon does not work with deepspeed.{refused[0]}: set optimizer.name=adamw, or "
-                + ("use a lower stage" if refused == ["zero_stage=3"] else "remove the other key")
-            )
+        others = {
+            "zero_stage=3": self.deepspeed.zero_stage == 3,
+            "zero_allow_untested_optimizer=false": self.deepspeed.extra_keys.get("zero_allow_untested_optimizer")
+            is False,
+            **{f"zero_optimization.{key}": zero.get(key) for key in NOT_WITH_MUON},
+        }
+        for key, is_set in others.items():
+            if self.optimizer.name == "muon" and is_set:
+                raise ValueError(f"optimizer.name=muon does not work with deepspeed.{key}: change one of them")
 
 
 def _section(values: dict[str, Any], key: str) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def deepspeed_config(plan: Plan, *, load_universal: bool = False, is_saved: bool
         "gradient_clipping": config.optimizer.clip if stage else 0.0,
         "zero_optimization": {"stage": stage},
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW also runs on CPUs and needs no compiler
-        # DeepSpeed's list of tested optimizers has its own Muon, which is not the same under all stages.
+        # Of Muon, DeepSpeed knows only its own, which is not the same under all stages.
         "zero_allow_untested_optimizer": config.optimizer.name == "muon",
         "timers": {"throughput": {"enabled": False}},  # they would synchronize the device twice per micro-batch
         "checkpoint": {"tag_validation": "Ignore", "load_universal": load_universal},
@@ -138,7 +138,8 @@ def make_engine(
 
     Raises:
         ValueError: the device does not support the recipe's precision, DeepSpeed rejects a key
-            passed through or a key changes the partition that Muon needs, or this version of DeepSpeed cannot create a second engine in a process.
+            passed through, a key changes the partition that Muon needs, or this version of
+            DeepSpeed cannot create a second engine in a process.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator

@@ -125,7 +125,7 @@ class FusedUpdate:
         return grad_norm
 
     def _update_in_one_pass(self) -> None:
-        """Update AdamW's weights and state, and the model's weights, with the kernel. Not for Muon's."""
+        """Update weights and state, AdamW's with the kernel, and the model's weights."""
         optimizer = self._zero.optimizer
         for group, copy, part in zip(optimizer.param_groups, self._copies, self._parts, strict=True):
             (weights,) = group["params"]

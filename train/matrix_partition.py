@@ -12,8 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Range = tuple[int, int]
-
 
 class MatrixPartition:
     """The matrices of one rank's partition.
@@ -30,8 +28,8 @@ class MatrixPartition:
     """
 
     def __init__(self, sizes: list[int], part_size: int, rank: int, num_ranks: int):
-        self._matrices: list[Range] = list(pairwise(accumulate(sizes, initial=0)))
-        self._parts: list[Range] = [(r * part_size, (r + 1) * part_size) for r in range(num_ranks)]
+        self._matrices = [range(*ends) for ends in pairwise(accumulate(sizes, initial=0))]
+        self._parts = [range(r * part_size, (r + 1) * part_size) for r in range(num_ranks)]
         self._rank = rank
         held = [{i for i, matrix in enumerate(self._matrices) if _overlap(matrix, part)} for part in self._parts]
         self._is_any_cut = sum(map(len, held)) > len(sizes)  # the same on all ranks
@@ -55,7 +53,7 @@ class MatrixPartition:
         return self.assemble(part, list(received.split(sizes)))
 
     def write_back(self, part: Tensor, wholes: list[Tensor]) -> None:
-        """Copy this rank's pieces of matrices from ``wholes``, in the order of `indices`, to ``part``.
+        """Copy this rank's pieces of the matrices in ``wholes``, those of `indices`, to ``part``.
 
         Matrices that are views of ``part`` are not copied.
         """
@@ -72,8 +70,7 @@ class MatrixPartition:
         """Return the whole matrices of `indices` from ``part`` and the messages of all ranks."""
         wholes = {i: self._piece(part, i) for i in self.indices}
         for index in self._cut:
-            start, stop = self._matrices[index]
-            whole = part.new_empty(stop - start)
+            whole = part.new_empty(len(self._matrices[index]))
             whole[self._within(index, self._rank)] = wholes[index]
             wholes[index] = whole
         for source, message in enumerate(received):
@@ -86,19 +83,17 @@ class MatrixPartition:
     def _piece(self, part: Tensor, index: int) -> Tensor:
         """Return a view of a matrix's elements in this rank's partition."""
         piece = self._within(index, self._rank)
-        offset = self._matrices[index][0] - self._parts[self._rank][0]
+        offset = self._matrices[index].start - self._parts[self._rank].start
         return part[piece.start + offset : piece.stop + offset]
 
     def _within(self, index: int, rank: int) -> slice:
         """Return which of a matrix's elements a rank has. It has some."""
-        low, high = _overlap(self._matrices[index], self._parts[rank])
-        start = self._matrices[index][0]
-        return slice(low - start, high - start)
+        common, start = _overlap(self._matrices[index], self._parts[rank]), self._matrices[index].start
+        return slice(common.start - start, common.stop - start)
 
 
-def _overlap(one: Range, other: Range) -> Range | tuple[()]:
-    low, high = max(one[0], other[0]), min(one[1], other[1])
-    return (low, high) if low < high else ()
+def _overlap(one: range, other: range) -> range:
+    return range(max(one.start, other.start), min(one.stop, other.stop))
 
 
 def _length(piece: slice) -> int:

@@ -60,7 +60,7 @@ class Shape:
     def join(self, matrices: Tensor) -> Tensor:
         """Return the rows of separate matrices in the order of the weight, ``(rows, columns)``."""
         if self.num_heads is not None:
-            matrices = matrices.view(3, self.num_heads, -1, self.columns).transpose(0, 1)
+            matrices = matrices.reshape(3, self.num_heads, -1, self.columns).transpose(0, 1)
         return matrices.reshape(self.rows, self.columns)
 
 
@@ -73,7 +73,7 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         matrices: group of weights of two dimensions, with their weight decay.
-        num_heads: of each weight in ``matrices`` that holds query, key and value by head, else None.
+        num_heads: of each weight that holds query, key and value by head; None for the others.
         others: groups for AdamW, with their weight decay.
         dtype: in which to orthogonalize.
         adamw: settings of `torch.optim.AdamW`.
@@ -90,7 +90,7 @@ class Muon(torch.optim.Optimizer):
     ):
         self._adamw = torch.optim.AdamW(others, **adamw)
         self._weights: list[nn.Parameter] = list(matrices["params"])
-        self._shapes = [Shape(*w.shape, num_heads=n) for w, n in zip(self._weights, num_heads, strict=True)]
+        self._shapes = [Shape(w.shape[0], w.shape[1], n) for w, n in zip(self._weights, num_heads, strict=True)]
         self._dtype = dtype
         self._partition: MatrixPartition | None = None
         super().__init__([{**matrices, "lr": adamw["lr"], "is_muon": True}, *self._adamw.param_groups], {})
@@ -101,7 +101,8 @@ class Muon(torch.optim.Optimizer):
         """Update the groups in ``param_groups``, which ZeRO may set to one of them."""
         adamw = self._adamw
         adamw.param_groups, adamw.state = [], self.state
-        adamw.grad_scale, adamw.found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+        for name in ("grad_scale", "found_inf"):
+            setattr(adamw, name, getattr(self, name, None))
         for group in self.param_groups:
             if group.get("is_muon"):
                 self.update_matrices(group, [weight.grad for weight in group["params"]])
@@ -112,7 +113,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def update_matrices(self, group: dict[str, Any], gradients: list[Tensor | None]) -> None:
-        """Update the group of matrices, which are whole or ZeRO's partition, with their gradients."""
+        """Update the group of matrices, which are whole or one partition, with their gradients."""
         updates = [self._averaged(w, g) for w, g in zip(group["params"], gradients, strict=True)]
         if group["params"][0].ndim == 1:
             (update,), partition = updates, self._own_partition(group["params"][0])
@@ -144,7 +145,7 @@ class Muon(torch.optim.Optimizer):
         return current.lerp_(state["exp_avg"], MOMENTUM)
 
     def _unless_held(self, value: float, otherwise: float) -> Tensor | float:
-        """Return ``value``, or ``otherwise`` if the update is held back, which only the device knows."""
+        """Return ``value``, or ``otherwise`` if the device holds the update back."""
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if found_inf is None:
             return value
@@ -198,14 +199,12 @@ def _orthogonalize_batch_(updates: list[Tensor], shapes: list[Shape], indices: l
     """Do the same for updates whose matrices all have one size, except for transposition."""
     split = [shapes[i].split(updates[i]) for i in indices]
     is_tall = [matrices.shape[1] > matrices.shape[2] for matrices in split]
-    wide = [matrices.mT if tall else matrices for matrices, tall in zip(split, is_tall, strict=True)]
-    norms = [matrices.norm(dim=(1, 2), keepdim=True).clamp(min=MIN_NORM) for matrices in wide]
-    batch = torch.cat([(matrices / norm).to(dtype) for matrices, norm in zip(wide, norms, strict=True)])
-    scale = RMS * math.sqrt(batch.shape[2])
-    results = newton_schulz(batch).split([len(matrices) for matrices in split])
-    for index, result, tall in zip(indices, results, is_tall, strict=True):
-        joined = shapes[index].join(result.mT.contiguous() if tall else result)
-        updates[index].copy_(joined.view_as(updates[index])).mul_(scale)
+    batch = torch.cat([matrices.mT if tall else matrices for matrices, tall in zip(split, is_tall, strict=True)])
+    batch = batch / batch.norm(dim=(1, 2), keepdim=True).clamp(min=MIN_NORM)
+    batch = newton_schulz(batch.to(dtype)).to(batch.dtype) * (RMS * math.sqrt(batch.shape[2]))
+    for index, result, tall in zip(indices, batch.split([len(matrices) for matrices in split]), is_tall, strict=True):
+        joined = shapes[index].join(result.mT if tall else result)
+        updates[index].copy_(joined.view_as(updates[index]))
 
 
 def newton_schulz(batch: Tensor) -> Tensor:

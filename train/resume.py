@@ -34,7 +34,8 @@ from .verification import TRUST_OPTION, newest_intact, verified_state
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-# Keys that must not change on resume: they define the model, the order of the data, and the optimizer's state.
+# Keys that must not change on resume: they define the model, the order of the data and the
+# optimizer's state.
 FIXED_KEYS = ("model", "train.seed", "train.seq_length", "train.batch_size_tokens", "data.weights", "optimizer.name")
 FREE_MODEL_KEYS = ("model.max_position_embeddings",)  # positions are rotary: no weight depends on it
 INIT_KEY = "model.init_from"  # may also change, except at step 0, where weights may be initialized again

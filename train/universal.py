@@ -1,9 +1,9 @@
 """DeepSpeed's universal checkpoints, for other ranks, ZeRO stages, precisions or parameter orders.
 
 ``ds_to_universal`` converts a ZeRO checkpoint to a rank-independent layout: one folder per
-parameter with its float32 value and AdamW's moments; Muon's matrices have only the first. This module adds what DeepSpeed 0.19 does not
-support: converting and loading stage 0, and conversion between stage 3 and stages 1 or 2, whose
-metadata differ.
+parameter with its float32 value and AdamW's moments. This module adds what DeepSpeed 0.19 does not
+support: converting and loading stage 0, conversion between stage 3 and stages 1 or 2, whose
+metadata differ, and Muon's matrices, which have one moment.
 """
 
 import shutil
@@ -49,7 +49,7 @@ def convert_to_universal(
 
 
 def load_without_zero(engine: "DeepSpeedEngine", universal: Path) -> None:
-    """Load weights and the optimizer's state of a universal checkpoint into an engine without ZeRO."""
+    """Load weights and optimizer state of a universal checkpoint into an engine without ZeRO."""
     optimizer = engine.basic_optimizer
     for name, parameter in engine.module.named_parameters():
         folder = universal / "zero" / name

@@ -25,7 +25,9 @@ def plain_training(plan: Plan, num_steps: int) -> tuple[list[float], list[float]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in decayed)]
     muon: dict[nn.Parameter, torch.Tensor] = {}
     if config.optimizer.name == "muon":
-        muon = {m.weight: torch.zeros_like(m.weight) for m in model.gpt_neox.layers.modules() if isinstance(m, nn.Linear)}
+        muon = {
+            m.weight: torch.zeros_like(m.weight) for m in model.gpt_neox.layers.modules() if isinstance(m, nn.Linear)
+        }
         decayed = [p for p in decayed if p not in muon]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": config.optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}],
@@ -57,7 +59,7 @@ def plain_training(plan: Plan, num_steps: int) -> tuple[list[float], list[float]
 
 @torch.no_grad()
 def plain_muon_(weight: nn.Parameter, average: torch.Tensor, config: TrainingConfig, lr: float) -> None:
-    """One step of Muon for a weight, row by row and in float64. A tall one has query, key and value."""
+    """One step of Muon, orthogonalized in float64. A weight of 3 D × D has query, key and value."""
     assert weight.grad is not None
     average.mul_(0.95).add_(weight.grad, alpha=0.05)
     update = (0.05 * weight.grad + 0.95 * average).double()
