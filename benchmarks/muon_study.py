@@ -29,7 +29,7 @@ from typing import Any
 
 from sinklm.train.recipe import load_config
 
-sys.path.append(str(Path(__file__).parents[1] / "study"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
 from evaluate import job as evaluation
 from jobs import SINKLM, Job, JobQueue
 from results import collect_run, sink_rate

@@ -4,8 +4,9 @@ They use names that are not public, and are tested with the versions in `version
 `skip_op_build`, `no_memory_reports` and `fused_update` save time. The recipe key
 ``deepspeed.patches`` enables them, and they are disabled with a RuntimeWarning under other versions
 or if a name is missing.
-`reset_process`, `collect_files` and `restore_settings` are required for correctness, so they
-are always active; their docstrings state what happens if a name is missing.
+`support_optimizer` saves a warning. `reset_process`, `collect_files` and `restore_settings` are
+required for correctness, so they are always active; their docstrings state what happens if a name
+is missing.
 """
 
 import importlib.metadata
@@ -59,6 +60,15 @@ def no_memory_reports(config: TrainingConfig) -> Iterator[None]:
         yield
     finally:
         bf16_optimizer.see_memory_usage = original
+
+
+def support_optimizer(optimizer: type[torch.optim.Optimizer]) -> None:
+    """Keep DeepSpeed from warning that an optimizer is untested with ZeRO, if it has its list."""
+    from deepspeed.runtime.zero import utils
+
+    supported = getattr(utils, "ZERO_SUPPORTED_OPTIMIZERS", [])
+    if optimizer not in supported:
+        supported.append(optimizer)
 
 
 def fused_update(engine: "DeepSpeedEngine", config: TrainingConfig) -> FusedUpdate | None:

@@ -153,6 +153,7 @@ def make_engine(
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     optimizer = make_optimizer(model, config)
+    deepspeed_patches.support_optimizer(type(optimizer))
     try:
         with silent_stdout(), deepspeed_patches.no_memory_reports(config):
             engine, *_ = deepspeed.initialize(

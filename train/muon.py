@@ -204,7 +204,7 @@ def _orthogonalize_batch_(updates: list[Tensor], shapes: list[Shape], indices: l
     batch = newton_schulz(batch.to(dtype)).to(batch.dtype) * (RMS * math.sqrt(batch.shape[2]))
     for index, result, tall in zip(indices, batch.split([len(matrices) for matrices in split]), is_tall, strict=True):
         joined = shapes[index].join(result.mT if tall else result)
-        updates[index].copy_(joined.view_as(updates[index]))
+        updates[index].copy_(joined.reshape(updates[index].shape))
 
 
 def newton_schulz(batch: Tensor) -> Tensor:

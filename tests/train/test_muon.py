@@ -192,11 +192,12 @@ def test_muon_updates_the_matrices_of_layers_and_no_sinks(recipe, kind):
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
 
 
-def test_the_golden_curve(recipe, tmp_path):
+def test_the_golden_curve(recipe, tmp_path, caplog):
     """See `test_golden`."""
     overrides = [MUON, "train.num_steps=20", "validation.every_steps=null", "checkpoint.every_steps=null"]
     train(recipe, [*overrides, f"train.run_dir={tmp_path}"])
     assert list(losses(tmp_path).values()) == pytest.approx(GOLDEN, abs=TOLERANCE)
+    assert "untested optimizer" not in caplog.text
 
 
 @pytest.mark.parametrize("stage", [0, 2])
