@@ -23,6 +23,7 @@ With --per-gpu above 1, runs share the GPU and slow each other down: then measur
 import argparse
 import json
 import sys
+import time
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -36,24 +37,42 @@ from results import collect_run, sink_rate
 
 OPTIMIZERS = ("adamw", "muon")
 SINKS = {"vanilla": "vanilla", "sink": "learnable-sink"}  # names of the models and of the recipes
+EVALUATIONS = ("streaming", "sinks")
 NUM_VALIDATIONS = 20
 
 
 def main() -> None:
     arguments = parse()
+    deadline = time.monotonic() + 60 * arguments.minutes if arguments.minutes else float("inf")
     names = [f"{o}-{s}-seed-{seed}" for seed, s, o in product(arguments.seeds.split(","), SINKS, OPTIMIZERS)]
-    trained = [training(name, arguments) for name in names]
-    is_done = JobQueue(trained, per_gpu=arguments.per_gpu, minutes=arguments.minutes).run()
-    runs = {name: arguments.folder / "runs" / name for name, job in zip(names, trained, strict=True) if job.is_done}
-    for name, run in runs.items():
-        done = JobQueue([evaluation(kind, run, arguments) for kind in ("streaming", "sinks")]).run()
-        is_done = is_done and done
-        write_model(name, run, arguments)
+    jobs = {name: training(name, arguments) for name in names}
+    evaluate_trained(jobs, deadline, arguments)
+    is_done = run(list(jobs.values()), deadline, per_gpu=arguments.per_gpu)
+    is_done = evaluate_trained(jobs, deadline, arguments) and is_done
     models = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(arguments.folder.glob("*-seed-*.json"))]
     text = table(models, speed=arguments.speed)
     (arguments.folder / "table.md").write_text(text, encoding="utf-8")
     print("\n" + text)
     sys.exit(not is_done)
+
+
+def run(jobs: list[Job], deadline: float, per_gpu: int = 1) -> bool:
+    """Run the jobs until the deadline. Returns whether all are done."""
+    minutes = (deadline - time.monotonic()) / 60
+    if minutes <= 0:
+        return all(job.is_done for job in jobs)
+    return JobQueue(jobs, per_gpu=per_gpu, minutes=minutes).run()
+
+
+def evaluate_trained(jobs: dict[str, Job], deadline: float, arguments: argparse.Namespace) -> bool:
+    """Evaluate the trained models, and write their results. Returns whether all are done."""
+    is_done = True
+    for name, job in jobs.items():
+        if job.is_done:
+            folder = arguments.folder / "runs" / name
+            is_done = run([evaluation(kind, folder, arguments) for kind in EVALUATIONS], deadline) and is_done
+            write_model(name, folder, arguments)
+    return is_done
 
 
 def parse() -> argparse.Namespace:
@@ -68,7 +87,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--million-tokens", type=float, help="positions of each run; default: as in the recipe")
     parser.add_argument("--seeds", default="1234,2")
     parser.add_argument("--per-gpu", type=int, default=1, help="runs that share a GPU")
-    parser.add_argument("--minutes", type=float, help="save and stop training after this many minutes")
+    parser.add_argument("--minutes", type=float, help="save and stop after this many minutes")
     parser.add_argument("--speed", type=float, help="tokens/s of Muon over AdamW; default: as recorded by the runs")
     arguments = parser.parse_intermixed_args()
     arguments.data_dir = None  # of zero-shot benchmarks, which `evaluation` also knows
@@ -131,7 +150,9 @@ def table(models: list[dict[str, Any]], speed: float | None = None) -> str:
     caches = list(dict.fromkeys(cache for model in models for cache in model.get("perplexity", {})))
     lines = [
         "| | loss, equal tokens | loss, equal time | tokens/s | heads with a sink on the sink token "
-        f"| on the first text token | massive activations | largest over median activation | {' | '.join(caches)} |",
+        "| on the first text token | massive activations | largest over median activation "
+        + "".join(f"| {cache} " for cache in caches)
+        + "|",
         "|---" + "|---:" * (7 + len(caches)) + "|",
     ]
     by_key = {(model["optimizer"], model["sink"], model["seed"]): model for model in models}
