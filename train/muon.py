@@ -187,8 +187,8 @@ def orthogonalize_(updates: list[Tensor], shapes: list[Shape], dtype: torch.dtyp
     """
     by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index, shape in enumerate(shapes):
-        rows, columns = shape.split(updates[index]).shape[1:]
-        by_size[min(rows, columns), max(rows, columns)].append(index)
+        rows = shape.rows if shape.num_heads is None else shape.rows // 3
+        by_size[min(rows, shape.columns), max(rows, shape.columns)].append(index)
     for size, indices in by_size.items():
         at_once = max(1, LARGEST_BATCH // (3 * math.prod(size)))
         for start in range(0, len(indices), at_once):
