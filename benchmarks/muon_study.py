@@ -56,7 +56,7 @@ def main() -> None:
     sys.exit(not is_done)
 
 
-def run(jobs: list[Job], deadline: float, per_gpu: int = 1) -> bool:
+def run(jobs: list[Job], deadline: float, per_gpu: int) -> bool:
     """Run the jobs until the deadline. Returns whether all are done."""
     minutes = (deadline - time.monotonic()) / 60
     if minutes <= 0:
@@ -70,7 +70,8 @@ def evaluate_trained(jobs: dict[str, Job], deadline: float, arguments: argparse.
     for name, job in jobs.items():
         if job.is_done:
             folder = arguments.folder / "runs" / name
-            is_done = run([evaluation(kind, folder, arguments) for kind in EVALUATIONS], deadline) and is_done
+            evaluations = [evaluation(kind, folder, arguments) for kind in EVALUATIONS]
+            is_done = run(evaluations, deadline, per_gpu=len(evaluations)) and is_done
             write_model(name, folder, arguments)
     return is_done
 
