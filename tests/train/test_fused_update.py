@@ -68,7 +68,7 @@ def compare(recipe: str, world: World, num_micro_batches: int, *more: str) -> No
     assert min(own_norms) < plan.config.optimizer.clip < max(own_norms)
     for ours, reference in zip(own, theirs, strict=True):
         off = (ours - reference).abs() / lr  # a step changes a weight by about lr, with Muon 0.2 lr
-        assert off.mean() < 0.005
+        assert off.mean() < (0.01 if plan.config.optimizer.name == "muon" else 0.005)  # Muon amplifies rounding
         # Where the gradients of two ranks cancel, DeepSpeed's rounding leaves an arbitrary value.
         assert (off > 0.05).float().mean() < (0.01 if world.size > 1 else 1e-9)
 
