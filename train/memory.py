@@ -36,8 +36,9 @@ def estimate_memory(
     ===== ==================================== ===============================
 
     12 is a float32 copy of the weights and AdamW's two moments; 16 adds a copy of the gradients
-    during clipping. The first terms of stages 2 and 3 are upper bounds: gradients are freed after
-    their bucket is reduced, weights after their layer.
+    during clipping. Muon's matrices have one moment, and need 4 bytes less (4 / N with ZeRO). The
+    first terms of stages 2 and 3 are upper bounds: gradients are freed after their bucket is
+    reduced, weights after their layer.
 
     Activations in 16 bits: ``36 B T D`` bytes per layer, and ``4 B T D`` more for a gate (its value
     and its output). With activation checkpointing, each layer stores only its input, and one layer
@@ -53,6 +54,7 @@ def estimate_memory(
     """
     bytes_per_value = 4 if config.train.precision == "fp32" else 2
     states = count_parameters(model) * _bytes_per_parameter(zero_stage, bytes_per_value, world_size)
+    states -= 4 * count_muon_parameters(config, model) / (world_size if zero_stage else 1)
 
     segment_length = config.train.segment_length or config.train.seq_length
     positions = config.train.micro_batch_size * segment_length
@@ -68,6 +70,15 @@ def estimate_memory(
         num_carried = config.train.micro_batch_size * sum(window or 0 for window in model.layer_windows or [])
         kept += 2 * num_carried * model.hidden_size * bytes_per_value
     return MemoryEstimate(states=states, activations=kept + head)
+
+
+def count_muon_parameters(config: TrainingConfig, model: SinkGPTNeoXConfig) -> int:
+    """Count the parameters that Muon updates: the matrices of all layers, or 0 with AdamW."""
+    if config.optimizer.name != "muon":
+        return 0
+    hidden, inner = model.hidden_size, model.intermediate_size
+    gate = hidden * hidden if model.sink_kind == "gate" else 0
+    return model.num_hidden_layers * (4 * hidden * hidden + 2 * hidden * inner + gate)
 
 
 def _bytes_per_parameter(zero_stage: int, bytes_per_value: int, world_size: int) -> float:

@@ -23,7 +23,7 @@ LARGEST_RECIPE = 2**20  # bytes
 CONFIGS_PACKAGE = f"{__package__.rpartition('.')[0]}.configs"
 CHOICES = (  # texts that are one of a few
     *(("model", "sink", "kind"), ("model", "attention", "pattern")),
-    *(("train", "precision"), ("wandb", "mode")),
+    *(("train", "precision"), ("optimizer", "name"), ("wandb", "mode")),
 )
 WEIGHTS_KEY = "data.weights"
 

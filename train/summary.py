@@ -14,7 +14,7 @@ from ..models.cost import count_parameters
 from .batches import Windows, open_windows
 from .config import TrainingConfig
 from .disk import checkpoint_bytes, checkpoints_kept
-from .memory import GIB, estimate_memory
+from .memory import GIB, count_muon_parameters, estimate_memory
 from .plan import Plan
 from .progress import human
 from .recipe import config_yaml
@@ -35,6 +35,7 @@ def describe_run(plan: Plan, store: TokenSource, windows: Windows, resume: "Resu
         f"{_micro_batches(plan)} = {plan.samples_per_step:,} samples of "
         f"{config.train.seq_length:,} positions{_segments(plan)}; {config.train.precision}, "
         f"ZeRO-{config.deepspeed.zero_stage}",
+        *([f"optimizer: {describe_optimizer(plan)}"] if config.optimizer.name == "muon" else []),
         f"data: {store.path}, {len(windows):,} samples; {config.train.num_steps:,} steps = {epochs(plan, windows)}",
         f"run: {config.train.run_dir}",
     ]
@@ -71,6 +72,14 @@ def describe_windows(plan: Plan) -> list[str]:
     size = f"{model.attention.window:,}" if drawn is None else f"{drawn[0]:,} to {drawn[1]:,} (drawn for each step)"
     which = "all" if num_windowed == model.num_hidden_layers else f"{num_windowed} of {model.num_hidden_layers}"
     return [f"window of {size} in {which} layers with {model.num_kept} kept"]
+
+
+def describe_optimizer(plan: Plan) -> str:
+    """Return the optimizer, for Muon with the number of parameters that it updates."""
+    num_muon = count_muon_parameters(plan.config, plan.model_config)
+    if not num_muon:
+        return "AdamW"
+    return f"Muon for {num_muon:,} parameters, AdamW for {count_parameters(plan.model_config) - num_muon:,}"
 
 
 def epochs(plan: Plan, windows: Windows) -> str:
@@ -112,6 +121,7 @@ def _facts(plan: Plan, store: TokenSource | None) -> dict[str, str]:
         "model": describe_model(plan),
         "batch": f"{plan.samples_per_step:,} samples of {train.seq_length:,} positions = {train.batch_size_tokens:,}",
         "on one rank": f"{_micro_batches(plan)} of {train.micro_batch_size:,} samples{_segments(plan)}",
+        "optimizer": describe_optimizer(plan),
         "steps": f"{train.num_steps:,}, including {num_warmup_steps:,} warm-up steps",
         "total positions": f"{plan.num_positions:,} ({human(plan.num_positions)})",
         "total compute": f"{num_operations:.3g} FLOP",

@@ -70,7 +70,8 @@ def plan_of(name: str, *overrides: str, tokenizer_size: int = PYTHIA_TOKENIZER_S
 def test_the_recipes_are_these():
     others = {"quickstart", "continue/pythia-160m", "paper/vanilla", *ARMS, "study/vanilla", *STUDY}
     windows = {"windows/full", *WINDOWS, "windows/pythia-160m", "windows/continue-160m"}
-    assert set(recipe_names()) == others | windows | {f"pythia-{size}" for size in PYTHIA}
+    muon = {"muon/vanilla", "muon/learnable-sink"}
+    assert set(recipe_names()) == others | windows | muon | {f"pythia-{size}" for size in PYTHIA}
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -143,6 +144,15 @@ def test_windows_of_the_160m():
     plan = plan_of("windows/continue-160m")
     assert (plan.model_config.window_range, plan.num_sinks) == ([32, 1023], 1)
     assert plan.config.model.init_from == "EleutherAI/pythia-160m"
+
+
+@pytest.mark.parametrize("name", ["vanilla", "learnable-sink"])
+def test_a_recipe_with_muon_differs_from_the_study_by_its_optimizer_alone(name):
+    muon, adamw = (
+        load_config(f"{folder}/{name}", ["train.run_dir=runs/a"]).model_dump() for folder in ("muon", "study")
+    )
+    assert (muon["optimizer"].pop("name"), adamw["optimizer"].pop("name")) == ("muon", "adamw")
+    assert muon == adamw
 
 
 def test_the_study_matches_the_shipped_models():

@@ -44,8 +44,9 @@ CONVERSIONS = [(0, "bf16", 3, "bf16"), (1, "bf16", 0, "fp32"), (2, "fp32", 1, "f
 # With a window that each step draws, in one pass and in segments.
 DRAWN = ["model.attention.pattern=window", "model.attention.window=[2,20]"]
 WINDOWS = [(1, "bf16", DRAWN), (3, "fp32", [*DRAWN, "train.segment_length=8"])]
-
-
+# The same with Muon, whose matrices are cut by the boundary between the ranks.
+MUON_STAGES = [(0, "bf16"), (1, "bf16"), (2, "fp32")]
+MUON = ["optimizer.name=muon", "train.num_steps=8", "validation.every_steps=null"]
 # With a spike in step 8: name of the run, ZeRO stage, precision, `train.on_spike`.
 SPIKES = [("skipped-1", 1, "bf16", "skip"), ("skipped-3", 3, "fp32", "skip"), ("spiked", 1, "bf16", "stop")]
 
@@ -81,7 +82,7 @@ def make_stores(folder: Path, store: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(recipe, store, whole_run, tmp_path_factory) -> Path:
+def two_ranks(recipe, store, whole_run, muon_run, tmp_path_factory) -> Path:
     """Runs on two ranks: whole, resumed, converted from one rank, and with a full disk."""
     folder = tmp_path_factory.mktemp("two")
     make_stores(folder, store)
@@ -99,8 +100,17 @@ def two_ranks(recipe, store, whole_run, tmp_path_factory) -> Path:
         calls.append(
             {"overrides": [*settings(resumed, stage, precision), *windows], "copy": [str(whole), 4, str(resumed)]}
         )
-    grown, stopped, ahead, diverged, dead = (
-        folder / name for name in ("grown", "stopped", "ahead", "diverged", "dead")
+    for stage, precision in MUON_STAGES:
+        whole, resumed = folder / f"muon-{stage}", folder / f"muon-resumed-{stage}"
+        calls.append({"overrides": settings(whole, stage, precision) + SAVE_OFTEN + MUON})
+        calls.append(
+            {
+                "overrides": settings(resumed, stage, precision) + SAVE_OFTEN + MUON,
+                "copy": [str(whole), 4, str(resumed)],
+            }
+        )
+    grown, stopped, ahead, diverged, dead, muon_grown = (
+        folder / name for name in ("grown", "stopped", "ahead", "diverged", "dead", "muon-grown")
     )
     damaged, file = folder / "flipped", "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
     calls += [
@@ -109,6 +119,7 @@ def two_ranks(recipe, store, whole_run, tmp_path_factory) -> Path:
             "damage": [str(folder / "whole-1"), str(damaged), f"checkpoints/step-8/deepspeed/{file}"],
         },
         {"overrides": settings(grown, 3, "fp32"), "copy": [str(whole_run), 4, str(grown)]},
+        {"overrides": settings(muon_grown, 2, "fp32") + MUON, "copy": [str(muon_run), 4, str(muon_grown)]},
         *(
             {
                 "overrides": [
@@ -200,6 +211,23 @@ def test_two_ranks_draw_the_windows_of_one_and_resume_bit_for_bit(
         assert [line.get("window") for line in metrics(run)] == [line.get("window") for line in metrics(tmp_path)]
     tolerance = 1e-5 if precision == "fp32" else 5e-3
     assert list(losses(whole).values()) == pytest.approx(list(losses(tmp_path).values()), abs=tolerance)
+
+
+@pytest.mark.parametrize(("stage", "precision"), MUON_STAGES)
+def test_muon_on_two_ranks_equals_one_and_resumes_bit_for_bit(two_ranks, muon_run, stage, precision):
+    whole, resumed = two_ranks / f"muon-{stage}", two_ranks / f"muon-resumed-{stage}"
+    tolerance = 1e-5 if precision == "fp32" else 1e-2
+    assert list(losses(whole).values()) == pytest.approx(list(losses(muon_run).values()), abs=tolerance)
+    assert losses(resumed) == losses(whole)
+    assert_same_weights(weights(resumed, 8), weights(whole, 8))
+
+
+def test_muon_goes_on_with_more_and_with_fewer_ranks(recipe, two_ranks, muon_run, tmp_path):
+    expected = pytest.approx(list(losses(muon_run).values()), abs=1e-5)
+    assert list(losses(two_ranks / "muon-grown").values()) == expected
+    copy_checkpoint(two_ranks / "muon-2", 4, tmp_path)
+    train(recipe, settings(tmp_path, 0, "fp32") + MUON)
+    assert list(losses(tmp_path).values()) == expected
 
 
 def test_a_damaged_file_of_one_rank_is_noticed_by_all(two_ranks):
