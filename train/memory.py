@@ -40,7 +40,7 @@ def estimate_memory(
     their bucket is reduced, weights after their layer.
 
     Activations in 16 bits: ``36 B T D`` bytes per layer, and ``4 B T D`` more for a gate (its value
-    and its output). With activation checkpointing, each layer stores only its input, and one layer
+    and its output), ``2 B T D`` for gates of heads (their output). With activation checkpointing, each layer stores only its input, and one layer
     at a time stores everything. Float32 doubles these sizes. (Korthikanti et al. 2022, equation 2,
     have 34 per layer without the attention matrix, which the kernels do not store.) Logits exist
     for 8192 tokens at a time (`sinklm.models.loss`), with their gradient and, in an eager model,
@@ -54,7 +54,7 @@ def estimate_memory(
     states = count_parameters(model) * _bytes_per_parameter(zero_stage, bytes_per_value, world_size)
 
     positions = config.train.micro_batch_size * config.train.seq_length
-    per_value = 36 + (4 if model.sink_kind == "gate" else 0)
+    per_value = 36 + {"gate": 4, "head_gate": 2}.get(model.sink_kind, 0)
     layer = positions * model.hidden_size * per_value * bytes_per_value / 2
     if config.train.activation_checkpointing:
         kept = model.num_hidden_layers * positions * model.hidden_size * bytes_per_value + layer

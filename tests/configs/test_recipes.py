@@ -35,6 +35,7 @@ ARMS = {
     "arms/logit": ("logit", 12 * 12),
     "arms/kv-bias": ("kv_bias", 12 * 2 * 768),
     "arms/gate": ("gate", 12 * 768 * 768),
+    "arms/head-gate": ("head_gate", 12 * 12 * 768),
 }
 STUDY = {
     "study/learnable-sink": ("token", 1),
@@ -43,6 +44,7 @@ STUDY = {
     "study/logit": ("logit", 1),
     "study/kv-bias": ("kv_bias", 1),
     "study/gate": ("gate", 1),
+    "study/head-gate": ("head_gate", 1),
 }
 STUDY_TOKENIZER_SIZE = 4000
 CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"

@@ -12,7 +12,7 @@ from sinklm.models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM, attention, 
 from sinklm.models.attention import rotated
 from sinklm.models.fused_layer import BiasedGelu, RotatedHeads, linear_but_bias_gradient
 
-KINDS = ["none", "token", "zero", "logit", "kv_bias", "gate"]
+KINDS = ["none", "token", "zero", "logit", "kv_bias", "gate", "head_gate"]
 
 
 def plain_gelu_backward(grad, states):
