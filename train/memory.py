@@ -40,11 +40,12 @@ def estimate_memory(
     their bucket is reduced, weights after their layer.
 
     Activations in 16 bits: ``36 B T D`` bytes per layer, and ``4 B T D`` more for a gate (its value
-    and its output), ``2 B T D`` for gates of heads (their output). With activation checkpointing, each layer stores only its input, and one layer
-    at a time stores everything. Float32 doubles these sizes. (Korthikanti et al. 2022, equation 2,
-    have 34 per layer without the attention matrix, which the kernels do not store.) Logits exist
-    for 8192 tokens at a time (`sinklm.models.loss`), with their gradient and, in an eager model,
-    two float32 copies. The head's gradient is accumulated in float32.
+    and its output), ``2 B T D`` for gates of heads (their output). With activation checkpointing,
+    each layer stores only its input, and one layer at a time stores everything. Float32 doubles
+    these sizes. (Korthikanti et al. 2022, equation 2, have 34 per layer without the attention
+    matrix, which the kernels do not store.) Logits exist for 8192 tokens at a time
+    (`sinklm.models.loss`), with their gradient and, in an eager model, two float32 copies. The
+    head's gradient is accumulated in float32.
 
     The factor 36 fits the peaks that PyTorch reported on one H100 (torch 2.11, ZeRO-1, bf16) to
     6 %: for compiled Pythia-160M at micro-batch 32 the estimate is 24.9 GiB, and 23.6 GiB were

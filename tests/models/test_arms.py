@@ -115,7 +115,9 @@ def test_generation_equals_that_without_a_cache(kind, unequal, cache):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "checkpointing"), [("zero", False), ("kv_bias", True), ("gate", False), ("head_gate", True)])
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"), [("zero", False), ("kv_bias", True), ("gate", False), ("head_gate", True)]
+)
 def test_the_compiled_training_step_equals_the_eager_one(kind, checkpointing):
     model, sample = tiny_arm(kind, dtype=torch.float32, num_hidden_layers=1), text(2, 12)
     if checkpointing:
