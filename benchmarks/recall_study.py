@@ -1,14 +1,15 @@
 """Train small models to recall lines, and measure StreamEval by distance and by tokens read.
 
-    python benchmarks/recall_study.py prepare --text corpus/gutenberg_books.jsonl.zst --num-tokens 200000000
-    python benchmarks/recall_study.py train --minutes 9      # again until it says that all are trained
-    python benchmarks/recall_study.py evaluate --minutes 9   # again until it says that all are evaluated
+    python benchmarks/recall_study.py prepare --text books.jsonl.zst
+    python benchmarks/recall_study.py train      # again until it says that it is done
+    python benchmarks/recall_study.py evaluate   # again until it says that it is done
     python benchmarks/recall_study.py table
 
 Every part can be interrupted and run again: finished work is kept. A part that fails is reported,
 and the others still run. ``evaluate`` measures, for each model and cache size N, the caches 0+N and
-S+(N - S), where S are its sinks (4 for vanilla), and dense attention within the trained length, and
-the streaming cache over ``--num-stream-tokens``. Results are in FOLDER/recall.json.
+S+(N - S) over ``--num-stream-tokens``, where S are its sinks (4 for vanilla), and dense attention
+within the trained length. ``train`` stops after ``--minutes``, and ``evaluate`` starts nothing
+after them. Results are in FOLDER/recall.json.
 """
 
 import argparse
