@@ -1,5 +1,6 @@
 """`sinklm eval quantization`: what 8 and 4 bits cost each of several models."""
 
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from ..eval.sinks import Sequences
 
+NOISY_LOGGERS = ("torchao", "torch.utils._pytree")  # GPU libraries that are not there, deprecations
 FORMATS = ("w8", "w4", "w8a8-token", "w8a8-tensor", "kv8")  # as in `eval.quantization`, which imports torch
 
 
@@ -69,22 +71,22 @@ def quantization(
         )
     console = Console(is_quiet=quiet)
     console.note(f"loading {', '.join(runs)} …")
+    for name in NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     from ..eval.compare import short_names
-    from ..eval.quantization import quiet_torchao
     from ..eval.quantization_output import csv_text, markdown, plot_quantization, results_table
     from ..eval.report import ReportFile, library_versions
     from ..files import write_text
 
-    with quiet_torchao():
-        place = placement(device, dtype)
-        file = ReportFile(output / "quantization.json")
-        num_tokens = _check_runs(runs, wanted, place, seq_length)
-        report: dict[str, Any] = {"formats": wanted, "runs": [], "notes": []}
-        report |= {"num_samples": num_sequences, "num_tokens": num_tokens, "data": str(data)}
-        report["versions"] = library_versions("torchao")
-        for run, name in zip(runs, short_names(runs), strict=True):
-            report["runs"].append(_measure_run(console, run, name, data, wanted, num_sequences, num_tokens, place))
-            file.keep(report)
+    place = placement(device, dtype)
+    file = ReportFile(output / "quantization.json")
+    num_tokens = _check_runs(runs, wanted, place, seq_length)
+    report: dict[str, Any] = {"formats": wanted, "runs": [], "notes": []}
+    report |= {"num_samples": num_sequences, "num_tokens": num_tokens, "data": str(data)}
+    report["versions"] = library_versions("torchao")
+    for run, name in zip(runs, short_names(runs), strict=True):
+        report["runs"].append(_measure_run(console, run, name, data, wanted, num_sequences, num_tokens, place))
+        file.keep(report)
     if len({run["samples"]["ids_sha256"] for run in report["runs"]}) > 1:
         report["notes"].append("The tokenizers of the runs differ, so their losses are those of different samples.")
     file.finish(report)

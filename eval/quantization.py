@@ -5,20 +5,33 @@ they are, as in transformers. Tokens of sinks go through the same layers as all 
 """
 
 import copy
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..extras import require_extra
 
+require_extra("quantization")
+
+import torch
+import torchao.kernel
+from torch import Tensor, nn
+from torchao.core.config import AOBaseConfig
+from torchao.quantization import (
+    Granularity,
+    Int8DynamicActivationInt8WeightConfig,
+    Int8Tensor,
+    Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
+    MappingType,
+    PerGroup,
+    PerRow,
+    PerTensor,
+    quantize_,
+)
+from transformers import PreTrainedModel
+
 GROUP_SIZE = 32  # of int4 weights
-NOISY_LOGGERS = ("torchao", "torch.utils._pytree")  # libraries for GPUs that are not there, deprecations
+SCALES: dict[str | None, Granularity] = {"token": PerRow(), "tensor": PerTensor()}  # of activations
 
 
 @dataclass(frozen=True)
@@ -47,26 +60,6 @@ FORMATS = {
         "keys and values int8", "cache with kv_dtype int8; the last 32 tokens are not quantized", kv_dtype="int8"
     ),
 }  # fmt: skip
-
-
-@contextmanager
-def quiet_torchao() -> Iterator[None]:
-    """Import torchao without its messages about GPU libraries, here and in transformers.
-
-    Raises:
-        MissingExtraError: torchao is not installed.
-    """
-    require_extra("quantization")
-    levels = {name: logging.getLogger(name).level for name in NOISY_LOGGERS}
-    try:
-        for name in NOISY_LOGGERS:
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        import torchao.quantization  # noqa: F401
-
-        yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
 
 
 def quantized_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
@@ -106,16 +99,13 @@ def quantized(model: PreTrainedModel, name: str) -> PreTrainedModel:
     if wanted.weights is None:
         return model
     check_format(model, name)
-    with quiet_torchao():
-        from torchao.quantization import quantize_
-
-        twin = copy.deepcopy(model)
-        layers = quantized_layers(twin)
-        is_simulated = wanted.activations is not None and not has_exact_products(model.device)
-        quantize_(twin, _config(wanted, is_simulated), filter_fn=lambda module, path: path in layers)
+    twin = copy.deepcopy(model)
+    layers = quantized_layers(twin)
+    is_simulated = wanted.activations is not None and not has_exact_products(model.device)
+    quantize_(twin, _config(wanted, is_simulated), filter_fn=lambda module, path: path in layers)
     if is_simulated:
         for layer in layers.values():
-            layer.register_forward_pre_hook(_rounded_input(_granularity(wanted.activations)))
+            layer.register_forward_pre_hook(_rounded_input(SCALES[wanted.activations]))
     return twin
 
 
@@ -149,51 +139,33 @@ def has_exact_products(device: torch.device) -> bool:
 
     Some CPUs add products of 8 bits in saturating 16 bits.
     """
-    with quiet_torchao():
-        from torchao.kernel import int_scaled_matmul
-
-        rows, width = 32, 64
-        left = torch.full((rows, width), 127, dtype=torch.int8)
-        left[1::2] = -128
-        right = torch.full((width, rows), 127, dtype=torch.int8)
-        right[:, 1::2] = -128
-        exact = left.double() @ right.double()
-        try:
-            found = int_scaled_matmul(left.to(device), right.to(device), torch.ones(rows, 1, device=device))
-        except (RuntimeError, NotImplementedError, AssertionError):
-            return False
+    rows, width = 32, 64
+    left = torch.full((rows, width), 127, dtype=torch.int8)
+    left[1::2] = -128
+    right = torch.full((width, rows), 127, dtype=torch.int8)
+    right[:, 1::2] = -128
+    exact = left.double() @ right.double()
+    scales = torch.ones(rows, 1, device=device)
+    try:
+        found = torchao.kernel.int_scaled_matmul(left.to(device), right.to(device), scales)
+    except (RuntimeError, NotImplementedError, AssertionError):
+        return False
     return bool((found.cpu().double() == exact).all())
 
 
-def _config(wanted: Format, is_simulated: bool) -> Any:
-    from torchao.quantization import (
-        Int8DynamicActivationInt8WeightConfig,
-        Int8WeightOnlyConfig,
-        IntxWeightOnlyConfig,
-        MappingType,
-        PerGroup,
-        PerRow,
-    )
-
+def _config(wanted: Format, is_simulated: bool) -> AOBaseConfig:
     if wanted.weights == "int4":
         return IntxWeightOnlyConfig(
             weight_dtype=torch.int4, granularity=PerGroup(GROUP_SIZE), mapping_type=MappingType.ASYMMETRIC
         )
     if wanted.activations is None or is_simulated:
         return Int8WeightOnlyConfig(set_inductor_config=False)
-    granularity = [_granularity(wanted.activations), PerRow()]
+    granularity = [SCALES[wanted.activations], PerRow()]
     return Int8DynamicActivationInt8WeightConfig(granularity=granularity, set_inductor_config=False)
 
 
-def _granularity(activations: str | None) -> Any:
-    from torchao.quantization import PerRow, PerTensor
-
-    return PerTensor() if activations == "tensor" else PerRow()
-
-
-def _rounded_input(granularity: Any) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+def _rounded_input(granularity: Granularity) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     """Return a hook that rounds the input of a layer to int8, as torchao's int8 products do."""
-    from torchao.quantization import Int8Tensor
 
     def rounded(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (Int8Tensor.from_hp(inputs[0], granularity).dequantize(), *inputs[1:])

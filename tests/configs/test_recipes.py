@@ -56,6 +56,7 @@ def plan_of(name: str, *overrides: str, tokenizer_size: int = PYTHIA_TOKENIZER_S
 
 def test_the_recipes_are_these():
     others = {"quickstart", "continue/pythia-160m", "paper/vanilla", *ARMS, "study/vanilla", *STUDY}
+    others |= {"recall/learnable-sink", "recall/vanilla"}
     assert set(recipe_names()) == others | {f"pythia-{size}" for size in PYTHIA}
 
 
@@ -131,6 +132,18 @@ def test_two_models_of_the_study_are_small_enough_to_ship():
     plans = [plan_of(name, tokenizer_size=STUDY_TOKENIZER_SIZE) for name in ("study/vanilla", "study/learnable-sink")]
     assert [plan.vocab_size for plan in plans] == [4096, 4096]
     assert sum(2 * count_parameters(plan.model_config) for plan in plans) < 22e6  # bytes in bfloat16
+
+
+def test_the_models_of_recall_differ_by_their_sink_and_are_small_enough_to_ship():
+    sink, vanilla = (load_config(f"recall/{name}").model_dump() for name in ("learnable-sink", "vanilla"))
+    assert (sink["model"].pop("sink")["kind"], vanilla["model"].pop("sink")["kind"]) == ("token", "none")
+    for config in (sink, vanilla):
+        del config["train"]["run_dir"]
+    assert sink == vanilla
+    assert sink["data"]["weights"] == {"recall": 1, "text": 1}
+    plan = plan_of("recall/learnable-sink", tokenizer_size=4095)
+    assert plan.model_config.vocab_size == 4096
+    assert 2 * count_parameters(plan.model_config) < 25e6  # bytes in bfloat16
 
 
 def test_an_arm_reads_as_many_positions_with_any_number_of_sinks():
