@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.checked import check_ids, refuse_nonfinite_losses
 from ..streaming import stream_losses
-from ..streaming.quantized import NUM_RECENT
 from .compare import stderr_of_mean
 from .quantization import FORMATS, arithmetic, quantized
 from .sinks import Sequences, sequences_of_store, sequences_of_texts
@@ -98,13 +97,14 @@ def cached_losses(
 ) -> Tensor:
     """Like `sample_losses`, with a cache of all tokens whose keys and values are ``kv_dtype``.
 
-    No token is kept in full precision, neither sinks nor first tokens; only the last 32 are.
+    No token is kept in full precision, neither sinks nor first tokens; only the last 32 are. Each
+    token is a pass of its own, since tokens of a pass see more than 32 in full precision.
     """
     check_ids(samples.ids, model)
     window = samples.ids.shape[1] + getattr(model.config, "num_sinks", 0)
     losses = []
     for rows in samples.ids.split(KV_BATCH):
-        chunks = stream_losses(model, rows, num_kept=0, window=window, chunk_size=NUM_RECENT, kv_dtype=kv_dtype)
+        chunks = stream_losses(model, rows, num_kept=0, window=window, chunk_size=1, kv_dtype=kv_dtype)
         each = torch.cat(list(chunks), dim=1)[:, samples.num_prefix :]
         losses.append(refuse_nonfinite_losses(each.double()).mean(1).cpu())
         if progress is not None:

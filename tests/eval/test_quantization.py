@@ -97,6 +97,7 @@ def test_losses_are_those_of_weights_rounded_one_by_one(kind, name, samples):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["w8a8-token", "w8a8-tensor"])
+@torch.inference_mode()
 def test_each_layer_multiplies_numbers_rounded_one_by_one(kind, name, samples):
     """Compared layer by layer: the largest input is halfway between two codes.
 
