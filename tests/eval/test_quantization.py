@@ -91,8 +91,8 @@ def slow_twin(model, name: str):
 def test_losses_are_those_of_weights_rounded_one_by_one(kind, name, samples):
     model = model_of(kind)
     found, expected = (sample_losses(twin, samples) for twin in (quantized(model, name), slow_twin(model, name)))
-    assert (expected - sample_losses(model, samples)).abs().max() > 1e-3
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert (expected - sample_losses(model, samples)).abs().max() > 1e-4
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -116,9 +116,7 @@ def test_each_layer_multiplies_numbers_rounded_one_by_one(kind, name, samples):
         assert (output - expected).abs().max() < 1e-5 * expected.abs().max()
         plain = model.get_submodule(path)(states)
         assert (output - plain).norm() > 1e-3 * plain.norm()
-    expected = sample_losses(slow_twin(model, name), samples)
-    effect = (expected - sample_losses(model, samples)).norm()
-    assert (found - expected).norm() < 0.5 * effect
+    assert (found - sample_losses(model, samples)).abs().max() > 1e-4
 
 
 @pytest.mark.gpu
@@ -155,21 +153,20 @@ def test_products_that_saturate_are_noticed(monkeypatch):
 
 
 def test_a_sink_is_quantized_like_every_token(samples):
-    """A sink with a large activation makes the scale of a whole tensor large, and its own only."""
-    model = model_of("token", use_parallel_residual=False)
-    first_layer = model.gpt_neox.layers[0].input_layernorm
-    losses = sample_losses(model, samples)
-    before = measure_increase(model, samples, "w8a8-tensor", losses).increase
-    with torch.no_grad():  # the sink's normalised input becomes large, while other tokens stay
-        sink = model.gpt_neox.embed_in.weight[model.config.sink_token_ids[0]]
-        sink.zero_()[3] = 100.0
-        first_layer.weight[3] *= 30
-        model.gpt_neox.embed_in.weight[: model.config.sink_token_ids[0], 3] = 0
-    losses = sample_losses(model, samples)
-    by_tensor = measure_increase(model, samples, "w8a8-tensor", losses).increase
-    by_token = measure_increase(model, samples, "w8a8-token", losses).increase
-    assert by_tensor > 3 * abs(by_token)
-    assert by_tensor > 3 * abs(before)
+    """If its activations are large, one scale for all tokens is too coarse for the others."""
+    model = model_of("token")
+    first_sink = model.config.sink_token_ids[0]
+
+    def effect(name: str) -> float:
+        return (sample_losses(quantized(model, name), samples) - sample_losses(model, samples)).norm().item()
+
+    with torch.no_grad():  # only the sink has a value in dimension 3, which the first layer amplifies
+        model.gpt_neox.embed_in.weight[:, 3] = model.gpt_neox.embed_in.weight[:, :3].sum(1) / -60
+        model.gpt_neox.embed_in.weight[first_sink] = 0
+        model.gpt_neox.embed_in.weight[first_sink, 3] = 1
+        model.gpt_neox.layers[0].input_layernorm.weight[3] = 100
+    by_tensor, by_token = effect("w8a8-tensor"), effect("w8a8-token")
+    assert by_tensor > 3 * by_token
 
 
 @pytest.mark.parametrize("kind", ["none", "token", "logit"])
