@@ -89,8 +89,10 @@ def quantization_figure(report: dict[str, Any], title: str | None = None) -> Fig
         figure = Figure(figsize=(8.0, 1.5 + 0.32 * len(runs)), layout="constrained")
         increases, largest = figure.subplots(1, 2, sharey=True, gridspec_kw={"width_ratios": [2, 1]})
         _draw_increases(increases, report)
-        largest.plot([run["largest_ratio"] for run in runs], range(len(runs)), "D", color=COLOURS[0], markersize=4.5)
+        ratios = [run["largest_ratio"] for run in runs]
+        largest.plot(ratios, range(len(runs)), "D", color=COLOURS[0], markersize=4.5)
         largest.set_xscale("log")
+        largest.set_xlim(min(ratios) / 3, 3 * max(ratios))  # at least one power of ten
         largest.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
         largest.xaxis.set_minor_formatter(lambda value, _: "")
         largest.set_xlabel("Largest activation / median (log scale)")
