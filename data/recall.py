@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import zstandard
 
@@ -119,7 +120,7 @@ class Phrasing:
         statement = rng.choice(STATEMENTS)
         repeating = (rng.choice(REPEATING) + statement[0], statement[1])
         question = repeating if rng.random() < 0.7 else rng.choice(ASKING)
-        words = {}
+        words: dict[str, str] = {}
         for name, word in (("thing", thing), ("value", value)):
             words |= {name: word, name.capitalize(): word.capitalize(), name.upper(): word.upper()}
         return Phrasing(words, statement, question, rng.choice(INTRODUCTIONS), rng.choice(BRACKETS))
@@ -248,10 +249,10 @@ def write_records(path: Path, documents: Iterable[RecallRecord]) -> tuple[int, i
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path, binary=True) as file:
             compressor = zstandard.ZstdCompressor(write_checksum=True) if path.suffix == ".zst" else None
-            sink = compressor.stream_writer(file, closefd=False) if compressor else file
+            stream: Any = compressor.stream_writer(file, closefd=False) if compressor else file
             for document in documents:
-                sink.write(f"{document.as_json()}\n".encode())
+                stream.write(f"{document.as_json()}\n".encode())
                 num_documents, num_questions = num_documents + 1, num_questions + len(document.questions)
             if compressor:
-                sink.close()
+                stream.close()
     return num_documents, num_questions
