@@ -156,7 +156,9 @@ def has_exact_products(device: torch.device) -> bool:
 def _config(wanted: Format, is_simulated: bool) -> AOBaseConfig:
     if wanted.weights == "int4":
         return IntxWeightOnlyConfig(
-            weight_dtype=torch.int4, granularity=PerGroup(GROUP_SIZE), mapping_type=MappingType.ASYMMETRIC
+            weight_dtype=torch.int4,  # type: ignore[attr-defined]
+            granularity=PerGroup(GROUP_SIZE),
+            mapping_type=MappingType.ASYMMETRIC,
         )
     if wanted.activations is None or is_simulated:
         return Int8WeightOnlyConfig(set_inductor_config=False)
