@@ -93,7 +93,9 @@ def quantization(
     write_text(output / "quantization.csv", csv_text(report))
     write_text(output / "quantization.md", markdown(report))
     plot_quantization(report, output / "quantization.png")
-    console.print(results_table(report, f"Loss over that of the unquantized model, {num_sequences} samples"))
+    console.print(
+        results_table(report, f"Loss over that of the unquantized model, {num_sequences} samples", console.width)
+    )
     console.print("nats per token ± one standard error, paired over samples")
     for note in report["notes"]:
         console.warn(note)

@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from ..console import Console
+from .compare_output import MOST_COLUMNS
 from .plots import COLOURS, MARKERS, STYLE, save_figure
 from .quantization import FORMATS
 
@@ -20,12 +22,31 @@ CSV_COLUMNS = (
 LINEAR_BELOW = 1e-3  # nats; the axis is logarithmic above
 
 
-def results_table(report: dict[str, Any], title: str) -> Table:
+def results_table(report: dict[str, Any], title: str, width: int) -> Table:
+    """Return a table for a terminal of ``width`` columns: a line a format if it is too narrow."""
+    table = _wide_table(report, title)
+    return table if Console(width=MOST_COLUMNS).measure(table).maximum <= width else _long_table(report, title)
+
+
+def _wide_table(report: dict[str, Any], title: str) -> Table:
     table = Table(title=title)
     for i, name in enumerate(_header(report)):
         table.add_column(name, justify="left" if i < 2 else "right")
     for row in _rows(report):
         table.add_row(*row)
+    return table
+
+
+def _long_table(report: dict[str, Any], title: str) -> Table:
+    header = _header(report)
+    table = Table("Run", title=title)
+    table.add_column("", justify="right")
+    for name, *cells in _rows(report):
+        table.add_section()
+        table.add_row(name, "")
+        for what, cell in zip(header[1:], cells, strict=True):
+            if cell:
+                table.add_row(f"  {what}", cell)
     return table
 
 

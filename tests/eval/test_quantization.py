@@ -9,6 +9,7 @@ from statistics import mean, stdev
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
@@ -32,7 +33,7 @@ from sinklm.eval.quantization_losses import (  # noqa: E402
     measure_increase,
     sample_losses,
 )
-from sinklm.eval.quantization_output import quantization_figure  # noqa: E402
+from sinklm.eval.quantization_output import quantization_figure, results_table  # noqa: E402
 from sinklm.eval.sinks import Sequences  # noqa: E402
 
 NUM_TOKENS = 40
@@ -304,6 +305,12 @@ def test_the_command_writes_tables_and_a_picture(runs, tmp_path):
     assert shown in (tmp_path / "quantization.md").read_text()
     assert (tmp_path / "quantization.png").read_bytes().startswith(b"\x89PNG")
     assert "paired over samples" in said
+    assert shown in said  # in a table for 80 columns
+    wide = Console(width=200)
+    with wide.capture() as captured:
+        wide.print(results_table(report, "title", 200))
+    assert shown in captured.get()
+    assert len(captured.get().splitlines()) < 10
 
     increases, largest = quantization_figure(report).axes
     assert list(largest.lines[0].get_xdata()) == [entry["largest_ratio"] for entry in report["runs"]]
