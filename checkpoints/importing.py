@@ -27,7 +27,7 @@ from .sink_rows import SinkRow, start_sink_rows
 from .sources import find_model, with_safetensors
 from .warm_start import load_same_weights
 
-# The gate halves the output of every attention layer at the start, for which no weight is trained.
+# A gate halves the output of every attention layer at the start, for which no weight is trained.
 SINKS = ("token", "none", "zero", "logit", "kv_bias")
 VOCABULARY_MULTIPLE = 128
 

@@ -20,6 +20,8 @@ from .mistakes import Group, explain
 from .options import examples_text
 from .perplexity import perplexity
 from .prepare import prepare
+from .quantization import quantization
+from .recall import recall
 from .runs import runs
 from .sinks import sinks
 from .stream_qa import stream_qa
@@ -61,8 +63,11 @@ app = _group(
     epilog=examples_text(STEPS, title="From a text to a chat; `sinklm COMMAND -h` has more examples:"),
 )
 tokenizer_app = _group("Train tokenizers.")
-data_app = _group("Join token stores, and look into one.")
-eval_app = _group("Evaluate a model: zero-shot benchmarks, streaming perplexity and recall, attention sinks.")
+data_app = _group("Join token stores, look into one, and generate text.")
+generate_app = _group("Generate text to train on.")
+eval_app = _group(
+    "Evaluate a model: zero-shot benchmarks, streaming perplexity and recall, attention sinks, quantization."
+)
 bench_app = _group("Measure speed and memory of a model.")
 
 
@@ -83,6 +88,7 @@ def _options(
 
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
+data_app.add_typer(generate_app, name="generate")
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 for _parent, _name, _command in (
@@ -90,6 +96,7 @@ for _parent, _name, _command in (
     (app, "prepare", prepare),
     (data_app, "merge", merge),
     (data_app, "inspect", inspect),
+    (generate_app, "recall", recall),
     (app, "recipes", recipes),
     (app, "train", train),
     (app, "runs", runs),
@@ -99,6 +106,7 @@ for _parent, _name, _command in (
     (eval_app, "stream-eval", stream_eval),
     (eval_app, "stream-qa", stream_qa),
     (eval_app, "sinks", sinks),
+    (eval_app, "quantization", quantization),
     (eval_app, "compare", compare),
     (app, "import", import_),
     (app, "export", export),

@@ -151,14 +151,14 @@ def difference(first: Value | None, second: Value | None) -> tuple[Difference | 
     change = second.value - first.value
     if first.examples and second.examples and first.examples.keys() == second.examples.keys():
         changes = [second.examples[key] - value for key, value in first.examples.items()]
-        return Difference(change, _stderr_of_mean(changes), True), ""
+        return Difference(change, stderr_of_mean(changes), True), ""
     stderr = None
     if first.stderr is not None and second.stderr is not None:
         stderr = math.hypot(first.stderr, second.stderr)
     return Difference(change, stderr, False), ""
 
 
-def _stderr_of_mean(values: Sequence[float]) -> float | None:
+def stderr_of_mean(values: Sequence[float]) -> float | None:
     num = len(values)
     if num < 2:
         return None

@@ -53,5 +53,5 @@ def open_store_of(path: Path, tokenizer: PreTrainedTokenizerBase) -> TokenSource
     ids = Tokenizer.from_file(str(store.tokenizer_path)).get_vocab()
     known = tokenizer.get_vocab()
     if any(known.get(token) != i for token, i in ids.items()):
-        raise ValueError(f"{path} was made with a different tokenizer than the model's: use --text instead")
+        raise ValueError(f"{path} was made with a different tokenizer than the model's: use a text file instead")
     return store

@@ -52,8 +52,8 @@ def new_report(model: PreTrainedModel, name_or_path: str | Path, **facts: Any) -
     return {"model": describe_model(model, name_or_path), "versions": library_versions(), **facts}
 
 
-def library_versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES}
+def library_versions(*more: str) -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in (*LIBRARIES, *more)}
 
 
 def display_name(name_or_path: str | Path) -> str:

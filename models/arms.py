@@ -1,9 +1,10 @@
-"""The arms (``sink.kind``) without a sink token: an extra softmax column, or a gate on the output.
+"""The arms (``sink.kind``) without a sink token: an extra softmax column, or gates on the output.
 
 - ``zero``: softmax-off-by-one (Miller 2023);
 - ``logit``: a learned logit per head, as in gpt-oss (OpenAI 2025);
 - ``kv_bias``: explicit attention bias (Sun et al. 2024; Gu et al., ICLR 2025);
-- ``gate``: elementwise output gate (Qiu et al., NeurIPS 2025).
+- ``gate``: elementwise output gate (Qiu et al., NeurIPS 2025);
+- ``head_gate``: one output gate per head (the same paper; OLMo-core).
 
 docs/arms.md compares them.
 """
@@ -64,15 +65,15 @@ class KeyValueSinkAttention(SinkAttention):
 
 
 class Gate(nn.Linear):
-    """The matrix of a layer's gate.
+    """The matrix of a layer's gates.
 
     It is initialised from its own random generator. With the same seed, all arms therefore start
     with the same values in the weights that they share.
     """
 
-    def __init__(self, hidden_size: int, layer_idx: int):
+    def __init__(self, hidden_size: int, num_gates: int, layer_idx: int):
         self.layer_idx = layer_idx
-        super().__init__(hidden_size, hidden_size, bias=False)
+        super().__init__(hidden_size, num_gates, bias=False)
 
     def reset_parameters(self) -> None:
         """Do nothing: `initialise` sets the weights."""
@@ -93,10 +94,25 @@ class GatedAttention(SinkAttention):
 
     def __init__(self, config: GPTNeoXConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.gate = Gate(config.hidden_size, layer_idx)
+        self.gate = Gate(config.hidden_size, config.hidden_size, layer_idx)
 
     def gated(self, out: Tensor, hidden_states: Tensor) -> Tensor:
         return out * self.gate(hidden_states).sigmoid()
+
+
+class HeadGatedAttention(SinkAttention):
+    """Multiplies the output of each head by one number, ``sigmoid(w x)``.
+
+    x is the layer's normalised input.
+    """
+
+    def __init__(self, config: GPTNeoXConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.head_gate = Gate(config.hidden_size, config.num_attention_heads, layer_idx)
+
+    def gated(self, out: Tensor, hidden_states: Tensor) -> Tensor:
+        gates = self.head_gate(hidden_states).sigmoid()  # (B, T, H)
+        return (out.unflatten(-1, (-1, self.head_size)) * gates[..., None]).flatten(2)
 
 
 ARMS: dict[str, type[SinkAttention]] = {
@@ -104,5 +120,6 @@ ARMS: dict[str, type[SinkAttention]] = {
     "logit": LogitSinkAttention,
     "kv_bias": KeyValueSinkAttention,
     "gate": GatedAttention,
+    "head_gate": HeadGatedAttention,
 }
-ARM_PARAMETERS = r"attention\.(sink_|gate\.)"  # matches the names of parameters that only one arm has
+ARM_PARAMETERS = r"attention\.(sink_|gate\.|head_gate\.)"  # matches the names of parameters that only one arm has

@@ -8,7 +8,7 @@ from transformers import GPTNeoXConfig, PreTrainedConfig
 
 DEFAULT_NUM_KEPT = 4  # for a model without sink tokens (Xiao et al. 2024, Table 2)
 WINDOW_FIELDS = ("layer_windows", "num_kept", "window_range")
-SINK_KINDS = ("none", "token", "zero", "logit", "kv_bias", "gate")
+SINK_KINDS = ("none", "token", "zero", "logit", "kv_bias", "gate", "head_gate")
 
 
 @strict
@@ -19,7 +19,7 @@ class SinkGPTNeoXConfig(GPTNeoXConfig):
 
     - ``kind``: ``"none"`` (plain GPT-NeoX), ``"token"`` (learnable sink tokens, Xiao et al. 2024,
       section 3.3), or an arm without sink tokens: ``"zero"``, ``"logit"``, ``"kv_bias"``,
-      ``"gate"`` (see `sinklm.models.arms`);
+      ``"gate"``, ``"head_gate"`` (see `sinklm.models.arms`);
     - ``num_tokens``: number of sink tokens that the model prepends (``token`` only, default 1);
     - ``first_token_id``: vocabulary id of the first sink token; the others have the ids after it
       (``token`` only). The default is 50277, the first of the ids 50277 to 50303 that Pythia's

@@ -41,8 +41,13 @@ def count_parameters(config: SinkGPTNeoXConfig) -> int:
     hidden, inner = config.hidden_size, config.intermediate_size
     attention = 3 * hidden * hidden + 3 * hidden + hidden * hidden + hidden
     mlp = 2 * hidden * inner + inner + hidden
-    arm = {"logit": config.num_attention_heads, "kv_bias": 2 * hidden, "gate": hidden * hidden}.get(config.sink_kind, 0)
-    per_layer = attention + arm + mlp + 4 * hidden  # two layer norms
+    arms = {
+        "logit": config.num_attention_heads,
+        "kv_bias": 2 * hidden,
+        "gate": hidden * hidden,
+        "head_gate": config.num_attention_heads * hidden,
+    }
+    per_layer = attention + arms.get(config.sink_kind, 0) + mlp + 4 * hidden  # two layer norms
     return config.num_hidden_layers * per_layer + 2 * config.vocab_size * hidden + 2 * hidden
 
 

@@ -28,6 +28,7 @@ NOT_RUN = {
     r"^sinklm train wide|layer-logit|learnable-sink --store|--include-path": "needs what the reader of the guide made",
     r"--stream\b": "runs until Ctrl-C; tests/cli/test_generate.py",
     r"^sinklm eval zero-shot": "downloads benchmarks; tests/eval/test_zero_shot.py runs local tasks",
+    r"^sinklm eval quantization": "needs the extra quantization; tests/eval/test_quantization.py",
     r"^sinklm eval compare": "needs the results of several evaluations; tests/eval/test_compare.py",
     r"--data-dir benchmarks": "needs benchmarks; tests/eval/test_stream_qa.py",
     r"^sinklm chat": "reads a terminal; tests/cli/test_chat.py",

@@ -24,7 +24,10 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOT_IMPORTED = {"jinja2"}  # transformers imports it when a chat template is applied
 OPTIONAL = {"accelerate", "wandb"}  # installed by an extra, but the part works without them
-OF_COMMANDS = {"checkpoints": {"gguf"}}  # imported in the function that needs it, after `require_extra`
+OF_COMMANDS = {
+    "checkpoints": {"gguf"},
+    "eval": {"torchao"},
+}  # imported in the function that needs it, after `require_extra`
 WITH_TORCH = {"triton"}  # installed by CUDA builds of torch
 PARTS = ("models", "streaming", "checkpoints", "data", "train", "eval", "cli")
 
@@ -115,6 +118,7 @@ WITHOUT_EXTRA = {
     "eval streaming model --text text": "eval",
     "eval stream-eval model": "eval",
     "eval sinks model --text text": "eval",
+    "eval quantization model --data text": "eval",
     "bench decode model": "eval",
     "export model out.gguf --to gguf": "gguf",
 }

@@ -22,7 +22,7 @@ class SinkSection(Section):
     kind: str = Field(
         default="token",
         description="`token`: learnable sink tokens before every text; `none`: plain Pythia; "
-        "`zero`, `logit`, `kv_bias`, `gate`: an arm without sink tokens",
+        "`zero`, `logit`, `kv_bias`, `gate`, `head_gate`: an arm without sink tokens",
     )
     num_tokens: Count = Field(default=1, description="number of sink tokens (only with `kind: token`)")
 

@@ -41,12 +41,13 @@ def estimate_memory(
     reduced, weights after their layer.
 
     Activations in 16 bits: ``36 B T D`` bytes per layer, and ``4 B T D`` more for a gate (its value
-    and its output). With activation checkpointing, each layer stores only its input, and one layer
-    at a time stores everything. Float32 doubles these sizes. (Korthikanti et al. 2022, equation 2,
-    have 34 per layer without the attention matrix, which the kernels do not store.) Logits exist
-    for 8192 tokens at a time (`sinklm.models.loss`), with their gradient and, in an eager model,
-    two float32 copies. The head's gradient is accumulated in float32. With ``train.segment_length``
-    T is the length of a segment, and the keys and values of the windows are added.
+    and its output), ``2 B T D`` for gates of heads (their output). With activation checkpointing,
+    each layer stores only its input, and one layer at a time stores everything. Float32 doubles
+    these sizes. (Korthikanti et al. 2022, equation 2, have 34 per layer without the attention
+    matrix, which the kernels do not store.) Logits exist for 8192 tokens at a time
+    (`sinklm.models.loss`), with their gradient and, in an eager model, two float32 copies. The
+    head's gradient is accumulated in float32. With ``train.segment_length`` T is the length of a
+    segment, and the keys and values of the windows are added.
 
     The factor 36 fits the peaks that PyTorch reported on one H100 (torch 2.11, ZeRO-1, bf16) to
     6 %: for compiled Pythia-160M at micro-batch 32 the estimate is 24.9 GiB, and 23.6 GiB were
@@ -58,7 +59,7 @@ def estimate_memory(
 
     segment_length = config.train.segment_length or config.train.seq_length
     positions = config.train.micro_batch_size * segment_length
-    per_value = 36 + (4 if model.sink_kind == "gate" else 0)
+    per_value = 36 + {"gate": 4, "head_gate": 2}.get(model.sink_kind, 0)
     layer = positions * model.hidden_size * per_value * bytes_per_value / 2
     if config.train.activation_checkpointing:
         kept = model.num_hidden_layers * positions * model.hidden_size * bytes_per_value + layer

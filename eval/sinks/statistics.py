@@ -162,7 +162,7 @@ def measure(
         if progress is not None:
             progress(len(batch))
     means: dict[str, Any] = {name: total / len(ids) for name, total in sums.items()}
-    return Statistics(**means, massive_activations=_summarize(massive, len(ids)))
+    return Statistics(**means, massive_activations=summarize_massive(massive, len(ids)))
 
 
 def _query_cosines(queries: Tensor | None, keys: Tensor, is_visible: Tensor) -> dict[str, Tensor]:
@@ -177,7 +177,7 @@ def _query_cosines(queries: Tensor | None, keys: Tensor, is_visible: Tensor) -> 
     }
 
 
-def _summarize(
+def summarize_massive(
     massive: dict[tuple[int, int, int], list[tuple[float, float]]], num_sequences: int
 ) -> list[MassiveActivation]:
     """Return the activations, the most common ones first."""

@@ -12,6 +12,7 @@ EXTRAS = {
     "train": ("deepspeed", "omegaconf", "psutil", *DATA),
     "eval": ("lm_eval", "matplotlib", "psutil", *DATA),
     "gguf": ("gguf",),  # of `sinklm export --to gguf`
+    "quantization": ("torchao",),  # of `sinklm eval quantization`
 }
 
 

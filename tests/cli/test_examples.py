@@ -35,10 +35,15 @@ STAGES = [
     "generate",
     "chat",
 ]
+QUANTIZATION = (
+    "sinklm eval quantization runs/quickstart --data book.txt --num-sequences 4",
+    "sinklm eval quantization runs/quickstart --data store --formats w8,w8a8-tensor --num-sequences 4",
+)
 # Examples that are only parsed, and why.
 NOT_RUN = {
     "sinklm prepare EleutherAI/the_pile_deduplicated -o stores/pile": "downloads",
     "sinklm eval zero-shot runs/quickstart --tasks lambada_openai,piqa --limit 100": "downloads",
+    **dict.fromkeys(QUANTIZATION, "needs the extra quantization"),
     "sinklm bench decode pythia-6.9b --batch-sizes 1,8 --device cuda": "needs a GPU",
 }
 

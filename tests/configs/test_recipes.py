@@ -36,6 +36,7 @@ ARMS = {
     "arms/logit": ("logit", 12 * 12),
     "arms/kv-bias": ("kv_bias", 12 * 2 * 768),
     "arms/gate": ("gate", 12 * 768 * 768),
+    "arms/head-gate": ("head_gate", 12 * 12 * 768),
 }
 STUDY = {
     "study/learnable-sink": ("token", 1),
@@ -44,6 +45,7 @@ STUDY = {
     "study/logit": ("logit", 1),
     "study/kv-bias": ("kv_bias", 1),
     "study/gate": ("gate", 1),
+    "study/head-gate": ("head_gate", 1),
 }
 # Recipes that differ from `windows/full` by these settings alone.
 WINDOWS = {
@@ -69,6 +71,7 @@ def plan_of(name: str, *overrides: str, tokenizer_size: int = PYTHIA_TOKENIZER_S
 
 def test_the_recipes_are_these():
     others = {"quickstart", "continue/pythia-160m", "paper/vanilla", *ARMS, "study/vanilla", *STUDY}
+    others |= {"recall/learnable-sink", "recall/vanilla"}
     windows = {"windows/full", *WINDOWS, "windows/pythia-160m", "windows/continue-160m"}
     muon = {"muon/vanilla", "muon/learnable-sink"}
     assert set(recipe_names()) == others | windows | muon | {f"pythia-{size}" for size in PYTHIA}
@@ -170,6 +173,18 @@ def test_two_models_of_the_study_are_small_enough_to_ship():
     plans = [plan_of(name, tokenizer_size=STUDY_TOKENIZER_SIZE) for name in ("study/vanilla", "study/learnable-sink")]
     assert [plan.vocab_size for plan in plans] == [4096, 4096]
     assert sum(2 * count_parameters(plan.model_config) for plan in plans) < 22e6  # bytes in bfloat16
+
+
+def test_the_models_of_recall_differ_by_their_sink_and_are_small_enough_to_ship():
+    sink, vanilla = (load_config(f"recall/{name}").model_dump() for name in ("learnable-sink", "vanilla"))
+    assert (sink["model"].pop("sink")["kind"], vanilla["model"].pop("sink")["kind"]) == ("token", "none")
+    for config in (sink, vanilla):
+        del config["train"]["run_dir"]
+    assert sink == vanilla
+    assert sink["data"]["weights"] == {"recall": 1, "text": 1}
+    plan = plan_of("recall/learnable-sink", tokenizer_size=4095)
+    assert plan.model_config.vocab_size == 4096
+    assert 2 * count_parameters(plan.model_config) < 25e6  # bytes in bfloat16
 
 
 def test_an_arm_reads_as_many_positions_with_any_number_of_sinks():

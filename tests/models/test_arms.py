@@ -25,6 +25,7 @@ own_parameters = pytest.mark.parametrize(
         ("logit", {"sink_logit"}),
         ("kv_bias", {"sink_key", "sink_value"}),
         ("gate", {"gate.weight"}),
+        ("head_gate", {"head_gate.weight"}),
     ],
 )
 every_arm = pytest.mark.parametrize("kind", ARMS)
@@ -40,8 +41,8 @@ def test_logits_and_gradients_equal_the_slow_model(kind, attention, parallel, ro
     model.set_attn_implementation(attention)
     use_float64(model)
     ids, parameters = text(1, 11), list(model.parameters())
-    # The gate arm uses transformers' eager attention, whose softmax is float32.
-    tolerance = 1e-4 if (kind, attention) == ("gate", "eager") else 1e-9
+    # Arms without a column use transformers' eager attention, whose softmax is float32.
+    tolerance = 1e-4 if kind not in COLUMN_KINDS and attention == "eager" else 1e-9
 
     logits, expected = model(ids).logits[0], dense_logits(model, ids[0])
     torch.testing.assert_close(logits, expected, rtol=0, atol=tolerance)
@@ -114,7 +115,9 @@ def test_generation_equals_that_without_a_cache(kind, unequal, cache):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "checkpointing"), [("zero", False), ("kv_bias", True), ("gate", False)])
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"), [("zero", False), ("kv_bias", True), ("gate", False), ("head_gate", True)]
+)
 def test_the_compiled_training_step_equals_the_eager_one(kind, checkpointing):
     model, sample = tiny_arm(kind, dtype=torch.float32, num_hidden_layers=1), text(2, 12)
     if checkpointing:
@@ -200,18 +203,25 @@ def test_a_plain_model_loaded_with_an_arm_starts_at_the_arms_initial_values(kind
     for name, weight in model.state_dict().items():
         if name in theirs:
             assert torch.equal(weight, theirs[name])
-        elif kind == "gate":
+        elif "gate" in kind:
             assert weight.std().item() == pytest.approx(math.sqrt(2 / (5 * 48)), rel=0.1)
         else:
             assert not weight.any()
 
 
 @pytest.mark.parametrize("loader", [SinkGPTNeoXForCausalLM, SinkGPTNeoXModel])
-@pytest.mark.parametrize("kind", ["none", "zero", "kv_bias", "gate"])
+@pytest.mark.parametrize("kind", ["none", "zero", "kv_bias", "gate", "head_gate"])
 def test_weights_of_another_arm_are_an_error(kind, loader, tmp_path):
     tiny_arm("logit", dtype=torch.float32).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=rf"0\.attention\.sink_logit, which sink\.kind='{kind}' does not have: load"):
         loader.from_pretrained(tmp_path, sink={"kind": kind})
+
+
+@pytest.mark.parametrize(("kind", "other"), [("gate", "head_gate"), ("head_gate", "gate")])
+def test_the_two_kinds_of_gates_are_told_apart(kind, other, tmp_path):
+    tiny_arm(kind, dtype=torch.float32).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"attention\.{kind}\.weight, which sink\.kind='{other}' does not have: load"):
+        SinkGPTNeoXForCausalLM.from_pretrained(tmp_path, sink={"kind": other})
 
 
 def test_weights_without_a_parameter_of_the_configuration_are_an_error(tmp_path):
@@ -236,7 +246,7 @@ def seeded(cls, config):
 
 @own_parameters
 def test_the_first_values_of_an_arm(kind, names):
-    """Zeros, except the gate's matrix: like all matrices that read the residual stream."""
+    """Zeros, except the matrices of gates: like all matrices that read the residual stream."""
     model = SinkGPTNeoXForCausalLM(tiny_config(0, sink={"kind": kind}, hidden_size=128))
     own = {name: p for name, p in model.named_parameters() if "sink" in name or "gate" in name}
     assert {name.partition("attention.")[2] for name in own} == names

@@ -35,7 +35,7 @@ def test_a_model_and_its_export_have_the_same_sinks():
 @pytest.mark.parametrize(
     ("sink", "message"),
     [
-        ({"kind": "tokens"}, "sink.kind is 'tokens': choose one of none, token, zero, logit, kv_bias, gate"),
+        ({"kind": "tokens"}, "sink.kind is 'tokens': choose one of none, token, zero, logit, kv_bias, gate, head_gate"),
         ({"kind": "token", "num_tokens": 0}, "sink.num_tokens is 0"),
         ({"kind": "token", "num_tokens": 1.5}, "sink.num_tokens is 1.5"),
         ({"kind": "token", "first_token_id": -1}, "sink.first_token_id is -1"),

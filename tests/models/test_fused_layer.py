@@ -13,7 +13,7 @@ from sinklm.models.attention import rotated
 from sinklm.models.float8 import peak_of, use_float8
 from sinklm.models.fused_layer import BiasedGelu, RotatedHeads, linear_but_bias_gradient
 
-KINDS = ["none", "token", "zero", "logit", "kv_bias", "gate"]
+KINDS = ["none", "token", "zero", "logit", "kv_bias", "gate", "head_gate"]
 
 
 def peaks_of(states):

@@ -84,6 +84,10 @@ def gpt_neox(model, ids, num_kept, window):
         attended = attend(q, k, v, *shape, score, sink_of(attn, q))
         if hasattr(attn, "gate"):
             attended = attended / (1 + torch.exp(-normed @ attn.gate.weight.T))
+        if hasattr(attn, "head_gate"):
+            gates = [1 / (1 + torch.exp(-normed @ row)) for row in attn.head_gate.weight]  # (T,) of each head
+            outputs = attended.split(head_dim, dim=-1)
+            attended = torch.cat([out * gate[:, None] for out, gate in zip(outputs, gates, strict=True)], dim=-1)
         attended = attn.dense(attended)
         if config.use_parallel_residual:
             x = x + attended + layer.mlp(layer.post_attention_layernorm(x))

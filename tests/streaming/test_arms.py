@@ -70,7 +70,7 @@ def test_a_sink_without_a_token_uses_no_cache(kind):
     assert sizes[0] == sizes[1]
 
 
-@pytest.mark.parametrize("kind", ["kv_bias", "gate"])
+@pytest.mark.parametrize("kind", ["kv_bias", "gate", "head_gate"])
 def test_a_stream_of_tokens_is_one_graph(kind):
     model, ids = exact(kind)
     torch._dynamo.reset()

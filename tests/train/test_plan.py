@@ -50,7 +50,7 @@ def test_a_vocabulary_without_room_for_the_sink_is_refused():
     plan("model.vocab_size=300", "model.sink.kind=none")
 
 
-@pytest.mark.parametrize("kind", ["none", "kv_bias", "gate"])
+@pytest.mark.parametrize("kind", ["none", "kv_bias", "gate", "head_gate"])
 def test_the_estimate_of_operations_equals_torchs_count(kind):
     sizes = plan(
         f"model.sink.kind={kind}", "train.seq_length=64", "train.batch_size_tokens=64", "train.micro_batch_size=1"

@@ -1,0 +1,165 @@
+"""`sinklm eval quantization`: what 8 and 4 bits cost each of several models."""
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..console import Console
+from ..hub import near_path_hint
+from .options import Device, DtypeName, Quiet, examples, parse_names, placement, print_results, progress_bars
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..eval.sinks import Sequences
+
+NOISY_LOGGERS = ("torchao", "torch.utils._pytree")  # GPU libraries that are not there, deprecations
+FORMATS = ("w8", "w4", "w8a8-token", "w8a8-tensor", "kv8")  # as in `eval.quantization`, which imports torch
+
+
+@examples(
+    "sinklm eval quantization runs/quickstart --data book.txt --num-sequences 4",
+    "sinklm eval quantization runs/quickstart --data store --formats w8,w8a8-tensor --num-sequences 4",
+)
+def quantization(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Models: training runs, checkpoints, exports or names.", show_default=False, metavar="RUN…"
+        ),
+    ],
+    data: Annotated[
+        Path,
+        typer.Option(help="UTF-8 text file, or token store, of which the held-out split is read.", show_default=False),
+    ],
+    formats: Annotated[
+        str,
+        typer.Option(
+            help="Formats, separated by commas: w8, w4 (weights), w8a8-token, w8a8-tensor (weights and activations), "
+            "kv8 (keys and values)."
+        ),
+    ] = ",".join(FORMATS),
+    num_sequences: Annotated[int, typer.Option(min=2, help="Number of samples, spread evenly over the text.")] = 100,
+    seq_length: Annotated[
+        int | None,
+        typer.Option(
+            min=3,
+            help="Tokens of text in a sample, the same for all models.",
+            show_default="what fits the shortest trained length, at most 2048",
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the tables and the picture.")] = Path(
+        "results/quantization"
+    ),
+    device: Device = None,
+    dtype: Annotated[
+        DtypeName, typer.Option(help="Data type of all that is not quantized. auto: as saved.")
+    ] = DtypeName.FLOAT32,
+    quiet: Quiet = False,
+) -> None:
+    """Measure how much quantization raises the loss of each model, beside its activations.
+
+    Writes quantization.json, quantization.md, quantization.csv and quantization.png.
+    """
+    wanted = parse_names(formats, "--formats", FORMATS)
+    if not data.exists() or not os.access(data, os.R_OK):
+        raise FileNotFoundError(
+            f"--data {data} cannot be read: {near_path_hint(str(data)) or 'pass a text file or a token store'}"
+        )
+    console = Console(is_quiet=quiet)
+    console.note(f"loading {', '.join(runs)} …")
+    for name in NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    from ..eval.compare import short_names
+    from ..eval.quantization_output import csv_text, markdown, plot_quantization, results_table
+    from ..eval.report import ReportFile, library_versions
+    from ..files import write_text
+
+    place = placement(device, dtype)
+    file = ReportFile(output / "quantization.json")
+    num_tokens = _check_runs(runs, wanted, place, seq_length)
+    report: dict[str, Any] = {"formats": wanted, "runs": [], "notes": []}
+    report |= {"num_samples": num_sequences, "num_tokens": num_tokens, "data": str(data)}
+    report["versions"] = library_versions("torchao")
+    for run, name in zip(runs, short_names(runs), strict=True):
+        report["runs"].append(_measure_run(console, run, name, data, wanted, num_sequences, num_tokens, place))
+        file.keep(report)
+    if len({run["samples"]["ids_sha256"] for run in report["runs"]}) > 1:
+        report["notes"].append("The tokenizers of the runs differ, so their losses are those of different samples.")
+    file.finish(report)
+    write_text(output / "quantization.csv", csv_text(report))
+    write_text(output / "quantization.md", markdown(report))
+    plot_quantization(report, output / "quantization.png")
+    console.print(
+        results_table(report, f"Loss over that of the unquantized model, {num_sequences} samples", console.width)
+    )
+    console.print("nats per token ± one standard error, paired over samples")
+    for note in report["notes"]:
+        console.warn(note)
+    print_results(console, [output / f"quantization.{suffix}" for suffix in ("json", "md", "csv", "png")])
+
+
+def _load(run: str, place: dict[str, Any]) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    from ..checkpoints import load_tokenizer
+    from ..eval.loading import load_causal_model
+
+    return load_causal_model(run, **place), load_tokenizer(run)
+
+
+def _check_runs(runs: list[str], wanted: list[str], place: dict[str, Any], seq_length: int | None) -> int:
+    """Refuse what cannot be measured before measuring; return the tokens of text in a sample."""
+    from ..eval.perplexity import text_prefix
+    from ..eval.quantization import check_format
+    from ..eval.quantization_losses import num_text_tokens
+
+    fitting = []
+    for run in runs:
+        model, tokenizer = _load(run, place)
+        try:
+            for name in wanted:
+                check_format(model, name)
+            fitting.append(num_text_tokens(model, len(text_prefix(tokenizer)), seq_length))
+        except ValueError as error:
+            raise ValueError(f"{run}: {error}") from error
+    return min(fitting)
+
+
+def _measure_run(
+    console: Console,
+    run: str,
+    name: str,
+    data: Path,
+    wanted: list[str],
+    num_samples: int,
+    num_tokens: int,
+    place: dict[str, Any],
+) -> dict[str, Any]:
+    from ..eval.quantization_losses import (
+        activations,
+        as_json,
+        ids_sha256,
+        measure_increase,
+        read_samples,
+        sample_losses,
+    )
+    from ..eval.report import describe_model
+
+    model, tokenizer = _load(run, place)
+    samples: Sequences = read_samples(data, tokenizer, num_samples, num_tokens)
+    with progress_bars(console) as bars:
+        bar = bars.add_task(name[-16:], total=num_samples * (1 + len(wanted)))
+
+        def advance(num: int) -> None:
+            bars.advance(bar, num)
+
+        losses = sample_losses(model, samples, advance)
+        increases = [measure_increase(model, samples, each, losses, advance) for each in wanted]
+    return {
+        "name": name,
+        "model": describe_model(model, run),
+        "samples": samples.source | {"ids_sha256": ids_sha256(samples)},
+        **as_json(losses, increases, activations(model, samples)),
+    }

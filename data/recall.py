@@ -1,0 +1,258 @@
+"""Generated records of lines with questions about earlier lines, to train recall.
+
+A document is one record: lines that give a value to each of many keys, and questions that ask for
+the value of a line some distance back, each followed by its answer. Every key has one value, and no
+value or key occurs twice, so an answer is right and unique. Phrasings are drawn for each document
+and are never those of the StreamEval test, which such models are tested with.
+"""
+
+import io
+import json
+import math
+import random
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zstandard
+
+from ..files import atomic_file, check_new, named_errors
+
+SET_NAME = "recall"
+SUFFIXES = (".jsonl", ".jsonl.zst")
+FEWEST_LINES = 4
+LARGEST_NUMBER = 99_999
+QUESTION_EVERY = (2, 12)  # lines between the places with questions
+MOST_QUESTIONS = 3  # at one place
+
+THINGS = (
+    *("item", "box", "room", "locker", "shelf", "page", "slot", "node", "account", "parcel", "ticket", "seat"),
+    *("station", "patient", "order", "sensor", "drawer", "player", "folder", "channel", "tank", "gate", "row"),
+)
+VALUES = (
+    *("value", "code", "number", "weight", "price", "content", "key", "total", "length", "count", "score", "label"),
+    *("reading", "balance", "amount", "password", "reference", "result", "size", "id"),
+)
+SYLLABLES = ("ba", "do", "fi", "gu", "ka", "le", "mi", "no", "pa", "ra", "si", "tu", "ve", "wo", "zu", "an", "el")
+INTRODUCTIONS = (
+    "",
+    "The following list has a {value} for each {thing}.\n",
+    "Here are the {value}s of all {thing}s. Keep them in mind.\n",
+    "# {Thing}s and their {value}s\n",
+    "{Thing} list\n\n",
+    "Read these {value}s. You will be asked about them.\n",
+    "Log of {thing} {value}s:\n",
+)
+# What stands before and after the value of a line.
+STATEMENTS = (
+    ("The {value} of {thing} {key} is ", "."),
+    ("{Thing} {key}: ", ""),
+    ("{Thing} {key} has the {value} ", "."),
+    ("{VALUE} of {THING} {key} = ", ""),
+    ("{thing}_{key} = ", ""),
+    ("{key} -> ", ""),
+    ("{key}: ", ""),
+    ("[{key}] ", ""),
+    ("For {thing} {key}, the {value} is ", "."),
+    ("The {THING}_{VALUE} at {key} is ", ""),
+    ("{value}({key}) = ", ";"),
+    ("In {thing} {key} the {value} was ", "."),
+    ("- {thing} {key}, {value} ", ""),
+)
+# A question either repeats the beginning of its line after one of these words …
+REPEATING = ("Question: ", "Q: ", "Recall: ", "Repeat: ", "Ask: ", "Again: ", "? ", "Look up: ", ">> ", "Remember: ")
+# … or asks in other words; what stands before and after the answer.
+ASKING = (
+    ("What is the {value} of {thing} {key}? ", ""),
+    ("Which {value} does {thing} {key} have? ", ""),
+    ("Question: {thing} {key}? Answer: ", ""),
+    ("Q: {value} for {key}\nA: ", ""),
+    ("Tell me the {value} of {thing} {key}. It is ", "."),
+    ("The {value} for {thing} {key}, as given above, is ", "."),
+    ("{Thing} {key} had ", "."),
+)
+CHARACTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"
+BRACKETS = (("", ""), ("<", ">"), ("(", ")"), ('"', '"'), ("[", "]"), ("#", ""), ("{", "}"))
+
+
+@dataclass(frozen=True)
+class Question:
+    """The line that it asks for, the last line before it, and where its answer is in the text."""
+
+    line: int
+    last_line: int
+    start: int
+    end: int
+
+    @property
+    def distance(self) -> int:
+        return self.last_line - self.line
+
+
+@dataclass(frozen=True)
+class RecallRecord:
+    """A document: its text, the keys and values of its lines, and its questions."""
+
+    text: str
+    keys: list[str]
+    values: list[str]
+    questions: list[Question]
+
+    def as_json(self) -> str:
+        """Return a line in the Pile's form."""
+        return json.dumps({"text": self.text, "meta": {"pile_set_name": SET_NAME}}, ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class Phrasing:
+    """What a document's lines and questions look like."""
+
+    words: dict[str, str]
+    statement: tuple[str, str]
+    question: tuple[str, str]
+    introduction: str
+    brackets: tuple[str, str]
+
+    @staticmethod
+    def draw(rng: random.Random) -> "Phrasing":
+        thing, value = rng.choice(THINGS), rng.choice(VALUES)
+        statement = rng.choice(STATEMENTS)
+        repeating = (rng.choice(REPEATING) + statement[0], statement[1])
+        question = repeating if rng.random() < 0.7 else rng.choice(ASKING)
+        words: dict[str, str] = {}
+        for name, word in (("thing", thing), ("value", value)):
+            words |= {name: word, name.capitalize(): word.capitalize(), name.upper(): word.upper()}
+        return Phrasing(words, statement, question, rng.choice(INTRODUCTIONS), rng.choice(BRACKETS))
+
+    def filled(self, template: str, key: str = "") -> str:
+        return template.format(key=key, **self.words)
+
+
+def make_record(seed: int, number: int, shortest: int, longest: int) -> RecallRecord:
+    """Return document ``number`` of a seed. It does not depend on other documents.
+
+    Args:
+        shortest, longest: distances of questions in lines, from the last line before the question;
+            drawn log-uniformly. Records are long enough for them, and of different lengths.
+
+    Raises:
+        ValueError: distances that are negative or in the wrong order.
+    """
+    check_distances(shortest, longest)
+    rng = random.Random(f"recall:{seed}:{number}")
+    phrasing = Phrasing.draw(rng)
+    fewest = max(FEWEST_LINES, shortest + 1)
+    num_lines = _log_uniform(rng, fewest, max(2 * fewest, longest + longest // 2))
+    keys = _keys(rng, num_lines)
+    values = _values(rng, num_lines, set(keys))
+    text = io.StringIO()
+    text.write(phrasing.filled(phrasing.introduction))
+    questions: list[Question] = []
+    asked: set[int] = set()
+    every = rng.randint(*QUESTION_EVERY)
+    for line, (key, value) in enumerate(zip(keys, values, strict=True)):
+        before, after = phrasing.statement
+        text.write(f"{phrasing.filled(before, key)}{_bracketed(value, phrasing)}{after}\n")
+        if (line + 1) % every and line + 1 < num_lines:
+            continue
+        for _ in range(rng.randint(1, MOST_QUESTIONS)):
+            target = line - _log_uniform(rng, shortest, longest)
+            if target < 0 or target in asked:
+                continue
+            asked.add(target)
+            before, after = phrasing.question
+            text.write(phrasing.filled(before, keys[target]))
+            start = text.tell()
+            text.write(_bracketed(values[target], phrasing))
+            questions.append(Question(target, line, start, text.tell()))
+            text.write(f"{after}\n")
+    return RecallRecord(text.getvalue(), keys, values, questions)
+
+
+def check_distances(shortest: int, longest: int) -> None:
+    """Raise a ValueError for distances that no question can have."""
+    if not 0 <= shortest <= longest <= LARGEST_NUMBER // 4:
+        raise ValueError(
+            f"--distances {shortest}-{longest}: write the shortest and the longest distance in lines, such as 0-200, "
+            f"of at most {LARGEST_NUMBER // 4}"
+        )
+
+
+def _log_uniform(rng: random.Random, low: int, high: int) -> int:
+    """Draw an integer from ``low`` to ``high``; small ones are as likely as large ones."""
+    return min(high, int(math.exp(rng.uniform(math.log(low + 1), math.log(high + 2)))) - 1)
+
+
+def _keys(rng: random.Random, count: int) -> list[str]:
+    kind = rng.choice(("consecutive", "ascending", "numbers", "names"))
+    if kind == "consecutive":
+        first = rng.choice((0, 1, rng.randrange(1000)))
+        return [str(first + i) for i in range(count)]
+    if kind == "names":
+        return _distinct(lambda: "".join(rng.choices(SYLLABLES, k=rng.randint(2, 4))), count)
+    largest = max(4 * count, rng.choice((100, 1000, LARGEST_NUMBER)))
+    numbers = rng.sample(range(largest), count)
+    return [str(number) for number in (sorted(numbers) if kind == "ascending" else numbers)]
+
+
+def _values(rng: random.Random, count: int, keys: set[str]) -> list[str]:
+    kind, length = rng.choice(("numbers", "numbers", "padded", "words", "mixed")), rng.randint(2, 4)
+    if kind == "words":
+        return _distinct(lambda: "-".join(rng.choices(SYLLABLES, k=length)), count, keys)
+    if kind == "mixed":
+        return _distinct(lambda: "".join(rng.choices(CHARACTERS, k=length + 2)), count, keys)
+    width = 5 if kind == "padded" else 0
+    return _distinct(lambda: f"{rng.randint(1, LARGEST_NUMBER):0{width}}", count, keys)
+
+
+def _distinct(draw: Callable[[], str], count: int, taken: Collection[str] = ()) -> list[str]:
+    """Draw ``count`` different texts that are not taken. If they run out, they get numbers."""
+    found: dict[str, None] = {}
+    num_drawn = 0
+    while len(found) < count:
+        num_drawn += 1
+        text = draw() if num_drawn < 20 * count else f"{draw()}{num_drawn}"
+        if text not in taken:
+            found[text] = None
+    return list(found)
+
+
+def _bracketed(value: str, phrasing: Phrasing) -> str:
+    return f"{phrasing.brackets[0]}{value}{phrasing.brackets[1]}"
+
+
+def records(seed: int, shortest: int, longest: int) -> Iterator[RecallRecord]:
+    """Yield the documents of a seed, without end."""
+    number = 0
+    while True:
+        yield make_record(seed, number, shortest, longest)
+        number += 1
+
+
+def write_records(path: Path, documents: Iterable[RecallRecord]) -> tuple[int, int]:
+    """Write documents as JSON lines, compressed if the name ends in ``.zst``.
+
+    Returns:
+        The numbers of documents and of questions.
+
+    Raises:
+        ValueError: the name has another suffix.
+        FileExistsError: the file exists.
+        OSError: it cannot be written.
+    """
+    if not path.name.endswith(SUFFIXES):
+        raise ValueError(f"{path} must end in {' or '.join(SUFFIXES)}")
+    path = check_new(path, "file")
+    num_documents = num_questions = 0
+    with named_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path, binary=True) as file:
+            compressor = zstandard.ZstdCompressor(write_checksum=True) if path.suffix == ".zst" else None
+            stream: Any = compressor.stream_writer(file, closefd=False) if compressor else file
+            for document in documents:
+                stream.write(f"{document.as_json()}\n".encode())
+                num_documents, num_questions = num_documents + 1, num_questions + len(document.questions)
+            if compressor:
+                stream.close()
+    return num_documents, num_questions

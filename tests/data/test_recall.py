@@ -1,0 +1,133 @@
+"""Generated records: every answer is right and unique, and no phrasing is that of StreamEval."""
+
+import json
+import re
+
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from sinklm.cli.main import app
+from sinklm.data import find_inputs
+from sinklm.data.recall import ASKING, REPEATING, STATEMENTS, THINGS, VALUES, make_record
+from sinklm.data.tokenizer import load_tokenizer_file
+from sinklm.eval.tasks.stream_eval.records import PREAMBLE, line_start, question_text
+
+from ..eval.checkpoints import small_tokenizer
+
+distances = st.tuples(st.integers(0, 60), st.integers(0, 60)).map(sorted)
+
+
+def occurrences(word: str, text: str) -> int:
+    return len(re.findall(rf"(?<![\w-]){re.escape(word)}(?![\w-])", text))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), number=st.integers(0, 10**6), bounds=distances)
+def test_every_answer_is_right_and_unique(seed, number, bounds):
+    shortest, longest = bounds
+    record = make_record(seed, number, shortest, longest)
+    assert len(set(record.keys) | set(record.values)) == 2 * len(record.keys) == 2 * len(record.values)
+    asked = [question.line for question in record.questions]
+    assert len(set(asked)) == len(asked)
+    for line, (key, value) in enumerate(zip(record.keys, record.values, strict=True)):
+        # The value is in its line, and once more if it is asked for; no other line has it.
+        assert occurrences(value, record.text) == 1 + (line in asked)
+        stated = next(row for row in record.text.split("\n") if occurrences(value, row))
+        assert key in stated
+    for question in record.questions:
+        assert shortest <= question.distance <= longest
+        answer = record.text[question.start : question.end]
+        assert occurrences(record.values[question.line], answer) == 1
+        beginning = record.text[: question.start]
+        last_value = record.values[question.last_line]
+        assert occurrences(last_value, beginning)  # all lines up to the last are before the question …
+        later = record.values[question.last_line + 1 :]
+        assert not any(occurrences(value, beginning) for value in later)  # … and no later one
+        assert record.keys[question.line] in beginning.rpartition("\n")[2] or beginning.endswith("A: ")
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 10**6), number=st.integers(0, 10**6), line=st.integers(0, 1000))
+def test_no_phrasing_is_that_of_the_test(seed, number, line):
+    text = make_record(seed, number, 0, 30).text
+    forbidden = [PREAMBLE.strip(), "REGISTER", "in line", "Query", line_start(line), question_text(line)]
+    assert not [phrase for phrase in forbidden if phrase.lower() in text.lower()]
+
+
+def test_all_phrasings_are_used_and_lengths_and_distances_differ():
+    texts = [make_record(0, number, 0, 200) for number in range(400)]
+    joined = "\n".join(record.text for record in texts).lower()
+    assert all(word in joined for word in (*THINGS, *VALUES, *(prefix.lower() for prefix in REPEATING)))
+    for before, after in (*STATEMENTS, *ASKING):
+        pattern = re.escape(before.lower())
+        for name in ("thing", "value", "key"):
+            pattern = pattern.replace(re.escape(f"{{{name}}}"), r"[\w-]+")
+        assert re.search(rf"{pattern}.*{re.escape(after)}", joined), before
+    lengths = sorted(len(record.keys) for record in texts)
+    assert lengths[len(lengths) // 10] < 10
+    assert lengths[-1] > 250
+    found = [question.distance for record in texts for question in record.questions]
+    assert min(found) == 0
+    assert max(found) > 150
+
+
+def test_a_document_depends_on_seed_and_number_alone():
+    assert make_record(3, 5, 0, 20) == make_record(3, 5, 0, 20)
+    assert len({make_record(seed, number, 0, 20).text for seed in (0, 1) for number in (0, 1)}) == 4
+
+
+def generate(*arguments: object) -> str:
+    result = CliRunner().invoke(app, ["data", "generate", "recall", *map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_the_file_has_the_form_of_the_pile(tmp_path):
+    said = generate("-o", tmp_path / "recall.jsonl.zst", "--num-documents", 7, "--seed", 2, "--distances", "1-9")
+    assert ": 7 documents, " in said
+    rows = zstandard.ZstdDecompressor().stream_reader((tmp_path / "recall.jsonl.zst").read_bytes()).read()
+    found = [json.loads(line) for line in rows.decode().splitlines()]
+    expected = [make_record(2, number, 1, 9).text for number in range(7)]
+    assert found == [{"text": text, "meta": {"pile_set_name": "recall"}} for text in expected]
+    (shard,) = find_inputs([str(tmp_path / "recall.jsonl.zst")]).shards
+    assert [record.document().set_name for record in shard.read()] == ["recall"] * 7
+
+    small_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    generate("-o", tmp_path / "x.jsonl", "--num-tokens", 3000, "--tokenizer", tmp_path / "tokenizer.json")
+    texts = [json.loads(line)["text"] for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    tokenizer = load_tokenizer_file(tmp_path)
+    counts = [len(tokenizer.encode(text).ids) + 1 for text in texts]
+    assert sum(counts) >= 3000 > sum(counts[:-1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-documents", "1", "--distances", "9-1"], r"--distances 9-1: write the shortest and the longest"),
+        (["--num-documents", "1", "--distances", "5"], r"--distances '5': write the shortest and the longest"),
+        ([], "pass exactly one of --num-documents and --num-tokens"),
+        (["--num-documents", "1", "--num-tokens", "1"], "pass exactly one of"),
+        (["--num-tokens", "1"], "--num-tokens requires --tokenizer"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        CliRunner().invoke(
+            app, ["data", "generate", "recall", "-o", str(tmp_path / "x.jsonl"), *arguments], catch_exceptions=False
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_replaced(tmp_path):
+    (tmp_path / "x.jsonl").write_text("mine")
+    for name, error, message in (("x.jsonl", FileExistsError, "exists"), ("x.txt", ValueError, "must end in .jsonl")):
+        with pytest.raises(error, match=message):
+            CliRunner().invoke(
+                app,
+                ["data", "generate", "recall", "-o", str(tmp_path / name), "--num-documents", "1"],
+                catch_exceptions=False,
+            )
+    assert (tmp_path / "x.jsonl").read_text() == "mine"
