@@ -112,13 +112,13 @@ def test_inputs_and_buffers_are_checked_before_the_graph_runs():
 
 @torch.no_grad()
 def test_a_model_that_the_user_compiled_moves_phases_back_too():
-    model, ids = tiny.build(tiny.config("llama", num_hidden_layers=1)), tiny.random_ids(33)
+    model, ids = tiny.build(tiny.config("llama", num_hidden_layers=1)), tiny.random_ids(30)
     compiled = torch.compile(model, backend="eager")
     cache, own = (StreamingCache.for_model(each, num_kept=2, window=6) for each in (compiled, model))
-    logits = [compiled(piece, past_key_values=cache).logits for piece in ids.split([12] + [1] * 18 + [3], dim=1)]
+    logits = [compiled(piece, past_key_values=cache).logits for piece in ids.split([12] + [1] * 18, dim=1)]
     expected = oracle.stream_logits(model, ids[0], 2, 6)
     torch.testing.assert_close(torch.cat(logits, dim=1)[0], expected, rtol=0, atol=5e-5)
-    assert cache.counters.base.item() >= 33 - 2 * cache.shape.num_slots > 0
+    assert cache.counters.base.item() >= 30 - 2 * cache.shape.num_slots > 0
     assert cache.steering is own.steering
     whole = torch.compile(model, backend="eager", fullgraph=True)  # calls without the cache are still one graph
     torch.testing.assert_close(whole(ids, use_cache=False).logits, model(ids).logits)
