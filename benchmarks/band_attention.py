@@ -9,13 +9,14 @@ the kept keys.
 """
 
 import argparse
+from statistics import mean, stdev
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import pad
 
-from sinklm.eval.decode_speed import milliseconds
+from sinklm.eval.decode_speed import step_times
 from sinklm.models.banded_attention import can_flash, flash_two_phase_attention, two_phase_attention
 
 NUM_KEPT = 4
@@ -82,7 +83,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(torch.cuda.get_device_name() if device.type == "cuda" else "CPU", f"torch {torch.__version__}")
-    print("heads, groups, head size, rotary, window: milliseconds (difference)")
+    print("heads, groups, head size, rotary, window: milliseconds ± standard deviation (difference)")
     for heads, groups, dim, rotary_dim, window in SIZES:
         exact = states(heads, groups, dim, window, args.chunk_size, device)
         expected = masked(exact, window, rotary_dim)
@@ -94,7 +95,8 @@ def main() -> None:
         cells = []
         for name, call in calls.items():
             difference = (call().float() - expected).abs().max().item()
-            cells.append(f"{name} {milliseconds(call, 3, 20):.3f} ({difference:.4f})")
+            times = step_times(call, 3, 20)
+            cells.append(f"{name} {mean(times):.3f} ± {stdev(times):.3f} ({difference:.4f})")
         print(f"{(heads, groups, dim, rotary_dim, window)!s:>24}: {', '.join(cells)}", flush=True)
 
 

@@ -21,6 +21,7 @@ from transformers import BatchEncoding, PreTrainedModel
 
 from sinklm.checkpoints import load_model, load_tokenizer
 from sinklm.eval.sinks import Statistics, measure, sequences_of_texts
+from sinklm.models.config import num_prepended_sinks
 
 
 def measure_theirs(model: PreTrainedModel, ids: torch.Tensor, epsilon: float) -> dict[str, torch.Tensor]:
@@ -74,7 +75,7 @@ def main() -> None:
     args = parser.parse_args()
 
     model = load_model(args.model)
-    num_tokens = args.seq_length - getattr(model.config, "num_sinks", 0)
+    num_tokens = args.seq_length - num_prepended_sinks(model.config)
     ids = sequences_of_texts([args.text], load_tokenizer(args.model), args.num_sequences, num_tokens).ids
     ours, theirs = measure_ours(model, ids, args.epsilon), measure_theirs(model, ids, args.epsilon)
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {args.num_sequences} sequences")

@@ -15,8 +15,9 @@ each:
 
 - ``sinklm``: `sinklm train` with default settings (DeepSpeed ZeRO-1, bf16 on a GPU, float32 on a
   CPU) and one sink token; ``sinklm-none`` without, and likewise for each ``sink.kind``;
-  ``sinklm-muon`` with Muon. The time is the mean of the steps recorded in `metrics.jsonl`. A step
-  is one micro-batch and an update; recipes have an update for many micro-batches.
+  ``sinklm-muon`` with Muon. The time is the mean of the steps recorded in `metrics.jsonl`, with
+  their standard deviation. A step is one micro-batch and an update; recipes have an update for many
+  micro-batches.
 - ``transformers``, ``litgpt``, ``nanogpt``: plain loops, see `train_peers.py`; with the suffix
   ``-bf16`` they have bfloat16 weights.
 - ``trainer``: transformers' Trainer.
@@ -31,6 +32,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -103,8 +105,10 @@ def run_sinklm(contestant: str, ranks: int, recipe: str, store: Path, folder: Pa
     except RuntimeError as error:
         raise RuntimeError(f"{error}: {last_words(log.read_text(encoding='utf-8'))}") from error
     steady = lines[args.num_warmup_steps :][: args.num_steps]
+    seconds = [line["seconds"] for line in steady]
     return {
-        "seconds_per_step": sum(line["seconds"] for line in steady) / len(steady),
+        "seconds_per_step": statistics.fmean(seconds),
+        "stdev": statistics.stdev(seconds) if len(seconds) > 1 else None,
         "memory_gib": steady[-1]["memory_gib"],
         "start": first_step_at - started,
     }
@@ -216,11 +220,17 @@ def table(rows: list[dict]) -> str:
         linear = base["tokens_per_second"] * row["ranks"] / base["ranks"]
         mfu = f"{row['mfu']:.1%}" if "mfu" in row else ""
         lines.append(
-            f"{begin}| {row['micro_batch_size']} | {1e3 * row['seconds_per_step']:.1f} | {speed:,.0f} | {mfu} "
+            f"{begin}| {row['micro_batch_size']} | {milliseconds(row)} | {speed:,.0f} | {mfu} "
             f"| {row['memory_gib']:.1f} | {row['start']:.0f} | {first[row['size'], row['ranks']] / speed:.2f} × "
             f"| {f'{speed / linear:.1%}' if row['ranks'] > base['ranks'] else ''} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def milliseconds(row: dict) -> str:
+    """Return the mean of the steps and their standard deviation."""
+    spread = "" if row["stdev"] is None else f" ± {1e3 * row['stdev']:.1f}"
+    return f"{1e3 * row['seconds_per_step']:.1f}{spread}"
 
 
 def environment(args: Settings) -> dict:
@@ -245,7 +255,9 @@ def main() -> None:
     parser.add_argument("--num-steps", type=int, default=30)
     parser.add_argument("--ranks", default="1", help="numbers of ranks, separated by commas")
     parser.add_argument("--timeout", type=float, default=240, help="seconds for each contestant")
-    parser.add_argument("--output", type=Path, default=Path("results/train"), help="path without suffix")
+    parser.add_argument(
+        "--output", type=Path, default=Path("results/train"), help="path of the files, to which .json and .md are added"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for `sinklm train`")
     args = parser.parse_intermixed_args()
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -257,8 +269,8 @@ def main() -> None:
             for contestant, ranks in product(args.contestants.split(","), map(int, args.ranks.split(","))):
                 report["rows"].append(measure(contestant, ranks, size, store, args))
                 print(table(report["rows"]).splitlines()[-1], flush=True)
-                args.output.with_suffix(".json").write_text(json.dumps(report, indent=1, default=str) + "\n")
-                args.output.with_suffix(".md").write_text(table(report["rows"]))
+                Path(f"{args.output}.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
+                Path(f"{args.output}.md").write_text(table(report["rows"]))
     print("\n" + table(report["rows"]))
 
 

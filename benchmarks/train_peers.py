@@ -12,12 +12,15 @@ With torchrun, the model is wrapped in DistributedDataParallel.
 
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +30,7 @@ from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attentio
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from sinklm.data import open_store
+from sinklm.eval.decode_speed import mark, milliseconds_between, synchronize
 from sinklm.models import SinkGPTNeoXConfig
 from sinklm.train.plan import Plan
 from sinklm.train.progress import peak_memory_gib
@@ -36,25 +40,27 @@ Loss = Callable[[torch.Tensor], torch.Tensor]  # takes samples (B, T + 1)
 
 
 class Clock:
-    """Times steps after warm-up; waits for the device only at the first and last tick."""
+    """Times steps after warm-up; waits for the device only at the first tick and at the end."""
 
-    def __init__(self, num_warmup_steps: int, num_steps: int):
-        self._num_warmup_steps, self._num_steps = num_warmup_steps, num_steps
+    def __init__(self, num_warmup_steps: int):
+        self._num_warmup_steps = num_warmup_steps
         self._num_ticks = 0
-        self.first_step_at = self._started = self.seconds_per_step = float("nan")
+        self._marks: list[Any] = []
+        self.first_step_at = float("nan")
 
     def tick(self) -> None:
         """Count a finished step."""
         self._num_ticks += 1
-        if self._num_ticks in (1, self._num_warmup_steps, self._num_warmup_steps + self._num_steps):
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            now = time.perf_counter()
-            if self._num_ticks == 1:
-                self.first_step_at = time.time()
-            if self._num_ticks == self._num_warmup_steps:
-                self._started = now
-            self.seconds_per_step = (now - self._started) / self._num_steps
+        if self._num_ticks == 1:
+            synchronize()
+            self.first_step_at = time.time()
+        if self._num_ticks >= self._num_warmup_steps:
+            self._marks.append(mark())
+
+    def seconds(self) -> list[float]:
+        """Return the time of each step after the warm-up."""
+        synchronize()
+        return [milliseconds_between(*marks) / 1e3 for marks in pairwise(self._marks)]
 
 
 def plain_loop(model: nn.Module, loss_of: Loss, batches: Iterator[torch.Tensor], clock: Clock, num_steps: int) -> None:
@@ -239,16 +245,18 @@ def main() -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["WORLD_SIZE"])))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     torch.manual_seed(0)
-    clock = Clock(task["num_warmup_steps"], task["num_steps"])
+    clock = Clock(task["num_warmup_steps"])
     batches = read_batches(Path(task["store"]), task["micro_batch_size"], task["seq_length"])
     num_steps = task["num_warmup_steps"] + task["num_steps"]
     PEERS[name](plan.model_config, batches, clock, num_steps, suffix == "bf16")
+    seconds = clock.seconds()
     if int(os.environ.get("RANK", 0)) == 0:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         print(
             json.dumps(
                 {
-                    "seconds_per_step": clock.seconds_per_step,
+                    "seconds_per_step": statistics.fmean(seconds),
+                    "stdev": statistics.stdev(seconds) if len(seconds) > 1 else None,
                     "first_step_at": clock.first_step_at,
                     "memory_gib": peak_memory_gib(device),
                 }

@@ -19,9 +19,10 @@ from tokenizers.processors import Sequence, TemplateProcessing
 from transformers import GenerationConfig, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
+from ..chat_templates import template_with_sinks
 from ..files import check_new, write_json
 from ..models.config import WINDOW_FIELDS, SinkGPTNeoXConfig, sink_config
-from ..special_tokens import has_sinks, padding_token, template_with_sinks, without_template
+from ..special_tokens import padding_token, without_template
 from .checks import read_tokenizer
 from .checksums import write_sums
 from .folders import resolve_model_folder
@@ -232,8 +233,8 @@ def exported_tokenizer(checkpoint: str | Path, config: PreTrainedConfig) -> Expo
     names = name_sinks(backend, sink_config(config).sink_token_ids, path)
     chosen = trained.pad_token if trained.pad_token_id != config.eos_token_id else None
     template = trained.chat_template if isinstance(trained.chat_template, str) else None
-    with_sinks = template_with_sinks(template, names) if template else None
-    if template and not has_sinks(template, names):
+    with_sinks = template_with_sinks(trained, template, names) if template else None
+    if with_sinks != template:
         warnings.warn(
             f"the chat template of {checkpoint} does not begin with the sink ({{{{ bos_token }}}}): in the export it "
             "does",

@@ -105,11 +105,9 @@ def import_model(
     row = SinkRow(sink_row or SinkRow.MEAN)
     target = check_new(output, "folder")
     folder = find_model(source, revision)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with _new_folder(output, target) as partial:
         scratch = partial / "scratch"
-        scratch.mkdir(parents=True)
+        scratch.mkdir()
         with _named_source(scratch, folder):
             model, num_new_rows = _model(source, with_safetensors(folder, scratch), folder, sink, dtype)
         if sink == "token":
@@ -121,13 +119,27 @@ def import_model(
         imported = Imported(output, commit, model.config, model.num_parameters(), num_new_rows)
         (partial / "README.md").write_text(_card(source, revision, imported, row), encoding="utf-8")
         write_sums(partial)
+    return imported
+
+
+@contextmanager
+def _new_folder(output: Path, target: Path) -> Iterator[Path]:
+    """Yield an empty folder that is renamed to ``target`` at the end, and deleted after an error.
+
+    Args:
+        output: how the user names ``target``.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
         with named_errors(output):
             os.rename(partial, target)
     except SafetensorError as error:
         raise OSError(f"cannot write to {output.absolute().parent}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return imported
 
 
 def _check_arguments(sink: str, sink_row: str | None) -> None:

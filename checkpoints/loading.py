@@ -1,6 +1,7 @@
 """Load models and tokenizers from training runs, checkpoints, transformers folders or the Hub."""
 
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -20,8 +21,8 @@ from transformers import (
 from transformers.utils import logging
 
 from .. import models  # noqa: F401  (registers the type of our models with transformers)
+from ..chat_templates import begins_with_sinks
 from ..rust import is_panic
-from ..special_tokens import has_sinks
 from ..text import one_line
 from .checks import check_loaded, check_tokenizer, checked_config, foreign_code
 from .checksums import verify_model_folder
@@ -157,12 +158,16 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
-    """Warn if a chat template leaves out the sink, which the tokenizer of an export puts first."""
-    template, first = tokenizer.chat_template, str(tokenizer.bos_token)
-    if isinstance(template, str) and first.startswith("<|sink") and not has_sinks(template, [first]):
+    """Warn if a chat template leaves out the sinks, which the tokenizer of an export puts first."""
+    template = tokenizer.chat_template
+    if not isinstance(template, str) or not str(tokenizer.bos_token).startswith("<|sink"):
+        return
+    added = (token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()))
+    names = [name for name in added if re.fullmatch(r"<\|sink\d*\|>", name)]
+    if not begins_with_sinks(tokenizer, template, names):
         warnings.warn(
             f"the chat template of {folder} does not begin with the sink, with which the model was trained: put "
-            "{{ bos_token }} at its beginning",
+            f"{'{{ bos_token }}' if len(names) == 1 else ''.join(names)} at its beginning",
             stacklevel=3,
         )
 

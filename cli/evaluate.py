@@ -98,9 +98,12 @@ def zero_shot(
     from ..eval.loading import load_causal_model
     from ..eval.quiet import quiet_libraries
     from ..eval.report import ReportFile, default_output, display_name, new_report
-    from ..eval.zero_shot import evaluate, results_table, write_results
+    from ..eval.zero_shot import evaluate, find_tasks, results_table, write_results
 
     options = parse_options(model_args)
+    names = [name.strip() for name in tasks.split(",")]
+    with quiet_libraries(shows_progress=not console.is_quiet):
+        found = find_tasks(names, include_path=include_path, data_dir=data_dir, num_fewshot=num_fewshot)
     placed = placement(own_device(device), dtype)
     loaded, tokenizer = load_causal_model(model, **placed), load_tokenizer(model)
     file = ReportFile((output or default_output(model)) / "zero_shot.json")
@@ -108,11 +111,8 @@ def zero_shot(
         results = evaluate(
             loaded,
             tokenizer,
-            [name.strip() for name in tasks.split(",")],
+            found,
             limit=limit,
-            data_dir=data_dir,
-            include_path=include_path,
-            num_fewshot=num_fewshot,
             batch_size=batch_size if batch_size == "auto" else int(batch_size),
             max_length=max_length,
             apply_chat_template=apply_chat_template,
@@ -165,6 +165,7 @@ def streaming(
     from ..eval.loading import load_causal_model
     from ..eval.plots import plot_streaming
     from ..eval.report import ReportFile, default_output, display_name, new_report
+    from ..models.config import num_prepended_sinks
 
     tokenized = perplexity.read_text_files(text, load_tokenizer(model), tokens)
     loaded = load_causal_model(model, **placement(device, dtype))
@@ -172,7 +173,7 @@ def streaming(
     chosen = perplexity.configurations(
         perplexity.default_methods(shapes) if wanted is None else wanted,
         shapes,
-        num_sinks=getattr(loaded.config, "num_sinks", 0),
+        num_sinks=num_prepended_sinks(loaded.config),
     )
     perplexity.refuse_unmeasurable(loaded, tokenized, chosen)
     folder = output or default_output(model)
@@ -228,6 +229,7 @@ def stream_eval(
     from ..eval.report import ReportFile, default_output, display_name, new_report
     from ..eval.stream_eval import check_distances, results_table, tokens_per_line
     from ..eval.tasks.stream_eval.records import make_records
+    from ..models.config import num_prepended_sinks
 
     check_distances(chosen_distances, num_lines)
     if num_samples * num_lines > MOST_LINES:
@@ -237,7 +239,7 @@ def stream_eval(
         )
     loaded, tokenizer = load_causal_model(model, **placement(device, dtype)), load_tokenizer(model)
     shapes = given or default_caches(loaded)
-    refuse_small_caches(shapes, getattr(loaded.config, "num_sinks", 0))
+    refuse_small_caches(shapes, num_prepended_sinks(loaded.config))
     records = make_records(num_samples, num_lines, seed)
     folder = output or default_output(model)
     file = ReportFile(folder / "stream_eval.json")
@@ -323,7 +325,7 @@ def _explain_unscored(
     for result in results:
         missing = num_tokens - result.num_scored
         if missing > 1 and result.configuration.method == "dense":
-            is_long = trained_length and result.num_scored >= DENSE_LENGTHS * trained_length - tokenized.num_prefix
+            is_long = trained_length and result.num_scored >= DENSE_LENGTHS * trained_length - 1
             reason = f"{DENSE_LENGTHS} × the trained length" if is_long else "because its cache fills the free memory"
             console.print(f"dense: stopped after {result.num_scored:,} tokens, {reason}")
         elif missing > 1 and result.configuration.method == "recompute":

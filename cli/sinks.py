@@ -69,12 +69,12 @@ def sinks(
     from ..eval.sinks import sequences_of_store, sequences_of_texts
     from ..eval.sinks.plots import plot_sinks
     from ..eval.sinks.tables import as_json, heads_table, massive_table, named_positions, positions_table, summary
-    from ..models.config import sink_config
+    from ..models.config import num_prepended_sinks, sink_config
 
     run = _checkpoints_of(model) if checkpoints else {}
     place = placement(device, dtype)
     loaded, tokenizer = load_causal_model(model, **place), load_tokenizer(model)
-    num_sinks = getattr(loaded.config, "num_sinks", 0)
+    num_sinks = num_prepended_sinks(loaded.config)
     wanted = (tokenizer, num_sequences, seq_length - num_sinks)
     sequences = sequences_of_store(store, *wanted) if store else sequences_of_texts(text or [], *wanted)
     exported = sink_config(loaded.config).num_sinks - num_sinks  # which the tokenizer of an export adds

@@ -75,10 +75,11 @@ def stream_qa(
     from ..eval.plots import plot_stream_qa
     from ..eval.quiet import quiet_libraries
     from ..eval.report import ReportFile, default_output, display_name, new_report
+    from ..models.config import num_prepended_sinks
 
     loaded, tokenizer = load_causal_model(model, **placement(device, dtype)), load_tokenizer(model)
     shapes = shapes or measurement.default_caches(loaded)
-    refuse_small_caches(shapes, getattr(loaded.config, "num_sinks", 0))
+    refuse_small_caches(shapes, num_prepended_sinks(loaded.config))
     chosen = [way for name in ways for way in (shapes if name == "stream" else [name])]
     folder = output or default_output(model)
     file = ReportFile(folder / "stream_qa.json")

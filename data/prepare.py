@@ -96,8 +96,7 @@ def prepare_store(
         eod_token: the token that ends each document; None: see :func:`eod_id`.
         validation_fraction: share of documents in the validation split, chosen by hash.
         split_sets: give each set of a shard files of its own, for training with ``data.weights``.
-        num_processes: number of tokenizing processes; None uses every processor. It only affects
-            speed.
+        num_processes: number of tokenizing processes; None: one for each processor.
         report: called after each batch.
 
     Raises:
@@ -127,11 +126,7 @@ def prepare_store(
     with _explain_full_disk(store), _claim(store, settings, encoder.tokenizer) as notes:
         with atomic_file(store / TOKENIZER_NAME, binary=True) as file:
             file.write(encoder.content)
-        dtype = token_dtype(info.size)
-        jobs = [ShardJob(store, notes, i, shard, dtype, split_sets) for i, shard in enumerate(shards)]
-        start = (str(store / TOKENIZER_NAME), info.eod_id, dtype, validation_fraction, split_sets)
-        _run(jobs, notes, num_processes or num_processors(), start, report)
-        manifest = _manifest(store, info, dtype, settings, jobs)
+        manifest = _tokenize_all(store, notes, info, settings, shards, num_processes or num_processors(), report)
         write_json(store / MANIFEST_NAME, manifest.model_dump(), ensure_ascii=False)
         note_verified(store, manifest.files)
         shutil.rmtree(notes)
@@ -214,6 +209,23 @@ def _explain_full_disk(store: Path) -> Iterator[None]:
             f"{store}: no space left to write ({os.strerror(error.errno)}); finished work is kept: free some space "
             "and run the same command again"
         ) from error
+
+
+def _tokenize_all(
+    store: Path,
+    notes: Path,
+    info: TokenizerInfo,
+    settings: Settings,
+    shards: list[Shard],
+    num_processes: int,
+    report: Callable[[PrepareProgress], None],
+) -> Manifest:
+    """Write the files of all shards that are not finished, and describe those of all."""
+    dtype = token_dtype(info.size)
+    jobs = [ShardJob(store, notes, i, shard, dtype, settings.split_sets) for i, shard in enumerate(shards)]
+    start = (str(store / TOKENIZER_NAME), info.eod_id, dtype, settings.validation_fraction, settings.split_sets)
+    _run(jobs, notes, num_processes, start, report)
+    return _manifest(store, info, dtype, settings, jobs)
 
 
 def _run(

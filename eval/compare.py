@@ -32,6 +32,9 @@ class Value:
         conditions: settings that must be equal for a difference.
         questions: sha256 of the questions, which must be equal if both values have it.
         examples: the outcome of each example by its identity, if they were kept.
+        scores_first: whether the value includes the first token of a text, for which only models
+            with sinks, or with a token before a text, have a context.
+        after_first: the value without that token; None if it is not known.
     """
 
     value: float
@@ -39,11 +42,13 @@ class Value:
     conditions: tuple = ()
     questions: str | None = None
     examples: dict[str, float] | None = None
+    scores_first: bool = False
+    after_first: float | None = None
 
 
 @dataclass(frozen=True)
 class Difference:
-    """``value`` of a run minus that of the first run."""
+    """``value`` of a run minus that of the first run, on the tokens that both have scored."""
 
     value: float
     stderr: float | None
@@ -143,12 +148,18 @@ def difference(first: Value | None, second: Value | None) -> tuple[Difference | 
     if first is None or second is None:
         return None, ""
     ours, theirs = dict(first.conditions), dict(second.conditions)
-    unlike = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    unlike = [
+        name + _both(ours.get(name), theirs.get(name))
+        for name in {**ours, **theirs}
+        if ours.get(name) != theirs.get(name)
+    ]
     if first.questions and second.questions and first.questions != second.questions:
         unlike.append("questions")
     if unlike:
         return None, ", ".join(unlike)
     change = second.value - first.value
+    if first.scores_first != second.scores_first and first.after_first is not None and second.after_first is not None:
+        change = second.after_first - first.after_first
     if first.examples and second.examples and first.examples.keys() == second.examples.keys():
         changes = [second.examples[key] - value for key, value in first.examples.items()]
         return Difference(change, stderr_of_mean(changes), True), ""
@@ -156,6 +167,12 @@ def difference(first: Value | None, second: Value | None) -> tuple[Difference | 
     if first.stderr is not None and second.stderr is not None:
         stderr = math.hypot(first.stderr, second.stderr)
     return Difference(change, stderr, False), ""
+
+
+def _both(ours: object, theirs: object) -> str:
+    """Return two numbers for a note, or an empty text."""
+    are_numbers = all(isinstance(one, int) and not isinstance(one, bool) for one in (ours, theirs))
+    return f" ({ours:,} and {theirs:,})" if are_numbers else ""
 
 
 def stderr_of_mean(values: Sequence[float]) -> float | None:
@@ -216,7 +233,7 @@ def read_run(name: str, label: str) -> Run:
 
 
 def _check_numbers(what: str, metric: str, value: Value) -> None:
-    for number in (value.value, *(() if value.stderr is None else (value.stderr,))):
+    for number in (value.value, *(one for one in (value.stderr, value.after_first) if one is not None)):
         if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) < LARGEST:
             raise TypeError(f"{what} {metric} is {str(number)[:40]!r} and not a number")
     if not isinstance(what, str):
@@ -325,18 +342,27 @@ def _set_perplexity(report: dict[str, Any], file: Path, notes: list[str]) -> Rea
 
 def _streaming(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
     text = report["text"]
-    has_first = int(bool(report["model"]["num_sinks"] or text["num_prefix_tokens"]))  # others cannot score it
+    scores_first = bool(report["model"]["num_sinks"] or text["num_prefix_tokens"])  # others have no context for it
     for result in report["results"]:
-        num_scored = result["num_scored"] - has_first
-        same: tuple = (("text", text["sha256"]), ("tokens", text.get("ids_sha256")))
-        same += (("number of tokens scored", num_scored),)
-        same += (("recompute_every", report.get("recompute_every")),) if result["method"] == "recompute" else ()
-        yield (result["configuration"], "perplexity"), Value(result["perplexity"], None, same)
+        rest = result.get("after_first")
+        scored = rest or result
+        same: tuple = (("text", text["sha256"]),)
+        if rest is None:  # of an older version
+            same += (("the first token: evaluate both again", scores_first),)
+        if result["method"] == "recompute":
+            same += (("recompute_every", report.get("recompute_every")),)
+        num_scored = scored["num_scored"] - (rest is None and scores_first)
+        tokens = (("tokens", text.get("ids_sha256")), ("number of tokens scored", num_scored))
+        after_first = rest and rest["perplexity"]
+        value = Value(result["perplexity"], None, same + tokens, scores_first=scores_first, after_first=after_first)
+        yield (result["configuration"], "perplexity"), value
         if result.get("bits_per_byte") is not None:  # of other tokenizers too, so the number of tokens may differ
             is_whole = num_scored == text["num_tokens"] - 1
-            num_bytes = text["num_bytes"] if is_whole else result["num_bytes_scored"]
-            same = (("text", text["sha256"]), ("number of bytes scored", num_bytes))
-            yield (result["configuration"], "bits per byte"), Value(result["bits_per_byte"], None, same)
+            num_bytes = text["num_bytes"] if is_whole else scored["num_bytes_scored"]
+            same += (("number of bytes scored", num_bytes),)
+            after_first = rest and rest["bits_per_byte"]
+            value = Value(result["bits_per_byte"], None, same, scores_first=scores_first, after_first=after_first)
+            yield (result["configuration"], "bits per byte"), value
 
 
 def _stream_eval(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:

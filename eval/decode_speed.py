@@ -1,10 +1,12 @@
 """Time and memory per decoded token against the cache size (Xiao et al. 2024, Figure 10)."""
 
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from ..streaming import Generator, StreamingCache
 METHODS = ("streaming", "cropped cache", "re-computation", "floor")
 NUM_WARMUP = 5
 CACHE_SIZES = (256, 512, 1024, 2048, 4096)
-RECOMPUTE_SHARE = 20  # re-computation is timed for this many times fewer steps, because each runs a whole window
+RECOMPUTE_SHARE = 5  # re-computation is timed for this many times fewer steps, because each runs a whole window
 EXTRA_TOKENS = 8  # prompt tokens beyond the cache size, so that the cache is full and has evicted tokens
 
 
@@ -37,15 +39,18 @@ def measure_decoding(
 
     - ``streaming``: sinklm's decoding step, compiled and captured in CUDA graphs on a GPU.
     - ``cropped cache``: transformers' eager loop with a `DynamicCache` cropped after each token.
-    - ``re-computation``: the whole window through the model, without a cache.
+    - ``re-computation``: the whole window through the eager model, without a cache.
     - ``floor``: bytes of the weights read in a step and of the cache, divided by the copy
       bandwidth.
 
     Args:
         num_kept, window: numbers of first and of recent tokens in the cache.
         batch_size: number of streams.
-        num_steps: timed steps.
+        num_steps: timed steps; of re-computation, a `RECOMPUTE_SHARE`-th and at least 3.
         bandwidth: bytes per second, see `copy_bandwidth`.
+
+    Returns:
+        a row for each method with the mean, the standard deviation and the number of its steps.
 
     Raises:
         ValueError: the model does not support the cache, or the logits are not finite.
@@ -61,20 +66,28 @@ def measure_decoding(
         time_cropped_cache(model, ids[:, :cache_size], num_kept, num_steps),
         time_recomputation(model, ids[:, :cache_size], max(3, num_steps // RECOMPUTE_SHARE)),
     ]
-    costs.append(StepCost((bytes_read(model) + costs[0].cache_bytes) / bandwidth * 1e3, None))
-    return [
-        {"method": method, "milliseconds": cost.milliseconds, "peak_bytes": cost.peak_bytes, **row}
-        for method, cost in zip(METHODS, costs, strict=True)
-    ]
+    costs.append(StepCost([(bytes_read(model) + costs[0].cache_bytes) / bandwidth * 1e3], None))
+    return [{"method": method, **cost.as_json(), **row} for method, cost in zip(METHODS, costs, strict=True)]
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """Mean time of a step, peak GPU memory (None on a CPU), and bytes of a streaming cache."""
+    """Times of steps, peak GPU memory (None on a CPU), and bytes of a streaming cache."""
 
-    milliseconds: float
+    milliseconds: list[float]
     peak_bytes: int | None
     cache_bytes: int = 0
+    is_eager: bool | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        times = self.milliseconds
+        return {
+            "milliseconds": statistics.fmean(times),
+            "stdev": statistics.stdev(times) if len(times) > 1 else None,
+            "num_steps": len(times) if self.is_eager is not None else None,
+            "is_eager": self.is_eager,
+            "peak_bytes": self.peak_bytes,
+        }
 
 
 @torch.no_grad()
@@ -84,24 +97,24 @@ def time_streaming(model: PreTrainedModel, ids: torch.Tensor, num_kept: int, win
     generator = Generator(model, cache)
     with peak_memory(model.device) as peak:
         generator.decoder.prefill(ids)
-        elapsed = milliseconds(partial(generator.read_one, ids[:, :1].clone()), NUM_WARMUP, num_steps)
-    return StepCost(elapsed, peak.get("bytes"), cache.num_bytes)
+        times = step_times(partial(generator.read_one, ids[:, :1].clone()), NUM_WARMUP, num_steps)
+    return StepCost(times, peak.get("bytes"), cache.num_bytes, not generator.is_compiled)
 
 
 @torch.no_grad()
 def time_cropped_cache(model: PreTrainedModel, ids: torch.Tensor, num_kept: int, num_steps: int) -> StepCost:
     with peak_memory(model.device) as peak:
         cropped = CroppedCache(model, ids, num_kept)
-        elapsed = milliseconds(partial(cropped.step, ids[:, :1]), NUM_WARMUP, num_steps)
-    return StepCost(elapsed, peak.get("bytes"))
+        times = step_times(partial(cropped.step, ids[:, :1]), NUM_WARMUP, num_steps)
+    return StepCost(times, peak.get("bytes"), is_eager=True)
 
 
 @torch.no_grad()
 def time_recomputation(model: PreTrainedModel, ids: torch.Tensor, num_steps: int) -> StepCost:
     recompute = partial(model, ids, logits_to_keep=1, use_cache=False)
     with peak_memory(model.device) as peak:
-        elapsed = milliseconds(recompute, 2, num_steps)
-    return StepCost(elapsed, peak.get("bytes"))
+        times = step_times(recompute, 2, num_steps)
+    return StepCost(times, peak.get("bytes"), is_eager=True)
 
 
 def bytes_read(model: PreTrainedModel) -> int:
@@ -137,14 +150,34 @@ class CroppedCache:
 
 def milliseconds(step: Callable[[], object], num_warmup: int, num_steps: int) -> float:
     """Return the mean time of a step."""
+    return statistics.fmean(step_times(step, num_warmup, num_steps))
+
+
+def step_times(step: Callable[[], object], num_warmup: int, num_steps: int) -> list[float]:
+    """Return the milliseconds of each step, without waiting for a GPU between them."""
     for _ in range(num_warmup):
         step()
     synchronize()
-    start = time.perf_counter()
+    marks = [mark()]
     for _ in range(num_steps):
         step()
+        marks.append(mark())
     synchronize()
-    return (time.perf_counter() - start) / num_steps * 1e3
+    return [milliseconds_between(start, end) for start, end in pairwise(marks)]
+
+
+def mark() -> float | torch.cuda.Event:
+    """Return the time, or on a GPU an event that has the time at which the work so far is done."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def milliseconds_between(start: Any, end: Any) -> float:
+    """Return the time between two marks, which must have been reached."""
+    return (end - start) * 1e3 if isinstance(start, float) else start.elapsed_time(end)
 
 
 def synchronize() -> None:
@@ -174,15 +207,22 @@ def copy_bandwidth(device: torch.device) -> float:
 
 def results_table(results: list[dict[str, Any]], title: str) -> Table:
     """Return a table of times by cache and batch size, with the speed-up over re-computation."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    eager = [method for method in METHODS if any(row["method"] == method and row.get("is_eager") for row in results)]
+    caption = f"mean ± standard deviation of the steps; eager: {', '.join(eager) or 'none'}"
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
     for header in ("Cache", "Batch", *METHODS, "speed-up"):
         table.add_column(header, justify="right", no_wrap=True)
-    rows: dict[tuple[str, int], dict[str, float]] = {}
+    rows: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
     for row in results:
         key = f"{row['num_kept']}+{row['window']}", row["batch_size"]
-        rows.setdefault(key, {})[row["method"]] = row["milliseconds"]
-    for (cache, batch_size), times in rows.items():
-        speed_up = times["re-computation"] / times["streaming"]
-        cells = (f"{times[method]:,.2f}" for method in METHODS)
+        rows.setdefault(key, {})[row["method"]] = row
+    for (cache, batch_size), found in rows.items():
+        speed_up = found["re-computation"]["milliseconds"] / found["streaming"]["milliseconds"]
+        cells = (_with_spread(found[method]) for method in METHODS)
         table.add_row(cache, str(batch_size), *cells, f"{speed_up:,.1f}×")
     return table
+
+
+def _with_spread(row: dict[str, Any]) -> str:
+    spread = row.get("stdev")
+    return f"{row['milliseconds']:,.2f}" + ("" if spread is None else f" ± {spread:,.2f}")

@@ -75,7 +75,7 @@ def use_local_data(manager: TaskManager, names: Iterable[str], folder: Path, num
     Args:
         names: tasks, groups or tags.
         folder: see `find_files`.
-        num_fewshot: as in `sinklm.eval.zero_shot.evaluate`.
+        num_fewshot: as in `sinklm.eval.zero_shot.find_tasks`.
 
     Raises:
         FileNotFoundError: the folder, or a split that the evaluation reads, does not exist.

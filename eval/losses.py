@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from .. import streaming
 from ..models.cache_argument import CACHE
 from ..models.checked import refuse_nonfinite_losses
+from ..models.config import num_prepended_sinks
 from ..streaming.families import num_embedded_positions
 
 CHUNK = 512  # tokens per pass; bounds the memory of logits and a dense mask, does not change the result
@@ -46,14 +47,19 @@ def streaming_losses(
 
 
 @torch.inference_mode()
-def dense_losses(model: PreTrainedModel, ids: torch.Tensor, progress: ReportTokens | None = None) -> torch.Tensor:
+def dense_losses(
+    model: PreTrainedModel, ids: torch.Tensor, num_prefix: int = 0, progress: ReportTokens | None = None
+) -> torch.Tensor:
     """Losses with dense attention, also beyond the trained length.
 
     The cache grows linearly with the text, and the time quadratically. Scoring stops after
-    `DENSE_LENGTHS` trained lengths, or when the cache is larger than the free memory; the remaining
-    losses are NaN.
+    `DENSE_LENGTHS` trained lengths of text, or when the cache is larger than the free memory; the
+    remaining losses are NaN.
+
+    Args:
+        num_prefix: number of first tokens of ``ids`` that are no text.
     """
-    last = num_dense_tokens(model, len(ids) - 1, DENSE_LENGTHS)
+    last = num_dense_inputs(model, len(ids) - 1, DENSE_LENGTHS, num_prefix)
     cache = DynamicCache(config=model.config)
     losses = _unscored(ids)
     losses[0] = _first_loss(model, ids)
@@ -84,13 +90,13 @@ def recompute_losses(
             prefix.
         num_prefix: number of first tokens of ``ids`` that every window starts with (a begin-of-text
             token).
-        every: after the first window, score only tokens whose position in the text is a multiple of
-            it.
+        every: after the first ``num_keys`` tokens of the text, score only those whose position in
+            the text is a multiple of it.
 
     Raises:
         ValueError: the window has no room for text.
     """
-    num_recent = num_keys - num_prefix - getattr(model.config, "num_sinks", 0)
+    num_recent = num_keys - num_prefix - num_prepended_sinks(model.config)
     if num_recent < 1:
         raise ValueError(f"a window of {num_keys} positions leaves no room for text: use a larger cache")
     losses = _unscored(ids)
@@ -100,7 +106,8 @@ def recompute_losses(
     _advance(progress, min(len(head), len(ids) - 1))
 
     for targets in torch.arange(len(ids))[len(head) + 1 :].split(max(1, RECOMPUTE_TOKENS // num_keys) * every):
-        chosen = targets[(targets - num_prefix) % every == 0]
+        positions = targets - num_prefix
+        chosen = targets[(positions <= num_keys) | (positions % every == 0)]
         if len(chosen):
             recent = ids[chosen[:, None] + torch.arange(-num_recent, 0)]  # (B, num_recent)
             windows = torch.cat([ids[:num_prefix].expand(len(chosen), -1), recent], dim=1)
@@ -113,7 +120,7 @@ def recompute_losses(
 @torch.inference_mode()
 def _first_loss(model: PreTrainedModel, ids: torch.Tensor) -> float:
     """Return the loss of the first token, or NaN if the model has no sink tokens."""
-    if not getattr(model.config, "num_sinks", 0):
+    if not num_prepended_sinks(model.config):
         return float("nan")
     first = _batch(model, ids[:1])
     return model(first, labels=first).loss.item()
@@ -139,17 +146,23 @@ def _advance(progress: ReportTokens | None, num_tokens: int) -> None:
         progress(num_tokens)
 
 
-def num_dense_tokens(model: PreTrainedModel, num_tokens: int, num_lengths: int) -> int:
-    """Return how many of the first tokens of a text dense attention reads.
+def num_dense_inputs(model: PreTrainedModel, num_inputs: int, num_lengths: int, num_prefix: int) -> int:
+    """Return how many of the first tokens of a stream dense attention reads.
 
-    They end after ``num_lengths`` trained lengths, in which the sinks count whether the model or
-    its tokenizer adds them, or where a model has no more position embeddings.
+    They are those before the last token of ``num_lengths`` trained lengths of text. So the same
+    text is scored whether the model, its tokenizer or neither adds sinks. A model with position
+    embeddings ends with these.
+
+    Args:
+        num_inputs: number of tokens to read if there is no limit.
+        num_prefix: number of first tokens that are no text.
     """
     trained_length = getattr(model.config, "max_position_embeddings", None)
     if trained_length is None:
-        return num_tokens
-    num_positions = num_embedded_positions(model.config) or num_lengths * trained_length
-    return min(num_tokens, num_positions - getattr(model.config, "num_sinks", 0))
+        return num_inputs
+    if num_positions := num_embedded_positions(model.config):
+        return min(num_inputs, num_positions - num_prepended_sinks(model.config))
+    return min(num_inputs, num_prefix + num_lengths * trained_length - 1)
 
 
 def fills_memory(cache: DynamicCache, device: torch.device) -> bool:

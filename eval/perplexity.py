@@ -4,7 +4,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,12 @@ class Result:
     def perplexity(self) -> float:
         return math.exp(min(float(self.losses.nanmean()), 700.0))
 
+    def after_first(self) -> "Result":
+        """Return the result without the first token, which not all models score."""
+        losses = self.losses.clone()
+        losses[0] = float("nan")
+        return replace(self, losses=losses)
+
     def num_bytes_scored(self, tokenized: TokenizedText) -> int | None:
         """Return the UTF-8 length of the scored tokens; None if it is not known."""
         if tokenized.num_bytes is None:
@@ -128,7 +134,7 @@ def read_text_files(
 def token_lengths(text: str, offsets: Sequence[tuple[int, int]]) -> torch.Tensor:
     """Return the UTF-8 length of each token: from the end of the one before it to its own end.
 
-    The lengths add up to that of the text before the last token's end. A character that is split
+    The lengths add up to that of the text: the last token has the rest. A character that is split
     into several tokens counts for the first of them.
 
     Args:
@@ -139,7 +145,8 @@ def token_lengths(text: str, offsets: Sequence[tuple[int, int]]) -> torch.Tensor
     code_points = torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32)
     sizes = 1 + torch.bucketize(code_points, torch.tensor([0x80, 0x800, 0x10000], dtype=torch.int32), right=True)
     ends = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])  # bytes before each character
-    reached = ends[torch.tensor([end for _, end in offsets], dtype=torch.long)].cummax(0)[0]
+    last = [*(end for _, end in offsets[:-1]), len(text)]  # offsets may leave out spaces at the end
+    reached = ends[torch.tensor(last, dtype=torch.long)].cummax(0)[0]
     return reached.diff(prepend=torch.zeros(1, dtype=torch.long))
 
 
@@ -246,7 +253,7 @@ def measure(
     """Score the text under one configuration; the prefix is not scored."""
     started = time.perf_counter()
     if configuration.method == "dense":
-        losses = dense_losses(model, tokenized.ids, progress)
+        losses = dense_losses(model, tokenized.ids, tokenized.num_prefix, progress)
     elif configuration.method == "recompute":
         losses = recompute_losses(
             model,
@@ -298,16 +305,23 @@ def as_json(results: Iterable[Result], tokenized: TokenizedText) -> dict[str, An
                 "method": result.configuration.method,
                 "num_kept": result.configuration.num_kept,
                 "window": result.configuration.window,
-                "perplexity": result.perplexity,
-                "loss": float(result.losses.nanmean()),
-                "bits_per_byte": result.bits_per_byte(tokenized),
-                "num_scored": result.num_scored,
-                "num_bytes_scored": result.num_bytes_scored(tokenized),
+                **_scores(result, tokenized),
+                "after_first": _scores(result.after_first(), tokenized),
                 "binned_losses": binned_losses(result.losses, edges),
                 "seconds": round(result.seconds, 3),
             }
             for result in results
         ],
+    }
+
+
+def _scores(result: Result, tokenized: TokenizedText) -> dict[str, Any]:
+    return {
+        "perplexity": result.perplexity,
+        "loss": float(result.losses.nanmean()),
+        "bits_per_byte": result.bits_per_byte(tokenized),
+        "num_scored": result.num_scored,
+        "num_bytes_scored": result.num_bytes_scored(tokenized),
     }
 
 

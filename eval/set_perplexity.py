@@ -15,6 +15,7 @@ from ..data import TokenStore
 from ..data.store import Tokens, TokenSource
 from ..models.cache_argument import CACHE
 from ..models.checked import check_ids, refuse_nonfinite_losses
+from ..models.config import num_prepended_sinks
 from ..streaming.generation import REPLACEMENT
 from .perplexity import text_prefix
 
@@ -96,7 +97,7 @@ def measure(
     started = time.perf_counter()
     num_scored = len(tokens) - 1 if max_tokens is None else min(max_tokens, len(tokens) - 1)
     prefix = torch.tensor(text_prefix(tokenizer), dtype=torch.long)
-    room = trained_length(model.config) - len(prefix) - getattr(model.config, "num_sinks", 0)
+    room = trained_length(model.config) - len(prefix) - num_prepended_sinks(model.config)
     if room < 1:
         raise ValueError("the model's trained length leaves no room for text")
     nats, counter = 0.0, ByteCounter(tokenizer)

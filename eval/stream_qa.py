@@ -29,7 +29,7 @@ from ..models.checked import check_ids, checked_passes
 from ..models.config import default_num_kept
 from ..streaming import stream_logits
 from ..streaming.families import num_embedded_positions
-from .losses import CHUNK, fills_memory, num_dense_tokens
+from .losses import CHUNK, fills_memory, num_dense_inputs
 from .perplexity import text_prefix
 
 TASKS = ("arc_easy", "arc_challenge")
@@ -146,8 +146,8 @@ def ask_in_stream(
 
     Args:
         num_kept, window: the cache; None for both is dense attention. It stops after
-            `DENSE_LENGTHS` trained lengths, after the last position embedding or when its cache
-            fills the memory, and the replies with it.
+            `DENSE_LENGTHS` trained lengths of text, after the last position embedding or when its
+            cache fills the memory, and the replies with it.
     """
     ids = _beginning(tokenizer)
     places = []  # index of the first token of each answer
@@ -157,7 +157,7 @@ def ask_in_stream(
     stream = torch.tensor(ids)
     check_ids(stream, model)
     if num_kept is None or window is None:
-        passes = _dense_choices(model, stream)
+        passes = _dense_choices(model, stream, len(text_prefix(tokenizer)))
     else:
         logits = stream_logits(model, stream[None], num_kept=num_kept, window=window, chunk_size=CHUNK)
         passes = (chunk[0].argmax(-1).cpu() for chunk in logits)
@@ -223,8 +223,8 @@ def _reply(question: QuestionTokens, chosen: list[int], num_read: int) -> Reply:
 
 
 @torch.inference_mode()
-def _dense_choices(model: PreTrainedModel, stream: torch.Tensor) -> Iterator[torch.Tensor]:
-    last = num_dense_tokens(model, len(stream), DENSE_LENGTHS)
+def _dense_choices(model: PreTrainedModel, stream: torch.Tensor, num_prefix: int) -> Iterator[torch.Tensor]:
+    last = num_dense_inputs(model, len(stream), DENSE_LENGTHS, num_prefix)
     cache = DynamicCache(config=model.config)
     for start in range(0, last, CHUNK):
         ids = stream[None, start : min(start + CHUNK, last)].to(model.device)

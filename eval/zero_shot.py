@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,58 @@ PAPER_TASKS = "sinklm_paper"
 TASK_FOLDER = Path(__file__).parent / "tasks"
 PAPER_FOLDERS = ("arc", "hellaswag", "lambada", "openbookqa", "piqa", "winogrande")  # of lm-eval's tasks
 SEED = 1234
+SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks of lm-eval; see `find_tasks`.
+
+    Attributes:
+        names: of tasks, groups or tags, or paths of task files.
+        manager: that has them.
+        num_fewshot: examples in the prompt; None: each task's default.
+        files: local files of the tasks' data sets.
+    """
+
+    names: list[str]
+    manager: TaskManager
+    num_fewshot: int | None
+    files: dict[str, list[Path]]
+
+
+def find_tasks(
+    names: Sequence[str] = (PAPER_TASKS,),
+    *,
+    include_path: Path | None = None,
+    data_dir: Path | None = None,
+    num_fewshot: int | None = None,
+) -> Tasks:
+    """Find tasks and their local data.
+
+    Args:
+        names: of tasks, groups or tags, or paths of task files. ``sinklm_paper`` is the paper's
+            seven tasks.
+        include_path: folder of task files, which override lm-eval's tasks of the same name.
+        data_dir: folder with the tasks' data sets, see `sinklm.eval.local_data.find_files`; None:
+            the Hub.
+        num_fewshot: examples in the prompt; None: each task's default.
+
+    Raises:
+        ValueError: a task does not exist, or its local data cannot be used.
+        FileNotFoundError: ``include_path``, ``data_dir`` or a data set in it does not exist.
+    """
+    manager = task_manager(names, include_path)
+    files = use_local_data(manager, names, data_dir, num_fewshot) if data_dir else {}
+    return Tasks(list(names), manager, num_fewshot, files)
 
 
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str] = (PAPER_TASKS,),
+    tasks: Tasks,
     *,
     limit: int | None = None,
-    data_dir: Path | None = None,
-    include_path: Path | None = None,
-    num_fewshot: int | None = None,
     batch_size: int | str = "auto",
     max_length: int | None = None,
     apply_chat_template: bool = False,
@@ -50,13 +92,8 @@ def evaluate(
     """Run lm-eval's tasks and return its results, ready for JSON.
 
     Args:
-        tasks: names of tasks, groups or tags, or paths of task files. ``sinklm_paper`` is the
-            paper's seven tasks.
+        tasks: from `find_tasks`.
         limit: score only this many examples of each task.
-        data_dir: folder with the tasks' data sets, see `sinklm.eval.local_data.find_files`; None:
-            the Hub.
-        include_path: folder of task files, which override lm-eval's tasks of the same name.
-        num_fewshot: examples in the prompt; None uses each task's default.
         batch_size, max_length: see :func:`sinklm.eval.lm.as_lm`.
         apply_chat_template: format prompts with the tokenizer's chat template.
         log_samples: also return each example with its requests, outputs and metrics.
@@ -68,36 +105,24 @@ def evaluate(
         of lm-eval's records by task. None in all processes but the first of several.
 
     Raises:
-        ValueError: a task does not exist, its data has the wrong fields, the tokenizer has no chat
-            template, or the model's outputs are not finite.
-        FileNotFoundError: ``include_path``, ``data_dir`` or a data set in it does not exist.
+        ValueError: the data of a task has the wrong fields, the tokenizer has no chat template, or
+            the model's outputs are not finite.
         ConnectionError: a task's data set is neither available locally nor can be downloaded.
     """
-    manager = task_manager(tasks, include_path)
-    files = use_local_data(manager, tasks, data_dir, num_fewshot) if data_dir else {}
     if apply_chat_template and not tokenizer.chat_template:
         raise ValueError("--apply-chat-template: the tokenizer has no chat template; use a chat model")
     lm = as_lm(model, tokenizer, batch_size=batch_size, max_length=max_length, **(model_args or {}))
-    try:
-        with checked_passes(model), _named_fields(files):
-            output = simple_evaluate(
-                model=lm,
-                tasks=list(tasks),
-                task_manager=manager,
-                limit=limit,
-                num_fewshot=num_fewshot,
-                apply_chat_template=apply_chat_template,
-                log_samples=True,
-                random_seed=SEED,
-                numpy_random_seed=SEED,
-                torch_random_seed=SEED,
-                fewshot_random_seed=SEED,
-            )
-    except ConnectionError as error:
-        raise ConnectionError(
-            f"a data set of {', '.join(tasks)} is not available locally and cannot be downloaded: {error}. Without "
-            f"network, use local files with --data-dir or --include-path (docs/evaluation.md)"
-        ) from error
+    with checked_passes(model), _named_data(tasks):
+        output = simple_evaluate(
+            model=lm,
+            tasks=tasks.names,
+            task_manager=tasks.manager,
+            limit=limit,
+            num_fewshot=tasks.num_fewshot,
+            apply_chat_template=apply_chat_template,
+            log_samples=True,
+            **dict.fromkeys(SEEDS, SEED),
+        )
     if output is None:
         return None
     results = _scores(output) | {
@@ -105,7 +130,7 @@ def evaluate(
         "apply_chat_template": apply_chat_template,
         "max_length": max_length,
         "model_args": model_args or {},
-        "data_files": {task: list(map(str, paths)) for task, paths in files.items()},
+        "data_files": {task: list(map(str, paths)) for task, paths in tasks.files.items()},
         "questions_sha256": {task: _fingerprint(records) for task, records in output["samples"].items()},
         "num_processes": num_processes(),
         "seed": SEED,
@@ -132,14 +157,19 @@ def _scores(output: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _named_fields(files: dict[str, list[Path]]) -> Iterator[None]:
-    """Turn lm-eval's error for a missing field into one that names the local files."""
+def _named_data(tasks: Tasks) -> Iterator[None]:
+    """Name the data in lm-eval's errors: a missing field of local files, and a failed download."""
     try:
         yield
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"a data set of {', '.join(tasks.names)} is not available locally and cannot be downloaded: {error}. "
+            "Without network, use local files with --data-dir or --include-path (docs/evaluation.md)"
+        ) from error
     except (UndefinedError, KeyError) as error:
-        if not files:
+        if not tasks.files:
             raise
-        paths = "; ".join(f"{task}: {', '.join(map(str, found))}" for task, found in files.items())
+        paths = "; ".join(f"{task}: {', '.join(map(str, found))}" for task, found in tasks.files.items())
         raise ValueError(
             f"a data set in --data-dir does not have the fields of the Hub's ({error!r}): {paths}; download it from "
             "the Hub"

@@ -127,8 +127,8 @@ class SinkGPTNeoXConfig(GPTNeoXConfig):
 def sink_config(config: PreTrainedConfig) -> SinkGPTNeoXConfig:
     """Return the configuration of the sink of a model of sinklm or of an export.
 
-    Other models have no sink. The tokenizer of an export adds the sink tokens, so a model adds
-    ``config.num_sinks`` tokens itself only if ``config`` is a `SinkGPTNeoXConfig`.
+    Other models have no sink. For the sink tokens that the model itself adds to a text, see
+    `num_prepended_sinks`.
 
     Raises:
         ValueError: the key ``sink`` of an export is wrong.
@@ -139,6 +139,11 @@ def sink_config(config: PreTrainedConfig) -> SinkGPTNeoXConfig:
     if config.model_type != "gpt_neox" or not isinstance(sink, dict):
         return SinkGPTNeoXConfig()
     return SinkGPTNeoXConfig(vocab_size=config.vocab_size, sink=sink)
+
+
+def num_prepended_sinks(config: PreTrainedConfig) -> int:
+    """Return how many sink tokens the model itself adds to a text: 0 if its tokenizer does."""
+    return config.num_sinks if isinstance(config, SinkGPTNeoXConfig) else 0
 
 
 def default_num_kept(config: PreTrainedConfig) -> int:

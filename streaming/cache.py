@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from ..models.config import num_prepended_sinks
 from .advice import refuse_constructor, refuse_name, refuse_without_weights, warn_if_untrained
 from .buffers import StreamingLayer, row_index
 from .continuing import check_generation
@@ -202,7 +203,7 @@ class StreamingCache(Cache):
         is_token = mask[:, -num_inputs:].bool()
         if is_token.all():
             return None
-        num_new_sinks = 0 if self.counters is not None else getattr(self.decoder.config, "num_sinks", 0)
+        num_new_sinks = 0 if self.counters is not None else num_prepended_sinks(self.decoder.config)
         is_text = is_token[:, num_new_sinks:]  # the model adds its sinks to the mask
         if (is_text.any(-1) & ~is_text[:, -1]).any():  # a row may consist of padding only
             raise ValueError(

@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..chat_templates import render
 from .generation import Generator, TextStream
 from .saving import load_cache, save_cache
-from .templates import render
 
 # Placeholders of a reply and of a message in a rendered template.
 REPLY, MESSAGE = "\N{OBJECT REPLACEMENT CHARACTER}", "\N{INTERLINEAR ANNOTATION ANCHOR}"

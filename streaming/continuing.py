@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 
 from ..models.cache_argument import NAMES
+from ..models.config import num_prepended_sinks
 
 if TYPE_CHECKING:
     from .cache import StreamingCache
@@ -120,7 +121,7 @@ def used_cache(named: dict) -> "StreamingCache | None":
 
 
 def num_text_columns(cache: "StreamingCache") -> int:
-    return cache.get_seq_length() - getattr(cache.decoder.config, "num_sinks", 0)
+    return cache.get_seq_length() - num_prepended_sinks(cache.decoder.config)
 
 
 def check_length(cache: "StreamingCache", num_given: int) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..models.cache_argument import CACHE
+from ..models.config import num_prepended_sinks
 from .cache import StreamingCache
 from .wrappers import decoder_of
 
@@ -36,7 +37,7 @@ def reference_logits(model: PreTrainedModel, ids: Tensor, num_kept: int, window:
     Raises:
         ValueError: the model has sink tokens, which it puts in front of every text.
     """
-    if getattr(model.config, "num_sinks", 0):
+    if num_prepended_sinks(model.config):
         raise ValueError("the model has sink tokens of its own: check one with another kind of sink, or with none")
     cached = [cached_tokens(query, num_kept, window) for query in range(len(ids))]
     return _logits_of(model, ids, cached, num_kept, window)

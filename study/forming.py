@@ -11,6 +11,7 @@ from sinklm.checkpoints import load_model, load_tokenizer
 from sinklm.checkpoints.folders import list_checkpoints, read_state
 from sinklm.eval.perplexity import configurations, default_caches, measure, read_text_files
 from sinklm.eval.report import ReportFile, describe_model, library_versions
+from sinklm.models.config import num_prepended_sinks
 
 
 def main() -> None:
@@ -30,7 +31,7 @@ def main() -> None:
     for step, checkpoint in checkpoints.items():
         model = load_model(checkpoint)
         report["model"] = describe_model(model, arguments.run)
-        chosen = configurations(("window", "streaming"), default_caches(model), getattr(model.config, "num_sinks", 0))
+        chosen = configurations(("window", "streaming"), default_caches(model), num_prepended_sinks(model.config))
         perplexities = {str(c): measure(model, tokenized, c).perplexity for c in chosen}
         tokens = read_state(checkpoint).positions
         report["checkpoints"].append({"step": step, "tokens": tokens, "perplexity": perplexities})

@@ -420,11 +420,6 @@ OPTIONS = [
         r"the folder modle does not exist: did you mean model\?",
     ),
     Case(
-        "a mistyped task",
-        "eval zero-shot {model} --tasks lambda_openai",
-        r"there is no task 'lambda_openai': did you mean .*lambada_openai.*",
-    ),
-    Case(
         "a mistyped tokenizer", "prepare text.txt -o s --tokenizer model/tokeniser.json", r".*did you mean model/tok.*"
     ),
     Case("a mistyped run", "runs modle", r"modle: no such folder; did you mean model\?"),

@@ -12,11 +12,11 @@ def test_no_random_damage_is_unnoticed(capsys):
     sys.modules["damage"] = damage  # dataclasses need it
     try:
         specification.loader.exec_module(damage)
-        outcomes = damage.measure(num_trials=20, seed=0, zero_stage=1)
+        outcomes = damage.measure(num_trials=10, seed=0, zero_stage=1)
     finally:
         del sys.modules["damage"]
     assert set(outcomes) == {"checkpoint", "evaluation", "export", "store"}
-    assert outcomes["checkpoint"] == {"recovered": 20}
-    assert outcomes["evaluation"] == {"error": 20}
+    assert outcomes["checkpoint"] == {"recovered": 10}
+    assert outcomes["evaluation"] == {"error": 10}
     for counts in outcomes.values():
         assert not any(outcome.isupper() for outcome in counts), capsys.readouterr().out

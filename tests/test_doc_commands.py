@@ -84,14 +84,6 @@ def test_commands_are_valid(block):
         check(words)
 
 
-@pytest.mark.parametrize("block", [block for block in blocks("") if "\nsinklm " in f"\n{block.values[0]}"])
-def test_commands_beside_output_are_valid(block):
-    for line in block.replace("\\\n", " ").splitlines():
-        if line.startswith("sinklm "):
-            for words in commands(line):
-                check(words)
-
-
 def check(words: list[str]) -> None:
     while re.match(r"[A-Z_]+=", words[0]):  # a variable of the environment
         words = words[1:]

@@ -15,6 +15,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from transformers import PreTrainedModel
 
 from ...models.checked import checked_passes
+from ...models.config import num_prepended_sinks
 from ...streaming.rule import StreamShape
 from .observation import Layer, observe
 
@@ -143,7 +144,7 @@ def measure(
         ValueError: the sequences are longer than the model's maximum, or has no attention maps, or
             its outputs are not finite.
     """
-    num_positions = ids.shape[1] + getattr(model.config, "num_sinks", 0)
+    num_positions = ids.shape[1] + num_prepended_sinks(model.config)
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest and num_positions > longest:
         raise ValueError(f"--seq-length {num_positions} is more than the model's {longest} positions: lower it")

@@ -1,13 +1,11 @@
 """Special tokens of a tokenizer: those that its template adds, and the one for padding."""
 
 import json
-import re
 from typing import Any
 
 from tokenizers import Tokenizer
 
 PADDING_TOKENS = ("<|padding|>", "<pad>", "<|pad|>", "[PAD]", "<PAD>", "<|finetune_right_pad_id|>", "<|PAD_TOKEN|>")
-BOS_TOKEN = re.compile(r"\bbos_token\b")  # in a chat template
 
 
 def drop_template(processor: dict[str, Any] | None) -> tuple[dict[str, Any] | None, list[str]]:
@@ -64,27 +62,3 @@ def padding_token(tokenizer: Tokenizer) -> str | None:
     model would not learn to end a text.
     """
     return next((name for name in PADDING_TOKENS if tokenizer.token_to_id(name) is not None), None)
-
-
-def template_with_sinks(template: str, names: list[str]) -> str:
-    """Return a chat template that begins a conversation with the sinks.
-
-    A template names the first token ``bos_token``. With one sink that is the sink; with several,
-    all of them replace it. A template without it gets the sinks in front: chat templates are
-    rendered to text that is tokenized without special tokens, so the sink would be missing.
-
-    Args:
-        names: the names of the sinks in the tokenizer.
-    """
-    if has_sinks(template, names):
-        return template
-    text = json.dumps("".join(names))
-    if BOS_TOKEN.search(template):
-        return BOS_TOKEN.sub(lambda _: text, template)
-    return "{{- " + ("bos_token" if len(names) == 1 else text) + " -}}\n" + template
-
-
-def has_sinks(template: str, names: list[str]) -> bool:
-    """Whether a chat template names the sinks: ``bos_token`` if there is one, else all of them."""
-    is_bos = len(names) == 1 and BOS_TOKEN.search(template) is not None
-    return is_bos or "".join(names) in template

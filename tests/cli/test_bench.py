@@ -1,12 +1,14 @@
 """`sinklm bench decode` on a small model."""
 
 import json
+import time
+from functools import partial
 
 import pytest
 import torch
 
 from sinklm.cli.bench import _random_model, decode
-from sinklm.eval.decode_speed import CroppedCache, bytes_read, results_table
+from sinklm.eval.decode_speed import CroppedCache, bytes_read, measure_decoding, results_table, step_times
 from sinklm.eval.plots import decoding_figure
 
 from ..eval.checkpoints import small_model, write_checkpoint
@@ -45,9 +47,27 @@ def test_the_floor_includes_an_embedding_that_is_also_the_head():
 
 def test_the_table_has_the_speedup_over_re_computation():
     times = {"streaming": 2.0, "cropped cache": 3.0, "re-computation": 30.0, "floor": 1.0}
-    results = [{"method": m, "milliseconds": t, "num_kept": 4, "window": 60, "batch_size": 1} for m, t in times.items()]
-    cells = [next(iter(column.cells)) for column in results_table(results, "").columns]
-    assert cells == ["4+60", "1", "2.00", "3.00", "30.00", "1.00", "15.0×"]
+    results = [
+        {"method": m, "milliseconds": t, "stdev": None if m == "floor" else t / 10, "is_eager": m.startswith("re-")}
+        | {"num_kept": 4, "window": 60, "batch_size": 1}
+        for m, t in times.items()
+    ]
+    table = results_table(results, "")
+    cells = [next(iter(column.cells)) for column in table.columns]
+    assert cells == ["4+60", "1", "2.00 ± 0.20", "3.00 ± 0.30", "30.00 ± 3.00", "1.00", "15.0×"]
+    assert table.caption.endswith("eager: re-computation")
+
+
+def test_each_step_has_its_time_and_re_computation_has_a_fifth_of_the_steps():
+    model = small_model(1)
+    rows = {row["method"]: row for row in measure_decoding(model, 1, 15, 1, num_steps=20, bandwidth=1e9)}
+    assert {method: row["num_steps"] for method, row in rows.items()} == {
+        "streaming": 20, "cropped cache": 20, "re-computation": 4, "floor": None
+    }  # fmt: skip
+    assert all(row["stdev"] > 0 and row["is_eager"] for method, row in rows.items() if method != "floor")
+    times = step_times(partial(time.sleep, 0.002), 0, 5)
+    assert len(times) == 5
+    assert min(times) >= 2
 
 
 @pytest.mark.parametrize("num_sinks", [0, 1])

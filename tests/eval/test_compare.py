@@ -140,15 +140,18 @@ def test_results_of_other_settings_have_no_difference(tmp_path, change, name):
     assert f"zero-shot piqa acc: a and b differ in {name}: no difference" in comparison.notes
 
 
+METHODS = "dense,window,streaming,recompute"
+
+
 def test_the_reports_of_all_commands_are_read(tmp_path, checkpoints, task_folder, capsys):
     """The files that the commands write, in one table, one picture and all formats."""
     text = tmp_path / "book.txt"
-    text.write_text("The ship lay in the harbour, and the rain fell on the river. " * 20)
+    text.write_text("The ship lay in the harbour, and the rain fell on the river. " * 60)
     folders = []
     for num_sinks in (0, 1):
         folder, model = tmp_path / f"sinks-{num_sinks}", str(checkpoints[num_sinks])
         zero_shot(model, "rooms", include_path=task_folder, log_samples=True, output=folder)
-        streaming(model, [text], caches="0+16,2+14", methods="window,streaming", output=folder)
+        streaming(model, [text], caches="0+16,2+14", methods=METHODS, recompute_every=50, output=folder)
         name = ("vanilla", "learnable-sink")[num_sinks]
         shutil.copy(RESULTS / f"sinks-{name}.json", folder / "sinks.json")
         folders.append(str(folder))
@@ -167,14 +170,18 @@ def test_the_reports_of_all_commands_are_read(tmp_path, checkpoints, task_folder
     assert [run["value"] for run in acc["runs"]] == [first["tasks"]["rooms"]["acc"], second["tasks"]["rooms"]["acc"]]
     assert acc["differences"][0]["paired"] is True
     stream = json.loads((Path(folders[1]) / "streaming.json").read_text())
-    assert by_key["streaming", "2+14", "perplexity"]["runs"][1]["value"] == stream["results"][1]["perplexity"]
-    assert by_key["streaming", "2+14", "bits per byte"]["runs"][1]["value"] == stream["results"][1]["bits_per_byte"]
+    (kept,) = (result for result in stream["results"] if result["configuration"] == "2+14")
+    for metric in ("perplexity", "bits per byte"):
+        assert by_key["streaming", "2+14", metric]["runs"][1]["value"] == kept[metric.replace(" ", "_")]
     assert by_key["sinks", "first text token", "sink rate"]["differences"][0]["value"] == pytest.approx(
         -0.3908, abs=1e-4
     )
     # the model with sinks also scores the first token of the text, and is compared all the same
-    for metric in ("perplexity", "bits per byte"):
-        assert len(by_key["streaming", "2+14", metric]["differences"]) == 1
+    dense = stream["results"][0]
+    assert dense["num_scored"] < stream["text"]["num_tokens"]
+    for configuration in ("dense", "0+16", "2+14", "recompute 16"):
+        for metric in ("perplexity", "bits per byte"):
+            assert len(by_key["streaming", configuration, metric]["differences"]) == 1
     assert report["notes"] == []
 
     rows = list(csv.DictReader(io.StringIO((tmp_path / "out" / "compare.csv").read_text())))
@@ -280,28 +287,55 @@ def test_a_damaged_report_is_named(tmp_path, content, message):
         read_run(str(path), "x")
 
 
+def write_streamed(path: Path, num_sinks: int, *, is_old: bool = False, **changes) -> str:
+    """Write a report on 100 tokens. A model with a sink scores the first one too."""
+    text = {"sha256": "x", "ids_sha256": "i", "num_tokens": 100, "num_prefix_tokens": 0, "num_bytes": 300}
+    scores = {"perplexity": 10.0, "bits_per_byte": 1.0, "num_scored": 99, "num_bytes_scored": 297}
+    for values in (scores, text):
+        values |= {key: value for key, value in changes.items() if key in values}
+    result = {"configuration": "dense", "method": "dense", **scores}
+    result["num_scored"] += num_sinks
+    result["num_bytes_scored"] += 3 * num_sinks
+    result["perplexity"] += num_sinks  # of the first token
+    result |= {} if is_old else {"after_first": scores}
+    report = {"model": {"num_sinks": num_sinks}, "bin_edges": [], "text": text, "results": [result]}
+    path.write_text(json.dumps(report))
+    return str(path)
+
+
 @pytest.mark.parametrize(
     ("change", "unlike", "without"),
     [
         ({}, "", ()),
-        ({"sha256": "y"}, "text", ("perplexity", "bits per byte")),
-        ({"num_scored": 50}, "scored", ("perplexity", "bits per byte")),
-        ({"ids_sha256": "j"}, "tokens", ("perplexity",)),  # of another tokenizer
+        ({"sha256": "y"}, "differ in text:", ("perplexity", "bits per byte")),
+        ({"num_scored": 50, "num_bytes_scored": 150}, "scored (", ("perplexity", "bits per byte")),
+        ({"ids_sha256": "j"}, "differ in tokens:", ("perplexity",)),  # of another tokenizer
+        ({"is_old": True}, "evaluate both again", ("perplexity", "bits per byte")),
     ],
 )
 def test_perplexities_of_the_same_tokens_are_compared(tmp_path, change, unlike, without):
-    """The second model has a sink, so it scores the first token too."""
-    for name, num_sinks in (("a", 0), ("b", 1)):
-        result = {"configuration": "4+60", "method": "streaming", "num_scored": 99 + num_sinks, "perplexity": 10.0}
-        text = {"sha256": "x", "ids_sha256": "i", "num_tokens": 100, "num_prefix_tokens": 0, "num_bytes": 300}
-        for values in (result, text) if num_sinks else ():
-            values |= {key: value for key, value in change.items() if key in values}
-        result |= {"bits_per_byte": 1.0, "num_bytes_scored": 3 * result["num_scored"]}
-        report = {"model": {"num_sinks": num_sinks}, "bin_edges": [], "text": text, "results": [result]}
-        (tmp_path / f"{name}.json").write_text(json.dumps(report))
-    comparison = compare([str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+    old = {"is_old": True} if "is_old" in change else {}
+    names = [write_streamed(tmp_path / "a.json", 0, **old), write_streamed(tmp_path / "b.json", 1, **change)]
+    comparison = compare(names)
     for metric in ("perplexity", "bits per byte"):
-        found = row_of(comparison, "streaming", "4+60", metric).differences[1]
+        found = row_of(comparison, "streaming", "dense", metric).differences[1]
         assert (found is None) == (metric in without)
     assert all(unlike in note for note in comparison.notes)
     assert len(comparison.notes) == len(without)
+
+
+def test_a_difference_leaves_out_the_first_token_if_one_model_cannot_score_it(tmp_path):
+    plain, sink, better = (
+        write_streamed(tmp_path / f"{name}.json", num_sinks, perplexity=perplexity)
+        for name, num_sinks, perplexity in (("a", 0, 10.0), ("b", 1, 9.5), ("c", 1, 9.0))
+    )
+    comparison = compare([plain, sink])
+    row = row_of(comparison, "streaming", "dense", "perplexity")
+    assert [value.value for value in row.values] == [10.0, 10.5]
+    assert row.differences[1].value == -0.5
+    assert row_of(compare([sink, better]), "streaming", "dense", "perplexity").differences[1].value == -0.5
+
+
+def test_how_many_tokens_were_scored_is_in_the_note(tmp_path):
+    names = [write_streamed(tmp_path / f"{num}.json", 0, num_scored=num) for num in (99, 50)]
+    assert "differ in number of tokens scored (99 and 50): no difference" in compare(names).notes[0]

@@ -14,7 +14,7 @@ from sinklm.checkpoints import load_model, load_tokenizer
 from sinklm.eval.lm import as_lm
 from sinklm.eval.local_data import Source, find_files, load_rows, use_local_data
 from sinklm.eval.local_rows import FIELDS
-from sinklm.eval.zero_shot import PAPER_FOLDERS, evaluate, task_manager
+from sinklm.eval.zero_shot import PAPER_FOLDERS, evaluate, find_tasks, task_manager
 
 from .benchmarks import ARC, DATA, HELLASWAG, TASKS, write_benchmarks, write_card, write_rows
 
@@ -41,9 +41,8 @@ def test_scores_equal_those_of_stock_lm_eval_on_the_same_data(benchmarks, checkp
     """lm-eval's task files as they are; only the download is replaced."""
     tasks = list(TASKS) if num_fewshot is None else ["arc_easy"]
     model, tokenizer = load_model(checkpoints[1]), load_tokenizer(checkpoints[1])
-    ours = evaluate(
-        model, tokenizer, tasks, data_dir=benchmarks, num_fewshot=num_fewshot, log_samples=True, batch_size=4
-    )
+    found = find_tasks(tasks, data_dir=benchmarks, num_fewshot=num_fewshot)
+    ours = evaluate(model, tokenizer, found, log_samples=True, batch_size=4)
 
     monkeypatch.setattr(datasets, "load_dataset", from_the_hub)
     folders = [Path(lm_eval.tasks.__file__).parent / name for name in PAPER_FOLDERS]
@@ -201,7 +200,9 @@ def test_rows_with_other_fields_are_named(tmp_path, checkpoints, monkeypatch):
         use_local_data(task_manager(["arc_easy"]), ["arc_easy"], tmp_path)
     monkeypatch.setattr("sinklm.eval.local_rows.FIELDS", {})  # of a task whose fields are not known
     with pytest.raises(ValueError, match=r"does not have the fields of the Hub's.*arc_easy_test\.jsonl"):
-        evaluate(load_model(checkpoints[0]), load_tokenizer(checkpoints[0]), ["arc_easy"], data_dir=tmp_path)
+        evaluate(
+            load_model(checkpoints[0]), load_tokenizer(checkpoints[0]), find_tasks(["arc_easy"], data_dir=tmp_path)
+        )
 
 
 PIQA = {"goal": "open a door", "sol1": "a key", "sol2": "a spoon", "label": 0}

@@ -15,6 +15,7 @@ from sinklm.data import open_store
 from sinklm.eval.sinks import measure, sequences_of_store, sequences_of_texts
 from sinklm.eval.sinks.plots import checkpoints_figure, heads_figure, layers_figure, maps_figure
 from sinklm.eval.sinks.tables import as_json, named_positions
+from sinklm.models.config import num_prepended_sinks
 
 from ..checkpoints.seal import seal
 from ..train.tiny import make_store
@@ -33,7 +34,7 @@ def book(tmp_path):
 def report_of(folder, book) -> dict:
     """The command's report on 4 sequences of 20 positions."""
     model, tokenizer = load_model(folder), load_tokenizer(folder)
-    num_sinks = getattr(model.config, "num_sinks", 0)
+    num_sinks = num_prepended_sinks(model.config)
     sequences = sequences_of_texts([book], tokenizer, 4, 20 - num_sinks)
     statistics = measure(model, sequences.ids)
     return {"epsilon": 0.3, **as_json(statistics, named_positions(num_sinks, sequences.num_prefix))}

@@ -23,7 +23,7 @@ from sinklm.eval.stream_eval import (
     tokens_per_line,
 )
 from sinklm.eval.tasks.stream_eval.records import LARGEST_NUMBER, PREAMBLE, make_records
-from sinklm.eval.zero_shot import evaluate, task_manager
+from sinklm.eval.zero_shot import evaluate, find_tasks, task_manager
 
 from .checkpoints import small_model, small_tokenizer
 
@@ -189,7 +189,7 @@ def test_the_task_of_lm_eval_asks_the_same_questions():
     entry = manager.task_index["stream_eval"]
     assert entry.yaml_path.parent.name == "stream_eval"
     records = make_records(20, 71, seed=0)
-    results = evaluate(model, TOKENIZER, ["stream_eval"], limit=7, log_samples=True)
+    results = evaluate(model, TOKENIZER, find_tasks(["stream_eval"]), limit=7, log_samples=True)
     samples = results["samples"]["stream_eval"]
     assert [sample["doc"]["line"] for sample in samples] == [20, 30, 40, 50, 60, 70, 20]
     for sample in samples[::3]:

@@ -47,7 +47,7 @@ def expected(kind, shape):
 def test_any_cache_and_any_split_equal_the_oracle(kind, shape):
     model, ids = exact(kind)
     for sizes in SPLITS.values():
-        for chunk_size in (1024, 6):
+        for chunk_size in (1024, 6) if max(sizes) > 1 else (1024,):
             cache = StreamingCache.for_model(model, num_kept=shape[0], window=shape[1], chunk_size=chunk_size)
             logits = streamed(model, ids, cache, sizes)[0]
             torch.testing.assert_close(logits, expected(kind, shape), rtol=0, atol=1e-9)

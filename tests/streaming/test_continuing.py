@@ -6,6 +6,7 @@ import gc
 import pytest
 import torch
 
+from sinklm.models.config import num_prepended_sinks
 from sinklm.streaming import StreamingCache
 from sinklm.streaming.record import TextRecord, digest_of
 
@@ -136,7 +137,7 @@ def test_rows_are_known_after_beams_copies_and_a_reset_of_rows(model):
     generate(model, full.flip(0), cache)
     generate(model, full, twin)
     twin.reset([1])
-    seen = twin.get_seq_length() - getattr(model.config, "num_sinks", 0)
+    seen = twin.get_seq_length() - num_prepended_sinks(model.config)
     mask = torch.ones(2, seen + 3, dtype=torch.long)
     mask[1, :seen] = 0
     wrong = turn(seen + 3, batch_size=2)

@@ -10,9 +10,9 @@ from benchmarks.cache_soak import Soak, tiny_llama
 def test_streams_in_one_cache_equal_streams_alone(kv_dtype):
     torch.manual_seed(0)
     soak = Soak(tiny_llama(), num_rows=5, longest_pass=40, sampled=1.0, ending=0.15, kv_dtype=kv_dtype)
-    soak.run(2500)
+    soak.run(1000)
     num_bytes = soak.cache.num_bytes
-    soak.run(5000)
+    soak.run(2500)
     assert soak.cache.num_bytes == num_bytes
     assert soak.counts["compared"] >= 20
     assert soak.counts["loads"] >= 1

@@ -1,4 +1,4 @@
-"""Models as people load them: with adapters, quantized weights, or compiled."""
+"""Models as people load them: with adapters or quantized weights. `test_decoding` compiles them."""
 
 import copy
 
@@ -78,17 +78,6 @@ def test_a_cache_belongs_to_the_adapters_in_use(tmp_path):
     model.base_model.model.model.layers[0].self_attn.q_proj.set_scale("default", 3.0)
     with pytest.raises(ValueError, match="the weights differ"):
         StreamingCache.load(file, model)
-
-
-@torch.no_grad()
-def test_a_compiled_model_streams_like_the_model_itself():
-    model, ids = build(num_hidden_layers=1), tiny.random_ids(12)
-    compiled = torch.compile(model, backend="eager")
-    cache, own = for_model(compiled), for_model(model)
-    for part in (ids[:, :9], ids[:, 9:10], ids[:, 10:]):
-        expected = model(part, past_key_values=own).logits
-        torch.testing.assert_close(compiled(part, past_key_values=cache).logits, expected, rtol=0, atol=1e-5)
-    assert cache.steering is own.steering
 
 
 def test_torchao_8_bit_weights_stream_like_the_same_weights_in_full(tmp_path):

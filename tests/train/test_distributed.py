@@ -4,8 +4,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ from sinklm.checkpoints.folders import list_checkpoints
 from sinklm.train.run import train
 from sinklm.train.stopping import REQUEUE_STATUS
 
-from .processes import Ranks
+from .processes import Ranks, run_module
 from .test_probes import PROBES, check_same_run, probed
 from .tiny import (
     assert_same_weights,
@@ -339,12 +337,11 @@ def test_a_killed_run_goes_on_bit_for_bit(recipe, tmp_path):
     """A process is ended by SIGTERM at an arbitrary step, and the same command is run again."""
     steps = ["train.num_steps=40", "train.micro_batch_size=8", "validation.every_steps=null"]
     interrupted = tmp_path / "interrupted"
-    command = [sys.executable, "-m", "sinklm.train", recipe, f"train.run_dir={interrupted}", *steps]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = Ranks(run_module, "sinklm.train", [recipe, f"train.run_dir={interrupted}", *steps], world_size=1)
     wait_for_step(interrupted, 5)
-    process.terminate()
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM, output
+    process.signal(signal.SIGTERM, rank=0)
+    ((status, output),) = process.wait()
+    assert status == 128 + signal.SIGTERM, output
     assert 5 <= max(list_checkpoints(interrupted)) < 40
     train(recipe, [f"train.run_dir={interrupted}", *steps])
     train(recipe, [f"train.run_dir={tmp_path / 'whole'}", *steps])

@@ -70,8 +70,10 @@ def test_the_first_signal_is_announced_once():
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_every_signal_saves_the_state_and_ends_with_its_status(recipe, tmp_path, number, capsys):
     def send() -> None:
-        wait_for_step(tmp_path, 2)
-        os.kill(os.getpid(), number)
+        try:
+            wait_for_step(tmp_path, 2)
+        finally:  # or training would not end
+            os.kill(os.getpid(), number)
 
     threading.Thread(target=send, daemon=True).start()
     with pytest.raises(SystemExit) as ended:

@@ -6,7 +6,7 @@ import random
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -149,8 +149,8 @@ def wait_for_step(run_dir: Path, step: int, timeout: float = 90) -> None:
     """Wait until the run has recorded a step."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        path = run_dir / "metrics.jsonl"
-        if path.exists() and any(line["step"] >= step for line in metrics(run_dir)):
-            return
+        with suppress(FileNotFoundError, ValueError):  # the last line may be incomplete
+            if any(line["step"] >= step for line in metrics(run_dir)):
+                return
         time.sleep(0.02)
     raise TimeoutError(f"{run_dir} did not reach step {step}")

@@ -90,5 +90,7 @@ def fail_to_pin(memory: HostMemory) -> None:
 
 
 def send_signal(number: int, step: int, run_dir: str) -> None:
-    wait_for_step(Path(run_dir), step)
-    os.kill(os.getpid(), number)
+    try:
+        wait_for_step(Path(run_dir), step)
+    finally:  # or training would not end
+        os.kill(os.getpid(), number)
