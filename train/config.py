@@ -161,8 +161,12 @@ class TrainSection(Section):
 
 
 class OptimizerSection(Section):
-    """AdamW with weight decay on matrices only, and a cosine schedule."""
+    """AdamW or Muon with weight decay on matrices only, and a cosine schedule."""
 
+    name: Literal["adamw", "muon"] = Field(
+        default="adamw",
+        description="`adamw`; `muon`: Muon for the matrices of the layers, AdamW for the rest; ZeRO stages 0 to 2",
+    )
     lr: float = Field(gt=0, description="peak learning rate, reached after warm-up")
     min_lr_ratio: Ratio = Field(default=0.1, description="final learning rate as a fraction of `lr`")
     warmup_ratio: Ratio = Field(default=0.01, description="fraction of the steps used for linear warm-up")
@@ -243,6 +247,10 @@ DERIVED_DEEPSPEED_KEYS = {
     "zero_optimization.round_robin_gradients": "remove this key; with it DeepSpeed cannot resume on another rank count",
     "checkpoint.load_universal": "remove this key; it is detected automatically",
 }
+
+# Keys of `zero_optimization` with which DeepSpeed moves the optimizer's state, or partitions or
+# loads it in another way.
+NOT_WITH_MUON = ("offload_optimizer", "zenflow", "elastic_checkpoint", "parameter_alignment")
 
 
 # Switches and sections of DeepSpeed's configuration. DeepSpeed ignores unknown keys silently, so
@@ -345,6 +353,7 @@ class TrainingConfig(Section):
                 f"{self.train.seq_length}: raise train.seq_length"
             )
         self._check_skipping()
+        self._check_muon()
         if self.train.deterministic and self.deepspeed.zero_stage == 3:
             raise ValueError("train.deterministic=true was not tested with deepspeed.zero_stage=3: use a lower stage")
         if self.train.compile and self.deepspeed.zero_stage == 3:
@@ -368,6 +377,19 @@ class TrainingConfig(Section):
                 raise ValueError(
                     f"train.on_spike=skip does not work with deepspeed.zero_optimization.{key}: remove one of them"
                 )
+
+    def _check_muon(self) -> None:
+        """Refuse Muon where DeepSpeed would store matrices or state in a way it does not know."""
+        zero = _section(self.deepspeed.extra_keys, "zero_optimization")
+        others = {
+            "zero_stage=3": self.deepspeed.zero_stage == 3,
+            "zero_allow_untested_optimizer=false": self.deepspeed.extra_keys.get("zero_allow_untested_optimizer")
+            is False,
+            **{f"zero_optimization.{key}": zero.get(key) for key in NOT_WITH_MUON},
+        }
+        for key, is_set in others.items():
+            if self.optimizer.name == "muon" and is_set:
+                raise ValueError(f"optimizer.name=muon does not work with deepspeed.{key}: change one of them")
 
 
 def _section(values: dict[str, Any], key: str) -> dict[str, Any]:

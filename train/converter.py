@@ -1,14 +1,32 @@
 """DeepSpeed's ``ds_to_universal`` as a process that can read the classes in DeepSpeed's files.
 
 ``python -m sinklm.train.converter --input_folder … --output_folder …``
+
+It requires two moments of each parameter, but Muon has only one. So the first one also stands for
+the second, which `universal.convert_to_universal` then deletes.
 """
 
+from typing import Any
+
 import torch
-from deepspeed.checkpoint import ds_to_universal
+from deepspeed.checkpoint import DeepSpeedCheckpoint, ds_to_universal
 
 from .unpickling import deepspeed_classes
 
-torch.serialization.add_safe_globals(deepspeed_classes())  # at import, for workers that import this module again
+# At import, for workers that import this module again.
+torch.serialization.add_safe_globals(deepspeed_classes())
+read_state = DeepSpeedCheckpoint.get_zero_checkpoint_state
+
+
+def read_complete_state(self: DeepSpeedCheckpoint, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Return the state of one rank, with two moments for each group of parameters."""
+    state = read_state(self, *args, **kwargs)
+    for moments in state["optimizer_state_dict"]["base_optimizer_state"]["state"].values():
+        moments.setdefault("exp_avg_sq", moments["exp_avg"])
+    return state
+
+
+DeepSpeedCheckpoint.get_zero_checkpoint_state = read_complete_state
 
 if __name__ == "__main__":
     ds_to_universal.main(ds_to_universal.parse_arguments())

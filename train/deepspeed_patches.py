@@ -4,8 +4,9 @@ They use names that are not public, and are tested with the versions in `version
 `skip_op_build`, `no_memory_reports` and `fused_update` save time. The recipe key
 ``deepspeed.patches`` enables them, and they are disabled with a RuntimeWarning under other versions
 or if a name is missing.
-`reset_process`, `collect_files` and `restore_settings` are required for correctness, so they
-are always active; their docstrings state what happens if a name is missing.
+`support_optimizer` saves a warning. `reset_process`, `collect_files` and `restore_settings` are
+required for correctness, so they are always active; their docstrings state what happens if a name
+is missing.
 """
 
 import importlib.metadata
@@ -59,6 +60,15 @@ def no_memory_reports(config: TrainingConfig) -> Iterator[None]:
         yield
     finally:
         bf16_optimizer.see_memory_usage = original
+
+
+def support_optimizer(optimizer: type[torch.optim.Optimizer]) -> None:
+    """Keep DeepSpeed from warning that an optimizer is untested with ZeRO, if it has its list."""
+    from deepspeed.runtime.zero import utils
+
+    supported = getattr(utils, "ZERO_SUPPORTED_OPTIMIZERS", [])
+    if optimizer not in supported:
+        supported.append(optimizer)
 
 
 def fused_update(engine: "DeepSpeedEngine", config: TrainingConfig) -> FusedUpdate | None:
@@ -147,8 +157,11 @@ def restore_settings(engine: "DeepSpeedEngine", settings: OptimizerSection, *, z
         ValueError: ZeRO's ``clip_grad`` is missing, so that the checkpoint's clip could be in use.
     """
     optimizer = engine.basic_optimizer
-    for group, weight_decay in zip(optimizer.param_groups, (settings.weight_decay, 0.0), strict=True):
-        group.update(betas=tuple(settings.betas), eps=settings.eps, weight_decay=weight_decay)
+    for group in optimizer.param_groups:
+        is_decayed = group is not optimizer.param_groups[-1]
+        group["weight_decay"] = settings.weight_decay if is_decayed else 0.0
+        if "betas" in group:
+            group.update(betas=tuple(settings.betas), eps=settings.eps)
     for parameter, state in optimizer.state.items():
         if "step" in state:  # fused AdamW needs it on the device of the weights
             state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device).clone()

@@ -6,7 +6,7 @@ from pathlib import Path
 from ..checkpoints.folders import list_checkpoints
 from ..models.cost import count_parameters
 from .config import TrainingConfig
-from .memory import GIB
+from .memory import GIB, count_muon_parameters
 from .plan import Plan
 from .schedule import is_pythia_step, saves_after
 
@@ -29,20 +29,22 @@ def checkpoint_bytes(plan: Plan, tokenizer_path: Path | None = None) -> int:
     3     2 ``model/`` + 12            4 ``model/`` + 12
     ===== ============================ ============================
 
-    12 is the float32 weights and AdamW's two moments.
+    12 is the float32 weights and AdamW's two moments; 8 for the matrices that Muon updates.
     """
     config, stage = plan.config, plan.config.deepspeed.zero_stage
     weight = 4 if stage == 0 or config.train.precision == "fp32" else 2
     per_parameter = weight + 12 + (weight if stage in (1, 2) else 0)
     tokenizer = tokenizer_path.stat().st_size if tokenizer_path else TOKENIZER_BYTES
-    return count_parameters(plan.model_config) * per_parameter + tokenizer + plan.world_size * RANK_BYTES + FILE_BYTES
+    weights = count_parameters(plan.model_config) * per_parameter - 4 * count_muon_parameters(config, plan.model_config)
+    return weights + tokenizer + plan.world_size * RANK_BYTES + FILE_BYTES
 
 
 def snapshot_bytes(plan: Plan, *, is_main: bool) -> int:
     """Return the size of what one rank writes to a checkpoint, and a little more."""
     stage, parameters = plan.config.deepspeed.zero_stage, count_parameters(plan.model_config)
     weight = 4 if stage == 0 or plan.config.train.precision == "fp32" else 2
-    optimizer = 12 * parameters // plan.world_size if stage else 12 * parameters * is_main
+    in_optimizer = 12 * parameters - 4 * count_muon_parameters(plan.config, plan.model_config)
+    optimizer = in_optimizer // plan.world_size if stage else in_optimizer * is_main
     weights = weight * parameters * is_main * (2 if stage in (1, 2) else 1)
     return int(1.01 * (optimizer + weights)) + SLACK
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ValidationError
@@ -13,6 +13,7 @@ from ..models import SinkGPTNeoXForCausalLM
 from . import deepspeed_patches
 from .config import OptimizerSection, TrainingConfig
 from .launch import silent_stdout
+from .muon import Muon
 from .plan import Plan
 from .recipe import saved_values
 from .spikes import SpikeGuard, guard_updates
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine  # imported late elsewhere: DeepSpeed selects its device on import
 
 
+FUSED_ATTENTION = "query_key_value"  # in the name of a weight with queries, keys and values by head
 EVEN_SIZE = 8  # 16-bit numbers in 16 bytes, the alignment of arguments that is fastest in cuBLAS
 
 
@@ -39,6 +41,8 @@ def deepspeed_config(plan: Plan, *, load_universal: bool = False, is_saved: bool
         "gradient_clipping": config.optimizer.clip if stage else 0.0,
         "zero_optimization": {"stage": stage},
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW also runs on CPUs and needs no compiler
+        # Of Muon, DeepSpeed knows only its own, which is not the same under all stages.
+        "zero_allow_untested_optimizer": config.optimizer.name == "muon",
         "timers": {"throughput": {"enabled": False}},  # they would synchronize the device twice per micro-batch
         "checkpoint": {"tag_validation": "Ignore", "load_universal": load_universal},
         **_precision(config),
@@ -75,20 +79,33 @@ def _merge(ours: dict, extra: dict) -> dict:
     return merged
 
 
-def parameter_groups(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+def parameter_groups(model: nn.Module, optimizer: OptimizerSection) -> list[dict[str, nn.Parameter]]:
     """Return parameters by name, in the optimizer's order: matrices; biases, layer norms and sinks.
+
+    With Muon, the first group is the matrices of the layers, and the second one the embedding and
+    the head.
 
     ZeRO concatenates the weights of a group. Parameters whose size is not a multiple of 8 (such as
     a logit for each of twelve heads) come last, because biases after them would not be aligned to
     16 bytes and matrix products would be slower.
     """
+    hidden: dict[str, nn.Parameter] = {}
     matrices: dict[str, nn.Parameter] = {}
     others: dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_matrix = parameter.ndim >= 2 and name.endswith("weight")  # excludes a sink's keys and values
-            (matrices if is_matrix else others)[name] = parameter
-    return matrices, dict(sorted(others.items(), key=lambda item: item[1].numel() % EVEN_SIZE != 0))
+            is_hidden = is_matrix and optimizer.name == "muon" and ".layers." in name
+            (hidden if is_hidden else matrices if is_matrix else others)[name] = parameter
+    others = dict(sorted(others.items(), key=lambda item: item[1].numel() % EVEN_SIZE != 0))
+    return [hidden, matrices, others] if optimizer.name == "muon" else [matrices, others]
+
+
+def group_names(plan: Plan) -> list[list[str]]:
+    """Return the names of the parameters of each group of the optimizer, in its order."""
+    with torch.device("meta"):
+        model = SinkGPTNeoXForCausalLM(plan.model_config)
+    return [list(group) for group in parameter_groups(model, plan.config.optimizer)]
 
 
 def optimizer_layout(plan: Plan) -> str:
@@ -96,23 +113,22 @@ def optimizer_layout(plan: Plan) -> str:
 
     The files can only be loaded into an optimizer with the same layout.
     """
-    with torch.device("meta"):
-        model = SinkGPTNeoXForCausalLM(plan.model_config)
-    names = [list(group) for group in parameter_groups(model)]
     sub_groups = deepspeed_config(plan)["zero_optimization"].get("sub_group_size")  # ZeRO-3 saves by sub-group
-    return hashlib.sha256(json.dumps([names, sub_groups]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([group_names(plan), sub_groups]).encode()).hexdigest()
 
 
-def make_optimizer(model: nn.Module, optimizer: OptimizerSection) -> torch.optim.AdamW:
-    """Return fused AdamW with weight decay on matrices only."""
-    matrices, others = parameter_groups(model)
-    groups = [
-        {"params": list(matrices.values()), "weight_decay": optimizer.weight_decay},
-        {"params": list(others.values()), "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        groups, lr=optimizer.lr, betas=(optimizer.betas[0], optimizer.betas[1]), eps=optimizer.eps, fused=True
-    )
+def make_optimizer(model: PreTrainedModel, config: TrainingConfig) -> torch.optim.Optimizer:
+    """Return fused AdamW or `Muon`, with weight decay on matrices only."""
+    optimizer = config.optimizer
+    groups = parameter_groups(model, optimizer)
+    decays = [*[optimizer.weight_decay] * (len(groups) - 1), 0.0]
+    for_torch = [{"params": list(g.values()), "weight_decay": decay} for g, decay in zip(groups, decays, strict=True)]
+    adamw: dict[str, Any] = {"lr": optimizer.lr, "betas": tuple(optimizer.betas), "eps": optimizer.eps, "fused": True}
+    if optimizer.name == "adamw":
+        return torch.optim.AdamW(for_torch, **adamw)
+    num_heads = [model.config.num_attention_heads if FUSED_ATTENTION in name else None for name in groups[0]]
+    dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
+    return Muon(for_torch[0], num_heads, for_torch[1:], dtype=dtype, **adamw)
 
 
 def make_engine(
@@ -122,7 +138,8 @@ def make_engine(
 
     Raises:
         ValueError: the device does not support the recipe's precision, DeepSpeed rejects a key
-            passed through, or this version of DeepSpeed cannot create a second engine in a process.
+            passed through, a key changes the partition that Muon needs, or this version of
+            DeepSpeed cannot create a second engine in a process.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -135,11 +152,13 @@ def make_engine(
         # renamed in transformers 5.23
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+    optimizer = make_optimizer(model, config)
+    deepspeed_patches.support_optimizer(type(optimizer))
     try:
         with silent_stdout(), deepspeed_patches.no_memory_reports(config):
             engine, *_ = deepspeed.initialize(
                 model=model,
-                optimizer=make_optimizer(model, config.optimizer),
+                optimizer=optimizer,
                 config=deepspeed_config(plan, load_universal=load_universal),
             )
     except ValidationError as error:
@@ -147,6 +166,8 @@ def make_engine(
         raise ValueError(
             f"DeepSpeed rejects keys of the section deepspeed ({error.title}); fix or remove them: {reasons}"
         ) from error
+    if isinstance(optimizer, Muon):
+        optimizer.check_partition()
     engine.fused_update = deepspeed_patches.fused_update(engine, config)
     holds_back = config.train.on_spike == "skip"
     guard_updates(engine, SpikeGuard(device, plan.vocab_size, holds_back=holds_back))

@@ -6,7 +6,8 @@ times for the norm. With one micro-batch per step, that takes 5 to 10 % of a sma
 `FusedUpdate` copies the gradients into a buffer once, reduces to each rank only its own part, and
 updates in one kernel: `adamw_kernel` on a GPU, torch's fused AdamW elsewhere. The kernel divides
 the gradient by ``grad_scale``, which clips it, and does nothing if ``found_inf`` is 1, as for a
-`torch.amp.GradScaler`. `deepspeed_patches.fused_update` decides whether an engine uses it.
+`torch.amp.GradScaler`. The matrices of `muon.Muon` are updated by it, on the same buffers and with
+the same scalars. `deepspeed_patches.fused_update` decides whether an engine uses it.
 """
 
 import math
@@ -125,10 +126,14 @@ class FusedUpdate:
         return grad_norm
 
     def _update_in_one_pass(self) -> None:
-        """Update AdamW's weights and state, and the model's weights, with the kernel."""
+        """Update weights and state, AdamW's with the kernel, and the model's weights."""
         optimizer = self._zero.optimizer
         for group, copy, part in zip(optimizer.param_groups, self._copies, self._parts, strict=True):
             (weights,) = group["params"]
+            if group.get("is_muon"):
+                optimizer.update_matrices(group, [part])
+                copy.copy_(weights)
+                continue
             state = optimizer.state[weights]
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=weights.device)

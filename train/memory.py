@@ -36,8 +36,9 @@ def estimate_memory(
     ===== ==================================== ===============================
 
     12 is a float32 copy of the weights and AdamW's two moments; 16 adds a copy of the gradients
-    during clipping. The first terms of stages 2 and 3 are upper bounds: gradients are freed after
-    their bucket is reduced, weights after their layer.
+    during clipping. Muon's matrices have one moment, and need 4 bytes less (4 / N with ZeRO). The
+    first terms of stages 2 and 3 are upper bounds: gradients are freed after their bucket is
+    reduced, weights after their layer.
 
     Activations in 16 bits: ``36 B T D`` bytes per layer, and ``4 B T D`` more for a gate (its value
     and its output). With activation checkpointing, each layer stores only its input, and one layer
@@ -52,6 +53,7 @@ def estimate_memory(
     """
     bytes_per_value = 4 if config.train.precision == "fp32" else 2
     states = count_parameters(model) * _bytes_per_parameter(zero_stage, bytes_per_value, world_size)
+    states -= 4 * count_muon_parameters(config, model) / (world_size if zero_stage else 1)
 
     positions = config.train.micro_batch_size * config.train.seq_length
     per_value = 36 + (4 if model.sink_kind == "gate" else 0)
@@ -63,6 +65,15 @@ def estimate_memory(
     per_logit = 2 * bytes_per_value + (8 if bytes_per_value == 2 and not is_compiled else 0)
     head = model.vocab_size * (min(positions, TOKENS_PER_CHUNK) * per_logit + 4 * model.hidden_size)
     return MemoryEstimate(states=states, activations=kept + head)
+
+
+def count_muon_parameters(config: TrainingConfig, model: SinkGPTNeoXConfig) -> int:
+    """Count the parameters that Muon updates: the matrices of all layers, or 0 with AdamW."""
+    if config.optimizer.name != "muon":
+        return 0
+    hidden, inner = model.hidden_size, model.intermediate_size
+    gate = hidden * hidden if model.sink_kind == "gate" else 0
+    return model.num_hidden_layers * (4 * hidden * hidden + 2 * hidden * inner + gate)
 
 
 def _bytes_per_parameter(zero_stage: int, bytes_per_value: int, world_size: int) -> float:

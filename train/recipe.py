@@ -21,7 +21,12 @@ from .config import TrainingConfig
 
 LARGEST_RECIPE = 2**20  # bytes
 CONFIGS_PACKAGE = f"{__package__.rpartition('.')[0]}.configs"
-CHOICES = (("model", "sink", "kind"), ("train", "precision"), ("wandb", "mode"))  # texts that are one of a few
+CHOICES = (
+    ("model", "sink", "kind"),
+    ("train", "precision"),
+    ("optimizer", "name"),
+    ("wandb", "mode"),
+)  # texts that are one of a few
 WEIGHTS_KEY = "data.weights"
 
 

@@ -23,7 +23,7 @@ from ..checkpoints.folders import (
 from ..checkpoints.manifest import owned_files
 from . import deepspeed_patches, universal
 from .config import TrainingConfig
-from .engine import optimizer_layout
+from .engine import group_names, optimizer_layout
 from .launch import World, silent_stdout
 from .plan import Plan
 from .rank_state import rank_path, restore_rank_state, restore_window
@@ -34,8 +34,9 @@ from .verification import TRUST_OPTION, newest_intact, verified_state
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-# Keys that must not change on resume: they define the model and the order of the data.
-FIXED_KEYS = ("model", "train.seed", "train.seq_length", "train.batch_size_tokens", "data.weights")
+# Keys that must not change on resume: they define the model, the order of the data and the
+# optimizer's state.
+FIXED_KEYS = ("model", "train.seed", "train.seq_length", "train.batch_size_tokens", "data.weights", "optimizer.name")
 FREE_MODEL_KEYS = ("model.max_position_embeddings",)  # positions are rotary: no weight depends on it
 INIT_KEY = "model.init_from"  # may also change, except at step 0, where weights may be initialized again
 # Paths, logging and similar keys; their changes are not reported.
@@ -109,6 +110,7 @@ class Resume:
                     folder,
                     zero_stage=self.state.zero_stage,
                     keep_loss_scale=self.state.precision == plan.config.train.precision,
+                    muon=group_names(plan)[0] if plan.config.optimizer.name == "muon" else [],
                 )
         with world.all_or_none(), self._damage():
             if plan.config.deepspeed.zero_stage == 0:
@@ -271,6 +273,7 @@ def _mismatches(state: CheckpointState, plan: Plan) -> list[str]:
 
 def _resolve(settings: dict[str, Any]) -> None:
     """Replace implicit values by explicit ones, so that equivalent settings compare equal."""
+    settings.setdefault("optimizer.name", "adamw")  # older versions had no other one
     settings["model.max_position_embeddings"] = (
         settings.get("model.max_position_embeddings") or settings["train.seq_length"]
     )

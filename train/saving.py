@@ -185,7 +185,8 @@ class CheckpointWriter:
         client_state: dict = {"universal_checkpoint_info": {}}  # required by `ds_to_universal`
         if self._plan.config.deepspeed.zero_stage == 0:
             # In the order of the numbers in the optimizer's `state_dict`.
-            client_state["optimizer_parameter_names"] = [n for group in parameter_groups(engine.module) for n in group]
+            groups = parameter_groups(engine.module, self._plan.config.optimizer)
+            client_state["optimizer_parameter_names"] = [name for group in groups for name in group]
         config = engine.config
         engine.config = deepspeed_config(self._plan, is_saved=True)  # it is stored with the weights
         try:

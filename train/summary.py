@@ -14,7 +14,7 @@ from ..models.cost import count_parameters, flops_per_token
 from .batches import Windows, open_windows
 from .config import TrainingConfig
 from .disk import checkpoint_bytes, checkpoints_kept
-from .memory import GIB, estimate_memory
+from .memory import GIB, count_muon_parameters, estimate_memory
 from .plan import Plan
 from .progress import human
 from .recipe import config_yaml
@@ -34,6 +34,7 @@ def describe_run(plan: Plan, store: TokenSource, windows: Windows, resume: "Resu
         f"batch: {plan.world_size} rank{'s' * (plan.world_size > 1)} × {config.train.micro_batch_size} samples × "
         f"{_micro_batches(plan)} = {plan.samples_per_step:,} samples of "
         f"{config.train.seq_length:,} positions; {config.train.precision}, ZeRO-{config.deepspeed.zero_stage}",
+        *([f"optimizer: {describe_optimizer(plan)}"] if config.optimizer.name == "muon" else []),
         f"data: {store.path}, {len(windows):,} samples; {config.train.num_steps:,} steps = {epochs(plan, windows)}",
         f"run: {config.train.run_dir}",
     ]
@@ -53,6 +54,14 @@ def describe_model(plan: Plan) -> str:
     tokens = f"{plan.num_sinks} sink token{'s' * (plan.num_sinks > 1)}"
     sink = {"none": "no sink", "token": tokens}.get(kind, f"sink.kind {kind}")
     return f"{count_parameters(plan.model_config):,} parameters, vocabulary {plan.vocab_size:,}, {sink}"
+
+
+def describe_optimizer(plan: Plan) -> str:
+    """Return the optimizer, for Muon with the number of parameters that it updates."""
+    num_muon = count_muon_parameters(plan.config, plan.model_config)
+    if not num_muon:
+        return "AdamW"
+    return f"Muon for {num_muon:,} parameters, AdamW for {count_parameters(plan.model_config) - num_muon:,}"
 
 
 def epochs(plan: Plan, windows: Windows) -> str:
@@ -94,6 +103,7 @@ def _facts(plan: Plan, store: TokenSource | None) -> dict[str, str]:
         "model": describe_model(plan),
         "batch": f"{plan.samples_per_step:,} samples of {train.seq_length:,} positions = {train.batch_size_tokens:,}",
         "on one rank": f"{_micro_batches(plan)} of {train.micro_batch_size:,} samples",
+        "optimizer": describe_optimizer(plan),
         "steps": f"{train.num_steps:,}, including {num_warmup_steps:,} warm-up steps",
         "total positions": f"{plan.num_positions:,} ({human(plan.num_positions)})",
         "total compute": f"{num_operations:.3g} FLOP",

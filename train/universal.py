@@ -2,8 +2,8 @@
 
 ``ds_to_universal`` converts a ZeRO checkpoint to a rank-independent layout: one folder per
 parameter with its float32 value and AdamW's moments. This module adds what DeepSpeed 0.19 does not
-support: converting and loading stage 0, and conversion between stage 3 and stages 1 or 2, whose
-metadata differ.
+support: converting and loading stage 0, conversion between stage 3 and stages 1 or 2, whose
+metadata differ, and Muon's matrices, which have one moment.
 """
 
 import shutil
@@ -24,12 +24,15 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 METADATA_NAMES = {False: "mp_rank_00_model_states.pt", True: "zero_pp_rank_0_mp_rank_00_model_states.pt"}
 
 
-def convert_to_universal(source: Path, output: Path, *, zero_stage: int, keep_loss_scale: bool) -> None:
+def convert_to_universal(
+    source: Path, output: Path, *, zero_stage: int, keep_loss_scale: bool, muon: list[str]
+) -> None:
     """Convert DeepSpeed's files in ``source`` into the folder ``output``.
 
     Args:
         zero_stage: stage with which ``source`` was written.
         keep_loss_scale: set to False if the precision changes; only float16 has a loss scale.
+        muon: names of the parameters that Muon updates, which have no second moment.
 
     Raises:
         OSError: the conversion failed; the message contains the reason.
@@ -40,19 +43,22 @@ def convert_to_universal(source: Path, output: Path, *, zero_stage: int, keep_lo
         _write_parameters(source, output)
     else:
         _run_converter(source, output)
+        for name in muon:
+            (output / "zero" / name / f"{MOMENTS[1]}.pt").unlink()  # see `converter`
     _complete_metadata(output, source, zero_stage=zero_stage, keep_loss_scale=keep_loss_scale)
 
 
 def load_without_zero(engine: "DeepSpeedEngine", universal: Path) -> None:
-    """Load weights and AdamW's state of a universal checkpoint into an engine without ZeRO."""
+    """Load weights and optimizer state of a universal checkpoint into an engine without ZeRO."""
     optimizer = engine.basic_optimizer
     for name, parameter in engine.module.named_parameters():
         folder = universal / "zero" / name
         with torch.no_grad():
             parameter.copy_(_load(folder / "fp32.pt")[PARAM].view_as(parameter))
         state = optimizer.state[parameter]
-        for key in MOMENTS:
-            state[key] = _load(folder / f"{key}.pt")[PARAM].view_as(parameter).to(parameter)
+        for path in (folder / f"{key}.pt" for key in MOMENTS):
+            if path.exists():
+                state[path.stem] = _load(path)[PARAM].view_as(parameter).to(parameter)
         state["step"] = torch.as_tensor(_load(folder / "step.pt"), dtype=torch.float32, device=parameter.device)
 
 
@@ -68,7 +74,7 @@ def _write_parameters(source: Path, output: Path) -> None:
         folder = output / "zero" / name
         folder.mkdir(parents=True)
         torch.save({PARAM: checkpoint["module"][name].float()}, folder / "fp32.pt")
-        for key in MOMENTS:
+        for key in states[number].keys() & set(MOMENTS):
             torch.save({PARAM: states[number][key]}, folder / f"{key}.pt")
     groups = checkpoint["optimizer"]["param_groups"]
     torch.save({"param_groups": groups, "ds_version": checkpoint["ds_version"]}, output / "zero" / "optimizer_state.pt")

@@ -54,7 +54,8 @@ def plan_of(name: str, *overrides: str, tokenizer_size: int = PYTHIA_TOKENIZER_S
 
 def test_the_recipes_are_these():
     others = {"quickstart", "continue/pythia-160m", "paper/vanilla", *ARMS, "study/vanilla", *STUDY}
-    assert set(recipe_names()) == others | {f"pythia-{size}" for size in PYTHIA}
+    muon = {"muon/vanilla", "muon/learnable-sink"}
+    assert set(recipe_names()) == others | muon | {f"pythia-{size}" for size in PYTHIA}
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -112,6 +113,15 @@ def test_an_arm_of_the_study_differs_from_its_vanilla_by_its_sink_alone(name):
     for config in (vanilla, arm):
         del config["train"]["run_dir"]
     assert vanilla == arm
+
+
+@pytest.mark.parametrize("name", ["vanilla", "learnable-sink"])
+def test_a_recipe_with_muon_differs_from_the_study_by_its_optimizer_alone(name):
+    muon, adamw = (
+        load_config(f"{folder}/{name}", ["train.run_dir=runs/a"]).model_dump() for folder in ("muon", "study")
+    )
+    assert (muon["optimizer"].pop("name"), adamw["optimizer"].pop("name")) == ("muon", "adamw")
+    assert muon == adamw
 
 
 def test_the_study_matches_the_shipped_models():

@@ -31,6 +31,14 @@ def whole_run(recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
+@pytest.fixture(scope="session")
+def muon_run(recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`whole_run` with Muon."""
+    run_dir = tmp_path_factory.mktemp("muon") / "run"
+    train(recipe, ["optimizer.name=muon", f"train.run_dir={run_dir}"])
+    return run_dir
+
+
 @pytest.fixture(params=["no kernel", "kernel"])
 def update_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fused update without its kernel, as on a CPU, and with it, replaced by plain torch."""

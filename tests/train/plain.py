@@ -8,6 +8,7 @@ from torch import nn
 from sinklm.data import SampleOrder, TokenStore, TokenWindows
 from sinklm.models import SinkGPTNeoXForCausalLM
 from sinklm.train import fused_update
+from sinklm.train.config import TrainingConfig
 from sinklm.train.plan import Plan
 from sinklm.train.schedule import learning_rate
 
@@ -22,6 +23,12 @@ def plain_training(plan: Plan, num_steps: int) -> tuple[list[float], list[float]
     model = SinkGPTNeoXForCausalLM(plan.model_config)
     decayed = [m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in decayed)]
+    muon: dict[nn.Parameter, torch.Tensor] = {}
+    if config.optimizer.name == "muon":
+        muon = {
+            m.weight: torch.zeros_like(m.weight) for m in model.gpt_neox.layers.modules() if isinstance(m, nn.Linear)
+        }
+        decayed = [p for p in decayed if p not in muon]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": config.optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}],
         betas=tuple(config.optimizer.betas),
@@ -43,9 +50,37 @@ def plain_training(plan: Plan, num_steps: int) -> tuple[list[float], list[float]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config.train.num_steps, config.optimizer)
         optimizer.step()
-        optimizer.zero_grad()
+        for weight, average in muon.items():
+            plain_muon_(weight, average, config, optimizer.param_groups[0]["lr"])
+        model.zero_grad()
         losses.append(loss.item())
     return losses, norms, model
+
+
+@torch.no_grad()
+def plain_muon_(weight: nn.Parameter, average: torch.Tensor, config: TrainingConfig, lr: float) -> None:
+    """One step of Muon, orthogonalized in float64. A weight of 3 D × D has query, key and value."""
+    assert weight.grad is not None
+    average.mul_(0.95).add_(weight.grad, alpha=0.05)
+    update = (0.05 * weight.grad + 0.95 * average).double()
+    num_rows, num_columns = weight.shape
+    parts = [list(range(num_rows))]
+    if num_rows == 3 * num_columns:
+        head_dim = num_columns // config.model.num_attention_heads
+        parts = [[row for row in range(num_rows) if row // head_dim % 3 == part] for part in range(3)]
+    for rows in parts:
+        size = max(len(rows), num_columns)
+        update[rows] = plain_orthogonal(update[rows]) * 0.2 * size**0.5
+    weight.copy_(weight * (1 - lr * config.optimizer.weight_decay) - lr * update.float())
+
+
+def plain_orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """Five steps of Newton-Schulz by the formula of Jordan et al. 2024, in float64."""
+    x = matrix / matrix.norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x - 4.7750 * gram @ x + 2.0315 * gram @ gram @ x
+    return x
 
 
 def plain_logits(model: SinkGPTNeoXForCausalLM, ids: torch.Tensor) -> torch.Tensor:

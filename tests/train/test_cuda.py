@@ -1,6 +1,7 @@
 """Tests that need a GPU: float16, compilation, and exact resuming."""
 
 import math
+from itertools import product
 
 import pytest
 
@@ -13,9 +14,9 @@ EAGER = "train.compile=false"
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(recipe, tmp_path, stage, precision):
-    settings = [EAGER, f"deepspeed.zero_stage={stage}", f"train.precision={precision}"]
+@pytest.mark.parametrize(("stage", "optimizer"), [*product(range(4), ["adamw"]), *product(range(3), ["muon"])])
+def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(recipe, tmp_path, stage, optimizer, precision):
+    settings = [EAGER, f"deepspeed.zero_stage={stage}", f"train.precision={precision}", f"optimizer.name={optimizer}"]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     train(recipe, [*settings, f"train.run_dir={whole}"])
     copy_checkpoint(whole, 4, resumed)
@@ -44,6 +45,15 @@ def test_a_checkpoint_is_converted_on_a_gpu(recipe, tmp_path):
     train(recipe, [*settings, "deepspeed.zero_stage=3", f"train.run_dir={tmp_path / 'three'}"])
     expected = list(losses(tmp_path / "one").values())
     assert list(losses(tmp_path / "three").values()) == pytest.approx(expected, abs=5e-3)
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (1, "fp32"), (2, "bf16"), (2, "fp16")])
+def test_muon_learns_the_same_on_a_gpu(recipe, muon_run, tmp_path, stage, precision):
+    """As ZeRO-1 in float32, which equals a plain loop on a CPU."""
+    settings = [EAGER, f"deepspeed.zero_stage={stage}", f"train.precision={precision}", "optimizer.name=muon"]
+    train(recipe, [*settings, f"train.run_dir={tmp_path}"])
+    tolerance = 1e-4 if precision == "fp32" else 2e-2
+    assert list(losses(tmp_path).values()) == pytest.approx(list(losses(muon_run).values()), abs=tolerance)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,16 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_the_predicted_size_of_a_checkpoint_is_right(recipe, store, tmp_path, stage, precision):
-    settings = [*LARGER, f"deepspeed.zero_stage={stage}", f"train.precision={precision}", "train.num_steps=1"]
+@pytest.mark.parametrize(
+    ("stage", "precision", "more"),
+    [
+        *product([0, 1, 2, 3], ["bf16", "fp32"], [[]]),
+        (0, "fp32", ["optimizer.name=muon"]),
+        (1, "bf16", ["optimizer.name=muon"]),
+    ],
+)
+def test_the_predicted_size_of_a_checkpoint_is_right(recipe, store, tmp_path, stage, precision, more):
+    settings = [*LARGER, f"deepspeed.zero_stage={stage}", f"train.precision={precision}", "train.num_steps=1", *more]
     train(recipe, [f"train.run_dir={tmp_path}", *settings])
     plan = Plan(load_config(recipe, settings), 1, 300)
     predicted = checkpoint_bytes(plan, store / "tokenizer.json")

@@ -41,6 +41,9 @@ FULL = [(2, 1), (3, 0)]  # ZeRO stage, and the rank whose disk is full; ZeRO-3 g
 CONVERSIONS = [(0, "bf16", 3, "bf16"), (1, "bf16", 0, "fp32"), (2, "fp32", 1, "fp32"), (3, "fp32", 2, "fp32")]
 
 
+# The same with Muon, whose matrices are cut by the boundary between the ranks.
+MUON_STAGES = [(0, "bf16"), (1, "bf16"), (2, "fp32")]
+MUON = ["optimizer.name=muon", "train.num_steps=8", "validation.every_steps=null"]
 # With a spike in step 8: name of the run, ZeRO stage, precision, `train.on_spike`.
 SPIKES = [("skipped-1", 1, "bf16", "skip"), ("skipped-3", 3, "fp32", "skip"), ("spiked", 1, "bf16", "stop")]
 
@@ -76,7 +79,7 @@ def make_stores(folder: Path, store: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(recipe, store, whole_run, tmp_path_factory) -> Path:
+def two_ranks(recipe, store, whole_run, muon_run, tmp_path_factory) -> Path:
     """Runs on two ranks: whole, resumed, converted from one rank, and with a full disk."""
     folder = tmp_path_factory.mktemp("two")
     make_stores(folder, store)
@@ -88,8 +91,17 @@ def two_ranks(recipe, store, whole_run, tmp_path_factory) -> Path:
         calls.append(
             {"overrides": settings(resumed, stage, precision) + SAVE_OFTEN, "copy": [str(whole), 2, str(resumed)]}
         )
-    grown, stopped, ahead, diverged, dead = (
-        folder / name for name in ("grown", "stopped", "ahead", "diverged", "dead")
+    for stage, precision in MUON_STAGES:
+        whole, resumed = folder / f"muon-{stage}", folder / f"muon-resumed-{stage}"
+        calls.append({"overrides": settings(whole, stage, precision) + SAVE_OFTEN + MUON})
+        calls.append(
+            {
+                "overrides": settings(resumed, stage, precision) + SAVE_OFTEN + MUON,
+                "copy": [str(whole), 4, str(resumed)],
+            }
+        )
+    grown, stopped, ahead, diverged, dead, muon_grown = (
+        folder / name for name in ("grown", "stopped", "ahead", "diverged", "dead", "muon-grown")
     )
     damaged, file = folder / "flipped", "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
     calls += [
@@ -98,6 +110,7 @@ def two_ranks(recipe, store, whole_run, tmp_path_factory) -> Path:
             "damage": [str(folder / "whole-1"), str(damaged), f"checkpoints/step-8/deepspeed/{file}"],
         },
         {"overrides": settings(grown, 3, "fp32"), "copy": [str(whole_run), 4, str(grown)]},
+        {"overrides": settings(muon_grown, 2, "fp32") + MUON, "copy": [str(muon_run), 4, str(muon_grown)]},
         *(
             {
                 "overrides": [
@@ -174,6 +187,23 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(two_ranks, stag
     whole, resumed = two_ranks / f"whole-{stage}", two_ranks / f"resumed-{stage}"
     assert losses(resumed) == losses(whole)
     assert_same_weights(weights(resumed, 8), weights(whole, 8))
+
+
+@pytest.mark.parametrize(("stage", "precision"), MUON_STAGES)
+def test_muon_on_two_ranks_equals_one_and_resumes_bit_for_bit(two_ranks, muon_run, stage, precision):
+    whole, resumed = two_ranks / f"muon-{stage}", two_ranks / f"muon-resumed-{stage}"
+    tolerance = 1e-5 if precision == "fp32" else 1e-2
+    assert list(losses(whole).values()) == pytest.approx(list(losses(muon_run).values()), abs=tolerance)
+    assert losses(resumed) == losses(whole)
+    assert_same_weights(weights(resumed, 8), weights(whole, 8))
+
+
+def test_muon_goes_on_with_more_and_with_fewer_ranks(recipe, two_ranks, muon_run, tmp_path):
+    expected = pytest.approx(list(losses(muon_run).values()), abs=1e-5)
+    assert list(losses(two_ranks / "muon-grown").values()) == expected
+    copy_checkpoint(two_ranks / "muon-2", 4, tmp_path)
+    train(recipe, settings(tmp_path, 0, "fp32") + MUON)
+    assert list(losses(tmp_path).values()) == expected
 
 
 def test_a_damaged_file_of_one_rank_is_noticed_by_all(two_ranks):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from sinklm.train.step import train_step
 from .plain import plain_training
 from .tiny import bad_loss_in, losses, metrics, weights
 
+MUON = "optimizer.name=muon"
 OFFLOAD = "deepspeed.zero_optimization.offload_optimizer.device=cpu"
 
 
@@ -45,6 +47,9 @@ def world() -> Iterator[World]:
         ["deepspeed.zero_stage=3", "model.sink.kind=kv_bias"],
         ["deepspeed.zero_stage=1", "train.activation_checkpointing=true", "optimizer.clip=0.1"],
         ["deepspeed.zero_stage=2", OFFLOAD],
+        ["deepspeed.zero_stage=0", MUON, "model.sink.kind=gate"],
+        ["deepspeed.zero_stage=1", MUON],
+        ["deepspeed.zero_stage=2", MUON, "train.micro_batch_size=4"],
     ],
     ids=lambda overrides: " ".join(overrides),
 )
@@ -82,12 +87,19 @@ def test_gradients_accumulate_in_float32(recipe, world, stage, update_kernel):
     assert norms[32] == pytest.approx(norms[1], rel=2e-4)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("stage", "precision", "optimizer"),
+    [
+        *product([0, 1, 2, 3], ["fp32", "bf16"], ["adamw"]),
+        *((stage, precision, "muon") for stage, precision in [(0, "fp32"), (1, "bf16"), (2, "bf16")]),
+    ],
+)
 def test_a_gradient_that_is_not_finite_stops_before_the_update(
-    recipe, world, monkeypatch, stage, precision, update_kernel
+    recipe, world, monkeypatch, stage, precision, optimizer, update_kernel
 ):
-    plan = plan_of(recipe, f"deepspeed.zero_stage={stage}", f"train.precision={precision}")
+    plan = plan_of(
+        recipe, f"deepspeed.zero_stage={stage}", f"train.precision={precision}", f"optimizer.name={optimizer}"
+    )
     engine = make_engine(SinkGPTNeoXForCausalLM(plan.model_config), plan, world.device)
     batches = iter(torch.randint(0, 300, (100, 2, 32)))
     train_step(engine, batches, plan, world, step=1, lr=0.1)
@@ -132,8 +144,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_with_step_and_rank(re
     assert all(torch.equal(_value(p), b) for p, b in zip(engine.module.parameters(), before, strict=True))
 
 
-def test_a_bad_step_disables_the_steps_queued_after_it(recipe, world, update_kernel):
-    plan = plan_of(recipe, "train.precision=bf16")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_bad_step_disables_the_steps_queued_after_it(recipe, world, optimizer, update_kernel):
+    plan = plan_of(recipe, "train.precision=bf16", f"optimizer.name={optimizer}")
     engine = make_engine(SinkGPTNeoXForCausalLM(plan.model_config), plan, world.device)
     batches = iter(torch.randint(0, 300, (100, 2, 32)))
     before = [_value(p) for p in engine.module.parameters()]
@@ -167,7 +180,7 @@ def test_the_run_ends_with_the_message_and_saves_nothing(recipe, tmp_path, monke
 def test_weight_decay_is_on_matrices_alone(recipe, kind):
     plan = plan_of(recipe, f"model.sink.kind={kind}")
     model = SinkGPTNeoXForCausalLM(plan.model_config)
-    decayed, others = engine_module.make_optimizer(model, plan.config.optimizer).param_groups
+    decayed, others = engine_module.make_optimizer(model, plan.config).param_groups
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     matrices = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear | torch.nn.Embedding)]
     assert {id(p) for p in decayed["params"]} == {id(p) for p in matrices}

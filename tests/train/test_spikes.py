@@ -33,6 +33,8 @@ PATHS = [
     ["deepspeed.zero_stage=2", "train.precision=fp32", "deepspeed.zero_optimization.offload_optimizer={device: cpu}"],
     ["deepspeed.zero_stage=3", "train.precision=bf16"],
     ["deepspeed.zero_stage=0", "train.precision=fp32"],
+    ["deepspeed.zero_stage=1", "train.precision=bf16", "optimizer.name=muon"],
+    ["deepspeed.zero_stage=2", "train.precision=fp32", "optimizer.name=muon"],
     pytest.param(["deepspeed.zero_stage=0", "train.precision=fp16"], marks=pytest.mark.gpu),
     pytest.param(["deepspeed.zero_stage=1", "train.precision=fp16"], marks=pytest.mark.gpu),
 ]
