@@ -14,8 +14,9 @@ All train the same shape on the same random tokens with the same micro-batch on 
 each:
 
 - ``sinklm``: `sinklm train` with default settings (DeepSpeed ZeRO-1, bf16 on a GPU, float32 on a
-  CPU) and one sink token; ``sinklm-none`` without, and likewise for each ``sink.kind``. The time is
-  the mean of the steps recorded in `metrics.jsonl`.
+  CPU) and one sink token; ``sinklm-none`` without, and likewise for each ``sink.kind``;
+  ``sinklm-muon`` with Muon. The time is the mean of the steps recorded in `metrics.jsonl`. A step
+  is one micro-batch and an update; recipes have an update for many micro-batches.
 - ``transformers``, ``litgpt``, ``nanogpt``: plain loops, see `train_peers.py`; with the suffix
   ``-bf16`` they have bfloat16 weights.
 - ``trainer``: transformers' Trainer.
@@ -90,7 +91,7 @@ def run_sinklm(contestant: str, ranks: int, recipe: str, store: Path, folder: Pa
         "checkpoint.every_steps=null",
         "validation.every_steps=null",
         "wandb.mode=disabled",
-        *sink_kind(contestant),
+        *own_settings(contestant),
         *args.overrides,
     ]
     started, metrics, log = time.time(), run_dir / "metrics.jsonl", folder / "log"
@@ -164,14 +165,16 @@ def last_words(output: str) -> str:
     return (errors or lines or [""])[-1][:300]
 
 
-def sink_kind(contestant: str) -> list[str]:
+def own_settings(contestant: str) -> list[str]:
     name, _, kind = contestant.partition("-")
-    return [f"model.sink.kind={kind}"] if name == "sinklm" and kind else []
+    if name != "sinklm" or not kind:
+        return []
+    return ["optimizer.name=muon"] if kind == "muon" else [f"model.sink.kind={kind}"]
 
 
 def config_of(contestant: str, recipe: str, args: Settings) -> TrainingConfig:
     chosen = [f"train.micro_batch_size={args.micro_batch_size}"] if args.micro_batch_size else []
-    return load_config(recipe, [*chosen, *sink_kind(contestant)])
+    return load_config(recipe, [*chosen, *own_settings(contestant)])
 
 
 def measure(contestant: str, ranks: int, size: str, store: Path, args: Settings) -> dict:

@@ -345,3 +345,32 @@ def test_the_plans_that_scripts_use_exist():
     for script in FOLDER.glob("*.py"):
         for plan in re.findall(r"\bstudy/[\w-]+\.yaml", script.read_text(encoding="utf-8")):
             assert (FOLDER.parent / plan).exists()
+
+
+# -- benchmarks/muon_study.py ----------------------------------------------------------------------
+
+
+def test_muon_is_compared_at_equal_tokens_and_at_equal_time(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER.parent / "benchmarks"))
+    from muon_study import loss_at, table
+
+    models = [
+        {
+            "name": f"{optimizer}-sink-seed-1",
+            "optimizer": optimizer,
+            "sink": "sink",
+            "seed": 1,
+            "tokens": 100,
+            "tokens_per_second": speed,
+            "validation_loss": [[50, 4.0], [100, last]],
+            "sink_rate": {"sink token": 0.5, "first text token": 0.25},
+        }
+        for optimizer, speed, last in (("adamw", 10.0, 3.5), ("muon", 9.0, 3.0))
+    ]
+    models[0] |= {"perplexity": {"0+8": 12.0, "1+7": 11.0}, "massive_activations": [], "largest_over_median": 7.0}
+    adamw, muon = table(models).splitlines()[2:]
+    assert adamw == "| adamw-sink-seed-1 | 3.5000 | 3.5000 | 10 | 50.0% | 25.0% | 0 | 7 | 12.00 | 11.00 |"
+    assert muon == "| muon-sink-seed-1 | 3.0000 | 3.2000 | 9 | 50.0% | 25.0% |  |  |  |  |"  # after 90 tokens
+    assert "| 3.1000 |" in table(models, speed=0.95).splitlines()[3]
+    assert loss_at(10, models[0]["validation_loss"]) == 4.0
+    assert loss_at(110, models[0]["validation_loss"]) == 3.5
