@@ -86,7 +86,7 @@ class SinkAttention(GPTNeoXAttention):
                 torch.cat((new[:, :num_sinks], old.to(new.dtype), new[:, num_sinks:]), dim=1)
                 for new, old in zip((keys, values), carried, strict=True)
             )
-            rule = rule._replace(num_dropped=rule.num_dropped - carried[0].shape[1])
+            rule = rule._replace(num_carried=carried[0].shape[1])
         attended = windowed_attention(
             query[:, :, num_sinks:], keys.transpose(1, 2), values.transpose(1, 2), rule, column, self.scaling, dropout
         )
