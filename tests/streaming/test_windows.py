@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 
 from sinklm.models.arms import ARMS
 from sinklm.models.cache_argument import CACHE
@@ -206,6 +207,7 @@ def test_flash_chunks_and_the_kernel_are_as_near_to_float64_as_a_training_pass(k
     model, ids = new_model(kind, pattern, 2, layer_windows=windows, hidden_size=128), text(1, 90)
     exact = trained(model, ids)[0]
     model, ids = model.to("cuda", torch.bfloat16), ids.cuda()
+    model.gpt_neox.rotary_emb = GPTNeoXRotaryEmbedding(model.config).cuda()  # its frequencies stay float32
     dense = (trained(model, ids)[0].cpu().double() - exact).norm()
     for sizes in ([90], [7, 40, 1, 42], [1] * 90):
         cache = StreamingCache.for_model(model, num_kept=4, window=NO_LIMIT)
