@@ -52,7 +52,7 @@ RANGES = ("ProfilerStep", "Torch-Compiled", "## Call", "nccl:", "Optimizer.", "C
 # operations.
 GROUPS = {
     "rotary and layout": r"^triton.*(attention|_cat_|_cat$|split)|rotate",  # inductor names copies by consumer
-    "attention": r"flash|fmha|sdpa|cudnn.*attention|attention|convert_dq|compute_dot_do_o|mha",
+    "attention": r"flash|fmha|sdpa|cudnn.*attention|attention|convert_dq|compute_dot_do_o|mha|_(merge|gradient)_kernel",
     "matrix products": r"gemm|nvjet|cutlass|cublas|splitK|(^|::)(mm|addmm|bmm)$|mkl",
     "loss": r"cross_entropy|log_softmax|logsumexp",
     "GELU": r"gelu|erf",

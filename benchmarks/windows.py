@@ -62,7 +62,9 @@ def measure_step(layers: str, length: int, args: Settings) -> dict:
     torch.manual_seed(0)
     config = windowed_config(layers, length, args)
     with torch.device(args.device):
-        model = SinkGPTNeoXForCausalLM(config).to(torch.bfloat16 if args.device == "cuda" else torch.float32)
+        model = SinkGPTNeoXForCausalLM(config)
+    for parameter in model.parameters():  # buffers stay float32, as in DeepSpeed
+        parameter.data = parameter.data.to(torch.bfloat16 if args.device == "cuda" else torch.float32)
     forward = torch.compile(model, fullgraph=True, dynamic=False) if args.compile else model
     samples = torch.randint(0, TOKENIZER_SIZE, (args.tokens // length, length), device=args.device)
     draw = torch.Generator().manual_seed(0)

@@ -79,11 +79,11 @@ def export(
     if text is not None and not full_attention:
         raise ValueError("--text is an option of --full-attention")
     console = Console(is_quiet=quiet)
-    written = None if text is None else text.read_text(encoding="utf-8")
+    cost = _describe_cost(console, checkpoint, None if text is None else _read(text)) if full_attention else None
     message = _export(console, checkpoint, output, to, str(dtype), private, dry_run, full_attention)
     console.print(message, soft_wrap=True)
-    if full_attention:
-        console.print(_describe_cost(console, checkpoint, written), soft_wrap=True)
+    if cost is not None:
+        console.print(cost, soft_wrap=True)
 
 
 def _export(
@@ -113,6 +113,15 @@ def _export(
     if dry_run:
         return _describe(describe_publication(checkpoint, output, full_attention=full_attention), private)
     return f"Uploaded: {publish(checkpoint, output, private=private, full_attention=full_attention)}"
+
+
+def _read(path: Path) -> str:
+    if path.exists() and not path.is_file():
+        raise ValueError(f"--text {path} is not a file: pass a text file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); convert it") from error
 
 
 def _describe_cost(console: Console, checkpoint: str, text: str | None) -> str:

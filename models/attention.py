@@ -75,19 +75,22 @@ class SinkAttention(GPTNeoXAttention):
         dropout = self.attention_dropout if self.training else 0.0
         outputs = []
         if num_sinks:
-            sinks = (states[:, :, :num_sinks] for states in (query, key, value))
-            attended = scaled_dot_product_attention(*sinks, dropout_p=dropout, is_causal=True, scale=self.scaling)
+            sink_query, sink_key, sink_value = (states[:, :, :num_sinks] for states in (query, key, value))
+            attended = scaled_dot_product_attention(
+                sink_query, sink_key, sink_value, dropout_p=dropout, is_causal=True, scale=self.scaling
+            )
             outputs.append(attended.transpose(1, 2))
         keys, values = key.transpose(1, 2), value.transpose(1, 2)  # (B, sinks + T, H, D)
         if carried is not None:
-            carried = tuple(states.to(keys.dtype) for states in carried)
             keys, values = (
-                torch.cat((new[:, :num_sinks], old, new[:, num_sinks:]), dim=1)
+                torch.cat((new[:, :num_sinks], old.to(new.dtype), new[:, num_sinks:]), dim=1)
                 for new, old in zip((keys, values), carried, strict=True)
             )
-            rule = rule._replace(num_dropped=rule.num_dropped - carried[0].shape[1])
-        states = (query[:, :, num_sinks:], keys.transpose(1, 2), values.transpose(1, 2))
-        outputs.append(windowed_attention(*states, rule, column, self.scaling, dropout).transpose(1, 2))
+            rule = rule._replace(num_carried=carried[0].shape[1])
+        attended = windowed_attention(
+            query[:, :, num_sinks:], keys.transpose(1, 2), values.transpose(1, 2), rule, column, self.scaling, dropout
+        )
+        outputs.append(attended.transpose(1, 2))
         out = self.dense(self.gated(torch.cat(outputs, dim=1).flatten(2), hidden_states))
         last = slice(max(num_sinks, keys.shape[1] - self.window), None)
         return out, (keys[:, last].detach().clone(), values[:, last].detach().clone())

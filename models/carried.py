@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .config import SinkGPTNeoXConfig
@@ -36,8 +37,18 @@ class CarriedKeys(NamedTuple):
 
     def after(self, num_tokens: int, layers: list[tuple[Tensor, Tensor]]) -> "CarriedKeys":
         """Return what a segment of ``num_tokens`` tokens hands to the next one."""
-        before = torch.zeros((), dtype=torch.int64) if self.num_tokens is None else self.num_tokens
-        return CarriedKeys(before + num_tokens, tuple(layers))
+        return CarriedKeys(_count(self.num_tokens, num_tokens), tuple(layers))
+
+
+@custom_op("sinklm::count_tokens", mutates_args=())
+def _count(before: Tensor | None, num_tokens: int) -> Tensor:
+    """Return the sum, on the CPU; in an operator, torch.compile needs no compiler for the CPU."""
+    return torch.tensor((0 if before is None else int(before)) + num_tokens, dtype=torch.int64, device="cpu")
+
+
+@_count.register_fake
+def _(before, num_tokens):
+    return torch.empty((), dtype=torch.int64, device="cpu")
 
 
 @dataclass

@@ -137,8 +137,8 @@ class SinkGPTNeoXModel(CheckedLoading, PythiaInitialisation, GPTNeoXModel):
             kwargs["rules"] = rules_of_pass(self.config, self.rotary_emb, inputs_embeds, attention_mask, cache, window)
         elif window is not None:
             raise ValueError("window replaces those of a forward pass without a StreamingCache: leave it out")
-        others = (value for name, value in kwargs.items() if name != "rules")
-        is_plain = all(value is None for value in (attention_mask, position_ids, cache, *others))
+        further = (value for name, value in kwargs.items() if name != "rules")
+        is_plain = all(value is None for value in (attention_mask, position_ids, cache, *further))
         if is_plain and use_cache is False and self._has_causal_forward():
             return self._causal_forward(inputs_embeds, kwargs.get("rules"))
         return super().forward(
@@ -171,8 +171,7 @@ class SinkGPTNeoXModel(CheckedLoading, PythiaInitialisation, GPTNeoXModel):
         indices = torch.arange(hidden_states.shape[1], device=hidden_states.device)
         positions = torch.where(indices < num_sinks, indices, indices + num_before)[None]
         text = hidden_states[:, num_sinks:]
-        rules = rules_of_pass(self.config, self.rotary_emb, text, window=window, num_before=num_before + num_sinks)
-        rules = {window: rule._replace(num_dropped=num_before) for window, rule in rules.items()}
+        rules = rules_of_pass(self.config, self.rotary_emb, text, window=window, num_before=num_before)
         segment = {"rules": rules, "position_embeddings": self.rotary_emb(hidden_states, position_ids=positions)}
         layers = []
         before = [None] * len(self.layers) if carried.is_empty else carried.layers
@@ -224,19 +223,14 @@ class SinkGPTNeoXForCausalLM(CheckedLoading, PythiaInitialisation, GPTNeoXForCau
             input_ids: ``(B, T)`` text without sinks. Alternatively ``inputs_embeds`` ``(B, T, D)``.
             attention_mask: ``(B, T)``, or ``(B, tokens seen + T)`` with a cache; 0 is padding.
             position_ids: ``(B, T)``, counted from the first text token, without the sinks.
-            past_key_values, cache: two names of the same argument (`cache_argument`). The sinks are
-                prepended if the cache is empty or None.
+            past_key_values, cache: two names of one argument. If it is empty, sinks are prepended.
             labels: ``(B, T)`` as in transformers, or ``(B, T + 1)``, where the last label is the
                 target of the last token. With sinks, label 0 is a target of the last sink.
             skip_logits: return only the loss; logits are computed for one chunk at a time.
             num_items_in_batch: divisor of the summed loss; default: the number of targets.
-            window: replaces the window of all windowed layers in this pass, and is at most as
-                large: an int, or a 0-dimensional int64 tensor on the CPU, for which a new value
-                does not recompile.
-            carried: keys of the segments before this one, `CarriedKeys()` for the first; see
-                `sinklm.models.carried`. The output's ``carried`` is for the next segment. In later
-                segments the sinks predict nothing, so label 0 is ignored, and with labels
-                ``(B, T + 1)`` in every segment, each token is a target once.
+            window: replaces the windows of all windowed layers in this pass (`check_window`).
+            carried: of the segments before this one (`sinklm.models.carried`). The output's is for
+                the next one. In later segments label 0 is ignored: it was the last one before.
         """
         cache = single_cache(cache, past_key_values, kwargs)
         num_new_sinks = 0 if _length(cache) else self.config.num_sinks
@@ -246,37 +240,24 @@ class SinkGPTNeoXForCausalLM(CheckedLoading, PythiaInitialisation, GPTNeoXForCau
         if num_new_sinks:
             input_ids, inputs_embeds = self._prepend_sinks(input_ids, inputs_embeds)
 
+        kwargs |= {"use_cache": use_cache, CACHE: cache, "window": window, "carried": carried}
         outputs = self.gpt_neox(
-            input_ids,
-            attention_mask=mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            window=window,
-            carried=carried,
-            **{CACHE: cache},
-            **kwargs,
+            input_ids, attention_mask=mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
         )
         hidden_states = outputs.last_hidden_state  # (B, sinks + T, D)
 
         loss = None
         if labels is not None:
-            if carried is not None and not carried.is_empty:
-                predictors, targets = _align(hidden_states[:, num_new_sinks:], labels, 0, None)
-            else:
-                predictors, targets = _align(hidden_states, labels, num_new_sinks, attention_mask)
+            is_later = carried is not None and not carried.is_empty
+            aligned = _align_later if is_later else _align
+            predictors, targets = aligned(hidden_states, labels, num_new_sinks, attention_mask)
             loss = self._loss(predictors, targets, num_items_in_batch, in_chunks=skip_logits)
         logits = None if skip_logits else self.lm_head(_keep(hidden_states[:, num_new_sinks:], logits_to_keep))
 
         if carried is not None:
             return CarriedCausalLMOutput(loss=loss, logits=logits, carried=outputs.carried)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            **{CACHE: getattr(outputs, CACHE)},
-        )
+        others = {CACHE: getattr(outputs, CACHE), "hidden_states": outputs.hidden_states}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, attentions=outputs.attentions, **others)
 
     def _loss(self, predictors, targets, num_items_in_batch, *, in_chunks: bool) -> torch.Tensor:
         targets = targets.flatten().to(predictors.device)
@@ -430,6 +411,11 @@ def _align(hidden_states, labels, num_sinks: int, attention_mask) -> tuple[torch
         starts.scatter_(1, attention_mask.long().argmax(dim=1, keepdim=True), True)
         predictors = torch.where(starts[..., None], predictors[:, :1], predictors)
     return predictors, targets
+
+
+def _align_later(hidden_states, labels, num_sinks: int, _) -> tuple[torch.Tensor, torch.Tensor]:
+    """Like `_align`, for a later segment of a sample, in which the sinks predict nothing."""
+    return _align(hidden_states[:, num_sinks:], labels, 0, None)
 
 
 def _cross_entropy(logits, targets, num_items_in_batch) -> torch.Tensor:

@@ -40,8 +40,8 @@ def windowed_attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if is_fused(query, rule, dropout):
-        states = (states.transpose(1, 2) for states in (query, key, value))
-        return fused_windowed_attention(*states, rule, column, scaling).transpose(1, 2)
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+        return fused_windowed_attention(query, key, value, rule, column, scaling).transpose(1, 2)
     query, key, value, mask = masked_states(query, key, value, rule)
     if column is not None:
         return explicit_attention(query, key, value, mask, column, scaling, dropout)[0]

@@ -38,7 +38,8 @@ class WindowRule(NamedTuple):
         cos, sin: rotation by the number of positions by which each query is turned back,
             ``(1 or B, T, rotated dimensions)``; the second half of the table repeats the first.
         is_dense: the queries are those of the last T keys, and nothing is padding.
-        num_dropped: number of tokens after the kept ones that have no key any more.
+        num_before: number of tokens in earlier segments.
+        num_carried: number of them whose keys are among the keys, after those of the kept tokens.
     """
 
     window: int
@@ -49,7 +50,8 @@ class WindowRule(NamedTuple):
     cos: Tensor
     sin: Tensor
     is_dense: bool
-    num_dropped: int | Tensor = 0
+    num_before: int | Tensor = 0
+    num_carried: int = 0
 
     @property
     def width(self) -> int | Tensor:
@@ -60,7 +62,7 @@ class WindowRule(NamedTuple):
         """Return the index of each key's token ``(1 or B, K)``; keys that are no tokens get -1."""
         if self.is_token is None:
             indices = torch.arange(num_keys, device=self.queries.device)[None]
-            return torch.where(indices < self.num_kept, indices, indices + self.num_dropped)
+            return torch.where(indices < self.num_kept, indices, indices + self.num_before - self.num_carried)
         missing = num_keys - self.is_token.shape[1]  # the empty slots of a static cache
         is_token = torch.nn.functional.pad(self.is_token, (0, missing))
         return torch.where(is_token, is_token.long().cumsum(-1) - 1, -1)
@@ -111,7 +113,7 @@ def rules_of_pass(
     attention_mask: Tensor | None = None,
     cache: Cache | None = None,
     window: int | Tensor | None = None,
-    num_before: int | Tensor = 0,
+    num_before: int | Tensor | None = None,
 ) -> dict[int, WindowRule]:
     """Return the rules of a forward pass by the window of the layers.
 
@@ -121,11 +123,12 @@ def rules_of_pass(
         attention_mask: ``(B, tokens seen + T)``; 0 is padding.
         cache: keys of earlier passes, all of which it must still have.
         window: replaces the windows of all layers.
-        num_before: number of tokens before the first query, in addition to those of the cache.
+        num_before: number of tokens in earlier segments. The inputs are then without sinks.
 
     Raises:
         ValueError: the mask is not two-dimensional, or the cache drops keys.
     """
+    num_kept = config.num_sinks if config.num_kept is None else config.num_kept
     num_queries, device = inputs.shape[1], inputs.device
     num_seen = 0 if cache is None else cache.get_seq_length()
     if any(getattr(layer, "is_sliding", False) for layer in getattr(cache, "layers", ())):
@@ -140,23 +143,27 @@ def rules_of_pass(
         is_token = attention_mask.to(device).bool()
         queries = (is_token.long().cumsum(-1) - 1).clamp(min=0)[:, -num_queries:]
     else:
-        queries = (torch.arange(num_queries, device=device) + (num_seen + num_before))[None]
+        queries = (torch.arange(num_queries, device=device) + num_seen)[None]
+    if num_before is not None:
+        queries = queries + config.num_sinks + num_before
     drawn = window if isinstance(window, Tensor) else None
     like = inputs.new_empty(0, dtype=torch.promote_types(inputs.dtype, torch.float32))
     rules = {}
     for largest in {window for window in config.windows if window is not None}:
         width = largest if window is None else window
-        turn = (queries - (config.num_kept + width)).clamp(min=0)
+        # torch.compile needs a compiler for the CPU to add a number and a tensor on the CPU.
+        turn = (queries - num_kept - width).clamp(min=0)
         cos, sin = rotary(like, position_ids=turn)
         scaling = getattr(rotary, "attention_scaling", 1.0)  # YaRN's, which the query has already
         rules[largest] = WindowRule(
             window=largest if drawn is not None or window is None else int(window),
             drawn=drawn,
-            num_kept=config.num_kept,
+            num_kept=num_kept,
             queries=queries,
             is_token=is_token,
             cos=cos / scaling,
             sin=sin / scaling,
             is_dense=attention_mask is None and cache is None,
+            num_before=0 if num_before is None else num_before,
         )
     return rules

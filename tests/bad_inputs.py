@@ -481,6 +481,14 @@ OPTIONS = [
     ),
     Case("a name of the Hub without owner", "export {model} mine --to hub --dry-run", ".*: write owner/name"),
     Case("an option of another form", "export {model} out --private", "--private is an option of --to hub"),
+    Case(
+        "a text that is none",
+        "export {model} out --full-attention --text mine.yaml",
+        r"mine\.yaml: not UTF-8 .*; convert it",
+        recipe("é".encode("latin-1")),
+    ),
+    Case("a device as text", "export {model} out --full-attention --text /dev/zero", ".* is not a file: pass a text.*"),
+    Case("a text for nothing", "export {model} out --text text.txt", "--text is an option of --full-attention"),
     Case("an output that cannot be made", "export {model} /proc/a/b", r"cannot write /proc/a/b: .*"),
     Case(
         "an output that is a file",

@@ -299,6 +299,19 @@ def test_an_arm_has_queries_and_attention_to_no_token(kind):
         assert bool((spent < 0.999).any()) == (kind != "gate")
 
 
+@pytest.mark.parametrize("kind", ["none", "logit"])
+def test_maps_of_windowed_layers_show_the_window_and_the_kept_tokens(kind):
+    model, ids = tiny_arm(kind, layer_windows=[3, None], num_kept=2), text(2, 12)
+    with torch.no_grad():
+        hidden_states = model(ids, output_hidden_states=True).hidden_states
+    windowed, full = observe(model, ids)
+    query, key = torch.arange(12)[:, None], torch.arange(12)
+    visible = (key <= query) & ((key >= query - 3) | (key < 2))
+    assert torch.equal((windowed.attention > 0).any((0, 1)), visible)
+    assert torch.equal((full.attention > 0).any((0, 1)), key <= query)
+    torch.testing.assert_close(full.hidden_states, hidden_states[1], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", [*(name for name in families.FAMILIES if name != "falcon:rw"), *OTHERS])
 def test_what_is_observed_is_what_the_model_does(name):
     """Keys of layer 2 depend on the attention of layer 1, computed here by other kernels."""

@@ -258,8 +258,8 @@ def test_a_compiled_step_on_a_gpu_is_as_near_to_float64_as_full_attention(kind):
         model = windowed_model(kind, windows, hidden_size=128, num_attention_heads=2)
         settings = {"skip_logits": True, "use_cache": False}
         exact = {width: gradient_of(model, sample, window=width, **settings) for width in drawn(windows)}
-        model.gpt_neox.rotary_emb = GPTNeoXRotaryEmbedding(model.config)
         model.to("cuda", torch.bfloat16)
+        model.gpt_neox.rotary_emb = GPTNeoXRotaryEmbedding(model.config).cuda()  # its frequencies stay float32
         compiled = torch.compile(model, fullgraph=True, dynamic=False)
         for i, (width, expected) in enumerate(exact.items()):
             with torch.compiler.set_stance("default" if i == 0 else "fail_on_recompile"):
