@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from sinklm.models import SinkGPTNeoXForCausalLM
 from sinklm.models.loss import IGNORED
@@ -180,6 +181,18 @@ def test_a_run_in_segments_resumes_bit_for_bit(recipe, segmented_run, tmp_path):
     train(recipe, [f"train.run_dir={tmp_path}", *SEGMENTS, "train.micro_batch_size=4"])
     assert losses(tmp_path) == losses(segmented_run)
     assert_same_weights(weights(tmp_path, 8), weights(segmented_run, 8))
+
+
+def test_every_shape_is_compiled_once_and_no_window_again():
+    drawn = ["model.attention.window=[2,11]", "model.num_hidden_layers=1"]
+    plan = make_plan(*SEGMENTS, *drawn)
+    model, samples, counter = make_model(plan).float(), make_samples(plan), CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=counter, dynamic=False)
+    for window in (2, 11, 5):
+        found = [loss.item() for loss in pass_losses(compiled, samples, samples, plan, window=window)]
+        assert found == [loss.item() for loss in pass_losses(model, samples, samples, plan, window=window)]
+    assert counter.frame_count == plan.num_pass_shapes == 3
 
 
 def test_deepspeed_counts_every_pass():
