@@ -76,7 +76,7 @@ def test_validation_is_in_bf16(recipe, runs, tmp_path):
     copy_checkpoint(runs["fp8"], 8, tmp_path)
     more = ["train.num_steps=9", "validation.every_steps=1", "optimizer.lr=1e-30", f"train.run_dir={tmp_path}"]
     train(recipe, [EAGER, "train.precision=bf16", *more])
-    found = [line["val_loss"] for line in metrics(tmp_path) if "val_loss" in line]
+    found = [line["validation_loss"] for line in metrics(tmp_path) if "validation_loss" in line]
     assert found[-1] == found[-2]
 
 
