@@ -399,7 +399,7 @@ def curve_rows(curves: dict[str, list[dict]], num_steps: int) -> list[dict]:
         }
         rows.append({"steps": f"{start + 1}–{end}", **losses, "difference, %": difference(losses)})
     last = {
-        precision: next((line["val_loss"] for line in reversed(lines) if "val_loss" in line), None)
+        precision: next((line["validation_loss"] for line in reversed(lines) if "validation_loss" in line), None)
         for precision, lines in curves.items()
     }
     rows.append({"steps": "validation", **last, "difference, %": difference(last)})

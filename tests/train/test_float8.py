@@ -76,7 +76,7 @@ def test_validation_is_in_bf16(recipe, runs, tmp_path):
     copy_checkpoint(runs["fp8"], 8, tmp_path)
     more = ["train.num_steps=9", "validation.every_steps=1", "optimizer.lr=1e-30", f"train.run_dir={tmp_path}"]
     train(recipe, [EAGER, "train.precision=bf16", *more])
-    found = [line["val_loss"] for line in metrics(tmp_path) if "val_loss" in line]
+    found = [line["validation_loss"] for line in metrics(tmp_path) if "validation_loss" in line]
     assert found[-1] == found[-2]
 
 
@@ -88,7 +88,7 @@ def test_validation_is_in_bf16(recipe, runs, tmp_path):
 def test_settings_that_change_only_memory_and_speed(recipe, runs, tmp_path, overrides):
     rest = ["validation.every_steps=null", "checkpoint.every_steps=null", f"train.run_dir={tmp_path}"]
     train(recipe, [EAGER, FP8, *overrides, *rest])
-    assert list(losses(tmp_path).values()) == pytest.approx(list(losses(runs["fp8"]).values()), abs=2e-3)
+    assert list(losses(tmp_path).values()) == pytest.approx(list(losses(runs["fp8"]).values()), abs=5e-3)
 
 
 def test_only_the_products_of_the_layers_are_converted(recipe):
