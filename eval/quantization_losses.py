@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.checked import check_ids, refuse_nonfinite_losses
+from ..models.config import num_prepended_sinks
 from ..streaming import stream_losses
 from .compare import stderr_of_mean
 from .quantization import FORMATS, arithmetic, quantized
@@ -62,7 +63,7 @@ def num_text_tokens(model: PreTrainedModel, num_prefix: int, wanted: int | None)
         ValueError: the wanted number does not fit the trained length after sinks and prefix.
     """
     longest = getattr(model.config, "max_position_embeddings", None)
-    num_others = getattr(model.config, "num_sinks", 0) + num_prefix
+    num_others = num_prepended_sinks(model.config) + num_prefix
     if wanted is None:
         return min(longest or MOST_POSITIONS, MOST_POSITIONS) - num_others
     if longest and wanted + num_others > longest:
@@ -101,7 +102,7 @@ def cached_losses(
     token is a pass of its own, since tokens of a pass see more than 32 in full precision.
     """
     check_ids(samples.ids, model)
-    window = samples.ids.shape[1] + getattr(model.config, "num_sinks", 0)
+    window = samples.ids.shape[1] + num_prepended_sinks(model.config)
     losses = []
     for rows in samples.ids.split(KV_BATCH):
         chunks = stream_losses(model, rows, num_kept=0, window=window, chunk_size=1, kv_dtype=kv_dtype)

@@ -52,7 +52,9 @@ def test_a_forward_pass_follows_the_streaming_rule(kind, num_kept):
     expected = expected_logits(model, ids)
     assert_near(model(ids).logits, expected)
     model.set_attn_implementation("eager")
-    tolerance = 1e-5 if kind in ("none", "token", "gate") else 1e-9  # full layers: transformers' softmax is float32
+    tolerance = (
+        1e-5 if kind in ("none", "token", "gate", "head_gate") else 1e-9
+    )  # full layers: transformers' softmax is float32
     assert_near(model(ids).logits, expected, tolerance if None in model.config.windows else 1e-9)
     model.set_attn_implementation("sdpa")
     single = deepcopy(model.float())
@@ -204,7 +206,7 @@ def test_a_plain_folder_loads_with_windows_and_a_sink(tmp_path):
     assert_near(again(ids).logits.double(), expected_logits(exact, ids), 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["none", "token", "logit", "kv_bias", "gate"])
+@pytest.mark.parametrize("kind", ["none", "token", "logit", "kv_bias", "gate", "head_gate"])
 def test_the_fused_passes_are_those_of_the_mask(kind, monkeypatch):
     model, ids = windowed_model(kind, [3, None, 6], num_kept=2), text(2, 12)
     gradients = []

@@ -22,8 +22,8 @@ def windowed_logits(model, ids: torch.Tensor, window: int | None = None) -> torc
         attn, normed = layer.attention, layer.input_layernorm(x)
         q, k, v = heads(attn.query_key_value(normed), config.num_attention_heads).chunk(3, dim=-1)
         attended = attend(q, k, v, *rule, score, sink_of(attn, q))
-        if hasattr(attn, "gate"):
-            gate = 1 / (1 + torch.exp(-normed @ attn.gate.weight.T))  # of each dimension or of each head
+        for gates in (getattr(attn, name) for name in ("gate", "head_gate") if hasattr(attn, name)):
+            gate = 1 / (1 + torch.exp(-normed @ gates.weight.T))  # of each dimension or of each head
             attended = (attended.unflatten(-1, (gate.shape[-1], -1)) * gate[..., None]).flatten(-2)
         attended = attn.dense(attended)
         if config.use_parallel_residual:
