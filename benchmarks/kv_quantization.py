@@ -8,8 +8,8 @@ one that fails is reported, the others go on. Parts that the output file already
 measured again, so a command that ended early (--seconds) can be repeated.
 
 - perplexity: TEXT in --rows streams. On a GPU it is decoded token by token with
-  `StreamingDecoder`. On a CPU, passes have 16 tokens, fewer than are stored in full precision, so
-  that tokens are read from quantized keys and values as in decoding.
+  `StreamingDecoder`. On a CPU, passes have 16 tokens: up to 47 of the keys of a
+  token are in full precision, instead of 32 as in decoding.
 - step: bytes of a full cache of one stream, and the median time of an eager step of MODEL. On a
   CPU it is processor time of one thread, which other programs hardly affect.
 - decode: milliseconds per step of `StreamingDecoder` with a full cache, for models of the recipes

@@ -32,7 +32,8 @@ def stream_logits(
         num_kept, window: as in `StreamingCache.for_model`; ``num_kept=0`` is window attention.
         chunk_size: tokens per pass; memory depends on it and on the size of the cache.
         kv_dtype: as in `StreamingCache.for_model`. Tokens of one pass see each other in full
-            precision, so at most 32 of them per pass give the losses of decoding.
+            precision, in addition to the last 32 before it. Only ``chunk_size=1`` thus gives
+            exactly the losses of decoding.
     """
     cache = StreamingCache.for_model(model, num_kept=num_kept, window=window, chunk_size=chunk_size, kv_dtype=kv_dtype)
     device = unwrapped(model).device
