@@ -329,9 +329,8 @@ def measure_steps(size: str, args: argparse.Namespace) -> list[dict]:
 
 def speed_of(plan: Plan, seconds: list[float], of_bf16: list[float]) -> dict:
     positions = plan.config.train.batch_size_tokens
-    peak = peak_flops(DEVICE, "bf16")
+    peak, mean = peak_flops(DEVICE, "bf16"), statistics.mean(seconds)
     operations = flops_per_token(plan.model_config, plan.config.train.seq_length) * positions
-    mean = statistics.mean(seconds)
     ratios = [before / after for before, after in zip(of_bf16, seconds, strict=True)]
     return {
         "ms": 1e3 * mean,
@@ -452,8 +451,7 @@ class Report:
         self.content["parts"].setdefault(part, []).extend(rows)
         with open(self._args.output, "w", encoding="utf-8") as file:
             json.dump(self.content, file, indent=1)
-        elapsed = time.perf_counter() - self._started
-        print(f"\n{part} {label} ({elapsed:.0f} s since the start)\n\n{table(rows)}", flush=True)
+        print(f"\n{part} {label} ({time.perf_counter() - self._started:.0f} s)\n\n{table(rows)}", flush=True)
 
 
 def allow_everything(args: argparse.Namespace) -> None:
