@@ -19,9 +19,8 @@ Parts, each with its own table:
 - ``curve``: the loss of two runs that differ in the precision only, on a token store.
 
 A part that fails is reported, and the others are measured. Results are written to --output after
-each part. Parts that begin after --minutes are skipped.
-
-Recorded results: docs/results/training-speed.md.
+each part. Parts that would begin after --minutes are skipped. On a CPU it only rehearses:
+``--sizes 14m train.micro_batch_size=1 train.seq_length=64``.
 """
 
 import argparse
@@ -69,7 +68,7 @@ LAYER_VARIANTS: dict[str, tuple[str, ...] | str | None] = {
 
 
 def settings_of(size: str, args: argparse.Namespace, *more: str) -> list[str]:
-    """Return overrides for a step of one micro-batch; ``tiny`` is a size for a rehearsal."""
+    """Return overrides for a step of one micro-batch."""
     given = [*args.overrides, *more]
     config = load_config(f"pythia-{size}", given)
     return [*given, f"train.batch_size_tokens={config.train.micro_batch_size * config.train.seq_length}"]
@@ -169,14 +168,13 @@ def measure_casts(size: str, args: argparse.Namespace) -> list[dict]:
     plan = plan_of(size, args)
     shape = plan.config.train.batch_size_tokens, plan.model_config.intermediate_size
     matrix = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
-    num_bytes = matrix.numel()
     factor = scale(matrix)
     compiled = torch.compile(scale, dynamic=False)
-    calls: dict[str, tuple[Callable, int]] = {
+    cast = torch.compile(_plain_cast, dynamic=False)
+    calls: dict[str, tuple[Callable, int]] = {  # bytes for each value
         "peak": (lambda: compiled(matrix), 2),
-        "cast, compiled by inductor": (torch.compile(_plain_cast, dynamic=False), 4),
+        "cast, compiled by inductor": (lambda: cast(matrix, factor), 4),
     }
-    calls["cast, compiled by inductor"] = (lambda cast=calls["cast, compiled by inductor"][0]: cast(matrix, factor), 4)
     if float8.kernel is not None and DEVICE.type == "cuda":
         for tile in TILES:
             calls[f"cast, tile {tile}"] = (lambda tile=tile: cast_with(matrix, factor, tile), 4)
@@ -184,7 +182,7 @@ def measure_casts(size: str, args: argparse.Namespace) -> list[dict]:
     rows = []
     for name, (call, per_value) in calls.items():
         time_ms = attempt(lambda call=call: milliseconds(call, args))
-        speed = None if time_ms is None else per_value * num_bytes / time_ms / 1e9
+        speed = None if time_ms is None else per_value * matrix.numel() / time_ms / 1e9
         rows.append({"size": size, "shape": str(shape), "what": name, "ms": time_ms, "TB/s": speed})
     return rows
 
@@ -331,9 +329,8 @@ def measure_steps(size: str, args: argparse.Namespace) -> list[dict]:
 
 def speed_of(plan: Plan, seconds: list[float], of_bf16: list[float]) -> dict:
     positions = plan.config.train.batch_size_tokens
-    peak = peak_flops(DEVICE, "bf16")
+    peak, mean = peak_flops(DEVICE, "bf16"), statistics.mean(seconds)
     operations = flops_per_token(plan.model_config, plan.config.train.seq_length) * positions
-    mean = statistics.mean(seconds)
     ratios = [before / after for before, after in zip(of_bf16, seconds, strict=True)]
     return {
         "ms": 1e3 * mean,
@@ -454,8 +451,7 @@ class Report:
         self.content["parts"].setdefault(part, []).extend(rows)
         with open(self._args.output, "w", encoding="utf-8") as file:
             json.dump(self.content, file, indent=1)
-        elapsed = time.perf_counter() - self._started
-        print(f"\n{part} {label} ({elapsed:.0f} s since the start)\n\n{table(rows)}", flush=True)
+        print(f"\n{part} {label} ({time.perf_counter() - self._started:.0f} s)\n\n{table(rows)}", flush=True)
 
 
 def allow_everything(args: argparse.Namespace) -> None:
