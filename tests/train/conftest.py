@@ -1,24 +1,13 @@
 """One tiny store and one run on it for all tests of training."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from unittest.mock import patch
 
 import pytest
 
 from sinklm.train.run import train
 
 from .plain import play_kernel
-from .processes import run_forked
 from .tiny import RECIPE, make_store
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _converter_without_imports() -> Iterator[None]:
-    """Fork DeepSpeed's converter. Ranks that are processes themselves start it as users do."""
-    with patch("sinklm.train.universal.subprocess", SimpleNamespace(run=run_forked)):
-        yield
 
 
 @pytest.fixture(scope="session")

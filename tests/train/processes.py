@@ -10,7 +10,6 @@ import os
 import runpy
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -32,13 +31,6 @@ def run_module(name: str, arguments: list[str]) -> None:
     """Do what ``python -m NAME ARGUMENT…`` does."""
     sys.argv = [name, *arguments]
     runpy.run_module(name, run_name="__main__", alter_sys=True)
-
-
-def run_forked(command: list[str], **_: Any) -> subprocess.CompletedProcess:
-    """`subprocess.run` of ``python -m NAME ARGUMENT…``, without the imports."""
-    _, _, name, *arguments = command
-    ((status, output),) = Ranks(run_module, name, arguments, world_size=1).wait()
-    return subprocess.CompletedProcess(command, status or 0, "", output)
 
 
 class Ranks:
