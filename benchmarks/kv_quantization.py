@@ -66,7 +66,8 @@ def model_of(name: str) -> PreTrainedModel:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     if name.endswith(".gguf"):
         path = Path(name)
-        return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype).to(device).eval()
+        options = {"gguf_file": path.name, "dtype": dtype}
+        return AutoModelForCausalLM.from_pretrained(path.parent, trust_remote_code=False, **options).to(device).eval()
     return load_model(name, device=device, dtype=dtype)
 
 

@@ -1,8 +1,8 @@
 """Fused attention of windowed layers on CUDA in half precision, forward and backward.
 
-FlashAttention computes the band, and no key outside of it. The kept keys are merged into its result
-(`window_kernels`), and then an arm's column (`sink_column`). The backward pass of FlashAttention,
-called with the merged output and log-sum-exp, returns the band's part of the gradients; the kept
+A library's kernel computes the band (`band`), and no key outside of it. The kept keys are merged
+into its result (`window_kernels`), and then an arm's column (`sink_column`). The backward pass of
+the band, called with the merged output and log-sum-exp, returns its part of the gradients; the kept
 keys add theirs. No mask and no tensor of a size T × W exists.
 
 The passes are custom operators, so `torch.compile` does not trace into them, and a window that is
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
-from .fused_attention import no_dropout_state
+from .band import band_backward, band_forward
 from .sink_column import SinkColumn, column_gradients, merge_column
 from .windows import WindowRule
 
@@ -24,8 +24,6 @@ try:
     from . import window_kernels as kernels
 except ImportError:  # Triton comes with torch's CUDA builds
     kernels = None  # type: ignore[assignment]
-
-aten = torch.ops.aten
 
 
 def is_fused(query: Tensor, rule: WindowRule, dropout: float) -> bool:
@@ -118,7 +116,7 @@ def windows_forward(
         The output ``(B, T, H, D)`` and the log-sum-exp of the scores, float32 ``(B, H, T)``.
     """
     width = _width(drawn, window)
-    out, lse = band_forward(query, key, value, width, scaling)
+    out, lse = band_forward(query, key, value, width, scaling, is_drawn=drawn is not None)
     if num_kept:
         kernels.merge_kept_(query, key, value, out, lse, cos, sin, width, num_kept, scaling)
     return out, lse
@@ -148,7 +146,7 @@ def windows_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value, from the result of the whole softmax."""
     width, grad, out = _width(drawn, window), grad.contiguous(), out.contiguous()
-    grads = band_backward(grad, query, key, value, out, lse, width, scaling)
+    grads = band_backward(grad, query, key, value, out, lse, width, scaling, is_drawn=drawn is not None)
     if num_kept:
         states = (grad, query, key, value, out, lse, grads, cos, sin)
         kernels.add_kept_gradients_(*states, width, num_kept, scaling)
@@ -158,29 +156,6 @@ def windows_backward(
 @windows_backward.register_fake
 def _(grad, query, key, value, out, lse, cos, sin, drawn, window, num_kept, scaling):
     return tuple(states.new_empty(states.shape) for states in (query, key, value))
-
-
-def band_forward(query: Tensor, key: Tensor, value: Tensor, window: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """Compute attention of T queries over the keys ``[K - T + t - window, K - T + t]``.
-
-    Returns:
-        The output ``(B, T, H, D)`` and the log-sum-exp ``(B, H, T)``, both contiguous.
-    """
-    lengths = (None, None, query.shape[1], key.shape[1])
-    band = {"scale": scaling, "window_size_left": window, "window_size_right": 0}
-    out, lse, *_ = aten._flash_attention_forward(query, key, value, *lengths, 0.0, False, False, **band)
-    return out.contiguous(), lse.contiguous()
-
-
-def band_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, window: int, scaling: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the band's part of the gradients of query, key and value, contiguous."""
-    lengths = (None, None, query.shape[1], key.shape[1])
-    band = {"scale": scaling, "window_size_left": window, "window_size_right": 0}
-    states = (grad, query, key, value, out, lse)
-    grads = aten._flash_attention_backward(*states, *lengths, 0.0, False, *no_dropout_state(query), **band)
-    return tuple(gradient.contiguous() for gradient in grads)
 
 
 def _width(drawn: Tensor | None, window: int) -> int:

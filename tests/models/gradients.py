@@ -106,29 +106,33 @@ def exact_attention(
     sink_value: Tensor | None,
     scaling: float,
 ) -> Tensor:
-    """The oracle."""
+    """The oracle. Sinks may also have a value for each query, ``(B, H, T, …)``."""
     in_window, is_kept = visible_keys(query.shape[2], window, num_kept)
     turned = query if rotation is None else _rotated_back(query, *rotation)
     scores = torch.where(is_kept, turned @ key.mT, query @ key.mT) * scaling
     scores = scores.masked_fill(~(in_window | is_kept), float("-inf"))
     if sink_logit is None and sink_key is None:
         return scores.softmax(-1) @ value
-    sink_score = sink_logit[:, None] if sink_key is None else torch.einsum("bhtd,hd->bht", query, sink_key) * scaling
-    scores = torch.cat((scores, sink_score.expand(scores.shape[:-1])[..., None]), dim=-1)
-    probabilities = scores.softmax(-1)
+    sink_logit, sink_key, sink_value = (_of_each_query(sink, query) for sink in (sink_logit, sink_key, sink_value))
+    sink_score = sink_logit if sink_key is None else (query * sink_key).sum(-1) * scaling
+    probabilities = torch.cat((scores, sink_score[..., None]), dim=-1).softmax(-1)
     out = probabilities[..., :-1] @ value
-    return out if sink_value is None else out + probabilities[..., -1:] * sink_value[:, None]
+    return out if sink_value is None else out + probabilities[..., -1:] * sink_value
 
 
 def errors(attention: Attention, case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, float]:
     """Return the relative errors of the output and of each gradient by name.
 
     An error is the norm of the difference from the oracle over the norm of the oracle's tensor. The
-    inputs are rounded to ``dtype`` first, so their rounding is no error.
+    gradient of a sink is a sum over all queries. Its error is divided by the norm of the terms, if
+    that is larger: the terms may cancel, but not their rounding errors. The inputs are rounded to
+    ``dtype`` first, so their rounding is no error.
     """
     inputs, others = make_inputs(case)
     inputs = {name: states.to(_dtype_of(name, dtype)) for name, states in inputs.items()}
-    exact = {name: states.double().requires_grad_() for name, states in inputs.items()}
+    exact = {name: states.double() for name, states in inputs.items()}
+    exact |= {name: _of_each_query(exact[name], exact["query"]) for name in SINK_STATES if name in exact}
+    exact = {name: states.requires_grad_() for name, states in exact.items()}
     ours = {name: states.to(device).requires_grad_() for name, states in inputs.items()}
     expected = exact_attention(**exact, **others)
     rotation = others["rotation"]
@@ -185,11 +189,23 @@ def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if name in SINK_STATES else dtype
 
 
+def _of_each_query(sink: Tensor | None, query: Tensor) -> Tensor | None:
+    """Return a sink ``(H, …)`` as ``(B, H, T, …)``."""
+    if sink is None or sink.dim() > 2:
+        return sink
+    batch_size, _, num_queries, _ = query.shape
+    return sink[None, :, None].repeat(batch_size, 1, num_queries, *[1] * (sink.dim() - 1))
+
+
 def _relative_error(mine: Tensor | None, theirs: Tensor) -> float:
     if mine is None:
         return float("inf")  # no gradient
+    scale = theirs.norm()
+    if theirs.dim() > mine.dim():  # the terms of a sum over queries
+        theirs = theirs.sum((0, 2))
+        scale = torch.maximum(scale, theirs.norm())
     difference = (mine.detach().cpu().double() - theirs).norm()
-    return (difference / theirs.norm().clamp(min=1e-30)).item()
+    return (difference / scale.clamp(min=1e-30)).item()
 
 
 def _rotated_back(query: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

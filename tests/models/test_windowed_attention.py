@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from sinklm.models import fused_windows
+from sinklm.models import band, fused_windows
 from sinklm.models.fused_attention import CPU
 from sinklm.models.sink_column import FusedAttention, SinkColumn
 from sinklm.models.windowed_attention import windowed_attention
@@ -59,16 +59,25 @@ def plain_kernels(monkeypatch):
     use_plain_kernels(monkeypatch)
 
 
-def fused(query, key, value, *, window, num_kept, rotation, scaling, **sink):
-    """`fused_windowed_attention`, with the window as that of a step of the training."""
-    rule = rule_of(query, window + 3, num_kept, rotation, torch.tensor(window))
+def fused_under(rule, query, key, value, scaling, **sink):
     column = column_of(query, **sink, scaling=scaling)
     states = (states.transpose(1, 2) for states in (query, key, value))
     return fused_windows.fused_windowed_attention(*states, rule, column, scaling).transpose(1, 2)
 
 
-def test_the_fused_passes(plain_kernels):
-    assert list(failures(fused, cases=WINDOWED)) == []
+def fixed(query, key, value, *, window, num_kept, rotation, **others):
+    return fused_under(rule_of(query, window, num_kept, rotation), query, key, value, **others)
+
+
+def drawn(query, key, value, *, window, num_kept, rotation, **others):
+    """With the window as that of a step of the training."""
+    rule = rule_of(query, window + 3, num_kept, rotation, torch.tensor(window))
+    return fused_under(rule, query, key, value, **others)
+
+
+@pytest.mark.parametrize("attention", [fixed, drawn])
+def test_the_fused_passes(plain_kernels, attention):
+    assert list(failures(attention, cases=WINDOWED)) == []
 
 
 def test_more_keys_than_queries(plain_kernels):
@@ -108,9 +117,9 @@ def test_flash_attention_is_called_as_pytorch_declares_it():
     """Uses meta tensors, which need no GPU."""
     query = torch.empty(2, 33, 3, 64, dtype=torch.bfloat16, device="meta")
     key = torch.empty(2, 40, 3, 64, dtype=torch.bfloat16, device="meta")
-    out, lse = fused_windows.band_forward(query, key, key, 7, 0.3)
+    out, lse = band.band_forward(query, key, key, 7, 0.3)
     assert (out.shape, lse.shape, lse.dtype) == (query.shape, (2, 3, 33), torch.float32)
-    grads = fused_windows.band_backward(out, query, key, key, out, lse, 7, 0.3)
+    grads = band.band_backward(out, query, key, key, out, lse, 7, 0.3)
     assert [gradient.shape for gradient in grads] == [query.shape, key.shape, key.shape]
 
 
@@ -162,16 +171,33 @@ LONG = [
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("attention", [fixed, drawn])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_on_a_gpu_is_as_near_to_float64_as_pytorch_s_attention(dtype):
-    assert list(failures(fused, dtype, "cuda", LONG)) == []
+def test_half_precision_on_a_gpu_is_as_near_to_float64_as_pytorch_s_attention(dtype, attention):
+    assert list(failures(attention, dtype, "cuda", LONG)) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_size", [64, 80, 128])
+def test_cudnn_computes_the_band_of_flash_attention(head_size):
+    if not band.has_cudnn():
+        pytest.skip("needs nvidia-cudnn-frontend")
+    states = [torch.randn(2, 300, 3, head_size, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    grad, *states = states
+    assert band.can_cudnn(*states[:2])
+    (out, lse), (expected, expected_lse) = (band.band_forward(*states, 77, 0.1, is_drawn=d) for d in (False, True))
+    torch.testing.assert_close(out, expected, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
+    inputs = (grad, *states, expected, expected_lse + 0.5, 77, 0.1)  # of a softmax with further keys
+    for mine, theirs in zip(*(band.band_backward(*inputs, is_drawn=d) for d in (False, True)), strict=True):
+        assert (mine - theirs).norm() < 0.01 * theirs.norm()
 
 
 @pytest.mark.gpu
 def test_the_deterministic_mode_gives_the_same_gradients_again():
     states = [torch.randn(2, 2048, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
     rule, grad = rule_of(states[0].transpose(1, 2), 700, 4, None), torch.randn_like(states[0])
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     try:
         out = fused_windows.fused_windowed_attention(*states, rule, None, 0.1)
         first, *others = (torch.autograd.grad(out, states, grad, retain_graph=True) for _ in range(5))
