@@ -11,7 +11,8 @@ Every micro-batch has the same number of positions (--tokens), whatever the leng
   one full one, ``segments`` carried keys (`sinklm.models.carried`) with segments of twice the
   window.
 - Kernels: attention of one layer, forward and backward: ``cuDNN`` and ``flash`` are full and
-  causal, ``band`` is FlashAttention over the window, and ``band + kept`` what windowed layers use.
+  causal, ``band`` is the kernel for a fixed window (cuDNN if nvidia-cudnn-frontend is installed),
+  ``drawn band`` that for a drawn one, and ``band + kept`` what layers with a fixed window use.
   ``+ logit`` adds an arm's column.
 
 "of full" is the speed relative to full attention at the same length, "of shortest" that relative to
@@ -32,9 +33,10 @@ from torch import Tensor
 
 from sinklm.eval.decode_speed import synchronize
 from sinklm.models import CarriedKeys, SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM
+from sinklm.models.band import band_backward, band_forward, has_cudnn
 from sinklm.models.cost import flops_per_token, peak_flops
 from sinklm.models.fused_attention import CUDNN, FLASH
-from sinklm.models.fused_windows import band_backward, band_forward, fused_windowed_attention
+from sinklm.models.fused_windows import fused_windowed_attention
 from sinklm.models.sink_column import SinkColumn
 from sinklm.models.windows import WindowRule
 from sinklm.train.plan import Plan
@@ -42,7 +44,7 @@ from sinklm.train.recipe import load_config
 
 TOKENIZER_SIZE = 50277  # Pythia's
 LAYERS = ("full", "window", "drawn", "3:1", "segments")
-KERNELS = ("cuDNN", "flash", "band", "band + kept", "band + kept + logit")
+KERNELS = ("cuDNN", "flash", "band", "drawn band", "band + kept", "band + kept + logit")
 Settings = argparse.Namespace
 
 
@@ -132,11 +134,12 @@ def passes(name: str, states: list[Tensor], args: Settings) -> tuple[Callable[[]
             lambda: kernel.forward(*inputs, True, scaling),
             lambda: kernel.backward(grad, *inputs, out, lse, True, scaling),
         )
-    if name == "band":
-        out, lse = band_forward(query, key, value, args.window, scaling)
+    if name in ("band", "drawn band"):
+        settings = {"window": args.window, "scaling": scaling, "is_drawn": name == "drawn band"}
+        out, lse = band_forward(query, key, value, **settings)
         return (
-            lambda: band_forward(query, key, value, args.window, scaling),
-            lambda: band_backward(grad, query, key, value, out, lse, args.window, scaling),
+            lambda: band_forward(query, key, value, **settings),
+            lambda: band_backward(grad, query, key, value, out, lse, **settings),
         )
     inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
     num_rotated = query.shape[-1] // 4
@@ -217,6 +220,7 @@ def main() -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "bands of fixed windows": "cuDNN" if args.device == "cuda" and has_cudnn() else "FlashAttention",
     }
     settings = {key: str(value) for key, value in vars(args).items()}
     report: dict = {"device": name, **versions, "settings": settings, "rows": []}
