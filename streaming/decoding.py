@@ -81,6 +81,8 @@ class StreamingDecoder:
             )
         if self.is_dispatched:
             return self.prefill(token_ids)
+        # A view, for example a column of a prompt, has other strides: the graph would be compiled again.
+        token_ids = token_ids.clone(memory_format=torch.contiguous_format)
         self.cache.rebase_before(1)
         with self.cache.steering.in_graph(self.cache):
             if self.compiled_for is not num_seen:  # the first step compiles and warms up for the capture
@@ -102,7 +104,7 @@ class CapturedStep:
     """A CUDA graph of a step. Capturing does not run the step."""
 
     def __init__(self, step: Callable[[Tensor], Tensor], token_ids: Tensor):
-        self.token_ids = token_ids.clone()
+        self.token_ids = token_ids
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(token_ids.device), torch.cuda.graph(self.graph):
             self.logits = step(self.token_ids)

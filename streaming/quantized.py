@@ -32,7 +32,7 @@ class Int8:
     def quantize(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Return codes ``(…, D)`` and parameters ``(…, 1)`` of keys or values ``(…, D)``."""
         states = states.float()
-        scale = (states.abs().amax(-1, keepdim=True) / 127).bfloat16()
+        scale = (states.abs().amax(-1, keepdim=True) * (1 / 127)).bfloat16()  # GPUs divide by numbers like this
         codes = (states / scale.float().clamp(min=torch.finfo(torch.float32).tiny)).round().clamp(-127, 127)
         return codes.to(torch.int8), scale
 
@@ -56,7 +56,7 @@ class Int4:
         head_dim = states.shape[-1]
         groups = states.float().unflatten(-1, (-1, self.group(head_dim)))
         low = groups.amin(-1, keepdim=True).bfloat16()
-        scale = ((groups.amax(-1, keepdim=True) - low.float()) / 15).bfloat16()
+        scale = ((groups.amax(-1, keepdim=True) - low.float()) * (1 / 15)).bfloat16()
         codes = ((groups - low.float()) / scale.float().clamp(min=torch.finfo(torch.float32).tiny)).round()
         codes = codes.clamp(0, 15).to(torch.uint8).flatten(-2)
         packed = codes[..., : head_dim // 2] | (codes[..., head_dim // 2 :] << 4)

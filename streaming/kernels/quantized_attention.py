@@ -105,7 +105,7 @@ def _store_quantized(
     """Quantize a key or value ``(dims,)`` as `Int8` and `Int4` do, and store it in a slot."""
     state = state.to(tl.float32)
     if BITS == 8:
-        scale = tl.div_rn(tl.max(tl.abs(state), axis=0), 127.0).to(tl.bfloat16)
+        scale = (tl.max(tl.abs(state), axis=0) * (1 / 127)).to(tl.bfloat16)
         tl.store(scales + slot, scale)
         code = _rounded(tl.div_rn(state, tl.maximum(scale.to(tl.float32), TINY)))
         tl.store(codes + slot * DIM + dims, tl.clamp(code, -127.0, 127.0).to(tl.int8), mask=has_dim)
@@ -117,7 +117,7 @@ def _store_quantized(
         low = tl.min(tl.reshape(tl.where(has_dim, state, float("inf")), shape), axis=1)
         high = tl.max(tl.reshape(tl.where(has_dim, state, -float("inf")), shape), axis=1)
         low = tl.where(groups < NUM_GROUPS, low, 0.0).to(tl.bfloat16)
-        scale = tl.div_rn(tl.where(groups < NUM_GROUPS, high, 0.0) - low.to(tl.float32), 15.0).to(tl.bfloat16)
+        scale = ((tl.where(groups < NUM_GROUPS, high, 0.0) - low.to(tl.float32)) * (1 / 15)).to(tl.bfloat16)
         scales += slot * 2 * NUM_GROUPS + 2 * groups
         tl.store(scales, scale, mask=groups < NUM_GROUPS)
         tl.store(scales + 1, low, mask=groups < NUM_GROUPS)

@@ -60,6 +60,18 @@ def test_quantized_keys_and_values_are_one_graph(kv_dtype):
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
 
+def test_tokens_may_be_views():
+    """Another graph, compiled while a CUDA graph is captured, would fail."""
+    model, ids = tiny.build(tiny.config("llama", num_hidden_layers=1)), tiny.random_ids(9, batch_size=2)
+    counter = CompileCounter()
+    cache = StreamingCache.for_model(model, num_kept=1, window=5)
+    decoder = StreamingDecoder(model, cache, compile={"backend": counter})
+    decoder.prefill(ids[:, :5])
+    for tokens in (ids[:, 5:6], ids[:, 6:7].contiguous(), ids[:, 7:8].expand(2, 1), ids.T.contiguous().T[:, 8:]):
+        decoder(tokens)
+    assert counter.frame_count == 1
+
+
 def test_frequencies_that_each_pass_chooses_are_an_error():
     model, ids = random_model(small_families.config("phi3:longrope")), tiny.random_ids(6)
     decoder = StreamingDecoder(model, StreamingCache.for_model(model, num_kept=1, window=5))
