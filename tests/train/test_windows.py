@@ -33,10 +33,11 @@ def test_a_ratio_repeats_over_the_layers(num_windowed, num_full, num_layers):
 
 
 def test_a_ratio_is_read_with_and_without_quotes():
-    for text in ("3:1", "'3:1'"):
-        config = load_config("quickstart", [f"model.attention.pattern={text}", "model.attention.window=9"])
-        assert config.model.attention.pattern == "3:1"
-        assert config.model.layer_windows == [9, 9, 9, None]
+    for text in ("3:1", "60:1", "1:59"):  # to the base 60, numbers in YAML 1.1
+        for written in (text, f"'{text}'"):
+            config = load_config("quickstart", [f"model.attention.pattern={written}", "model.attention.window=9"])
+            assert config.model.attention.pattern == text
+            assert config.model.layer_windows[1] == (None if text == "1:59" else 9)
 
 
 @given(seed=st.integers(0, 2**63 - 1), step=st.integers(1, 10**15), limits=RANGES)
