@@ -58,6 +58,11 @@ def test_weights_of_sets_are_replaced_as_a_whole(tmp_path):
             ["train.precision=fp8"],
             "fp8 does not pay off below model.hidden_size 2048, but it is 128: set train.precision",
         ),
+        (
+            [*WIDE, *WINDOW, "train.segment_length=512"],
+            "fp8 does not support train.segment_length: set bf16, or null",
+        ),
+        ([*WIDE, "train.segment_length=2048", "model.intermediate_size=8200"], "model.intermediate_size is 8200"),
         ([*WIDE, "model.intermediate_size=8200"], "multiples of 16, but model.intermediate_size is 8200"),
         (
             [*WIDE, "train.micro_batch_size=1", "train.seq_length=8"],

@@ -82,6 +82,19 @@ def test_operations_count_the_keys_in_the_windows():
     )
 
 
+@given(limits=st.integers(1, 60).flatmap(lambda low: st.tuples(st.just(low), st.integers(low + 1, 400))))
+def test_the_mean_number_of_keys_is_that_over_all_windows(limits):
+    drawn = plan("model.attention.pattern=window", f"model.attention.window={[*limits]}")
+    shares = {window: math.log((window + 1) / window) for window in range(limits[0], limits[1] + 1)}
+    by_window = math.fsum(share * drawn.flops_per_token(window) for window, share in shares.items())
+    assert drawn.flops_per_token() == pytest.approx(by_window / math.fsum(shares.values()), rel=1e-12)
+
+
+def test_a_huge_range_of_windows_costs_no_time():
+    huge = plan("model.attention.pattern=window", "model.attention.window=[1,2147483647]")
+    assert plan().flops_per_token() * 0.9 < huge.flops_per_token() < plan().flops_per_token()
+
+
 def test_a_run_says_what_its_layers_see():
     assert describe_model(plan(*WINDOWS)).endswith("window of 2 to 20 (drawn for each step) in all layers with 1 kept")
     hybrid = plan("model.attention.pattern=3:1", "model.attention.window=1023", "model.attention.num_kept=4")
