@@ -135,12 +135,11 @@ def rules_of_pass(
     if any(getattr(layer, "is_sliding", False) for layer in getattr(cache, "layers", ())):
         raise ValueError("the cache drops keys that windowed layers keep: pass a DynamicCache, or a StreamingCache")
     is_token = None
-    if attention_mask is not None:
-        if attention_mask.ndim != 2:
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}: windowed layers require one of shape "
-                "(batch, tokens)"
-            )
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: windowed layers require one of shape "
+            "(batch, tokens)"
+        )
     if attention_mask is not None and not _is_unpadded(attention_mask, num_seen, num_queries):
         is_token = attention_mask.to(device).bool()
         queries = (is_token.long().cumsum(-1) - 1).clamp(min=0)[:, -num_queries:]
@@ -183,5 +182,6 @@ def _is_unpadded(attention_mask: Tensor, num_seen: int, num_queries: int) -> boo
 
 def _has_exact_keys(cache: Cache | None) -> bool:
     """Whether a layer's keys are those of the tokens so far, without empty slots."""
-    is_dynamic = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
-    return cache is None or is_dynamic
+    if cache is None:
+        return True
+    return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)

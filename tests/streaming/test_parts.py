@@ -7,8 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sinklm.models import banded_attention
-from sinklm.models import fused_windows
+from sinklm.models import banded_attention, fused_windows
 from sinklm.models.banded_attention import attention, flash_two_phase_attention, merge_kept
 from sinklm.models.fused_attention import EFFICIENT, can_flash, kernel_for
 from sinklm.streaming.encodings import Rotary

@@ -82,7 +82,10 @@ def test_weights_of_sets_are_replaced_as_a_whole(tmp_path):
         (["model.attention.pattern=1:0:1"], "model.attention.pattern is '1:0:1': it must be full, window"),
         (["train.seed=010"], "train.seed is '010': it should be a valid integer"),
         (["train.num_steps=1:30"], "train.num_steps is '1:30': it should be a valid integer"),
-        (["wandb.mode=off"], "wandb.mode is False: it should be 'auto', 'online', 'offline' or 'disabled'; quote it if"),
+        (
+            ["wandb.mode=off"],
+            "wandb.mode is False: it should be 'auto', 'online', 'offline' or 'disabled'; quote it if",
+        ),
         (["model.attention.pattern=0:1"], "model.attention.pattern is '0:1': it must be full, window"),
         (["model.attention.pattern=window"], "pattern is window, but window is null: set window"),
         (
