@@ -3,6 +3,7 @@
 import json
 from importlib import metadata
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import yaml
@@ -45,7 +46,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_spec
 
 {notes}## Stream
 
-Generate text of any length in constant memory: the cache keeps {num_kept_words} and the {window} most \
+Generate text of any length in constant memory: the cache keeps {kept}the {window} most \
 recent tokens.
 
 ```python
@@ -68,14 +69,11 @@ generated (`suppress_tokens` in `generation_config.json`).
 
 """
 
-WINDOW_NOTES = """\
-The model was trained with a {windows}. Plain GPT-NeoX has none, so this copy has full attention in
-all layers: {cost}.{stream}
-
-"""
-
-SAME_STREAM = """ With the cache below,
-every layer computes what it was trained with."""
+WINDOW_NOTES = (
+    "The model was trained with a {windows}. Plain GPT-NeoX has none, so this copy has full attention in all layers: "
+    "{cost}."
+)
+SAME_STREAM = " With the cache below, every layer computes what it was trained with."
 
 
 def model_card(
@@ -98,7 +96,7 @@ def model_card(
     if cost is not None:
         stream = SAME_STREAM if len(set(model.config.windows)) == 1 else ""
         windows = describe_windows(trained_windows(model.config))
-        notes += WINDOW_NOTES.format(windows=windows, cost=cost, stream=stream)
+        notes += fill(WINDOW_NOTES.format(windows=windows, cost=cost) + stream, width=100) + "\n\n"
     facts = architecture_facts(model) | run_facts(folder)
     return TEMPLATE.format(
         name=name,
@@ -107,7 +105,7 @@ def model_card(
         facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
         notes=notes,
         num_kept=num_kept,
-        num_kept_words="the sink" if num_sinks == 1 else f"the first {num_kept} tokens",
+        kept="the sink and " if num_kept == num_sinks == 1 else f"the first {num_kept} tokens and " * (num_kept > 0),
         window=window,
     )
 
