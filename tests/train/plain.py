@@ -1,7 +1,7 @@
 """Reference: training without DeepSpeed and without a loader, on one rank."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from types import SimpleNamespace
 
 import torch
@@ -20,19 +20,12 @@ def plain_training(plan: Plan, num_steps: int) -> tuple[list[float], list[float]
     config = plan.config
     torch.manual_seed(config.train.seed)
     model = SinkGPTNeoXForCausalLM(plan.model_config)
-    decayed = [m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)]
-    others = [p for p in model.parameters() if not any(p is matrix for matrix in decayed)]
     muon: dict[nn.Parameter, torch.Tensor] = {}
     if config.optimizer.name == "muon":
         muon = {
             m.weight: torch.zeros_like(m.weight) for m in model.gpt_neox.layers.modules() if isinstance(m, nn.Linear)
         }
-        decayed = [p for p in decayed if p not in muon]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": config.optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        betas=tuple(config.optimizer.betas),
-        eps=config.optimizer.eps,
-    )
+    optimizer = plain_optimizer(model, plan, without=muon)
     losses, norms = [], []
     for step, tokens in zip(range(num_steps), batches_of(plan), strict=False):
         logits = model(tokens[:, :-1]).logits
@@ -54,6 +47,21 @@ def plain_training(plan: Plan, num_steps: int) -> tuple[list[float], list[float]
         model.zero_grad()
         losses.append(loss.item())
     return losses, norms, model
+
+
+def plain_optimizer(
+    model: SinkGPTNeoXForCausalLM, plan: Plan, without: Container[nn.Parameter] = ()
+) -> torch.optim.AdamW:
+    """AdamW with weight decay of matrices, for all parameters but those in ``without``."""
+    optimizer = plan.config.optimizer
+    matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)]
+    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    decayed = [p for p in matrices if p not in without]
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        betas=tuple(optimizer.betas),
+        eps=optimizer.eps,
+    )
 
 
 def batches_of(plan: Plan) -> Iterator[torch.Tensor]:
