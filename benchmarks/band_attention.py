@@ -17,7 +17,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import pad
 
 from sinklm.eval.decode_speed import step_times
-from sinklm.models.banded_attention import can_flash, flash_two_phase_attention, two_phase_attention
+from sinklm.models.banded_attention import flash_two_phase_attention, two_phase_attention
+from sinklm.models.fused_attention import can_flash
 
 NUM_KEPT = 4
 # heads, groups, head size, rotary dimensions, window: SmolLM2-135M, Pythia-160M and 6.9B

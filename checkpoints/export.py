@@ -21,12 +21,12 @@ from transformers.utils import cached_file
 
 from ..chat_templates import template_with_sinks
 from ..files import check_new, write_json
-from ..models.config import WINDOW_FIELDS, SinkGPTNeoXConfig, sink_config
+from ..models.config import TRAINED_WINDOWS, WINDOW_FIELDS, SinkGPTNeoXConfig, sink_config, trained_windows
 from ..special_tokens import padding_token, without_template
 from .checks import read_tokenizer
 from .checksums import write_sums
 from .folders import resolve_model_folder
-from .full_attention import check_windows
+from .full_attention import check_windows, measured_cost
 from .loading import let_everyone_read, load_model, load_tokenizer
 from .model_card import model_card
 
@@ -38,7 +38,12 @@ LARGEST_SHARD = "50GB"  # of a file of weights, as transformers 5 writes them
 
 
 def export_model(
-    checkpoint: str | Path, output: str | Path, *, name: str | None = None, full_attention: bool = False
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    name: str | None = None,
+    full_attention: bool = False,
+    text: str | None = None,
 ) -> Path:
     """Write a checkpoint as a plain GPT-NeoX folder: weights, configuration, tokenizer, model card.
 
@@ -51,7 +56,9 @@ def export_model(
         output: the folder to create. It may exist if it is empty.
         name: of the model in its card; default: that of the folder.
         full_attention: export a model with windowed layers, which plain GPT-NeoX does not have,
-            with full attention in all layers (`full_attention_cost` measures what that changes).
+            with full attention in all layers. What that changes is measured by
+            `full_attention_cost`, and stated in the card.
+        text: for the measurement.
 
     Returns:
         ``output`` as a path.
@@ -61,6 +68,10 @@ def export_model(
             sinks, or ``checkpoint`` is an export.
         FileExistsError: ``output`` exists and is not empty.
         OSError: writing failed. No partial files remain.
+
+    Warns:
+        UserWarning: says the cost of full attention; or the chat template does not begin with the
+            sinks.
     """
     output = Path(output)
     folder = check_new(output, "folder")
@@ -69,23 +80,24 @@ def export_model(
     model = load_model(checkpoint, device="cpu", dtype="auto")
     config = _exportable_config(model, checkpoint)
     check_windows(config, checkpoint, full_attention)
+    tokenizer = exported_tokenizer(checkpoint, config)
+    cost = measured_cost(checkpoint, full_attention, text)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         _write_model(model, config, partial)
-        _write_tokenizer(checkpoint, config, partial)
+        _write_tokenizer(tokenizer, config, partial)
         card = model_card(
             model,
             Path(resolve_model_folder(checkpoint)),
             name or output.absolute().name,
-            sink_names(config.num_sinks),
+            tokenizer.sink_names,
+            cost,
         )
         (partial / "README.md").write_text(card, encoding="utf-8")
         write_sums(partial)
         os.rename(partial, folder)
-    except FileNotFoundError:  # the checkpoint has no tokenizer
-        raise
     except (SafetensorError, OSError) as error:
         raise OSError(f"cannot write the export to {output.absolute().parent}: {error}") from error
     finally:
@@ -140,7 +152,10 @@ def _write_model(model: PreTrainedModel, config: SinkGPTNeoXConfig, folder: Path
     path = folder / "config.json"
     let_everyone_read(folder)
     written = json.loads(path.read_text(encoding="utf-8"))
-    write_json(path, written | _older_keys(plain_config) | {"sink": config.sink}, sort_keys=True)
+    ours: dict[str, Any] = {"sink": config.sink}
+    if config.has_windows:
+        ours[TRAINED_WINDOWS] = trained_windows(config)
+    write_json(path, written | _older_keys(plain_config) | ours, sort_keys=True)
 
 
 def _plain_config(config: SinkGPTNeoXConfig) -> GPTNeoXConfig:
@@ -163,7 +178,7 @@ def _older_keys(config: GPTNeoXConfig) -> dict[str, Any]:
     return keys if rope.get("rope_type") == "default" else keys | {"rope_scaling": rope}
 
 
-def _write_tokenizer(checkpoint: str | Path, config: SinkGPTNeoXConfig, folder: Path) -> None:
+def _write_tokenizer(tokenizer: "ExportedTokenizer", config: SinkGPTNeoXConfig, folder: Path) -> None:
     """Write ``tokenizer.json``, whose template prepends the sinks, and ``tokenizer_config.json``.
 
     No other token is put before a text. Checkpoints of older versions may have a template that adds
@@ -173,7 +188,6 @@ def _write_tokenizer(checkpoint: str | Path, config: SinkGPTNeoXConfig, folder: 
     ``save_pretrained`` is not used: in transformers 5 it writes a class name that transformers 4
     does not have, and its ``GPTNeoXTokenizer`` drops the template.
     """
-    tokenizer = exported_tokenizer(checkpoint, config)
     backend, names = tokenizer.backend, tokenizer.sink_names
     if names:
         _put_sinks_first(backend, names, config.sink_token_ids)

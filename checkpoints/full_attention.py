@@ -1,19 +1,23 @@
 """Export of models with windowed layers, which plain GPT-NeoX and llama.cpp do not have.
 
 With full attention in place of the windows, a model computes something else than it was trained
-for. Exports therefore refuse such a model unless the caller asks for it, and can measure the cost.
+for. Exports therefore refuse such a model unless the caller asks for it, and measure the cost.
 """
 
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import yaml
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..models.config import WINDOW_FIELDS, SinkGPTNeoXConfig
+from .folders import CONFIG_FILE, STATE_FILE, resolve_model_folder
 from .loading import load_model, load_tokenizer
 
-NUM_SAMPLES = 4  # of the trained length
+SAMPLE_LENGTH = 4096  # longest sample of the text, unless the windows are longer than half of it
+NUM_SAMPLES = 4
 
 
 class AttentionCost(NamedTuple):
@@ -22,12 +26,18 @@ class AttentionCost(NamedTuple):
     Args:
         windowed: with the model's windows.
         full: with full attention.
-        num_tokens: number of scored tokens.
+        num_tokens: number of tokens.
     """
 
     windowed: float
     full: float
     num_tokens: int
+
+    def __str__(self) -> str:
+        return (
+            f"with full attention, the loss on {self.num_tokens:,} tokens is {self.full:.3f} nats per token, and "
+            f"{self.windowed:.3f} with the windows that the model was trained with"
+        )
 
 
 def check_windows(config: PreTrainedConfig, checkpoint: str | Path, full_attention: bool) -> None:
@@ -53,28 +63,56 @@ def use_full_attention(config: SinkGPTNeoXConfig) -> None:
 def full_attention_cost(checkpoint: str | Path, text: str | None = None) -> AttentionCost | None:
     """Measure the loss of a model with its windows and without.
 
+    Samples have the trained length, but at most `SAMPLE_LENGTH` positions, or twice the largest
+    window if that is more: a model may have far more positions than can be measured in minutes.
+
     Args:
         checkpoint: a run, a checkpoint or the folder of a sinklm model.
         text: default: the help texts of Python.
 
     Returns:
-        The losses of at most `NUM_SAMPLES` samples of the trained length, or None if the model has
-        no windows.
+        The losses of at most `NUM_SAMPLES` samples, or None if the model has no windows.
 
     Raises:
-        ValueError: the text is too short.
+        ValueError: the text is so short that windows and full attention are the same.
     """
     model = load_model(checkpoint)
     if not getattr(model.config, "has_windows", False):
         return None
-    length = model.config.max_position_embeddings - model.config.num_sinks
+    num_sinks = model.config.num_sinks
+    largest = max(window for window in model.config.windows if window is not None)
+    num_positions = min(_trained_length(checkpoint, model.config), max(SAMPLE_LENGTH, 2 * largest))
+    length = num_positions - num_sinks
+    num_samples = max(min(NUM_SAMPLES, NUM_SAMPLES * SAMPLE_LENGTH // num_positions), 1)
     ids = load_tokenizer(checkpoint)(_help_texts() if text is None else text, add_special_tokens=False)["input_ids"]
-    ids = torch.tensor(ids[: NUM_SAMPLES * length])
-    if len(ids) < 2:
-        raise ValueError("the text has fewer than two tokens: pass a longer one")
+    ids = torch.tensor(ids[: num_samples * length])
+    needed = max(min(model.config.num_kept + largest + 2, num_positions) - num_sinks, 2)
+    if len(ids) < needed:
+        raise ValueError(f"the text has {len(ids)} tokens, in which windows hide none: pass at least {needed}")
     windowed = _mean_loss(model, ids, length)
     use_full_attention(model.config)
     return AttentionCost(windowed, _mean_loss(model, ids, length), len(ids))
+
+
+def measured_cost(checkpoint: str | Path, full_attention: bool, text: str | None) -> AttentionCost | None:
+    """Return `full_attention_cost` for an export that asks for full attention, and None otherwise.
+
+    Warns:
+        UserWarning: says the cost, or that the model has no windows.
+    """
+    cost = full_attention_cost(checkpoint, text) if full_attention else None
+    if full_attention:
+        unchanged = f"{checkpoint} has full attention in all layers: --full-attention changes nothing"
+        warnings.warn(unchanged if cost is None else str(cost), stacklevel=3)
+    return cost
+
+
+def _trained_length(checkpoint: str | Path, config: PreTrainedConfig) -> int:
+    """Return the positions of a sample of the training, or of the model if that is unknown."""
+    folder = Path(resolve_model_folder(checkpoint)).absolute().parent
+    if not (folder / STATE_FILE).exists():
+        return config.max_position_embeddings
+    return yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))["train"]["seq_length"]
 
 
 @torch.inference_mode()

@@ -20,9 +20,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..extras import require_extra
 from ..files import check_new, partial_name, sync_file
-from ..models.config import sink_config
+from ..models.config import sink_config, trained_windows
 from .export import EXPORTABLE_KINDS, ExportedTokenizer, exported_tokenizer
-from .full_attention import check_windows
+from .full_attention import check_windows, measured_cost
 from .loading import load_model
 
 if TYPE_CHECKING:
@@ -32,11 +32,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # llama.cpp has only the tanh approximation
 UNUSED_DTYPE = torch.empty(0).numpy().dtype  # of numpy; `gguf` uses it only without `raw_dtype`
 NEVER_IN_UTF8 = {chr(byte) for byte in (0xC0, 0xC1, *range(0xF5, 0x100))}  # Pythia's tokenizer lacks these bytes
-VERSION_KEY, SINK_KEY = "sinklm.version", "sinklm.sink"
+VERSION_KEY, SINK_KEY, WINDOWS_KEY = "sinklm.version", "sinklm.sink", "sinklm.trained_windows"
 
 
 def export_gguf(
-    checkpoint: str | Path, output: str | Path, *, dtype: str = "auto", full_attention: bool = False
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    dtype: str = "auto",
+    full_attention: bool = False,
+    text: str | None = None,
 ) -> Path:
     """Write a checkpoint as a GGUF file.
 
@@ -46,7 +51,7 @@ def export_gguf(
             ``model.gguf``. It replaces nothing.
         dtype: of the matrices: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"auto"``, which is
             that of the checkpoint. Vectors (biases and norms) are always float32.
-        full_attention: as for `export_model`.
+        full_attention, text: as for `export_model`.
 
     Returns:
         The path of the file.
@@ -59,7 +64,7 @@ def export_gguf(
         OSError: writing failed. No partial file remains.
 
     Warns:
-        UserWarning: the tokenizer normalizes, which llama.cpp does not do.
+        UserWarning: the tokenizer normalizes, which llama.cpp does not do; or as `export_model`.
     """
     require_extra("gguf")
     output = Path(output)
@@ -76,6 +81,7 @@ def export_gguf(
             "as an e and a combining accent, has other tokens there",
             stacklevel=2,
         )
+    measured_cost(checkpoint, full_attention, text)
     matrix_dtype = model.dtype if dtype == "auto" else DTYPES[dtype]
     partial = target.with_name(partial_name(target.name))
     name = output.absolute().stem if output.suffix == ".gguf" else output.absolute().name
@@ -215,6 +221,8 @@ def _add_description(writer: "GGUFWriter", model: PreTrainedModel, dtype: torch.
     writer.add_type("model")
     writer.add_string(VERSION_KEY, metadata.version("sinklm"))
     writer.add_string(SINK_KEY, json.dumps(config.sink, sort_keys=True))
+    if windows := trained_windows(config):
+        writer.add_string(WINDOWS_KEY, json.dumps(windows, sort_keys=True))
     writer.add_name(name)
     writer.add_file_type(file_types[dtype])
     writer.add_vocab_size(config.vocab_size)

@@ -16,6 +16,7 @@ from ..text import one_line
 from .checksums import verify_model_folder
 from .export import export_model, is_export
 from .folders import resolve_model_folder
+from .full_attention import measured_cost
 
 # The files of an export; others that lie in its folder are not published.
 PUBLISHED = (
@@ -42,17 +43,26 @@ class Publication:
     card: str
 
 
-def describe_publication(checkpoint: str | Path, repository: str, *, full_attention: bool = False) -> Publication:
+def describe_publication(
+    checkpoint: str | Path, repository: str, *, full_attention: bool = False, text: str | None = None
+) -> Publication:
     """Export a checkpoint to a temporary folder and say what `publish` would upload.
 
     The Hub is not asked. Arguments and errors are those of `publish`.
     """
-    with _staged(checkpoint, repository, full_attention) as folder:
+    with _staged(checkpoint, repository, full_attention, text) as folder:
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
         return Publication(repository, files, (folder / "README.md").read_text(encoding="utf-8"))
 
 
-def publish(checkpoint: str | Path, repository: str, *, private: bool = False, full_attention: bool = False) -> str:
+def publish(
+    checkpoint: str | Path,
+    repository: str,
+    *,
+    private: bool = False,
+    full_attention: bool = False,
+    text: str | None = None,
+) -> str:
     """Export a checkpoint and upload it, in one commit.
 
     Args:
@@ -60,7 +70,7 @@ def publish(checkpoint: str | Path, repository: str, *, private: bool = False, f
         repository: ``owner/name``. It is created if it does not exist.
         private: create a private repository. Without it, the setting of the account decides, which
             is normally public.
-        full_attention: as for `export_model`.
+        full_attention, text: as for `export_model`.
 
     Returns:
         The address of the commit.
@@ -77,7 +87,7 @@ def publish(checkpoint: str | Path, repository: str, *, private: bool = False, f
     api = HfApi()
     with _named_errors(repository):
         _check_repository(api, repository, private)
-    with _staged(checkpoint, repository, full_attention) as folder, _named_errors(repository):
+    with _staged(checkpoint, repository, full_attention, text) as folder, _named_errors(repository):
         api.create_repo(repository, private=private or None, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repository,
@@ -132,16 +142,17 @@ def _named_errors(repository: str) -> Iterator[None]:
 
 
 @contextmanager
-def _staged(checkpoint: str | Path, repository: str, full_attention: bool) -> Iterator[Path]:
+def _staged(checkpoint: str | Path, repository: str, full_attention: bool, text: str | None) -> Iterator[Path]:
     """Write an export, whose card names the repository, to a temporary folder."""
     _check_name(repository)
     with tempfile.TemporaryDirectory(prefix="sinklm-export-") as parent:
         folder, source = Path(parent) / "export", Path(resolve_model_folder(checkpoint))
         if is_export(source):
+            measured_cost(checkpoint, full_attention, text)
             verify_model_folder(str(source))
             _copy_export(source, folder, repository)
         else:
-            export_model(checkpoint, folder, name=repository, full_attention=full_attention)
+            export_model(checkpoint, folder, name=repository, full_attention=full_attention, text=text)
         yield folder
 
 

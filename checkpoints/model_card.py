@@ -3,14 +3,16 @@
 import json
 from importlib import metadata
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import yaml
 from transformers import PreTrainedModel
 
-from ..models.config import default_num_kept
+from ..models.config import SinkGPTNeoXConfig, default_num_kept, describe_windows, trained_windows
 from .checksums import verify_description
 from .folders import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, STATE_FILE, read_state
+from .full_attention import AttentionCost
 
 TEMPLATE = """\
 ---
@@ -44,7 +46,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_spec
 
 {notes}## Stream
 
-Generate text of any length in constant memory: the cache keeps {num_kept_words} and the {window} most \
+Generate text of any length in constant memory: the cache keeps {kept}the {window} most \
 recent tokens.
 
 ```python
@@ -67,20 +69,34 @@ generated (`suppress_tokens` in `generation_config.json`).
 
 """
 
+WINDOW_NOTES = (
+    "The model was trained with a {windows}. Plain GPT-NeoX has none, so this copy has full attention in all layers: "
+    "{cost}."
+)
+SAME_STREAM = " With the cache below, every layer computes what it was trained with."
 
-def model_card(model: PreTrainedModel, folder: Path, name: str, sink_names: list[str]) -> str:
+
+def model_card(
+    model: PreTrainedModel, folder: Path, name: str, sink_names: list[str], cost: AttentionCost | None = None
+) -> str:
     """Return the model card (Markdown) of a model that was loaded from ``folder``.
 
     It includes facts about the training run if ``folder`` is in a run folder.
+
+    Args:
+        cost: of full attention in place of the model's windows, if it has any.
     """
     num_sinks = len(sink_names)
-    num_kept = default_num_kept(model.config)
-    window = model.config.max_position_embeddings // 2 - num_kept
+    num_kept, window = _stream_shape(model.config)
     if num_sinks:
         notes = SINK_NOTES.format(names=f"`{''.join(sink_names)}`")
         with_sinks = "with a learnable sink token" if num_sinks == 1 else f"with {num_sinks} learnable sink tokens"
     else:
         notes, with_sinks = "", "without a sink token"
+    if cost is not None:
+        stream = SAME_STREAM if len(set(model.config.windows)) == 1 else ""
+        windows = describe_windows(trained_windows(model.config))
+        notes += fill(WINDOW_NOTES.format(windows=windows, cost=cost) + stream, width=100) + "\n\n"
     facts = architecture_facts(model) | run_facts(folder)
     return TEMPLATE.format(
         name=name,
@@ -89,9 +105,17 @@ def model_card(model: PreTrainedModel, folder: Path, name: str, sink_names: list
         facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
         notes=notes,
         num_kept=num_kept,
-        num_kept_words="the sink" if num_sinks == 1 else f"the first {num_kept} tokens",
-        window=max(window, 1),
+        kept="the sink and " if num_kept == num_sinks == 1 else f"the first {num_kept} tokens and " * (num_kept > 0),
+        window=window,
     )
+
+
+def _stream_shape(config: SinkGPTNeoXConfig) -> tuple[int, int]:
+    """Return the cache of the example: that of the windows, or half of the trained length."""
+    if config.has_windows and len(set(config.windows)) == 1:
+        return config.num_kept or 0, config.windows[0] or 0
+    num_kept = default_num_kept(config)
+    return num_kept, max(config.max_position_embeddings // 2 - num_kept, 1)
 
 
 def architecture_facts(model: PreTrainedModel) -> dict[str, str]:

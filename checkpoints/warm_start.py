@@ -12,7 +12,7 @@ from transformers.utils import cached_file
 
 from ..models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM
 from ..models.arms import ARM_PARAMETERS
-from ..models.config import sink_config
+from ..models.config import describe_windows, sink_config, trained_windows
 from ..text import one_line
 from .checks import check_loaded, checked_config, read_tokenizer
 from .checksums import verify_model_folder
@@ -71,6 +71,24 @@ def check_tokenizer(name_or_path: str | Path, tokenizer_path: Path) -> None:
                 f"{theirs.id_to_token(i)!r}, but {ours.id_to_token(i)!r} in {tokenizer_path}. Prepare the data with "
                 f"the model's tokenizer: sinklm prepare … --tokenizer {found}"
             )
+
+
+def describe_change(name_or_path: str | Path, config: SinkGPTNeoXConfig) -> str | None:
+    """Return a line about the windows if they differ from those of the other model's training.
+
+    Raises:
+        ValueError: its configuration is damaged.
+        FileNotFoundError: no model was found.
+    """
+    with _init_from(name_or_path):
+        theirs = trained_windows(checked_config(resolve_model_folder(name_or_path)))
+    ours = trained_windows(config)
+    if theirs == ours:
+        return None
+    return (
+        f"the attention changes: model.init_from was trained with {describe_windows(theirs)}, and this run trains with "
+        f"{describe_windows(ours)}"
+    )
 
 
 def load_weights(name_or_path: str | Path, config: SinkGPTNeoXConfig) -> SinkGPTNeoXForCausalLM:

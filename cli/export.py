@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -79,11 +79,8 @@ def export(
     if text is not None and not full_attention:
         raise ValueError("--text is an option of --full-attention")
     console = Console(is_quiet=quiet)
-    cost = _describe_cost(console, checkpoint, None if text is None else _read(text)) if full_attention else None
-    message = _export(console, checkpoint, output, to, str(dtype), private, dry_run, full_attention)
-    console.print(message, soft_wrap=True)
-    if cost is not None:
-        console.print(cost, soft_wrap=True)
+    windows: dict[str, Any] = {"full_attention": full_attention, "text": None if text is None else _read(text)}
+    console.print(_export(console, checkpoint, output, to, str(dtype), private, dry_run, windows), soft_wrap=True)
 
 
 def _export(
@@ -94,25 +91,26 @@ def _export(
     dtype: str,
     private: bool,
     dry_run: bool,
-    full_attention: bool,
+    windows: dict[str, Any],
 ) -> str:
-    """Write the export and return what to tell the user."""
-    console.note(f"loading {checkpoint} …")
+    """Write the export, with ``windows`` as further arguments. Returns what to tell the user."""
+    measuring = " and measuring the loss with and without windows" * windows["full_attention"]
+    console.note(f"loading {checkpoint}{measuring} …")
     if to == Form.GGUF:
         from ..checkpoints.gguf_export import export_gguf
 
-        file = export_gguf(checkpoint, output, dtype=dtype, full_attention=full_attention)
+        file = export_gguf(checkpoint, output, dtype=dtype, **windows)
         return f"{file} is a GGUF file for llama.cpp."
     if to == Form.HF:
         from ..checkpoints.export import export_model
 
-        folder = export_model(checkpoint, Path(output), full_attention=full_attention)
+        folder = export_model(checkpoint, Path(output), **windows)
         return f"{folder} is a plain GPTNeoXForCausalLM. Its README.md shows how to load it with transformers."
     from ..checkpoints.hub import describe_publication, publish
 
     if dry_run:
-        return _describe(describe_publication(checkpoint, output, full_attention=full_attention), private)
-    return f"Uploaded: {publish(checkpoint, output, private=private, full_attention=full_attention)}"
+        return _describe(describe_publication(checkpoint, output, **windows), private)
+    return f"Uploaded: {publish(checkpoint, output, private=private, **windows)}"
 
 
 def _read(path: Path) -> str:
@@ -122,20 +120,6 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); convert it") from error
-
-
-def _describe_cost(console: Console, checkpoint: str, text: str | None) -> str:
-    """Measure full attention in place of windows and return what it costs."""
-    from ..checkpoints.full_attention import full_attention_cost
-
-    console.note("measuring the loss with and without windows …")
-    cost = full_attention_cost(checkpoint, text)
-    if cost is None:
-        return f"{checkpoint} has full attention in all layers: --full-attention changed nothing."
-    return (
-        f"With full attention, the loss on {cost.num_tokens:,} tokens is {cost.full:.3f} nats per token, and "
-        f"{cost.windowed:.3f} with the windows that the model was trained with."
-    )
 
 
 def _describe(publication: "Publication", private: bool) -> str:

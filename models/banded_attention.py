@@ -108,20 +108,6 @@ def two_phase_states(
     return both_phases, torch.cat((kept, band), dim=2)
 
 
-def can_flash(query: Tensor) -> bool:
-    """Whether FlashAttention supports these queries.
-
-    It requires CUDA with compute capability 8.0 or higher, half precision, and a head size of
-    8, 16, …, 256.
-    """
-    return (
-        query.is_cuda
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and query.shape[-1] in range(8, 257, 8)
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    )
-
-
 def flash_two_phase_attention(
     query: Tensor,
     turned_query: Tensor,

@@ -8,6 +8,7 @@ from transformers import GPTNeoXConfig, PreTrainedConfig
 
 DEFAULT_NUM_KEPT = 4  # for a model without sink tokens (Xiao et al. 2024, Table 2)
 WINDOW_FIELDS = ("layer_windows", "num_kept", "window_range")
+TRAINED_WINDOWS = "trained_windows"  # in `config.json` of an export with full attention: the windows before it
 SINK_KINDS = ("none", "token", "zero", "logit", "kv_bias", "gate", "head_gate")
 
 
@@ -139,6 +140,34 @@ def sink_config(config: PreTrainedConfig) -> SinkGPTNeoXConfig:
     if config.model_type != "gpt_neox" or not isinstance(sink, dict):
         return SinkGPTNeoXConfig()
     return SinkGPTNeoXConfig(vocab_size=config.vocab_size, sink=sink)
+
+
+def trained_windows(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the `WINDOW_FIELDS` with which a model, or the origin of an export, was trained.
+
+    Empty if all of its layers have full attention.
+    """
+    if isinstance(config, SinkGPTNeoXConfig):
+        return {name: getattr(config, name) for name in WINDOW_FIELDS} if config.has_windows else {}
+    recorded = getattr(config, TRAINED_WINDOWS, None)
+    try:
+        origin = SinkGPTNeoXConfig(num_hidden_layers=config.num_hidden_layers, **recorded) if recorded else None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the key {TRAINED_WINDOWS} of config.json is damaged ({error}): restore the file") from error
+    return trained_windows(origin) if origin is not None else {}
+
+
+def describe_windows(windows: dict[str, Any]) -> str:
+    """Return in words what layers with these `WINDOW_FIELDS` see; with none, full attention."""
+    if not windows:
+        return "full attention in all layers"
+    drawn, by_layer = windows["window_range"], windows["layer_windows"]
+    sizes = sorted({window for window in by_layer if window is not None})
+    num_windowed = sum(window is not None for window in by_layer)
+    size = " or ".join(f"{window:,}" for window in sizes)
+    size = size if drawn is None else f"{drawn[0]:,} to {drawn[1]:,} (drawn for each step)"
+    which = "all" if num_windowed == len(by_layer) else f"{num_windowed} of {len(by_layer)}"
+    return f"window of {size} in {which} layers with {windows['num_kept']} kept"
 
 
 def num_prepended_sinks(config: PreTrainedConfig) -> int:

@@ -1,7 +1,6 @@
 """Cost of a model: number of parameters, FLOPs per token, and peak throughput of devices."""
 
 import math
-import operator
 from collections.abc import Sequence
 
 import torch
@@ -65,19 +64,28 @@ def flops_per_token(config: SinkGPTNeoXConfig, seq_length: int, window: int | No
     """
     multiplied = count_parameters(config) - config.vocab_size * config.hidden_size
     drawn = config.window_range if window is None else (window, window)
-    num_keys = sum(_num_keys(config, own, drawn, seq_length) for own in config.windows)
-    return 6 * multiplied + 12 * config.hidden_size * num_keys
+    by_window = {own: _num_keys(config, own, drawn, seq_length) for own in set(config.windows)}
+    return 6 * multiplied + 12 * config.hidden_size * sum(by_window[own] for own in config.windows)
 
 
 def _num_keys(config: SinkGPTNeoXConfig, own: int | None, drawn: Sequence[int] | None, seq_length: int) -> float:
+    """Return the number of keys of a query in a layer; for drawn windows, the mean over the draws.
+
+    Window w has the probability ``log((w + 1) / w) / log((high + 1) / low)``. Over the windows that
+    do not reach the length, the sum of ``w log((w + 1) / w)`` is telescoped.
+    """
     if own is None:
         return seq_length
+    others = (config.num_kept or 0) + 1
     low, high = drawn or (own, own)
-    num_keys = [min(seq_length, (config.num_kept or 0) + window + 1) for window in range(low, high + 1)]
     if low == high:
-        return num_keys[0]
-    shares = [math.log((window + 1) / window) for window in range(low, high + 1)]  # log-uniform
-    return sum(map(operator.mul, shares, num_keys)) / sum(shares)
+        return min(seq_length, others + low)
+    last = min(high, seq_length - others)  # of the windows that do not reach the length
+    if last < low:
+        return seq_length
+    share = math.log((last + 1) / low)
+    windows = (last + 1) * math.log(last + 1) - low * math.log(low) - math.lgamma(last + 2) + math.lgamma(low + 1)
+    return (others * share + windows + seq_length * math.log((high + 1) / (last + 1))) / math.log((high + 1) / low)
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

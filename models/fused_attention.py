@@ -47,12 +47,28 @@ def kernel_for(query: Tensor) -> Kernel | None:
     device = torch.cuda.get_device_properties(query.device)
     if query.dtype == torch.float32 or device.major < 8:
         return EFFICIENT
-    is_trained = torch.is_grad_enabled() and query.requires_grad and query.shape[2] > 1
+    is_trained = _is_trained(query)
     # cuDNN makes a plan per length, too slow to generate. Its backward pass adds in any order.
     if is_trained and device.major >= 9 and head_size <= 128 and not torch.are_deterministic_algorithms_enabled():
         return CUDNN
-    largest = 192 if is_trained and (device.major, device.minor) in LITTLE_SHARED_MEMORY else 256
-    return FLASH if head_size <= largest else EFFICIENT
+    return FLASH if can_flash(query) else EFFICIENT
+
+
+def can_flash(query: Tensor) -> bool:
+    """Whether FlashAttention supports queries ``(B, H, T, D)``, and their gradient if they need it.
+
+    It requires CUDA with compute capability 8.0 or higher, half precision, and a head size of
+    8, 16, …, 256; for a gradient on devices with `LITTLE_SHARED_MEMORY` at most 192.
+    """
+    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    device = torch.cuda.get_device_properties(query.device)
+    has_little = _is_trained(query) and (device.major, device.minor) in LITTLE_SHARED_MEMORY
+    return device.major >= 8 and query.shape[-1] in range(8, (192 if has_little else 256) + 1, 8)
+
+
+def _is_trained(query: Tensor) -> bool:
+    return torch.is_grad_enabled() and query.requires_grad and query.shape[2] > 1
 
 
 def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scaling: float):

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
 from .band import band_backward, band_forward
+from .fused_attention import can_flash
 from .sink_column import SinkColumn, column_gradients, merge_column
 from .windows import WindowRule
 
@@ -29,14 +30,9 @@ except ImportError:  # Triton comes with torch's CUDA builds
 def is_fused(query: Tensor, rule: WindowRule, dropout: float) -> bool:
     """Whether `fused_windowed_attention` supports queries ``(B, H, T, D)`` under this rule.
 
-    It requires CUDA with compute capability 8.0 or higher, Triton, half precision, a head size of
-    8, 16, …, 256, and neither padding nor a cache.
+    It requires Triton, what `can_flash` does, and neither padding nor dropout.
     """
-    if kernels is None or not rule.is_dense or dropout or query.device.type != "cuda":
-        return False
-    head_size = query.shape[-1]
-    is_supported = query.dtype in (torch.float16, torch.bfloat16) and head_size % 8 == 0 and head_size <= 256
-    return is_supported and torch.cuda.get_device_properties(query.device).major >= 8
+    return kernels is not None and rule.is_dense and not dropout and can_flash(query)
 
 
 def fused_windowed_attention(

@@ -1,7 +1,8 @@
 """Attention of windowed layers, with gradients, for every arm.
 
 `windows` has the rule. On CUDA in half precision, `fused_windows` computes it without a mask. For
-everything else (CPU, float32, float64, padding, a cache, dropout) one softmax with a mask does.
+everything else (CPU, float32, float64, padding, a static cache, dropout) one softmax with a mask
+does.
 """
 
 import torch

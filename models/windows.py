@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from .config import SinkGPTNeoXConfig
 
@@ -37,7 +38,7 @@ class WindowRule(NamedTuple):
         is_token: which keys are tokens and not padding, ``(B, K)``; None if all are.
         cos, sin: rotation by the number of positions by which each query is turned back,
             ``(1 or B, T, rotated dimensions)``; the second half of the table repeats the first.
-        is_dense: the queries are those of the last T keys, and nothing is padding.
+        is_dense: the queries are those of the last T keys, all of which are tokens.
         num_before: number of tokens in earlier segments.
         num_carried: number of them whose keys are among the keys, after those of the kept tokens.
     """
@@ -134,12 +135,12 @@ def rules_of_pass(
     if any(getattr(layer, "is_sliding", False) for layer in getattr(cache, "layers", ())):
         raise ValueError("the cache drops keys that windowed layers keep: pass a DynamicCache, or a StreamingCache")
     is_token = None
-    if attention_mask is not None:
-        if attention_mask.ndim != 2:
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}: windowed layers require one of shape "
-                "(batch, tokens)"
-            )
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: windowed layers require one of shape "
+            "(batch, tokens)"
+        )
+    if attention_mask is not None and not _is_unpadded(attention_mask, num_seen, num_queries):
         is_token = attention_mask.to(device).bool()
         queries = (is_token.long().cumsum(-1) - 1).clamp(min=0)[:, -num_queries:]
     else:
@@ -163,7 +164,24 @@ def rules_of_pass(
             is_token=is_token,
             cos=cos / scaling,
             sin=sin / scaling,
-            is_dense=attention_mask is None and cache is None,
+            is_dense=is_token is None and _has_exact_keys(cache),
             num_before=0 if num_before is None else num_before,
         )
     return rules
+
+
+def _is_unpadded(attention_mask: Tensor, num_seen: int, num_queries: int) -> bool:
+    """Whether a mask over several new tokens, such as a prompt, has no padding.
+
+    Of single tokens it is not asked: on a GPU the host would wait in each step.
+    """
+    if num_queries == 1 or torch.compiler.is_compiling() or attention_mask.shape[1] != num_seen + num_queries:
+        return False
+    return bool(attention_mask.all())
+
+
+def _has_exact_keys(cache: Cache | None) -> bool:
+    """Whether a layer's keys are those of the tokens so far, without empty slots."""
+    if cache is None:
+        return True
+    return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)

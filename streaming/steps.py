@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..models.banded_attention import attention, can_flash, flash_two_phase_attention, two_phase_attention
+from ..models.banded_attention import attention, flash_two_phase_attention, two_phase_attention
+from ..models.fused_attention import can_flash
 from ..models.sink_column import SinkColumn, merge_column
 from . import kernels
 from .buffers import StreamingLayer, gather_columns

@@ -28,8 +28,6 @@ class AttentionSection(Section):
     @field_validator("pattern", mode="before")
     @classmethod
     def _known(cls, pattern: Any) -> Any:
-        if isinstance(pattern, int) and not isinstance(pattern, bool) and 60 <= pattern < 3600:
-            pattern = f"{pattern // 60}:{pattern % 60}"  # in YAML 3:1 is 181, a number to the base 60
         if isinstance(pattern, list) and pattern and all(kind in ("full", "window") for kind in pattern):
             return pattern
         if not isinstance(pattern, str):

@@ -436,7 +436,7 @@ class TrainingConfig(Section):
             raise ValueError(
                 f"train.precision=fp8 does not work with deepspeed.zero_stage={self.deepspeed.zero_stage}: set 1 or 2"
             )
-        if self.train.segment_length is not None:
+        if self.train.segment_length not in (None, self.train.seq_length):
             raise ValueError("train.precision=fp8 does not support train.segment_length: set bf16, or null")
         width = self.model.hidden_size
         if width < FLOAT8_WIDTH:

@@ -9,10 +9,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
-from yaml import YAMLError
 
 from ..checkpoints.folders import CONFIG_FILE, STATE_FILE
 from ..hub import near_path_hint
@@ -26,6 +26,8 @@ CHOICES = (  # texts that are one of a few
     *(("train", "precision"), ("optimizer", "name"), ("wandb", "mode")),
 )
 WEIGHTS_KEY = "data.weights"
+NUMBER_TAGS, TEXT_TAG = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"), "tag:yaml.org,2002:str"
+OTHER_BASE = r":|^[-+]?0[0-7_]+$"
 
 
 def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> TrainingConfig:
@@ -92,8 +94,8 @@ def _read(recipe: str, readers: tuple[str, ...]) -> DictConfig:
         raise ValueError(f"recipe {recipe} is its own base ({' → '.join((*readers, recipe))}): change one base key")
     text = _find(recipe)
     try:
-        loaded = OmegaConf.create(text)
-    except (YAMLError, OmegaConfBaseException, RecursionError, ValueError) as error:
+        loaded = OmegaConf.create(_decimal(text))
+    except (yaml.YAMLError, OmegaConfBaseException, RecursionError, ValueError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else one_line(error)
         raise ValueError(f"recipe {recipe} is not valid YAML: {reason}") from error
     if not isinstance(loaded, DictConfig):
@@ -165,15 +167,36 @@ def _merged(*parts: DictConfig | ListConfig) -> DictConfig:
 
 
 def _parse_override(text: str) -> DictConfig | ListConfig:
-    key, equals, _ = text.partition("=")
+    key, equals, value = text.partition("=")
     if not equals or not key.strip(".") or key.startswith("-"):
         raise ValueError(f"{text!r} is not an override: write section.key=value, e.g. train.num_steps=100")
     if key.startswith(f"{WEIGHTS_KEY}."):
         raise ValueError(f"{key}: name all sets in one value, {WEIGHTS_KEY}={{set: weight, …}}")
     try:
-        return OmegaConf.from_dotlist([text])
-    except (YAMLError, OmegaConfBaseException, RecursionError, ValueError) as error:
+        return OmegaConf.from_dotlist([f"{key}={_decimal(value)}"])
+    except (yaml.YAMLError, OmegaConfBaseException, RecursionError, ValueError) as error:
         raise ValueError(f"{key}: the value is not valid YAML ({one_line(error)})") from error
+
+
+def _decimal(text: str) -> str:
+    """Return YAML in which numbers to the base 60 (``3:1``) and 8 (``010``) are quoted texts.
+
+    In YAML 1.1 these are 181 and 8. In YAML 1.2 and for most readers they are not.
+    """
+    root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    nodes, seen, is_changed = [root], set(), False
+    while nodes:
+        node = nodes.pop()
+        if id(node) in seen:  # by an alias
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        elif isinstance(node, yaml.MappingNode):
+            nodes += [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.ScalarNode) and node.tag in NUMBER_TAGS and re.search(OTHER_BASE, node.value):
+            node.tag, is_changed = TEXT_TAG, True
+    return yaml.serialize(root) if is_changed else text
 
 
 def _explain(recipe: str, error: ValidationError) -> list[str]:
@@ -194,7 +217,8 @@ def _explain(recipe: str, error: ValidationError) -> list[str]:
             lines.append(f"{key}: {message}" if key else message)  # about a section, whose value is too long to print
         else:
             it = "it " if message.startswith("should") else ""
-            lines.append(f"{key} is {value!r}: {it}{message}")
+            is_unquoted = mistake["type"] in ("string_type", "literal_error") and isinstance(value, bool | float | int)
+            lines.append(f"{key} is {value!r}: {it}{message}{'; quote it if it is a text' * is_unquoted}")
     return lines
 
 

@@ -20,7 +20,7 @@ from ..checkpoints.folders import (
     damaged_checkpoints,
     interrupted_checkpoints,
 )
-from ..checkpoints.warm_start import check_tokenizer, load_weights
+from ..checkpoints.warm_start import check_tokenizer, describe_change, load_weights
 from ..console import Console
 from ..data import open_store
 from ..data.store import TokenSource
@@ -166,9 +166,11 @@ def _set_up(config: TrainingConfig, world: World, held: ExitStack, trust_checkpo
     check_shared(run_dir, world)
     world.mark("verifying the newest checkpoint")
     resume = find_resume(plan, store.fingerprint, world, is_trusted=trust_checkpoint)
+    change = None
     with world.all_or_none():
         if resume is None and config.model.init_from is not None:
             check_tokenizer(config.model.init_from, store.tokenizer_path)
+            change = describe_change(config.model.init_from, plan.model_config)
     with world.all_or_none(f"cannot write to {run_dir}: "):
         if world.is_main:
             _write_run_files(run_dir, config)
@@ -176,6 +178,8 @@ def _set_up(config: TrainingConfig, world: World, held: ExitStack, trust_checkpo
     progress = held.enter_context(RunProgress(config.train.num_steps, is_silent=not world.is_main))
     for line in describe_run(plan, store, windows, resume):
         progress.say(line)
+    if change is not None:
+        progress.say(change)
     if names := sets_left_out(store, plan):
         progress.say(f"validation.by_set leaves out sets without a held-out sample: {', '.join(names)}")
     for path in interrupted_checkpoints(run_dir):

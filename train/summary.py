@@ -1,5 +1,6 @@
 """The description of a run at its start, and its cost for ``--dry-run``."""
 
+import math
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -10,6 +11,7 @@ from ..console import Console
 from ..data import SetWindows, open_store
 from ..data.mixture import shares_of
 from ..data.store import TokenSource
+from ..models.config import describe_windows, trained_windows
 from ..models.cost import count_parameters
 from .batches import Windows, open_windows
 from .config import TrainingConfig
@@ -31,6 +33,7 @@ def describe_run(plan: Plan, store: TokenSource, windows: Windows, resume: "Resu
     config = plan.config
     lines = [
         f"model: {describe_model(plan)}",
+        *filter(None, [idle_windows(plan)]),
         f"batch: {plan.world_size} rank{'s' * (plan.world_size > 1)} × {config.train.micro_batch_size} samples × "
         f"{_micro_batches(plan)} = {plan.samples_per_step:,} samples of "
         f"{config.train.seq_length:,} positions{_segments(plan)}; {config.train.precision}, "
@@ -59,19 +62,25 @@ def describe_model(plan: Plan) -> str:
     tokens = f"{plan.num_sinks} sink token{'s' * (plan.num_sinks > 1)}"
     sink = {"none": "no sink", "token": tokens}.get(kind, f"sink.kind {kind}")
     parts = [f"{count_parameters(plan.model_config):,} parameters, vocabulary {plan.vocab_size:,}, {sink}"]
-    return ", ".join(parts + describe_windows(plan))
+    windows = trained_windows(plan.model_config)
+    return ", ".join(parts + [describe_windows(windows)] * bool(windows))
 
 
-def describe_windows(plan: Plan) -> list[str]:
-    """Return what the windowed layers see, and how many they are; nothing without windows."""
-    model = plan.config.model
+def idle_windows(plan: Plan) -> str | None:
+    """Return a line about windows from which no token of a sample is hidden; None without any."""
+    model, length = plan.config.model, plan.config.train.seq_length
     if model.layer_windows is None:
-        return []
-    num_windowed = sum(window is not None for window in model.layer_windows)
-    drawn = model.attention.window_range
-    size = f"{model.attention.window:,}" if drawn is None else f"{drawn[0]:,} to {drawn[1]:,} (drawn for each step)"
-    which = "all" if num_windowed == model.num_hidden_layers else f"{num_windowed} of {model.num_hidden_layers}"
-    return [f"window of {size} in {which} layers with {model.num_kept} kept"]
+        return None
+    low, high = model.attention.window_range or 2 * (max(window or 0 for window in model.layer_windows),)
+    first = max(length - model.num_kept - 1, low)  # a query sees the kept tokens, the window and itself
+    if first > high:
+        return None
+    share = math.log((high + 1) / first) / math.log((high + 1) / low)
+    which = "the window" if low == high else f"from {first:,} on, in {share:.0%} of the steps, the window"
+    return (
+        f"{which} hides no token of a sample of {length:,} positions, which is full attention: lower "
+        "model.attention.window or raise train.seq_length, unless this is wanted"
+    )
 
 
 def describe_optimizer(plan: Plan) -> str:
@@ -119,6 +128,7 @@ def _facts(plan: Plan, store: TokenSource | None) -> dict[str, str]:
     num_operations = plan.flops_per_token() * plan.num_positions
     facts = {
         "model": describe_model(plan),
+        **({"windows": idle} if (idle := idle_windows(plan)) else {}),
         "batch": f"{plan.samples_per_step:,} samples of {train.seq_length:,} positions = {train.batch_size_tokens:,}",
         "on one rank": f"{_micro_batches(plan)} of {train.micro_batch_size:,} samples{_segments(plan)}",
         "optimizer": describe_optimizer(plan),

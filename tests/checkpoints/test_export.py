@@ -1,6 +1,7 @@
 """An export is the same model for transformers without sinklm, and is never incomplete."""
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -15,10 +16,12 @@ from hypothesis import given
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPTNeoXForCausalLM
 
+from sinklm.checkpoints import full_attention as module_of_windows
 from sinklm.checkpoints import load_model, load_tokenizer
 from sinklm.checkpoints.export import export_model, is_export, sink_names
 from sinklm.checkpoints.folders import CheckpointState
 from sinklm.checkpoints.full_attention import full_attention_cost, use_full_attention
+from sinklm.checkpoints.gguf_export import export_gguf
 from sinklm.cli.export import export
 from sinklm.cli.main import main
 from sinklm.models.arms import ARMS
@@ -366,18 +369,67 @@ def test_windows_are_exported_as_full_attention_only_on_request(
         main()
     assert not (tmp_path / "export").exists()
     monkeypatch.setattr(sys, "argv", [*command, "--full-attention", "--text", str(text)])
-    with pytest.raises(SystemExit, match=r"^0$"):
-        main()
-    output = " ".join(capsys.readouterr().out.split())
     cost = full_attention_cost(windowed_checkpoint, text.read_text(encoding="utf-8"))
     assert cost.full != pytest.approx(cost.windowed, abs=1e-3)
-    assert f"is {cost.full:.3f} nats per token, and {cost.windowed:.3f} with the windows" in output
+    with pytest.raises(SystemExit, match=r"^0$"), pytest.warns(UserWarning, match=re.escape(str(cost))):
+        main()
+    if "gguf" in form:
+        trace = b'"layer_windows": [3, 3]'
+        assert trace in (tmp_path / "export" / "model.gguf").read_bytes()
+        return
+    card = capsys.readouterr().out if "hub" in form else (tmp_path / "export" / "README.md").read_text()
+    card = " ".join(card.split())
+    assert f"trained with a window of 3 in all layers with 1 kept. Plain GPT-NeoX has none, so this copy {FULL}" in card
+    assert f"is {cost.full:.3f} nats per token, and {cost.windowed:.3f} with the windows that the model was" in card
+    assert "num_kept=1, window=3" in card
+
+
+FULL = "has full attention in all layers"
+
+
+def test_a_refused_export_measures_nothing(windowed_checkpoint, tmp_path, monkeypatch):
+    """Refusals come before minutes of measuring."""
+    pytest.importorskip("gguf")
+    monkeypatch.setattr(module_of_windows, "_mean_loss", None)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file.gguf").touch()
+    for write in (export_model, export_gguf):
+        with pytest.raises(FileExistsError):
+            write(windowed_checkpoint, tmp_path / "full" / ("file.gguf" * (write is export_gguf)), full_attention=True)
+    arm = write_checkpoint(tmp_path / "arm", small_model(0, layer_windows=[3, 3], sink={"kind": "zero"}))
+    for write in (export_model, export_gguf):
+        with pytest.raises(ValueError, match=r"has sink.kind 'zero'"):
+            write(arm, tmp_path / "new", full_attention=True)
+
+
+@pytest.mark.parametrize(
+    ("trained", "window", "samples"),
+    [(128, 3, [127] * 4), (None, 3, [4095] * 4), (None, 3000, [5999] * 2), (None, 99_999, [65_535])],
+)
+def test_the_cost_is_measured_on_samples_of_limited_length(tmp_path, monkeypatch, trained, window, samples):
+    config = {"layer_windows": [window, None], "max_position_embeddings": 65_536}
+    checkpoint, measured = write_checkpoint(tmp_path / "model", small_model(1, **config)), []
+    if trained is not None:
+        for name, text in (("state.json", "{}"), ("config.yaml", f"train: {{seq_length: {trained}}}")):
+            (tmp_path / name).write_text(text)
+
+    def record(model, ids, length):
+        measured.append([len(sample) for sample in ids.split(length)])
+        return 0.0
+
+    monkeypatch.setattr(module_of_windows, "_mean_loss", record)
+    assert full_attention_cost(checkpoint, "a b " * 70_000).num_tokens == sum(samples)
+    assert measured == [samples] * 2
+    with pytest.raises(ValueError, match=r"the text has \d tokens, in which windows hide none: pass at least"):
+        full_attention_cost(checkpoint, "a b")
 
 
 def test_an_export_of_windows_computes_full_attention(windowed_checkpoint, tmp_path):
-    folder = export_model(windowed_checkpoint, tmp_path / "export", full_attention=True)
+    with pytest.warns(UserWarning, match="with full attention, the loss on"):
+        folder = export_model(windowed_checkpoint, tmp_path / "export", full_attention=True)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert not {"layer_windows", "num_kept", "window_range"} & config.keys()
+    assert config["trained_windows"] == {"layer_windows": [3, 3], "num_kept": 1, "window_range": None}
     ours, plain, ids = (
         load_model(windowed_checkpoint),
         GPTNeoXForCausalLM.from_pretrained(folder).eval(),

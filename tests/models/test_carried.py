@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sinklm.models import CarriedKeys
+from sinklm.models.arms import ARMS
 
 from .test_windows import assert_near, windowed_model
 from .tiny import text
@@ -21,7 +22,10 @@ def in_segments(model, sample, length, window=None):
     return torch.cat(logits, dim=1), sum(losses), carried
 
 
-@pytest.mark.parametrize(("kind", "num_sinks"), [("none", 0), ("token", 1), ("token", 2), ("kv_bias", 0), ("gate", 0)])
+@pytest.mark.parametrize(
+    ("kind", "num_sinks"),
+    [("none", 0), *(("token", num_sinks) for num_sinks in (1, 2, 4)), *((kind, 0) for kind in ARMS)],
+)
 @pytest.mark.parametrize(("windows", "length"), [([5, 5], 4), ([3, 9], 6), ([30, 30], 4)], ids=str)
 @pytest.mark.parametrize("window", [None, torch.tensor(2)], ids=["fixed", "drawn"])
 def test_segments_equal_one_pass(kind, num_sinks, windows, length, window):

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 
-from sinklm.models import SinkGPTNeoXForCausalLM, windowed_attention
+from sinklm.models import SinkGPTNeoXForCausalLM, fused_windows, windowed_attention
 from sinklm.models.config import SINK_KINDS
 
 from ..streaming.tiny import use_float64
@@ -132,6 +132,25 @@ def test_a_cache_gives_the_logits_of_one_forward_pass(kind, num_kept, make):
             logits.append(model(piece, attention_mask=seen_mask, past_key_values=cache).logits[1])
         expected = expected_logits(model, rows[1] if given is not None else ids[1:])[0]
         assert_near(torch.cat(logits)[-len(expected) :], expected)
+
+
+@pytest.mark.parametrize(("make", "num_fused"), [(DynamicCache, 2), (StaticCache, 0)])
+def test_prompts_without_padding_use_the_fused_pass(make, num_fused, monkeypatch):
+    """Also a later one. No mask of the prompt's length squared is made."""
+    fuse(monkeypatch)
+    model, ids, calls = windowed_model(windows=[3, None], num_kept=2), text(2, 11), []
+    band = fused_windows.band_forward
+    monkeypatch.setattr(fused_windows, "band_forward", lambda *states: (calls.append(states), band(*states))[1])
+    expected = expected_logits(model, ids)
+    for mask in (None, torch.ones_like(ids)):
+        calls.clear()
+        cache = make(config=model.config, **({"max_cache_len": 16} if make is StaticCache else {}))
+        logits = []
+        for end, piece in zip((6, 11), ids.split([6, 5], dim=1), strict=True):
+            seen_mask = None if mask is None else mask[:, :end]
+            logits.append(model(piece, attention_mask=seen_mask, past_key_values=cache).logits)
+        assert len(calls) == num_fused
+        assert_near(torch.cat(logits, dim=1), expected)
 
 
 @pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}, {"num_beams": 2}], ids=str)

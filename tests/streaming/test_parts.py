@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sinklm.models import banded_attention
-from sinklm.models.banded_attention import attention, can_flash, flash_two_phase_attention, merge_kept
+from sinklm.models import banded_attention, fused_windows
+from sinklm.models.banded_attention import attention, flash_two_phase_attention, merge_kept
+from sinklm.models.fused_attention import EFFICIENT, can_flash, kernel_for
 from sinklm.streaming.encodings import Rotary
 from sinklm.streaming.rule import StreamShape
 
@@ -80,14 +81,27 @@ def test_scores_of_kept_keys_are_not_rounded_before_they_are_scaled(dtype, value
 
 
 def test_flash_attention_is_used_only_for_supported_inputs(monkeypatch):
-    def takes(head_dim, dtype=torch.bfloat16, capability=(9, 0)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        return can_flash(SimpleNamespace(is_cuda=True, device="cuda", dtype=dtype, shape=(1, 2, 3, head_dim)))
+    monkeypatch.setattr(fused_windows, "kernels", "Triton's")
+    rule = SimpleNamespace(is_dense=True)
+
+    def takes(head_dim, dtype=torch.bfloat16, capability=(9, 0), is_trained=False):
+        device = SimpleNamespace(major=capability[0], minor=capability[1])
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+        shape, on = (1, 2, 3, head_dim), SimpleNamespace(type="cuda")
+        query = SimpleNamespace(device=on, dtype=dtype, shape=shape, requires_grad=is_trained)
+        if head_dim % 8 == 0 and capability >= (8, 0) and dtype == torch.bfloat16:  # what all predicates can refuse
+            assert fused_windows.is_fused(query, rule, 0.0) == can_flash(query)
+            assert capability == (9, 0) or (kernel_for(query) is EFFICIENT) != can_flash(query)
+        return can_flash(query)
 
     assert [takes(head_dim) for head_dim in (8, 64, 256)] == [True] * 3
     assert [takes(head_dim) for head_dim in (4, 12, 264)] == [False] * 3
     assert [takes(64, capability=capability) for capability in ((7, 5), (8, 0), (8, 6))] == [False, True, True]
     assert not takes(64, dtype=torch.float32)
+    for capability, largest in (((8, 0), 256), ((8, 6), 192), ((12, 0), 192)):
+        sizes = [head_dim for head_dim in range(8, 272, 8) if takes(head_dim, capability=capability, is_trained=True)]
+        assert sizes == list(range(8, largest + 1, 8))
+        assert takes(256, capability=capability)
 
 
 def test_grouped_heads_equal_repeated_heads():

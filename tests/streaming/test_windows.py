@@ -28,12 +28,17 @@ PATTERNS = {
     "hybrid": [4, None],
     "two windows": [7, 3],
     "full first": [None, 6],
+    "longer than the text": [29, 64],
 }
 SPLITS = ([1] * NUM_TOKENS, [NUM_TOKENS], [17, 1, 1, 11], [3, 3, 1, 9, 14])
-KINDS = ["none", "token", "two tokens", *ARMS]
-
-
-NUM_SINKS = {"token": 1, "two tokens": 2}
+KINDS = ["none", "token", "two tokens", "four tokens", *ARMS]
+NUM_SINKS = {"token": 1, "two tokens": 2, "four tokens": 4}
+# Every pair of a kind, a pattern and a number of kept tokens.
+CASES = [
+    (kind, pattern, max((0, 1, 2, 4)[(k + p) % 4], NUM_SINKS.get(kind, 0)))
+    for k, kind in enumerate(KINDS)
+    for p, pattern in enumerate(PATTERNS)
+]
 
 
 def new_model(kind: str, pattern: str, num_kept: int, **settings):
@@ -59,21 +64,19 @@ def trained(model, ids, **options):
     return model(ids, use_cache=False, **options).logits
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("pattern", "num_kept"), [*zip(PATTERNS, (0, 1, 2, 4), strict=True)], ids=str)
+@pytest.mark.parametrize(("kind", "pattern", "num_kept"), CASES)
 def test_training_is_a_stream_with_the_same_windows(kind, pattern, num_kept):
-    model, ids = windowed(kind, pattern, max(num_kept, NUM_SINKS.get(kind, 0))), text(1, NUM_TOKENS)
-    expected = trained(model, ids)
-    for sizes in (SPLITS[0], SPLITS[num_kept % 3 + 1]):
-        cache = StreamingCache.for_model(model, num_kept=4, window=NO_LIMIT, chunk_size=8 if num_kept == 1 else 1024)
-        torch.testing.assert_close(streamed(model, ids, cache, sizes), expected, rtol=0, atol=1e-9)
+    model, ids = windowed(kind, pattern, num_kept), text(1, NUM_TOKENS)
+    cache = StreamingCache.for_model(model, num_kept=4, window=NO_LIMIT)
+    found = streamed(model, ids, cache, [1] * NUM_TOKENS)
+    torch.testing.assert_close(found, trained(model, ids), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_float32(kind):
-    model, ids = new_model(kind, "hybrid", 2).float(), text(1, NUM_TOKENS)
-    cache = StreamingCache.for_model(model, num_kept=2, window=NO_LIMIT)
-    expected, found = trained(model, ids), streamed(model, ids, cache, [9, *[1] * 10, 11])
+@pytest.mark.parametrize(("kind", "pattern", "num_kept"), CASES)
+def test_chunks_in_float32(kind, pattern, num_kept):
+    model, ids = new_model(kind, pattern, num_kept).float(), text(1, NUM_TOKENS)
+    cache = StreamingCache.for_model(model, num_kept=4, window=NO_LIMIT, chunk_size=8 if num_kept == 1 else 1024)
+    expected, found = trained(model, ids), streamed(model, ids, cache, [13, 1, 1, 15])
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sinklm.checkpoints import load_model, load_tokenizer
 from sinklm.checkpoints.export import export_model
 from sinklm.checkpoints.importing import import_model
-from sinklm.checkpoints.warm_start import load_weights
+from sinklm.checkpoints.warm_start import describe_change, load_weights
 from sinklm.data import TokenStore
 from sinklm.eval.perplexity import configurations, measure, read_text_files
 from sinklm.train.plan import Plan
@@ -78,9 +78,12 @@ def test_an_imported_model_is_trained_evaluated_and_exported(pythia, store, tmp_
         torch.testing.assert_close(plain, load_model(run, device="cpu")(ids[:, 1:]).logits, rtol=0, atol=1e-5)
 
 
-def test_a_plain_model_is_trained_on_with_windows_and_a_sink(pythia, store, tmp_path):
+def test_a_plain_model_is_trained_on_with_windows_and_a_sink(pythia, store, tmp_path, capfd):
     settings = [*SMALL, f"data.path={store}", f"model.init_from={pythia}", "model.attention.window=[2,15]"]
     train("windows/continue-160m", [*settings, f"train.run_dir={tmp_path}"])
+    drawn, full = "window of 2 to 15 (drawn for each step) in all layers with 1 kept", "full attention in all layers"
+    said = f"init_from was trained with {full}, and this run trains with {drawn}"
+    assert said in " ".join(capfd.readouterr().out.split())
     plan = Plan(load_config("windows/continue-160m", settings), 1, TokenStore(store).tokenizer_size)
     samples = next(batches_of(plan))
     start = load_weights(pythia, plan.model_config)
@@ -90,3 +93,15 @@ def test_a_plain_model_is_trained_on_with_windows_and_a_sink(pythia, store, tmp_
     assert losses(tmp_path)[NUM_STEPS] < losses(tmp_path)[1] - 0.1
     saved = load_model(tmp_path, device="cpu").config
     assert (saved.layer_windows, saved.num_kept, saved.window_range, saved.num_sinks) == ([15, 15], 1, [2, 15], 1)
+
+    without = Plan(load_config("continue/pythia-160m", SMALL), 1, TokenStore(store).tokenizer_size).model_config
+    with pytest.warns(UserWarning, match="with full attention, the loss"):
+        exported = export_model(tmp_path, tmp_path / "export", full_attention=True)
+    for trained in (tmp_path, exported):
+        assert f"trained with {drawn}, and this run trains with {full}" in describe_change(trained, without)
+        assert describe_change(trained, plan.model_config) is None
+    assert describe_change(pythia, without) is None
+    config = exported / "config.json"
+    config.write_text(config.read_text().replace('"layer_windows"', '"layer_window"'))
+    with pytest.raises(ValueError, match=r"model.init_from=\S+: the key trained_windows of config.json is damaged"):
+        describe_change(exported, without)

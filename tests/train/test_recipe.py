@@ -58,6 +58,11 @@ def test_weights_of_sets_are_replaced_as_a_whole(tmp_path):
             ["train.precision=fp8"],
             "fp8 does not pay off below model.hidden_size 2048, but it is 128: set train.precision",
         ),
+        (
+            [*WIDE, *WINDOW, "train.segment_length=512"],
+            "fp8 does not support train.segment_length: set bf16, or null",
+        ),
+        ([*WIDE, "train.segment_length=2048", "model.intermediate_size=8200"], "model.intermediate_size is 8200"),
         ([*WIDE, "model.intermediate_size=8200"], "multiples of 16, but model.intermediate_size is 8200"),
         (
             [*WIDE, "train.micro_batch_size=1", "train.seq_length=8"],
@@ -74,7 +79,13 @@ def test_weights_of_sets_are_replaced_as_a_whole(tmp_path):
         (["model.attention.pattern=windw"], "model.attention.pattern is 'windw': it must be full, window, a ratio"),
         (["model.attention.pattern=[full,none]"], "model.attention.pattern is ['full', 'none']: it must be full,"),
         (["model.attention.pattern=4"], "model.attention.pattern is 4: it must be full, window"),
-        (["model.attention.pattern=1:2:3"], "model.attention.pattern is 3723: it must be full, window"),
+        (["model.attention.pattern=1:0:1"], "model.attention.pattern is '1:0:1': it must be full, window"),
+        (["train.seed=010"], "train.seed is '010': it should be a valid integer"),
+        (["train.num_steps=1:30"], "train.num_steps is '1:30': it should be a valid integer"),
+        (
+            ["wandb.mode=off"],
+            "wandb.mode is False: it should be 'auto', 'online', 'offline' or 'disabled'; quote it if",
+        ),
         (["model.attention.pattern=0:1"], "model.attention.pattern is '0:1': it must be full, window"),
         (["model.attention.pattern=window"], "pattern is window, but window is null: set window"),
         (
@@ -133,6 +144,18 @@ def test_weights_of_sets_are_replaced_as_a_whole(tmp_path):
 def test_a_mistake_is_named(overrides, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         load_config("pythia-14m", overrides)
+
+
+def test_texts_that_older_yaml_reads_as_numbers_of_another_base_stay_texts(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("base: pythia-14m\nwandb: {name: 12:30, tags: [&a 010, *a, 1:2:3]}\ndata: {weights: {3:1: 0.5}}")
+    config = load_config(str(path), ["train.run_dir=007", "optimizer.lr=1e-3", "train.num_steps=1_000"])
+    assert (config.wandb.name, config.wandb.tags) == ("12:30", ["010", "010", "1:2:3"])
+    assert (config.data.weights, config.train.run_dir) == ({"3:1": 0.5}, "007")
+    assert (config.optimizer.lr, config.train.num_steps) == (1e-3, 1000)
+    again = tmp_path / "again.yaml"
+    again.write_text(config_yaml(config))
+    assert load_config(str(again)) == config
 
 
 def test_every_mistake_is_named_at_once():

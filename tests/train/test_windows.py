@@ -3,14 +3,14 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sinklm.models.cost import flops_per_token
 from sinklm.train.plan import Plan
 from sinklm.train.recipe import load_config
 from sinklm.train.run import train
-from sinklm.train.summary import describe_model
+from sinklm.train.summary import describe_model, idle_windows
 from sinklm.train.windows import layer_kinds, window_of_step
 
 from ..checkpoints.seal import seal
@@ -33,10 +33,11 @@ def test_a_ratio_repeats_over_the_layers(num_windowed, num_full, num_layers):
 
 
 def test_a_ratio_is_read_with_and_without_quotes():
-    for text in ("3:1", "'3:1'"):
-        config = load_config("quickstart", [f"model.attention.pattern={text}", "model.attention.window=9"])
-        assert config.model.attention.pattern == "3:1"
-        assert config.model.layer_windows == [9, 9, 9, None]
+    for text in ("3:1", "60:1", "1:59"):  # to the base 60, numbers in YAML 1.1
+        for written in (text, f"'{text}'"):
+            config = load_config("quickstart", [f"model.attention.pattern={written}", "model.attention.window=9"])
+            assert config.model.attention.pattern == text
+            assert config.model.layer_windows[1] == (None if text == "1:59" else 9)
 
 
 @given(seed=st.integers(0, 2**63 - 1), step=st.integers(1, 10**15), limits=RANGES)
@@ -81,10 +82,42 @@ def test_operations_count_the_keys_in_the_windows():
     )
 
 
+@settings(max_examples=25, deadline=None)
+@given(limits=st.integers(1, 60).flatmap(lambda low: st.tuples(st.just(low), st.integers(low + 1, 400))))
+def test_the_mean_number_of_keys_is_that_over_all_windows(limits):
+    drawn = plan("model.attention.pattern=window", f"model.attention.window={[*limits]}")
+    shares = {window: math.log((window + 1) / window) for window in range(limits[0], limits[1] + 1)}
+    by_window = math.fsum(share * drawn.flops_per_token(window) for window, share in shares.items())
+    assert drawn.flops_per_token() == pytest.approx(by_window / math.fsum(shares.values()), rel=1e-12)
+
+
+def test_a_huge_range_of_windows_costs_no_time():
+    huge = plan("model.attention.pattern=window", "model.attention.window=[1,2147483647]")
+    assert plan().flops_per_token() * 0.9 < huge.flops_per_token() < plan().flops_per_token()
+
+
 def test_a_run_says_what_its_layers_see():
     assert describe_model(plan(*WINDOWS)).endswith("window of 2 to 20 (drawn for each step) in all layers with 1 kept")
     hybrid = plan("model.attention.pattern=3:1", "model.attention.window=1023", "model.attention.num_kept=4")
     assert describe_model(hybrid).endswith("window of 1,023 in 3 of 4 layers with 4 kept")
+
+
+@pytest.mark.parametrize(
+    ("attention", "length", "line"),
+    [
+        ("{pattern: window, window: 255}", 256, "the window hides no token of a sample of 256 positions"),
+        ("{pattern: window, window: 253}", 256, None),
+        ("{pattern: '1:1', window: 251, num_kept: 4}", 256, "the window hides no token"),
+        ("{pattern: window, window: [4, 1023]}", 257, "from 255 on, in 25% of the steps, the window hides no token"),
+        ("{pattern: window, window: [32, 100]}", 16, "from 32 on, in 100% of the steps, the window hides no token"),
+        ("{pattern: full}", 256, None),
+    ],
+)
+def test_windows_that_hide_nothing_are_said_at_the_start(attention, length, line):
+    sizes = [f"train.seq_length={length}", f"train.batch_size_tokens={length}", "train.micro_batch_size=1"]
+    found = idle_windows(plan(f"model.attention={attention}", *sizes))
+    assert (found or "").startswith(line or "")
+    assert (found is None) == (line is None)
 
 
 @pytest.fixture(scope="module")
