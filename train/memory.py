@@ -6,6 +6,7 @@ from ..models import SinkGPTNeoXConfig
 from ..models.cost import count_parameters
 from ..models.loss import TOKENS_PER_CHUNK
 from .config import TrainingConfig
+from .engine import groups_of
 
 GIB = 2**30
 
@@ -77,9 +78,7 @@ def count_muon_parameters(config: TrainingConfig, model: SinkGPTNeoXConfig) -> i
     """Count the parameters that Muon updates: the matrices of all layers, or 0 with AdamW."""
     if config.optimizer.name != "muon":
         return 0
-    hidden, inner = model.hidden_size, model.intermediate_size
-    gate = hidden * hidden if model.sink_kind == "gate" else 0
-    return model.num_hidden_layers * (4 * hidden * hidden + 2 * hidden * inner + gate)
+    return sum(parameter.numel() for parameter in groups_of(model, config.optimizer)[0].values())
 
 
 def _bytes_per_parameter(zero_stage: int, bytes_per_value: int, world_size: int) -> float:
