@@ -269,7 +269,7 @@ class CheckpointSection(Section):
 
 
 FLOAT8_MULTIPLE = 16  # of the sizes of a product in float8
-FLOAT8_WIDTH = 2048  # smallest `model.hidden_size` with float8; `benchmarks/float8.py` measures where it pays off
+FLOAT8_WIDTH = 2048  # smallest `model.hidden_size` with float8: the narrower, the larger the share of the casts
 
 # Keys of DeepSpeed's configuration that are derived from the recipe, and what to do instead.
 DERIVED_DEEPSPEED_KEYS = {
@@ -432,7 +432,7 @@ class TrainingConfig(Section):
             )
 
     def _check_float8(self) -> None:
-        """Refuse float8 where it does not pay off, and where it cannot be computed."""
+        """Refuse float8 for narrow models, and where it cannot be computed."""
         if self.deepspeed.zero_stage not in (1, 2):
             raise ValueError(
                 f"train.precision=fp8 does not work with deepspeed.zero_stage={self.deepspeed.zero_stage}: set 1 or 2"
@@ -442,7 +442,7 @@ class TrainingConfig(Section):
         width = self.model.hidden_size
         if width < FLOAT8_WIDTH:
             raise ValueError(
-                f"train.precision=fp8 does not pay off below model.hidden_size {FLOAT8_WIDTH}, but it is {width}: set "
+                f"train.precision=fp8 requires model.hidden_size of at least {FLOAT8_WIDTH}, but it is {width}: set "
                 "train.precision=bf16"
             )
         sizes = {

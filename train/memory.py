@@ -50,6 +50,9 @@ def estimate_memory(
     head's gradient is accumulated in float32. With ``train.segment_length`` T is the length of a
     segment, and the keys and values of the windows are added.
 
+    ``train.precision: fp8`` is estimated as bf16. The float8 inputs that it keeps for the backward
+    pass in place of 16-bit ones are not included (eager on a CPU, 30 bytes in place of 35).
+
     The factor 36 fits the peaks that PyTorch reported on one H100 (torch 2.11, ZeRO-1, bf16) to
     6 %: for compiled Pythia-160M at micro-batch 32 the estimate is 24.9 GiB, and 23.6 GiB were
     measured.
