@@ -19,7 +19,8 @@ Parts, each with its own table:
 - ``curve``: the loss of two runs that differ in the precision only, on a token store.
 
 A part that fails is reported, and the others are measured. Results are written to --output after
-each part. Parts that would begin after --minutes are skipped. On a CPU it only rehearses:
+each part; those of other parts and sizes in the file are kept. Parts that would begin after
+--minutes are skipped. On a CPU it only rehearses:
 ``--sizes 14m train.micro_batch_size=1 train.seq_length=64``.
 """
 
@@ -27,7 +28,6 @@ import argparse
 import copy
 import gc
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from part_report import PartReport
 from torch import Tensor, nn
 from training_profile import TOKENIZER_SIZE, Steps, group_of, kernels_of
 
@@ -407,53 +408,6 @@ def difference(losses: dict[str, Any]) -> float | None:
     return None if None in losses.values() else 100 * (losses["fp8"] / losses["bf16"] - 1)
 
 
-def table(rows: list[dict]) -> str:
-    """Return a Markdown table; columns with dictionaries are left out."""
-    columns = list(dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, dict)))
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for row in rows:
-        lines.append("| " + " | ".join(cell(row.get(key)) for key in columns) + " |")
-    return "\n".join(lines)
-
-
-def cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
-    return "" if value is None else str(value)
-
-
-class Report:
-    """Prints and stores the parts' results."""
-
-    def __init__(self, args: argparse.Namespace):
-        self._args, self._started = args, time.perf_counter()
-        device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
-        self.content: dict[str, Any] = {
-            "device": device,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "settings": {key: str(value) for key, value in vars(args).items()},
-            "parts": {},
-        }
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        print(device, torch.__version__, flush=True)
-
-    def add(self, part: str, measure: Callable[[], list[dict]], label: str = "") -> None:
-        elapsed = time.perf_counter() - self._started
-        if elapsed > 60 * self._args.minutes:
-            print(f"\n{part} {label}: skipped after {elapsed:.0f} s", flush=True)
-            return
-        try:
-            rows = measure()
-        except Exception as error:
-            traceback.print_exc()
-            rows = [{"size": label, "error": f"{type(error).__name__}: {error}"[:300]}]
-        self.content["parts"].setdefault(part, []).extend(rows)
-        with open(self._args.output, "w", encoding="utf-8") as file:
-            json.dump(self.content, file, indent=1)
-        print(f"\n{part} {label} ({time.perf_counter() - self._started:.0f} s)\n\n{table(rows)}", flush=True)
-
-
 def allow_everything(args: argparse.Namespace) -> None:
     """Lift the limits of ``train.precision=fp8``, which these measurements are for."""
     recipe_keys.FLOAT8_WIDTH = 0
@@ -483,7 +437,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings as for `sinklm train`")
     args = parser.parse_intermixed_args()
     allow_everything(args)
-    report = Report(args)
+    report = PartReport(args.output, {key: str(value) for key, value in vars(args).items()}, args.minutes)
     measures = {"products": measure_products, "casts": measure_casts, "layers": measure_layers, "steps": measure_steps}
     for part in args.parts.split(","):
         if part == "curve":

@@ -6,7 +6,8 @@
 
 The recipes are BASE/vanilla and BASE/learnable-sink, so runs of a seed have the same initial
 weights and the same data in the same order. Runs that are done are not repeated, and stopped ones
-resume, so repeat the command until it prints "all done". For each model, FOLDER/NAME.json is
+resume, so repeat the command until it prints "all done". Seeds can be added; another size, text or
+setting needs another folder. For each model, FOLDER/NAME.json is
 written as soon as it is evaluated, and FOLDER/table.md has all models so far:
 
 - the validation loss at equal tokens, which is that at the end;
@@ -28,6 +29,8 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
+from study_settings import keep_settings
+
 from sinklm.train.recipe import load_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
@@ -44,6 +47,9 @@ NUM_VALIDATIONS = 20
 def main() -> None:
     arguments = parse()
     deadline = time.monotonic() + 60 * arguments.minutes if arguments.minutes else float("inf")
+    keys = {"--base": "base", "--million-tokens": "million_tokens", "settings": "settings"}
+    keys |= {"--text": "text", "--tokens": "tokens"}
+    keep_settings(arguments.folder, {name: getattr(arguments, key) for name, key in keys.items()})
     names = [f"{o}-{s}-seed-{seed}" for seed, s, o in product(arguments.seeds.split(","), SINKS, OPTIMIZERS)]
     jobs = {name: training(name, arguments) for name in names}
     evaluate_trained(jobs, deadline, arguments)

@@ -5,11 +5,11 @@
     python benchmarks/recall_study.py evaluate   # again until it says that it is done
     python benchmarks/recall_study.py table
 
-Every part can be interrupted and run again: finished work is kept. A part that fails is reported,
-and the others still run. ``evaluate`` measures, for each model and cache size N, the caches 0+N and
-S+(N - S) over ``--num-stream-tokens``, where S are its sinks (4 for vanilla), and dense attention
-within the trained length. ``train`` stops after ``--minutes``, and ``evaluate`` starts nothing
-after them. Results are in FOLDER/recall.json.
+Every part can be interrupted and run again with the same settings: finished work is kept. Cache
+sizes can be added. A part that fails is reported, and the others still run. ``evaluate`` measures,
+for each model and cache size N, the caches 0+N and S+(N - S) over ``--num-stream-tokens``, where S
+are its sinks (4 for vanilla), and dense attention within the trained length. ``train`` stops after
+``--minutes``, and ``evaluate`` starts nothing after them. Results are in FOLDER/recall.json.
 """
 
 import argparse
@@ -20,12 +20,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+from study_settings import keep_settings
+
 from sinklm.checkpoints.folders import list_checkpoints
 from sinklm.data import TokenStore
 from sinklm.train.recipe import load_config
 
 MODELS = {"vanilla": 4, "learnable-sink": 1}  # recipes, and the first tokens that their caches keep
 CACHE_SIZES = (256, 512, 1000)
+SETTINGS = {  # that change what a part makes; the others can differ between its calls
+    "prepare": ("text", "num_tokens", "vocab_size", "longest_distance"),
+    "train": ("overrides",),
+    "evaluate": ("overrides", "num_samples", "num_stream_tokens"),
+    "table": ("overrides",),
+}
 TOKENS_PER_LINE = 24  # of StreamEval, at most, with a vocabulary of 4,096
 
 
@@ -156,7 +164,7 @@ def main() -> None:
     parser.add_argument("--num-stream-tokens", type=int, default=200_000)
     parser.add_argument("--cache-sizes", type=int, nargs="+", default=list(CACHE_SIZES))
     args = parser.parse_args()
-    args.folder.mkdir(parents=True, exist_ok=True)
+    keep_settings(args.folder, {name: getattr(args, name) for name in SETTINGS[args.part]})
     is_done = {"prepare": prepare, "train": train, "evaluate": evaluate, "table": table}[args.part](args)
     print("done" if is_done else "not done: run the same command again, or look at the errors above", flush=True)
     sys.exit(0 if is_done else 75)

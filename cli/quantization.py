@@ -112,18 +112,28 @@ def _load(run: str, place: dict[str, Any]) -> "tuple[PreTrainedModel, PreTrained
 def _check_runs(runs: list[str], wanted: list[str], place: dict[str, Any], seq_length: int | None) -> int:
     """Refuse what cannot be measured before measuring; return the tokens of text in a sample."""
     from ..eval.perplexity import text_prefix
+    from ..eval.quantization import FORMATS as KNOWN
     from ..eval.quantization import check_format
-    from ..eval.quantization_losses import num_text_tokens
+    from ..eval.quantization_losses import check_kv, num_text_tokens
+    from ..models.config import num_prepended_sinks
 
-    fitting = []
-    for run in runs:
+    def checked(run: str, num_tokens: int | None) -> int:
         model, tokenizer = _load(run, place)
+        num_prefix = len(text_prefix(tokenizer))
         try:
             for name in wanted:
                 check_format(model, name)
-            fitting.append(num_text_tokens(model, len(text_prefix(tokenizer)), seq_length))
+            found = num_text_tokens(model, num_prefix, num_tokens)
+            if any(KNOWN[name].kv_dtype for name in wanted):
+                check_kv(model, found + num_prefix + num_prepended_sinks(model.config))
+            return found
         except ValueError as error:
             raise ValueError(f"{run}: {error}") from error
+
+    fitting = [checked(run, seq_length) for run in runs]
+    if len(set(fitting)) > 1:
+        for run in runs:
+            checked(run, min(fitting))
     return min(fitting)
 
 

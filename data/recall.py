@@ -2,8 +2,10 @@
 
 A document is one record: lines that give a value to each of many keys, and questions that ask for
 the value of a line some distance back, each followed by its answer. Every key has one value, and no
-value or key occurs twice, so an answer is right and unique. Phrasings are drawn for each document
-and are never those of the StreamEval test, which such models are tested with.
+value or key occurs twice, so an answer is right and unique. Phrasings are drawn for each document.
+They have none of the words of the StreamEval test, which such models are tested with, but some have
+its form: its line ``The REGISTER_CONTENT in line 7 is <123>`` is nearest to ``The BOX_CODE at 7 is
+<123>``.
 """
 
 import io
@@ -23,8 +25,9 @@ SET_NAME = "recall"
 SUFFIXES = (".jsonl", ".jsonl.zst")
 FEWEST_LINES = 4
 LARGEST_NUMBER = 99_999
-QUESTION_EVERY = (2, 12)  # lines between the places with questions
-MOST_QUESTIONS = 3  # at one place
+LINES_PER_QUESTION = (1, 6)  # before lines are added for long distances
+MOST_QUESTIONS = 3  # in a row, on average over a document
+NUM_TRIES = 8
 
 THINGS = (
     *("item", "box", "room", "locker", "shelf", "page", "slot", "node", "account", "parcel", "ticket", "seat"),
@@ -133,8 +136,9 @@ def make_record(seed: int, number: int, shortest: int, longest: int) -> RecallRe
     """Return document ``number`` of a seed. It does not depend on other documents.
 
     Args:
-        shortest, longest: distances of questions in lines, from the last line before the question;
-            drawn log-uniformly. Records are long enough for them, and of different lengths.
+        shortest, longest: distances of questions in lines, from the last line before the question.
+            Each is drawn log-uniformly. Every document has at least one question, and as many lines
+            as its questions need.
 
     Raises:
         ValueError: distances that are negative or in the wrong order.
@@ -142,25 +146,16 @@ def make_record(seed: int, number: int, shortest: int, longest: int) -> RecallRe
     check_distances(shortest, longest)
     rng = random.Random(f"recall:{seed}:{number}")
     phrasing = Phrasing.draw(rng)
-    fewest = max(FEWEST_LINES, shortest + 1)
-    num_lines = _log_uniform(rng, fewest, max(2 * fewest, longest + longest // 2))
+    places, num_lines = _places(rng, shortest, longest)
     keys = _keys(rng, num_lines)
     values = _values(rng, num_lines, set(keys))
     text = io.StringIO()
     text.write(phrasing.filled(phrasing.introduction))
     questions: list[Question] = []
-    asked: set[int] = set()
-    every = rng.randint(*QUESTION_EVERY)
     for line, (key, value) in enumerate(zip(keys, values, strict=True)):
         before, after = phrasing.statement
         text.write(f"{phrasing.filled(before, key)}{_bracketed(value, phrasing)}{after}\n")
-        if (line + 1) % every and line + 1 < num_lines:
-            continue
-        for _ in range(rng.randint(1, MOST_QUESTIONS)):
-            target = line - _log_uniform(rng, shortest, longest)
-            if target < 0 or target in asked:
-                continue
-            asked.add(target)
+        for target in places.get(line, ()):
             before, after = phrasing.question
             text.write(phrasing.filled(before, keys[target]))
             start = text.tell()
@@ -168,6 +163,47 @@ def make_record(seed: int, number: int, shortest: int, longest: int) -> RecallRe
             questions.append(Question(target, line, start, text.tell()))
             text.write(f"{after}\n")
     return RecallRecord(text.getvalue(), keys, values, questions)
+
+
+def _places(rng: random.Random, shortest: int, longest: int) -> tuple[dict[int, list[int]], int]:
+    """Draw the questions of a document: after which lines, each for which line.
+
+    The distances are drawn first and none is rejected. Rejecting those that do not fit a document
+    would make long ones rare.
+
+    Returns:
+        The lines that are asked for, by the line before their questions, and the number of lines.
+    """
+    fewest = max(FEWEST_LINES, shortest + 1)
+    num_lines = _log_uniform(rng, fewest, max(2 * fewest, longest + longest // 2))
+    every = rng.randint(*LINES_PER_QUESTION)
+    distances = [_log_uniform(rng, shortest, longest) for _ in range(max(1, num_lines // every))]
+    num_lines = max(num_lines, max(distances) + 1)
+    grid = every * rng.randint(1, MOST_QUESTIONS)
+    places: dict[int, list[int]] = {}
+    asked: set[int] = set()
+    for distance in distances:
+        line = _free_line(rng, distance, num_lines, grid, asked)
+        num_lines = max(num_lines, line + 1)
+        asked.add(line - distance)
+        places.setdefault(line, []).append(line - distance)
+    return places, num_lines
+
+
+def _free_line(rng: random.Random, distance: int, num_lines: int, grid: int, asked: set[int]) -> int:
+    """Draw a line after which to ask for one that was not asked for, ``distance`` lines before it.
+
+    It is the last of a multiple of ``grid`` lines if one of a few tries is free, else any line,
+    else one to be added.
+    """
+    for lines in (range(distance + -(distance + 1) % grid, num_lines, grid), range(distance, num_lines)):
+        for line in rng.sample(lines, min(len(lines), NUM_TRIES)):
+            if line - distance not in asked:
+                return line
+    line = num_lines
+    while line - distance in asked:
+        line += 1
+    return line
 
 
 def check_distances(shortest: int, longest: int) -> None:

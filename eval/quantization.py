@@ -122,11 +122,16 @@ def check_format(model: PreTrainedModel, name: str) -> None:
             )
 
 
-def arithmetic(name: str, device: torch.device) -> str:
-    """Say how a format is computed on a device, for the report."""
+def arithmetic(name: str, device: torch.device, num_kept: int = 0) -> str:
+    """Say how a format is computed on a device, for the report.
+
+    Args:
+        num_kept: tokens that windowed layers keep, in full precision.
+    """
     wanted = FORMATS[name]
     if wanted.kv_dtype:
-        return "quantized in the cache, read in the model's type"
+        exact = f" but for {num_kept} kept tokens" if num_kept else ""
+        return f"quantized in the cache{exact}, read in the model's type"
     if wanted.activations is None:
         return "weights rounded by torchao, products in the model's type"
     if has_exact_products(device):

@@ -14,6 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..models.checked import check_ids, refuse_nonfinite_losses
 from ..models.config import num_prepended_sinks
 from ..streaming import stream_losses
+from ..streaming.layers import own_rules
+from ..streaming.quantized import NUM_RECENT
+from ..streaming.wrappers import decoder_of
 from .compare import stderr_of_mean
 from .quantization import FORMATS, arithmetic, quantized
 from .sinks import Sequences, sequences_of_store, sequences_of_texts
@@ -93,19 +96,42 @@ def sample_losses(model: PreTrainedModel, samples: Sequences, progress: Progress
     return torch.stack(losses)
 
 
+def num_kept_tokens(model: PreTrainedModel) -> int:
+    """Return how many first tokens the windowed layers keep; 0 without windowed layers."""
+    rules = own_rules(decoder_of(model).config)
+    return max((rule.num_kept for rule in rules if rule is not None), default=0)
+
+
+def check_kv(model: PreTrainedModel, num_positions: int) -> None:
+    """Raise a ValueError if no key or value would be quantized in samples of this length.
+
+    Args:
+        num_positions: of a sample, with sinks and prefix.
+    """
+    widest = max(num_positions if rule is None else rule.window for rule in own_rules(decoder_of(model).config))
+    longest = min(widest, num_positions - 2 - num_kept_tokens(model))  # distance to a key that is not kept
+    if longest <= NUM_RECENT:
+        raise ValueError(
+            f"kv8 would quantize nothing: the last {NUM_RECENT} tokens are exact, and in a sample of {num_positions} "
+            f"positions this model sees at most {max(longest, 0)} before its own: raise --seq-length, or leave kv8 "
+            "out of --formats"
+        )
+
+
 def cached_losses(
     model: PreTrainedModel, samples: Sequences, kv_dtype: Any, progress: Progress | None = None
 ) -> Tensor:
     """Like `sample_losses`, with a cache of all tokens whose keys and values are ``kv_dtype``.
 
-    No token is kept in full precision, neither sinks nor first tokens; only the last 32 are. Each
-    token is a pass of its own, since tokens of a pass see more than 32 in full precision.
+    Windowed layers see what they see without a cache. Tokens that they keep are exact, and so are
+    the last 32; no other token is, neither sinks nor first tokens. Each token is a pass of its own,
+    since tokens of a pass see more than 32 in full precision.
     """
     check_ids(samples.ids, model)
-    window = samples.ids.shape[1] + num_prepended_sinks(model.config)
+    num_kept, window = num_kept_tokens(model), samples.ids.shape[1] + num_prepended_sinks(model.config)
     losses = []
     for rows in samples.ids.split(KV_BATCH):
-        chunks = stream_losses(model, rows, num_kept=0, window=window, chunk_size=1, kv_dtype=kv_dtype)
+        chunks = stream_losses(model, rows, num_kept=num_kept, window=window, chunk_size=1, kv_dtype=kv_dtype)
         each = torch.cat(list(chunks), dim=1)[:, samples.num_prefix :]
         losses.append(refuse_nonfinite_losses(each.double()).mean(1).cpu())
         if progress is not None:
@@ -122,10 +148,12 @@ def measure_increase(
         losses: of the model itself, ``(N,)``, from `sample_losses`.
 
     Raises:
-        ValueError: the model does not fit the format, or a loss is not finite.
+        ValueError: the model does not fit the format, a loss is not finite, or nothing would be
+            quantized.
     """
     kv_dtype = FORMATS[name].kv_dtype
     if kv_dtype:
+        check_kv(model, samples.ids.shape[1] + num_prepended_sinks(model.config))
         found = cached_losses(model, samples, kv_dtype, progress)
     else:
         found = sample_losses(quantized(model, name), samples, progress)
@@ -135,7 +163,7 @@ def measure_increase(
         loss=found.mean().item(),
         increase=math.fsum(differences) / len(differences),
         stderr=stderr_of_mean(differences),
-        arithmetic=arithmetic(name, model.device),
+        arithmetic=arithmetic(name, model.device, num_kept_tokens(model) if kv_dtype else 0),
     )
 
 

@@ -152,8 +152,8 @@ def scaled_product(
         left: float8, ``(N, C)``, contiguous.
         right: float8, ``(M, C)``, contiguous: float8 tensor cores read both factors along C.
         left_scale, right_scale: what the factors were multiplied by.
-        is_fast: accumulate with fewer bits than float32 on Hopper, which is faster. Gradients are
-            not, as in torchao and Transformer Engine.
+        is_fast: accumulate with fewer bits than float32 on Hopper. Gradients are not, as in torchao
+            and Transformer Engine.
     """
     return torch._scaled_mm(
         left,

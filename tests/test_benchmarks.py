@@ -1,9 +1,14 @@
-"""Scripts of `benchmarks/`: the names of their outputs, and spreads beside means."""
+"""Scripts of `benchmarks/`: names of outputs, spreads beside means, calls that share a folder."""
 
+import importlib
 import json
 import sys
+from pathlib import Path
+
+import pytest
 
 from benchmarks import train
+from benchmarks.part_report import PartReport
 
 ROW = {"size": "14m", "contestant": "sinklm", "ranks": 1, "micro_batch_size": 1, "tokens_per_second": 8.0}
 ROW |= {"seconds_per_step": 0.25, "stdev": 0.0123, "memory_gib": 0.0, "start": 1.0}
@@ -18,3 +23,59 @@ def test_an_output_with_a_dot_keeps_its_name(tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["E1.4.json", "E1.4.md", "E1.5.json", "E1.5.md"]
     assert json.loads((tmp_path / "E1.4.json").read_text())["rows"] == [ROW]
     assert "| 250.0 ± 12.3 |" in capsys.readouterr().out
+
+
+def test_calls_for_other_parts_and_sizes_add_to_a_report(tmp_path):
+    path = tmp_path / "report.json"
+    for number, (part, size) in enumerate([("steps", "1b"), ("steps", "14m"), ("curve", ""), ("steps", "1b")]):
+        row = {"size": size, "number": number} if size else {"number": number}
+        PartReport(path, {"call": number}, minutes=1.0).add(part, lambda row=row: [row], size)
+    content = json.loads(path.read_text())
+    assert content["parts"] == {
+        "steps": [{"size": "14m", "number": 1}, {"size": "1b", "number": 3}],
+        "curve": [{"number": 2}],
+    }
+    assert content["settings"] == {"steps 1b": {"call": 3}, "steps 14m": {"call": 1}, "curve": {"call": 2}}
+    path.write_text(json.dumps(content | {"torch": "1.0"}))
+    with pytest.raises(SystemExit, match=r"report\.json has results of torch 1\.0, not .*: pass another --output"):
+        PartReport(path, {}, minutes=1.0)
+
+
+@pytest.mark.parametrize(
+    ("script", "first", "same", "other", "named"),
+    [
+        (
+            "muon_study",
+            ["F", "--text", "a.txt", "data.path=s", "--minutes", "1e-9"],
+            ["F", "--text", "a.txt", "data.path=s", "--minutes", "1e-8", "--seeds", "3"],
+            ["F", "--text", "a.txt", "data.path=s", "--base", "paper"],
+            "--base study, not paper",
+        ),
+        (
+            "recall_study",
+            ["evaluate", "--folder", "F", "--num-samples", "100"],
+            ["evaluate", "--folder", "F", "--num-samples", "100", "--cache-sizes", "64"],
+            ["evaluate", "--folder", "F", "--num-samples", "50"],
+            "num_samples 100, not 50",
+        ),
+        (
+            "recall_study",
+            ["train", "--folder", "F", "--minutes", "0"],
+            ["table", "--folder", "F"],
+            ["train", "train.num_steps=3", "--folder", "F", "--minutes", "0"],
+            r"overrides \[\], not \['train.num_steps=3'\]",
+        ),
+    ],
+)
+def test_other_settings_need_another_folder(script, first, same, other, named, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(train.__file__).parent))
+    monkeypatch.chdir(tmp_path)
+    main = importlib.import_module(script).main
+    for arguments in (first, same):
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code in (0, 1, 75)
+    monkeypatch.setattr(sys, "argv", [script, *other])
+    with pytest.raises(SystemExit, match=rf"^F was begun with {named}: use another folder"):
+        main()

@@ -1,6 +1,6 @@
 """The Python on the pages runs, with the shipped model and fewer tokens.
 
-README.md is in `test_readme`. In the guides, Python is part of a file that the reader changes.
+README.md is in `test_readme`. All programs of a guide are one.
 """
 
 import contextlib
@@ -53,7 +53,18 @@ def printing(lines: list[str]) -> Any:
     return stop_early
 
 
-PROGRAMS = [block for block in blocks("python") if not block.id.startswith("README.md")]
+def programs() -> list:
+    found = [block for block in blocks("python") if not block.id.startswith("README.md")]
+    guides: dict[str, list[str]] = {}
+    for block in found:
+        if block.id.startswith("docs/guides/"):
+            guides.setdefault(block.id.partition(":")[0], []).append(block.values[0])
+    others = [block for block in found if not block.id.startswith("docs/guides/")]
+    return [*others, *(pytest.param("\n".join(parts), id=page) for page, parts in guides.items())]
+
+
+PROGRAMS = programs()
+GRADIENTS = "docs/guides/check-attention-gradients.md"
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -69,6 +80,18 @@ def test_a_program_of_a_page_runs(program, objects, tmp_path, monkeypatch):
     made = [value for name, value in names.items() if isinstance(value, torch.Tensor) and name not in objects]
     assert all(value.numel() > 3 and value.isfinite().all() for value in made)
     assert bool(lines) == ("print(" in program)
+
+
+def test_the_errors_that_the_guide_to_gradients_names_are_found():
+    program = next(block.values[0] for block in PROGRAMS if block.id == GRADIENTS)
+    page = (ROOT / GRADIENTS).read_text()
+    number = int(re.search(r"With `distance < window` it yields (\d+) lines", page)[1])
+    end = re.search(r"the first ends with `(.*?)`", page, flags=re.DOTALL)[1].replace("\n", " ")
+    for code, num_errors in ((program, 0), (program.replace("distance <= window", "distance < window"), number)):
+        names: dict[str, Any] = {}
+        exec(code, names)
+        assert len(names["errors"]) == num_errors
+    assert names["errors"][0].endswith(end)
 
 
 def test_the_number_of_programs():

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from sinklm.cli.main import app
 from sinklm.data import find_inputs, prepare_store
+from sinklm.data.recall import make_record, write_records
 
 from .eval.checkpoints import small_model, small_tokenizer, write_checkpoint
 from .test_doc_commands import blocks, commands
@@ -40,6 +41,8 @@ NOT_RUN = {
 }
 SHORTER = {
     r"--tokens \d+": "--tokens 300",
+    r"--num-documents \d+": "--num-documents 20",
+    r"--num-tokens \d+": "--num-tokens 3000",
     r"^(sinklm eval stream-eval .*)": r"\1 --num-samples 1 --num-lines 25 --distances 20 --caches 1+127",
     r"^(sinklm eval sinks .*)": r"\1 --num-sequences 4",
     r"^(sinklm bench decode .*)": r"\1 --num-steps 2",
@@ -60,7 +63,7 @@ RUN = list({re.sub(r"\bruns/[\w-]+", "", line): line for line in LINES if reason
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """A folder with what the pages call ``corpus``, ``book.txt``, ``store``, ``runs/…`` …"""
+    """A folder with what the pages call ``corpus``, ``text``, ``book.txt``, ``runs/…`` …"""
     folder = tmp_path_factory.mktemp("reader")
     text = BOOK.read_text(encoding="utf-8")
     (folder / "book.txt").write_text(text[:4000])
@@ -68,6 +71,9 @@ def files(tmp_path_factory) -> Path:
     (folder / "corpus").mkdir()
     lines = "".join(f'{{"text": "{i} {"word " * 40}"}}\n' for i in range(40))
     (folder / "corpus" / "a.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
+    (folder / "text").mkdir()
+    (folder / "text" / "a.txt").write_text(text[:4000])
+    write_records(folder / "recall.jsonl.zst", (make_record(0, number, 0, 9) for number in range(20)))
     inputs = find_inputs([str(folder / "corpus")]).shards
     prepare_store(inputs, folder / "store", tokenizer=folder / "tokenizer.json", validation_fraction=0.5)
     run = write_checkpoint(folder / "runs" / "learnable-sink", small_model(1, hidden_size=64))

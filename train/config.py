@@ -269,7 +269,7 @@ class CheckpointSection(Section):
 
 
 FLOAT8_MULTIPLE = 16  # of the sizes of a product in float8
-FLOAT8_WIDTH = 2048  # smallest `model.hidden_size` with float8; `benchmarks/float8.py` measures where it pays off
+FLOAT8_WIDTH = 2048  # smallest `model.hidden_size` with float8: the narrower, the larger the share of the casts
 
 # Keys of DeepSpeed's configuration that are derived from the recipe, and what to do instead.
 DERIVED_DEEPSPEED_KEYS = {
@@ -290,9 +290,10 @@ DERIVED_DEEPSPEED_KEYS = {
     "checkpoint.load_universal": "remove this key; it is detected automatically",
 }
 
-# Keys of `zero_optimization` with which DeepSpeed moves the optimizer's state, or partitions or
-# loads it in another way.
-NOT_WITH_MUON = ("offload_optimizer", "zenflow", "elastic_checkpoint", "parameter_alignment")
+# Switches of `zero_optimization` with which DeepSpeed moves the optimizer's state (`cpu_offload` is
+# the old name of `offload_optimizer`), or partitions or loads it in another way.
+NOT_WITH_MUON = ("cpu_offload", "elastic_checkpoint", "parameter_alignment")
+OFF = ("none", "false", "0", "no", "off")  # what DeepSpeed reads as off, and no device
 
 
 # Switches and sections of DeepSpeed's configuration. DeepSpeed ignores unknown keys silently, so
@@ -431,7 +432,7 @@ class TrainingConfig(Section):
             )
 
     def _check_float8(self) -> None:
-        """Refuse float8 where it does not pay off, and where it cannot be computed."""
+        """Refuse float8 for narrow models, and where it cannot be computed."""
         if self.deepspeed.zero_stage not in (1, 2):
             raise ValueError(
                 f"train.precision=fp8 does not work with deepspeed.zero_stage={self.deepspeed.zero_stage}: set 1 or 2"
@@ -441,7 +442,7 @@ class TrainingConfig(Section):
         width = self.model.hidden_size
         if width < FLOAT8_WIDTH:
             raise ValueError(
-                f"train.precision=fp8 does not pay off below model.hidden_size {FLOAT8_WIDTH}, but it is {width}: set "
+                f"train.precision=fp8 requires model.hidden_size of at least {FLOAT8_WIDTH}, but it is {width}: set "
                 "train.precision=bf16"
             )
         sizes = {
@@ -459,8 +460,8 @@ class TrainingConfig(Section):
         offload = _section(zero, "offload_optimizer")
         others = {
             "zenflow": zero.get("zenflow") is not None,
-            "offload_optimizer.super_offload": offload.get("super_offload"),
-            "offload_optimizer.ratio": offload.get("ratio", 1) != 1,
+            "offload_optimizer.super_offload": _is_on(offload.get("super_offload")),
+            "offload_optimizer.ratio": _is_on(offload.get("device")) and offload.get("ratio", 1) != 1,
         }
         for key, is_set in others.items():
             if self.train.on_spike == "skip" and is_set:
@@ -473,9 +474,12 @@ class TrainingConfig(Section):
         zero = _section(self.deepspeed.extra_keys, "zero_optimization")
         others = {
             "zero_stage=3": self.deepspeed.zero_stage == 3,
-            "zero_allow_untested_optimizer=false": self.deepspeed.extra_keys.get("zero_allow_untested_optimizer")
-            is False,
-            **{f"zero_optimization.{key}": zero.get(key) for key in NOT_WITH_MUON},
+            "zero_allow_untested_optimizer=false": not self.deepspeed.extra_keys.get(
+                "zero_allow_untested_optimizer", True
+            ),
+            "zero_optimization.offload_optimizer": _is_on(_section(zero, "offload_optimizer").get("device")),
+            "zero_optimization.zenflow": zero.get("zenflow") is not None,
+            **{f"zero_optimization.{key}": _is_on(zero.get(key)) for key in NOT_WITH_MUON},
         }
         for key, is_set in others.items():
             if self.optimizer.name == "muon" and is_set:
@@ -486,3 +490,8 @@ def _section(values: dict[str, Any], key: str) -> dict[str, Any]:
     """Return a section of DeepSpeed's configuration, empty if there is none."""
     found = values.get(key)
     return found if isinstance(found, dict) else {}
+
+
+def _is_on(value: object) -> bool:
+    """Whether a switch or a device of DeepSpeed's configuration is set to something."""
+    return str(value).lower() not in OFF

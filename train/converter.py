@@ -2,8 +2,8 @@
 
 ``python -m sinklm.train.converter --input_folder … --output_folder …``
 
-It requires two moments of each parameter, but Muon has only one. So the first one also stands for
-the second, which `universal.convert_to_universal` then deletes.
+It requires two moments of each parameter, but those of Muon have only one: see
+`universal.add_second_moments`.
 """
 
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from deepspeed.checkpoint import DeepSpeedCheckpoint, ds_to_universal
 
+from .universal import add_second_moments
 from .unpickling import deepspeed_classes
 
 # At import, for workers that import this module again.
@@ -21,8 +22,7 @@ read_state = DeepSpeedCheckpoint.get_zero_checkpoint_state
 def read_complete_state(self: DeepSpeedCheckpoint, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Return the state of one rank, with two moments for each group of parameters."""
     state = read_state(self, *args, **kwargs)
-    for moments in state["optimizer_state_dict"]["base_optimizer_state"]["state"].values():
-        moments.setdefault("exp_avg_sq", moments["exp_avg"])
+    add_second_moments(state["optimizer_state_dict"]["base_optimizer_state"])
     return state
 
 

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..models import SinkGPTNeoXForCausalLM
+from ..models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM
 from ..models.float8 import use_float8
 from . import deepspeed_patches
 from .config import OptimizerSection, TrainingConfig, weights_precision
@@ -103,11 +103,16 @@ def parameter_groups(model: nn.Module, optimizer: OptimizerSection) -> list[dict
     return [hidden, matrices, others] if optimizer.name == "muon" else [matrices, others]
 
 
+def groups_of(model_config: SinkGPTNeoXConfig, optimizer: OptimizerSection) -> list[dict[str, nn.Parameter]]:
+    """Return `parameter_groups` of a model that need not exist; they have shapes and no values."""
+    with torch.device("meta"):
+        model = SinkGPTNeoXForCausalLM(model_config)
+    return parameter_groups(model, optimizer)
+
+
 def group_names(plan: Plan) -> list[list[str]]:
     """Return the names of the parameters of each group of the optimizer, in its order."""
-    with torch.device("meta"):
-        model = SinkGPTNeoXForCausalLM(plan.model_config)
-    return [list(group) for group in parameter_groups(model, plan.config.optimizer)]
+    return [list(group) for group in groups_of(plan.model_config, plan.config.optimizer)]
 
 
 def optimizer_layout(plan: Plan) -> str:

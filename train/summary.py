@@ -116,10 +116,9 @@ def dry_run(config: TrainingConfig) -> None:
     console.print(Syntax(config_yaml(config), "yaml", background_color="default"))
     console.print(table)
     console.print(_memory_table(plan))
-    console.print(
-        "Memory is an estimate. It excludes DeepSpeed's communication buffers and the allocator's fragmentation.",
-        style="dim",
-    )
+    note = "Memory is an estimate. It excludes DeepSpeed's communication buffers and the allocator's fragmentation."
+    is_float8 = config.train.precision == "fp8"
+    console.print(f"{note} That of fp8 is estimated as bf16." if is_float8 else note, style="dim")
 
 
 def _facts(plan: Plan, store: TokenSource | None) -> dict[str, str]:

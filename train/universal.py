@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -44,7 +44,7 @@ def convert_to_universal(
     else:
         _run_converter(source, output)
         for name in muon:
-            (output / "zero" / name / f"{MOMENTS[1]}.pt").unlink()  # see `converter`
+            (output / "zero" / name / f"{MOMENTS[1]}.pt").unlink()  # see `add_second_moments`
     _complete_metadata(output, source, zero_stage=zero_stage, keep_loss_scale=keep_loss_scale)
 
 
@@ -79,6 +79,21 @@ def _write_parameters(source: Path, output: Path) -> None:
     groups = checkpoint["optimizer"]["param_groups"]
     torch.save({"param_groups": groups, "ds_version": checkpoint["ds_version"]}, output / "zero" / "optimizer_state.pt")
     shutil.copy(source / METADATA_NAMES[False], output)
+
+
+def add_second_moments(state: dict[str, Any]) -> None:
+    """Let the first moment of Muon's parameters also stand for the second, which they do not have.
+
+    DeepSpeed's converter requires both; `convert_to_universal` then deletes the second. The state
+    of AdamW is not changed, so the converter still fails if a moment is missing there.
+
+    Args:
+        state: of the optimizer, from `torch.optim.Optimizer.state_dict`.
+    """
+    for group in state["param_groups"]:
+        if group.get("is_muon"):
+            for number in group["params"]:
+                state["state"][number][MOMENTS[1]] = state["state"][number][MOMENTS[0]]
 
 
 def _run_converter(source: Path, output: Path) -> None:

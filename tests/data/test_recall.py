@@ -1,7 +1,9 @@
-"""Generated records: every answer is right and unique, and no phrasing is that of StreamEval."""
+"""Generated records: each answer is right and unique, no phrasing has the words of StreamEval."""
 
 import json
+import math
 import re
+from itertools import pairwise
 
 import pytest
 import zstandard
@@ -29,6 +31,7 @@ def occurrences(word: str, text: str) -> int:
 def test_every_answer_is_right_and_unique(seed, number, bounds):
     shortest, longest = bounds
     record = make_record(seed, number, shortest, longest)
+    assert record.questions
     assert len(set(record.keys) | set(record.values)) == 2 * len(record.keys) == 2 * len(record.values)
     asked = [question.line for question in record.questions]
     assert len(set(asked)) == len(asked)
@@ -51,7 +54,7 @@ def test_every_answer_is_right_and_unique(seed, number, bounds):
 
 @settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 10**6), number=st.integers(0, 10**6), line=st.integers(0, 1000))
-def test_no_phrasing_is_that_of_the_test(seed, number, line):
+def test_no_phrasing_has_the_words_of_the_test(seed, number, line):
     text = make_record(seed, number, 0, 30).text
     forbidden = [PREAMBLE.strip(), "REGISTER", "in line", "Query", line_start(line), question_text(line)]
     assert not [phrase for phrase in forbidden if phrase.lower() in text.lower()]
@@ -67,11 +70,23 @@ def test_all_phrasings_are_used_and_lengths_and_distances_differ():
             pattern = pattern.replace(re.escape(f"{{{name}}}"), r"[\w-]+")
         assert re.search(rf"{pattern}.*{re.escape(after)}", joined), before
     lengths = sorted(len(record.keys) for record in texts)
-    assert lengths[len(lengths) // 10] < 10
+    assert lengths[len(lengths) // 10] < 30
     assert lengths[-1] > 250
     found = [question.distance for record in texts for question in record.questions]
     assert min(found) == 0
     assert max(found) > 150
+
+
+@pytest.mark.parametrize(("shortest", "longest"), [(0, 60), (7, 40)])
+def test_distances_are_log_uniform(shortest, longest):
+    """In each bin, the share of questions is that of a log-uniform number rounded down."""
+    found = [q.distance for number in range(600) for q in make_record(0, number, shortest, longest).questions]
+    edges = sorted({round((shortest + 1) * ((longest + 2) / (shortest + 1)) ** (i / 6)) - 1 for i in range(7)})
+    whole = math.log((longest + 2) / (shortest + 1))
+    for low, high in pairwise(edges):
+        share = math.log((high + 1) / (low + 1)) / whole
+        error = 4 * math.sqrt(share * (1 - share) / len(found))
+        assert sum(low <= distance < high for distance in found) / len(found) == pytest.approx(share, abs=error)
 
 
 def test_a_document_depends_on_seed_and_number_alone():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 from typer.testing import CliRunner
 
 from sinklm.checkpoints.export import export_model
@@ -30,6 +30,7 @@ from sinklm.eval.quantization import FORMATS, quantized, quantized_layers  # noq
 from sinklm.eval.quantization_losses import (  # noqa: E402
     activations,
     cached_losses,
+    check_kv,
     measure_increase,
     sample_losses,
 )
@@ -179,6 +180,58 @@ def test_keys_and_values_are_rounded_when_they_are_not_recent(kind, samples):
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
 
 
+WINDOWED = {
+    "windows": lambda: model_of("token", layer_windows=[20, None], num_kept=2),
+    "only windows": lambda: model_of("kv_bias", layer_windows=[36, 8], num_kept=1),
+    "only windows, sinks": lambda: model_of("token", layer_windows=[34, 34], num_kept=1),
+    "stock windows": lambda: MistralForCausalLM(
+        MistralConfig(
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            vocab_size=400,
+            sliding_window=35,
+            pad_token_id=None,
+        )
+    ).eval(),
+}
+
+
+@pytest.mark.parametrize("make", [lambda: model_of("token"), lambda: model_of("gate"), *WINDOWED.values()])
+def test_a_cache_that_is_not_quantized_changes_no_loss(make, samples):
+    model = make()
+    plain = sample_losses(model, samples)
+    torch.testing.assert_close(cached_losses(model, samples, None), plain, rtol=0, atol=2e-6)
+    assert (cached_losses(model, samples, "int8") - plain).abs().max() > 1e-7
+    assert (cached_losses(model, samples, "int8") - plain).abs().max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("make", "num_positions"),
+    [(lambda: model_of("token"), 35), (WINDOWED["windows"], 37), (WINDOWED["only windows"], 36)],
+)
+def test_samples_of_which_nothing_is_quantized_are_refused(make, num_positions):
+    """In the shortest samples that are accepted, quantization changes a loss."""
+    model = make()
+    check_kv(model, num_positions)
+    with pytest.raises(ValueError, match=rf"nothing: the last 32 .* of {num_positions - 1} .*at most 32 before its"):
+        check_kv(model, num_positions - 1)
+    chance = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 400, (2, num_positions - model.config.num_sinks), generator=chance)
+    changes = [
+        cached_losses(model, Sequences(rows, 0, {}), "int8") - sample_losses(model, Sequences(rows, 0, {}))
+        for rows in (ids, ids[:, :-1])
+    ]
+    assert changes[0].abs().max() > 3 * changes[1].abs().max()
+
+
+def test_a_window_of_which_nothing_is_quantized_is_refused():
+    with pytest.raises(ValueError, match="this model sees at most 32 before its own: raise --seq-length"):
+        check_kv(model_of("token", layer_windows=[32, 8], num_kept=1), 100)
+
+
 @torch.inference_mode()
 def slow_cached_loss(model, row):
     """Token by token: before each, all keys and values but the last 32 are rounded."""
@@ -285,7 +338,7 @@ def run(*arguments) -> str:
 
 def test_the_command_writes_tables_and_a_picture(runs, tmp_path):
     names = [runs / name for name in ("none", "token", "export")]
-    said = run(*names, "--data", runs / "book.txt", "--num-sequences", 4, "--seq-length", 30, "-o", tmp_path)
+    said = run(*names, "--data", runs / "book.txt", "--num-sequences", 4, "--seq-length", 36, "-o", tmp_path)
     report = json.loads((tmp_path / "quantization.json").read_text())
     assert [entry["name"] for entry in report["runs"]] == ["none", "token", "export"]
     assert report["versions"]["torchao"] == metadata.version("torchao")
@@ -334,6 +387,7 @@ def test_mistakes_are_named(runs, tmp_path):
     refused(model, "--data", "nobook.txt", error=OSError, match=r"--data nobook\.txt cannot be read")
     refused(model, narrow, *book, match=r"narrow: w4 requires .* multiples of 32, but .*query_key_value has 48 inputs")
     refused(model, *book, "--seq-length", 129, match="none: --seq-length 129 is more than the 128 tokens that fit")
+    refused(model, *book, "--seq-length", 34, match="none: kv8 would quantize nothing: .* in a sample of 34 positions")
     refused(model, *book, "--seq-length", 100, match="sequences of 100 are needed: use more text")
 
 

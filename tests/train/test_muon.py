@@ -21,6 +21,7 @@ from sinklm.train.muon import LARGEST_BATCH, Muon, Shape, orthogonalize_
 from sinklm.train.plan import Plan
 from sinklm.train.recipe import load_config
 from sinklm.train.run import train
+from sinklm.train.universal import add_second_moments
 
 from ..checkpoints.seal import seal
 from .plain import plain_orthogonal
@@ -205,6 +206,19 @@ def test_the_golden_curve(recipe, tmp_path, caplog):
     assert "untested optimizer" not in caplog.text
 
 
+def test_the_converter_gets_a_second_moment_of_muons_matrices_alone():
+    optimizer = make([(8, 24), (24, 8)], [None, None])
+    give_gradients(optimizer, 0)
+    optimizer.step()
+    state = optimizer.state_dict()
+    del state["state"][2]["exp_avg_sq"]  # of a damaged checkpoint
+    add_second_moments(state)
+    assert [sorted(moments) for moments in state["state"].values()] == [
+        *(["exp_avg", "exp_avg_sq", "step"],) * 2,
+        ["exp_avg", "step"],
+    ]
+
+
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(recipe, tmp_path, stage):
     """Past two further saves. `test_spikes` has ZeRO-1, and `test_distributed` two ranks."""
@@ -249,9 +263,11 @@ def test_a_checkpoint_from_before_there_was_muon_resumes(recipe, whole_run, tmp_
         "zero_stage=3",
         "zero_allow_untested_optimizer=false",
         "zero_optimization.offload_optimizer={device: cpu}",
+        "zero_optimization.cpu_offload=true",
         "zero_optimization.zenflow={topk_ratio: 0.1}",
+        "zero_optimization.zenflow={}",
         "zero_optimization.elastic_checkpoint=true",
-        "zero_optimization.parameter_alignment=16",
+        "zero_optimization.parameter_alignment=true",
     ],
 )
 def test_what_moves_or_cuts_its_state_otherwise_is_refused(recipe, key):
@@ -259,6 +275,22 @@ def test_what_moves_or_cuts_its_state_otherwise_is_refused(recipe, key):
     with pytest.raises(ValueError, match=rf"^optimizer\.name=muon does not work with deepspeed\.{name}\S*: change one"):
         load_config(recipe, [MUON, f"deepspeed.{key}"])
     load_config(recipe, [f"deepspeed.{key}"])
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "offload_optimizer={device: none}",
+        "offload_optimizer={pin_memory: true}",
+        "offload_optimizer=null",
+        "cpu_offload=false",
+        "zenflow=null",
+        "elastic_checkpoint='false'",
+        "parameter_alignment=0",
+    ],
+)
+def test_what_deepspeed_reads_as_off_is_not_refused(recipe, setting):
+    load_config(recipe, [MUON, f"deepspeed.zero_optimization.{setting}"])
 
 
 def test_the_state_is_smaller_and_the_run_says_so(recipe, capsys):

@@ -178,11 +178,15 @@ def test_a_run_that_diverges_at_once_is_noticed_before_there_is_a_window(recipe,
         train(recipe, [f"train.run_dir={tmp_path}", "optimizer.lr=10.0", "train.on_spike=stop"])
 
 
+OFF = "deepspeed.zero_optimization.offload_optimizer={device: none, ratio: 0.5, super_offload: 0}"
+
+
 @pytest.mark.parametrize("key", ["zenflow={}", "offload_optimizer={device: cpu, ratio: 0.5}"])
 def test_skip_is_refused_where_deepspeed_updates_by_itself(key):
     settings = ["train.on_spike=skip", f"deepspeed.zero_optimization.{key}"]
     with pytest.raises(ValueError, match=r"train\.on_spike=skip does not work with deepspeed\.zero_optimization\."):
         load_config("quickstart", settings)
+    load_config("quickstart", ["train.on_spike=skip", OFF])
 
 
 def test_the_window_is_part_of_the_run(recipe, tmp_path):

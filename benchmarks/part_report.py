@@ -1,0 +1,74 @@
+"""Report of a benchmark in parts: tables on the terminal, and a JSON file that calls share."""
+
+import json
+import platform
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class PartReport:
+    """Prints and stores the results of parts.
+
+    Results that the file has of other parts and sizes are kept, so that parts can be measured by
+    several calls.
+
+    Args:
+        settings: stored beside each result, which may be of another call.
+        minutes: no part begins later.
+
+    Raises:
+        SystemExit: the file has results of another device or version of torch.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], minutes: float):
+        self._path, self._settings, self._minutes = path, settings, minutes
+        self._started = time.perf_counter()
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        here = {"device": device, "python": platform.python_version(), "torch": torch.__version__}
+        self.content: dict[str, Any] = {**here, "settings": {}, "parts": {}}
+        if path.exists():
+            self.content = json.loads(path.read_text(encoding="utf-8"))
+            if other := [key for key in here if self.content[key] != here[key]]:
+                raise SystemExit(
+                    f"{path} has results of {other[0]} {self.content[other[0]]}, not {here[other[0]]}: pass another "
+                    "--output"
+                )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        print(device, torch.__version__, flush=True)
+
+    def add(self, part: str, measure: Callable[[], list[dict]], size: str = "") -> None:
+        """Measure a part, or a size of it, in place of older results of the same."""
+        elapsed = time.perf_counter() - self._started
+        if elapsed > 60 * self._minutes:
+            print(f"\n{part} {size}: skipped after {elapsed:.0f} s", flush=True)
+            return
+        try:
+            rows = measure()
+        except Exception as error:
+            traceback.print_exc()
+            rows = [{"size": size, "error": f"{type(error).__name__}: {error}"[:300]}]
+        others = [row for row in self.content["parts"].get(part, []) if size and row.get("size") != size]
+        self.content["parts"][part] = others + rows
+        self.content["settings"][f"{part} {size}".strip()] = self._settings
+        self._path.write_text(json.dumps(self.content, indent=1), encoding="utf-8")
+        print(f"\n{part} {size} ({time.perf_counter() - self._started:.0f} s)\n\n{table(rows)}", flush=True)
+
+
+def table(rows: list[dict]) -> str:
+    """Return a Markdown table; columns with dictionaries are left out."""
+    columns = list(dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, dict)))
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for row in rows:
+        lines.append("| " + " | ".join(cell(row.get(key)) for key in columns) + " |")
+    return "\n".join(lines)
+
+
+def cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+    return "" if value is None else str(value)
