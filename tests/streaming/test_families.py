@@ -153,7 +153,7 @@ def test_a_window_in_the_config_that_the_model_ignores_limits_no_layer(name, ign
 def test_a_model_whose_tokens_see_later_ones_is_an_error(name, setting):
     config = small_families.config(name)
     config.update(setting)
-    with pytest.raises(ValueError, match="tokens see later ones .*use_bidirectional_attention in its config"):
+    with pytest.raises(ValueError, match=r"tokens see later ones .*use_bidirectional_attention in its config"):
         families.family_of(config, StreamShape(1, 5))
 
 
