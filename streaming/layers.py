@@ -128,12 +128,12 @@ def known_setting(config: PreTrainedConfig, name: str) -> Any:
     A config keeps settings that its model ignores: a window of a Llama that was a Mistral before,
     or the types of layers of a Mistral, which are all alike.
     """
-    return getattr(config, name, None) if hasattr(default_config(type(config)), name) else None
+    return getattr(config, name, None) if name in default_settings(config.__class__) else None
 
 
 @cache
-def default_config(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
-    return config_class()
+def default_settings(config_class: Callable[[], PreTrainedConfig]) -> set[str]:
+    return set(dir(config_class()))
 
 
 def describe_rules(config: PreTrainedConfig) -> str | None:
