@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from .rule import StreamShape
-from .wrappers import unwrapped
+from .wrappers import decoder_of
 
 
 def refuse_constructor(arguments: tuple[Any, ...]) -> None:
@@ -39,7 +39,7 @@ def refuse_without_weights(decoder: nn.Module) -> None:
 
 def warn_if_untrained(model: Any, shape: StreamShape, largest_distance: int) -> None:
     """Warn if a cache of a given shape has distances that the model was not trained on."""
-    trained = getattr(unwrapped(model).config, "max_position_embeddings", None)
+    trained = getattr(decoder_of(model).config, "max_position_embeddings", None)
     if trained and largest_distance >= trained:
         warnings.warn(
             f"the cache {shape.num_kept}+{shape.window} is too large for the {trained} positions that the model was "

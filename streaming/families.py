@@ -19,7 +19,7 @@ from transformers.models.mpt.modeling_mpt import MptModel
 
 from . import adapters
 from .encodings import Alibi, Encoding, Rotary
-from .layers import layer_shapes
+from .layers import known_setting, layer_shapes
 from .refusals import ABSOLUTE, REFUSED, refusal
 from .rule import LARGEST, StreamShape
 
@@ -272,7 +272,16 @@ def family_of(config: PreTrainedConfig, shape: StreamShape) -> Family:
             f"Supported are {', '.join(FAMILIES)}"
         )
         raise ValueError(f"streaming does not support model type {model_type!r}: {reason}")
-    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+    # "vision" (Gemma 4) is for the tokens of images only
+    if getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", None) in (
+        True,
+        "all",
+    ):
+        raise ValueError(
+            f"streaming does not support this model of type {model_type!r}: its tokens see later ones (is_causal=False "
+            "or use_bidirectional_attention in its config), which have not been read in a stream"
+        )
+    if "chunked_attention" in (known_setting(config, "layer_types") or ()):
         num_keys = config.attention_chunk_size
         if num_keys < shape.num_slots:
             raise ValueError(

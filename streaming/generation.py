@@ -14,7 +14,7 @@ from .cache import StreamingCache
 from .decoding import StreamingDecoder
 from .families import is_one_graph
 from .sampling import Sampling
-from .wrappers import unwrapped
+from .wrappers import decoder_of, unwrapped
 
 DEFAULT_CACHE_SIZE = 1024
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -28,7 +28,7 @@ def default_cache(model: PreTrainedModel) -> tuple[int, int]:
     model that was trained on shorter texts, one less than its training length. No distance in the
     cache is then longer than those seen in training.
     """
-    config = unwrapped(model).config
+    config = decoder_of(model).config
     num_kept = default_num_kept(config)
     trained_length = getattr(config, "max_position_embeddings", None) or DEFAULT_CACHE_SIZE + 1
     return num_kept, max(1, min(DEFAULT_CACHE_SIZE, trained_length - 1) - num_kept)

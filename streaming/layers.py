@@ -7,6 +7,7 @@ own, sometimes with another rotary base. Layers with the same shape and encoding
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -88,7 +89,7 @@ def layer_shapes(config: PreTrainedConfig, shape: StreamShape) -> list[StreamSha
     Raises:
         ValueError: a window shows a token only itself, or a layer is of an unknown type.
     """
-    if unknown := set(getattr(config, "layer_types", None) or ()) - KNOWN_TYPES:
+    if unknown := set(known_setting(config, "layer_types") or ()) - KNOWN_TYPES:
         raise ValueError(
             f"the model has layers of type {min(unknown)!r}, which were not tested with a cache. Supported are "
             f"{', '.join(sorted(KNOWN_TYPES))}"
@@ -111,14 +112,28 @@ def own_rules(config: PreTrainedConfig) -> list[StreamShape | None]:
     """
     if is_ours(config):
         return [None if window is None else StreamShape(config.num_kept, window) for window in config.layer_windows]
-    num_keys, num_layers = getattr(config, "sliding_window", None), config.num_hidden_layers
-    types = getattr(config, "layer_types", None) or ["sliding_attention"] * num_layers
+    num_keys, num_layers = known_setting(config, "sliding_window"), config.num_hidden_layers
+    types = known_setting(config, "layer_types") or ["sliding_attention"] * num_layers
     if num_keys is None or "sliding_attention" not in types:
         return [None] * num_layers
     if num_keys < 2:
         raise ValueError(f"the model's own sliding_window is {num_keys}, and its windowed layers see no other token")
     rule = StreamShape(0, num_keys - 1)  # `sliding_window` counts the query's own key
     return [rule if layer_type == "sliding_attention" else None for layer_type in types]
+
+
+def known_setting(config: PreTrainedConfig, name: str) -> Any:
+    """Return a setting, None if configs of this class do not have it by default.
+
+    A config keeps settings that its model ignores: a window of a Llama that was a Mistral before,
+    or the types of layers of a Mistral, which are all alike.
+    """
+    return getattr(config, name, None) if name in default_settings(config.__class__) else None
+
+
+@cache
+def default_settings(config_class: Callable[[], PreTrainedConfig]) -> set[str]:
+    return set(dir(config_class()))
 
 
 def describe_rules(config: PreTrainedConfig) -> str | None:
@@ -130,4 +145,4 @@ def describe_rules(config: PreTrainedConfig) -> str | None:
 
 def is_ours(config: PreTrainedConfig) -> bool:
     """Whether a model has windowed layers of sinklm."""
-    return getattr(config, "layer_windows", None) is not None
+    return known_setting(config, "layer_windows") is not None

@@ -20,19 +20,32 @@ def text_mask(mask: Any, num_inputs: int) -> Any:
     if not isinstance(mask, dict):
         return mask
     full = mask.get("full_attention")
-    if full is None or full.ndim == 2:  # without padding, or for FlashAttention
+    if full is not None and full.ndim == 2:  # for FlashAttention
         return full
-    sees = (full if full.dtype == torch.bool else full == 0)[:, 0, :, -num_inputs:]  # (B, T, T)
-    is_token = sees[:, -1]  # the last token sees all tokens
-    if not is_text(sees, is_token):
+    sees = {name: seen_inputs(own, num_inputs) for name, own in mask.items() if own is not None}
+    is_token = sees["full_attention"][:, -1] if full is not None else None  # the last token sees all tokens
+    if not all(is_text(own, is_token, is_full=name == "full_attention") for name, own in sees.items()):
         raise ValueError(
             "attention_mask is not that of a text with padding on the left: a StreamingCache does not support images "
             "in models that let their tokens see each other"
         )
-    return is_token.long()
+    return None if is_token is None else is_token.long()
 
 
-def is_text(sees: Tensor, is_token: Tensor) -> bool:
-    """Whether each token sees itself and the tokens before it, in ``sees`` ``(B, T, T)``."""
-    causal = torch.ones(sees.shape[1:], dtype=torch.bool, device=sees.device).tril()
-    return bool(((sees == (causal & is_token[:, None])) | ~is_token[:, :, None]).all())
+def seen_inputs(mask: Tensor, num_inputs: int) -> Tensor:
+    """Return which of the T inputs each query sees, ``(B, T, T)``."""
+    return (mask if mask.dtype == torch.bool else mask == 0)[:, 0, :, -num_inputs:]
+
+
+def is_text(sees: Tensor, is_token: Tensor | None, *, is_full: bool) -> bool:
+    """Whether each token sees itself and the tokens before it, or no later ones if not ``is_full``.
+
+    Args:
+        sees: ``(B, T, T)``.
+        is_token: ``(B, T)``, None if all inputs are tokens.
+    """
+    allowed = torch.ones(sees.shape[1:], dtype=torch.bool, device=sees.device).tril()
+    if is_token is not None:
+        allowed = allowed & is_token[:, None] | ~is_token[:, :, None]
+        sees = sees | ~is_token[:, :, None]
+    return bool((sees == allowed).all() if is_full else (allowed | ~sees).all())

@@ -74,13 +74,14 @@ KV_DTYPES: dict[str, Int8 | Int4] = {"int8": Int8(), "int4": Int4()}
 
 def check_head_sizes(config: Any, kv_dtype: str) -> None:
     """Raise a ValueError if the heads of a model cannot be stored in this format."""
-    if hasattr(config, "qk_nope_head_dim"):
-        sizes = [config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim]
-    else:
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        sizes = [head_dim, getattr(config, "v_head_dim", None) or head_dim]
-    for head_dim in sizes:
-        KV_DTYPES[kv_dtype].codes_shape(head_dim)
+    for layer in getattr(config, "per_layer_config", None) or [config]:  # Gemma 4 has two head sizes
+        if hasattr(layer, "qk_nope_head_dim"):
+            sizes = [layer.qk_nope_head_dim + layer.qk_rope_head_dim, layer.v_head_dim]
+        else:
+            head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+            sizes = [head_dim, getattr(layer, "v_head_dim", None) or head_dim]
+        for size in sizes:
+            KV_DTYPES[kv_dtype].codes_shape(size)
 
 
 class RecentTokens:

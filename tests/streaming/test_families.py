@@ -131,6 +131,32 @@ def test_windows_of_any_size_equal_the_stock_model(name, own_window):
     assert check_family(random_model(config)) < 2e-5
 
 
+@pytest.mark.parametrize(
+    ("name", "ignored"),
+    [
+        ("llama", {"sliding_window": 3}),
+        ("gpt_neox", {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]}),
+        ("mistral:window", {"layer_types": ["full_attention", "sliding_attention"]}),
+        ("gpt_neox", {"layer_windows": [3, 3], "num_kept": 1}),
+    ],
+)
+def test_a_window_in_the_config_that_the_model_ignores_limits_no_layer(name, ignored):
+    expected, config = layers.own_rules(small_families.config(name)), small_families.config(name)
+    config.update(ignored)
+    assert layers.own_rules(config) == expected
+    assert check_family(random_model(config), shapes=[(1, 5)]) < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"), [("gemma3_text", {"use_bidirectional_attention": True}), ("llama", {"is_causal": False})]
+)
+def test_a_model_whose_tokens_see_later_ones_is_an_error(name, setting):
+    config = small_families.config(name)
+    config.update(setting)
+    with pytest.raises(ValueError, match=r"tokens see later ones .*use_bidirectional_attention in its config"):
+        families.family_of(config, StreamShape(1, 5))
+
+
 def test_a_window_of_the_token_alone_is_an_error():
     config = small_families.config("mistral:window")
     config.sliding_window = 1

@@ -65,3 +65,17 @@ def test_masks_of_other_texts_are_an_error():
     with pytest.raises(ValueError, match="does not support images"):
         text_mask({"full_attention": image}, 4)
     assert text_mask({"full_attention": None}, 4) is None
+
+
+def test_images_that_only_windowed_layers_see_are_an_error():
+    """In Gemma 4, tokens of an image see each other in windowed layers; the others are causal."""
+    causal = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    window = causal & torch.ones(4, 4, dtype=torch.bool).triu(-1)
+    image, padded = window.clone(), causal.clone()
+    image[..., 1, 2] = True
+    padded[..., 0] = False
+    assert text_mask({"full_attention": None, "sliding_attention": window}, 4) is None
+    assert text_mask({"full_attention": padded, "sliding_attention": window & padded}, 4).tolist() == [[0, 1, 1, 1]]
+    for full in (None, causal, padded):
+        with pytest.raises(ValueError, match="does not support images"):
+            text_mask({"full_attention": full, "sliding_attention": image}, 4)

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from sinklm.streaming import StreamingCache, stream_losses
 from sinklm.streaming.quantized import KV_DTYPES, NUM_RECENT, RecentTokens
+from sinklm.streaming.testing import random_model
 
-from . import tiny
+from . import small_families, tiny
 from .test_batches import pad_left
 
 WINDOW = 100
@@ -136,6 +137,16 @@ def test_memory_is_about_a_half_and_a_quarter():
         assert cache.num_bytes == sizes[kv_dtype]
     assert sizes["int8"] <= 0.55 * sizes[None]
     assert sizes["int4"] <= 0.35 * sizes[None]
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_heads_of_two_sizes_and_windows_of_the_layers(kv_dtype, tmp_path):
+    model, ids = random_model(small_families.config("gemma4_text")), tiny.random_ids(90)
+    expected, cache = run(model, for_model(model, None, window=40), ids), for_model(model, kv_dtype, window=40)
+    found = run(model, cache, ids[:, :60], *ids[:, 60:].split(1, dim=1))
+    assert 0 < (found - expected).pow(2).mean().sqrt() / expected.std() < {"int8": 0.05, "int4": 0.35}[kv_dtype]
+    cache.save(tmp_path / "cache")
+    assert torch.equal(run(model, StreamingCache.load(tmp_path / "cache", model), ids), run(model, cache, ids))
 
 
 def test_losses_can_be_measured_with_quantized_keys_and_values(model):
