@@ -30,8 +30,8 @@ def band_forward(
         The output ``(B, T, H, D)`` and the log-sum-exp ``(B, H, T)``, both contiguous.
     """
     if not is_drawn and can_cudnn(query, key):
-        states = (states.transpose(1, 2) for states in (query, key, value))
-        out, lse = torch.ops.cudnn.sdpa_fwd(*states, scaling, is_causal=True, window_left=window + 1)
+        heads_first = (states.transpose(1, 2) for states in (query, key, value))
+        out, lse = torch.ops.cudnn.sdpa_fwd(*heads_first, scaling, is_causal=True, window_left=window + 1)
         return out.transpose(1, 2).contiguous(), lse[..., 0].contiguous()
     lengths = (None, None, query.shape[1], key.shape[1])
     band = {"scale": scaling, "window_size_left": window, "window_size_right": 0}
@@ -58,8 +58,8 @@ def band_backward(
         is_drawn: the window changes from call to call.
     """
     if not is_drawn and can_cudnn(query, key):
-        states = (states.transpose(1, 2) for states in (grad, query, key, value, out))
-        grads = torch.ops.cudnn.sdpa_bwd(*states, lse[..., None], scaling, is_causal=True, window_left=window + 1)
+        heads_first = (states.transpose(1, 2) for states in (grad, query, key, value, out))
+        grads = torch.ops.cudnn.sdpa_bwd(*heads_first, lse[..., None], scaling, is_causal=True, window_left=window + 1)
         return tuple(gradient.transpose(1, 2).contiguous() for gradient in grads)
     lengths = (None, None, query.shape[1], key.shape[1])
     band = {"scale": scaling, "window_size_left": window, "window_size_right": 0}
@@ -88,7 +88,7 @@ def can_cudnn(query: Tensor, key: Tensor) -> bool:
 def has_cudnn() -> bool:
     """Whether the operators of ``nvidia-cudnn-frontend`` are installed."""
     try:
-        import cudnn.sdpa.fwd.torch_op  # type: ignore[import-not-found]  # noqa: F401  registers them
+        import cudnn.sdpa.fwd.torch_op  # noqa: F401  registers them
     except ImportError:
         return False
     return True

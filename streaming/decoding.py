@@ -81,7 +81,7 @@ class StreamingDecoder:
             )
         if self.is_dispatched:
             return self.prefill(token_ids)
-        # A view, for example a column of a prompt, has other strides: the graph would be compiled again.
+        # A view, as a column of a prompt, has other strides: the graph would be compiled again.
         token_ids = token_ids.clone(memory_format=torch.contiguous_format)
         self.cache.rebase_before(1)
         with self.cache.steering.in_graph(self.cache):

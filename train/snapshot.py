@@ -131,12 +131,12 @@ class HostMemory:
     def _pin(self) -> None:
         if self._stream is None:
             return
-        torch.cuda.set_device(self._device)
         address = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
         runtime = torch.cuda.cudart()
         try:
-            torch.cuda.check_error(runtime.cudaHostRegister(address, len(self._memory), 0))
-        except RuntimeError as error:
+            with torch.cuda.device(self._device):
+                torch.cuda.check_error(runtime.cudaHostRegister(address, len(self._memory), 0))
+        except Exception as error:  # an error of a thread is lost otherwise
             self._pinning_error = one_line(error)
         else:
             # The memory is an argument, so that it is not unmapped before.

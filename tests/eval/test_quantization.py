@@ -121,15 +121,38 @@ def test_each_layer_multiplies_numbers_rounded_one_by_one(kind, name, samples):
     assert (found - sample_losses(model, samples)).abs().max() > 1e-4
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", FORMATS)
-def test_a_gpu_gives_the_losses_of_a_cpu(name, samples):
-    model = model_of("token")
-    plain = sample_losses(model, samples)
-    expected = measure_increase(model, samples, name, plain).increase
-    model = model.to("cuda")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("name", ["w8", "w4", "w8a8-token", "w8a8-tensor"])
+@torch.inference_mode()
+def test_each_layer_multiplies_rounded_numbers_on_any_device(name, device, samples):
+    """On a GPU, a number halfway between two codes, as the largest ones are, may get the other one."""
+    model = model_of("token").to(device)
+    twin, slow = quantized(model, name), dict(slow_twin(model, name).named_modules())
+    seen = {}
+    for path, layer in quantized_layers(twin).items():
+        layer.register_forward_hook(lambda layer, inputs, output, path=path: seen.update({path: (inputs[0], output)}))
+    sample_losses(twin, samples)
+    assert set(seen) == set(quantized_layers(model))
     assert quantization.has_exact_products(model.device)
-    found = measure_increase(model, samples, name, sample_losses(model, samples)).increase
+    for path, (states, output) in seen.items():
+        plain, layer = model.get_submodule(path).weight.double(), twin.get_submodule(path)
+        weight, bias = layer.weight.dequantize().double(), layer.bias.double()
+        assert (weight - slow[path].weight).norm() < 0.6 * (slow[path].weight - plain).norm()
+        unrounded = nn.functional.linear(states.double(), weight, bias)
+        if "a8" in name:
+            inputs = symmetric(states, (0, 1, 2) if "tensor" in name else (2,)).double()
+            expected = nn.functional.linear(inputs, weight, bias)
+            assert (output - expected).norm() < 0.6 * (expected - unrounded).norm()
+        else:
+            assert (output - unrounded).abs().max() < 1e-5 * unrounded.abs().max()
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_losses_of_a_cpu_with_quantized_keys_and_values(samples):
+    model = model_of("token")
+    expected = measure_increase(model, samples, "kv8", sample_losses(model, samples)).increase
+    model = model.to("cuda")
+    found = measure_increase(model, samples, "kv8", sample_losses(model, samples)).increase
     assert found == pytest.approx(expected, rel=0.05, abs=1e-5)
 
 

@@ -206,7 +206,7 @@ def test_a_captured_graph_is_the_quantized_step_without_the_kernel(family, num_k
 def test_a_captured_step_makes_no_copy_of_the_buffers(kv_dtype):
     """A copy would take longer than the attention. Buffers are larger than cuBLAS's workspace."""
     model, ids = tiny.build(tiny.config("llama", hidden_size=128), dtype=torch.float32).cuda(), tiny.random_ids(16)
-    cache = StreamingCache.for_model(model, num_kept=4, window=2**20, kv_dtype=kv_dtype)
+    cache = StreamingCache.for_model(model, num_kept=4, window=2**21, kv_dtype=kv_dtype)
     decoder, ids = StreamingDecoder(model, cache), ids.cuda()
     decoder.prefill(ids[:, :9])
     layers = cache.streaming_layers
