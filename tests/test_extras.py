@@ -23,7 +23,7 @@ from .eval.checkpoints import small_model, write_checkpoint
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOT_IMPORTED = {"jinja2"}  # transformers imports it when a chat template is applied
-OPTIONAL = {"accelerate", "wandb"}  # installed by an extra, but the part works without them
+OPTIONAL = {"accelerate", "cudnn", "wandb"}  # installed by an extra, but the part works without them
 OF_COMMANDS = {
     "checkpoints": {"gguf"},
     "eval": {"torchao"},

@@ -125,7 +125,7 @@ def test_each_layer_multiplies_numbers_rounded_one_by_one(kind, name, samples):
 @pytest.mark.parametrize("name", ["w8", "w4", "w8a8-token", "w8a8-tensor"])
 @torch.inference_mode()
 def test_each_layer_multiplies_rounded_numbers_on_any_device(name, device, samples):
-    """On a GPU, a number halfway between two codes, as the largest ones are, may get the other one."""
+    """Numbers halfway between two codes, as the largest are, may get the other one on a GPU."""
     model = model_of("token").to(device)
     twin, slow = quantized(model, name), dict(slow_twin(model, name).named_modules())
     seen = {}

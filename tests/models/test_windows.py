@@ -140,7 +140,9 @@ def test_prompts_without_padding_use_the_fused_pass(make, num_fused, monkeypatch
     fuse(monkeypatch)
     model, ids, calls = windowed_model(windows=[3, None], num_kept=2), text(2, 11), []
     band = fused_windows.band_forward
-    monkeypatch.setattr(fused_windows, "band_forward", lambda *states: (calls.append(states), band(*states))[1])
+    monkeypatch.setattr(
+        fused_windows, "band_forward", lambda *args, **kwargs: (calls.append(args), band(*args, **kwargs))[1]
+    )
     expected = expected_logits(model, ids)
     for mask in (None, torch.ones_like(ids)):
         calls.clear()

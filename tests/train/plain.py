@@ -58,7 +58,6 @@ def batches_of(plan: Plan) -> Iterator[torch.Tensor]:
         yield torch.stack([torch.from_numpy(windows[order(i)]) for i in batch])
 
 
-@torch.no_grad()
 def plain_optimizer(model: SinkGPTNeoXForCausalLM, plan: Plan, without: Container = ()) -> torch.optim.AdamW:
     settings = plan.config.optimizer
     decayed = [m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)]
@@ -71,6 +70,7 @@ def plain_optimizer(model: SinkGPTNeoXForCausalLM, plan: Plan, without: Containe
     )
 
 
+@torch.no_grad()
 def plain_muon_(weight: nn.Parameter, average: torch.Tensor, config: TrainingConfig, lr: float) -> None:
     """One step of Muon, orthogonalized in float64. A weight of 3 D × D has query, key and value."""
     assert weight.grad is not None
