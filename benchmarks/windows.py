@@ -7,8 +7,8 @@ Every micro-batch has the same number of positions (--tokens), whatever the leng
 
 - Steps: forward and backward pass of the compiled model, one sink token, random tokens, without an
   optimizer. ``full`` has full attention, ``window`` a fixed window in every layer, ``drawn`` a
-  window that changes in each step (`--window` is the largest), ``3:1`` three windowed layers and
-  one full one, ``segments`` carried keys (`sinklm.models.carried`) with segments of twice the
+  window drawn in each step as in training (from 32 to `--window`), ``3:1`` three windowed layers
+  and one full one, ``segments`` carried keys (`sinklm.models.carried`) with segments of twice the
   window.
 - Kernels: attention of one layer, forward and backward: ``cuDNN`` and ``flash`` are full and
   causal, ``band`` is the kernel for a fixed window (cuDNN if nvidia-cudnn-frontend is installed),
@@ -21,6 +21,7 @@ Results are printed immediately, and written to --output as JSON and Markdown.
 """
 
 import argparse
+import itertools
 import json
 import platform
 import time
@@ -41,6 +42,7 @@ from sinklm.models.sink_column import SinkColumn
 from sinklm.models.windows import WindowRule
 from sinklm.train.plan import Plan
 from sinklm.train.recipe import load_config
+from sinklm.train.windows import window_of_step
 
 TOKENIZER_SIZE = 50277  # Pythia's
 LAYERS = ("full", "window", "drawn", "3:1", "segments")
@@ -54,6 +56,8 @@ def windowed_config(layers: str, length: int, args: Settings) -> SinkGPTNeoXConf
     fields = Plan(recipe, 1, TOKENIZER_SIZE).model_config.to_dict()
     if layers != "full":
         num_layers = fields["num_hidden_layers"]
+        if layers == "drawn":
+            fields["window_range"] = [min(32, args.window), args.window]
         fields["layer_windows"] = [None if layers == "3:1" and i % 4 == 3 else args.window for i in range(num_layers)]
     return SinkGPTNeoXConfig(**fields)
 
@@ -69,13 +73,12 @@ def measure_step(layers: str, length: int, args: Settings) -> dict:
         parameter.data = parameter.data.to(torch.bfloat16 if args.device == "cuda" else torch.float32)
     forward = torch.compile(model, fullgraph=True, dynamic=False) if args.compile else model
     samples = torch.randint(0, TOKENIZER_SIZE, (args.tokens // length, length), device=args.device)
-    draw = torch.Generator().manual_seed(0)
+    steps = itertools.count(1)
 
     def step() -> None:
         settings = {"skip_logits": True, "use_cache": False}
         if layers == "drawn":
-            low = min(32, args.window)
-            settings["window"] = torch.randint(low, args.window + 1, (), generator=draw)
+            settings["window"] = torch.tensor(window_of_step(0, next(steps), *config.window_range))
         if layers != "segments":
             forward(samples[:, :-1], labels=samples, **settings).loss.backward()
         else:
@@ -135,7 +138,7 @@ def passes(name: str, states: list[Tensor], args: Settings) -> tuple[Callable[[]
             lambda: kernel.backward(grad, *inputs, out, lse, True, scaling),
         )
     if name in ("band", "drawn band"):
-        settings = {"window": args.window, "scaling": scaling, "is_drawn": name == "drawn band"}
+        settings = {"window": args.window, "scaling": scaling, "by_cudnn": name == "band"}
         out, lse = band_forward(query, key, value, **settings)
         return (
             lambda: band_forward(query, key, value, **settings),
@@ -152,9 +155,8 @@ def passes(name: str, states: list[Tensor], args: Settings) -> tuple[Callable[[]
         column = SinkColumn(torch.zeros(query.shape[2], 1, device=query.device, requires_grad=True))
     kept = fused_windowed_attention(*inputs, rule, column, scaling)
 
-    def run() -> None:
-        with torch.no_grad():
-            fused_windowed_attention(*inputs, rule, column, scaling)
+    def run() -> None:  # with gradients: without, FlashAttention computes the band
+        fused_windowed_attention(*inputs, rule, column, scaling)
 
     return run, lambda: torch.autograd.grad(kept, inputs, grad, retain_graph=True)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
-from .band import band_backward, band_forward
+from .band import band_backward, band_forward, can_cudnn
 from .fused_attention import can_flash
 from .sink_column import SinkColumn, column_gradients, merge_column
 from .windows import WindowRule
@@ -50,7 +50,9 @@ def fused_windowed_attention(
     score, sink_value = (None, None) if column is None else column
     num_kept = min(rule.num_kept, key.shape[1])
     tables = rule.cos[0], rule.sin[0]
-    return FusedWindows.apply(query, key, value, score, sink_value, *tables, rule.drawn, rule.window, num_kept, scaling)
+    by_cudnn = rule.drawn is None and can_cudnn(query, key)
+    settings = (rule.window, num_kept, scaling, by_cudnn)
+    return FusedWindows.apply(query, key, value, score, sink_value, *tables, rule.drawn, *settings)
 
 
 class FusedWindows(torch.autograd.Function):
@@ -70,8 +72,9 @@ class FusedWindows(torch.autograd.Function):
         window: int,
         num_kept: int,
         scaling: float,
+        by_cudnn: bool,
     ) -> Tensor:
-        ctx.settings = (window, num_kept, scaling)
+        ctx.settings = (window, num_kept, scaling, by_cudnn)
         out, total = windows_forward(query, key, value, cos, sin, drawn, *ctx.settings)
         if score is not None:
             merged, total = merge_column(out.transpose(1, 2), total, SinkColumn(score, sink_value))
@@ -88,7 +91,7 @@ class FusedWindows(torch.autograd.Function):
         if score is not None:
             states = (grad.transpose(1, 2), out.transpose(1, 2), total)
             of_column = column_gradients(*states, SinkColumn(score, sink_value), ctx.needs_input_grad[3:5])
-        return *grads, *of_column, None, None, None, None, None, None
+        return *grads, *of_column, *[None] * 7
 
 
 @custom_op("sinklm::windows_forward", mutates_args=())
@@ -102,24 +105,26 @@ def windows_forward(
     window: int,
     num_kept: int,
     scaling: float,
+    by_cudnn: bool,
 ) -> tuple[Tensor, Tensor]:
     """Compute attention over the band and the kept keys.
 
     Args:
         drawn: replaces ``window`` if it is not None.
+        by_cudnn: see `band`.
 
     Returns:
         The output ``(B, T, H, D)`` and the log-sum-exp of the scores, float32 ``(B, H, T)``.
     """
     width = _width(drawn, window)
-    out, lse = band_forward(query, key, value, width, scaling, is_drawn=drawn is not None)
+    out, lse = band_forward(query, key, value, width, scaling, by_cudnn)
     if num_kept:
         kernels.merge_kept_(query, key, value, out, lse, cos, sin, width, num_kept, scaling)
     return out, lse
 
 
 @windows_forward.register_fake
-def _(query, key, value, cos, sin, drawn, window, num_kept, scaling):
+def _(query, key, value, cos, sin, drawn, window, num_kept, scaling, by_cudnn):
     batch_size, num_queries, num_heads, _ = query.shape
     lse = query.new_empty(batch_size, num_heads, num_queries, dtype=torch.float32)
     return query.new_empty(query.shape), lse
@@ -139,10 +144,11 @@ def windows_backward(
     window: int,
     num_kept: int,
     scaling: float,
+    by_cudnn: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value, from the result of the whole softmax."""
     width, grad, out = _width(drawn, window), grad.contiguous(), out.contiguous()
-    grads = band_backward(grad, query, key, value, out, lse, width, scaling, is_drawn=drawn is not None)
+    grads = band_backward(grad, query, key, value, out, lse, width, scaling, by_cudnn)
     if num_kept:
         states = (grad, query, key, value, out, lse, grads, cos, sin)
         kernels.add_kept_gradients_(*states, width, num_kept, scaling)
@@ -150,7 +156,7 @@ def windows_backward(
 
 
 @windows_backward.register_fake
-def _(grad, query, key, value, out, lse, cos, sin, drawn, window, num_kept, scaling):
+def _(grad, query, key, value, out, lse, cos, sin, drawn, window, num_kept, scaling, by_cudnn):
     return tuple(states.new_empty(states.shape) for states in (query, key, value))
 
 

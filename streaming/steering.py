@@ -32,6 +32,7 @@ ATTENTION = "sinklm_streaming"  # value of ``attn_implementation``
 HARMLESS = {  # arguments of attention functions that do not change a streaming pass
     *("dropout", "sliding_window", "position_ids", "cache_position", "num_items_in_batch", "logits_to_keep"),
     *("position_embeddings", "token_type_ids", "mm_token_type_ids", *NAMES),
+    *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "output_router_logits"),
 }
 NEEDED_PARAMETERS = ("input_ids", "inputs_embeds", "attention_mask")
 
@@ -78,7 +79,7 @@ def refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
     Models pass biases, indices and more to their attention, and it would be wrong to ignore them.
     """
     for name, value in kwargs.items():
-        if name not in HARMLESS and value is not None and not isinstance(value, bool):
+        if name not in HARMLESS and value is not None and value is not False:
             raise ValueError(
                 f"streaming does not support {type(module).__name__}: it passes {name!r} to its attention function, "
                 "which a StreamingCache does not know"

@@ -22,7 +22,7 @@ def band(query, key, window):
     return (keys <= index) & (keys >= index - window), (keys < index - window)
 
 
-def plain_forward(query, key, value, window, scaling, *, is_drawn):
+def plain_forward(query, key, value, window, scaling, by_cudnn):
     query, key, value = (states.transpose(1, 2) for states in (query, key, value))
     scores = (query @ key.mT * scaling).masked_fill(~band(query, key, window)[0], float("-inf"))
     return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), scores.logsumexp(-1)
@@ -36,7 +36,7 @@ def plain_gradients(grad, query, key, value, out, lse, visible, scaling):
     return grad_scores @ key, grad_scores.mT @ query, probabilities.mT @ grad
 
 
-def plain_backward(grad, query, key, value, out, lse, window, scaling, *, is_drawn):
+def plain_backward(grad, query, key, value, out, lse, window, scaling, by_cudnn):
     states = [states.transpose(1, 2) for states in (grad, query, key, value, out)]
     grads = plain_gradients(*states, lse, band(states[1], states[2], window)[0], scaling)
     return tuple(gradient.transpose(1, 2).contiguous() for gradient in grads)

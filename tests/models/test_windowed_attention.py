@@ -105,7 +105,7 @@ def test_the_operators_are_registered_as_pytorch_requires(plain_kernels):
     projection = torch.randn(2, 9, 3, 48)
     states = projection.split(16, dim=-1)
     tables = (torch.ones(9, 6), torch.zeros(9, 6))
-    settings = (torch.tensor(3), 5, 2, 0.3)
+    settings = (torch.tensor(3), 5, 2, 0.3, False)
     checks = ("test_schema", "test_faketensor")  # the operators have no gradients of their own
     torch.library.opcheck(fused_windows.windows_forward, (*states, *tables, *settings), test_utils=checks)
     out, lse = fused_windows.windows_forward(*states, *tables, *settings)
@@ -117,9 +117,9 @@ def test_flash_attention_is_called_as_pytorch_declares_it():
     """Uses meta tensors, which need no GPU."""
     query = torch.empty(2, 33, 3, 64, dtype=torch.bfloat16, device="meta")
     key = torch.empty(2, 40, 3, 64, dtype=torch.bfloat16, device="meta")
-    out, lse = band.band_forward(query, key, key, 7, 0.3)
+    out, lse = band.band_forward(query, key, key, 7, 0.3, False)
     assert (out.shape, lse.shape, lse.dtype) == (query.shape, (2, 3, 33), torch.float32)
-    grads = band.band_backward(out, query, key, key, out, lse, 7, 0.3)
+    grads = band.band_backward(out, query, key, key, out, lse, 7, 0.3, False)
     assert [gradient.shape for gradient in grads] == [query.shape, key.shape, key.shape]
 
 
@@ -178,19 +178,63 @@ def test_half_precision_on_a_gpu_is_as_near_to_float64_as_pytorch_s_attention(dt
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("head_size", [64, 80, 128])
-def test_cudnn_computes_the_band_of_flash_attention(head_size):
+@pytest.mark.parametrize("attention", ["fixed", "drawn"])
+@pytest.mark.parametrize("num_kept", [0, 20])
+def test_half_precision_with_more_keys_than_queries(num_kept, attention):
+    """As in the later segments of a sample: output and gradients are those of the last queries."""
+    states = [torch.randn(2, 300, 3, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    grad = torch.randn(2, 300, 3, 64, device="cuda", dtype=torch.bfloat16)
+    grad[:, :100] = 0
+    angles = torch.rand(300, 16, device="cuda")
+    drawn = torch.tensor(77) if attention == "drawn" else None
+    rule = rule_of(
+        states[0].transpose(1, 2), 80 if attention == "drawn" else 77, num_kept, (angles.cos(), angles.sin())
+    )
+    rule = rule._replace(drawn=drawn)
+    whole = fused_windows.fused_windowed_attention(*states, rule, None, 0.3)
+    expected = torch.autograd.grad(whole, states, grad)
+    last = rule._replace(cos=rule.cos[:, 100:], sin=rule.sin[:, 100:])
+    ours = fused_windows.fused_windowed_attention(states[0][:, 100:], *states[1:], last, None, 0.3)
+    found = torch.autograd.grad(ours, states, grad[:, 100:])
+    for mine, theirs in zip((ours, *found), (whole[:, 100:], *expected), strict=True):
+        assert (mine - theirs).norm() < 0.01 * theirs.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("num_queries", "window"), [(2, 5), (130, 500), (300, 77), (2048, 1023)])
+@pytest.mark.parametrize(("head_size", "dtype"), [(64, torch.bfloat16), (80, torch.float16), (128, torch.bfloat16)])
+def test_cudnn_computes_the_band_of_flash_attention(head_size, dtype, num_queries, window):
     if not band.has_cudnn():
         pytest.skip("needs nvidia-cudnn-frontend")
-    states = [torch.randn(2, 300, 3, head_size, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
-    grad, *states = states
-    assert band.can_cudnn(*states[:2])
-    (out, lse), (expected, expected_lse) = (band.band_forward(*states, 77, 0.1, is_drawn=d) for d in (False, True))
-    torch.testing.assert_close(out, expected, rtol=0.02, atol=0.02)
-    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
-    inputs = (grad, *states, expected, expected_lse + 0.5, 77, 0.1)  # of a softmax with further keys
-    for mine, theirs in zip(*(band.band_backward(*inputs, is_drawn=d) for d in (False, True)), strict=True):
-        assert (mine - theirs).norm() < 0.01 * theirs.norm()
+    projection = torch.randn(2, num_queries, 3, 3 * head_size, device="cuda", dtype=dtype)
+    states = projection.requires_grad_().split(head_size, dim=-1)
+    assert band.can_cudnn(*states[:2])  # if a gradient is needed
+    with torch.no_grad():
+        assert not band.can_cudnn(*states[:2])
+        grad = torch.randn(2, num_queries, 3, head_size, device="cuda", dtype=dtype)
+        (out, lse), (expected, expected_lse) = (band.band_forward(*states, window, 0.1, by) for by in (True, False))
+        torch.testing.assert_close(out, expected, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
+        inputs = (grad, *states, expected, expected_lse + 0.5, window, 0.1)  # of a softmax with further keys
+        for mine, theirs in zip(*(band.band_backward(*inputs, by) for by in (True, False)), strict=True):
+            assert (mine - theirs).norm() < 0.01 * theirs.norm()
+
+
+def test_a_damaged_frontend_of_cudnn_is_one_warning(monkeypatch):
+    def fail(name, *args, **kwargs):
+        if name.startswith("cudnn"):
+            raise OSError("libcudnn.so.9: cannot open shared object file")
+        return original(name, *args, **kwargs)
+
+    original = __import__
+    monkeypatch.setattr(band, "find_spec", lambda name: "found")
+    monkeypatch.setattr("builtins.__import__", fail)
+    band.has_cudnn.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"cannot be used, so FlashAttention computes windows: libcudnn\.so\.9"):
+            assert not band.has_cudnn()
+    finally:
+        band.has_cudnn.cache_clear()
 
 
 @pytest.mark.gpu
