@@ -18,6 +18,8 @@ from ..models.cache_argument import CACHE
 from ..models.checked import checked_passes
 from ..models.config import default_num_kept
 from ..streaming import Generator, StreamingCache
+from ..streaming.layers import former_shape
+from ..streaming.wrappers import decoder_of
 
 METHODS = ("streaming", "cropped cache", "re-computation", "floor")
 NUM_WARMUP = 5
@@ -27,7 +29,12 @@ EXTRA_TOKENS = 8  # prompt tokens beyond the cache size, so that the cache is fu
 
 
 def default_caches(model: PreTrainedModel) -> list[tuple[int, int]]:
-    """Return caches of `CACHE_SIZES` that keep the model's sinks, or 4 tokens without any."""
+    """Return caches of `CACHE_SIZES` that keep the model's sinks, or 4 tokens without any.
+
+    An export with full attention whose layers were all trained with one window has that one.
+    """
+    if former := former_shape(decoder_of(model).config):
+        return [(former.num_kept, former.window)]
     num_kept = default_num_kept(model.config)
     return [(num_kept, size - num_kept) for size in CACHE_SIZES]
 

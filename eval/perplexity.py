@@ -17,6 +17,8 @@ from ..data.records import TextFile
 from ..models.checked import check_ids
 from ..streaming import StreamingCache
 from ..streaming.families import num_embedded_positions
+from ..streaming.layers import former_shape
+from ..streaming.wrappers import decoder_of
 from .losses import ReportTokens, dense_losses, recompute_losses, streaming_losses
 
 METHODS = ("dense", "window", "streaming", "recompute")
@@ -172,11 +174,16 @@ def _read_text(path: Path) -> str:
 def default_caches(model: PreTrainedModel) -> list[tuple[int, int]]:
     """Return 0, 1, 2 and 4 kept tokens in a cache of half the trained length (the paper's Table 3).
 
-    For a trained length of 2048: 0+1024, 1+1023, 2+1022, 4+1020.
+    For a trained length of 2048: 0+1024, 1+1023, 2+1022, 4+1020. Caches of an export with full
+    attention whose layers were all trained with one window are as large as that window with its
+    kept tokens, and one of them keeps as many.
 
     Raises:
         ValueError: the model's configuration has no trained length of at least 16.
     """
+    if former := former_shape(decoder_of(model).config):
+        kept = sorted({*KEPT_TOKENS, former.num_kept})
+        return [(num_kept, former.num_cached - num_kept) for num_kept in kept if num_kept < former.num_cached]
     num_positions = getattr(model.config, "max_position_embeddings", None)
     if not num_positions or num_positions < 16:
         raise ValueError("the model's configuration has no trained length: set the caches to compare with --caches")

@@ -29,6 +29,8 @@ from ..models.checked import check_ids, checked_passes
 from ..models.config import default_num_kept
 from ..streaming import stream_logits
 from ..streaming.families import num_embedded_positions
+from ..streaming.layers import former_shape
+from ..streaming.wrappers import decoder_of
 from .losses import CHUNK, fills_memory, num_dense_inputs
 from .perplexity import text_prefix
 
@@ -237,8 +239,11 @@ def default_caches(model: PreTrainedModel) -> list[tuple[int, int]]:
     """Return window attention and a stream with kept tokens, in a cache of 1024 tokens.
 
     The cache is smaller, half the trained length, for a model of less than 2048 positions. The kept
-    tokens are the model's sinks, or the first four tokens.
+    tokens are the model's sinks, or the first four tokens. An export with full attention whose
+    layers were all trained with one window has that window and its kept tokens.
     """
+    if former := former_shape(decoder_of(model).config):
+        return list(dict.fromkeys([(0, former.num_cached), (former.num_kept, former.window)]))
     num_positions = getattr(model.config, "max_position_embeddings", None) or 2 * CACHE_SIZE
     size = min(CACHE_SIZE, num_positions // 2)
     num_kept = default_num_kept(model.config)

@@ -178,10 +178,10 @@ def num_prepended_sinks(config: PreTrainedConfig) -> int:
 def default_num_kept(config: PreTrainedConfig) -> int:
     """Return how many first tokens a cache keeps by default: the sinks, or `DEFAULT_NUM_KEPT`.
 
-    They are at least those that the model's windowed layers keep.
+    They are at least those that windowed layers keep, or kept before an export.
     """
-    sink = sink_config(config)
-    return max(sink.num_sinks or DEFAULT_NUM_KEPT, sink.num_kept or 0)
+    kept_by_windows = trained_windows(config).get("num_kept") or 0
+    return max(sink_config(config).num_sinks or DEFAULT_NUM_KEPT, kept_by_windows)
 
 
 def tokens_per_sample(seq_length: int, num_sinks: int) -> int:

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from ..models.config import trained_windows
+from .layers import former_shape
 from .rule import StreamShape
 from .wrappers import decoder_of
 
@@ -38,11 +40,30 @@ def refuse_without_weights(decoder: nn.Module) -> None:
 
 
 def warn_if_untrained(model: Any, shape: StreamShape, largest_distance: int) -> None:
-    """Warn if a cache of a given shape has distances that the model was not trained on."""
-    trained = getattr(decoder_of(model).config, "max_position_embeddings", None)
+    """Warn if a cache of a given shape shows the layers what they were not trained on.
+
+    It has longer distances, more tokens than the windows before an export with full attention, or
+    fewer kept tokens than the windowed layers.
+    """
+    config = decoder_of(model).config
+    trained = getattr(config, "max_position_embeddings", None)
     if trained and largest_distance >= trained:
         warnings.warn(
-            f"the cache {shape.num_kept}+{shape.window} is too large for the {trained} positions that the model was "
-            f"trained on; output quality may degrade. Use a cache of fewer than {trained} tokens in total.",
+            f"the cache {shape} is too large for the {trained} positions that the model was trained on; output quality "
+            f"may degrade. Use a cache of fewer than {trained} tokens in total.",
+            stacklevel=3,
+        )
+    former = former_shape(config)
+    if former is not None and shape.num_cached > former.num_cached:
+        warnings.warn(
+            f"the cache {shape} is too large for the windows {former} that the model was trained with; output quality "
+            f"may degrade. Use the cache {former}.",
+            stacklevel=3,
+        )
+    num_kept = trained_windows(config).get("num_kept") or 0
+    if shape.num_kept < num_kept:
+        warnings.warn(
+            f"the windowed layers were trained with {num_kept} kept tokens and this cache keeps {shape.num_kept}: use "
+            f"num_kept={num_kept} or more",
             stacklevel=3,
         )

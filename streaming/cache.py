@@ -21,7 +21,7 @@ from .counters import StreamCounters
 from .encodings import Rotary
 from .families import family_of, num_equal_positions
 from .layers import LayerPlan
-from .quantized import KV_DTYPES, QuantizedLayer, check_head_sizes
+from .quantized import KV_DTYPES, NUM_RECENT, QuantizedLayer, check_head_sizes
 from .record import TextRecord
 from .rule import StreamShape
 from .saving import load_cache, save_cache
@@ -101,12 +101,14 @@ class StreamingCache(Cache):
                 in full precision.
 
         Warns:
-            UserWarning: the cache has more positions than the model was trained on.
+            UserWarning: the cache has more positions than the model was trained on, or fewer kept
+                tokens than its windowed layers.
 
         Raises:
             TypeError: ``model`` is a name.
             ValueError: the model is not supported, ``num_kept < 0``, ``window < 1``,
-                ``chunk_size < 1``, an unknown ``kv_dtype``, or ``"int4"`` for an odd head size.
+                ``chunk_size < 1``, an unknown ``kv_dtype``, or ``"int4"`` for an odd head size,
+                or a ``kv_dtype`` with windows of at most 32 tokens, which would quantize nothing.
         """
         refuse_name(model)
         if kv_dtype is not None and kv_dtype not in KV_DTYPES:
@@ -114,12 +116,19 @@ class StreamingCache(Cache):
         if chunk_size < 1:
             raise ValueError(f"chunk_size is {chunk_size}: it must be at least 1")
         cache = cls(model, StreamShape(num_kept, window), chunk_size, kv_dtype)
+        if kv_dtype is not None and cache.plan.window <= NUM_RECENT:
+            raise ValueError(
+                f"kv_dtype={kv_dtype!r} would quantize nothing: the last {NUM_RECENT} tokens are exact, and no layer "
+                f"has a window of more than {cache.plan.window} tokens: use kv_dtype=None or a larger window"
+            )
         warn_if_untrained(model, cache.shape, cache.plan.num_slots - 1)
         return cache
 
     def __repr__(self) -> str:
         shape, own = self.shape, "".join(f", {layers}" for layers in self.plan.own_shapes)
-        return f"StreamingCache(num_kept={shape.num_kept}, window={shape.window}{own}, seen={self.get_seq_length()})"
+        kind = "" if self.kv_dtype is None else f", kv_dtype={self.kv_dtype!r}"
+        seen = f"seen={self.get_seq_length()}"
+        return f"StreamingCache(num_kept={shape.num_kept}, window={shape.window}{own}{kind}, {seen})"
 
     def __deepcopy__(self, memo: dict) -> "StreamingCache":
         """Copy the streams to a new cache of the same model.

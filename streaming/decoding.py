@@ -13,6 +13,7 @@ from ..models.cache_argument import CACHE
 from . import kernels
 from .cache import StreamingCache
 from .families import is_one_graph
+from .wrappers import unwrapped
 
 
 class StreamingDecoder:
@@ -62,13 +63,15 @@ class StreamingDecoder:
         On CUDA, the next call overwrites the returned tensor.
 
         Raises:
-            ValueError: no prompt was read, the cache is damaged, the shape is not ``(B, 1)``, or a
-                step of the model is not one graph.
+            ValueError: no prompt was read, the cache is damaged, the shape is not ``(B, 1)``, the
+                ids are not int32 or int64 on the model's device, or a step of the model is not one
+                graph.
         """
         if self.cache.counters is None:
             raise ValueError("the cache is empty: call prefill() with a prompt of at least one token first")
         self.cache.check_whole()
         num_seen = self.cache.counters.num_seen
+        _check_type(token_ids, unwrapped(self.model).device)
         if token_ids.shape != (len(num_seen), 1):
             raise ValueError(
                 f"token_ids has shape {tuple(token_ids.shape)}: pass one token of each stream, ({len(num_seen)}, 1)"
@@ -82,7 +85,7 @@ class StreamingDecoder:
         if self.is_dispatched:
             return self.prefill(token_ids)
         # A view, as a column of a prompt, has other strides: the graph would be compiled again.
-        token_ids = token_ids.clone(memory_format=torch.contiguous_format)
+        token_ids = token_ids.long().clone(memory_format=torch.contiguous_format)
         self.cache.rebase_before(1)
         with self.cache.steering.in_graph(self.cache):
             if self.compiled_for is not num_seen:  # the first step compiles and warms up for the capture
@@ -98,6 +101,13 @@ class StreamingDecoder:
             if self.captured is None:
                 self.captured = CapturedStep(self.step, token_ids)
         return self.captured(token_ids)
+
+
+def _check_type(token_ids: Any, device: torch.device) -> None:
+    if not isinstance(token_ids, Tensor):
+        raise ValueError(f"token_ids is a {type(token_ids).__name__}: pass a tensor of int64 ids on {device}")
+    if token_ids.dtype not in (torch.int32, torch.int64) or token_ids.device != device:
+        raise ValueError(f"token_ids is {token_ids.dtype} on {token_ids.device}: pass int64 ids on {device}")
 
 
 class CapturedStep:

@@ -13,6 +13,7 @@ from ..models.config import default_num_kept, sink_config
 from .cache import StreamingCache
 from .decoding import StreamingDecoder
 from .families import is_one_graph
+from .layers import former_shape
 from .sampling import Sampling
 from .wrappers import decoder_of, unwrapped
 
@@ -26,9 +27,12 @@ def default_cache(model: PreTrainedModel) -> tuple[int, int]:
 
     ``num_kept`` is the number of sink tokens, or 4 without any. The cache has 1024 tokens, or for a
     model that was trained on shorter texts, one less than its training length. No distance in the
-    cache is then longer than those seen in training.
+    cache is then longer than those seen in training. An export with full attention whose layers
+    were all trained with one window has that window and its kept tokens.
     """
     config = decoder_of(model).config
+    if former := former_shape(config):
+        return former.num_kept, former.window
     num_kept = default_num_kept(config)
     trained_length = getattr(config, "max_position_embeddings", None) or DEFAULT_CACHE_SIZE + 1
     return num_kept, max(1, min(DEFAULT_CACHE_SIZE, trained_length - 1) - num_kept)

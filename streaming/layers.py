@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from ..models.config import trained_windows
 from .encodings import Encoding, Rotary
 from .rule import StreamShape
 
@@ -138,7 +139,38 @@ def default_settings(config_class: Callable[[], PreTrainedConfig]) -> set[str]:
 
 def describe_rules(config: PreTrainedConfig) -> str | None:
     """Return which layers have windows of their own: "20 of 24 layers 0+511"; None if none has."""
-    rules = own_rules(config)
+    return _counted(own_rules(config))
+
+
+def former_rules(config: PreTrainedConfig) -> list[StreamShape | None]:
+    """Return the rule that each layer of an export with full attention was trained with.
+
+    None for a layer without a window. The list is empty for all other models. A window that was
+    drawn for each step counts as the largest one.
+    """
+    windows = {} if is_ours(config) else trained_windows(config)
+    if not windows:
+        return []
+    kept = windows["num_kept"]
+    return [None if window is None else StreamShape(kept, window) for window in windows["layer_windows"]]
+
+
+def former_shape(config: PreTrainedConfig) -> StreamShape | None:
+    """Return the stream that all layers of an export with full attention were trained with.
+
+    None if the model has no record of windows, or if its layers had different ones.
+    """
+    rules = set(former_rules(config))
+    return rules.pop() if len(rules) == 1 else None
+
+
+def describe_former_rules(config: PreTrainedConfig) -> str | None:
+    """Return the windows before an export with full attention: "1+63", "2 of 4 layers 1+63"."""
+    shape = former_shape(config)
+    return str(shape) if shape is not None else _counted(former_rules(config))
+
+
+def _counted(rules: Sequence[StreamShape | None]) -> str | None:
     counts = Counter(rule for rule in rules if rule is not None)
     return ", ".join(f"{number} of {len(rules)} layers {rule}" for rule, number in counts.items()) or None
 

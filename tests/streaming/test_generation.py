@@ -1,5 +1,6 @@
 """The generation loop compared with `generate`, sampling, and decoding text token by token."""
 
+import warnings
 from itertools import islice
 
 import hypothesis.strategies as st
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from transformers import PreTrainedTokenizerFast
 
+from sinklm.eval import decode_speed, perplexity, stream_qa
 from sinklm.streaming import Generator, StreamingCache, TextStream, default_cache
 from sinklm.streaming.generation import MAX_PENDING
 from sinklm.streaming.sampling import Sampling
@@ -130,6 +132,34 @@ def test_the_default_cache_fits_the_model():
     assert default_cache(tiny_model(2, max_position_embeddings=2048)) == (2, 1022)
     assert default_cache(tiny_model(1, max_position_embeddings=128)) == (1, 126)
     assert default_cache(as_export(tiny_model(2, max_position_embeddings=2048))) == (2, 1022)
+
+
+@pytest.mark.parametrize(
+    ("layer_windows", "num_kept", "window_range", "default"),
+    [
+        ([7, 7], 2, None, (2, 7)),
+        ([9, 9], 3, [2, 9], (3, 9)),
+        ([7, None], 6, None, (6, 1018)),
+        ([7, 3], 2, None, (2, 1022)),
+    ],
+)
+def test_the_default_cache_of_an_export_is_that_of_its_former_windows(layer_windows, num_kept, window_range, default):
+    model = as_export(tiny_model(2, max_position_embeddings=2048))
+    recorded = {"layer_windows": layer_windows, "num_kept": num_kept, "window_range": window_range}
+    model.config.trained_windows = recorded
+    assert default_cache(model) == default
+    with warnings.catch_warnings(action="error"):
+        StreamingCache.for_model(model, num_kept=default[0], window=default[1])
+    if default[1] < 100:
+        name = f"{default[0]}\\+{default[1]}"
+        assert decode_speed.default_caches(model) == [default]
+        assert perplexity.default_caches(model)[2] == (2, sum(default) - 2)
+        assert default in perplexity.default_caches(model)
+        assert stream_qa.default_caches(model) == [(0, sum(default)), default]
+        with pytest.warns(
+            UserWarning, match=f"{name.replace(str(default[1]), '50')} is too large for the windows {name}"
+        ):
+            StreamingCache.for_model(model, num_kept=default[0], window=50)
 
 
 @given(st.text(max_size=60))

@@ -195,6 +195,16 @@ def test_a_cache_larger_than_the_trained_length_warns_only_if_a_layer_has_it():
         StreamingCache.for_model(windowed("none", "hybrid", 1), num_kept=1, window=500)
 
 
+@pytest.mark.parametrize(("kind", "num_kept", "given"), [("none", 4, 1), ("token", 1, 0)])
+def test_fewer_kept_tokens_than_the_windowed_layers_were_trained_with_give_a_warning(kind, num_kept, given):
+    model = windowed(kind, "hybrid", num_kept)
+    expected = f"trained with {num_kept} kept tokens and this cache keeps {given}: use num_kept={num_kept} or more"
+    with pytest.warns(UserWarning, match=expected):
+        StreamingCache.for_model(model, num_kept=given, window=20)
+    with warnings.catch_warnings(action="error"):
+        StreamingCache.for_model(model, num_kept=num_kept, window=20)
+
+
 def test_another_window_for_one_pass_is_an_error():
     model = windowed(*HYBRID)
     cache = StreamingCache.for_model(model, num_kept=2, window=6)
