@@ -189,7 +189,10 @@ def streaming(
     plot_streaming(report, folder / "streaming.png", title=display_name(model))
     console.print(
         perplexity.results_table(
-            results, tokenized, f"Perplexity on {report['text']['num_tokens']:,} tokens: {display_name(model)}"
+            results,
+            tokenized,
+            f"Perplexity on {report['text']['num_tokens']:,} tokens: {display_name(model)}",
+            report["model"]["windows"],
         )
     )
     _explain_unscored(console, results, tokenized, recompute_every, report["model"]["max_position_embeddings"])

@@ -155,6 +155,8 @@ def parse_names(text: str, option: str, known: Sequence[str]) -> list[str]:
     """
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
+        if not name:
+            raise ValueError(f"{option} has an empty name: use only {', '.join(known)}")
         if name not in known:
             hint = near_hint(name[:80], known) or f"use only {', '.join(known)}"
             raise ValueError(f"{option} contains {name[:80]!r}: {hint}")
@@ -221,10 +223,19 @@ def print_results(console: Console, paths: Sequence[Path]) -> None:
     console.print(f"Results in {folder}: {names}", highlight=False, soft_wrap=True)
 
 
-def note_windows(console: Console, report: dict[str, Any]) -> None:
-    """Say which layers of a report's model have windows that a larger cache does not change."""
-    if windows := report["model"].get("windows"):
-        console.note(f"windows of the model: {windows} (kept and recent tokens); larger caches do not change them")
+def note_windows(console: Console, report: dict[str, Any], *, has_cache: bool = True) -> None:
+    """Say which layers of a report's model have windows, or had them before an export.
+
+    Args:
+        has_cache: whether to add that a larger cache does not change them.
+    """
+    described = report["model"]
+    if windows := described.get("windows"):
+        larger = "; larger caches do not change them" if has_cache else ""
+        console.note(f"windows of the model: {windows} (kept and recent tokens){larger}")
+    if windows := described.get("trained_windows"):
+        name = Path(described["name_or_path"]).name
+        console.note(f"{name} was trained with windows {windows} and now has full attention")
 
 
 Command = TypeVar("Command", bound=Callable[..., None])

@@ -6,7 +6,19 @@ from typing import Annotated
 import typer
 
 from ..console import Console
-from .options import Device, Dtype, DtypeName, Model, Output, Quiet, examples, placement, print_results, progress_bars
+from .options import (
+    Device,
+    Dtype,
+    DtypeName,
+    Model,
+    Output,
+    Quiet,
+    examples,
+    note_windows,
+    placement,
+    print_results,
+    progress_bars,
+)
 
 
 @examples(
@@ -39,6 +51,7 @@ def perplexity(
     file = ReportFile((output or default_output(model)) / "perplexity.json")
     facts = {"store": str(store), "store_fingerprint": opened.fingerprint, "split": SPLIT, "max_tokens": max_tokens}
     report = new_report(loaded, model, **facts)
+    note_windows(console, report, has_cache=False)
     results = []
     with progress_bars(console) as bars:
         for name, tokens in sets.items():

@@ -332,7 +332,12 @@ def _scores(result: Result, tokenized: TokenizedText) -> dict[str, Any]:
     }
 
 
-def results_table(results: Iterable[Result], tokenized: TokenizedText, title: str) -> Table:
+def results_table(results: Iterable[Result], tokenized: TokenizedText, title: str, windows: str | None = None) -> Table:
+    """Return a table with a row for each result.
+
+    Args:
+        windows: which layers of the model have windows, which dense attention has too.
+    """
     table = Table(title=title)
     table.add_column("Method")
     table.add_column("Cache")
@@ -341,7 +346,7 @@ def results_table(results: Iterable[Result], tokenized: TokenizedText, title: st
     for result in results:
         table.add_row(
             result.configuration.method,
-            result.configuration.cache,
+            windows if windows and result.configuration.method == "dense" else result.configuration.cache,
             f"{result.perplexity:,.2f}",
             f"{float(result.losses.nanmean()):.4f}",
             "" if (bits := result.bits_per_byte(tokenized)) is None else f"{bits:.4f}",

@@ -14,7 +14,7 @@ from ..checkpoints.folders import CHECKPOINTS_FOLDER, resolve_model_folder
 from ..files import check_writable, named_errors, write_json
 from ..models import SinkGPTNeoXConfig
 from ..models.config import sink_config
-from ..streaming.layers import describe_rules
+from ..streaming.layers import describe_former_rules, describe_rules
 from ..streaming.wrappers import decoder_of
 
 JSON_OPTIONS: dict[str, Any] = {"default": str, "allow_nan": False}
@@ -28,6 +28,7 @@ def describe_model(model: PreTrainedModel, name_or_path: str | Path) -> dict[str
     ``tokenizer`` for an export; None without sink tokens. ``sink_kind`` is None for models that are
     not of sinklm. ``windows`` says which layers have windows of their own, such as "20 of 24 layers
     0+511" (kept and recent tokens), which a larger cache does not change; None if none has.
+    ``trained_windows`` are those before an export with full attention.
     """
     sink = sink_config(model.config)
     added_by = "model" if isinstance(model.config, SinkGPTNeoXConfig) else "tokenizer"
@@ -41,6 +42,7 @@ def describe_model(model: PreTrainedModel, name_or_path: str | Path) -> dict[str
         "sink_token_ids": sink.sink_token_ids,
         "sinks_added_by": added_by if sink.num_sinks else None,
         "windows": describe_rules(decoder_of(model).config),
+        "trained_windows": describe_former_rules(decoder_of(model).config),
         "max_position_embeddings": getattr(model.config, "max_position_embeddings", None),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),

@@ -71,7 +71,7 @@ class StreamingDecoder:
             raise ValueError("the cache is empty: call prefill() with a prompt of at least one token first")
         self.cache.check_whole()
         num_seen = self.cache.counters.num_seen
-        _check_type(token_ids, unwrapped(self.model).device)
+        _check_type(token_ids, None if self.is_dispatched else unwrapped(self.model).device)
         if token_ids.shape != (len(num_seen), 1):
             raise ValueError(
                 f"token_ids has shape {tuple(token_ids.shape)}: pass one token of each stream, ({len(num_seen)}, 1)"
@@ -103,9 +103,11 @@ class StreamingDecoder:
         return self.captured(token_ids)
 
 
-def _check_type(token_ids: Any, device: torch.device) -> None:
+def _check_type(token_ids: Any, device: torch.device | None) -> None:
+    """Raise a ValueError for what are no ids on a device; None is any device."""
     if not isinstance(token_ids, Tensor):
-        raise ValueError(f"token_ids is a {type(token_ids).__name__}: pass a tensor of int64 ids on {device}")
+        raise ValueError(f"token_ids is a {type(token_ids).__name__}: pass a tensor of int64 ids")
+    device = token_ids.device if device is None else device
     if token_ids.dtype not in (torch.int32, torch.int64) or token_ids.device != device:
         raise ValueError(f"token_ids is {token_ids.dtype} on {token_ids.device}: pass int64 ids on {device}")
 

@@ -73,6 +73,13 @@ def test_a_cache_says_that_layers_keep_the_models_own_window():
         assert f"window={window}, 2 of 2 layers {own}, seen=0" in repr(for_model(other, num_kept=4, window=window))
 
 
+def test_a_kv_dtype_that_quantizes_nothing_is_an_error():
+    model = tiny.build(tiny.config("llama"))
+    with pytest.raises(ValueError, match="kv_dtype='int8' would quantize nothing: .* of more than 32 tokens"):
+        for_model(model, window=32, kv_dtype="int8")
+    assert "window=33, kv_dtype='int4', seen=0" in repr(for_model(model, window=33, kv_dtype="int4"))
+
+
 def test_more_positions_than_the_model_was_trained_on_give_a_warning():
     other = tiny.build(tiny.config("llama", max_position_embeddings=16))
     with pytest.warns(UserWarning, match="the cache 4\\+12 is too large for the 16 positions"):
@@ -111,13 +118,13 @@ def test_resetting_rows_starts_new_streams_in_them(model):
 
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])
 def test_rows_of_a_model_with_sinks_start_again_after_the_sinks(kv_dtype):
-    model = tiny_model(num_sinks=2)
-    cache = for_model(model, num_kept=3, kv_dtype=kv_dtype)
+    model, window = tiny_model(num_sinks=2), 33 if kv_dtype else 6
+    cache = for_model(model, num_kept=3, window=window, kv_dtype=kv_dtype)
     ids, more = tiny.random_ids(30, batch_size=2), tiny.random_ids(9, batch_size=2, seed=4)
     run(model, ids, cache)
     run(model, ids[:, :1], cache)
     cache.reset([1])
-    expected = run(model, more[1:], for_model(model, num_kept=3, kv_dtype=kv_dtype))
+    expected = run(model, more[1:], for_model(model, num_kept=3, window=window, kv_dtype=kv_dtype))
     torch.testing.assert_close(run(model, more, cache)[1:], expected, rtol=0, atol=1e-5)
     evicting = for_model(model, num_kept=1)
     run(model, ids, evicting)

@@ -67,9 +67,26 @@ def test_tokens_may_be_views():
     cache = StreamingCache.for_model(model, num_kept=1, window=5)
     decoder = StreamingDecoder(model, cache, compile={"backend": counter})
     decoder.prefill(ids[:, :5])
-    for tokens in (ids[:, 5:6], ids[:, 6:7].contiguous(), ids[:, 7:8].expand(2, 1), ids.T.contiguous().T[:, 8:]):
+    for tokens in (ids[:, 5:6], ids[:, 6:7].contiguous(), ids[:, 7:8].expand(2, 1).int(), ids.T.contiguous().T[:, 8:]):
         decoder(tokens)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "expected"),
+    [
+        (torch.zeros(1, 1), "token_ids is torch.float32 on cpu: pass int64 ids on cpu"),
+        (torch.zeros(1, 1, dtype=torch.bool), "token_ids is torch.bool on cpu"),
+        (torch.zeros(1, 1, dtype=torch.long, device="meta"), "token_ids is torch.int64 on meta: pass int64 ids on cpu"),
+        ([[1]], "token_ids is a list: pass a tensor of int64 ids"),
+    ],
+)
+def test_what_are_no_ids_is_an_error(token_ids, expected):
+    model = tiny.build(tiny.config("llama", num_hidden_layers=1))
+    decoder = StreamingDecoder(model, StreamingCache.for_model(model, num_kept=1, window=5))
+    decoder.prefill(tiny.random_ids(3))
+    with pytest.raises(ValueError, match=expected):
+        decoder(token_ids)
 
 
 def test_frequencies_that_each_pass_chooses_are_an_error():

@@ -17,7 +17,7 @@ SKIPPED = ["past_key_values", "cache"]
 
 
 def for_model(model, kv_dtype=None):
-    return StreamingCache.for_model(model, num_kept=2, window=9, kv_dtype=kv_dtype)
+    return StreamingCache.for_model(model, num_kept=2, window=33 if kv_dtype else 9, kv_dtype=kv_dtype)
 
 
 @torch.no_grad()
