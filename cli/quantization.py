@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..eval.sinks import Sequences
 
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree")  # GPU libraries that are not there, deprecations
+SHORTEST_SAMPLE = 3
 FORMATS = ("w8", "w4", "w8a8-token", "w8a8-tensor", "kv8")  # as in `eval.quantization`, which imports torch
 
 
@@ -46,7 +47,7 @@ def quantization(
     seq_length: Annotated[
         int | None,
         typer.Option(
-            min=3,
+            min=SHORTEST_SAMPLE,
             help="Tokens of text in a sample, the same for all models.",
             show_default="what fits the shortest trained length, at most 2048",
         ),
@@ -64,6 +65,7 @@ def quantization(
 
     Writes quantization.json, quantization.md, quantization.csv and quantization.png.
     """
+    is_default = formats == ",".join(FORMATS)
     wanted = parse_names(formats, "--formats", FORMATS)
     if not data.exists() or not os.access(data, os.R_OK):
         raise FileNotFoundError(
@@ -80,8 +82,10 @@ def quantization(
 
     place = placement(device, dtype)
     file = ReportFile(output / "quantization.json")
-    num_tokens = _check_runs(runs, wanted, place, seq_length)
-    report: dict[str, Any] = {"formats": wanted, "runs": [], "notes": []}
+    _check_store(runs, data, num_sequences, seq_length)
+    notes: list[str] = []
+    num_tokens = _check_runs(runs, wanted, place, seq_length, notes if is_default else None)
+    report: dict[str, Any] = {"formats": wanted, "runs": [], "notes": notes}
     report |= {"num_samples": num_sequences, "num_tokens": num_tokens, "data": str(data)}
     report["versions"] = library_versions("torchao")
     for run, name in zip(runs, short_names(runs), strict=True):
@@ -109,8 +113,25 @@ def _load(run: str, place: dict[str, Any]) -> "tuple[PreTrainedModel, PreTrained
     return load_causal_model(run, **place), load_tokenizer(run)
 
 
-def _check_runs(runs: list[str], wanted: list[str], place: dict[str, Any], seq_length: int | None) -> int:
-    """Refuse what cannot be measured before measuring; return the tokens of text in a sample."""
+def _check_store(runs: list[str], data: Path, num_samples: int, seq_length: int | None) -> None:
+    """Refuse a folder that is no store of these tokenizers, or too short, before loading models."""
+    from ..checkpoints import load_tokenizer
+    from ..eval.quantization_losses import read_samples
+
+    if data.is_dir():
+        for run in runs:
+            read_samples(data, load_tokenizer(run), num_samples, seq_length or SHORTEST_SAMPLE)
+
+
+def _check_runs(
+    runs: list[str], wanted: list[str], place: dict[str, Any], seq_length: int | None, notes: list[str] | None
+) -> int:
+    """Refuse what cannot be measured before measuring; return the tokens of text in a sample.
+
+    Args:
+        notes: gets why a cache would quantize nothing, and ``wanted`` loses its format. None makes
+            this an error.
+    """
     from ..eval.perplexity import text_prefix
     from ..eval.quantization import FORMATS as KNOWN
     from ..eval.quantization import check_format
@@ -124,8 +145,15 @@ def _check_runs(runs: list[str], wanted: list[str], place: dict[str, Any], seq_l
             for name in wanted:
                 check_format(model, name)
             found = num_text_tokens(model, num_prefix, num_tokens)
-            if any(KNOWN[name].kv_dtype for name in wanted):
-                check_kv(model, found + num_prefix + num_prepended_sinks(model.config))
+            cached = [name for name in wanted if KNOWN[name].kv_dtype]
+            try:
+                if cached:
+                    check_kv(model, found + num_prefix + num_prepended_sinks(model.config))
+            except ValueError as error:
+                if notes is None:
+                    raise
+                notes.append(f"{', '.join(cached)} was left out. {run}: {error}")
+                wanted[:] = [name for name in wanted if name not in cached]
             return found
         except ValueError as error:
             raise ValueError(f"{run}: {error}") from error

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -109,6 +110,11 @@ def check_kv(model: PreTrainedModel, num_positions: int) -> None:
         num_positions: of a sample, with sinks and prefix.
     """
     widest = max(num_positions if rule is None else rule.window for rule in own_rules(decoder_of(model).config))
+    if widest <= NUM_RECENT < num_positions:
+        raise ValueError(
+            f"kv8 would quantize nothing: the last {NUM_RECENT} tokens are exact, and the windows of this model have "
+            f"at most {widest} tokens: leave kv8 out of --formats"
+        )
     longest = min(widest, num_positions - 2 - num_kept_tokens(model))  # distance to a key that is not kept
     if longest <= NUM_RECENT:
         raise ValueError(
@@ -132,7 +138,9 @@ def cached_losses(
     losses = []
     for rows in samples.ids.split(KV_BATCH):
         chunks = stream_losses(model, rows, num_kept=num_kept, window=window, chunk_size=1, kv_dtype=kv_dtype)
-        each = torch.cat(list(chunks), dim=1)[:, samples.num_prefix :]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="the cache .* is too large")  # it has the sample's size
+            each = torch.cat(list(chunks), dim=1)[:, samples.num_prefix :]
         losses.append(refuse_nonfinite_losses(each.double()).mean(1).cpu())
         if progress is not None:
             progress(len(rows))

@@ -251,7 +251,7 @@ def test_samples_of_which_nothing_is_quantized_are_refused(make, num_positions):
 
 
 def test_a_window_of_which_nothing_is_quantized_is_refused():
-    with pytest.raises(ValueError, match="this model sees at most 32 before its own: raise --seq-length"):
+    with pytest.raises(ValueError, match="the windows of this model have at most 32 tokens: leave kv8 out"):
         check_kv(model_of("token", layer_windows=[32, 8], num_kept=1), 100)
 
 
@@ -406,14 +406,33 @@ def test_mistakes_are_named(runs, tmp_path):
 
     model, book = runs / "none", ("--data", runs / "book.txt")
     narrow = write_checkpoint(tmp_path / "narrow", small_model(0))
+    refused(model, *book, "--formats", "", match="--formats has an empty name: use only w8, w4")
     refused(model, *book, "--formats", "w9", match="--formats contains 'w9'")
     refused(model, "--data", "nobook.txt", error=OSError, match=r"--data nobook\.txt cannot be read")
     refused(model, narrow, *book, match=r"narrow: w4 requires .* multiples of 32, but .*query_key_value has 48 inputs")
     refused(model, *book, "--seq-length", 129, match="none: --seq-length 129 is more than the 128 tokens that fit")
-    refused(model, *book, "--seq-length", 34, match="none: kv8 would quantize nothing: .* in a sample of 34 positions")
+    refused(
+        model,
+        *book,
+        "--formats",
+        "kv8",
+        "--seq-length",
+        34,
+        match="none: kv8 would quantize nothing: .* in a sample of 34 positions",
+    )
     refused(model, *book, "--seq-length", 100, match="sequences of 100 are needed: use more text")
 
 
-def test_a_folder_that_is_no_store_is_named(runs, tmp_path):
+def test_by_default_a_cache_that_quantizes_nothing_is_left_out_and_a_named_format_is_refused(runs):
+    place, notes, wanted = {"device": "cpu"}, [], ["w8", "kv8"]
+    assert command._check_runs([str(runs / "none")], wanted, place, 34, notes) == 34
+    assert wanted == ["w8"]
+    assert notes[0].startswith("kv8 was left out. ")
+    with pytest.raises(ValueError, match="kv8 would quantize nothing"):
+        command._check_runs([str(runs / "none")], ["w8", "kv8"], place, 34, None)
+
+
+def test_a_folder_that_is_no_store_is_named(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr("sinklm.cli.quantization._load", None)  # no model is loaded
     with pytest.raises(FileNotFoundError, match=r"manifest|store"):
         run(runs / "none", "--data", tmp_path, "-o", tmp_path / "results")

@@ -75,7 +75,7 @@ def test_a_cache_says_that_layers_keep_the_models_own_window():
 
 def test_a_kv_dtype_that_quantizes_nothing_is_an_error():
     model = tiny.build(tiny.config("llama"))
-    with pytest.raises(ValueError, match="kv_dtype='int8' would quantize nothing: .* of more than 32 tokens"):
+    with pytest.raises(ValueError, match=r"kv_dtype='int8' would quantize nothing: .* of more than 32 tokens"):
         for_model(model, window=32, kv_dtype="int8")
     assert "window=33, kv_dtype='int4', seen=0" in repr(for_model(model, window=33, kv_dtype="int4"))
 

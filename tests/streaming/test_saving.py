@@ -52,9 +52,8 @@ def read(model, cache, passes):
 def test_saving_at_any_point_changes_nothing(model, file, lengths, data, shape, kv_dtype):
     passes = [masked(length, is_ragged, seed) for seed, (length, is_ragged) in enumerate(lengths)]
     num_before = data.draw(st.integers(0, len(passes)))
-    cache = StreamingCache.for_model(
-        model, num_kept=shape[0], window=shape[1] + 32 * bool(kv_dtype), chunk_size=8, kv_dtype=kv_dtype
-    )
+    window = shape[1] + 32 * bool(kv_dtype)
+    cache = StreamingCache.for_model(model, num_kept=shape[0], window=window, chunk_size=8, kv_dtype=kv_dtype)
     read(model, cache, passes[:num_before])
     cache.save(file)
     loaded = StreamingCache.load(file, model)
