@@ -187,7 +187,8 @@ def describe_windows(windows: dict[str, Any]) -> str:
     size = " or ".join(f"{window:,}" for window in sizes)
     size = size if drawn is None else f"{drawn[0]:,} to {drawn[1]:,} (drawn for each step)"
     which = "all" if num_windowed == len(by_layer) else f"{num_windowed} of {len(by_layer)}"
-    return f"window of {size} in {which} layers with {windows['num_kept']} kept"
+    num_kept = windows["num_kept"]
+    return f"a window of {size} in {which} layers with {num_kept:,} kept token{'s' * (num_kept != 1)}"
 
 
 def num_prepended_sinks(config: PreTrainedConfig) -> int:
