@@ -1,5 +1,6 @@
 """The configuration of a Pythia-style model with an attention sink."""
 
+from collections.abc import Callable
 from dataclasses import field
 from typing import Any
 
@@ -237,7 +238,11 @@ def _check_range(window_range: Any) -> None:
         raise ValueError(f"window_range is {window_range!r}: it must be [low, high] with 1 <= low <= high")
 
 
-WINDOW_CHECKS = {"layer_windows": _check_windows, "num_kept": _check_num_kept, "window_range": _check_range}
+WINDOW_CHECKS: dict[str, Callable[[Any], None]] = {
+    "layer_windows": _check_windows,
+    "num_kept": _check_num_kept,
+    "window_range": _check_range,
+}
 
 
 def _is_count(value: Any) -> bool:

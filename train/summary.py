@@ -151,8 +151,8 @@ def dry_run(config: TrainingConfig) -> None:
     note = "Memory is an estimate. It excludes DeepSpeed's communication buffers and the allocator's fragmentation."
     is_float8 = config.train.precision == "fp8"
     console.print(f"{note} That of fp8 is estimated as bf16." if is_float8 else note, style="dim")
-    if note := missing_float8(config):
-        console.print(note)
+    if missing := missing_float8(config):
+        console.print(missing)
 
 
 def missing_float8(config: TrainingConfig) -> str | None:
