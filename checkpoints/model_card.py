@@ -70,7 +70,7 @@ generated (`suppress_tokens` in `generation_config.json`).
 """
 
 WINDOW_NOTES = (
-    "The model was trained with a {windows}. Plain GPT-NeoX has none, so this copy has full attention in all layers: "
+    "The model was trained with {windows}. Plain GPT-NeoX has none, so this copy has full attention in all layers: "
     "{cost}."
 )
 SAME_STREAM = " With the cache below, every layer computes what it was trained with."
@@ -105,7 +105,11 @@ def model_card(
         facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
         notes=notes,
         num_kept=num_kept,
-        kept="the sink and " if num_kept == num_sinks == 1 else f"the first {num_kept} tokens and " * (num_kept > 0),
+        kept="the sink and "
+        if num_kept == num_sinks == 1
+        else "the first token and "
+        if num_kept == 1
+        else f"the first {num_kept} tokens and " * (num_kept > 0),
         window=window,
     )
 

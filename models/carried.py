@@ -65,15 +65,15 @@ class CarriedCausalLMOutput(CausalLMOutputWithPast):
     carried: CarriedKeys | None = None
 
 
-def check_segments(config: SinkGPTNeoXConfig, others: dict[str, Any]) -> None:
+def check_segments(config: SinkGPTNeoXConfig, carried: CarriedKeys, batch_size: int, others: dict[str, Any]) -> None:
     """Check that a pass with carried keys computes what one pass over the whole sample would.
 
     Args:
         others: the further arguments of the pass.
 
     Raises:
-        ValueError: a layer has full attention or keeps tokens that are no sinks, or there is an
-            argument that is not supported.
+        ValueError: a layer has full attention or keeps tokens that are no sinks, the carried keys
+            are of another number of samples, or there is an argument that is not supported.
     """
     if None in config.windows:
         layer = config.windows.index(None)
@@ -89,6 +89,12 @@ def check_segments(config: SinkGPTNeoXConfig, others: dict[str, Any]) -> None:
     if config._attn_implementation not in ("sdpa", "eager"):
         raise ValueError(
             f"attn_implementation={config._attn_implementation!r} does not support carried keys: use 'sdpa' or 'eager'"
+        )
+    held = batch_size if carried.is_empty else carried.layers[0][0].shape[0]
+    if held != batch_size:
+        raise ValueError(
+            f"carried has {held} samples, but the batch has {batch_size}: pass the carried keys of these samples, "
+            "or CarriedKeys() for the first segment"
         )
     if unsupported := sorted(name for name, value in others.items() if value is not None):
         raise ValueError(f"carried keys do not support the argument {unsupported[0]}: leave it out")

@@ -1,5 +1,6 @@
 """The configuration of a Pythia-style model with an attention sink."""
 
+from collections.abc import Callable
 from dataclasses import field
 from typing import Any
 
@@ -43,9 +44,15 @@ class SinkGPTNeoXConfig(GPTNeoXConfig):
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 0
     sink: dict[str, Any] = field(default_factory=dict)
-    layer_windows: list[int | None] | None = None
-    num_kept: int | None = None
-    window_range: list[int] | None = None
+    # `Any`, because transformers would raise its own error for other types; see `__setattr__`.
+    layer_windows: Any = None
+    num_kept: Any = None
+    window_range: Any = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if value is not None and name in WINDOW_CHECKS:
+            WINDOW_CHECKS[name](value)
+        super().__setattr__(name, value)
 
     def __post_init__(self, **kwargs):
         self.sink = _normalised(self.sink)
@@ -76,13 +83,17 @@ class SinkGPTNeoXConfig(GPTNeoXConfig):
             if unused := [name for name in ("num_kept", "window_range") if getattr(self, name) is not None]:
                 raise ValueError(f"{unused[0]} is {getattr(self, unused[0])}, but no layer has a window: remove it")
             return
-        if not isinstance(self.num_kept, int) or self.num_kept < self.num_sinks:
+        if self.num_kept < self.num_sinks:
             raise ValueError(
                 f"num_kept is {self.num_kept}, but a windowed layer always keeps the sink tokens: set it to "
                 f"{self.num_sinks} or more"
             )
-        if self.window_range is not None:
-            _check_range(self.window_range, self.layer_windows)
+        largest = None if self.window_range is None else self.window_range[1]
+        if largest and (other := [window for window in self.layer_windows if window not in (None, largest)]):
+            raise ValueError(
+                f"layer_windows contains {other[0]}, but the largest window of window_range is {largest}: with a "
+                "range, all windows must be equal to it"
+            )
         rope_type = self.rope_parameters["rope_type"]
         if rope_type in ("dynamic", "longrope"):
             raise ValueError(
@@ -146,15 +157,25 @@ def trained_windows(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the `WINDOW_FIELDS` with which a model, or the origin of an export, was trained.
 
     Empty if all of its layers have full attention.
+
+    Raises:
+        ValueError: the record of an export is damaged.
     """
     if isinstance(config, SinkGPTNeoXConfig):
         return {name: getattr(config, name) for name in WINDOW_FIELDS} if config.has_windows else {}
     recorded = getattr(config, TRAINED_WINDOWS, None)
+    if recorded is None:
+        return {}
+    sinks = sink_config(config)
     try:
-        origin = SinkGPTNeoXConfig(num_hidden_layers=config.num_hidden_layers, **recorded) if recorded else None
-    except (TypeError, ValueError) as error:
+        if not isinstance(recorded, dict) or recorded.get("layer_windows") is None or set(recorded) - {*WINDOW_FIELDS}:
+            raise ValueError(f"it is {recorded!r}, which are not {', '.join(WINDOW_FIELDS)}")
+        origin = SinkGPTNeoXConfig(
+            num_hidden_layers=config.num_hidden_layers, vocab_size=sinks.vocab_size, sink=sinks.sink, **recorded
+        )
+    except ValueError as error:
         raise ValueError(f"the key {TRAINED_WINDOWS} of config.json is damaged ({error}): restore the file") from error
-    return trained_windows(origin) if origin is not None else {}
+    return trained_windows(origin)
 
 
 def describe_windows(windows: dict[str, Any]) -> str:
@@ -167,7 +188,8 @@ def describe_windows(windows: dict[str, Any]) -> str:
     size = " or ".join(f"{window:,}" for window in sizes)
     size = size if drawn is None else f"{drawn[0]:,} to {drawn[1]:,} (drawn for each step)"
     which = "all" if num_windowed == len(by_layer) else f"{num_windowed} of {len(by_layer)}"
-    return f"window of {size} in {which} layers with {windows['num_kept']} kept"
+    num_kept = windows["num_kept"]
+    return f"a window of {size} in {which} layers with {num_kept:,} kept token{'s' * (num_kept != 1)}"
 
 
 def num_prepended_sinks(config: PreTrainedConfig) -> int:
@@ -197,24 +219,30 @@ def tokens_per_sample(seq_length: int, num_sinks: int) -> int:
     return seq_length + 1 - num_sinks
 
 
-def _check_windows(windows: list[int | None], num_layers: int) -> None:
-    if not isinstance(windows, list) or len(windows) != num_layers:
-        raise ValueError(
-            f"layer_windows is {windows}: it must be a list with one entry for each of {num_layers} layers"
-        )
+def _check_windows(windows: Any, num_layers: int | None = None) -> None:
+    if not isinstance(windows, list) or num_layers not in (None, len(windows)):
+        layers = "layer" if num_layers is None else f"of {num_layers} layers"
+        raise ValueError(f"layer_windows is {windows!r}: it must be a list with one entry for each {layers}")
     if wrong := [window for window in windows if window is not None and not _is_count(window)]:
         raise ValueError(f"layer_windows contains {wrong[0]!r}: a window is an integer of at least 1, or null")
 
 
-def _check_range(window_range: list[int], windows: list[int | None]) -> None:
+def _check_num_kept(num_kept: Any) -> None:
+    if not isinstance(num_kept, int) or isinstance(num_kept, bool) or num_kept < 0:
+        raise ValueError(f"num_kept is {num_kept!r}: it must be an integer of at least 0, or null")
+
+
+def _check_range(window_range: Any) -> None:
     is_range = isinstance(window_range, list) and len(window_range) == 2 and all(map(_is_count, window_range))
     if not is_range or window_range[0] > window_range[1]:
-        raise ValueError(f"window_range is {window_range}: it must be [low, high] with 1 <= low <= high")
-    if other := [window for window in windows if window not in (None, window_range[1])]:
-        raise ValueError(
-            f"layer_windows contains {other[0]}, but the largest window of window_range is {window_range[1]}: with a "
-            "range, all windows must be equal to it"
-        )
+        raise ValueError(f"window_range is {window_range!r}: it must be [low, high] with 1 <= low <= high")
+
+
+WINDOW_CHECKS: dict[str, Callable[[Any], None]] = {
+    "layer_windows": _check_windows,
+    "num_kept": _check_num_kept,
+    "window_range": _check_range,
+}
 
 
 def _is_count(value: Any) -> bool:

@@ -130,7 +130,7 @@ class SinkGPTNeoXModel(CheckedLoading, PythiaInitialisation, GPTNeoXModel):
             input_ids, inputs_embeds = None, self.embed_in(input_ids)
         if carried is not None:
             others = {"attention_mask": attention_mask, "position_ids": position_ids, CACHE: cache}
-            check_segments(self.config, others | kwargs)
+            check_segments(self.config, carried, len(inputs_embeds), others | kwargs)
             return self._segment_forward(inputs_embeds, carried, window)
         if self.config.has_windows and self.config._attn_implementation in RULE_ATTENTION:
             check_positions(position_ids, attention_mask)

@@ -73,8 +73,8 @@ def check_window(config: SinkGPTNeoXConfig, window: int | Tensor | None) -> None
     """Check a window that replaces those of a model in one pass.
 
     Raises:
-        ValueError: the model has no windowed layers, or the window is not between 1 and its
-            largest one, or is a tensor of another kind than a 0-dimensional int64 one on the CPU.
+        ValueError: the model has no windowed layers, or the window is neither an integer between 1
+            and its largest one nor a 0-dimensional int64 tensor on the CPU.
     """
     if window is None:
         return
@@ -88,6 +88,8 @@ def check_window(config: SinkGPTNeoXConfig, window: int | Tensor | None) -> None
             )
         if torch.compiler.is_compiling():
             return
+    elif isinstance(window, bool) or not isinstance(window, int):
+        raise ValueError(f"window is {window!r}: pass an int, or a 0-dimensional int64 tensor")
     largest = min(window for window in config.windows if window is not None)
     if not 1 <= window <= largest:
         raise ValueError(f"window is {int(window)}: it must be between 1 and the window of each layer, here {largest}")
@@ -104,7 +106,10 @@ def check_positions(position_ids: Tensor | None, attention_mask: Tensor | None) 
     if position_ids is None or attention_mask is not None or torch.compiler.is_compiling():
         return
     if (position_ids.diff(dim=-1) != 1).any():
-        raise ValueError("windowed layers support one text in each row: position_ids must increase by 1")
+        raise ValueError(
+            "windowed layers support one text in each row: position_ids must be consecutive and start at 0 (after the "
+            "sinks), or with a cache after its tokens; leave them out"
+        )
 
 
 def rules_of_pass(

@@ -195,6 +195,12 @@ def make_engine(
     return engine
 
 
+def check_precision(config: TrainingConfig, device: torch.device) -> None:
+    """Raise a ValueError if the recipe needs float8 and the device cannot compute it."""
+    if config.train.precision == "fp8":
+        check_float8(device)
+
+
 def check_float8(device: torch.device) -> None:
     """Raise a ValueError if the device has no float8 tensor cores."""
     if device.type != "cuda":

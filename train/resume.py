@@ -238,9 +238,10 @@ def _compare(path: Path, state: CheckpointState, config: TrainingConfig, fingerp
             continue
         is_free = key in FREE_MODEL_KEYS or (key == INIT_KEY and state.step > 0)
         if _is_in(key, FIXED_KEYS) and not is_free:
+            weights = f" and {INIT_KEY}={path} to begin with its weights" if key == "optimizer.name" else ""
             raise ValueError(
                 f"{key} is {now_saved.get(key)!r}, but {path} was trained with {before!r}: restore that value, or "
-                "start a new run with another train.run_dir"
+                f"start a new run with another train.run_dir{weights}"
             )
         if not _is_in(key, SILENT_KEYS):
             changes.append(f"{key}: {before} → {now_saved.get(key)}")

@@ -31,7 +31,7 @@ from .batches import open_windows
 from .config import TrainingConfig
 from .determinism import deterministic
 from .disk import space_warning
-from .engine import compiles, make_engine
+from .engine import check_precision, compiles, make_engine
 from .hosts import check_same, check_settings, check_shared, has_other_copy, say_ranks
 from .launch import SameOnAllRanks, World, connected
 from .loop import TrainingLoop
@@ -154,6 +154,8 @@ def _set_up(config: TrainingConfig, world: World, held: ExitStack, trust_checkpo
     world.mark("comparing the ranks")
     say_ranks(world)
     check_settings(config, world)
+    with world.all_or_none():
+        check_precision(config, world.device)
     world.mark("opening the data")
     run_dir = Path(config.train.run_dir or "")
     store = _open_store(config, world)

@@ -3,6 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
+import torch
 from rich import box
 from rich.syntax import Syntax
 from rich.table import Table
@@ -16,6 +17,7 @@ from ..models.cost import count_parameters
 from .batches import Windows, open_windows
 from .config import TrainingConfig
 from .disk import checkpoint_bytes, checkpoints_kept
+from .engine import check_precision
 from .memory import GIB, count_muon_parameters, estimate_memory
 from .plan import Plan
 from .progress import human
@@ -33,19 +35,24 @@ def describe_run(plan: Plan, store: TokenSource, windows: Windows, resume: "Resu
     config = plan.config
     lines = [
         f"model: {describe_model(plan)}",
-        *filter(None, [idle_windows(plan)]),
+        *attention_notes(plan),
         f"batch: {plan.world_size} rank{'s' * (plan.world_size > 1)} × {config.train.micro_batch_size} samples × "
         f"{_micro_batches(plan)} = {plan.samples_per_step:,} samples of "
         f"{config.train.seq_length:,} positions{_segments(plan)}; {config.train.precision}, "
         f"ZeRO-{config.deepspeed.zero_stage}",
         *([f"optimizer: {describe_optimizer(plan)}"] if config.optimizer.name == "muon" else []),
-        f"data: {store.path}, {len(windows):,} samples; {config.train.num_steps:,} steps = {epochs(plan, windows)}",
+        f"data: {store.path}, {_count(len(windows), 'sample')}; {_count(config.train.num_steps, 'step')} = "
+        f"{epochs(plan, windows)}",
         f"run: {config.train.run_dir}",
     ]
     if resume is not None:
         lines.append(f"resuming from {resume.path} (step {resume.step:,})")
         lines += [f"changed since the checkpoint: {change}" for change in resume.changes]
     return lines
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _micro_batches(plan: Plan) -> str:
@@ -59,11 +66,28 @@ def _segments(plan: Plan) -> str:
 
 def describe_model(plan: Plan) -> str:
     kind = plan.config.model.sink.kind
-    tokens = f"{plan.num_sinks} sink token{'s' * (plan.num_sinks > 1)}"
-    sink = {"none": "no sink", "token": tokens}.get(kind, f"sink.kind {kind}")
+    sink = {"none": "no sink", "token": _count(plan.num_sinks, "sink token")}.get(kind, f"sink.kind {kind}")
     parts = [f"{count_parameters(plan.model_config):,} parameters, vocabulary {plan.vocab_size:,}, {sink}"]
     windows = trained_windows(plan.model_config)
     return ", ".join(parts + [describe_windows(windows)] * bool(windows))
+
+
+def attention_notes(plan: Plan) -> list[str]:
+    """Return lines about settings of windowed layers that may not be wanted."""
+    model, train = plan.config.model, plan.config.train
+    largest = max(window or 0 for window in model.layer_windows or [0])
+    pattern, notes = model.attention.pattern, [idle_windows(plan)]
+    if ":" in pattern and None not in (model.layer_windows or []):
+        notes.append(
+            f"the pattern {pattern} has no layer with full attention in {_count(model.num_hidden_layers, 'layer')}: "
+            "set another ratio, or model.attention.pattern=window if this is wanted"
+        )
+    if train.segment_length is not None and train.segment_length < min(largest, train.seq_length):
+        notes.append(
+            f"train.segment_length={train.segment_length} is shorter than the window of {largest:,}: until as many "
+            "keys are carried, every pass has another shape, which is compiled anew; raise train.segment_length"
+        )
+    return [note for note in notes if note]
 
 
 def idle_windows(plan: Plan) -> str | None:
@@ -77,9 +101,14 @@ def idle_windows(plan: Plan) -> str | None:
         return None
     share = math.log((high + 1) / first) / math.log((high + 1) / low)
     which = "the window" if low == high else f"from {first:,} on, in {share:.0%} of the steps, the window"
+    remedies = []
+    if high >= length - model.num_sinks - 1 or model.num_kept == model.num_sinks:
+        remedies.append("window")
+    if model.num_kept > model.num_sinks and (not remedies or length - model.num_kept - 1 <= 1):
+        remedies.append("num_kept")
     return (
         f"{which} hides no token of a sample of {length:,} positions, which is full attention: lower "
-        "model.attention.window or raise train.seq_length, unless this is wanted"
+        f"model.attention.{' and '.join(remedies)} or raise train.seq_length, unless this is wanted"
     )
 
 
@@ -96,12 +125,15 @@ def epochs(plan: Plan, windows: Windows) -> str:
     if isinstance(windows, SetWindows):
         shares = shares_of(plan.config.data.weights or {})
         sets = [
-            f"{name} {float(share):.3g} ({float(plan.num_samples * share) / windows.num_windows[name]:.3g} epochs)"
+            f"{name} {float(share):.3g} ({_epochs(float(plan.num_samples * share) / windows.num_windows[name])})"
             for name, share in shares.items()
         ]
         return f"samples of {', '.join(sets)}"
-    number = plan.num_samples / len(windows)
-    return f"{number:.3g} epoch{'s' * (number != 1)}"
+    return _epochs(plan.num_samples / len(windows))
+
+
+def _epochs(number: float) -> str:
+    return f"{float(f'{number:.3g}'):,.12g} epoch{'s' * (number != 1)}"
 
 
 def dry_run(config: TrainingConfig) -> None:
@@ -119,6 +151,17 @@ def dry_run(config: TrainingConfig) -> None:
     note = "Memory is an estimate. It excludes DeepSpeed's communication buffers and the allocator's fragmentation."
     is_float8 = config.train.precision == "fp8"
     console.print(f"{note} That of fp8 is estimated as bf16." if is_float8 else note, style="dim")
+    if missing := missing_float8(config):
+        console.print(missing)
+
+
+def missing_float8(config: TrainingConfig) -> str | None:
+    """Return a line if this machine cannot train with the recipe's float8, and None otherwise."""
+    try:
+        check_precision(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except ValueError as error:
+        return f"Not on this machine: {error}"
+    return None
 
 
 def _facts(plan: Plan, store: TokenSource | None) -> dict[str, str]:
@@ -127,25 +170,26 @@ def _facts(plan: Plan, store: TokenSource | None) -> dict[str, str]:
     num_operations = plan.flops_per_token() * plan.num_positions
     facts = {
         "model": describe_model(plan),
-        **({"windows": idle} if (idle := idle_windows(plan)) else {}),
-        "batch": f"{plan.samples_per_step:,} samples of {train.seq_length:,} positions = {train.batch_size_tokens:,}",
-        "on one rank": f"{_micro_batches(plan)} of {train.micro_batch_size:,} samples{_segments(plan)}",
+        **({"windows": "\n".join(notes)} if (notes := attention_notes(plan)) else {}),
+        "batch": f"{_count(plan.samples_per_step, 'sample')} of {train.seq_length:,} positions = "
+        f"{train.batch_size_tokens:,}",
+        "on one rank": f"{_micro_batches(plan)} of {_count(train.micro_batch_size, 'sample')}{_segments(plan)}",
         "optimizer": describe_optimizer(plan),
-        "steps": f"{train.num_steps:,}, including {num_warmup_steps:,} warm-up steps",
+        "steps": f"{train.num_steps:,}, including {_count(num_warmup_steps, 'warm-up step')}",
         "total positions": f"{plan.num_positions:,} ({human(plan.num_positions)})",
         "total compute": f"{num_operations:.3g} FLOP",
     }
     size = checkpoint_bytes(plan, store.tokenizer_path if store else None)
     kept, most = checkpoints_kept(plan.config)
     facts["on disk"] = (
-        f"{_size(size)} for a checkpoint, {_size(kept * size)} for the {kept:,} that are kept, up to "
-        f"{_size(most * size)} while saving"
+        f"{_size(size)} for a checkpoint, {_size(kept * size)} for the {kept:,} that "
+        f"{'is' if kept == 1 else 'are'} kept, up to {_size(most * size)} while saving"
     )
     if store is None:
         facts["data"] = f"data.path is not set; assuming Pythia's tokenizer of {PYTHIA_TOKENIZER_SIZE:,} ids"
     else:
         windows, _ = open_windows(store, plan)
-        facts["data"] = f"{len(windows):,} samples in {store.path}, {epochs(plan, windows)}"
+        facts["data"] = f"{_count(len(windows), 'sample')} in {store.path}, {epochs(plan, windows)}"
     return facts
 
 

@@ -24,7 +24,7 @@ def layer_kinds(pattern: str | Sequence[str], num_layers: int) -> list[str]:
         return [pattern] * num_layers
     numbers = pattern.split(":")
     if len(numbers) != 2 or not all(number.isascii() and number.isdigit() and int(number) for number in numbers):
-        raise ValueError(PATTERN_HELP)
+        raise ValueError(f"{PATTERN_HELP}; both numbers of a ratio are at least 1" if ":" in pattern else PATTERN_HELP)
     num_windowed, num_full = map(int, numbers)
     period = num_windowed + num_full
     return ["window" if layer % period < num_windowed else "full" for layer in range(num_layers)]

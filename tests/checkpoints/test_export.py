@@ -379,7 +379,10 @@ def test_windows_are_exported_as_full_attention_only_on_request(
         return
     card = capsys.readouterr().out if "hub" in form else (tmp_path / "export" / "README.md").read_text()
     card = " ".join(card.split())
-    assert f"trained with a window of 3 in all layers with 1 kept. Plain GPT-NeoX has none, so this copy {FULL}" in card
+    assert (
+        f"trained with a window of 3 in all layers with 1 kept token. Plain GPT-NeoX has none, so this copy {FULL}"
+        in card
+    )
     assert f"is {cost.full:.3f} nats per token, and {cost.windowed:.3f} with the windows that the model was" in card
     assert "num_kept=1, window=3" in card
 

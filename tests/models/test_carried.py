@@ -87,6 +87,13 @@ def test_segments_that_would_not_equal_one_pass_are_an_error(settings, arguments
         windowed_model(**settings)(text(1, 5), carried=CarriedKeys(), **arguments)
 
 
+def test_carried_keys_of_another_batch_are_an_error():
+    model = windowed_model()
+    carried = model(text(2, 5), carried=CarriedKeys()).carried
+    with pytest.raises(ValueError, match="carried has 2 samples, but the batch has 1"):
+        model(text(1, 5), carried=carried)
+
+
 @pytest.mark.slow
 def test_later_segments_do_not_recompile():
     model, sample = windowed_model("token", [4, 4], dtype=torch.float32), text(2, 25)

@@ -4,7 +4,7 @@ import pytest
 from transformers import GPTNeoXConfig, LlamaConfig
 
 from sinklm.models import SinkGPTNeoXConfig
-from sinklm.models.config import sink_config
+from sinklm.models.config import sink_config, trained_windows
 from sinklm.models.cost import flops_per_token
 
 
@@ -69,6 +69,10 @@ def test_windows_are_saved_and_a_plain_model_has_none_of_their_fields(tmp_path):
         ({"layer_windows": [4, 4], "num_kept": 1}, "num_kept is 1, but .* always keeps the sink tokens: set it to 2"),
         ({"layer_windows": [4, 4], "window_range": [5, 4]}, r"window_range is \[5, 4\]: it must be \[low, high\]"),
         ({"layer_windows": [4, 3], "window_range": [1, 4]}, "layer_windows contains 3, but the largest window of"),
+        ({"layer_windows": [True, 8]}, "layer_windows contains True: a window is an integer of at least 1, or null"),
+        ({"layer_windows": 5}, "layer_windows is 5: it must be a list with one entry for each layer"),
+        ({"layer_windows": [4, 4], "num_kept": True}, "num_kept is True: it must be an integer of at least 0"),
+        ({"layer_windows": [4, 4], "window_range": 5}, r"window_range is 5: it must be \[low, high\]"),
         ({"num_kept": 4}, "num_kept is 4, but no layer has a window: remove it"),
         ({"window_range": [1, 4]}, r"window_range is \[1, 4\], but no layer has a window"),
         (
@@ -81,6 +85,28 @@ def test_inconsistent_windows_are_an_error(settings, message):
     sink = {"kind": "token", "num_tokens": 2, "first_token_id": 300}
     with pytest.raises(ValueError, match=message):
         SinkGPTNeoXConfig(vocab_size=384, num_hidden_layers=2, sink=sink, **settings)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        [63, 63],
+        {},
+        {"layer_window": [63, 63]},
+        {"layer_windows": [63, 63], "hidden_size": 64},
+        {"layer_windows": [63]},
+        {"layer_windows": ["63", 63]},
+        {"layer_windows": [63, 63], "num_kept": 1},  # fewer than the sinks
+        {"layer_windows": [63, 63], "window_range": 63},
+    ],
+)
+def test_a_damaged_record_of_trained_windows_is_an_error(record):
+    sink = {"kind": "token", "num_tokens": 2, "first_token_id": 300}
+    exported = GPTNeoXConfig(vocab_size=384, num_hidden_layers=2, sink=sink, trained_windows=record)
+    with pytest.raises(
+        ValueError, match=r"the key trained_windows of config\.json is damaged \(.*\): restore the file"
+    ):
+        trained_windows(exported)
 
 
 def test_operations_of_windowed_layers():

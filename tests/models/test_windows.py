@@ -94,6 +94,9 @@ def test_the_window_of_a_pass(window):
     [
         (0, "window is 0: it must be between 1 and the window of each layer, here 4"),
         (torch.tensor(5), "window is 5: it must be between 1"),
+        (2.5, "window is 2.5: pass an int, or a 0-dimensional int64 tensor"),
+        (True, "window is True: pass an int"),
+        ("3", "window is '3': pass an int"),
         (torch.tensor([2]), r"window is a tensor of shape \(1,\)"),
         (torch.tensor(2.0), "torch.float32 on cpu: pass a 0-dimensional int64 tensor on the CPU"),
     ],
@@ -190,7 +193,7 @@ def test_attention_that_would_ignore_the_windows_is_an_error():
     model.config._attn_implementation = "sdpa"
     with pytest.raises(ValueError, match=r"windowed layers require one of shape \(batch, tokens\)"):
         model(text(1, 5), attention_mask=torch.ones(1, 1, 5, 5))
-    with pytest.raises(ValueError, match="one text in each row: position_ids must increase by 1"):
+    with pytest.raises(ValueError, match="one text in each row: position_ids must be consecutive and start at 0"):
         model(text(1, 5), position_ids=torch.tensor([[0, 1, 2, 0, 1]]))
 
 

@@ -81,7 +81,10 @@ def test_an_imported_model_is_trained_evaluated_and_exported(pythia, store, tmp_
 def test_a_plain_model_is_trained_on_with_windows_and_a_sink(pythia, store, tmp_path, capfd):
     settings = [*SMALL, f"data.path={store}", f"model.init_from={pythia}", "model.attention.window=[2,15]"]
     train("windows/continue-160m", [*settings, f"train.run_dir={tmp_path}"])
-    drawn, full = "window of 2 to 15 (drawn for each step) in all layers with 1 kept", "full attention in all layers"
+    drawn, full = (
+        "a window of 2 to 15 (drawn for each step) in all layers with 1 kept token",
+        "full attention in all layers",
+    )
     said = f"init_from was trained with {full}, and this run trains with {drawn}"
     assert said in " ".join(capfd.readouterr().out.split())
     plan = Plan(load_config("windows/continue-160m", settings), 1, TokenStore(store).tokenizer_size)

@@ -13,6 +13,7 @@ from sinklm.models import SinkGPTNeoXForCausalLM
 from sinklm.models.float8 import PRODUCTS, Float8Linear
 from sinklm.train import config as config_module
 from sinklm.train import engine as engine_module
+from sinklm.train import run as run_module
 from sinklm.train import universal
 from sinklm.train.engine import check_float8
 from sinklm.train.launch import connected
@@ -110,6 +111,17 @@ def test_a_device_without_float8_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     with pytest.raises(ValueError, match=r"not supported on NVIDIA A100 \(compute capability 8\.0; 8\.9 or higher"):
         check_float8(torch.device("cuda"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_a_run_is_refused_before_its_model_is_made_and_a_dry_run_says_so(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_module, "_build_model", None)
+    monkeypatch.setattr(engine_module, "check_float8", check_float8)
+    train(recipe, [FP8], only_describe=True)
+    assert "Not on this machine: train.precision=fp8 needs a GPU" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(ValueError, match="fp8 needs a GPU, but this device is a CPU"):
+        train(recipe, [FP8, f"train.run_dir={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.gpu

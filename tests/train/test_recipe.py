@@ -87,6 +87,7 @@ def test_weights_of_sets_are_replaced_as_a_whole(tmp_path):
             "wandb.mode is False: it should be 'auto', 'online', 'offline' or 'disabled'; quote it if",
         ),
         (["model.attention.pattern=0:1"], "model.attention.pattern is '0:1': it must be full, window"),
+        (["model.attention.pattern=1:0"], "list of full and window; both numbers of a ratio are at least 1"),
         (["model.attention.pattern=window"], "pattern is window, but window is null: set window"),
         (
             ["model.attention.pattern=[full,window]", "model.attention.window=9"],

@@ -1,6 +1,7 @@
 """Windows in a run: the pattern of the layers, and the window that each step draws."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from sinklm.models.cost import flops_per_token
 from sinklm.train.plan import Plan
 from sinklm.train.recipe import load_config
 from sinklm.train.run import train
-from sinklm.train.summary import describe_model, idle_windows
+from sinklm.train.summary import attention_notes, describe_model, epochs
 from sinklm.train.windows import layer_kinds, window_of_step
 
 from ..checkpoints.seal import seal
@@ -97,9 +98,11 @@ def test_a_huge_range_of_windows_costs_no_time():
 
 
 def test_a_run_says_what_its_layers_see():
-    assert describe_model(plan(*WINDOWS)).endswith("window of 2 to 20 (drawn for each step) in all layers with 1 kept")
+    assert describe_model(plan(*WINDOWS)).endswith(
+        "a window of 2 to 20 (drawn for each step) in all layers with 1 kept token"
+    )
     hybrid = plan("model.attention.pattern=3:1", "model.attention.window=1023", "model.attention.num_kept=4")
-    assert describe_model(hybrid).endswith("window of 1,023 in 3 of 4 layers with 4 kept")
+    assert describe_model(hybrid).endswith("a window of 1,023 in 3 of 4 layers with 4 kept tokens")
 
 
 @pytest.mark.parametrize(
@@ -107,6 +110,7 @@ def test_a_run_says_what_its_layers_see():
     [
         ("{pattern: window, window: 255}", 256, "the window hides no token of a sample of 256 positions"),
         ("{pattern: window, window: 253}", 256, None),
+        ("{pattern: '5:1', window: 9}", 256, "the pattern 5:1 has no layer with full attention in 4 layers"),
         ("{pattern: '1:1', window: 251, num_kept: 4}", 256, "the window hides no token"),
         ("{pattern: window, window: [4, 1023]}", 257, "from 255 on, in 25% of the steps, the window hides no token"),
         ("{pattern: window, window: [32, 100]}", 16, "from 32 on, in 100% of the steps, the window hides no token"),
@@ -115,9 +119,35 @@ def test_a_run_says_what_its_layers_see():
 )
 def test_windows_that_hide_nothing_are_said_at_the_start(attention, length, line):
     sizes = [f"train.seq_length={length}", f"train.batch_size_tokens={length}", "train.micro_batch_size=1"]
-    found = idle_windows(plan(f"model.attention={attention}", *sizes))
-    assert (found or "").startswith(line or "")
-    assert (found is None) == (line is None)
+    found = attention_notes(plan(f"model.attention={attention}", *sizes))
+    assert [note.startswith(line or "") for note in found] == [True] * (line is not None)
+
+
+@pytest.mark.parametrize(
+    ("attention", "remedy"),
+    [
+        ("{pattern: window, window: 255}", "lower model.attention.window or raise"),
+        ("{pattern: window, window: 9, num_kept: 250}", "lower model.attention.num_kept or raise"),
+        ("{pattern: window, window: 255, num_kept: 254}", "lower model.attention.window and num_kept or raise"),
+    ],
+)
+def test_the_remedy_is_the_setting_that_hides_nothing(attention, remedy):
+    assert remedy in attention_notes(plan(f"model.attention={attention}"))[0]
+
+
+def test_segments_shorter_than_the_window_are_said_at_the_start():
+    windows = ["model.attention.pattern=window", "model.attention.window=128"]
+    assert attention_notes(plan(*windows, "train.segment_length=128")) == []
+    (line,) = attention_notes(plan(*windows, "train.segment_length=64"))
+    assert line.startswith("train.segment_length=64 is shorter than the window of 128")
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "text"),
+    [(1, "1 epoch"), (0.5, "0.5 epochs"), (3561, "3,560 epochs"), (3.561e6, "3,560,000 epochs")],
+)
+def test_the_number_of_epochs_in_words(num_samples, text):
+    assert epochs(SimpleNamespace(num_samples=num_samples), [0]) == text
 
 
 @pytest.fixture(scope="module")
