@@ -17,7 +17,7 @@ from .folders import CONFIG_FILE, STATE_FILE, resolve_model_folder
 from .loading import load_model, load_tokenizer
 
 SAMPLE_LENGTH = 4096  # longest sample of the text, unless the windows are longer than half of it
-NUM_SAMPLES = 4
+NUM_POSITIONS = 16_384  # of all samples together
 
 
 class AttentionCost(NamedTuple):
@@ -71,7 +71,8 @@ def full_attention_cost(checkpoint: str | Path, text: str | None = None) -> Atte
         text: default: the help texts of Python.
 
     Returns:
-        The losses of at most `NUM_SAMPLES` samples, or None if the model has no windows.
+        The losses of samples with `NUM_POSITIONS` positions in total, if the text has as many, or
+        None if the model has no windows.
 
     Raises:
         ValueError: the text is so short that windows and full attention are the same.
@@ -83,7 +84,7 @@ def full_attention_cost(checkpoint: str | Path, text: str | None = None) -> Atte
     largest = max(window for window in model.config.windows if window is not None)
     num_positions = min(_trained_length(checkpoint, model.config), max(SAMPLE_LENGTH, 2 * largest))
     length = num_positions - num_sinks
-    num_samples = max(min(NUM_SAMPLES, NUM_SAMPLES * SAMPLE_LENGTH // num_positions), 1)
+    num_samples = max(NUM_POSITIONS // num_positions, 1)
     ids = load_tokenizer(checkpoint)(_help_texts() if text is None else text, add_special_tokens=False)["input_ids"]
     ids = torch.tensor(ids[: num_samples * length])
     needed = max(min(model.config.num_kept + largest + 2, num_positions) - num_sinks, 2)

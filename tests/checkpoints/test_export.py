@@ -407,7 +407,7 @@ def test_a_refused_export_measures_nothing(windowed_checkpoint, tmp_path, monkey
 
 @pytest.mark.parametrize(
     ("trained", "window", "samples"),
-    [(128, 3, [127] * 4), (None, 3, [4095] * 4), (None, 3000, [5999] * 2), (None, 99_999, [65_535])],
+    [(128, 3, [127] * 128), (None, 3, [4095] * 4), (None, 3000, [5999] * 2), (None, 99_999, [65_535])],
 )
 def test_the_cost_is_measured_on_samples_of_limited_length(tmp_path, monkeypatch, trained, window, samples):
     config = {"layer_windows": [window, None], "max_position_embeddings": 65_536}
