@@ -281,7 +281,7 @@ def test_two_processes_give_the_results_of_one(tmp_path, checkpoints, task_folde
     for task, metrics in one["tasks"].items():
         drawn = {"perplexity_stderr"}  # from resampled examples, whose order differs
         values = {name: value for name, value in metrics.items() if name not in drawn}
-        assert {name: two["tasks"][task][name] for name in values} == pytest.approx(values, rel=1e-6)
+        assert {name: two["tasks"][task][name] for name in values} == pytest.approx(values, rel=1e-5)
     for task in ("rooms", "last_word"):
         samples = [
             [json.loads(line) for line in (folder / f"samples_{task}.jsonl").read_text().splitlines()]
