@@ -67,8 +67,17 @@ def test_the_first_signal_is_announced_once():
     ]
 
 
+@pytest.fixture
+def heeded(number):
+    """A signal that is heeded even if a shell ignores it for pytest, as for background jobs."""
+    default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    before = signal.signal(number, default)
+    yield number
+    signal.signal(number, before)
+
+
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_every_signal_saves_the_state_and_ends_with_its_status(recipe, tmp_path, number, capsys):
+def test_every_signal_saves_the_state_and_ends_with_its_status(recipe, tmp_path, number, heeded, capsys):
     def send() -> None:
         try:
             wait_for_step(tmp_path, 2)
