@@ -36,8 +36,8 @@ def band_forward(
         heads_first = (states.transpose(1, 2) for states in (query, key, value))
         out, lse = torch.ops.cudnn.sdpa_fwd(*heads_first, scaling, is_causal=True, window_left=window + 1)
         return out.transpose(1, 2).contiguous(), lse[..., 0].contiguous()
-    states, band = (query, key, value), _flash_band(query, key, window, scaling)
-    out, lse, *_ = aten._flash_attention_forward(*states, *band[0], 0.0, False, False, **band[1])
+    lengths, band = _flash_band(query, key, window, scaling)
+    out, lse, *_ = aten._flash_attention_forward(query, key, value, *lengths, 0.0, False, False, **band)
     return out.contiguous(), lse.contiguous()
 
 
@@ -62,12 +62,13 @@ def band_backward(
         heads_first = (states.transpose(1, 2) for states in (grad, query, key, value, out))
         grads = torch.ops.cudnn.sdpa_bwd(*heads_first, lse[..., None], scaling, is_causal=True, window_left=window + 1)
         return tuple(gradient.transpose(1, 2).contiguous() for gradient in grads)
-    states, band = (grad, query, key, value, out, lse), _flash_band(query, key, window, scaling)
-    grads = aten._flash_attention_backward(*states, *band[0], 0.0, False, *no_dropout_state(query), **band[1])
+    states, (lengths, band) = (grad, query, key, value, out, lse), _flash_band(query, key, window, scaling)
+    grads = aten._flash_attention_backward(*states, *lengths, 0.0, False, *no_dropout_state(query), **band)
     return tuple(gradient.contiguous() for gradient in grads)
 
 
 def _flash_band(query: Tensor, key: Tensor, window: int, scaling: float) -> tuple[tuple, dict]:
+    """Return the positional and the keyword arguments that FlashAttention's two passes share."""
     lengths = (None, None, query.shape[1], key.shape[1])
     return lengths, {"scale": scaling, "window_size_left": window, "window_size_right": 0}
 
