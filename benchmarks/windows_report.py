@@ -25,6 +25,9 @@ from matplotlib.figure import Figure
 
 from sinklm.eval.plots import STYLE, curve_style, log_scale, save_figure
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
+from report import read_runs, write_page
+
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 REFERENCE = "full"  # the run with which the others are compared
 RISE = 1.001  # a larger cache "helps" unless its perplexity is higher by this factor
@@ -39,11 +42,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     data = arguments.output / "windows.json"
-    if arguments.folder:
-        runs = collect(arguments.folder)
-        data.parent.mkdir(parents=True, exist_ok=True)
-        data.write_text(json.dumps({"runs": runs}) + "\n", encoding="utf-8")
-    models = by_model(json.loads(data.read_text(encoding="utf-8"))["runs"])
+    models = by_model(read_runs(data, arguments.folder, lambda folder: {"runs": collect(folder)}))
     tables = {table.__name__: table(models) for table in (answer, caches, kept, positions, training, sinks)}
     for name, table in tables.items():
         print(f"{name}\n{table}\n")
@@ -274,15 +273,6 @@ def table(headers: Iterable[str], rows: Iterable[tuple[str, ...]]) -> str:
     headers, rows = list(headers), list(rows)
     lines = [headers, ["---", *["---:"] * (len(headers) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) if rows else ""
-
-
-def write_page(page: Path, tables: dict[str, str]) -> None:
-    """Put each table between its marks. A page that does not exist is created."""
-    marked = {name: f"<!-- {name} -->\n{table}\n<!-- end -->" for name, table in tables.items() if table}
-    text = page.read_text(encoding="utf-8") if page.exists() else "\n\n".join(marked.values()) + "\n"
-    for name, table in marked.items():
-        text = re.sub(rf"<!-- {name} -->.*?<!-- end -->", lambda _, table=table: table, text, flags=re.DOTALL)
-    page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

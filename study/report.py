@@ -39,11 +39,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
 
-    data = arguments.output / "paper.json"
-    if arguments.folder:
-        data.parent.mkdir(parents=True, exist_ok=True)
-        data.write_text(json.dumps(collect(arguments.folder)) + "\n", encoding="utf-8")
-    found = json.loads(data.read_text(encoding="utf-8"))["runs"]
+    found = read_runs(arguments.output / "paper.json", arguments.folder, collect)
     arms, deeper = (in_order_of(plan, found) for plan in ("arms.yaml", "deeper.yaml"))
 
     tables = {table.__name__: table(arms) for table in (perplexity, sinks, activations, zero_shot)}
@@ -58,6 +54,15 @@ def main() -> None:
 def in_order_of(plan: str, found: Runs) -> Runs:
     """Return the runs named in a plan of this folder, in its order."""
     return {name: found[name] for name in read_plan(Path(__file__).with_name(plan)) if name in found}
+
+
+def read_runs(data: Path, folder: Path | None, collect: Callable[[Path], dict[str, Any]]) -> Runs:
+    """Return the runs in the file ``data``. If a folder is given, collect them from it first."""
+    if folder:
+        found = json.dumps(collect(folder))
+        data.parent.mkdir(parents=True, exist_ok=True)
+        data.write_text(found + "\n", encoding="utf-8")
+    return json.loads(data.read_text(encoding="utf-8"))["runs"]
 
 
 def write_page(page: Path, tables: dict[str, str]) -> None:
