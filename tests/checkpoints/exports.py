@@ -54,4 +54,5 @@ def expected_results(checkpoint: Path) -> dict:
 
 
 if __name__ == "__main__":
+    torch.manual_seed(0)
     write_exports(Path(sys.argv[1]))

@@ -47,6 +47,7 @@ def check_chat(tokenizer: PreTrainedTokenizerBase, expected: dict) -> None:
 def check_batches(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, expected: dict) -> None:
     generate = pipeline("text-generation", model=model, tokenizer=tokenizer)
     options = {"max_new_tokens": 10, "do_sample": False, "return_full_text": False}
+    options["clean_up_tokenization_spaces"] = False  # the pipeline's default removes spaces before punctuation
     for batch_size in (1, 3):
         outputs = generate(expected["texts"], batch_size=batch_size, **options)
         assert [output[0]["generated_text"] for output in outputs] == expected["continuations"]
