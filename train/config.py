@@ -163,6 +163,11 @@ class TrainSection(Section):
         default=False,
         description="make runs on the same GPUs equal bit for bit, at some cost in speed; ZeRO stages 0 to 2",
     )
+    only_sinks: bool = Field(
+        default=False,
+        description="train only the embedding rows of the sink tokens, and leave all other weights as they are in "
+        "`model.init_from`; with `deepspeed.zero_stage=0`",
+    )
     hang_timeout_minutes: float | None = Field(
         default=10.0,
         gt=0,
@@ -400,6 +405,8 @@ class TrainingConfig(Section):
         if self.train.precision == "fp8":
             self._check_float8()
         self._check_muon()
+        if self.train.only_sinks:
+            self._check_only_sinks()
         if self.train.deterministic and self.deepspeed.zero_stage == 3:
             raise ValueError("train.deterministic=true was not tested with deepspeed.zero_stage=3: use a lower stage")
         if self.train.compile and self.deepspeed.zero_stage == 3:
@@ -468,6 +475,17 @@ class TrainingConfig(Section):
                 raise ValueError(
                     f"train.on_spike=skip does not work with deepspeed.zero_optimization.{key}: remove one of them"
                 )
+
+    def _check_only_sinks(self) -> None:
+        """Refuse to train the sinks alone where there are none, or others would change."""
+        needed = {
+            "model.sink.kind=token, whose rows are trained": self.model.sink.kind == "token",
+            "model.init_from, the model that gets the sinks": self.model.init_from is not None,
+            "deepspeed.zero_stage=0, which keeps the other weights in float32": self.deepspeed.zero_stage == 0,
+            "optimizer.name=adamw, because no matrix of a layer is trained": self.optimizer.name == "adamw",
+        }
+        if missing := [what for what, is_met in needed.items() if not is_met]:
+            raise ValueError(f"train.only_sinks=true requires {'; '.join(missing)}: set it, or train.only_sinks=false")
 
     def _check_muon(self) -> None:
         """Refuse Muon where DeepSpeed would store matrices or state in a way it does not know."""

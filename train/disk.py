@@ -7,6 +7,7 @@ from ..checkpoints.folders import list_checkpoints
 from ..models.cost import count_parameters
 from .config import TrainingConfig
 from .memory import GIB, count_muon_parameters
+from .only_sinks import count_frozen_parameters
 from .plan import Plan
 from .schedule import is_pythia_step, saves_after
 
@@ -29,13 +30,14 @@ def checkpoint_bytes(plan: Plan, tokenizer_path: Path | None = None) -> int:
     3     2 ``model/`` + 12            4 ``model/`` + 12
     ===== ============================ ============================
 
-    12 is the float32 weights and AdamW's two moments; 8 for the matrices that Muon updates.
+    12 is the float32 weights and AdamW's two moments; 8 for the matrices that Muon updates, and 4
+    for frozen weights.
     """
     config, stage = plan.config, plan.config.deepspeed.zero_stage
     weight = 4 if stage == 0 or config.train.precision == "fp32" else 2
     per_parameter = weight + 12 + (weight if stage in (1, 2) else 0)
     tokenizer = tokenizer_path.stat().st_size if tokenizer_path else TOKENIZER_BYTES
-    weights = count_parameters(plan.model_config) * per_parameter - 4 * count_muon_parameters(config, plan.model_config)
+    weights = count_parameters(plan.model_config) * per_parameter - _without_moments(plan)
     return weights + tokenizer + plan.world_size * RANK_BYTES + FILE_BYTES
 
 
@@ -43,10 +45,16 @@ def snapshot_bytes(plan: Plan, *, is_main: bool) -> int:
     """Return the size of what one rank writes to a checkpoint, and a little more."""
     stage, parameters = plan.config.deepspeed.zero_stage, count_parameters(plan.model_config)
     weight = 4 if stage == 0 or plan.config.train.precision == "fp32" else 2
-    in_optimizer = 12 * parameters - 4 * count_muon_parameters(plan.config, plan.model_config)
+    in_optimizer = 12 * parameters - _without_moments(plan)
     optimizer = in_optimizer // plan.world_size if stage else in_optimizer * is_main
     weights = weight * parameters * is_main * (2 if stage in (1, 2) else 1)
     return int(1.01 * (optimizer + weights)) + SLACK
+
+
+def _without_moments(plan: Plan) -> int:
+    """Return the bytes of moments that Muon's matrices and frozen weights do not have."""
+    settings = plan.config, plan.model_config
+    return 4 * count_muon_parameters(*settings) + 8 * count_frozen_parameters(*settings)
 
 
 def checkpoints_kept(config: TrainingConfig) -> tuple[int, int]:

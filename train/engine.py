@@ -15,6 +15,7 @@ from . import deepspeed_patches
 from .config import OptimizerSection, TrainingConfig, weights_precision
 from .launch import silent_stdout
 from .muon import Muon
+from .only_sinks import freeze_others
 from .plan import Plan
 from .recipe import saved_values
 from .spikes import SpikeGuard, guard_updates
@@ -84,7 +85,7 @@ def _merge(ours: dict, extra: dict) -> dict:
 def parameter_groups(model: nn.Module, optimizer: OptimizerSection) -> list[dict[str, nn.Parameter]]:
     """Return parameters by name, in the optimizer's order: matrices; biases, layer norms and sinks.
 
-    With Muon, the first group is the matrices of the layers, and the second one the embedding and
+    Those that are not trained are left out. With Muon, the first group is the matrices of the layers, and the second one the embedding and
     the head.
 
     ZeRO concatenates the weights of a group. Parameters whose size is not a multiple of 8 (such as
@@ -103,16 +104,18 @@ def parameter_groups(model: nn.Module, optimizer: OptimizerSection) -> list[dict
     return [hidden, matrices, others] if optimizer.name == "muon" else [matrices, others]
 
 
-def groups_of(model_config: SinkGPTNeoXConfig, optimizer: OptimizerSection) -> list[dict[str, nn.Parameter]]:
+def groups_of(model_config: SinkGPTNeoXConfig, config: TrainingConfig) -> list[dict[str, nn.Parameter]]:
     """Return `parameter_groups` of a model that need not exist; they have shapes and no values."""
     with torch.device("meta"):
         model = SinkGPTNeoXForCausalLM(model_config)
-    return parameter_groups(model, optimizer)
+    if config.train.only_sinks:
+        freeze_others(model)
+    return parameter_groups(model, config.optimizer)
 
 
 def group_names(plan: Plan) -> list[list[str]]:
     """Return the names of the parameters of each group of the optimizer, in its order."""
-    return [list(group) for group in groups_of(plan.model_config, plan.config.optimizer)]
+    return [list(group) for group in groups_of(plan.model_config, plan.config)]
 
 
 def optimizer_layout(plan: Plan) -> str:
@@ -125,10 +128,14 @@ def optimizer_layout(plan: Plan) -> str:
 
 
 def make_optimizer(model: PreTrainedModel, config: TrainingConfig) -> torch.optim.Optimizer:
-    """Return fused AdamW or `Muon`, with weight decay on matrices only."""
+    """Return fused AdamW or `Muon`, with weight decay on matrices only.
+
+    There is none with ``train.only_sinks``: the other rows of the embedding would decay too.
+    """
     optimizer = config.optimizer
     groups = parameter_groups(model, optimizer)
-    decays = [*[optimizer.weight_decay] * (len(groups) - 1), 0.0]
+    decay = 0.0 if config.train.only_sinks else optimizer.weight_decay
+    decays = [*[decay] * (len(groups) - 1), 0.0]
     for_torch = [{"params": list(g.values()), "weight_decay": decay} for g, decay in zip(groups, decays, strict=True)]
     adamw: dict[str, Any] = {"lr": optimizer.lr, "betas": tuple(optimizer.betas), "eps": optimizer.eps, "fused": True}
     if optimizer.name == "adamw":
@@ -162,6 +169,8 @@ def make_engine(
         # renamed in transformers 5.23
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+    if config.train.only_sinks:
+        freeze_others(model)
     optimizer = make_optimizer(model, config)
     deepspeed_patches.support_optimizer(type(optimizer))
     try:

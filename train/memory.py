@@ -7,6 +7,7 @@ from ..models.cost import count_parameters
 from ..models.loss import TOKENS_PER_CHUNK
 from .config import TrainingConfig
 from .engine import groups_of
+from .only_sinks import count_frozen_parameters
 
 GIB = 2**30
 
@@ -37,7 +38,8 @@ def estimate_memory(
     ===== ==================================== ===============================
 
     12 is a float32 copy of the weights and AdamW's two moments; 16 adds a copy of the gradients
-    during clipping. Muon's matrices have one moment, and need 4 bytes less (4 / N with ZeRO). The
+    during clipping. Muon's matrices have one moment, and need 4 bytes less (4 / N with ZeRO). Frozen
+    weights (``train.only_sinks``, stage 0) have neither gradients nor moments, 12 bytes less. The
     first terms of stages 2 and 3 are upper bounds: gradients are freed after their bucket is
     reduced, weights after their layer.
 
@@ -60,6 +62,7 @@ def estimate_memory(
     bytes_per_value = 4 if config.train.precision == "fp32" else 2
     states = count_parameters(model) * _bytes_per_parameter(zero_stage, bytes_per_value, world_size)
     states -= 4 * count_muon_parameters(config, model) / (world_size if zero_stage else 1)
+    states -= 12 * count_frozen_parameters(config, model)
 
     segment_length = config.train.segment_length or config.train.seq_length
     positions = config.train.micro_batch_size * segment_length
@@ -81,7 +84,7 @@ def count_muon_parameters(config: TrainingConfig, model: SinkGPTNeoXConfig) -> i
     """Count the parameters that Muon updates: the matrices of all layers, or 0 with AdamW."""
     if config.optimizer.name != "muon":
         return 0
-    return sum(parameter.numel() for parameter in groups_of(model, config.optimizer)[0].values())
+    return sum(parameter.numel() for parameter in groups_of(model, config)[0].values())
 
 
 def _bytes_per_parameter(zero_stage: int, bytes_per_value: int, world_size: int) -> float:

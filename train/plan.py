@@ -7,6 +7,7 @@ from typing import Any
 from ..models.config import SinkGPTNeoXConfig, tokens_per_sample
 from ..models.cost import flops_per_token
 from .config import TrainingConfig
+from .only_sinks import count_frozen_parameters
 from .windows import window_of_step
 
 VOCABULARY_MULTIPLE = 128
@@ -141,8 +142,12 @@ class Plan:
         )
 
     def flops_per_token(self, window: int | None = None) -> float:
-        """FLOPs of a position in a step that drew ``window``; None: the mean over all draws."""
-        return flops_per_token(self.model_config, self.config.train.seq_length, window)
+        """FLOPs of a position in a step that drew ``window``; None: the mean over all draws.
+
+        Frozen weights have no gradient of their own, a third of their work.
+        """
+        num_frozen = count_frozen_parameters(self.config, self.model_config)
+        return flops_per_token(self.model_config, self.config.train.seq_length, window) - 2 * num_frozen
 
     def _check_batch(self) -> None:
         num_samples, world_size = self.samples_per_step, self.world_size

@@ -37,7 +37,10 @@ if TYPE_CHECKING:
 
 # Keys that must not change on resume: they define the model, the order of the data and the
 # optimizer's state.
-FIXED_KEYS = ("model", "train.seed", "train.seq_length", "train.batch_size_tokens", "data.weights", "optimizer.name")
+FIXED_KEYS = (
+    *("model", "train.seed", "train.seq_length", "train.batch_size_tokens", "train.only_sinks"),
+    *("data.weights", "optimizer.name"),
+)
 FREE_MODEL_KEYS = ("model.max_position_embeddings",)  # positions are rotary: no weight depends on it
 INIT_KEY = "model.init_from"  # may also change, except at step 0, where weights may be initialized again
 # Paths, logging and similar keys; their changes are not reported.
@@ -277,6 +280,7 @@ def _mismatches(state: CheckpointState, plan: Plan) -> list[str]:
 def _resolve(settings: dict[str, Any]) -> None:
     """Replace implicit values by explicit ones, so that equivalent settings compare equal."""
     settings.setdefault("optimizer.name", "adamw")  # older versions had no other one
+    settings.setdefault("train.only_sinks", False)
     settings["model.max_position_embeddings"] = (
         settings.get("model.max_position_embeddings") or settings["train.seq_length"]
     )

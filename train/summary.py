@@ -40,7 +40,7 @@ def describe_run(plan: Plan, store: TokenSource, windows: Windows, resume: "Resu
         f"{_micro_batches(plan)} = {plan.samples_per_step:,} samples of "
         f"{config.train.seq_length:,} positions{_segments(plan)}; {config.train.precision}, "
         f"ZeRO-{config.deepspeed.zero_stage}",
-        *([f"optimizer: {describe_optimizer(plan)}"] if config.optimizer.name == "muon" else []),
+        *([f"optimizer: {optimizer}"] if (optimizer := describe_optimizer(plan)) != "AdamW" else []),
         f"data: {store.path}, {_count(len(windows), 'sample')}; {_count(config.train.num_steps, 'step')} = "
         f"{epochs(plan, windows)}",
         f"run: {config.train.run_dir}",
@@ -113,7 +113,9 @@ def idle_windows(plan: Plan) -> str | None:
 
 
 def describe_optimizer(plan: Plan) -> str:
-    """Return the optimizer, for Muon with the number of parameters that it updates."""
+    """Return the optimizer, with the number of parameters if it does not update all."""
+    if plan.config.train.only_sinks:
+        return f"AdamW for {plan.num_sinks * plan.model_config.hidden_size:,} parameters: the rows of the sink tokens"
     num_muon = count_muon_parameters(plan.config, plan.model_config)
     if not num_muon:
         return "AdamW"
@@ -204,7 +206,7 @@ def _memory_table(plan: Plan) -> Table:
     table.add_column("ZeRO stage")
     for world_size in WORLD_SIZES:
         table.add_column(f"{world_size} GPU{'s' * (world_size > 1)}", justify="right")
-    for stage in range(4):
+    for stage in range(1 if plan.config.train.only_sinks else 4):
         cells = []
         for world_size in WORLD_SIZES:
             memory = estimate_memory(

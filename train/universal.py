@@ -55,6 +55,8 @@ def load_without_zero(engine: "DeepSpeedEngine", universal: Path) -> None:
         folder = universal / "zero" / name
         with torch.no_grad():
             parameter.copy_(_load(folder / "fp32.pt")[PARAM].view_as(parameter))
+        if not parameter.requires_grad:
+            continue
         state = optimizer.state[parameter]
         for path in (folder / f"{key}.pt" for key in MOMENTS):
             if path.exists():
@@ -70,10 +72,13 @@ def _write_parameters(source: Path, output: Path) -> None:
     """Write the parameter folders of a checkpoint without ZeRO, which is a single file."""
     checkpoint = _load(source / METADATA_NAMES[False])
     states = checkpoint["optimizer"]["state"]
-    for number, name in enumerate(checkpoint["optimizer_parameter_names"]):
+    trained = checkpoint["optimizer_parameter_names"]
+    for name in [*trained, *(name for name in checkpoint["module"] if name not in trained)]:
         folder = output / "zero" / name
         folder.mkdir(parents=True)
         torch.save({PARAM: checkpoint["module"][name].float()}, folder / "fp32.pt")
+    for number, name in enumerate(trained):
+        folder = output / "zero" / name
         for key in states[number].keys() & set(MOMENTS):
             torch.save({PARAM: states[number][key]}, folder / f"{key}.pt")
     groups = checkpoint["optimizer"]["param_groups"]

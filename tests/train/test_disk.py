@@ -30,10 +30,16 @@ def size_of(folder: Path) -> int:
         *product([0, 1, 2, 3], ["bf16", "fp32"], [[]]),
         (0, "fp32", ["optimizer.name=muon"]),
         (1, "bf16", ["optimizer.name=muon"]),
+        (0, "bf16", ["train.only_sinks=true", "model.init_from=START"]),
     ],
 )
 def test_the_predicted_size_of_a_checkpoint_is_right(recipe, store, tmp_path, stage, precision, more):
-    settings = [*LARGER, f"deepspeed.zero_stage={stage}", f"train.precision={precision}", "train.num_steps=1", *more]
+    settings = [*LARGER, f"deepspeed.zero_stage={stage}", f"train.precision={precision}", "train.num_steps=1"]
+    if more[-1:] == ["model.init_from=START"]:
+        start = tmp_path / "start"
+        train(recipe, [f"train.run_dir={start}", *settings])
+        more = [*more[:-1], f"model.init_from={start}"]
+    settings += more
     train(recipe, [f"train.run_dir={tmp_path}", *settings])
     plan = Plan(load_config(recipe, settings), 1, 300)
     predicted = checkpoint_bytes(plan, store / "tokenizer.json")
