@@ -29,13 +29,13 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
+import study_jobs
+from study_jobs import run
 from study_settings import keep_settings
-
-from sinklm.train.recipe import load_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
 from evaluate import job as evaluation
-from jobs import SINKLM, Job, JobQueue
+from jobs import Job
 from results import collect_run, sink_rate
 
 OPTIMIZERS = ("adamw", "muon")
@@ -46,7 +46,7 @@ NUM_VALIDATIONS = 20
 
 def main() -> None:
     arguments = parse()
-    deadline = time.monotonic() + 60 * arguments.minutes if arguments.minutes else float("inf")
+    deadline = time.monotonic() + 60 * arguments.minutes
     keys = {"--base": "base", "--million-tokens": "million_tokens", "settings": "settings"}
     keys |= {"--text": "text", "--tokens": "tokens"}
     keep_settings(arguments.folder, {name: getattr(arguments, key) for name, key in keys.items()})
@@ -60,14 +60,6 @@ def main() -> None:
     (arguments.folder / "table.md").write_text(text, encoding="utf-8")
     print("\n" + text)
     sys.exit(not is_done)
-
-
-def run(jobs: list[Job], deadline: float, per_gpu: int) -> bool:
-    """Run the jobs until the deadline. Returns whether all are done."""
-    minutes = (deadline - time.monotonic()) / 60
-    if minutes <= 0:
-        return all(job.is_done for job in jobs)
-    return JobQueue(jobs, per_gpu=per_gpu, minutes=minutes).run()
 
 
 def evaluate_trained(jobs: dict[str, Job], deadline: float, arguments: argparse.Namespace) -> bool:
@@ -93,8 +85,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--million-tokens", type=float, help="positions of each run; default: as in the recipe")
     parser.add_argument("--seeds", default="1234,2")
-    parser.add_argument("--per-gpu", type=int, default=1, help="runs that share a GPU")
-    parser.add_argument("--minutes", type=float, help="save and stop after this many minutes")
+    study_jobs.add_options(parser)
     parser.add_argument("--speed", type=float, help="tokens/s of Muon over AdamW; default: as recorded by the runs")
     arguments = parser.parse_intermixed_args()
     arguments.data_dir = None  # of zero-shot benchmarks, which `evaluation` also knows
@@ -105,14 +96,9 @@ def training(name: str, arguments: argparse.Namespace) -> Job:
     optimizer, sink, _, seed = name.split("-")
     recipe = f"{arguments.base}/{SINKS[sink]}"
     settings = [f"train.seed={seed}", f"optimizer.name={optimizer}", "checkpoint.keep=1", *arguments.settings]
-    train = load_config(recipe, settings).train
-    num_steps = train.num_steps
-    if arguments.million_tokens:
-        num_steps = round(1e6 * arguments.million_tokens / train.batch_size_tokens)
-    every = max(1, num_steps // NUM_VALIDATIONS)
-    run = arguments.folder / "runs" / name
-    settings += [f"train.num_steps={num_steps}", f"validation.every_steps={every}", f"checkpoint.every_steps={every}"]
-    return Job(name, (*SINKLM, "train", recipe, *settings, f"train.run_dir={run}"), run / "train.log")
+    every = max(1, study_jobs.num_steps(recipe, settings, arguments.million_tokens) // NUM_VALIDATIONS)
+    settings += [f"validation.every_steps={every}", f"checkpoint.every_steps={every}"]
+    return study_jobs.training(arguments.folder / "runs" / name, recipe, settings, arguments.million_tokens)
 
 
 def write_model(name: str, run: Path, arguments: argparse.Namespace) -> None:

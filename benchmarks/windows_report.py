@@ -27,6 +27,7 @@ from sinklm.eval.plots import STYLE, curve_style, log_scale, save_figure
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
 from report import read_runs, write_page
+from seed_tables import table
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 REFERENCE = "full"  # the run with which the others are compared
@@ -43,9 +44,9 @@ def main() -> None:
     arguments = parser.parse_args()
     data = arguments.output / "windows.json"
     models = by_model(read_runs(data, arguments.folder, lambda folder: {"runs": collect(folder)}))
-    tables = {table.__name__: table(models) for table in (answer, caches, kept, positions, training, sinks)}
-    for name, table in tables.items():
-        print(f"{name}\n{table}\n")
+    tables = {make.__name__: make(models) for make in (answer, caches, kept, positions, training, sinks)}
+    for name, text in tables.items():
+        print(f"{name}\n{text}\n")
     write_page(arguments.output / "windows.md", tables)
     save_figure(picture(models), arguments.output / "windows.png")
 
@@ -266,13 +267,6 @@ def mean_and_deviation(values: list[float], digits: int) -> str:
         return ""
     mean = f"{fmean(values):,.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {stdev(values):,.{digits}f}"
-
-
-def table(headers: Iterable[str], rows: Iterable[tuple[str, ...]]) -> str:
-    """Return a table in Markdown; empty without rows."""
-    headers, rows = list(headers), list(rows)
-    lines = [headers, ["---", *["---:"] * (len(headers) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if rows else ""
 
 
 if __name__ == "__main__":

@@ -85,8 +85,8 @@ def _merge(ours: dict, extra: dict) -> dict:
 def parameter_groups(model: nn.Module, optimizer: OptimizerSection) -> list[dict[str, nn.Parameter]]:
     """Return parameters by name, in the optimizer's order: matrices; biases, layer norms and sinks.
 
-    Those that are not trained are left out. With Muon, the first group is the matrices of the layers, and the second one the embedding and
-    the head.
+    Those that are not trained are left out. With Muon, the first group is the matrices of the
+    layers, and the second one the embedding and the head.
 
     ZeRO concatenates the weights of a group. Parameters whose size is not a multiple of 8 (such as
     a logit for each of twelve heads) come last, because biases after them would not be aligned to

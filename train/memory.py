@@ -38,10 +38,10 @@ def estimate_memory(
     ===== ==================================== ===============================
 
     12 is a float32 copy of the weights and AdamW's two moments; 16 adds a copy of the gradients
-    during clipping. Muon's matrices have one moment, and need 4 bytes less (4 / N with ZeRO). Frozen
-    weights (``train.only_sinks``, stage 0) have neither gradients nor moments, 12 bytes less. The
-    first terms of stages 2 and 3 are upper bounds: gradients are freed after their bucket is
-    reduced, weights after their layer.
+    during clipping. Muon's matrices have one moment, and need 4 bytes less (4 / N with ZeRO).
+    Frozen weights (``train.only_sinks``, stage 0) have neither gradients nor moments, 12 bytes
+    less. The first terms of stages 2 and 3 are upper bounds: gradients are freed after their bucket
+    is reduced, weights after their layer.
 
     Activations in 16 bits: ``36 B T D`` bytes per layer, and ``4 B T D`` more for a gate (its value
     and its output), ``2 B T D`` for gates of heads (their output). With activation checkpointing,

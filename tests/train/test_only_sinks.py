@@ -18,7 +18,12 @@ SINKS = slice(300, 303)
 
 @pytest.fixture(scope="module")
 def settings(whole_run):
-    return ["train.only_sinks=true", "deepspeed.zero_stage=0", "model.sink.num_tokens=3", f"model.init_from={whole_run}"]
+    return [
+        "train.only_sinks=true",
+        "deepspeed.zero_stage=0",
+        "model.sink.num_tokens=3",
+        f"model.init_from={whole_run}",
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,42 @@
+"""Jobs of the studies that train recipes: a run with its number of tokens, and a deadline."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from sinklm.train.recipe import load_config
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
+from jobs import SINKLM, Job, JobQueue
+
+
+def training(run: Path, recipe: str, settings: list[str], million_tokens: float | None) -> Job:
+    """Return the job that trains a recipe in the folder ``run``.
+
+    Args:
+        million_tokens: positions of the run; None: as in the recipe.
+    """
+    if million_tokens is not None:
+        settings = [*settings, f"train.num_steps={num_steps(recipe, settings, million_tokens)}"]
+    return Job(run.name, (*SINKLM, "train", recipe, *settings, f"train.run_dir={run}"), run / "train.log")
+
+
+def num_steps(recipe: str, settings: list[str], million_tokens: float | None) -> int:
+    """Return the steps of a run of so many tokens; None: of the recipe."""
+    train = load_config(recipe, settings).train
+    return train.num_steps if million_tokens is None else round(1e6 * million_tokens / train.batch_size_tokens)
+
+
+def run(jobs: list[Job], deadline: float, per_gpu: int) -> bool:
+    """Run the jobs until the deadline, of `time.monotonic`. Returns whether all are done."""
+    minutes = (deadline - time.monotonic()) / 60
+    if minutes <= 0:
+        return all(job.is_done for job in jobs)
+    return JobQueue(jobs, per_gpu=per_gpu, minutes=minutes).run()
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that change how the jobs run, but not their results."""
+    parser.add_argument("--per-gpu", type=int, default=1, help="jobs that share a GPU")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="save and stop after this many minutes")
