@@ -31,7 +31,6 @@ from typing import Any
 
 import study_jobs
 import torch
-from study_jobs import run
 from study_settings import keep_settings
 
 from sinklm.checkpoints.checks import checked_config
@@ -45,7 +44,7 @@ from sinklm.files import write_json, write_text
 from sinklm.train.recipe import load_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
-from jobs import Job, visible_gpus
+from jobs import Job
 from retrofit_report import report
 
 PLAIN = "plain"  # in place of a sink's row: the vanilla model, continued
@@ -76,7 +75,8 @@ def main() -> None:
     vanilla = vanilla_model(arguments, deadline)
     is_done = vanilla is not None
     if vanilla is not None:
-        is_done = run_all(vanilla, arguments, deadline)
+        pairs = [(training(each, vanilla, arguments), measuring(each, arguments)) for each in planned(arguments)]
+        is_done = study_jobs.run_in_parts(pairs, deadline, arguments.per_gpu)
     found = collect(arguments)
     write_json(arguments.folder / "retrofit.json", found)
     write_text(arguments.folder / "retrofit.md", text := report(found))
@@ -116,7 +116,7 @@ def vanilla_model(arguments: argparse.Namespace, deadline: float) -> str | None:
     settings = ["checkpoint.keep=1", *arguments.settings]
     folder = arguments.folder / "runs" / "vanilla"
     job = study_jobs.training(folder, VANILLA, settings, arguments.vanilla_million_tokens)
-    return str(folder) if run([job], deadline, arguments.per_gpu) else None
+    return str(folder) if study_jobs.run([job], deadline, arguments.per_gpu) else None
 
 
 def planned(arguments: argparse.Namespace) -> list[Run]:
@@ -130,25 +130,13 @@ def planned(arguments: argparse.Namespace) -> list[Run]:
     return found
 
 
-def run_all(vanilla: str, arguments: argparse.Namespace, deadline: float) -> bool:
-    """Train and measure the runs in parts of as many as run at once. Returns if all are done."""
-    runs, is_done = planned(arguments), True
-    size = arguments.per_gpu * len(visible_gpus())
-    for part in (runs[i : i + size] for i in range(0, len(runs), size)):
-        trained = {each: training(each, vanilla, arguments) for each in part}
-        is_done = run(list(trained.values()), deadline, arguments.per_gpu) and is_done
-        measured = [measuring(each, arguments) for each, job in trained.items() if job.is_done]
-        is_done = run(measured, deadline, arguments.per_gpu) and is_done
-    return is_done
-
-
 def training(each: Run, vanilla: str, arguments: argparse.Namespace) -> Job:
     recipe = f"{arguments.recipe}{'-frozen' * each.is_frozen}"
     source = vanilla if each.row == PLAIN else str(start(each, vanilla, arguments.folder / "start"))
     sizes = architecture(checked_config(resolve_model_folder(source)))
     settings = [*(f"model.{key}={value}" for key, value in sizes.items()), *arguments.settings]
     settings.append(f"model.init_from={source}")
-    settings += [f"optimizer.lr={each.lr}", f"train.seed={each.seed}"]
+    settings += [f"optimizer.lr={each.lr}", f"train.seed={each.seed}", "checkpoint.pythia_steps=true"]
     if each.row == PLAIN:
         settings.append("model.sink.kind=none")
     return study_jobs.training(arguments.folder / "runs" / each.name, recipe, settings, arguments.million_tokens)

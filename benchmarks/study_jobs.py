@@ -8,7 +8,7 @@ from pathlib import Path
 from sinklm.train.recipe import load_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
-from jobs import SINKLM, Job, JobQueue
+from jobs import SINKLM, Job, JobQueue, visible_gpus
 
 
 def training(run: Path, recipe: str, settings: list[str], million_tokens: float | None) -> Job:
@@ -34,6 +34,22 @@ def run(jobs: list[Job], deadline: float, per_gpu: int) -> bool:
     if minutes <= 0:
         return all(job.is_done for job in jobs)
     return JobQueue(jobs, per_gpu=per_gpu, minutes=minutes).run()
+
+
+def run_in_parts(pairs: list[tuple[Job, Job]], deadline: float, per_gpu: int) -> bool:
+    """Run trainings, as many as run at once, and then what measures them; then the next ones.
+
+    Args:
+        pairs: a training, and the job that measures it when it is done.
+
+    Returns:
+        Whether all are done.
+    """
+    size, is_done = per_gpu * len(visible_gpus()), True
+    for part in (pairs[i : i + size] for i in range(0, len(pairs), size)):
+        is_done = run([training for training, _ in part], deadline, per_gpu) and is_done
+        is_done = run([measuring for training, measuring in part if training.is_done], deadline, per_gpu) and is_done
+    return is_done
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

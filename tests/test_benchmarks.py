@@ -65,12 +65,28 @@ def test_calls_for_other_parts_and_sizes_add_to_a_report(tmp_path):
             ["train", "train.num_steps=3", "--folder", "F", "--minutes", "0"],
             r"overrides \[\], not \['train.num_steps=3'\]",
         ),
+        (
+            "retrofit_study",
+            ["F", "--text", "a.txt", "data.path=s", "--minutes", "0"],
+            ["F", "--text", "a.txt", "data.path=s", "--minutes", "0", "--seeds", "3", "--lrs", "1e-3"],
+            ["F", "--text", "a.txt", "data.path=s", "--window", "60"],
+            "window 124, not 60",
+        ),
+        (
+            "quantization_study",
+            ["F", "data.path=s", "--minutes", "0"],
+            ["F", "data.path=s", "--minutes", "0", "--arms", "gate", "--layers", "12"],
+            ["F", "data.path=s", "--million-tokens", "3"],
+            "million_tokens None, not 3.0",
+        ),
     ],
 )
 def test_other_settings_need_another_folder(script, first, same, other, named, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(train.__file__).parent))
     monkeypatch.chdir(tmp_path)
-    main = importlib.import_module(script).main
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, "require_extra", lambda name: None, raising=False)
+    main = module.main
     for arguments in (first, same):
         monkeypatch.setattr(sys, "argv", [script, *arguments])
         with pytest.raises(SystemExit) as end:

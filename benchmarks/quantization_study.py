@@ -1,0 +1,162 @@
+"""What quantization costs models with each kind of sink, by depth, beside their activations.
+
+    pip install "sinklm[quantization]"
+    python benchmarks/quantization_study.py results/quantization data.path=stores/study \\
+        --per-gpu 4 --minutes 8
+
+Trains the recipes `study/…` of seven arms with each number of layers and seed, and measures each
+with `sinklm eval quantization` on the held-out split of the store. Repeat the command until it
+prints "all done": what is done is not repeated, stopped runs resume, and a run that fails does not
+stop the others. Arms, depths and seeds can be added; other settings need another folder. Written
+after each call, with all that is measured: FOLDER/quantization.json and FOLDER/quantization.md.
+
+An increase is the loss of the quantized model minus that of the model itself, in nats per token. It
+is a mean over seeds, with its standard error; the error over samples is in the JSON file.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import study_jobs
+from study_settings import keep_settings
+
+from sinklm.extras import require_extra
+from sinklm.files import write_json, write_text
+from sinklm.train.recipe import load_config
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
+from jobs import SINKLM, Job
+from seed_tables import mean_and_error, table
+
+ARMS = {  # recipes by `model.sink.kind`
+    "none": "study/vanilla",
+    "token": "study/learnable-sink",
+    "zero": "study/zero-sink",
+    "logit": "study/logit",
+    "kv_bias": "study/kv-bias",
+    "gate": "study/gate",
+    "head_gate": "study/head-gate",
+}
+SETTINGS = ("settings", "million_tokens", "num_sequences")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the study."""
+
+    arm: str
+    layers: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}-{self.layers}-layers-seed-{self.seed}"
+
+
+def main() -> None:
+    arguments = parse()
+    deadline = time.monotonic() + 60 * arguments.minutes
+    keep_settings(arguments.folder, {name: getattr(arguments, name) for name in SETTINGS})
+    require_extra("quantization")
+    choices = product(arguments.layers, arguments.seeds, arguments.arms)
+    models = [Model(arm, layers, seed) for layers, seed, arm in choices]
+    pairs = [(training(model, arguments), measuring(model, arguments)) for model in models]
+    is_done = study_jobs.run_in_parts(pairs, deadline, arguments.per_gpu)
+    found = {"settings": {name: getattr(arguments, name) for name in SETTINGS}, "models": collect(arguments.folder)}
+    write_json(arguments.folder / "quantization.json", found)
+    write_text(arguments.folder / "quantization.md", text := report(found["models"]))
+    print("\n" + text + ("all done" if is_done else "not done: repeat the command"), flush=True)
+    sys.exit(not is_done)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings for all runs")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--layers", nargs="+", type=int, default=[8, 24])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1234, 2])
+    parser.add_argument("--million-tokens", type=float, help="positions of each run; default: as in the recipe")
+    parser.add_argument("--num-sequences", type=int, default=100, help="samples of each evaluation")
+    study_jobs.add_options(parser)
+    return parser.parse_intermixed_args()
+
+
+def training(model: Model, arguments: argparse.Namespace) -> Job:
+    settings = [f"model.num_hidden_layers={model.layers}", f"train.seed={model.seed}", "checkpoint.keep=1"]
+    folder = arguments.folder / "runs" / model.name
+    return study_jobs.training(folder, ARMS[model.arm], [*settings, *arguments.settings], arguments.million_tokens)
+
+
+def measuring(model: Model, arguments: argparse.Namespace) -> Job:
+    store = load_config(ARMS[model.arm], arguments.settings).data.path
+    output = arguments.folder / "results" / model.name
+    command = [*SINKLM, "eval", "quantization", arguments.folder / "runs" / model.name, "--data", store]
+    command += ["--num-sequences", arguments.num_sequences, "--output", output, "--quiet"]
+    return Job(f"{model.name} measure", tuple(map(str, command)), output / "evaluation.log")
+
+
+def collect(folder: Path) -> list[dict[str, Any]]:
+    """Return the results of all models that are measured.
+
+    Raises:
+        ValueError: models were measured on different samples.
+    """
+    models = []
+    for path in sorted((folder / "results").glob("*/quantization.json")):
+        arm, layers, _, _, seed = path.parent.name.split("-")
+        report = json.loads(path.read_text(encoding="utf-8"))
+        (measured,) = report["runs"]
+        run = folder / "runs" / path.parent.name
+        facts = asdict(Model(arm, int(layers), int(seed)))
+        facts["environment"] = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+        facts |= {"versions": report["versions"], "notes": report["notes"], "num_tokens": report["num_tokens"]}
+        models.append(facts | {key: value for key, value in measured.items() if key not in ("name", "model")})
+    if len({model["samples"]["ids_sha256"] for model in models}) > 1:
+        raise ValueError(f"models in {folder / 'results'} were measured on different samples: use another folder")
+    return models
+
+
+def report(models: list[dict[str, Any]]) -> str:
+    """Return a table in Markdown for each number of layers."""
+    if not models:
+        return "No model was measured yet.\n\n"
+    depths = sorted({model["layers"] for model in models})
+    parts = [f"{depth} layers\n\n{by_arm([m for m in models if m['layers'] == depth])}\n\n" for depth in depths]
+    return "".join(parts)
+
+
+def by_arm(models: Iterable[dict[str, Any]]) -> str:
+    """One row for each arm: activations, loss, and its increase by each format."""
+    arms: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
+    for model in models:
+        arms[model["arm"]].append(model)
+    formats = list(dict.fromkeys(f["format"] for group in arms.values() for model in group for f in model["formats"]))
+    rows = []
+    for arm, group in arms.items():
+        if group:
+            cells = [arm, str(len(group)), mean_and_error([model["largest_activation"] for model in group], 1)]
+            cells.append(mean_and_error([model["largest_ratio"] for model in group], 0))
+            cells.append(mean_and_error([len(model["massive_activations"]) for model in group], 1))
+            cells.append(mean_and_error([model["loss"] for model in group], 4))
+            rows.append([*cells, *(mean_and_error(increases(group, name), 4, "+") for name in formats)])
+    return table(["arm", "seeds", "largest activation", "× median", "massive", "loss", *formats], rows)
+
+
+def increases(group: list[dict[str, Any]], name: str) -> list[float]:
+    """Return the increase of the loss by a format, of the models that were measured with it."""
+    return [found["increase"] for model in group for found in model["formats"] if found["format"] == name]
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")

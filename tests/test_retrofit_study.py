@@ -1,0 +1,141 @@
+"""The studies of retrofits and of quantization: what their tables and answers are made of."""
+
+import importlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from benchmarks import train
+
+VANILLA = 20.0  # perplexity of the untouched vanilla model with 4+124
+
+
+@pytest.fixture
+def load(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(train.__file__).parent))
+    return importlib.import_module
+
+
+def checkpoint(tokens: int, perplexity: float, loss: float = 3.0) -> dict:
+    """Measured with 1+124; 0+124 is twice as high, and 4+124 is the same."""
+    caches = {"0+124": 2 * perplexity, "1+124": perplexity, "4+124": perplexity}
+    rates = {"sink token 1": 0.5, "first text token": 0.1}
+    return {"tokens": tokens, "perplexity": caches, "loss": loss, "sinks": {"sink_rate": rates}}
+
+
+def result(row: str, seed: int, perplexities: list[float], is_frozen: bool = False, lr: str = "1e-3", **facts) -> dict:
+    checkpoints = {str(n): checkpoint(100_000 * n, value, 3 + n / 100) for n, value in enumerate(perplexities)}
+    known = {"data_fingerprint": "d", "text": {"sha256": ["t"], "length": 9}, "checkpoints": checkpoints}
+    return {"row": row, "is_frozen": is_frozen, "lr": lr, "seed": str(seed)} | known | facts
+
+
+def plain(seed: int, *perplexities: float, lr: str = "1e-3") -> dict:
+    return result("plain", seed, [VANILLA, *perplexities], lr=lr)
+
+
+def compared(load, *runs: dict):
+    return load("retrofit_report").configurations({"window": 124, "runs": list(runs)})
+
+
+def test_tokens_are_those_after_which_the_mean_stays_within_one_percent(load):
+    continued = [VANILLA] * 4
+    runs = [result("mean", 1, [30.0, 20.2, 20.5, 20.3, 20.1]), result("mean", 2, [40.0, 20.0, 20.0, 20.0, 20.2])]
+    (found,) = compared(load, plain(1, *continued), plain(2, *continued), *runs)
+    assert found.excess["untouched"][1] == pytest.approx([1.0, 0.0])
+    assert found.excess["untouched"][2] == pytest.approx([2.5, 0.0])
+    assert found.tokens_until("untouched") == 300_000  # after 200,000 the mean is 1.25 %
+    assert found.tokens_until_both == 300_000
+    assert found.sink_rate == pytest.approx([50.0, 50.0])
+    assert found.without == pytest.approx([100.0, 100.0])
+
+
+def test_the_continued_model_is_that_of_the_same_seed_and_rate(load):
+    runs = [result("mean", 1, [30.0, 18.0]), result("mean", 2, [30.0, 18.0])]
+    others = [plain(1, 17.9), plain(2, 17.0), plain(1, 1.0, lr="5e-3")]
+    (found,) = compared(load, *others, *runs)
+    assert found.excess["continued"][1] == pytest.approx([100 * (18 / 17.9 - 1), 100 * (18 / 17 - 1)])
+    assert found.excess["untouched"][1] == pytest.approx([-10.0, -10.0])
+    assert (found.tokens_until("untouched"), found.tokens_until("continued")) == (100_000, None)
+    assert found.tokens_until_both is None
+    assert found.cost["continued"][1] == pytest.approx([0.0, 0.0])
+    assert found.cost["untouched"][1] == pytest.approx([0.01, 0.01])
+    (alone,) = compared(load, plain(1, 17.9), *runs)  # one seed's model is missing
+    assert list(alone.excess) == ["untouched"]
+
+
+def test_frozen_weights_are_compared_with_the_untouched_model_alone(load):
+    runs = [plain(1, 10.0), result("mean", 1, [30.0, 20.1], is_frozen=True)]
+    (found,) = compared(load, *runs)
+    assert list(found.excess) == ["untouched"]
+    assert found.tokens_until_both == 100_000
+
+
+def test_checkpoints_that_not_all_seeds_have_are_left_out(load):
+    (found,) = compared(load, plain(1, 20.0), result("mean", 1, [30.0, 20.0]), result("mean", 2, [30.0]))
+    assert found.tokens == [0]
+
+
+def test_the_answer_names_the_fewest_tokens_and_then_the_least_loss(load):
+    module = load("retrofit_report")
+    fast = result("mean", 1, [30.0, 20.0, 20.0], lr="3e-3", is_frozen=True)
+    slow = result("random", 1, [30.0, 25.0, 20.0])
+    found = {"window": 124, "runs": [plain(1, 20.0, 20.0), slow, fast]}
+    text = module.report(found)
+    assert text.startswith(
+        "After 0.1 M tokens, 1+124 with the sink token is within 1 % of 4+124 of the vanilla model (initial row: mean; "
+        "other weights: frozen; learning rate 3e-3). 2 of 2 configurations reach this."
+    )
+    assert "| random | trained | 1e-3 | 1 | 0.2 M | 0.2 M | +0.00 | +0.00 | +0.0200 | +0.0000 | 50.0 | +100.0 |" in text
+    assert "| mean, frozen, 3e-3 | +50.00 | +0.00 | +0.00 |" in text
+    never = {"window": 124, "runs": [plain(1, 20.0), result("mean", 1, [30.0, 25.0])]}
+    assert module.report(never).startswith("After 0.1 M tokens, no configuration has 1+124 within 1 % of 4+124.")
+
+
+@pytest.mark.parametrize("key", ["data_fingerprint", "text"])
+def test_retrofits_on_other_data_or_texts_are_not_compared(load, key):
+    with pytest.raises(ValueError, match=f"the runs differ in {key}, so they cannot be compared"):
+        compared(load, plain(1, 20.0), result("mean", 1, [30.0], **{key: "other"}))
+
+
+def test_a_mean_has_the_standard_error_over_seeds(load):
+    load("retrofit_report")  # puts study/ on the path
+    shown = importlib.import_module("seed_tables").mean_and_error
+    assert shown([1.0, 2.0, 4.0], 3) == f"2.333 ± {math.sqrt(7 / 3 / 3):.3f}"
+    assert shown([-1.0, -2.0], 1, "+") == "−1.5 ± 0.5"
+    assert (shown([2.0], 2, "+"), shown([], 2)) == ("+2.00", "")
+
+
+def write_quantized(folder: Path, name: str, increase: float, largest: float, samples: str = "s") -> None:
+    formats = [{"format": "w8", "increase": increase, "stderr": 0.5}]
+    measured = {"name": name, "model": {}, "samples": {"ids_sha256": samples}, "loss": 3.0, "formats": formats}
+    measured |= {"largest_activation": largest, "largest_ratio": 10 * largest, "massive_activations": [{}, {}]}
+    for part, content in {
+        f"results/{name}/quantization.json": {"versions": {}, "notes": [], "num_tokens": 9, "runs": [measured]},
+        f"runs/{name}/environment.json": {"torch": "2"},
+    }.items():
+        path = folder / part
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(content))
+
+
+def test_quantization_is_by_depth_and_arm_with_the_error_over_seeds(load, tmp_path):
+    module = load("quantization_study")
+    write_quantized(tmp_path, "none-8-layers-seed-2", 0.3, 100.0)
+    write_quantized(tmp_path, "none-8-layers-seed-1234", 0.1, 50.0)
+    write_quantized(tmp_path, "kv_bias-24-layers-seed-2", -0.01, 5.0)
+    text = module.report(module.collect(tmp_path))
+    none = "| none | 2 | 75.0 ± 25.0 | 750 ± 250 | 2.0 ± 0.0 | 3.0000 ± 0.0000 | +0.2000 ± 0.1000 |"
+    assert text.index("8 layers\n") < text.index(none) < text.index("24 layers\n")
+    assert text.rstrip().endswith("| kv_bias | 1 | 5.0 | 50 | 2.0 | 3.0000 | −0.0100 |")
+    write_quantized(tmp_path, "gate-8-layers-seed-2", 0.3, 1.0, samples="other")
+    with pytest.raises(ValueError, match="were measured on different samples: use another folder"):
+        module.collect(tmp_path)
+
+
+def test_the_name_of_a_retrofit_has_all_that_it_differs_by(load):
+    module = load("retrofit_study")
+    for run in (module.Run("mean", True, "5e-4", "2"), module.Run("plain", False, "1.6e-3", "1")):
+        row, frozen, lr, seed = module.NAME.fullmatch(run.name).groups()
+        assert module.Run(row, bool(frozen), lr, seed) == run
