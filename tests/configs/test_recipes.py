@@ -61,6 +61,9 @@ WINDOWS = {
         "train.segment_length=1024",
     ],
 }
+# Recipes that also exist with frozen weights: the recipe of the model that they continue, and their
+# positions.
+RETROFITS = {"retrofit/study": ("study/vanilla", 33e6), "retrofit/pythia-160m": ("pythia-160m", 131e6)}
 STUDY_TOKENIZER_SIZE = 4000
 CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
 
@@ -74,6 +77,7 @@ def test_the_recipes_are_these():
     others |= {"recall/learnable-sink", "recall/vanilla"}
     windows = {"windows/full", *WINDOWS, "windows/pythia-160m", "windows/continue-160m"}
     muon = {"muon/vanilla", "muon/learnable-sink"}
+    muon |= RETROFITS.keys() | {f"{name}-frozen" for name in RETROFITS}
     assert set(recipe_names()) == others | windows | muon | {f"pythia-{size}" for size in PYTHIA}
 
 
@@ -140,6 +144,27 @@ def test_a_recipe_of_the_windows_differs_from_full_attention_by_its_name_alone(n
     for config in (found, expected):
         del config["train"]["run_dir"]
     assert found == expected
+
+
+@pytest.mark.parametrize("name", RETROFITS)
+def test_a_retrofit_goes_on_at_the_rate_at_which_the_pretraining_ended(name):
+    plan = plan_of(name)
+    pretraining, num_positions = RETROFITS[name]
+    before, now = load_config(pretraining).optimizer, plan.config.optimizer
+    assert now.lr == pytest.approx(before.lr * before.min_lr_ratio)
+    assert now.min_lr_ratio == 1
+    assert plan.num_positions == pytest.approx(num_positions, rel=0.01)
+    assert plan.num_sinks == 1
+    assert plan.config.model.init_from is not None
+
+
+@pytest.mark.parametrize("name", RETROFITS)
+def test_a_frozen_retrofit_differs_by_what_it_trains_alone(name):
+    frozen, trained = load_config(f"{name}-frozen"), load_config(name)
+    same = ["train.only_sinks=true", "deepspeed.zero_stage=0", f"optimizer.lr={frozen.optimizer.lr}"]
+    same.append(f"train.run_dir={frozen.train.run_dir}")
+    assert frozen == load_config(name, same) != trained
+    assert frozen.optimizer.lr > trained.optimizer.lr
 
 
 def test_windows_of_the_160m():
