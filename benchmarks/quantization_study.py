@@ -17,7 +17,6 @@ is a mean over seeds, with its standard error; the error over samples is in the 
 import argparse
 import json
 import sys
-import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -25,10 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import study_jobs
-from study_settings import keep_settings
 
 from sinklm.extras import require_extra
-from sinklm.files import write_json, write_text
 from sinklm.train.recipe import load_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
@@ -62,18 +59,14 @@ class Model:
 
 def main() -> None:
     arguments = parse()
-    deadline = time.monotonic() + 60 * arguments.minutes
-    keep_settings(arguments.folder, {name: getattr(arguments, name) for name in SETTINGS})
+    settings, deadline = study_jobs.begin(arguments, SETTINGS)
     require_extra("quantization")
     choices = product(arguments.layers, arguments.seeds, arguments.arms)
     models = [Model(arm, layers, seed) for layers, seed, arm in choices]
     pairs = [(training(model, arguments), measuring(model, arguments)) for model in models]
     is_done = study_jobs.run_in_parts(pairs, deadline, arguments.per_gpu)
-    found = {"settings": {name: getattr(arguments, name) for name in SETTINGS}, "models": collect(arguments.folder)}
-    write_json(arguments.folder / "quantization.json", found)
-    write_text(arguments.folder / "quantization.md", text := report(found["models"]))
-    print("\n" + text + ("all done" if is_done else "not done: repeat the command"), flush=True)
-    sys.exit(not is_done)
+    found = {"settings": settings, "models": collect(arguments.folder)}
+    study_jobs.conclude(arguments.folder / "quantization", found, report(found["models"]), is_done=is_done)
 
 
 def parse() -> argparse.Namespace:

@@ -74,7 +74,7 @@ def configurations(found: dict[str, Any]) -> list[Configuration]:
     for run in runs:
         if run["row"] != "plain":
             groups.setdefault((run["row"], run["is_frozen"], run["lr"]), []).append(run)
-    return [compared(group, plain, found["window"]) for group in groups.values() if plain]
+    return [compared(group, plain, found["settings"]["window"]) for group in groups.values() if plain]
 
 
 def compared(group: list[dict[str, Any]], plain: dict, window: int) -> Configuration:
@@ -109,7 +109,7 @@ def report(found: dict[str, Any]) -> str:
     if not ready:
         return "No configuration was measured yet.\n\n"
     parts = [
-        answer(ready, found["window"]),
+        answer(ready, found["settings"]["window"]),
         summary(ready),
         *(by_tokens(ready, name) for name in (UNTOUCHED, CONTINUED)),
     ]

@@ -23,7 +23,6 @@ import argparse
 import json
 import re
 import sys
-import time
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -31,7 +30,6 @@ from typing import Any
 
 import study_jobs
 import torch
-from study_settings import keep_settings
 
 from sinklm.checkpoints.checks import checked_config
 from sinklm.checkpoints.export import export_model
@@ -40,7 +38,6 @@ from sinklm.checkpoints.importing import import_model
 from sinklm.checkpoints.sink_rows import SinkRow
 from sinklm.checkpoints.warm_start import architecture
 from sinklm.eval.report import library_versions
-from sinklm.files import write_json, write_text
 from sinklm.train.recipe import load_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
@@ -70,18 +67,14 @@ class Run:
 
 def main() -> None:
     arguments = parse()
-    deadline = time.monotonic() + 60 * arguments.minutes
-    keep_settings(arguments.folder, {name: getattr(arguments, name) for name in SETTINGS})
+    settings, deadline = study_jobs.begin(arguments, SETTINGS)
     vanilla = vanilla_model(arguments, deadline)
     is_done = vanilla is not None
     if vanilla is not None:
         pairs = [(training(each, vanilla, arguments), measuring(each, arguments)) for each in planned(arguments)]
         is_done = study_jobs.run_in_parts(pairs, deadline, arguments.per_gpu)
-    found = collect(arguments)
-    write_json(arguments.folder / "retrofit.json", found)
-    write_text(arguments.folder / "retrofit.md", text := report(found))
-    print("\n" + text + ("all done" if is_done else "not done: repeat the command"), flush=True)
-    sys.exit(not is_done)
+    found = {"settings": settings, "versions": library_versions(), "runs": collect(arguments.folder)}
+    study_jobs.conclude(arguments.folder / "retrofit", found, report(found), is_done=is_done)
 
 
 def parse() -> argparse.Namespace:
@@ -166,16 +159,15 @@ def measuring(each: Run, arguments: argparse.Namespace) -> Job:
     return Job(f"{each.name} measure", tuple(map(str, command)), output.with_suffix(".log"))
 
 
-def collect(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings, and the results of all runs whose checkpoints are all measured."""
+def collect(folder: Path) -> list[dict[str, Any]]:
+    """Return the results of all runs whose checkpoints are all measured."""
     runs = []
-    for path in sorted((arguments.folder / "results").glob("*.json")):
+    for path in sorted((folder / "results").glob("*.json")):
         row, frozen, lr, seed = NAME.fullmatch(path.stem).groups()  # type: ignore[union-attr]  # made by `Run.name`
         if path.with_suffix(".log").exists():
             each = Run(row, bool(frozen), lr, seed)
             runs.append({**vars(each), **json.loads(path.read_text(encoding="utf-8"))})
-    settings = {name: getattr(arguments, name) for name in SETTINGS}
-    return {"settings": settings, "versions": library_versions(), "window": arguments.window, "runs": runs}
+    return runs
 
 
 if __name__ == "__main__":

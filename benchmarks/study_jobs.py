@@ -4,7 +4,11 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any, NoReturn
 
+from study_settings import keep_settings
+
+from sinklm.files import write_json, write_text
 from sinklm.train.recipe import load_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
@@ -50,6 +54,25 @@ def run_in_parts(pairs: list[tuple[Job, Job]], deadline: float, per_gpu: int) ->
         is_done = run([training for training, _ in part], deadline, per_gpu) and is_done
         is_done = run([measuring for training, measuring in part if training.is_done], deadline, per_gpu) and is_done
     return is_done
+
+
+def begin(arguments: argparse.Namespace, names: tuple[str, ...]) -> tuple[dict[str, Any], float]:
+    """Return the settings of these names, and the deadline of this call, of `time.monotonic`.
+
+    Raises:
+        SystemExit: the folder was begun with other settings.
+    """
+    settings = {name: getattr(arguments, name) for name in names}
+    keep_settings(arguments.folder, settings)
+    return settings, time.monotonic() + 60 * arguments.minutes
+
+
+def conclude(path: Path, found: dict[str, Any], text: str, *, is_done: bool) -> NoReturn:
+    """Write results and tables of a study as ``path.json`` and ``path.md``, and end the process."""
+    write_json(path.with_suffix(".json"), found)
+    write_text(path.with_suffix(".md"), text)
+    print(f"\n{text}{'all done' if is_done else 'not done: repeat the command'}", flush=True)
+    sys.exit(not is_done)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -36,7 +36,7 @@ def plain(seed: int, *perplexities: float, lr: str = "1e-3") -> dict:
 
 
 def compared(load, *runs: dict):
-    return load("retrofit_report").configurations({"window": 124, "runs": list(runs)})
+    return load("retrofit_report").configurations({"settings": {"window": 124}, "runs": list(runs)})
 
 
 def test_tokens_are_those_after_which_the_mean_stays_within_one_percent(load):
@@ -81,7 +81,7 @@ def test_the_answer_names_the_fewest_tokens_and_then_the_least_loss(load):
     module = load("retrofit_report")
     fast = result("mean", 1, [30.0, 20.0, 20.0], lr="3e-3", is_frozen=True)
     slow = result("random", 1, [30.0, 25.0, 20.0])
-    found = {"window": 124, "runs": [plain(1, 20.0, 20.0), slow, fast]}
+    found = {"settings": {"window": 124}, "runs": [plain(1, 20.0, 20.0), slow, fast]}
     text = module.report(found)
     assert text.startswith(
         "After 0.1 M tokens, 1+124 with the sink token is within 1 % of 4+124 of the vanilla model (initial row: mean; "
@@ -89,7 +89,7 @@ def test_the_answer_names_the_fewest_tokens_and_then_the_least_loss(load):
     )
     assert "| random | trained | 1e-3 | 1 | 0.2 M | 0.2 M | +0.00 | +0.00 | +0.0200 | +0.0000 | 50.0 | +100.0 |" in text
     assert "| mean, frozen, 3e-3 | +50.00 | +0.00 | +0.00 |" in text
-    never = {"window": 124, "runs": [plain(1, 20.0), result("mean", 1, [30.0, 25.0])]}
+    never = {"settings": {"window": 124}, "runs": [plain(1, 20.0), result("mean", 1, [30.0, 25.0])]}
     assert module.report(never).startswith("After 0.1 M tokens, no configuration has 1+124 within 1 % of 4+124.")
 
 

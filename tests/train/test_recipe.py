@@ -186,8 +186,8 @@ def test_a_bad_file_is_named(tmp_path, text, message):
 def test_a_recipe_that_does_not_exist_is_named():
     with pytest.raises(
         FileNotFoundError,
-        match=r"there is no recipe 'pythia-160': did you mean pythia-160m, continue/pythia-160m or "
-        r"windows/pythia-160m\?",
+        match=r"there is no recipe 'pythia-160': did you mean pythia-160m, continue/pythia-160m, "
+        r"retrofit/pythia-160m, retrofit/pythia-160m-frozen or windows/pythia-160m\?",
     ):
         load_config("pythia-160")
     with pytest.raises(FileNotFoundError, match=r"recipe runs/mine\.yaml: no such file"):
