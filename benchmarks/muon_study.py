@@ -24,13 +24,12 @@ With --per-gpu above 1, runs share the GPU and slow each other down: then measur
 import argparse
 import json
 import sys
-import time
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
 import study_jobs
-from study_jobs import run
+from study_jobs import Deadline, run
 from study_settings import keep_settings
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
@@ -46,7 +45,7 @@ NUM_VALIDATIONS = 20
 
 def main() -> None:
     arguments = parse()
-    deadline = time.monotonic() + 60 * arguments.minutes
+    deadline = Deadline(arguments.minutes)
     keys = {"--base": "base", "--million-tokens": "million_tokens", "settings": "settings"}
     keys |= {"--text": "text", "--tokens": "tokens"}
     keep_settings(arguments.folder, {name: getattr(arguments, key) for name, key in keys.items()})
@@ -62,7 +61,7 @@ def main() -> None:
     sys.exit(not is_done)
 
 
-def evaluate_trained(jobs: dict[str, Job], deadline: float, arguments: argparse.Namespace) -> bool:
+def evaluate_trained(jobs: dict[str, Job], deadline: Deadline, arguments: argparse.Namespace) -> bool:
     """Evaluate the trained models, and write their results. Returns whether all are done."""
     is_done = True
     for name, job in jobs.items():

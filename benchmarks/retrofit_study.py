@@ -102,7 +102,7 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def vanilla_model(arguments: argparse.Namespace, deadline: float) -> str | None:
+def vanilla_model(arguments: argparse.Namespace, deadline: study_jobs.Deadline) -> str | None:
     """Return the vanilla model, which is trained if none was given; None if it is not finished."""
     if arguments.vanilla:
         return arguments.vanilla

@@ -32,15 +32,33 @@ def num_steps(recipe: str, settings: list[str], million_tokens: float | None) ->
     return train.num_steps if million_tokens is None else round(1e6 * million_tokens / train.batch_size_tokens)
 
 
-def run(jobs: list[Job], deadline: float, per_gpu: int) -> bool:
-    """Run the jobs until the deadline, of `time.monotonic`. Returns whether all are done."""
-    minutes = (deadline - time.monotonic()) / 60
-    if minutes <= 0:
+class Deadline:
+    """The end of a call: after its minutes, or when it is interrupted."""
+
+    def __init__(self, minutes: float):
+        self._end = time.monotonic() + 60 * minutes
+
+    @property
+    def minutes(self) -> float:
+        """The time left; 0 or less when it is over."""
+        return (self._end - time.monotonic()) / 60
+
+    def end(self) -> None:
+        self._end = -float("inf")
+
+
+def run(jobs: list[Job], deadline: Deadline, per_gpu: int) -> bool:
+    """Run the jobs until the deadline. Returns whether all are done."""
+    if (minutes := deadline.minutes) <= 0:
         return all(job.is_done for job in jobs)
-    return JobQueue(jobs, per_gpu=per_gpu, minutes=minutes).run()
+    queue = JobQueue(jobs, per_gpu=per_gpu, minutes=minutes)
+    is_done = queue.run()
+    if queue.is_interrupted:
+        deadline.end()
+    return is_done
 
 
-def run_in_parts(pairs: list[tuple[Job, Job]], deadline: float, per_gpu: int) -> bool:
+def run_in_parts(pairs: list[tuple[Job, Job]], deadline: Deadline, per_gpu: int) -> bool:
     """Run trainings, as many as run at once, and then what measures them; then the next ones.
 
     Args:
@@ -56,15 +74,15 @@ def run_in_parts(pairs: list[tuple[Job, Job]], deadline: float, per_gpu: int) ->
     return is_done
 
 
-def begin(arguments: argparse.Namespace, names: tuple[str, ...]) -> tuple[dict[str, Any], float]:
-    """Return the settings of these names, and the deadline of this call, of `time.monotonic`.
+def begin(arguments: argparse.Namespace, names: tuple[str, ...]) -> tuple[dict[str, Any], Deadline]:
+    """Return the settings of these names, and the deadline of this call.
 
     Raises:
         SystemExit: the folder was begun with other settings.
     """
     settings = {name: getattr(arguments, name) for name in names}
     keep_settings(arguments.folder, settings)
-    return settings, time.monotonic() + 60 * arguments.minutes
+    return settings, Deadline(arguments.minutes)
 
 
 def conclude(path: Path, found: dict[str, Any], text: str, *, is_done: bool) -> NoReturn:

@@ -46,7 +46,12 @@ class JobQueue:
         per_gpu: number of jobs that share a GPU, because a small model does not use all of it.
         minutes: after this time, running jobs receive SIGTERM, on which a training run saves.
             SIGTERM and Ctrl-C have the same effect.
+
+    Attributes:
+        is_interrupted: whether SIGTERM or Ctrl-C ended it.
     """
+
+    is_interrupted = False
 
     def __init__(self, jobs: list[Job], *, per_gpu: int = 1, minutes: float | None = None):
         self._jobs = jobs
@@ -78,6 +83,7 @@ class JobQueue:
 
     def _end_soon(self, number: int, frame: object) -> None:
         self._deadline = 0.0
+        self.is_interrupted = True
 
     def _start_waiting(self) -> None:
         while self._waiting and self._free and not self._is_stopping:

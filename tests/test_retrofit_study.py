@@ -3,6 +3,8 @@
 import importlib
 import json
 import math
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,6 +107,35 @@ def test_a_mean_has_the_standard_error_over_seeds(load):
     assert shown([1.0, 2.0, 4.0], 3) == f"2.333 ± {math.sqrt(7 / 3 / 3):.3f}"
     assert shown([-1.0, -2.0], 1, "+") == "−1.5 ± 0.5"
     assert (shown([2.0], 2, "+"), shown([], 2)) == ("+2.00", "")
+
+
+def test_an_interrupted_study_starts_nothing_more(load, tmp_path, monkeypatch):
+    study_jobs = load("study_jobs")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(study_jobs, "visible_gpus", lambda: [""])
+    jobs = importlib.import_module("jobs")
+
+    def job(name: str, code: str) -> object:
+        return jobs.Job(name, (sys.executable, "-c", code), tmp_path / f"{name}.log")
+
+    stop = f"import os, signal, time; os.kill({os.getpid()}, signal.SIGINT); time.sleep(9)"
+    later = tmp_path / "later"
+    pairs = [(job("first", "pass"), job("measured", stop)), (job("next", f"open({str(later)!r}, 'w')"), job("n", ""))]
+    assert not study_jobs.run_in_parts(pairs, study_jobs.Deadline(float("inf")), per_gpu=1)
+    assert (pairs[0][0].is_done, pairs[0][1].is_done, later.exists()) == (True, False, False)
+    pairs[0] = (pairs[0][0], job("measured", "pass"))
+    assert study_jobs.run_in_parts(pairs, study_jobs.Deadline(float("inf")), per_gpu=1)
+    assert later.exists()
+
+
+def test_a_job_that_fails_does_not_stop_the_others(load, tmp_path, monkeypatch):
+    study_jobs = load("study_jobs")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    jobs = importlib.import_module("jobs")
+    ended = [(jobs.Job(n, (sys.executable, "-c", c), tmp_path / f"{n}.log")) for n, c in {"a": "1/0", "b": ""}.items()]
+    pairs = [(ended[0], ended[1]), (ended[1], ended[1])]
+    assert not study_jobs.run_in_parts(pairs, study_jobs.Deadline(float("inf")), per_gpu=1)
+    assert (ended[0].is_done, ended[1].is_done) == (False, True)
 
 
 def write_quantized(folder: Path, name: str, increase: float, largest: float, samples: str = "s") -> None:
