@@ -81,6 +81,14 @@ def test_a_run_goes_on_in_another_precision(recipe, settings, run, plan, tmp_pat
     torch.testing.assert_close(weights(tmp_path, 8)[EMBEDDING], weights(run, 8)[EMBEDDING], atol=0.02, rtol=0)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_no_other_weight_changes_on_a_gpu(recipe, settings, plan, tmp_path, precision):
+    train(recipe, [*settings, f"train.run_dir={tmp_path}", f"train.precision={precision}", "train.compile=true"])
+    assert_only_the_sinks_changed(weights(tmp_path, 8), saved_names(started(plan)))
+    assert losses(tmp_path)[8] < losses(tmp_path)[1]
+
+
 def test_a_run_cannot_change_what_it_trains(recipe, settings, run, tmp_path):
     copy_checkpoint(run, 4, tmp_path)
     with pytest.raises(ValueError, match=r"train\.only_sinks is False, but .* was trained with True: restore"):
