@@ -26,7 +26,6 @@ from typing import Any
 import study_jobs
 
 from sinklm.extras import require_extra
-from sinklm.train.recipe import load_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
 from jobs import SINKLM, Job
@@ -73,13 +72,20 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings for all runs")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--layers", nargs="+", type=int, default=[8, 24])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1234, 2])
+    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--layers", default="8,24")
+    parser.add_argument("--seeds", default="1234,2")
     parser.add_argument("--million-tokens", type=float, help="positions of each run; default: as in the recipe")
     parser.add_argument("--num-sequences", type=int, default=100, help="samples of each evaluation")
     study_jobs.add_options(parser)
-    return parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args()
+    arguments.arms = arguments.arms.split(",")
+    arguments.layers, arguments.seeds = (
+        list(map(int, text.split(","))) for text in (arguments.layers, arguments.seeds)
+    )
+    if unknown := [arm for arm in arguments.arms if arm not in ARMS]:
+        parser.error(f"--arms has {unknown[0]}: choose from {', '.join(ARMS)}")
+    return arguments
 
 
 def training(model: Model, arguments: argparse.Namespace) -> Job:
@@ -89,7 +95,7 @@ def training(model: Model, arguments: argparse.Namespace) -> Job:
 
 
 def measuring(model: Model, arguments: argparse.Namespace) -> Job:
-    store = load_config(ARMS[model.arm], arguments.settings).data.path
+    store = study_jobs.store_of(ARMS[model.arm], arguments.settings)
     output = arguments.folder / "results" / model.name
     command = [*SINKLM, "eval", "quantization", arguments.folder / "runs" / model.name, "--data", store]
     command += ["--num-sequences", arguments.num_sequences, "--output", output, "--quiet"]

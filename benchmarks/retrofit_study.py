@@ -38,7 +38,6 @@ from sinklm.checkpoints.importing import import_model
 from sinklm.checkpoints.sink_rows import SinkRow
 from sinklm.checkpoints.warm_start import architecture
 from sinklm.eval.report import library_versions
-from sinklm.train.recipe import load_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
 from jobs import Job
@@ -67,6 +66,7 @@ class Run:
 
 def main() -> None:
     arguments = parse()
+    study_jobs.store_of(arguments.recipe, arguments.settings)
     settings, deadline = study_jobs.begin(arguments, SETTINGS)
     vanilla = vanilla_model(arguments, deadline)
     is_done = vanilla is not None
@@ -99,6 +99,8 @@ def parse() -> argparse.Namespace:
         setattr(arguments, name, [value for value in getattr(arguments, name).split(",") if value])
     if unknown := [row for row in arguments.rows if row not in tuple(SinkRow)]:
         parser.error(f"--rows has {unknown[0]}: choose from {', '.join(SinkRow)}")
+    if missing := [path for path in arguments.text if not Path(path).is_file()]:
+        parser.error(f"--text {missing[0]}: no such file")
     return arguments
 
 
@@ -150,7 +152,7 @@ def start(each: Run, vanilla: str, folder: Path) -> Path:
 
 def measuring(each: Run, arguments: argparse.Namespace) -> Job:
     output = arguments.folder / "results" / f"{each.name}.json"
-    store = load_config(arguments.recipe, arguments.settings).data.path
+    store = study_jobs.store_of(arguments.recipe, arguments.settings)
     options = {"--store": store, "--window": arguments.window, "--length": arguments.length}
     options |= {"--held-out": arguments.held_out, "--output": output}
     command = [sys.executable, Path(__file__).with_name("retrofit_measure.py"), arguments.folder / "runs" / each.name]

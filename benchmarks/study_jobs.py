@@ -32,6 +32,18 @@ def num_steps(recipe: str, settings: list[str], million_tokens: float | None) ->
     return train.num_steps if million_tokens is None else round(1e6 * million_tokens / train.batch_size_tokens)
 
 
+def store_of(recipe: str, settings: list[str]) -> str:
+    """Return the token store of a recipe with these settings.
+
+    Raises:
+        ValueError: none is set.
+    """
+    store = load_config(recipe, settings).data.path
+    if store is None:
+        raise ValueError("no token store: add data.path=STORE, a folder made by `sinklm prepare`")
+    return store
+
+
 class Deadline:
     """The end of a call: after its minutes, or when it is interrupted."""
 

@@ -84,6 +84,7 @@ def test_calls_for_other_parts_and_sizes_add_to_a_report(tmp_path):
 def test_other_settings_need_another_folder(script, first, same, other, named, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(train.__file__).parent))
     monkeypatch.chdir(tmp_path)
+    Path("a.txt").touch()
     module = importlib.import_module(script)
     monkeypatch.setattr(module, "require_extra", lambda name: None, raising=False)
     main = module.main

@@ -165,6 +165,28 @@ def test_quantization_is_by_depth_and_arm_with_the_error_over_seeds(load, tmp_pa
         module.collect(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("retrofit_study", ["F", "--text", "a.txt", "--rows", "zero"], "--rows has zero: choose from mean, endoftext"),
+        ("retrofit_study", ["F", "--text", "b.txt"], "--text b.txt: no such file"),
+        ("retrofit_study", ["F", "--text", "a.txt"], "no token store: add data.path=STORE"),
+        ("quantization_study", ["F", "--arms", "token,gates"], "--arms has gates: choose from none, token"),
+        ("quantization_study", ["F"], "no token store: add data.path=STORE"),
+    ],
+)
+def test_a_wrong_call_is_refused_before_any_training(load, tmp_path, monkeypatch, capsys, script, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").touch()
+    module = load(script)
+    monkeypatch.setattr(module, "require_extra", lambda name: None, raising=False)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises((SystemExit, ValueError)) as ended:
+        module.main()
+    assert message in f"{ended.value}{capsys.readouterr().err}"
+    assert not Path("F", "runs").exists()
+
+
 def test_the_name_of_a_retrofit_has_all_that_it_differs_by(load):
     module = load("retrofit_study")
     for run in (module.Run("mean", True, "5e-4", "2"), module.Run("plain", False, "1.6e-3", "1")):
