@@ -1,7 +1,7 @@
 """How many tokens of training a new sink token needs to stream as well as four kept tokens.
 
     python benchmarks/retrofit_study.py results/retrofit data.path=stores/study \\
-        --vanilla examples/checkpoints/vanilla --text book.txt --per-gpu 4 --minutes 8
+        --vanilla runs/study/runs/vanilla --text book.txt --per-gpu 4 --minutes 8
 
 Trains, from one vanilla model, `retrofit/study` and `retrofit/study-frozen` for each initial row of
 the sink, learning rate and seed (of the order of the data, and of a random row), and continues the
