@@ -124,10 +124,14 @@ def answer(ready: Iterable[Configuration], window: int) -> str:
         largest = max(each.tokens[-1] for each in ready)
         return f"After {in_words(largest)} tokens, no configuration has 1+{window} within {PERCENT:g} % of 4+{window}."
     best = min(within, key=lambda each: (each.tokens_until_both, fmean(each.cost[UNTOUCHED][-1])))
+    how = f"initial row: {best.row}; other weights: {best.weights}; learning rate {best.lr}"
+    when = f"After {in_words(best.tokens_until_both)} tokens"
+    if best.tokens_until_both == 0:
+        at_once = {each.row for each in within if each.tokens_until_both == 0}
+        when, how = "Before any training", f"initial row: {' or '.join(sorted(at_once))}"
     return (
-        f"After {in_words(best.tokens_until_both or 0)} tokens, 1+{window} with the sink token is within {PERCENT:g} % "
-        f"of 4+{window} of the vanilla model (initial row: {best.row}; other weights: {best.weights}; learning rate "
-        f"{best.lr}). {len(within)} of {len(ready)} configurations reach this."
+        f"{when}, 1+{window} with the sink token is within {PERCENT:g} % of 4+{window} of the vanilla model ({how}). "
+        f"{len(within)} of {len(ready)} configurations reach this and keep it."
     )
 
 

@@ -73,6 +73,7 @@ def main() -> None:
     if vanilla is not None:
         pairs = [(training(each, vanilla, arguments), measuring(each, arguments)) for each in planned(arguments)]
         is_done = study_jobs.run_in_parts(pairs, deadline, arguments.per_gpu)
+    settings |= {"text": [Path(path).name for path in arguments.text], "vanilla": vanilla and Path(vanilla).name}
     found = {"settings": settings, "versions": library_versions(), "runs": collect(arguments.folder)}
     study_jobs.conclude(arguments.folder / "retrofit", found, report(found), is_done=is_done)
 

@@ -87,14 +87,15 @@ def run_in_parts(pairs: list[tuple[Job, Job]], deadline: Deadline, per_gpu: int)
 
 
 def begin(arguments: argparse.Namespace, names: tuple[str, ...]) -> tuple[dict[str, Any], Deadline]:
-    """Return the settings of these names, and the deadline of this call.
+    """Return the settings of these names, without the path of the store, and the deadline.
 
     Raises:
         SystemExit: the folder was begun with other settings.
     """
     settings = {name: getattr(arguments, name) for name in names}
     keep_settings(arguments.folder, settings)
-    return settings, Deadline(arguments.minutes)
+    values = [value for value in settings["settings"] if not value.startswith("data.path=")]
+    return settings | {"settings": values}, Deadline(arguments.minutes)
 
 
 def conclude(path: Path, found: dict[str, Any], text: str, *, is_done: bool) -> NoReturn:

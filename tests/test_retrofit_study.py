@@ -1,5 +1,6 @@
 """The studies of retrofits and of quantization: what their tables and answers are made of."""
 
+import argparse
 import importlib
 import json
 import math
@@ -8,8 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from tokenizers import Tokenizer
 
 from benchmarks import train
+from sinklm.checkpoints.warm_start import load_weights
+from sinklm.models import SinkGPTNeoXForCausalLM
+from sinklm.train.plan import Plan
+from sinklm.train.recipe import load_config
+
+from .checkpoints.pythia import write_pythia
+from .train.tiny import make_store
 
 VANILLA = 20.0  # perplexity of the untouched vanilla model with 4+124
 
@@ -87,10 +97,15 @@ def test_the_answer_names_the_fewest_tokens_and_then_the_least_loss(load):
     text = module.report(found)
     assert text.startswith(
         "After 0.1 M tokens, 1+124 with the sink token is within 1 % of 4+124 of the vanilla model (initial row: mean; "
-        "other weights: frozen; learning rate 3e-3). 2 of 2 configurations reach this."
+        "other weights: frozen; learning rate 3e-3). 2 of 2 configurations reach this and keep it."
     )
     assert "| random | trained | 1e-3 | 1 | 0.2 M | 0.2 M | +0.00 | +0.00 | +0.0200 | +0.0000 | 50.0 | +100.0 |" in text
     assert "| mean, frozen, 3e-3 | +50.00 | +0.00 | +0.00 |" in text
+    at_once = [result("mean", 1, [20.1, 20.0]), result("random", 1, [20.0, 20.0]), result("endoftext", 1, [25.0, 20.0])]
+    assert module.report({"settings": {"window": 124}, "runs": [plain(1, 20.0), *at_once]}).startswith(
+        "Before any training, 1+124 with the sink token is within 1 % of 4+124 of the vanilla model (initial row: mean "
+        "or random). 3 of 3 configurations reach this and keep it."
+    )
     never = {"settings": {"window": 124}, "runs": [plain(1, 20.0), result("mean", 1, [30.0, 25.0])]}
     assert module.report(never).startswith("After 0.1 M tokens, no configuration has 1+124 within 1 % of 4+124.")
 
@@ -163,6 +178,36 @@ def test_quantization_is_by_depth_and_arm_with_the_error_over_seeds(load, tmp_pa
     write_quantized(tmp_path, "gate-8-layers-seed-2", 0.3, 1.0, samples="other")
     with pytest.raises(ValueError, match="were measured on different samples: use another folder"):
         module.collect(tmp_path)
+
+
+@pytest.mark.parametrize("num_rows", [384, 300], ids=["room for a sink", "no unused row"])
+def test_runs_start_from_a_folder_of_pythias_form(load, tmp_path, num_rows):
+    module = load("retrofit_study")
+    store = make_store(tmp_path)
+    tokenizer = Tokenizer.from_file(str(store / "tokenizer.json"))
+    vanilla = write_pythia(tmp_path / "pythia", vocab_size=num_rows, tokenizer=tokenizer)
+    settings = [f"data.path={store}", "train.seq_length=32", "train.batch_size_tokens=64", "train.micro_batch_size=2"]
+    arguments = argparse.Namespace(recipe="retrofit/pythia-160m", folder=tmp_path, settings=settings, million_tokens=1)
+
+    def started(*run: str | bool) -> SinkGPTNeoXForCausalLM:
+        recipe, *overrides = module.training(module.Run(*run), str(vanilla), arguments).command[4:]
+        config = load_config(recipe, overrides)
+        assert (config.train.only_sinks, config.optimizer.lr, config.train.num_steps) == (run[1], 1e-3, 15_625)
+        return load_weights(config.model.init_from, Plan(config, 1, 300).model_config)
+
+    plain = started("plain", False, "1e-3", "1")
+    assert (plain.config.num_sinks, plain.config.vocab_size) == (0, num_rows)
+    rows = {}
+    for row, is_frozen in (("mean", False), ("endoftext", True), ("random", False)):
+        model = started(row, is_frozen, "1e-3", "1")
+        assert model.config.sink_token_ids == [300]
+        for name, weight in model.gpt_neox.layers.state_dict().items():
+            assert torch.equal(weight, plain.gpt_neox.layers.state_dict()[name])
+        rows[row] = model.gpt_neox.embed_in.weight[300]
+    embedding = plain.gpt_neox.embed_in.weight[:300]
+    assert torch.equal(rows["endoftext"], embedding[0])
+    torch.testing.assert_close(rows["mean"], embedding.mean(0))
+    assert not torch.equal(started("random", False, "1e-3", "2").gpt_neox.embed_in.weight[300], rows["random"])
 
 
 @pytest.mark.parametrize(
