@@ -51,6 +51,7 @@ WINDOWS = [(1, "bf16", DRAWN), (3, "fp32", [*DRAWN, *ARM_IN_SEGMENTS])]
 # The same with Muon, whose matrices are cut by the boundary between the ranks.
 MUON_STAGES = [(0, "bf16"), (1, "bf16"), (2, "fp32")]
 MUON = ["optimizer.name=muon", "train.num_steps=8", "validation.every_steps=null"]
+ONLY_SINKS = ["train.only_sinks=true", "model.sink.num_tokens=2"]
 # With a spike in step 8: name of the run, ZeRO stage, precision, `train.on_spike`.
 SPIKES = [("skipped-1", 1, "bf16", "skip"), ("skipped-3", 3, "fp32", "skip"), ("spiked", 1, "bf16", "stop")]
 
@@ -165,6 +166,7 @@ def two_ranks(recipe, store, whole_run, muon_run, tmp_path_factory) -> Path:
             for run, stage, precision, choice in SPIKES
         ),
         {"overrides": [*settings(folder / "measured", 3, "fp32"), *SAVE_OFTEN, *PROBES]},
+        {"overrides": [*settings(folder / "only-sinks", 0, "fp32"), *ONLY_SINKS, f"model.init_from={whole_run}"]},
         {"overrides": [f"train.run_dir={dead}", *LONG], "signal": [1, signal.SIGKILL, 2, str(dead)]},
     ]
     (folder / "calls.json").write_text(json.dumps(calls))
@@ -193,6 +195,16 @@ def test_two_ranks_equal_one(two_ranks, whole_run, stage, precision):
         [line["validation_loss"] for line in metrics(run) if "validation_loss" in line] for run in (whole, whole_run)
     ]
     assert validation[0] == pytest.approx(validation[1], abs=tolerance)
+
+
+def test_two_ranks_train_the_sinks_alone_as_one_does(recipe, two_ranks, whole_run, tmp_path):
+    both = two_ranks / "only-sinks"
+    train(recipe, [*settings(tmp_path, 0, "fp32"), *ONLY_SINKS, f"model.init_from={whole_run}"])
+    assert list(losses(both).values()) == pytest.approx(list(losses(tmp_path).values()), abs=1e-5)
+    one, two = weights(tmp_path, 8), weights(both, 8)
+    embedding = "gpt_neox.embed_in.weight"
+    torch.testing.assert_close(two.pop(embedding), one.pop(embedding), rtol=0, atol=1e-4)
+    assert_same_weights(two, one)  # frozen
 
 
 @pytest.mark.parametrize(("stage", "precision"), STAGES)
