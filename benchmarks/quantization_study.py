@@ -26,6 +26,7 @@ from typing import Any
 import study_jobs
 
 from sinklm.extras import require_extra
+from sinklm.train.recipe import load_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
 from jobs import SINKLM, Job
@@ -40,6 +41,7 @@ ARMS = {  # recipes by `model.sink.kind`
     "gate": "study/gate",
     "head_gate": "study/head-gate",
 }
+NUM_SINKS = 1  # at most, of these arms: all read as many tokens of text as fit beside it
 SETTINGS = ("settings", "million_tokens", "num_sequences")
 
 
@@ -96,9 +98,10 @@ def training(model: Model, arguments: argparse.Namespace) -> Job:
 
 def measuring(model: Model, arguments: argparse.Namespace) -> Job:
     store = study_jobs.store_of(ARMS[model.arm], arguments.settings)
+    num_tokens = load_config(ARMS[model.arm], arguments.settings).train.seq_length - NUM_SINKS
     output = arguments.folder / "results" / model.name
     command = [*SINKLM, "eval", "quantization", arguments.folder / "runs" / model.name, "--data", store]
-    command += ["--num-sequences", arguments.num_sequences, "--output", output, "--quiet"]
+    command += ["--seq-length", num_tokens, "--num-sequences", arguments.num_sequences, "--output", output, "--quiet"]
     return Job(f"{model.name} measure", tuple(map(str, command)), output / "evaluation.log")
 
 

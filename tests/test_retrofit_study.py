@@ -180,6 +180,13 @@ def test_quantization_is_by_depth_and_arm_with_the_error_over_seeds(load, tmp_pa
         module.collect(tmp_path)
 
 
+def test_all_arms_are_measured_on_the_same_tokens(load, tmp_path):
+    module = load("quantization_study")
+    arguments = argparse.Namespace(folder=tmp_path, settings=["data.path=s"], num_sequences=9)
+    commands = [module.measuring(module.Model(arm, 8, 1), arguments).command for arm in module.ARMS]
+    assert {each[each.index("--seq-length") + 1] for each in commands} == {"255"}  # of 256 positions
+
+
 @pytest.mark.parametrize("num_rows", [384, 300], ids=["room for a sink", "no unused row"])
 def test_runs_start_from_a_folder_of_pythias_form(load, tmp_path, num_rows):
     module = load("retrofit_study")
