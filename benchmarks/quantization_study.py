@@ -119,6 +119,7 @@ def collect(folder: Path) -> list[dict[str, Any]]:
         run = folder / "runs" / path.parent.name
         facts = asdict(Model(arm, int(layers), int(seed)))
         facts["environment"] = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+        measured["samples"].pop("store", None)
         facts |= {"versions": report["versions"], "notes": report["notes"], "num_tokens": report["num_tokens"]}
         models.append(facts | {key: value for key, value in measured.items() if key not in ("name", "model")})
     if len({model["samples"]["ids_sha256"] for model in models}) > 1:

@@ -1,0 +1,85 @@
+"""The section `deepspeed` of a recipe: the ZeRO stage, and keys that DeepSpeed gets unchanged."""
+
+import difflib
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ..text import near_hint
+
+# Keys of DeepSpeed's configuration that are derived from the recipe, and what to do instead.
+DERIVED_DEEPSPEED_KEYS = {
+    "train_batch_size": "set train.batch_size_tokens",
+    "train_micro_batch_size_per_gpu": "set train.micro_batch_size",
+    "gradient_accumulation_steps": "set train.batch_size_tokens or train.micro_batch_size",
+    "gradient_clipping": "set optimizer.clip",
+    "optimizer": "use the section optimizer",
+    "scheduler": "use the section optimizer",
+    "bf16.enabled": "set train.precision",
+    "fp16.enabled": "set train.precision",
+    "torch_autocast": "set train.precision",
+    "bf16.check_grad_overflow": "remove this key; non-finite steps do not update the weights",
+    "zero_optimization.compute_grad_norm": "remove this key; the norm is computed in every step",
+    "data_types.grad_accum_dtype": "remove this key; gradients are accumulated in float32",
+    "zero_optimization.stage": "set deepspeed.zero_stage",
+    "zero_optimization.round_robin_gradients": "remove this key; with it DeepSpeed cannot resume on another rank count",
+    "checkpoint.load_universal": "remove this key; it is detected automatically",
+}
+
+# Switches and sections of DeepSpeed's configuration. DeepSpeed ignores unknown keys silently, so
+# typos are checked here.
+DEEPSPEED_SECTIONS = (
+    *("activation_checkpointing", "aio", "amp", "autotuning", "bf16", "checkpoint", "comet", "comms_logger"),
+    *("compile", "compression_training", "csv_monitor", "curriculum_learning", "data_efficiency", "data_types"),
+    *("elasticity", "flops_profiler", "fp16", "tensor_parallel", "tensorboard", "wandb", "zero_optimization"),
+)
+DEEPSPEED_KEYS = (
+    *DEEPSPEED_SECTIONS,
+    *("communication_data_type", "dataloader_drop_last", "disable_allgather", "dump_state"),
+    *("gradient_predivide_factor", "memory_breakdown", "prescale_gradients", "sequence_parallel_size"),
+    *("sparse_gradients", "steps_per_print", "use_node_local_storage", "wall_clock_breakdown"),
+    *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
+    *("patches", "zero_stage"),  # our own keys
+)
+
+
+class DeepSpeedSection(BaseModel):
+    """The ZeRO stage, sinklm's patches, and any key of DeepSpeed's own configuration."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        default=1, description="what ZeRO partitions over the ranks: 1 optimizer, 2 + gradients, 3 + weights"
+    )
+    patches: bool = Field(default=True, description="replace slow parts of DeepSpeed; false: use DeepSpeed's own code")
+
+    @property
+    def extra_keys(self) -> dict[str, Any]:
+        """The keys passed to DeepSpeed unchanged."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _no_derived_keys(self) -> "DeepSpeedSection":
+        for key, ours in DERIVED_DEEPSPEED_KEYS.items():
+            section, _, name = key.rpartition(".")
+            values = self.extra_keys.get(section) if section else self.extra_keys
+            if isinstance(values, dict) and name in values:
+                raise ValueError(f"{key} is derived: {ours}")
+        return self
+
+    @model_validator(mode="after")
+    def _sections_have_keys(self) -> "DeepSpeedSection":
+        for key, value in self.extra_keys.items():
+            if key in DEEPSPEED_SECTIONS and not isinstance(value, dict):
+                raise ValueError(
+                    f"{key} is {value!r}: it is a section of DeepSpeed; set its keys, as deepspeed.{key}.KEY=VALUE"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _no_misspelt_keys(self) -> "DeepSpeedSection":
+        for key in self.extra_keys:
+            near = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=3, cutoff=0.8)
+            if near and key not in DEEPSPEED_KEYS:
+                raise ValueError(f"unknown key {key}: {near_hint('', (), others=near)}")
+        return self
