@@ -47,8 +47,8 @@ checkpoint: {every_steps: 2, asynchronous: true}
 wandb: {mode: disabled}
 """
 TIMELESS = ("step", "loss", "lr", "grad_norm", "positions", "validation_loss", "num_validation_samples")
-START_TIMEOUT, END_TIMEOUT = 120.0, 60.0  # seconds
-SURVIVOR_TIMEOUT = 30.0  # for the ranks that are left after one was killed
+START_TIMEOUT, END_TIMEOUT = 300.0, 300.0  # seconds
+SURVIVOR_TIMEOUT = 120.0  # for the ranks that are left after one was killed
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
@@ -10,10 +11,27 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+class TorchRandom:
+    """torch's generator for hypothesis, which seeds it before each example."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+TORCH_RANDOM = TorchRandom()  # hypothesis holds it by a weak reference
+hypothesis.register_random(TORCH_RANDOM)  # type: ignore[arg-type]
+# The same examples in every run, however long they take; `--hypothesis-profile new` draws others.
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("new", deadline=None)
+hypothesis.settings.load_profile("same")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -30,9 +48,20 @@ def _short_garbage_collections() -> None:
     gc.freeze()
 
 
+def fix_seeds() -> None:
+    torch.manual_seed(0)
+    random.seed(0)
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
-    torch.manual_seed(0)
+    fix_seeds()
+
+
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> None:
+    """Fixtures of modules and sessions draw the same whichever tests ran before them."""
+    if fixturedef.scope != "function":
+        fix_seeds()
 
 
 @pytest.fixture(scope="session")

@@ -47,13 +47,13 @@ def test_a_function_that_takes_too_long_is_ended():
     before = set(threading.enumerate())
     with pytest.raises(TimeoutError):
         within(0.05, forever)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while set(threading.enumerate()) - before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not set(threading.enumerate()) - before
-    assert within(5, lambda: 3) == 3
+    assert within(60, lambda: 3) == 3
     with pytest.raises(KeyError):
-        within(5, lambda: {}["x"])
+        within(60, lambda: {}["x"])
 
 
 LOOP = "{% for m in messages %}{{ m.content }}{% endfor %}"

@@ -119,7 +119,7 @@ def test_text_that_stdout_cannot_encode_is_replaced_and_a_reader_that_ends_first
     )
     assert process.stdout.read(4) == "?? é".encode("latin-1")
     process.stdout.close()
-    assert process.wait(timeout=60) == 141
+    assert process.wait(timeout=300) == 141
     assert b"Traceback" not in process.stderr.read()
 
 

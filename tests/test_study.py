@@ -5,6 +5,7 @@ import re
 import runpy
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -45,12 +46,20 @@ def test_finished_jobs_are_not_run_again(tmp_path, capsys):
     assert (tmp_path / "count").read_text() == "x"
 
 
-def test_the_time_limit_stops_running_jobs_and_starts_no_more(tmp_path, capsys):
+def test_the_time_limit_stops_running_jobs_and_starts_no_more(tmp_path, capsys, monkeypatch):
     from jobs import JobQueue
 
-    code = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit('saved')); print('up'); time.sleep(60)"
-    jobs = [job(name, tmp_path, code) for name in ("first", "second", "third")]
-    assert not JobQueue(jobs, minutes=1 / 60).run()
+    code = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit('saved')); print('up', flush=True); "
+    jobs = [job(name, tmp_path, f"{code}time.sleep(600)") for name in ("first", "second", "third")]
+    clock = time.monotonic
+
+    def late() -> float:
+        """The limit is over when the first job can receive a signal."""
+        log = jobs[0].unfinished_log
+        return clock() + 61 * (log.exists() and "up" in log.read_text())
+
+    monkeypatch.setattr("jobs.time.monotonic", late)
+    assert not JobQueue(jobs, minutes=1).run()
     assert "first: stopped: saved" in capsys.readouterr().out
     assert not jobs[2].unfinished_log.exists()
 

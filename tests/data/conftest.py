@@ -4,14 +4,10 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
 from sinklm.data.tokenizer import train_tokenizer
 
 from .corpora import random_text
-
-settings.register_profile("data", deadline=None)  # tests must not fail on a loaded machine
-settings.load_profile("data")
 
 
 @pytest.fixture(scope="session")

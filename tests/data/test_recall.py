@@ -26,7 +26,7 @@ def occurrences(word: str, text: str) -> int:
     return len(re.findall(rf"(?<![\w-]){re.escape(word)}(?![\w-])", text))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), number=st.integers(0, 10**6), bounds=distances)
 def test_every_answer_is_right_and_unique(seed, number, bounds):
     shortest, longest = bounds
@@ -52,7 +52,7 @@ def test_every_answer_is_right_and_unique(seed, number, bounds):
         assert record.keys[question.line] in beginning.rpartition("\n")[2] or beginning.endswith("A: ")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=st.integers(0, 10**6), number=st.integers(0, 10**6), line=st.integers(0, 1000))
 def test_no_phrasing_has_the_words_of_the_test(seed, number, line):
     text = make_record(seed, number, 0, 30).text

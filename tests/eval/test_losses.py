@@ -71,7 +71,7 @@ def test_dense_losses_are_those_of_one_forward_pass(num_sinks):
     torch.testing.assert_close(measured, by_hand(logits, ids, num_sinks), equal_nan=True, rtol=0, atol=1e-6)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(num_kept=st.integers(0, 6), window=st.integers(1, 40), num_tokens=st.integers(2, 30))
 def test_a_cache_that_never_fills_is_dense_attention(num_kept, window, num_tokens):
     model, ids = tiny_model(1), text(1, num_tokens)[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -287,7 +287,6 @@ def test_our_models_are_causal(num_sinks, dtype):
 
 @given(st.text(max_size=60).filter(lambda text: "\r" not in text))
 @example(" ")  # the offsets of its token are (0, 0)
-@settings(deadline=None)
 def test_the_lengths_of_tokens_add_up_to_the_bytes_of_the_text(text):
     """Whatever characters it has: those of several bytes are split into several tokens."""
     encoding = small_tokenizer().encode(text, add_special_tokens=False)

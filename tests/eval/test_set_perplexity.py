@@ -74,7 +74,7 @@ def test_a_long_window_is_scored_in_several_passes(checkpoints, store, monkeypat
 
 
 @given(cut=st.integers(0, 60), size=st.integers(1, 9))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_bytes_are_counted_wherever_a_text_is_cut(cut, size):
     """Characters of several bytes are several tokens of this tokenizer."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=small_tokenizer(), eos_token=END_OF_TEXT)

@@ -7,7 +7,7 @@ from itertools import product
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sinklm.eval.sinks import Layer, measure, observe, statistics
@@ -224,7 +224,6 @@ def seen_keys(size: int, rule: StreamShape | None) -> list[list[bool]]:
 
 
 @given(attention_maps())
-@settings(deadline=None)
 def test_masses_add_up_to_the_attention(attention_and_rule):
     attention, rule = attention_and_rule
     size = attention.shape[-1]
@@ -236,7 +235,6 @@ def test_masses_add_up_to_the_attention(attention_and_rule):
 
 
 @given(attention_maps(), st.floats(0, 1), st.floats(0, 1))
-@settings(deadline=None)
 def test_a_higher_threshold_never_gives_more_sinks(attention_and_rule, a, b):
     attention, rule = attention_and_rule
     states = torch.ones(1, 2, attention.shape[-1], 4, dtype=torch.float64)

@@ -79,7 +79,7 @@ def test_products_equal_exact_ones_of_rounded_values(device, has_bias_gradient):
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("dtype", [FORMAT, GRADIENT_FORMAT])
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(shape=st.tuples(st.integers(1, 300), st.integers(1, 300)), exponent=st.integers(-40, 40))
 def test_casts_round_once_and_reach_the_largest_number(device, dtype, shape, exponent):
     torch.manual_seed(shape[0])

@@ -48,7 +48,7 @@ def test_left_padded_rows_stream_as_they_would_alone(family):
     assert_rows_equal_the_oracle(model, turns, 3, 7, chunk_size=8)  # the first chunks of a row may be all padding
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data(), num_kept=st.integers(0, 5), window=st.integers(1, 9), chunk_size=st.integers(1, 12))
 def test_any_turns_of_any_lengths(data, num_kept, window, chunk_size):
     model = tiny.build(tiny.config("gpt_neox", num_hidden_layers=1))

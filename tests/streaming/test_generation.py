@@ -91,7 +91,7 @@ def test_a_temperature_near_0_chooses_the_most_likely_token(temperature):
         },
     )
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_loop_samples_as_generate_does(sampling):
     model, ids = MODEL, text(1, 6)
     sampling = {"temperature": 1.0} | sampling
@@ -161,7 +161,6 @@ def test_the_default_cache_of_an_export_is_that_of_its_former_windows(layer_wind
 
 
 @given(st.text(max_size=60))
-@settings(deadline=None)
 def test_pieces_of_text_are_the_text(original):
     ids = TOKENIZER(original)["input_ids"]
     stream = TextStream(TOKENIZER)
@@ -172,7 +171,7 @@ def test_pieces_of_text_are_the_text(original):
 
 
 @given(st.lists(st.integers(0, len(TOKENIZER) - 1), min_size=200, max_size=400))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_text_is_decoded_with_a_bounded_number_of_tokens(ids):
     stream = TextStream(TOKENIZER)
     for token_id in ids:

@@ -32,7 +32,7 @@ def run(model, cache, *passes, **kwargs):
     return torch.cat([model(ids, past_key_values=cache, use_cache=True, **kwargs).logits for ids in passes], dim=1)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     name=st.sampled_from(list(KV_DTYPES)),
     head_dim=st.sampled_from([2, 16, 48, 64, 128]),

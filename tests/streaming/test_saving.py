@@ -42,7 +42,7 @@ def read(model, cache, passes):
     ]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 14), st.booleans()), min_size=2, max_size=6),
     data=st.data(),

@@ -94,7 +94,7 @@ def test_any_cache_and_any_split_equal_the_oracle(shape):
             torch.testing.assert_close(streamed(model, ids, cache, sizes)[0], expected, rtol=0, atol=1e-9)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(data=st.data(), num_kept=st.integers(0, 4), window=st.integers(1, 9), chunk_size=st.integers(1, 12))
 def test_any_turns_of_any_lengths(data, num_kept, window, chunk_size):
     lengths = st.tuples(st.integers(1, 14), st.integers(1, 14))

@@ -59,7 +59,7 @@ class Ranks:
         assert pid is not None
         os.kill(pid, number)
 
-    def wait(self, timeout: float = 120) -> list[tuple[int | None, str]]:
+    def wait(self, timeout: float = 600) -> list[tuple[int | None, str]]:
         """Exit status and output of each."""
         try:
             for process in self.processes:

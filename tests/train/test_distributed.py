@@ -170,7 +170,7 @@ def two_ranks(recipe, store, whole_run, muon_run, tmp_path_factory) -> Path:
         {"overrides": [f"train.run_dir={dead}", *LONG], "signal": [1, signal.SIGKILL, 2, str(dead)]},
     ]
     (folder / "calls.json").write_text(json.dumps(calls))
-    results = Ranks(run_calls, [{"recipe": recipe, **call} for call in calls], world_size=2).wait(timeout=300)
+    results = Ranks(run_calls, [{"recipe": recipe, **call} for call in calls], world_size=2).wait()
     assert [status for status, _ in results] == [0, -signal.SIGKILL], results[0][1]
     for rank, (_, output) in enumerate(results):
         (folder / f"output-{rank}").write_text(output)

@@ -146,7 +146,7 @@ def test_gradients_are_divided_by_their_scale():
 # -- partitions ------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=8), st.integers(1, 6), st.integers(0, 3))
 def test_every_rank_gets_whole_matrices_and_writes_its_pieces_back(sizes, num_ranks, padding):
     part_size = -(-sum(sizes) // num_ranks) + padding

@@ -55,7 +55,7 @@ def test_segments_cover_each_token_once_and_have_equal_positions(num_sinks, leng
     assert {stop - start for start, stop in bounds[1:]} <= {length}
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     num_sinks=st.integers(0, 2),
     length=st.sampled_from([4, 8, 12, 24]),

@@ -56,7 +56,7 @@ def slow_verdicts(values: np.ndarray) -> list[list[bool]]:
     return verdicts
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 300), st.integers(0, 300))
 def test_the_rule_is_the_slow_one_and_survives_saving(seed, num_steps, saved_after):
     chance = np.random.default_rng(seed)

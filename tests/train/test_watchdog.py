@@ -100,7 +100,7 @@ def pair():
         one.close()
 
 
-def receive(peers: Peers, seconds: float = 5.0) -> list:
+def receive(peers: Peers, seconds: float = 60.0) -> list:
     deadline = time.monotonic() + seconds
     found: list = []
     while not found and time.monotonic() < deadline:
@@ -150,7 +150,7 @@ def test_a_welcome_and_what_follows_may_arrive_together():
     receive_one = Line.receive
 
     def late(line: Line) -> list:
-        assert answered.wait(5)
+        assert answered.wait(60)
         return receive_one(line)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -236,7 +236,7 @@ def test_a_signal_is_obeyed_although_the_other_rank_is_stopped(recipe, tmp_path)
         ranks.signal(signal.SIGSTOP, rank=1)
         time.sleep(0.5)  # rank 0 is waiting for it
         ranks.signal(signal.SIGTERM, rank=0)
-        ranks.processes[0].join(timeout=20)
+        ranks.processes[0].join(timeout=120)
         assert ranks.processes[0].exitcode == 128 + signal.SIGTERM
     finally:
         ranks.signal(signal.SIGKILL, rank=1)

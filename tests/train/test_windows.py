@@ -83,7 +83,7 @@ def test_operations_count_the_keys_in_the_windows():
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(limits=st.integers(1, 60).flatmap(lambda low: st.tuples(st.just(low), st.integers(low + 1, 400))))
 def test_the_mean_number_of_keys_is_that_over_all_windows(limits):
     drawn = plan("model.attention.pattern=window", f"model.attention.window={[*limits]}")

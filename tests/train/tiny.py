@@ -145,7 +145,7 @@ def ahead() -> Any:
     return patch.object(loop, "runs_ahead", lambda _: True)
 
 
-def wait_for_step(run_dir: Path, step: int, timeout: float = 90) -> None:
+def wait_for_step(run_dir: Path, step: int, timeout: float = 300) -> None:
     """Wait until the run has recorded a step."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
