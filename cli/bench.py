@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 from .options import (
     CACHES_HELP,
     CACHES_METAVAR,
+    WINDOW_OF_EXPORT,
     Device,
     Dtype,
     DtypeName,
@@ -49,7 +50,8 @@ def decode(
         typer.Option(
             metavar=CACHES_METAVAR,
             help=CACHES_HELP,
-            show_default="the model's sinks, or 4 tokens, in caches of 256, 512, 1024, 2048 and 4096 tokens",
+            show_default="the model's sinks, or 4 tokens, in caches of 256, 512, 1024, 2048 and 4096 tokens"
+            f"{WINDOW_OF_EXPORT}",
         ),
     ] = None,
     batch_sizes: Annotated[str, typer.Option(help="Batch sizes (number of streams), separated by commas.")] = "1",
@@ -88,7 +90,7 @@ def decode(
         "num_steps": num_steps,
         "seed": seed,
     }
-    note_windows(console, report)
+    note_windows(console, loaded, model)
     report |= {"hardware": _hardware(loaded), "copy_bytes_per_second": bandwidth, "results": []}
     for batch_size in batches:
         for shape in given or default_caches(loaded):

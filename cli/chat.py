@@ -15,9 +15,11 @@ from ..files import check_writable, locked, named_errors
 from ..text import message_of
 from .generate import describe_cache, show
 from .options import (
+    CACHE_HELP,
+    CACHE_METAVAR,
+    DEFAULT_CACHE,
     MAX_NEW_TOKENS_HELP,
     MOST_NEW_TOKENS,
-    Cache,
     Device,
     Dtype,
     DtypeName,
@@ -31,6 +33,7 @@ from .options import (
     TopP,
     check_temperature,
     examples,
+    note_windows,
     parse_cache,
     placement,
 )
@@ -63,7 +66,9 @@ def chat(
     top_p: TopP = 1.0,
     min_p: MinP = 0.0,
     repetition_penalty: RepetitionPenalty = 1.0,
-    cache: Cache = None,
+    cache: Annotated[
+        str | None, typer.Option(metavar=CACHE_METAVAR, help=CACHE_HELP, show_default=DEFAULT_CACHE)
+    ] = None,
     session: Annotated[
         Path | None,
         typer.Option(
@@ -80,10 +85,9 @@ def chat(
     """Chat with a model. Each line is a message; Ctrl-C stops a reply, Ctrl-D ends the chat.
 
     A line /reset starts a new conversation. All turns share one cache of constant size, and each
-    turn is read only once. By default the cache has 1024 tokens, or one less than the trained
-    length if that is shorter, and keeps the model's sinks, or the first 4 tokens without sinks.
-    Turns are formatted with the tokenizer's chat template. Without a template they are lines of
-    plain text, and a reply is one line. Special tokens in a message are read as text.
+    turn is read only once. Turns are formatted with the tokenizer's chat template. Without a
+    template they are lines of plain text, and a reply is one line. Special tokens in a message are
+    read as text.
     """
     shape = None if cache is None else parse_cache(cache)
     check_temperature(temperature)
@@ -100,6 +104,7 @@ def chat(
 
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         language_model, tokenizer = load_model(model, **placement(device, dtype)), load_tokenizer(model)
+        note_windows(console, language_model, model)
         tokenizer.chat_template = template or tokenizer.chat_template
         if session is not None and session.exists():
             options: dict[str, Any] = asdict(sampling) | {"max_new_tokens": max_new_tokens}

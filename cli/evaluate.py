@@ -106,6 +106,7 @@ def zero_shot(
         found = find_tasks(names, include_path=include_path, data_dir=data_dir, num_fewshot=num_fewshot)
     placed = placement(own_device(device), dtype)
     loaded, tokenizer = load_causal_model(model, **placed), load_tokenizer(model)
+    note_windows(console, loaded, model, has_cache=False)
     file = ReportFile((output or default_output(model)) / "zero_shot.json")
     with quiet_libraries(shows_progress=not console.is_quiet):
         results = evaluate(
@@ -179,7 +180,7 @@ def streaming(
     folder = output or default_output(model)
     file = ReportFile(folder / "streaming.json")
     report = new_report(loaded, model, recompute_every=recompute_every)
-    note_windows(console, report)
+    note_windows(console, loaded, model)
     results = []
     for result in _measure_all(console, loaded, tokenized, chosen, recompute_every):
         results.append(result)
@@ -247,7 +248,7 @@ def stream_eval(
     folder = output or default_output(model)
     file = ReportFile(folder / "stream_eval.json")
     report = new_report(loaded, model, num_samples=num_samples, num_lines=num_lines, seed=seed, results=[])
-    note_windows(console, report)
+    note_windows(console, loaded, model)
     report["tokens_per_line"] = tokens_per_line(tokenizer, records[0])
     for result in _ask_all(console, loaded, tokenizer, records, shapes, chosen_distances, batch_size):
         report["results"].append(result)

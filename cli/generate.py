@@ -11,9 +11,11 @@ import typer
 from ..console import Console
 from ..text import printable
 from .options import (
+    CACHE_HELP,
+    CACHE_METAVAR,
+    DEFAULT_CACHE,
     MAX_NEW_TOKENS_HELP,
     MOST_NEW_TOKENS,
-    Cache,
     Device,
     Dtype,
     DtypeName,
@@ -27,6 +29,7 @@ from .options import (
     TopP,
     check_temperature,
     examples,
+    note_windows,
     parse_cache,
     placement,
 )
@@ -74,8 +77,7 @@ def generate(
         bool,
         typer.Option(
             "--stream",
-            help="Generate until Ctrl-C, in constant memory. By default the cache has 1024 tokens, or one less than "
-            "the trained length if that is shorter; it keeps the model's sinks, or the first 4 tokens without sinks.",
+            help="Generate until Ctrl-C, in constant memory: in a streaming cache (--cache).",
         ),
     ] = False,
     max_new_tokens: Annotated[
@@ -87,7 +89,10 @@ def generate(
     top_p: TopP = 1.0,
     min_p: MinP = 0.0,
     repetition_penalty: RepetitionPenalty = 1.0,
-    cache: Cache = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(metavar=CACHE_METAVAR, help=CACHE_HELP, show_default=f"none; with --stream: {DEFAULT_CACHE}"),
+    ] = None,
     seed: Seed = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a line of JSON for each prompt, when its text is complete.")
@@ -116,6 +121,7 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     language_model, tokenizer = load_model(model, **placement(device, dtype)), load_tokenizer(model)
     encoded = [_encode(tokenizer, text) for text in texts]
+    note_windows(console, language_model, model, has_cache=stream or shape is not None)
     limit = max_new_tokens or (None if stream else DEFAULT_NEW_TOKENS)
     generator = None
     if stream or shape is not None:

@@ -21,6 +21,7 @@ from ..text import near_hint
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+    from transformers import PreTrainedModel
 
 LARGEST_SEED = 2**32 - 1
 MOST_NEW_TOKENS = 10**12
@@ -60,15 +61,15 @@ Output = Annotated[
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print results, warnings and errors only: no progress and no notes.")
 ]
-Cache = Annotated[
-    str | None,
-    typer.Option(
-        metavar="KEPT+WINDOW",
-        help="Streaming cache: the first KEPT tokens, which include the model's sinks, and the last WINDOW tokens, "
-        "e.g. 4+1020.",
-        show_default=False,
-    ),
-]
+WINDOW_OF_EXPORT = "; for an export of a model with windows, its window"  # ends the default of each cache
+DEFAULT_CACHE = (
+    "1024 tokens, or one less than the trained length if shorter, of which the sinks, or 4 tokens without sinks, are "
+    f"kept{WINDOW_OF_EXPORT}"
+)
+CACHE_METAVAR = "KEPT+WINDOW"
+CACHE_HELP = (
+    "Streaming cache: the first KEPT tokens, which include the model's sinks, and the last WINDOW tokens, e.g. 4+1020."
+)
 CACHES_METAVAR = "KEPT+WINDOW,…"
 CACHES_HELP = (
     "Streaming caches, separated by commas: the first KEPT tokens and the last WINDOW tokens, e.g. 0+1024,4+1020."
@@ -78,7 +79,7 @@ Caches = Annotated[
     typer.Option(
         metavar=CACHES_METAVAR,
         help=CACHES_HELP,
-        show_default="0, 1, 2 and 4 kept tokens in a cache of half the trained length",
+        show_default=f"0, 1, 2 and 4 kept tokens in a cache of half the trained length{WINDOW_OF_EXPORT}",
     ),
 ]
 Texts = Annotated[
@@ -223,19 +224,22 @@ def print_results(console: Console, paths: Sequence[Path]) -> None:
     console.print(f"Results in {folder}: {names}", highlight=False, soft_wrap=True)
 
 
-def note_windows(console: Console, report: dict[str, Any], *, has_cache: bool = True) -> None:
-    """Say which layers of a report's model have windows, or had them before an export.
+def note_windows(console: Console, model: "PreTrainedModel", name: str, *, has_cache: bool = True) -> None:
+    """Say which layers of a model have windows, or had them before an export.
 
     Args:
+        name: what the user called the model.
         has_cache: whether to add that a larger cache does not change them.
     """
-    described = report["model"]
-    if windows := described.get("windows"):
+    from ..streaming.layers import describe_former_rules, describe_rules
+    from ..streaming.wrappers import decoder_of
+
+    config = decoder_of(model).config
+    if windows := describe_rules(config):
         larger = "; larger caches do not change them" if has_cache else ""
         console.note(f"windows of the model: {windows} (kept and recent tokens){larger}")
-    if windows := described.get("trained_windows"):
-        name = Path(described["name_or_path"]).name
-        console.note(f"{name} was trained with windows {windows} and now has full attention")
+    if windows := describe_former_rules(config):
+        console.note(f"{Path(name).name} was trained with windows {windows} and now has full attention")
 
 
 Command = TypeVar("Command", bound=Callable[..., None])

@@ -51,7 +51,7 @@ def perplexity(
     file = ReportFile((output or default_output(model)) / "perplexity.json")
     facts = {"store": str(store), "store_fingerprint": opened.fingerprint, "split": SPLIT, "max_tokens": max_tokens}
     report = new_report(loaded, model, **facts)
-    note_windows(console, report, has_cache=False)
+    note_windows(console, loaded, model, has_cache=False)
     results = []
     with progress_bars(console) as bars:
         for name, tokens in sets.items():

@@ -9,7 +9,17 @@ import typer
 
 from ..console import Console
 from ..hub import near_path_hint
-from .options import Device, DtypeName, Quiet, examples, parse_names, placement, print_results, progress_bars
+from .options import (
+    Device,
+    DtypeName,
+    Quiet,
+    examples,
+    note_windows,
+    parse_names,
+    placement,
+    print_results,
+    progress_bars,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -186,6 +196,7 @@ def _measure_run(
     from ..eval.report import describe_model
 
     model, tokenizer = _load(run, place)
+    note_windows(console, model, run, has_cache=False)
     samples: Sequences = read_samples(data, tokenizer, num_samples, num_tokens)
     with progress_bars(console) as bars:
         bar = bars.add_task(name[-16:], total=num_samples * (1 + len(wanted)))

@@ -83,7 +83,7 @@ def sinks(
     file = ReportFile(folder / "sinks.json")
     facts = {"text": sequences.source, "num_sequences": num_sequences, "seq_length": seq_length, "epsilon": epsilon}
     report = new_report(loaded, model, **facts)
-    note_windows(console, report, has_cache=False)
+    note_windows(console, loaded, model, has_cache=False)
 
     if run:
         report["checkpoints"] = []

@@ -9,6 +9,7 @@ from ..console import Console
 from .options import (
     CACHES_HELP,
     CACHES_METAVAR,
+    WINDOW_OF_EXPORT,
     DataDir,
     Device,
     Dtype,
@@ -46,7 +47,7 @@ def stream_qa(
             metavar=CACHES_METAVAR,
             help=CACHES_HELP,
             show_default="window attention, and a stream that keeps the sinks or 4 tokens, with a cache of 1024 tokens "
-            "or half the trained length",
+            f"or half the trained length{WINDOW_OF_EXPORT}",
         ),
     ] = None,
     methods: Annotated[
@@ -84,7 +85,7 @@ def stream_qa(
     folder = output or default_output(model)
     file = ReportFile(folder / "stream_qa.json")
     report = new_report(loaded, model, limit=limit, questions_sha256={}, results=[])
-    note_windows(console, report)
+    note_windows(console, loaded, model)
     for task in names:
         with quiet_libraries(shows_progress=not console.is_quiet):
             questions = _questions(task, data_dir, limit)

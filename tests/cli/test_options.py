@@ -1,14 +1,21 @@
 """Options that several commands share."""
 
+import ast
 import io
 from pathlib import Path
 
 import pytest
 
+from sinklm import cli
+from sinklm.checkpoints.export import export_model
 from sinklm.cli import evaluate
+from sinklm.cli.chat import chat
+from sinklm.cli.generate import generate
 from sinklm.cli.options import parse_cache, parse_caches, placement, print_results
 from sinklm.console import Console
 from sinklm.eval import perplexity
+
+from ..eval.checkpoints import small_model, write_checkpoint
 
 
 def test_caches_are_read_and_refused():
@@ -35,3 +42,39 @@ def test_names_of_results_are_on_one_line():
     print_results(console, [folder / "streaming.json", folder / "streaming.png", Path("elsewhere/a.png")])
     expected = "Results in results/a-long-name/of-a-model: streaming.json, streaming.png, elsewhere/a.png\n"
     assert console.file.getvalue() == expected
+
+
+def called_names(tree: ast.AST) -> set[str]:
+    return {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+
+
+def test_every_command_that_loads_a_model_tells_its_windows():
+    loads_with_notes = 0
+    for path in Path(cli.__file__).parent.glob("*.py"):
+        module = ast.parse(path.read_text(encoding="utf-8"))
+        for tree in module.body if path.stem == "evaluate" else [module]:  # which has several commands
+            called = called_names(tree)
+            if called & {"load_model", "load_causal_model"}:
+                assert "note_windows" in called, path
+                loads_with_notes += 1
+    assert loads_with_notes >= 10
+
+
+def test_the_windows_of_a_model_and_those_before_its_export_are_told(tmp_path, capfd, monkeypatch):
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    trained = write_checkpoint(tmp_path / "model", small_model(1, layer_windows=[3, 3], rope_parameters=rope))
+    with pytest.warns(UserWarning, match="full attention"):
+        export = export_model(trained, tmp_path / "export", full_attention=True)
+    shown = {
+        (trained, None): "windows of the model: 2 of 2 layers 1+3 (kept and recent tokens)\n",
+        (trained, "1+9"): "windows of the model: 2 of 2 layers 1+3 (kept and recent tokens); larger caches do not",
+        (export, None): "export was trained with windows 1+3 and now has full attention\n",
+    }
+    for (model, cache), note in shown.items():
+        generate(str(model), ["a"], max_new_tokens=1, cache=cache)
+        assert note in capfd.readouterr().err
+        generate(str(model), ["a"], max_new_tokens=1, cache=cache, quiet=True)
+        assert note not in capfd.readouterr().err
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    chat(str(export))
+    assert shown[export, None] in capfd.readouterr().err
