@@ -235,13 +235,20 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(recipe, tmp_pat
         assert list(losses(tmp_path / "converted").values()) == expected
 
 
-def test_another_optimizer_does_not_resume_the_run(recipe, whole_run, muon_run, tmp_path):
-    copy_checkpoint(muon_run, 4, tmp_path / "muon")
-    with pytest.raises(ValueError, match=r"optimizer\.name is 'adamw', but .*step-4 was trained with 'muon': restore"):
-        train(recipe, [f"train.run_dir={tmp_path / 'muon'}"])
-    copy_checkpoint(whole_run, 4, tmp_path / "adamw")
-    with pytest.raises(ValueError, match=r"optimizer\.name is 'muon', but .*step-4 was trained with 'adamw': restore"):
-        train(recipe, [MUON, f"train.run_dir={tmp_path / 'adamw'}"])
+@pytest.mark.parametrize(("before", "now"), [("muon", "adamw"), ("adamw", "muon")])
+def test_another_optimizer_does_not_resume_the_run_but_begins_with_its_weights(
+    recipe, whole_run, muon_run, tmp_path, before, now
+):
+    run, other = tmp_path / "the run", [f"optimizer.name={now}"]
+    copy_checkpoint(muon_run if before == "muon" else whole_run, 4, run)
+    message = rf"optimizer\.name is '{now}', but .*step-4 was trained with '{before}': restore that value, or start a "
+    message += r"new run with another train\.run_dir and (model\.init_from=.*) to begin with its weights"
+    with pytest.raises(ValueError, match=message) as refused:
+        train(recipe, [*other, f"train.run_dir={run}"])
+    remedy = re.search(message, str(refused.value))[1]
+    train(recipe, [*other, f"train.run_dir={tmp_path / 'new'}", remedy, "optimizer.lr=1e-9", "train.num_steps=2"])
+    for name, weight in weights(tmp_path / "new", 2).items():
+        torch.testing.assert_close(weight, weights(run, 4)[name], atol=1e-6, rtol=0)
 
 
 def test_a_checkpoint_from_before_there_was_muon_resumes(recipe, whole_run, tmp_path):
