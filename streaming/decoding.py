@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable
 from contextlib import nullcontext
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -37,11 +38,23 @@ class StreamingDecoder:
 
     def __init__(self, model: PreTrainedModel, cache: StreamingCache, compile: dict[str, Any] | None = None):
         self.model, self.cache = model, cache
-        self.step = torch.compile(self._forward, fullgraph=True, dynamic=False, **(compile or {}))
+        self.compile_options = {"fullgraph": True, "dynamic": False, **(compile or {})}
+        self.steps: dict[int, Callable[[Tensor], Tensor]] = {}  # by batch size, compiled
         self.compiled_for: Tensor | None = None  # `num_seen`; a new tensor whenever the buffers change
         self.captured: CapturedStep | None = None
         # accelerate's hooks move weights and states between the layers
         self.is_dispatched = any(hasattr(module, "_hf_hook") for module in model.modules())
+
+    def _step(self, batch_size: int) -> Callable[[Tensor], Tensor]:
+        """Return a compiled forward pass of this decoder.
+
+        torch compiles one code object at most eight times, and all decoders share that of
+        `_forward`, so each pass gets a copy.
+        """
+        if batch_size not in self.steps:
+            forward = FunctionType(StreamingDecoder._forward.__code__.replace(), globals())
+            self.steps[batch_size] = torch.compile(MethodType(forward, self), **self.compile_options)
+        return self.steps[batch_size]
 
     def _forward(self, token_ids: Tensor) -> Tensor:
         with kernels.OneRowLinear() if kernels.is_available else nullcontext():
@@ -86,6 +99,7 @@ class StreamingDecoder:
             return self.prefill(token_ids)
         # A view, as a column of a prompt, has other strides: the graph would be compiled again.
         token_ids = token_ids.long().clone(memory_format=torch.contiguous_format)
+        step = self._step(len(num_seen))
         self.cache.rebase_before(1)
         with self.cache.steering.in_graph(self.cache):
             if self.compiled_for is not num_seen:  # the first step compiles and warms up for the capture
@@ -93,13 +107,13 @@ class StreamingDecoder:
                 # A dead cache that is collected during tracing would change the model and break the
                 # trace, so collect it now.
                 gc.collect()
-                logits = self.step(token_ids)
+                logits = step(token_ids)
                 self.compiled_for = num_seen
                 return logits
             if not token_ids.is_cuda:
-                return self.step(token_ids)
+                return step(token_ids)
             if self.captured is None:
-                self.captured = CapturedStep(self.step, token_ids)
+                self.captured = CapturedStep(step, token_ids)
         return self.captured(token_ids)
 
 

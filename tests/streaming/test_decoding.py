@@ -154,6 +154,23 @@ def test_inputs_and_buffers_are_checked_before_the_graph_runs():
 
 
 @torch.no_grad()
+def test_each_decoder_and_batch_size_is_compiled_whatever_was_compiled_before():
+    """torch compiles one code object at most eight times. With a limit of one, two are enough."""
+    decoders = []
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for batch_size in (1, 2, 1, 2):
+            if batch_size == 1:
+                model = tiny.build(tiny.config("llama", num_hidden_layers=1))
+                cache = StreamingCache.for_model(model, num_kept=2, window=6)
+                decoders.append(StreamingDecoder(model, cache, compile={"backend": "eager"}))
+            cache.reset()
+            ids = tiny.random_ids(20, batch_size=batch_size)
+            logits = [decoders[-1].prefill(ids[:, :5]), *(decoders[-1](ids[:, t : t + 1]) for t in range(5, 20))]
+            expected = oracle.stream_logits(model, ids[-1], 2, 6)[4:]
+            torch.testing.assert_close(torch.cat(logits, dim=1)[-1], expected, rtol=0, atol=5e-5)
+
+
+@torch.no_grad()
 def test_a_model_that_the_user_compiled_moves_phases_back_too():
     model, ids = tiny.build(tiny.config("llama", num_hidden_layers=1)), tiny.random_ids(30)
     compiled = torch.compile(model, backend="eager")
