@@ -68,6 +68,15 @@ def test_every_output_of_a_command_shows_a_name_as_it_is(name):
         pass
 
 
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_only_a_terminal_gets_line_breaks(is_terminal):
+    console, text = Console(file=io.StringIO(), width=20, force_terminal=is_terminal), "a/long/name " * 3
+    console.print(text, highlight=False)
+    assert (text in console.file.getvalue()) != is_terminal
+    console.print(text, highlight=False, soft_wrap=True)
+    assert text in console.file.getvalue()
+
+
 def test_a_title_with_dollars_is_no_formula(tmp_path):
     sizes = {"cache_size": 1, "batch_size": 1, "peak_bytes": None}
     results = [{"method": method, "milliseconds": 1.0, **sizes} for method in decode_speed.METHODS]

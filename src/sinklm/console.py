@@ -23,6 +23,12 @@ class Console(rich.console.Console):
         super().__init__(markup=False, emoji=False, **options)
         self.is_quiet = is_quiet
 
+    def print(self, *objects: Any, soft_wrap: bool | None = None, **options: Any) -> None:
+        """Print objects. In a file or pipe, texts get no line breaks, so that names stay whole."""
+        if soft_wrap is None and not self.is_terminal and all(isinstance(each, str) for each in objects):
+            soft_wrap = True
+        super().print(*objects, soft_wrap=soft_wrap, **options)
+
     def note(self, text: str) -> None:
         """Print what the command does, on stderr, so that stdout has only results."""
         if not self.is_quiet:
