@@ -116,7 +116,13 @@ def test_generation_equals_that_without_a_cache(kind, unequal, cache):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "checkpointing"), [("zero", False), ("kv_bias", True), ("gate", False), ("head_gate", True)]
+    ("kind", "checkpointing"),
+    [
+        ("kv_bias", True),
+        ("gate", False),
+        pytest.param("zero", False, marks=pytest.mark.long),  # has the code of kv_bias
+        pytest.param("head_gate", True, marks=pytest.mark.long),  # has the code of gate
+    ],
 )
 def test_the_compiled_training_step_equals_the_eager_one(kind, checkpointing):
     model, sample = tiny_arm(kind, dtype=torch.float32, num_hidden_layers=1), text(2, 12)

@@ -251,8 +251,15 @@ def fuse(monkeypatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_fused", [False, True], ids=["masked", "fused"])
-@pytest.mark.parametrize(("kind", "checkpointing"), [("token", True), ("kv_bias", False)])
+@pytest.mark.parametrize(
+    ("kind", "checkpointing", "is_fused"),
+    [
+        ("token", True, True),
+        ("kv_bias", False, False),
+        pytest.param("token", True, False, marks=pytest.mark.long),
+        pytest.param("kv_bias", False, True, marks=pytest.mark.long),
+    ],
+)
 def test_a_compiled_step_equals_the_eager_one_and_takes_any_window(kind, checkpointing, is_fused, monkeypatch):
     if is_fused:
         fuse(monkeypatch)
