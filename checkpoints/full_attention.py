@@ -27,16 +27,23 @@ class AttentionCost(NamedTuple):
         windowed: with the model's windows.
         full: with full attention.
         num_tokens: number of tokens.
+        num_samples: number of samples into which the text was cut.
+        stderr: standard error of ``full - windowed`` over the samples; None with one sample.
     """
 
     windowed: float
     full: float
     num_tokens: int
+    num_samples: int
+    stderr: float | None
 
     def __str__(self) -> str:
+        difference = f"{self.full - self.windowed:+.3f}"
+        if self.stderr is not None:
+            difference += f" ± {self.stderr:.3f}, one standard error over {self.num_samples} samples"
         return (
             f"with full attention, the loss on {self.num_tokens:,} tokens is {self.full:.3f} nats per token, and "
-            f"{self.windowed:.3f} with the windows that the model was trained with"
+            f"{self.windowed:.3f} with the windows that the model was trained with ({difference})"
         )
 
 
@@ -90,9 +97,11 @@ def full_attention_cost(checkpoint: str | Path, text: str | None = None) -> Atte
     needed = max(min(model.config.num_kept + largest + 2, num_positions) - num_sinks, 2)
     if len(ids) < needed:
         raise ValueError(f"the text has {len(ids)} tokens, in which windows hide none: pass at least {needed}")
-    windowed = _mean_loss(model, ids, length)
+    windowed, num_targets = _sample_losses(model, ids, length)
     use_full_attention(model.config)
-    return AttentionCost(windowed, _mean_loss(model, ids, length), len(ids))
+    full, _ = _sample_losses(model, ids, length)
+    means = [losses.sum().item() / num_targets.sum().item() for losses in (windowed, full)]
+    return AttentionCost(*means, len(ids), len(num_targets), _ratio_stderr(full - windowed, num_targets))
 
 
 def measured_cost(checkpoint: str | Path, full_attention: bool, text: str | None) -> AttentionCost | None:
@@ -117,15 +126,23 @@ def _trained_length(checkpoint: str | Path, config: PreTrainedConfig) -> int:
 
 
 @torch.inference_mode()
-def _mean_loss(model: PreTrainedModel, ids: torch.Tensor, length: int) -> float:
-    losses, num_targets = 0.0, 0
-    for sample in ids.to(model.device).split(length):
-        if len(sample) < 2:
-            continue
-        output = model(sample[None], labels=sample[None], skip_logits=True, num_items_in_batch=1)
-        losses += output.loss.item()
-        num_targets += len(sample) - (model.config.num_sinks == 0)
-    return losses / num_targets
+def _sample_losses(model: PreTrainedModel, ids: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the total loss ``(N)`` of each sample, and its number of targets ``(N)``."""
+    samples = [sample for sample in ids.to(model.device).split(length) if len(sample) > 1]
+    losses = [
+        model(sample[None], labels=sample[None], skip_logits=True, num_items_in_batch=1).loss.item()
+        for sample in samples
+    ]
+    num_targets = [len(sample) - (model.config.num_sinks == 0) for sample in samples]
+    return torch.tensor(losses, dtype=torch.float64), torch.tensor(num_targets, dtype=torch.float64)
+
+
+def _ratio_stderr(totals: torch.Tensor, counts: torch.Tensor) -> float | None:
+    """Return the standard error of ``totals.sum() / counts.sum()`` over samples of any sizes."""
+    if len(totals) < 2:
+        return None
+    residuals = totals - counts * (totals.sum() / counts.sum())
+    return (residuals.std() * len(totals) ** 0.5 / counts.sum()).item()
 
 
 def _help_texts() -> str:

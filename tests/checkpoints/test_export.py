@@ -384,6 +384,9 @@ def test_windows_are_exported_as_full_attention_only_on_request(
         in card
     )
     assert f"is {cost.full:.3f} nats per token, and {cost.windowed:.3f} with the windows that the model was" in card
+    assert (
+        f"({cost.full - cost.windowed:+.3f} ± {cost.stderr:.3f}, one standard error over {cost.num_samples} sam" in card
+    )
     assert "num_kept=1, window=3" in card
 
 
@@ -393,7 +396,7 @@ FULL = "has full attention in all layers"
 def test_a_refused_export_measures_nothing(windowed_checkpoint, tmp_path, monkeypatch):
     """Refusals come before minutes of measuring."""
     pytest.importorskip("gguf")
-    monkeypatch.setattr(module_of_windows, "_mean_loss", None)
+    monkeypatch.setattr(module_of_windows, "_sample_losses", None)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file.gguf").touch()
     for write in (export_model, export_gguf):
@@ -418,13 +421,25 @@ def test_the_cost_is_measured_on_samples_of_limited_length(tmp_path, monkeypatch
 
     def record(model, ids, length):
         measured.append([len(sample) for sample in ids.split(length)])
-        return 0.0
+        return torch.zeros(len(samples)), torch.ones(len(samples))
 
-    monkeypatch.setattr(module_of_windows, "_mean_loss", record)
-    assert full_attention_cost(checkpoint, "a b " * 70_000).num_tokens == sum(samples)
+    monkeypatch.setattr(module_of_windows, "_sample_losses", record)
+    cost = full_attention_cost(checkpoint, "a b " * 70_000)
+    assert (cost.num_tokens, cost.num_samples) == (sum(samples), len(samples))
+    assert cost.stderr == (None if len(samples) == 1 else 0)
+    assert str(cost).endswith("(+0.000)" if len(samples) == 1 else f"over {len(samples)} samples)")
     assert measured == [samples] * 2
     with pytest.raises(ValueError, match=r"the text has \d tokens, in which windows hide none: pass at least"):
         full_attention_cost(checkpoint, "a b")
+
+
+def test_the_standard_error_of_the_cost_is_that_of_samples_drawn_again():
+    """Of many texts of ten samples, the costs vary as much as one text's samples predict."""
+    losses, counts = torch.randn(2000, 10, dtype=torch.float64), torch.full((10,), 7.0, dtype=torch.float64)
+    predicted = torch.tensor([module_of_windows._ratio_stderr(row, counts) for row in losses])
+    assert predicted.square().mean().sqrt().item() == pytest.approx((losses.sum(1) / 70).std().item(), rel=0.05)
+    unequal, sizes = torch.tensor([3.0, 12.0, 6.0]), torch.tensor([1.0, 4.0, 2.0])
+    assert module_of_windows._ratio_stderr(unequal, sizes) == 0  # 3 for each token in all of them
 
 
 def test_an_export_of_windows_computes_full_attention(windowed_checkpoint, tmp_path):
