@@ -199,28 +199,27 @@ def _smooth(places: list[dict[str, Any]], distance: str) -> tuple[list[float], l
 def _draw_losses(axes: Axes, report: dict[str, Any]) -> None:
     edges = report["bin_edges"]
     centres = [max((a * b) ** 0.5, b / 2) for a, b in pairwise(edges)]
+    most = max((result["num_scored"] for result in report["results"]), default=0)
     for i, result in enumerate(report["results"]):
         losses = [float("nan") if loss is None else loss for loss in result["binned_losses"]]
         label = f"{result['configuration']}: {_perplexity(result['perplexity'])}"
+        if result["num_scored"] < most:  # not comparable with the others
+            label += f"\n({result['num_scored']:,} tokens)"
         axes.plot(centres, losses, label=label, **curve_style(i, len(report["results"])))
 
 
 def _mark_positions(axes: Axes, report: dict[str, Any]) -> None:
     last = report["bin_edges"][-1]
     cached = [r["num_kept"] + r["window"] for r in report["results"] if r["method"] != "dense"]
-    marks = [
-        ("cache full ", min(cached, default=None)),
-        (" trained length", report["model"]["max_position_embeddings"]),
-    ]
-    for (text, position), alignment in zip(
-        marks, ("right", "left"), strict=True
-    ):  # on opposite sides: they may be close
-        if position and position < last:
-            axes.axvline(position, color="0.6", linewidth=0.8, zorder=0)
-            axes.annotate(
-                text, (position, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset points",
-                ha=alignment, va="bottom", fontsize=7, color="0.4",
-            )  # fmt: skip
+    marks = {"cache full": min(cached, default=None), "trained length": report["model"]["max_position_embeddings"]}
+    shown = sorted((position, text) for text, position in marks.items() if position and position < last)
+    # Away from each other, because they may be close.
+    for (position, text), alignment, offset in zip(shown, ("right", "left"), (-2, 2), strict=False):
+        axes.axvline(position, color="0.6", linewidth=0.8, zorder=0)
+        axes.annotate(
+            text, (position, 1.0), xycoords=("data", "axes fraction"), xytext=(offset, 2), textcoords="offset points",
+            ha=alignment, va="bottom", fontsize=7, color="0.4",
+        )  # fmt: skip
 
 
 def _perplexity(value: float) -> str:

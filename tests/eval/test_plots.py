@@ -1,5 +1,6 @@
 """Pictures of the results in docs/results: plain tick labels, and curves that stay visible."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -33,6 +34,24 @@ def test_all_labels_are_plain_text(make):
     shown = [axes for axes in figure.axes if axes.lines or axes.images]
     assert all(axes.get_ylabel() for axes in shown if axes.get_subplotspec().is_first_col())
     assert all(axes.get_xlabel() for axes in shown if axes.get_subplotspec().is_last_row())
+
+
+@pytest.mark.parametrize("window", [100, 1000, 1100, 30_000])
+def test_marked_positions_do_not_overlap_and_other_numbers_of_tokens_are_told(window):
+    report = json.loads((RESULTS / FIGURES[streaming_figure]).read_text())
+    report["model"]["max_position_embeddings"] = 1050
+    report["results"] = [result | {"num_kept": 0, "window": window} for result in report["results"]]
+    with matplotlib.rc_context(STYLE):
+        figure = streaming_figure(report, "title")
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        figure.draw(renderer)
+    (axes,) = figure.axes
+    boxes = [text.get_window_extent(renderer) for text in (*axes.texts, axes.title, axes._left_title)]
+    boxes = [box for box in boxes if box.width]
+    assert len(boxes) == 3
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels[:2] == ["dense: 1,626\n(65,536 tokens)", "0+1024: 33.38"]
 
 
 def test_equal_curves_differ_by_dashes_and_width():
