@@ -1,5 +1,6 @@
 """Every supported family computes the streaming rule, and the others are refused."""
 
+import copy
 import re
 from functools import partial
 
@@ -155,6 +156,26 @@ def test_a_model_whose_tokens_see_later_ones_is_an_error(name, setting):
     config.update(setting)
     with pytest.raises(ValueError, match=r"tokens see later ones .*use_bidirectional_attention in its config"):
         families.family_of(config, StreamShape(1, 5))
+
+
+@torch.no_grad()
+def test_half_precision_adds_the_error_of_dense_attention():
+    """All experts are chosen, because rounding can choose another expert."""
+    errors = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        config = small_families.config("gpt_oss")
+        config.num_experts_per_tok = config.num_local_experts
+        exact, ids = random_model(config), tiny.random_ids(40, seed=seed)
+        half = copy.deepcopy(exact).half()
+        exact.load_state_dict(half.state_dict())
+        for stream in (False, True):
+            options = [
+                {CACHE: StreamingCache.for_model(m, num_kept=2, window=9)} if stream else {} for m in (half, exact)
+            ]
+            found, true = (m(ids, **option).logits.double() for m, option in zip((half, exact), options, strict=True))
+            errors.append(((found - true).norm() / true.norm()).item())
+    assert sum(errors[1::2]) < 1.5 * sum(errors[::2]) < 0.1
 
 
 def test_a_window_of_the_token_alone_is_an_error():
