@@ -44,6 +44,7 @@ def checkpoint(tmp_path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_transformers_alone_computes_the_same_logits_and_text(tmp_path):
     """`.ci/exports` does the same with other versions, and trains with peft and trl."""
     program = Path(__file__).with_name("stock.py")

@@ -209,12 +209,13 @@ def crash_at(call: int, monkeypatch: pytest.MonkeyPatch, output: Path, left: Pat
 
 
 @pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.long])])
 def test_after_a_crash_at_any_moment_the_same_command_ends_in_the_same_bytes(
-    corpus: list[str], tmp_path: Path, tokenizer_file: Path
+    every: int, corpus: list[str], tmp_path: Path, tokenizer_file: Path
 ) -> None:
     prepare(corpus, tmp_path / "whole", tokenizer_file)
     whole = content(tmp_path / "whole")
-    for call in itertools.count(1):
+    for call in itertools.count(1, every):
         output, left = tmp_path / f"crashed-{call}", tmp_path / f"left-{call}"
         with pytest.MonkeyPatch.context() as patch:
             crash_at(call, patch, output, left)

@@ -306,6 +306,7 @@ with open("scores.json", "w") as file:
 
 
 @pytest.mark.slow
+@pytest.mark.long  # `test_an_export_gets_the_scores_of_its_checkpoint` compares them in this process
 def test_stock_lm_eval_gives_the_export_the_same_scores(tmp_path, checkpoints, exports, task_folder):
     """In a process without sinklm, which changes neither transformers nor lm-eval there."""
     command = [sys.executable, "-c", STOCK, str(task_folder), *map(str, exports.values())]

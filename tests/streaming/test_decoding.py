@@ -30,7 +30,18 @@ def decoded(model, ids, prompt_length, num_kept, window, kv_dtype=None):
     return torch.cat(logits, dim=1)[0], counter
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "llama", "gemma3_text", "falcon", "falcon:rw", "mpt", "gptj"])
+LONG = [pytest.mark.slow, pytest.mark.long]
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "gpt_neox",
+        "mpt",
+        "gptj",
+        *(pytest.param(f, marks=LONG) for f in ("llama", "gemma3_text", "falcon", "falcon:rw")),
+    ],
+)
 def test_a_stream_of_tokens_is_one_graph(family):
     layers = {"layer_types": ["sliding_attention"]} if family == "gemma3_text" else {}
     model, ids = tiny.build(tiny.config(family, num_hidden_layers=1, **layers)), tiny.random_ids(30)
@@ -39,7 +50,9 @@ def test_a_stream_of_tokens_is_one_graph(family):
     torch.testing.assert_close(logits, oracle.stream_logits(model, ids[0], 2, 9)[4:], rtol=0, atol=5e-5)
 
 
-@pytest.mark.parametrize("family", ["llama4_text", "deepseek_v3", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family", ["deepseek_v3", "gpt_oss", *(pytest.param(f, marks=LONG) for f in ("llama4_text", "gemma2"))]
+)
 def test_other_kinds_of_layers_are_one_graph(family):
     """Layers without positions, experts, rotated dimensions at the end of a head, and windows."""
     model, ids = random_model(small_families.config(family)), tiny.random_ids(16)
@@ -48,7 +61,7 @@ def test_other_kinds_of_layers_are_one_graph(family):
     torch.testing.assert_close(logits, reference_logits(model, ids[0], 1, 5)[4:], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("kv_dtype", ["int4", pytest.param("int8", marks=LONG)])
 def test_quantized_keys_and_values_are_one_graph(kv_dtype):
     model, ids = tiny.build(tiny.config("llama"), dtype=torch.float32), tiny.random_ids(60)
     logits, counter = decoded(model, ids, 45, 2, 40, kv_dtype)
