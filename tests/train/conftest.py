@@ -1,12 +1,17 @@
 """One tiny store and one run on it for all tests of training."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 
+from sinklm.train import universal
 from sinklm.train.run import train
 
 from .plain import play_kernel
+from .processes import run_python
 from .tiny import RECIPE, make_store
 
 
@@ -37,6 +42,13 @@ def muon_run(recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("muon") / "run"
     train(recipe, ["optimizer.name=muon", f"train.run_dir={run_dir}"])
     return run_dir
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _forked_converter() -> Iterator[None]:
+    """Start DeepSpeed's converter without its imports, which take seconds. Ranks import them."""
+    with patch.object(universal, "subprocess", SimpleNamespace(run=run_python)):
+        yield
 
 
 @pytest.fixture(params=["no kernel", "kernel"])

@@ -10,6 +10,7 @@ import os
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -71,11 +72,20 @@ class Ranks:
         return [(process.exitcode, log.read_text()) for process, log in zip(self.processes, self._logs, strict=True)]
 
 
+def run_python(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Do what ``subprocess.run([sys.executable, "-m", NAME, …])`` does, in a forked process."""
+    _, option, name, *arguments = command
+    assert option == "-m"
+    ((status, output),) = Ranks(run_module, name, arguments, world_size=1).wait()
+    return subprocess.CompletedProcess(command, status or 0, "", output)
+
+
 def _run_rank(log: Path, environment: dict[str, str], function: Callable[..., Any], arguments: tuple) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for standard in (1, 2):
         os.dup2(descriptor, standard)
     gc.freeze()  # see `tests/conftest.py`
+    multiprocessing.set_start_method(None, force=True)  # type: ignore[arg-type]  # that of a program
     os.environ.clear()
     os.environ.update(environment)
     try:
