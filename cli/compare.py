@@ -18,7 +18,7 @@ def compare(
         list[str],
         typer.Argument(
             help="Two or more models that were evaluated, folders given as --output, or JSON files of results. "
-            "Differences are to the first.",
+            "Differences are relative to the first.",
             show_default=False,
             metavar="RUN…",
         ),

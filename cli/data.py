@@ -49,12 +49,13 @@ def merge(
 )
 def inspect(
     store: Annotated[
-        Path, typer.Argument(help="Token store, or folder of pre-shuffled rows or of an order of Megatron.")
+        Path,
+        typer.Argument(help="Token store, folder of pre-shuffled rows, or folder with a sample order of Megatron."),
     ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Keys of the recipe, as for `sinklm train`.")
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of the document.")] = "train",
+    split: Annotated[str, typer.Option(help="Split that --document is in: train or validation.")] = "train",
     document: Annotated[int | None, typer.Option(min=0, help="Print this document.")] = None,
     recipe: Annotated[
         str | None, typer.Option(help="Recipe that defines samples and steps, or the folder of a run.")

@@ -56,14 +56,17 @@ def zero_shot(
     data_dir: DataDir = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with additional lm-eval task files.")] = None,
     num_fewshot: Annotated[
-        int | None, typer.Option(min=0, help="Number of few-shot examples in the prompt; default: as in the task.")
+        int | None,
+        typer.Option(min=0, help="Number of few-shot examples in the prompt.", show_default="that of the task"),
     ] = None,
     batch_size: Annotated[
         str, typer.Option(help="Number of requests per batch. auto: the largest that fits a GPU, 8 on a CPU.")
     ] = "auto",
     max_length: Annotated[
         int | None,
-        typer.Option(min=2, help="Maximum positions of a request, including sinks; default: the trained length."),
+        typer.Option(
+            min=2, help="Maximum number of positions in a request, including sinks.", show_default="the trained length"
+        ),
     ] = None,
     apply_chat_template: Annotated[
         bool, typer.Option("--apply-chat-template", help="Format prompts with the tokenizer's chat template.")
@@ -155,7 +158,7 @@ def streaming(
     dtype: Dtype = DtypeName.AUTO,
     quiet: Quiet = False,
 ) -> None:
-    """Measure perplexity on long text under several ways of limiting attention: see --methods."""
+    """Measure perplexity on a long text with dense, window and streaming attention (--methods)."""
     given = None if caches is None else parse_caches(caches)
     wanted = None if methods is None else parse_names(methods, "--methods", METHODS)
     check_texts(text)
@@ -212,7 +215,7 @@ def stream_eval(
     ] = 1000,
     caches: Caches = None,
     distances: Annotated[
-        str, typer.Option(help="Distances to the lines that questions ask for, in lines, separated by commas.")
+        str, typer.Option(help="Distances from a question to its line, in lines, separated by commas.")
     ] = "20,40,60,80,100,150,200",
     batch_size: Annotated[int, typer.Option(min=1, help="Number of streams per batch.")] = 8,
     seed: Seed = 0,
@@ -221,7 +224,7 @@ def stream_eval(
     dtype: Dtype = DtypeName.AUTO,
     quiet: Quiet = False,
 ) -> None:
-    """Run StreamEval: recall of numbered lines by their distance in lines."""
+    """Run StreamEval: how well a model recalls a line that it read some lines ago."""
     chosen_distances = parse_numbers(distances, "--distances")
     given = None if caches is None else parse_caches(caches)
     console = Console(is_quiet=quiet)

@@ -54,13 +54,13 @@ def export(
     ] = DtypeName.AUTO,
     private: Annotated[bool, typer.Option("--private", help="Create a private repository on the Hub.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be uploaded to the Hub, without asking it.")
+        bool, typer.Option("--dry-run", help="Show what would be uploaded to the Hub, without contacting it.")
     ] = False,
     full_attention: Annotated[
         bool,
         typer.Option(
             "--full-attention",
-            help="Export a model with windowed layers with full attention in all layers, and measure what it costs.",
+            help="Replace windowed layers by full attention, and measure how much the loss changes.",
         ),
     ] = False,
     text: Annotated[

@@ -77,7 +77,7 @@ def generate(
         bool,
         typer.Option(
             "--stream",
-            help="Generate until Ctrl-C, in constant memory: in a streaming cache (--cache).",
+            help="Generate until Ctrl-C in a streaming cache (--cache), so that memory stays constant.",
         ),
     ] = False,
     max_new_tokens: Annotated[

@@ -59,7 +59,7 @@ def import_(
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Import a released GPT-NeoX model, such as Pythia, with a sink, to evaluate or train on."""
+    """Import a released GPT-NeoX model, such as Pythia, and add a sink: to evaluate or train it."""
     console = Console(is_quiet=quiet)
     console.note(f"reading {model}{f' at {revision}' if revision else ''} …")
     from ..checkpoints.importing import import_model

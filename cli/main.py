@@ -63,7 +63,7 @@ app = _group(
     epilog=examples_text(STEPS, title="From a text to a chat; `sinklm COMMAND -h` has more examples:"),
 )
 tokenizer_app = _group("Train tokenizers.")
-data_app = _group("Join token stores, look into one, and generate text.")
+data_app = _group("Join and inspect token stores, and generate text to train on.")
 generate_app = _group("Generate text to train on.")
 eval_app = _group(
     "Evaluate a model: zero-shot benchmarks, streaming perplexity and recall, attention sinks, quantization."

@@ -108,10 +108,10 @@ TopP = Annotated[
 ]
 MinP = Annotated[
     float,
-    typer.Option(min=0.0, max=1.0, help="Sample from tokens of at least P times the highest probability."),
+    typer.Option(min=0.0, max=1.0, help="Sample from tokens whose probability is at least P times the highest."),
 ]
 RepetitionPenalty = Annotated[
-    float, typer.Option(min=0.0, help="Above 1, tokens that the text already has become less likely.")
+    float, typer.Option(min=0.0, help="A value above 1 makes tokens that are in the text already less likely.")
 ]
 MAX_NEW_TOKENS_HELP = "Maximum number of tokens to generate for each prompt or message."
 

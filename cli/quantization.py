@@ -71,7 +71,7 @@ def quantization(
     ] = DtypeName.FLOAT32,
     quiet: Quiet = False,
 ) -> None:
-    """Measure how much quantization raises the loss of each model, beside its activations.
+    """Measure how much quantization raises the loss of models, and how large activations are.
 
     Writes quantization.json, quantization.md, quantization.csv and quantization.png.
     """

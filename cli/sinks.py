@@ -46,7 +46,7 @@ def sinks(
     seq_length: Annotated[int, typer.Option(min=2, help="Positions per sequence, including sinks.")] = 64,
     epsilon: Annotated[
         float,
-        typer.Option(min=0, max=1, help="A position is a sink of a head if it gets more than this mean attention."),
+        typer.Option(min=0, max=1, help="A position is a sink of a head if its mean attention is above this value."),
     ] = 0.3,
     checkpoints: Annotated[
         bool,

@@ -45,7 +45,7 @@ def train(
     recipe: Annotated[
         str,
         typer.Argument(
-            help="Packaged recipe (pythia-160m, paper/learnable-sink, …; `sinklm recipes` lists them) path of a "
+            help="Packaged recipe (pythia-160m, paper/learnable-sink, …; `sinklm recipes` lists them), path of a "
             "YAML file, or folder of a run to resume."
         ),
     ],
@@ -72,13 +72,13 @@ def train(
         bool,
         typer.Option(
             "--trust-checkpoint",
-            help="Resume also from a checkpoint without checksums (of an older version) or with pickled code.",
+            help="Resume even from a checkpoint that has pickled code, or no checksums (of older versions).",
         ),
     ] = False,
 ) -> None:
     """Train a model with DeepSpeed. Resumes from the newest checkpoint if there is one.
 
-    To resume an interrupted training, run the same command again. This command runs one process.
+    To resume an interrupted run, run the same command again. This command runs one process.
     For several GPUs, use `deepspeed --module sinklm.train RECIPE KEY=VALUE…`, torchrun or srun.
     """
     Console().note("loading torch …")
