@@ -322,6 +322,6 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
         if min(time.monotonic() - started, time.process_time() - used) > SLOW:
             raise ValueError(
                 f"the tokenizer in {folder} needs more than {SLOW} s of processor time for {text[:12]!r}… of "
-                f"{len(text)} characters: its tokenizer.json has a regular expression of exponential time; "
-                "use another tokenizer"
+                f"{len(text)} characters: its tokenizer.json has a regular expression that takes exponential "
+                "time; use another tokenizer"
             )

@@ -96,7 +96,7 @@ def full_attention_cost(checkpoint: str | Path, text: str | None = None) -> Atte
     ids = torch.tensor(ids[: num_samples * length])
     needed = max(min(model.config.num_kept + largest + 2, num_positions) - num_sinks, 2)
     if len(ids) < needed:
-        raise ValueError(f"the text has {len(ids)} tokens, in which windows hide none: pass at least {needed}")
+        raise ValueError(f"the text has {len(ids)} tokens, and the windows hide none of them: pass at least {needed}")
     windowed, num_targets = _sample_losses(model, ids, length)
     use_full_attention(model.config)
     full, _ = _sample_losses(model, ids, length)

@@ -125,8 +125,8 @@ def _check_model(model: PreTrainedModel, checkpoint: str | Path) -> None:
         raise ValueError(f"{checkpoint} has rope_type {rope_type!r}: only the type 'default' can be exported as GGUF")
     if num_rotary(config) % 2:
         raise ValueError(
-            f"{checkpoint} rotates {num_rotary(config)} of the dimensions of a head (rotary_pct), an odd number, which "
-            "llama.cpp does in another way than transformers: it cannot be exported as GGUF"
+            f"{checkpoint} rotates {num_rotary(config)} of the dimensions of a head (rotary_pct): "
+            "llama.cpp rotates an odd number differently, so it cannot be exported as GGUF"
         )
     if config.hidden_act not in ACTIVATIONS:
         raise ValueError(

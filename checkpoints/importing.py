@@ -181,8 +181,8 @@ def _model(
         )
     if num_tokens > theirs.vocab_size:
         raise ValueError(
-            f"{source} has {theirs.vocab_size} rows in its embedding, but its tokenizer {num_tokens} ids: use the "
-            "tokenizer of the model"
+            f"{source} has {theirs.vocab_size} rows in its embedding, but its tokenizer has {num_tokens} ids: use "
+            "the tokenizer of the model"
         )
     # A sink token is set afterwards: the embedding may have no row for it yet.
     config = _config(theirs, "none" if sink == "token" else sink)

@@ -129,7 +129,7 @@ def _config(run: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is missing") from None
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
         pass
-    raise ValueError(f"{path} is damaged: it is no recipe")
+    raise ValueError(f"{path} is damaged: it is not a recipe")
 
 
 def _intact_checkpoint(run: Path) -> tuple[int | None, int, str]:

@@ -132,8 +132,8 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
         raise
     except pickle.UnpicklingError as error:  # torch's message advises to run the code
         raise ValueError(
-            f"{path} cannot be read safely: it is damaged or no file of torch, or contains code, which is never run; "
-            "copy it again, or use a model with safetensors"
+            f"{path} cannot be read safely: it is damaged, is not a file of torch, or contains code, which is never "
+            "run; copy it again, or use a model with safetensors"
         ) from error
     except Exception as error:  # a damaged pickle raises anything
         raise ValueError(f"{path} is damaged ({one_line(error)}): copy it again") from error
@@ -142,7 +142,7 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     for name, tensor in state.items():
         if not isinstance(name, str) or not _is_plain(tensor):
             raise ValueError(
-                f"{path} contains something else than ordinary tensors with names: {one_line(repr(name))}; use the "
+                f"{path} contains something other than ordinary tensors with names: {one_line(repr(name))}; use the "
                 "weights of a model, neither quantized nor sparse"
             )
     kept = {name: tensor for name, tensor in state.items() if not re.search(SAVED_BUFFERS, name)}

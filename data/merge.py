@@ -109,8 +109,8 @@ def _check_contents(output: Path, links: dict[Path, Path], tokenizer: Path) -> N
             is_ours = path.is_dir() or path in unfinished
         if not is_ours:
             raise ValueError(
-                f"{output}: contains {path.relative_to(output)}, which is not of an unfinished merge of these stores; "
-                "choose another folder, or delete it"
+                f"{output}: contains {path.relative_to(output)}, which is not part of an unfinished merge of "
+                "these stores; choose another folder, or delete it"
             )
 
 
@@ -124,8 +124,9 @@ def _link(source: Path, target: Path) -> None:
         if error.errno not in NO_LINKS:
             raise
         raise OSError(
-            f"{target}: cannot be a hard link to {source} ({os.strerror(error.errno)}); copy the store to the file "
-            f"system of the output first (`cp -rL STORE {target.parents[1].absolute().parent}`), and merge the copy"
+            f"{target}: cannot be made a hard link to {source} ({os.strerror(error.errno)}); copy the store to the "
+            f"file system of the output first (`cp -rL STORE {target.parents[1].absolute().parent}`), and merge "
+            "the copy"
         ) from error
 
 

@@ -104,8 +104,8 @@ class DocumentTokenizer:
         arrays = []
         if (longest := max(map(len, pieces))) > MAX_PIECE_LENGTH:
             raise ValueError(
-                f"{place}: {longest:,} characters without a place where this tokenizer allows a cut, more than the "
-                f"{MAX_PIECE_LENGTH:,} that are encoded at once; split or remove this document"
+                f"{place}: {longest:,} characters in which this tokenizer allows no cut; at most "
+                f"{MAX_PIECE_LENGTH:,} are encoded at once: split or remove this document"
             )
         for piece in pieces:
             (encoding,) = self.tokenizer.encode_batch_fast([piece], add_special_tokens=False)

@@ -41,8 +41,8 @@ class CheckedLM(HFLM):
         longest = max((len(answer) for _, _, answer in requests), default=0)
         if longest > self.max_length:
             raise ValueError(
-                f"an answer has {longest} tokens, but requests have {self.max_length} besides {self.num_sinks} sink "
-                f"tokens: set --max-length to at least {longest + self.num_sinks}"
+                f"an answer has {longest} tokens, but a request has room for {self.max_length} and "
+                f"{self.num_sinks} sink tokens: set --max-length to at least {longest + self.num_sinks}"
             )
         return super()._loglikelihood_tokens(requests, *arguments, **options)
 

@@ -196,8 +196,8 @@ def ask_alone(
     longest = max(map(len, texts), default=0)
     if (num_positions := num_embedded_positions(model.config)) and longest > num_positions:
         raise ValueError(
-            f"the longest question has {longest} tokens with the instruction, but the model only {num_positions} "
-            "positions: remove one-shot from --methods"
+            f"the longest question has {longest} tokens with the instruction, but the model has only "
+            f"{num_positions} positions: remove one-shot from --methods"
         )
     replies: dict[int, Reply] = {}
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)

@@ -467,7 +467,7 @@ OPTIONS = [
     Case(
         "a model that llama.cpp does not compute",
         "export {model} out.gguf --to gguf",
-        r".*model rotates 3 of the dimensions of a head \(rotary_pct\), an odd number, .*",
+        r".*model rotates 3 of the dimensions of a head \(rotary_pct\): llama.cpp rotates an odd number .*",
     ),
     Case(
         "a GGUF file without --to gguf",

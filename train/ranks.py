@@ -43,7 +43,7 @@ def check_ranks(environment: Mapping[str, str]) -> None:
     if rank >= size:
         raise ValueError(f"RANK is {rank}, but WORLD_SIZE is {size}: ranks count from 0 to {size - 1}; {REMEDY}")
     if local_rank > rank:
-        raise ValueError(f"LOCAL_RANK is {local_rank}, but RANK is {rank}: a rank has at most its own number; {REMEDY}")
+        raise ValueError(f"LOCAL_RANK is {local_rank}, but RANK is {rank}: it cannot be larger; {REMEDY}")
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         if environment.get(name):
             read_count(environment, name, at_least=1)

@@ -161,7 +161,7 @@ def _merged(*parts: DictConfig | ListConfig) -> DictConfig:
         except TypeError as error:  # a list in place of a section, or the reverse
             keys = ", ".join(str(key) for key in part)
             raise ValueError(
-                f"{keys}: a list cannot replace a section with keys, or a section a list: set its keys"
+                f"{keys}: a list cannot replace a section with keys, nor a section a list: set its keys"
             ) from error
     return cast(DictConfig, merged)
 

@@ -430,7 +430,7 @@ def test_the_cost_is_measured_on_samples_of_limited_length(tmp_path, monkeypatch
     assert cost.stderr == (None if len(samples) == 1 else 0)
     assert str(cost).endswith("(+0.000)" if len(samples) == 1 else f"over {len(samples)} samples)")
     assert measured == [samples] * 2
-    with pytest.raises(ValueError, match=r"the text has \d tokens, in which windows hide none: pass at least"):
+    with pytest.raises(ValueError, match=r"the text has \d tokens, and the windows hide none of them: pass at least"):
         full_attention_cost(checkpoint, "a b")
 
 

@@ -277,7 +277,7 @@ def quantized(weight: torch.Tensor) -> torch.Tensor:
     return torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8)
 
 
-NOT_ORDINARY = r"source/pytorch_model\.bin contains something else than ordinary tensors with names: "
+NOT_ORDINARY = r"source/pytorch_model\.bin contains something other than ordinary tensors with names: "
 OF_SOURCE = "the weights in .*/source "  # not in the temporary folder of the conversion
 PICKLES = {
     "an integer key": (lambda folder: edit_pickle(folder, name=1), NOT_ORDINARY + "1;"),

@@ -100,7 +100,7 @@ def test_a_run_without_a_recipe_is_damaged(tmp_path, damage):
     damage(run)
     found = summarize(run)
     assert (found.state, found.step, found.command) == ("damaged", 30, None)
-    assert found.note == f"{run}/config.yaml is damaged: it is no recipe"
+    assert found.note == f"{run}/config.yaml is damaged: it is not a recipe"
 
 
 @pytest.mark.parametrize("damage", [damage_state, remove_state, remove_model])

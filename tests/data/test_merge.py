@@ -73,7 +73,7 @@ def test_after_an_interruption_the_same_call_completes_it(
     with pytest.raises(FileNotFoundError, match="not a token store"):
         TokenStore(tmp_path / "merged")
     monkeypatch.setattr(os, "link", link)
-    with pytest.raises(ValueError, match=r"merged: contains train/00000\S+, which is not of an unfinished merge"):
+    with pytest.raises(ValueError, match=r"merged: contains train/00000\S+, which is not part of an unfinished merge"):
         merge_stores(parts[1:], tmp_path / "merged")
     merge_stores(parts, tmp_path / "merged")
     assert content(tmp_path / "merged") == whole
@@ -130,7 +130,7 @@ def test_stores_that_do_not_belong_together_are_refused(
         merge_stores([a], b)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").touch()
-    with pytest.raises(ValueError, match=r"mine: contains notes\.txt, which is not of an unfinished merge"):
+    with pytest.raises(ValueError, match=r"mine: contains notes\.txt, which is not part of an unfinished merge"):
         merge_stores([a, b], tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
     assert not output.exists()
@@ -140,7 +140,7 @@ def test_stores_that_do_not_belong_together_are_refused(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "link", no_link)
-        with pytest.raises(OSError, match=r"cannot be a hard link to .*; copy the store to the file system"):
+        with pytest.raises(OSError, match=r"cannot be made a hard link to .*; copy the store to the file system"):
             merge_stores([a, b], output)
     (b / "train/00000.bin").write_bytes((b / "train/00000.bin").read_bytes()[::-1])
     with pytest.raises(ValueError, match=r"b/train/00000\.bin: checksum differs"):

@@ -385,7 +385,7 @@ def test_a_text_that_cannot_be_cut_has_a_limit(tokenizer_file: Path, monkeypatch
     monkeypatch.setattr(tokenizing, "MAX_PIECE_LENGTH", 200)
     work = DocumentTokenizer(load_tokenizer_file(tokenizer_file), 0, np.dtype(np.uint16), 0.0)
     work.encode("the sink " * 1000, "here")
-    with pytest.raises(ValueError, match=r"here: \d+ characters without a place where this tokenizer allows a cut"):
+    with pytest.raises(ValueError, match=r"here: \d+ characters in which this tokenizer allows no cut"):
         work.encode("the sink " * 5 + "a" * 201, "here")
 
 
