@@ -47,8 +47,9 @@ NOT_RUN = {
     "sinklm bench decode pythia-6.9b --batch-sizes 1,8 --device cuda": "needs a GPU",
 }
 STEPS_20 = "train.num_steps=20"
-# An eighth of the work.
-SHORTER = f"{STEPS_20} train.seq_length=128 train.batch_size_tokens=256 train.micro_batch_size=2"
+# A smaller model, and an eighth of the work.
+SMALLER = "model.hidden_size=64 model.num_hidden_layers=2"
+SHORTER = f"{STEPS_20} {SMALLER} train.seq_length=128 train.batch_size_tokens=256 train.micro_batch_size=2"
 
 
 def commands(group=None, name: str = "sinklm"):

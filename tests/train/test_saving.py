@@ -1,6 +1,8 @@
 """A checkpoint written while training goes on is the one that training waited for."""
 
 import time
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,23 +22,23 @@ OFTEN = ["checkpoint.every_steps=2", "checkpoint.keep=null", "validation.every_s
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def slow_disk(monkeypatch):
-    """Writing takes longer than the steps until the next save."""
+def slow_disk() -> Any:
+    """A context in which writing takes longer than the steps until the next save."""
     write = saving.write_snapshot
 
     def slow(*args):
         time.sleep(0.2)
         write(*args)
 
-    monkeypatch.setattr(saving, "write_snapshot", slow)
+    return patch.object(saving, "write_snapshot", slow)
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "bf16"), (1, "bf16"), (1, "fp32"), (2, "bf16"), (3, "bf16")])
-def test_it_is_the_checkpoint_that_training_waited_for(recipe, tmp_path, slow_disk, stage, precision):
+def test_it_is_the_checkpoint_that_training_waited_for(recipe, tmp_path, stage, precision):
     settings = [*OFTEN, f"deepspeed.zero_stage={stage}", f"train.precision={precision}"]
     train(recipe, [*settings, f"train.run_dir={tmp_path / 'waited'}", "checkpoint.asynchronous=false"])
-    train(recipe, [*settings, f"train.run_dir={tmp_path / 'behind'}", "checkpoint.asynchronous=true"])
+    with slow_disk():
+        train(recipe, [*settings, f"train.run_dir={tmp_path / 'behind'}", "checkpoint.asynchronous=true"])
     assert list(list_checkpoints(tmp_path / "behind")) == [2, 4, 6, 8]
     for step in (2, 4, 6, 8):
         assert_same_weights(weights(tmp_path / "behind", step), weights(tmp_path / "waited", step))

@@ -215,7 +215,8 @@ def run_two(recipe: str, folder: Path, **events) -> Ranks:
 
 @pytest.mark.slow
 def test_a_hanging_rank_is_named_with_its_stack_and_all_end(recipe, tmp_path):
-    ranks = run_two(recipe, tmp_path, hang=[1, 4, 2], overrides=["train.hang_timeout_minutes=0.05"])
+    hang = {"hang": [1, 4, 2], "watchdog": {"SUSPICION": 2.0, "GRACE": 1.0}}
+    ranks = run_two(recipe, tmp_path, **hang, overrides=["train.hang_timeout_minutes=0.05"])
     (status, output), (other_status, other_output) = ranks.wait()
     assert (status, other_status) == (1, 1)
     (error,) = re.findall(r"^error: .*", output, re.MULTILINE)
@@ -230,7 +231,7 @@ def test_a_hanging_rank_is_named_with_its_stack_and_all_end(recipe, tmp_path):
 
 @pytest.mark.slow
 def test_a_signal_is_obeyed_although_the_other_rank_is_stopped(recipe, tmp_path):
-    ranks = run_two(recipe, tmp_path, stop_grace=1.0)
+    ranks = run_two(recipe, tmp_path, watchdog={"STOP_GRACE": 1.0})
     try:
         wait_for_step(tmp_path / "run", 3)
         ranks.signal(signal.SIGSTOP, rank=1)

@@ -12,7 +12,7 @@
   fourth number;
 - "min_steps": steps after which spikes are judged;
 - "hang": [rank, step, num_micro_batches]: a rank waits forever for the samples of that step;
-- "stop_grace": seconds that a rank may take to obey a signal;
+- "watchdog": constants of the module `watchdog` that are smaller in this call;
 - "unpinned": a rank cannot pin host memory;
 - "ahead": true: a step is queued before the previous one is read, as on a GPU.
 
@@ -73,8 +73,8 @@ def make(call: dict, rank: int) -> str:
                 stack.enter_context(patch.object(hosts, "APPEARS_WITHIN", 0.3))
             if call.get("unpinned") == rank:
                 stack.enter_context(patch.object(HostMemory, "_pin", fail_to_pin))
-            if "stop_grace" in call:
-                stack.enter_context(patch.object(watchdog, "STOP_GRACE", call["stop_grace"]))
+            for name, seconds in call.get("watchdog", {}).items():
+                stack.enter_context(patch.object(watchdog, name, seconds))
             train(call["recipe"], call["overrides"] + (call["only"][1] if call.get("only", [None])[0] == rank else []))
     except (ValueError, OSError) as error:
         return f"{type(error).__name__}: {error}"
