@@ -100,8 +100,13 @@ def full_attention_cost(checkpoint: str | Path, text: str | None = None) -> Atte
     windowed, num_targets = _sample_losses(model, ids, length)
     use_full_attention(model.config)
     full, _ = _sample_losses(model, ids, length)
-    means = [losses.sum().item() / num_targets.sum().item() for losses in (windowed, full)]
-    return AttentionCost(*means, len(ids), len(num_targets), _ratio_stderr(full - windowed, num_targets))
+    return AttentionCost(
+        windowed=(windowed.sum() / num_targets.sum()).item(),
+        full=(full.sum() / num_targets.sum()).item(),
+        num_tokens=len(ids),
+        num_samples=len(num_targets),
+        stderr=_ratio_stderr(full - windowed, num_targets),
+    )
 
 
 def measured_cost(checkpoint: str | Path, full_attention: bool, text: str | None) -> AttentionCost | None:

@@ -52,7 +52,7 @@ class StreamingDecoder:
         `_forward`, so each pass gets a copy.
         """
         if batch_size not in self.steps:
-            forward = FunctionType(StreamingDecoder._forward.__code__.replace(), globals())
+            forward = FunctionType(self._forward.__code__.replace(), globals())
             self.steps[batch_size] = torch.compile(MethodType(forward, self), **self.compile_options)
         return self.steps[batch_size]
 
