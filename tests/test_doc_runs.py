@@ -57,8 +57,9 @@ def reason_not_run(line: str) -> str | None:
 
 
 LINES = sorted({shlex.join(words) for block in blocks("bash") + blocks("sh") for words in commands(block.values[0])})
-# Once for all names of runs, which are copies of one checkpoint here.
-RUN = list({re.sub(r"\bruns/[\w-]+", "", line): line for line in LINES if reason_not_run(line) is None}.values())
+# Once for all runs, which are copies of one checkpoint here, and once for all models in examples/.
+MODELS = r"\b(runs|examples/checkpoints)/[\w-]+(?!\.)\b"
+RUN = list({re.sub(MODELS, r"\1", line): line for line in LINES if reason_not_run(line) is None}.values())
 
 
 @pytest.fixture(scope="module")
