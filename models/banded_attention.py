@@ -131,6 +131,8 @@ def flash_two_phase_attention(
         kept_value, band_value = F.pad(kept_value, (0, num_missing)), F.pad(band_value, (0, num_missing))
     out, lse = flash_band(query, band_key, band_value, window, scaling)
     if column is not None:
+        if num_missing and column.value is not None:
+            column = column._replace(value=F.pad(column.value, (0, num_missing)))
         out, lse = merge_column(out, lse, column)
     if not kept_key.shape[2]:
         return out[..., :value_dim]

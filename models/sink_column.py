@@ -23,11 +23,17 @@ class SinkColumn(NamedTuple):
 
     Args:
         score: scaled score, at least float32, broadcasts to ``(B, H, T)``.
-        value: ``(H, D)``; None for zeros.
+        value: ``(H, D)``, or ``(B, H, T, D)`` if each query has its own; None for zeros.
     """
 
     score: Tensor
     value: Tensor | None = None
+
+    @property
+    def values(self) -> Tensor:
+        """The value, which broadcasts to ``(B, H, T, D)``."""
+        assert self.value is not None
+        return self.value[:, None] if self.value.ndim == 2 else self.value
 
 
 def attention_with_column(
@@ -75,7 +81,7 @@ def merge_column(out: Tensor, lse: Tensor, column: SinkColumn) -> tuple[Tensor, 
     total = torch.logaddexp(lse, column.score)
     widened = out * (lse - total).exp()[..., None]
     if column.value is not None:
-        widened = widened + (column.score - total).exp()[..., None] * column.value[:, None]
+        widened = widened + (column.score - total).exp()[..., None] * column.values
     return widened.to(out.dtype), total
 
 
@@ -166,5 +172,5 @@ def explicit_attention(
     weights, sink_weight = weights[..., :-1], weights[..., -1:]
     out = weights @ value
     if column.value is not None:
-        out = out + sink_weight * column.value[:, None].to(out.dtype)
+        out = out + sink_weight * column.values.to(out.dtype)
     return out, weights

@@ -2,8 +2,9 @@
 
 Suggested reading order: `rule` (the streaming rule as arithmetic), `encodings` (how phases are
 moved), `layers` (layers that differ), `steps` (one forward pass), `cache` and `steering` (how
-models of transformers use it), `families` (which models are supported), `quantized`, `saving`, and
-`record` and `continuing` (what a cache has read). `testing` checks a model against the rule.
+models of transformers use it), `families` (which models are supported), `quantized`, `memory`,
+`saving`, and `record` and `continuing` (what a cache has read). `testing` checks a model against
+the rule.
 """
 
 from .adapters import Adapter
@@ -13,6 +14,7 @@ from .decoding import StreamingDecoder
 from .encodings import Alibi, Rotary
 from .families import register_family, shared_rotary
 from .generation import Generator, TextStream, default_cache
+from .memory import MemoryOptions
 from .sampling import Sampling
 from .scoring import stream_logits, stream_losses
 
@@ -21,6 +23,7 @@ __all__ = [
     "Alibi",
     "Chat",
     "Generator",
+    "MemoryOptions",
     "Rotary",
     "Sampling",
     "StreamingCache",

@@ -1,5 +1,6 @@
 """Buffers of an attention layer: keys and values in slots, and the original kept keys."""
 
+import copy
 from collections.abc import Callable
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from torch import Tensor
 from .rule import StreamShape
 
 if TYPE_CHECKING:
+    from .memory import LayerMemory
     from .steps import ChunkStep, DecodeStep, Step
 
 
@@ -18,6 +20,7 @@ class StreamingLayer:
 
     Attributes:
         has_positions: False if the layer's keys are not rotated.
+        memory: what has left the window, if the cache has a memory.
         keys, values: ``(B, G, S + W + 1, D)``, slots as in `StreamShape`.
         kept_keys: ``(B, G, S + 1, D)``, the kept keys at phases 0 … S - 1, from which the first S
             slots of ``keys`` are rotated for every step. The last row is scratch space: tokens that
@@ -34,6 +37,7 @@ class StreamingLayer:
 
     def __init__(self, shape: StreamShape, has_positions: bool = True):
         self.shape, self.has_positions = shape, has_positions
+        self.memory: LayerMemory | None = None
         self.is_allocated = False
 
     def allocate(self, key: Tensor, value: Tensor) -> None:
@@ -107,9 +111,12 @@ class StreamingLayer:
 
     @property
     def num_bytes(self) -> int:
-        return sum(buffer.nbytes for name, buffer in self.buffers.items() if name != "num_arrived")
+        own = sum(buffer.nbytes for name, buffer in self.buffers.items() if name != "num_arrived")
+        return own if self.memory is None else own + self.memory.num_bytes
 
     def free(self) -> None:
+        if self.memory is not None:
+            self.memory.free()
         for name in self.buffers:
             delattr(self, name)
         self.is_allocated = False
@@ -119,6 +126,7 @@ class StreamingLayer:
 
     def __deepcopy__(self, memo: dict) -> "StreamingLayer":
         twin = self.empty_twin()
+        twin.memory = copy.deepcopy(self.memory, memo)
         if self.is_allocated:
             twin.set_buffers(self.buffers)
         return twin
@@ -127,6 +135,8 @@ class StreamingLayer:
         """Replace row i of the batch by row ``rows[i]``; the batch size may change."""
         for name, buffer in self.buffers.items():
             setattr(self, name, select_rows(buffer, rows))
+        if self.memory is not None:
+            self.memory.map_rows(rows)
 
 
 def zeros_like_heads(states: Tensor, length: int) -> Tensor:

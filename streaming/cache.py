@@ -21,6 +21,7 @@ from .counters import StreamCounters
 from .encodings import Rotary
 from .families import family_of, num_equal_positions
 from .layers import LayerPlan
+from .memory import MemoryOptions, StreamMemory
 from .quantized import KV_DTYPES, NUM_RECENT, QuantizedLayer, check_head_sizes
 from .record import TextRecord
 from .rule import StreamShape
@@ -48,7 +49,14 @@ class StreamingCache(Cache):
         refuse_constructor(arguments)
         return super().__new__(cls)
 
-    def __init__(self, model: PreTrainedModel, shape: StreamShape, chunk_size: int, kv_dtype: str | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        shape: StreamShape,
+        chunk_size: int,
+        kv_dtype: str | None = None,
+        memory: MemoryOptions | None = None,
+    ):
         decoder = decoder_of(model)
         refuse_without_weights(decoder)
         if kv_dtype is not None:
@@ -60,6 +68,7 @@ class StreamingCache(Cache):
         super().__init__(layers=layers)
         self.streaming_layers = layers
         self.model, self.decoder, self.shape, self.plan = model, decoder, shape, plan
+        self.memory = None if memory is None else StreamMemory.of(memory, plan, layers)
         self.chunk_size = min(chunk_size, num_equal_positions(decoder.config) - plan.num_slots)
         self.kv_dtype = kv_dtype
         self.counters: StreamCounters | None = None
@@ -85,6 +94,7 @@ class StreamingCache(Cache):
         window: int,
         chunk_size: int = 1024,
         kv_dtype: Literal["int8", "int4"] | None = None,
+        memory: MemoryOptions | None = None,
     ) -> "StreamingCache":
         """Create an empty cache for a model.
 
@@ -99,6 +109,8 @@ class StreamingCache(Cache):
                 the last 32. None stores them as they are. With a window above 32, passes of other
                 lengths then give slightly different results: within a pass, tokens see each other
                 in full precision.
+            memory: also see blocks of tokens that have left the window, which are kept in host
+                memory. That memory grows with the stream, the device's does not.
 
         Warns:
             UserWarning: the cache has more positions than the model was trained on, or fewer kept
@@ -108,38 +120,46 @@ class StreamingCache(Cache):
             TypeError: ``model`` is a name.
             ValueError: the model is not supported, ``num_kept < 0``, ``window < 1``,
                 ``chunk_size < 1``, an unknown ``kv_dtype``, or ``"int4"`` for an odd head size,
-                or a ``kv_dtype`` with windows of at most 32 tokens, which would quantize nothing.
+                or a ``kv_dtype`` with windows of at most 32 tokens, which would quantize nothing,
+                or a memory with a ``kv_dtype``, with blocks longer than the window, or for a model
+                without rotary positions.
         """
         refuse_name(model)
         if kv_dtype is not None and kv_dtype not in KV_DTYPES:
             raise ValueError(f"kv_dtype is {kv_dtype!r}: it must be {', '.join(map(repr, KV_DTYPES))} or None")
         if chunk_size < 1:
             raise ValueError(f"chunk_size is {chunk_size}: it must be at least 1")
-        cache = cls(model, StreamShape(num_kept, window), chunk_size, kv_dtype)
+        if kv_dtype is not None and memory is not None:
+            raise ValueError("a cache has either a memory or quantized keys and values: use memory=None or kv_dtype=None")
+        cache = cls(model, StreamShape(num_kept, window), chunk_size, kv_dtype, memory)
         if kv_dtype is not None and cache.plan.window <= NUM_RECENT:
             raise ValueError(
                 f"kv_dtype={kv_dtype!r} would quantize nothing: the last {NUM_RECENT} tokens are exact, and no layer "
                 f"has a window of more than {cache.plan.window} tokens: use kv_dtype=None or a larger window"
             )
-        warn_if_untrained(model, cache.shape, cache.plan.num_slots - 1)
+        num_positions = cache.plan.num_slots - 1 + (0 if memory is None else memory.block_size)
+        warn_if_untrained(model, cache.shape, num_positions)
         return cache
 
     def __repr__(self) -> str:
         shape, own = self.shape, "".join(f", {layers}" for layers in self.plan.own_shapes)
         kind = "" if self.kv_dtype is None else f", kv_dtype={self.kv_dtype!r}"
+        memory = "" if self.memory is None else f", memory={self.memory.options}"
         seen = f"seen={self.get_seq_length()}"
-        return f"StreamingCache(num_kept={shape.num_kept}, window={shape.window}{own}{kind}, {seen})"
+        return f"StreamingCache(num_kept={shape.num_kept}, window={shape.window}{own}{kind}{memory}, {seen})"
 
     def __deepcopy__(self, memo: dict) -> "StreamingCache":
         """Copy the streams to a new cache of the same model.
 
         A prompt that was read once can thus be continued several times.
         """
-        twin = StreamingCache(self.model, self.shape, self.chunk_size, self.kv_dtype)
+        options = None if self.memory is None else self.memory.options
+        twin = StreamingCache(self.model, self.shape, self.chunk_size, self.kv_dtype, options)
         for name in ("counters", "record", "num_since_rebase", "is_ragged", "is_damaged"):
             setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
         twin.streaming_layers = copy.deepcopy(self.streaming_layers, memo)
         twin.layers = twin.streaming_layers
+        twin.memory = None if options is None else StreamMemory(options, twin.streaming_layers)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -212,6 +232,8 @@ class StreamingCache(Cache):
         is_token = mask[:, -num_inputs:].bool()
         if is_token.all():
             return None
+        if self.memory is not None:
+            raise ValueError("a StreamingCache with a memory does not support padding: use texts of the same length")
         num_new_sinks = 0 if self.counters is not None else num_prepended_sinks(self.decoder.config)
         is_text = is_token[:, num_new_sinks:]  # the model adds its sinks to the mask
         if (is_text.any(-1) & ~is_text[:, -1]).any():  # a row may consist of padding only
@@ -233,6 +255,8 @@ class StreamingCache(Cache):
             yield
         except BaseException:
             self.is_damaged |= num_inputs > 1
+            if self.memory is not None:
+                self.memory.num_seen = None
             if was_empty and num_inputs == 1:
                 self.reset()
             raise
@@ -286,7 +310,7 @@ class StreamingCache(Cache):
         self.inputs = None
 
     def rebase_before(self, num_inputs: int) -> None:
-        """Count the next ``num_inputs`` inputs, after a `rebase` if one is due.
+        """Count the next ``num_inputs`` inputs, after a `rebase` if one is due; update the memory.
 
         Eager passes call this automatically. For a compiled pass, call it before each token.
         """
@@ -297,6 +321,8 @@ class StreamingCache(Cache):
                 self.is_damaged = True
                 raise
         self.num_since_rebase += num_inputs
+        if self.memory is not None:
+            self.memory.before_pass(self.counters, num_inputs)
 
     @torch.no_grad()
     def rebase(self) -> None:
@@ -383,6 +409,11 @@ class StreamingCache(Cache):
         """Memory of keys and values in bytes, constant after the first forward pass."""
         return sum(layer.num_bytes for layer in self.streaming_layers)
 
+    @property
+    def num_host_bytes(self) -> int:
+        """Host memory of blocks in bytes, which grows with the stream; 0 without a memory."""
+        return 0 if self.memory is None else self.memory.num_host_bytes
+
     def reset(self, rows: Sequence[int] | Tensor | None = None) -> None:
         """Empty the cache. The next forward pass starts new streams, with any batch size.
 
@@ -404,6 +435,8 @@ class StreamingCache(Cache):
 
     def _reset_rows(self, rows: Sequence[int] | Tensor) -> None:
         self.check_whole()
+        if self.memory is not None:
+            raise ValueError("rows of a StreamingCache with a memory cannot be reset on their own: reset all rows")
         if self.counters is None or self.record is None:
             return
         sink_ids = getattr(self.decoder.config, "sink_token_ids", [])
@@ -445,6 +478,8 @@ class StreamingCache(Cache):
             )
         if -tokens_to_remove > int(self.counters.num_seen.min()):
             raise ValueError(f"crop({tokens_to_remove}): only {int(self.counters.num_seen.min())} tokens were seen")
+        if self.memory is not None:
+            self.memory.crop(int(self.counters.num_seen[0]) + tokens_to_remove)
         if self.record is not None and self.record.is_known:
             self.record.remove(-tokens_to_remove, self.counters.num_columns)
         for layer in self.streaming_layers:

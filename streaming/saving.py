@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..files import atomic_file, named_errors
 from .advice import refuse_without_weights
+from .memory import MemoryOptions
 from .record import TextRecord
 from .rule import StreamShape
 from .wrappers import decoder_of
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from .cache import StreamingCache
 
 FORMAT = "sinklm-streaming-cache"
-VERSION = 1
+VERSION = 2
 NUM_SAMPLES = 64  # elements of each weight in the fingerprint, besides the sum of all
 # Settings that do not change keys and values, or that the weights and the dtype show.
 IRRELEVANT = {
@@ -41,11 +43,12 @@ def save_cache(cache: "StreamingCache", path: Path, notes: dict[str, Any] | None
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors_of(cache).items()}
     state = json.dumps(
         {
-            "version": VERSION,
+            "version": 1 if cache.memory is None else VERSION,
             "num_kept": cache.shape.num_kept,
             "window": cache.shape.window,
             "chunk_size": cache.chunk_size,
             "kv_dtype": cache.kv_dtype,
+            "memory": None if cache.memory is None else asdict(cache.memory.options),
             "num_since_rebase": cache.num_since_rebase,
             "is_ragged": cache.is_ragged,
             "knows_text": cache.record is None or cache.record.is_known,
@@ -67,9 +70,9 @@ def load_cache(path: Path, model: PreTrainedModel) -> tuple["StreamingCache", di
     refuse_without_weights(decoder_of(model))
     state, tensors = read_file(path)
     check_model(path, state, model)
-    cache = StreamingCache(
-        model, StreamShape(state["num_kept"], state["window"]), state["chunk_size"], state["kv_dtype"]
-    )
+    shape = StreamShape(state["num_kept"], state["window"])
+    memory = MemoryOptions(**state["memory"]) if state.get("memory") else None
+    cache = StreamingCache(model, shape, state["chunk_size"], state["kv_dtype"], memory)
     cache.num_since_rebase, cache.is_ragged = state["num_since_rebase"], state["is_ragged"]
     if not tensors:
         return cache, state["notes"]
@@ -84,6 +87,9 @@ def load_cache(path: Path, model: PreTrainedModel) -> tuple["StreamingCache", di
     cache.record = TextRecord(**groups["record"], is_known=state["knows_text"]).copy()
     for index, layer in enumerate(cache.streaming_layers):
         layer.set_buffers(groups[f"layers.{index}"])
+        if layer.memory is not None:
+            layer.memory.set_buffers(groups[f"memories.{index}"])
+            layer.memory.blocks.set_buffers(groups.get(f"blocks.{index}", {}), is_pinned=device.type == "cuda")
     return cache, state["notes"]
 
 
@@ -95,6 +101,9 @@ def tensors_of(cache: "StreamingCache") -> dict[str, Tensor]:
     named |= {"record.digest": cache.record.digest, "record.first_ids": cache.record.first_ids}
     for index, layer in enumerate(cache.streaming_layers):
         named |= {f"layers.{index}.{name}": buffer for name, buffer in layer.buffers.items()}
+        if layer.memory is not None:
+            named |= {f"memories.{index}.{name}": buffer for name, buffer in layer.memory.buffers.items()}
+            named |= {f"blocks.{index}.{name}": buffer for name, buffer in layer.memory.blocks.buffers.items()}
     return named
 
 

@@ -38,8 +38,10 @@ class Step:
         num_inputs: T, including padding.
         num_new: number of tokens among the inputs, ``(B,)`` or one number for all rows.
         num_seen: tokens before the pass, ``(B or 1,)`` or ``(B or 1, 1)``.
+        memory_phases: of the queries for the memory, shared by all layers.
     """
 
+    is_decoding: bool
     position_ids: Tensor
     num_inputs: int
     num_new: Tensor | int
@@ -50,6 +52,7 @@ class Step:
         self.arguments: tuple = ()  # of the pass
         self.copies: dict[torch.device, Step] = {}
         self._recent: RecentTokens | None = None
+        self.memory_phases: tuple[Tensor, Tensor] | None = None
 
     def on(self, device: torch.device) -> "Step":
         """Return this pass with its tensors on another device, for the layers there."""
@@ -97,7 +100,10 @@ class Step:
         layer = self.layers[layer_idx]
         with torch.no_grad():
             layer.allocate(key, value)
-            out = self.on(key.device)._attend(layer, query, key, value, softmax)
+            step = self.on(key.device)
+            if layer.memory is not None:
+                softmax = layer.memory.add_to(softmax, step, layer, query, key, value)
+            out = step._attend(layer, query, key, value, softmax)
         if any(states.requires_grad for states in (query, key, value)):
             return WithoutGradient.apply(out, query, key, value)
         return out
@@ -154,6 +160,8 @@ class DecodeStep(Step):
         is_token: ``(B, 1)``, False for padding. Padding is not counted, and the next token
             overwrites it.
     """
+
+    is_decoding = True
 
     def __init__(
         self,
@@ -212,6 +220,8 @@ class ChunkStep(Step):
         is_token: ``(B, T)``, False for padding; None if there is no padding.
     """
 
+    is_decoding = False
+
     def __init__(
         self,
         layers: list[StreamingLayer],
@@ -224,7 +234,7 @@ class ChunkStep(Step):
     ):
         super().__init__(layers, shape, encoding)
         self.arguments = (num_seen, base, num_inputs, is_token)
-        self.num_seen = num_seen[:, None]
+        self.num_seen, self.base = num_seen[:, None], base
         self.has_equal_rows = is_token is None and num_seen.shape[0] == 1
         self.num_inputs, device = num_inputs, num_seen.device
         inputs = torch.arange(num_inputs, device=device)[None]
@@ -263,9 +273,14 @@ class ChunkStep(Step):
         return torch.cat((self.kept.expand(*in_band.shape[:2], -1), in_band), dim=-1)
 
     @cached_property
+    def first(self) -> int:
+        """Index of the first token, for rows of equal length."""
+        return int(self.num_seen[0])
+
+    @property
     def num_empty(self) -> int:
         """Number of empty slots in the window before the chunk, for rows of equal length."""
-        return max(self.shape.window - int(self.num_seen[0]), 0)
+        return max(self.shape.window - self.first, 0)
 
     @cached_property
     def replacements(self) -> tuple[Tensor, Tensor]:

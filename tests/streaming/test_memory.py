@@ -1,0 +1,297 @@
+"""The memory beyond the window equals a slow twin, in passes of any length."""
+
+import copy
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AttentionInterface
+from transformers.models.llama import modeling_llama
+
+from sinklm.models.cache_argument import CACHE
+from sinklm.streaming import MemoryOptions, StreamingCache, StreamingDecoder
+from sinklm.streaming.testing import random_model
+
+from ..models.tiny import text, tiny_arm, tiny_model
+from . import small_families, tiny
+
+NUM_KEPT, WINDOW = 2, 10
+OPTIONS = MemoryOptions(block_size=4, num_blocks=3, interval=2, num_representatives=2)
+SMALLEST = MemoryOptions(block_size=1, num_blocks=1, interval=1, num_representatives=1)
+LARGE = MemoryOptions(block_size=8, num_blocks=2, interval=5, num_representatives=1)
+
+
+def new_cache(model, memory=OPTIONS, num_kept=NUM_KEPT):
+    return StreamingCache.for_model(model, num_kept=num_kept, window=WINDOW, memory=memory)
+
+
+@torch.no_grad()
+def read(model, cache, ids, lengths):
+    """Return the logits of ``ids``, read in passes of these lengths."""
+    assert sum(lengths) == ids.shape[1]
+    passes = [model(part, use_cache=True, **{CACHE: cache}).logits for part in ids.split(lengths, dim=1)]
+    return torch.cat(passes, dim=1)
+
+
+def llama():
+    model = tiny.build(tiny.config("llama"))
+    tiny.use_float64(model)
+    return model
+
+
+# -- A slow twin -------------------------------------------------------------------------------------
+
+
+class SlowMemory:
+    """Attention to kept tokens, window and memory of one stream, one query after the other.
+
+    Queries ``(H, T, D)`` and keys ``(G, T, D)`` have no rotary positions yet.
+    """
+
+    def __init__(self, config, options):
+        self.options = options
+        head_dim = config.hidden_size // config.num_attention_heads
+        self.theta = config.rope_parameters["rope_theta"] ** (-torch.arange(0, head_dim, 2).double() / head_dim)
+
+    def rotated(self, state, distance):
+        """Turn a state ``(…, D)`` by a number of positions."""
+        angles = distance * self.theta
+        a, b = state.chunk(2, dim=-1)
+        return torch.cat((a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()), dim=-1)
+
+    def score(self, query, key, distance):
+        return self.rotated(query, distance) @ key / len(query) ** 0.5
+
+    def attend(self, queries, keys, values):
+        per_group = len(queries) // len(keys)
+        return torch.stack([self.head(queries, keys, values, h, h // per_group) for h in range(len(queries))])
+
+    def head(self, queries, keys, values, head, group):
+        return torch.stack([self.token(queries, keys[group], values[group], head, t) for t in range(queries.shape[1])])
+
+    def token(self, queries, keys, values, head, token):
+        group = range(len(queries))[head // 2 * 2 : head // 2 * 2 + 2]  # two heads share keys
+        query, seen = queries[head, token], [*range(max(NUM_KEPT, token - WINDOW), token + 1)]
+        distances = {key: token - key for key in seen}
+        distances |= {i: min(token, NUM_KEPT + WINDOW) - i for i in range(min(NUM_KEPT, token + 1))}
+        for block in self.chosen(queries[list(group)], keys, token):
+            start, size = NUM_KEPT + block * self.options.block_size, self.options.block_size
+            distances |= {start + i: WINDOW + size - i for i in range(size)}
+        scores = torch.stack([self.score(query, keys[key], distance) for key, distance in distances.items()])
+        return scores.softmax(0) @ values[list(distances)]
+
+    def chosen(self, queries, keys, token):
+        """Return the blocks that a token sees: those to which the last queries attend most."""
+        size, begin = self.options.block_size, token - token % self.options.interval
+        blocks = [b for b in range(begin) if NUM_KEPT + (b + 1) * size <= begin - WINDOW]
+        if len(blocks) <= self.options.num_blocks:
+            return blocks
+        total = torch.zeros(len(blocks)).double()
+        for query in queries[:, begin - self.options.interval : begin].flatten(0, 1):
+            kept = [self.score(query, keys[i], NUM_KEPT + WINDOW - i) for i in range(NUM_KEPT)]
+            best = [max(self.representative_scores(query, keys, block)) for block in blocks]
+            total += torch.stack(kept + best).softmax(0)[NUM_KEPT:]
+        return total.topk(self.options.num_blocks).indices.tolist()
+
+    def representative_scores(self, query, keys, block):
+        """Scores of the means of consecutive keys of a block, each turned to its place in it."""
+        size, start = self.options.block_size, NUM_KEPT + block * self.options.block_size
+        turned = torch.stack([self.rotated(keys[start + i], i) for i in range(size)])
+        means = turned.unflatten(0, (self.options.num_representatives, -1)).mean(1)
+        return [self.score(query, mean, WINDOW + size) for mean in means]
+
+
+@torch.no_grad()
+def slow_logits(model, ids, options, monkeypatch):
+    slow = SlowMemory(model.config, options)
+
+    def attend(module, query, key, value, mask, **kwargs):
+        return slow.attend(query[0], key[0], value[0]).transpose(0, 1)[None], None
+
+    AttentionInterface.register("slow_memory", attend)
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda query, key, *rest, **named: (query, key))
+    monkeypatch.setattr(model.config, "_attn_implementation", "slow_memory")
+    logits = model(ids, use_cache=False).logits
+    monkeypatch.undo()
+    return logits
+
+
+@pytest.mark.parametrize("options", [OPTIONS, SMALLEST, LARGE], ids=str)
+def test_it_equals_the_slow_twin(options, monkeypatch):
+    model = llama()
+    ids = tiny.random_ids(34)
+    expected = slow_logits(model, ids, options, monkeypatch)
+    without = read(model, new_cache(model, None), ids, [34])
+    assert not torch.allclose(without, expected)
+    for lengths in ([34], [1] * 34):
+        found = read(model, new_cache(model, options), ids, lengths)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+# -- Passes of any length ------------------------------------------------------------------------------
+
+
+@settings(max_examples=15, deadline=None)
+@given(cuts=st.sets(st.integers(1, 79), max_size=12), options=st.sampled_from([OPTIONS, SMALLEST, LARGE]))
+def test_passes_of_any_length_have_the_same_result(cuts, options):
+    model, ids = llama(), tiny.random_ids(80, batch_size=2)
+    lengths = [b - a for a, b in pairwise([0, *sorted(cuts), 80])]
+    whole, parts = (read(model, new_cache(model, options), ids, each) for each in ([80], lengths))
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "gptj", "gemma2", "gemma3_text", "smollm3", "deepseek_v3", "gpt_oss"])
+def test_families_have_the_same_result(name):
+    model = random_model(small_families.config(name)).double()
+    check_passes(model, tiny.random_ids(60), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("model", [lambda: tiny_model(2), *(partial(tiny_arm, arm) for arm in ("logit", "kv_bias"))])
+def test_models_with_sinks_have_the_same_result(model):
+    model = model()
+    check_passes(model, text(1, 60), tolerance=1e-5)
+
+
+def check_passes(model, ids, tolerance):
+    """The memory changes the result, and passes of other lengths do not."""
+    num_tokens = ids.shape[1]
+    whole, single, without = (
+        read(model, new_cache(model, memory), ids, lengths)
+        for memory, lengths in ((OPTIONS, [num_tokens]), (OPTIONS, [1] * num_tokens), (None, [num_tokens]))
+    )
+    torch.testing.assert_close(single, whole, rtol=0, atol=tolerance)
+    first = NUM_KEPT + WINDOW  # the blocks before this token's interval are all in the window
+    torch.testing.assert_close(whole[:, :first], without[:, :first], rtol=0, atol=tolerance)
+    assert (whole - without)[:, -20:].abs().max() > 100 * tolerance
+
+
+def test_half_precision_chooses_the_same_blocks_in_one_pass_and_token_by_token():
+    model, ids = llama().bfloat16(), tiny.random_ids(60)
+    whole, single = (read(model, new_cache(model), ids, lengths) for lengths in ([60], [1] * 60))
+    assert (whole - single).abs().median() < 0.05 * whole.std()
+
+
+def test_the_compiled_step_has_the_same_result():
+    model, ids = llama(), tiny.random_ids(60)
+    expected = read(model, new_cache(model), ids, [60])
+    torch._dynamo.reset()
+    decoder = StreamingDecoder(model, new_cache(model), compile={"backend": "eager"})
+    logits = [decoder.prefill(ids[:, :5])] + [decoder(ids[:, i : i + 1]) for i in range(5, 60)]
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected[:, 4:], rtol=0, atol=1e-9)
+
+
+# -- The interface of the cache ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_read", [11, 16, 50, 57])
+def test_copies_and_files_continue_alike(num_read, tmp_path):
+    model, ids = llama(), tiny.random_ids(90)
+    cache = new_cache(model)
+    read(model, cache, ids[:, :num_read], [num_read])
+    twin = copy.deepcopy(cache)
+    cache.save(tmp_path / "stream.safetensors")
+    loaded = StreamingCache.load(tmp_path / "stream.safetensors", model)
+    assert loaded.memory.options == OPTIONS
+    assert twin.num_host_bytes == loaded.num_host_bytes == cache.num_host_bytes
+    rest = ids[:, num_read:]
+    expected = read(model, cache, rest, [1] * rest.shape[1])
+    for other in (twin, loaded):
+        assert torch.equal(read(model, other, rest, [1] * rest.shape[1]), expected)
+
+
+def test_rows_can_be_reordered_and_repeated():
+    model, ids = llama(), tiny.random_ids(80, batch_size=2)
+    rows = torch.tensor([1, 1, 0])
+    expected = read(model, new_cache(model), ids, [80])[rows, 50:]
+    cache = new_cache(model)
+    read(model, cache, ids[:, :50], [50])
+    cache.batch_select_indices(rows)
+    torch.testing.assert_close(read(model, cache, ids[rows, 50:], [1] * 30), expected, rtol=0, atol=1e-9)
+
+
+def test_removed_tokens_leave_the_blocks():
+    model, ids = llama(), tiny.random_ids(60)
+    cache = new_cache(model)
+    read(model, cache, tiny.random_ids(13, seed=2).index_copy(1, torch.arange(3), ids[:, :3]), [13])
+    cache.crop(-10)
+    expected = read(model, new_cache(model), ids, [60])
+    torch.testing.assert_close(read(model, cache, ids[:, 3:], [5, *[1] * 52]), expected[:, 3:], rtol=0, atol=1e-9)
+
+
+def test_a_reset_cache_is_like_a_new_one():
+    model, ids = llama(), tiny.random_ids(60)
+    cache = new_cache(model)
+    expected = read(model, cache, ids, [60])
+    cache.reset()
+    assert cache.num_host_bytes == 0
+    assert torch.equal(read(model, cache, ids, [60]), expected)
+
+
+def test_a_failed_step_can_be_repeated():
+    model, ids = llama(), tiny.random_ids(60)
+    cache = new_cache(model)
+    expected = read(model, new_cache(model), ids, [60])
+    read(model, cache, ids[:, :40], [40])
+    handle = model.model.layers[1].register_forward_pre_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        read(model, cache, ids[:, 40:41], [1])
+    handle.remove()
+    torch.testing.assert_close(read(model, cache, ids[:, 40:], [1] * 20), expected[:, 40:], rtol=0, atol=1e-9)
+
+
+def test_only_host_memory_grows():
+    model = llama()
+    cache = new_cache(model)
+    read(model, cache, tiny.random_ids(100), [100])
+    on_device, on_host = cache.num_bytes, cache.num_host_bytes
+    read(model, cache, tiny.random_ids(900), [900])
+    assert cache.num_bytes == on_device
+    blocks = (1000 - NUM_KEPT) // OPTIONS.block_size, (100 - NUM_KEPT) // OPTIONS.block_size
+    assert cache.num_host_bytes * blocks[1] == on_host * blocks[0]
+
+
+def test_a_cache_without_memory_has_none():
+    cache = new_cache(llama(), None)
+    assert cache.memory is None and cache.num_host_bytes == 0
+    assert all(layer.memory is None for layer in cache.streaming_layers)
+
+
+# -- Errors ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block_size": 0}, "block_size of the memory is 0: it must be at least 1"),
+        ({"num_blocks": -1}, "num_blocks of the memory is -1"),
+        ({"block_size": 6, "num_representatives": 4}, "it must divide the block_size of 6"),
+        ({"block_size": 4, "interval": 5}, "interval of the memory is 5: it must be at most the block_size of 4"),
+    ],
+)
+def test_invalid_options_are_an_error(options, message):
+    with pytest.raises(ValueError, match=message):
+        MemoryOptions(**options)
+
+
+def test_models_that_cannot_have_a_memory_are_an_error():
+    with pytest.raises(ValueError, match="this model has ALiBi"):
+        new_cache(tiny.build(tiny.config("mpt")))
+    with pytest.raises(ValueError, match="all layers have windows of their own"):
+        new_cache(random_model(small_families.config("mistral:window")))
+    with pytest.raises(ValueError, match="at most the window of 10"):
+        new_cache(llama(), MemoryOptions(block_size=16))
+    with pytest.raises(ValueError, match="a memory or quantized"):
+        StreamingCache.for_model(llama(), num_kept=2, window=40, kv_dtype="int8", memory=OPTIONS)
+
+
+def test_rows_of_different_lengths_are_an_error():
+    model, ids = llama(), tiny.random_ids(4, batch_size=2)
+    cache = new_cache(model)
+    with pytest.raises(ValueError, match="with a memory does not support padding"):
+        model(ids, attention_mask=torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]), use_cache=True, **{CACHE: cache})
+    read(model, cache, ids, [4])
+    with pytest.raises(ValueError, match="reset all rows"):
+        cache.reset([0])
