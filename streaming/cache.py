@@ -130,7 +130,9 @@ class StreamingCache(Cache):
         if chunk_size < 1:
             raise ValueError(f"chunk_size is {chunk_size}: it must be at least 1")
         if kv_dtype is not None and memory is not None:
-            raise ValueError("a cache has either a memory or quantized keys and values: use memory=None or kv_dtype=None")
+            raise ValueError(
+                "a cache has either a memory or quantized keys and values: use memory=None or kv_dtype=None"
+            )
         cache = cls(model, StreamShape(num_kept, window), chunk_size, kv_dtype, memory)
         if kv_dtype is not None and cache.plan.window <= NUM_RECENT:
             raise ValueError(

@@ -12,12 +12,13 @@ long the stream is. A choice depends on earlier tokens only, so passes of any le
 result.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..models.sink_column import SinkColumn, merge_column
 from .buffers import StreamingLayer, gather_columns, select_rows, static_copy, static_zeros, zeros_like_heads
@@ -28,7 +29,9 @@ from .rule import StreamShape
 
 if TYPE_CHECKING:
     from .counters import StreamCounters
-    from .steps import ChunkStep, Softmax, Step
+    from .steps import ChunkStep, DecodeStep, Softmax, Step
+
+NUM_BYTES = 2**26  # of chosen blocks that are on the device at a time
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,21 @@ class MemoryOptions:
             )
 
 
+States = tuple[Tensor, Tensor, Tensor]
+
+
+def with_column(softmax: "Softmax", out: Tensor, lse: Tensor) -> "Softmax":
+    """Return a softmax with more keys in its column.
+
+    Args:
+        out: attention to these keys alone, ``(B, H, T, D)``.
+        lse: log-sum-exp of its scores, ``(B, H, T)``.
+    """
+    if softmax.column is not None:
+        out, lse = merge_column(out, lse, softmax.column)
+    return softmax._replace(column=SinkColumn(lse, out))
+
+
 class LayerMemory:
     """The memory of one layer.
 
@@ -94,132 +112,187 @@ class LayerMemory:
 
     # -- Attention -------------------------------------------------------------------------------
 
-    def add_to(
-        self, softmax: "Softmax", step: "Step", layer: StreamingLayer, query: Tensor, key: Tensor, value: Tensor
-    ) -> "Softmax":
-        """Return the softmax of a pass with the memory in its column.
+    def add_to_token(self, softmax: "Softmax", step: "DecodeStep", layer: StreamingLayer, states: States) -> "Softmax":
+        """Return the softmax of a pass over one token with the memory in its column.
 
         Args:
-            layer: it does not have the new keys and values yet.
-            query: ``(B, H, T, D)`` of the new tokens.
-            key, value: ``(B, G, T, D)`` of the new tokens.
+            states: query ``(B, H, 1, D)``, key and value ``(B, G, 1, D)`` of the token.
         """
-        self.allocate(query, key, value)
-        if layer.has_positions:
-            if step.memory_phases is None:
-                steps = self.shape.window + self.options.block_size - step.position_ids
-                step.memory_phases = self.encoding.phases(steps, like=query)
-            query = self.encoding.turn(query, step.memory_phases)
-        if step.is_decoding:
-            out, lse = self.attend(query, softmax)
-            row = step.num_seen.remainder(self.options.interval + 1)
-            self.queries[step.rows, :, row] = query[:, :, 0] * softmax.scaling
-        else:
-            self.store_chunk(layer, step, key, value)
-            num_kept = self.shape.num_kept
-            kept = torch.cat((layer.kept_keys[:, :, : step.first], key[:, :, :num_kept]), dim=2)[:, :, :num_kept]
-            out, lse = self.attend_chunk(step, query, self.turned_kept(layer, kept), softmax)
-        if softmax.column is not None:
-            out, lse = merge_column(out, lse, softmax.column)
-        return softmax._replace(column=SinkColumn(lse, out))
+        self.allocate(*states)
+        query = self.turned(states[0], step, layer)
+        self.queries[step.rows, :, self.row_of(step.num_seen)] = query[:, :, 0] * softmax.scaling
+        return with_column(softmax, *self.attend_chosen(query, softmax))
 
-    def attend(self, query: Tensor, softmax: "Softmax") -> tuple[Tensor, Tensor]:
-        """Return the attention of turned queries to the chosen blocks, and its log-sum-exp.
-
-        Without any block, they are 0 and -inf.
+    def add_to_chunk(self, softmax: "Softmax", step: "ChunkStep", layer: StreamingLayer, states: States) -> "Softmax":
+        """Return the softmax of a pass over a chunk with the memory in its column.
 
         Args:
-            query: ``(B, H, T, D)``.
+            layer: it has not stored the new keys and values yet.
+            states: queries ``(B, H, T, D)``, keys and values ``(B, G, T, D)`` of the chunk.
         """
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        grouped = query.unflatten(1, (self.keys.shape[1], -1)).to(dtype)  # (B, G, H / G, T, D)
-        scores = grouped @ self.keys[:, :, None].mT.to(dtype) * softmax.scaling
+        self.allocate(*states)
+        query, key, value = self.turned(states[0], step, layer), *states[1:]
+        self.store_chunk(layer, step, key, value)
+        first, end, num_kept = step.first, step.first + step.num_inputs, self.shape.num_kept
+        recent = torch.cat((self.queries_before(first), query * softmax.scaling), dim=2)
+        self.queries[:, :, self.rows_before(end)] = recent[:, :, -self.options.interval :]
+        if self.num_evicted(end - 1) == 0:
+            return softmax
+        kept = torch.cat((layer.kept_keys[:, :, :first], key[:, :, :num_kept]), dim=2)[:, :, :num_kept]
+        outs, lses = zip(
+            *self.attend_intervals(query, recent, self.turned_kept(kept, layer), first, softmax), strict=True
+        )
+        return with_column(softmax, torch.cat(outs, dim=2), torch.cat(lses, dim=2))
+
+    def turned(self, query: Tensor, step: "Step", layer: StreamingLayer) -> Tensor:
+        """Turn queries to the frame of the memory."""
+        if not layer.has_positions:
+            return query
+        if step.memory_phases is None:
+            steps = self.shape.window + self.options.block_size - step.position_ids
+            step.memory_phases = self.encoding.phases(steps, like=query)
+        return self.encoding.turn(query, step.memory_phases)
+
+    def attend_intervals(
+        self, query: Tensor, recent: Tensor, kept: Tensor, first: int, softmax: "Softmax"
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the results of `attend` for consecutive parts of a chunk.
+
+        Args:
+            query: turned, ``(B, H, T, D)``.
+            recent: as `queries`, of the tokens from ``first - interval`` on.
+            kept: as in `choose`.
+            first: index of the chunk's first token.
+        """
+        interval, num_inputs = self.options.interval, query.shape[2]
+        num_begun = min(-first % interval, num_inputs)  # tokens of an interval that began before
+        if num_begun:
+            yield self.attend_chosen(query[:, :, :num_begun], softmax)
+        num_tokens = interval * max(1, NUM_BYTES // (self.keys.nbytes + self.values.nbytes))
+        for start in range(num_begun, num_inputs, num_tokens):
+            part = query[:, :, start : start + num_tokens]
+            padded = F.pad(part, (0, 0, 0, -part.shape[2] % interval))
+            queries = recent[:, :, start : start + padded.shape[2]].unflatten(2, (-1, interval))
+            begins = torch.arange(first + start, first + start + part.shape[2], interval, device=query.device)
+            chosen, num_chosen = self.choose(queries, kept, begins)
+            keys, values = (states.to(query.device) for states in self.blocks.gather(chosen))
+            self.keep(keys[:, :, -1], values[:, :, -1], num_chosen[-1])
+            out, lse = self.attend(padded.unflatten(2, (-1, interval)), keys, values, num_chosen, softmax)
+            yield out.flatten(2, 3)[:, :, : part.shape[2]], lse.flatten(2, 3)[:, :, : part.shape[2]]
+
+    def attend_chosen(self, query: Tensor, softmax: "Softmax") -> tuple[Tensor, Tensor]:
+        """Return attention and log-sum-exp of turned queries ``(B, H, T, D)`` to `keys`."""
+        states = query[:, :, None], self.keys[:, :, None], self.values[:, :, None]
+        out, lse = self.attend(*states, self.num_chosen[None], softmax)
+        return out[:, :, 0], lse[:, :, 0]
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, num_chosen: Tensor, softmax: "Softmax"
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the attention of the queries of N intervals to the blocks chosen for them.
+
+        Args:
+            query: turned, ``(B, H, N, T, D)``.
+            keys, values: of the blocks, ``(B, G, N, K, D)``.
+            num_chosen: ``(N,)``, how many of the blocks are visible.
+
+        Returns:
+            The output ``(B, H, N, T, D)`` and the log-sum-exp of the scores ``(B, H, N, T)``; 0 and
+            -inf without any block.
+        """
+        dtype, num_tokens = torch.promote_types(query.dtype, torch.float32), query.shape[3]
+        grouped = query.unflatten(1, (keys.shape[1], -1)).movedim(2, 3).flatten(3, 4)  # (B, G, N, H / G * T, D)
+        scores = grouped.to(dtype) @ keys.mT.to(dtype) * softmax.scaling
         if softmax.softcap is not None:
             scores = softmax.softcap * (scores / softmax.softcap).tanh()
-        is_chosen = torch.arange(self.keys.shape[2], device=query.device) < self.num_chosen * self.options.block_size
-        scores = scores.masked_fill(~is_chosen, float("-inf"))
-        lse = scores.logsumexp(-1)
-        weights = (scores - lse.clamp(min=torch.finfo(dtype).min)[..., None]).exp()
-        out = weights.to(self.values.dtype) @ self.values[:, :, None]
-        return out.flatten(1, 2), lse.flatten(1, 2)
-
-    def attend_chunk(
-        self, step: "ChunkStep", query: Tensor, kept: Tensor, softmax: "Softmax"
-    ) -> tuple[Tensor, Tensor]:
-        """Choose blocks and attend to them, interval after interval, as single tokens do.
-
-        Args:
-            kept: as in `choose`.
-        """
-        first, end, interval = step.first, step.first + step.num_inputs, self.options.interval
-        queries = torch.cat((self.queries_before(first), query * softmax.scaling), dim=2)
-        parts = []
-        while first < end:
-            until = min(first - first % interval + interval, end)
-            start = first - step.first
-            if first % interval == 0:
-                self.choose(queries[:, :, start : start + interval], kept, first)
-            parts.append(self.attend(query[:, :, start : until - step.first], softmax))
-            first = until
-        self.queries[:, :, self.rows_before(end)] = queries[:, :, -interval:]
-        outs, lses = zip(*parts, strict=True)
-        return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+        columns = torch.arange(keys.shape[3], device=query.device)
+        is_visible = columns < num_chosen[:, None] * self.options.block_size
+        scores = scores.masked_fill(~is_visible[:, None], float("-inf"))
+        lse = scores.logsumexp(-1, keepdim=True)
+        out = (scores - lse.clamp(min=torch.finfo(dtype).min)).exp().to(values.dtype) @ values
+        out, lse = (states.unflatten(3, (-1, num_tokens)).movedim(3, 2).flatten(1, 2) for states in (out, lse))
+        return out, lse[..., 0]
 
     # -- Choosing --------------------------------------------------------------------------------
 
     def choose_before(self, layer: StreamingLayer, token: int) -> None:
-        """Choose the blocks for the interval that starts with the next token."""
-        kept = layer.kept_keys[:, :, : self.shape.num_kept]
-        self.choose(self.queries_before(token), self.turned_kept(layer, kept), token)
+        """Choose the blocks for the interval that begins with the next token."""
+        if self.num_evicted(token) == 0:
+            return
+        kept = self.turned_kept(layer.kept_keys[:, :, : self.shape.num_kept], layer)
+        begins = torch.tensor([token], device=self.queries.device)
+        chosen, num_chosen = self.choose(self.queries_before(token)[:, :, None], kept, begins)
+        keys, values = self.blocks.gather(chosen)
+        self.keep(keys[:, :, 0], values[:, :, 0], num_chosen[0])
+
+    def choose(self, queries: Tensor, kept: Tensor, begins: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose the blocks of N intervals.
+
+        Args:
+            queries: the ones before each interval, ``(B, H, N, interval, D)``, see `queries`.
+            kept: the kept keys ``(B, G, S, D)`` in the frame of the memory.
+            begins: first token of each interval, ``(N,)``.
+
+        Returns:
+            The blocks ``(B, G, N, K)``, and how many of them are visible, ``(N,)``.
+        """
+        num_evicted = self.num_evicted(begins)
+        weights = self.weights(queries, kept, num_evicted)
+        num_blocks = min(self.options.num_blocks, weights.shape[-1])
+        return weights.topk(num_blocks, dim=-1).indices, num_evicted.clamp(max=num_blocks)
+
+    def weights(self, queries: Tensor, kept: Tensor, num_evicted: Tensor) -> Tensor:
+        """Return how much the queries attend to each block, ``(B, G, N, blocks)``.
+
+        A block has the score of its best representative. The kept keys compete with the blocks: a
+        query that attends to a sink looks for nothing. Blocks that an interval does not see weigh
+        least.
+
+        Args:
+            num_evicted: ``(N,)``, number of blocks that each interval sees.
+        """
+        dtype = torch.promote_types(queries.dtype, torch.float32)
+        grouped = queries.unflatten(1, (kept.shape[1], -1)).movedim(2, 3).flatten(3, 4).to(dtype)
+        scores = [grouped @ kept[:, :, None].mT.to(dtype)]
+        for index in self.blocks.index_parts(int(num_evicted.max())):  # (B, G, blocks, representatives, D)
+            index = index.to(queries.device, dtype)
+            part = grouped @ index.flatten(2, 3)[:, :, None].mT
+            scores.append(part.unflatten(-1, index.shape[2:4]).amax(-1))
+        joined, num_kept = torch.cat(scores, dim=-1), kept.shape[2]
+        is_hidden = torch.arange(-num_kept, joined.shape[-1] - num_kept, device=joined.device) >= num_evicted[:, None]
+        joined = joined.masked_fill(is_hidden[:, None], torch.finfo(dtype).min)
+        weights = joined.softmax(-1)[..., num_kept:].sum(3)
+        return weights.masked_fill(is_hidden[:, num_kept:], -1)
+
+    def turned_kept(self, kept: Tensor, layer: StreamingLayer) -> Tensor:
+        """Turn kept keys ``(B, G, S, D)`` of a layer to the frame of the memory."""
+        if kept.shape[2] == 0 or not layer.has_positions:
+            return kept
+        # A query, which has the phase W + block_size, sees kept key i at the distance S + W - i.
+        shift = torch.full((1, 1), self.options.block_size - self.shape.num_kept, device=kept.device)
+        return self.encoding.turn(kept, self.encoding.phases(shift, like=kept))
+
+    def keep(self, keys: Tensor, values: Tensor, num_chosen: Tensor) -> None:
+        """Keep the keys and values ``(B, G, K, D)`` of the chosen blocks until the next choice."""
+        self.keys[:, :, : keys.shape[2]], self.values[:, :, : values.shape[2]] = keys, values
+        self.num_chosen.copy_(num_chosen)
+
+    def num_evicted(self, tokens: Any) -> Any:
+        """Return how many blocks have left the window of a token, or of each of several."""
+        num_tokens = tokens - self.shape.num_cached
+        if isinstance(tokens, int):
+            return max(0, num_tokens // self.options.block_size)
+        return num_tokens.div(self.options.block_size, rounding_mode="floor").clamp(min=0)
 
     def queries_before(self, token: int) -> Tensor:
         """Return the stored queries ``(B, H, interval, D)`` of the tokens before a token."""
         return self.queries[:, :, self.rows_before(token)]
 
     def rows_before(self, token: int) -> Tensor:
-        tokens = torch.arange(token - self.options.interval, token, device=self.queries.device)
+        return self.row_of(torch.arange(token - self.options.interval, token, device=self.queries.device))
+
+    def row_of(self, tokens: Tensor) -> Tensor:
         return tokens.remainder(self.options.interval + 1)
-
-    def choose(self, queries: Tensor, kept: Tensor, token: int) -> None:
-        """Choose the blocks for the interval that starts with a token.
-
-        Args:
-            queries: of the tokens before it, see `queries_before`.
-            kept: the kept keys ``(B, G, S, D)`` in the frame of the memory.
-        """
-        num_evicted = max(0, (token - self.shape.num_cached) // self.options.block_size)
-        num_chosen = min(num_evicted, self.options.num_blocks)
-        self.num_chosen.fill_(num_chosen)
-        if num_chosen == 0:
-            return
-        chosen = self.weights(queries, kept, num_evicted).topk(num_chosen, dim=-1).indices
-        num_tokens = num_chosen * self.options.block_size
-        for buffer, states in zip((self.keys, self.values), self.blocks.gather(chosen), strict=True):
-            buffer[:, :, :num_tokens] = states.to(buffer.device)
-
-    def weights(self, queries: Tensor, kept: Tensor, num_blocks: int) -> Tensor:
-        """Return how much the queries attend to the first blocks, ``(B, G, num_blocks)``.
-
-        Each block has the score of its best representative. The kept keys compete with the blocks:
-        a query that attends to a sink looks for nothing.
-        """
-        dtype = torch.promote_types(queries.dtype, torch.float32)
-        grouped = queries.unflatten(1, (self.keys.shape[1], -1)).flatten(2, 3).to(dtype)  # (B, G, queries, D)
-        scores = [grouped @ kept.mT.to(dtype)]
-        for index in self.blocks.index_parts(num_blocks):  # (B, G, blocks, representatives, D)
-            index = index.to(queries.device)
-            part = grouped @ index.flatten(2, 3).mT.to(dtype)
-            scores.append(part.unflatten(-1, index.shape[2:4]).amax(-1))
-        weights = torch.cat(scores, dim=-1).softmax(-1)
-        return weights[..., kept.shape[2] :].sum(2)
-
-    def turned_kept(self, layer: StreamingLayer, kept: Tensor) -> Tensor:
-        """Turn kept keys ``(B, G, S, D)`` from their phases in the layer to the frame of the memory."""
-        if kept.shape[2] == 0 or not layer.has_positions:
-            return kept
-        # A query, which has the phase W + block_size, sees kept key i at the distance S + W - i.
-        shift = torch.full((1, 1), self.options.block_size - self.shape.num_kept, device=kept.device)
-        return self.encoding.turn(kept, self.encoding.phases(shift, like=kept))
 
     # -- Storing ---------------------------------------------------------------------------------
 

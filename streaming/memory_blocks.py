@@ -55,14 +55,14 @@ class HostBlocks:
         return larger
 
     def gather(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values ``(B, G, K * block_size, D)`` of the blocks ``chosen`` ``(B, G, K)``."""
+        """Return keys and values ``(B, G, N, K * block_size, D)`` of blocks ``(B, G, N, K)``."""
         chosen = chosen.cpu()
-        rows = torch.arange(chosen.shape[0])[:, None, None]
-        heads = torch.arange(chosen.shape[1])[:, None]
-        return tuple(states[chosen, rows, heads].flatten(2, 3) for states in (self.keys, self.values))
+        rows, heads = torch.arange(chosen.shape[0])[:, None, None, None], torch.arange(chosen.shape[1])[:, None, None]
+        keys, values = (states[chosen, rows, heads].flatten(3, 4) for states in (self.keys, self.values))
+        return keys, values
 
     def index_parts(self, num_blocks: int) -> Iterator[Tensor]:
-        """Yield the index of the first blocks in parts ``(B, G, blocks, num_representatives, D)``."""
+        """Yield the index of the first blocks in parts ``(B, G, blocks, representatives, D)``."""
         index = self.index[:num_blocks]
         size = max(1, NUM_INDEX_BYTES // index[0].nbytes)
         yield from (part.movedim(0, 2) for part in index.split(size))

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..models.cache_argument import CACHE
 from .cache import StreamingCache
+from .memory import MemoryOptions
 from .wrappers import unwrapped
 
 
@@ -21,6 +22,7 @@ def stream_logits(
     window: int,
     chunk_size: int = 1024,
     kv_dtype: Literal["int8", "int4"] | None = None,
+    memory: MemoryOptions | None = None,
 ) -> Iterator[Tensor]:
     """Yield logits ``(B, c, V)`` of consecutive chunks of the streams ``token_ids`` ``(B, T)``.
 
@@ -34,8 +36,11 @@ def stream_logits(
         kv_dtype: as in `StreamingCache.for_model`. Tokens of one pass see each other in full
             precision, in addition to the last 32 before it. Only ``chunk_size=1`` thus gives
             exactly the losses of decoding.
+        memory: as in `StreamingCache.for_model`.
     """
-    cache = StreamingCache.for_model(model, num_kept=num_kept, window=window, chunk_size=chunk_size, kv_dtype=kv_dtype)
+    cache = StreamingCache.for_model(
+        model, num_kept=num_kept, window=window, chunk_size=chunk_size, kv_dtype=kv_dtype, memory=memory
+    )
     device = unwrapped(model).device
     for chunk in token_ids.split(chunk_size, dim=1):
         with torch.inference_mode():
@@ -50,6 +55,7 @@ def stream_losses(
     window: int,
     chunk_size: int = 1024,
     kv_dtype: Literal["int8", "int4"] | None = None,
+    memory: MemoryOptions | None = None,
 ) -> Iterator[Tensor]:
     """Yield negative log-likelihoods of the tokens 1 … T - 1 in nats, chunk by chunk.
 
@@ -57,7 +63,15 @@ def stream_losses(
     Token 0 is not scored, because without a sink it has no context.
     """
     end = 0
-    chunks = stream_logits(model, token_ids, num_kept=num_kept, window=window, chunk_size=chunk_size, kv_dtype=kv_dtype)
+    chunks = stream_logits(
+        model,
+        token_ids,
+        num_kept=num_kept,
+        window=window,
+        chunk_size=chunk_size,
+        kv_dtype=kv_dtype,
+        memory=memory,
+    )
     for logits in chunks:
         start, end = end, end + logits.shape[1]
         targets = token_ids[:, start + 1 : end + 1].to(logits.device, torch.long)

@@ -41,7 +41,6 @@ class Step:
         memory_phases: of the queries for the memory, shared by all layers.
     """
 
-    is_decoding: bool
     position_ids: Tensor
     num_inputs: int
     num_new: Tensor | int
@@ -100,10 +99,7 @@ class Step:
         layer = self.layers[layer_idx]
         with torch.no_grad():
             layer.allocate(key, value)
-            step = self.on(key.device)
-            if layer.memory is not None:
-                softmax = layer.memory.add_to(softmax, step, layer, query, key, value)
-            out = step._attend(layer, query, key, value, softmax)
+            out = self.on(key.device)._attend(layer, query, key, value, softmax)
         if any(states.requires_grad for states in (query, key, value)):
             return WithoutGradient.apply(out, query, key, value)
         return out
@@ -161,8 +157,6 @@ class DecodeStep(Step):
             overwrites it.
     """
 
-    is_decoding = True
-
     def __init__(
         self,
         layers: list[StreamingLayer],
@@ -191,6 +185,8 @@ class DecodeStep(Step):
             self.key_positions = torch.where(tokens < shape.num_kept, tokens, tokens - shift)
 
     def _attend(self, layer, query, key, value, softmax):
+        if layer.memory is not None:
+            softmax = layer.memory.add_to_token(softmax, self, layer, (query, key, value))
         encoding, has_kernel = self.encoding, kernels.is_available and softmax.softcap is None
         if has_kernel and isinstance(encoding, Rotary) and kernels.can_fuse(encoding, layer, query):
             where = (self.shape, encoding, layer, self.num_seen, self.base)
@@ -219,8 +215,6 @@ class ChunkStep(Step):
         num_seen, base: as in `DecodeStep`, or ``(1,)`` if they are the same for all rows.
         is_token: ``(B, T)``, False for padding; None if there is no padding.
     """
-
-    is_decoding = False
 
     def __init__(
         self,
@@ -298,6 +292,8 @@ class ChunkStep(Step):
         return (tokens >= self.num_seen)[:, None, :, None], self.order.expand(len(ranks), -1).gather(1, ranks)
 
     def _attend(self, layer, query, key, value, softmax):
+        if layer.memory is not None:
+            softmax = layer.memory.add_to_chunk(softmax, self, layer, (query, key, value))
         num_kept = self.shape.num_kept
         keys, values = layer.read(self)
         window_key, window_value = gather_columns(keys, self.window_slots), gather_columns(values, self.window_slots)

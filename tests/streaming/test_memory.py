@@ -42,7 +42,7 @@ def llama():
     return model
 
 
-# -- A slow twin -------------------------------------------------------------------------------------
+# -- A slow twin -------------------------------------------------------------------------------
 
 
 class SlowMemory:
@@ -131,7 +131,7 @@ def test_it_equals_the_slow_twin(options, monkeypatch):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
-# -- Passes of any length ------------------------------------------------------------------------------
+# -- Passes of any length ----------------------------------------------------------------------
 
 
 @settings(max_examples=15, deadline=None)
@@ -145,7 +145,7 @@ def test_passes_of_any_length_have_the_same_result(cuts, options):
 
 @pytest.mark.parametrize("name", ["gpt_neox", "gptj", "gemma2", "gemma3_text", "smollm3", "deepseek_v3", "gpt_oss"])
 def test_families_have_the_same_result(name):
-    model = random_model(small_families.config(name)).double()
+    model = random_model(small_families.config(name))
     check_passes(model, tiny.random_ids(60), tolerance=1e-4)
 
 
@@ -183,7 +183,7 @@ def test_the_compiled_step_has_the_same_result():
     torch.testing.assert_close(torch.cat(logits, dim=1), expected[:, 4:], rtol=0, atol=1e-9)
 
 
-# -- The interface of the cache ----------------------------------------------------------------------
+# -- The interface of the cache ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_read", [11, 16, 50, 57])
@@ -255,11 +255,12 @@ def test_only_host_memory_grows():
 
 def test_a_cache_without_memory_has_none():
     cache = new_cache(llama(), None)
-    assert cache.memory is None and cache.num_host_bytes == 0
+    assert cache.memory is None
+    assert cache.num_host_bytes == 0
     assert all(layer.memory is None for layer in cache.streaming_layers)
 
 
-# -- Errors ------------------------------------------------------------------------------------------
+# -- Errors ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
