@@ -34,7 +34,7 @@ from sinklm.checkpoints import load_model, load_tokenizer
 from sinklm.eval.report import library_versions
 from sinklm.models.cache_argument import CACHE
 from sinklm.streaming import MemoryOptions, StreamingCache, StreamingDecoder, stream_losses
-from sinklm.streaming.memory import LayerMemory
+from sinklm.streaming.layer_memory import LayerMemory
 
 PARTS = ("recall", "perplexity", "speed")
 CACHES = ("cache", "memory", "random", "oracle", "dense")

@@ -11,7 +11,7 @@ from torch import Tensor
 from .rule import StreamShape
 
 if TYPE_CHECKING:
-    from .memory import LayerMemory
+    from .layer_memory import LayerMemory
     from .steps import ChunkStep, DecodeStep, Step
 
 

@@ -1,0 +1,329 @@
+"""The memory of one layer: it stores blocks, chooses among them and attends to the chosen ones."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..models.sink_column import SinkColumn, merge_column
+from .buffers import StreamingLayer, gather_columns, select_rows, static_copy, static_zeros, zeros_like_heads
+from .encodings import Rotary
+from .memory_blocks import HostBlocks
+from .rule import StreamShape
+
+if TYPE_CHECKING:
+    from .memory import MemoryOptions
+    from .steps import ChunkStep, DecodeStep, Softmax, Step
+
+NUM_BYTES = 2**26  # of chosen blocks that are on the device at a time
+
+States = tuple[Tensor, Tensor, Tensor]
+
+
+def with_column(softmax: "Softmax", out: Tensor, lse: Tensor) -> "Softmax":
+    """Return a softmax with more keys in its column.
+
+    Args:
+        out: attention to these keys alone, ``(B, H, T, D)``.
+        lse: log-sum-exp of its scores, ``(B, H, T)``.
+    """
+    if softmax.column is not None:
+        out, lse = merge_column(out, lse, softmax.column)
+    return softmax._replace(column=SinkColumn(lse, out))
+
+
+class LayerMemory:
+    """The memory of one layer.
+
+    In its frame, the tokens of a block have the phases ``0 … block_size - 1``, and all queries have
+    the phase ``W + block_size``.
+
+    Attributes:
+        blocks: the complete blocks, in host memory.
+        keys, values: ``(B, G, num_blocks * block_size, D)``, of the chosen blocks.
+        num_chosen: ``()``, the number of chosen blocks.
+        queries: ``(B, H, interval + 1, D)``, the last ones times the factor of the scores; that of
+            token t is in row ``t % (interval + 1)``. A step that fails overwrites no needed one.
+    """
+
+    BUFFERS = ("keys", "values", "num_chosen", "queries")
+
+    keys: Tensor
+    values: Tensor
+    num_chosen: Tensor
+    queries: Tensor
+
+    def __init__(self, options: "MemoryOptions", shape: StreamShape, encoding: Rotary):
+        self.options, self.shape, self.encoding = options, shape, encoding
+        self.blocks = HostBlocks(options.num_representatives)
+        self.is_allocated = False
+
+    # -- Attention -------------------------------------------------------------------------------
+
+    def add_to_token(self, softmax: "Softmax", step: "DecodeStep", layer: StreamingLayer, states: States) -> "Softmax":
+        """Return the softmax of a pass over one token with the memory in its column.
+
+        Args:
+            states: query ``(B, H, 1, D)``, key and value ``(B, G, 1, D)`` of the token.
+        """
+        self.allocate(*states)
+        query = self.turned(states[0], step, layer)
+        self.queries[step.rows, :, self.row_of(step.num_seen)] = query[:, :, 0] * softmax.scaling
+        return with_column(softmax, *self.attend_chosen(query, softmax))
+
+    def add_to_chunk(self, softmax: "Softmax", step: "ChunkStep", layer: StreamingLayer, states: States) -> "Softmax":
+        """Return the softmax of a pass over a chunk with the memory in its column.
+
+        Args:
+            layer: it has not stored the new keys and values yet.
+            states: queries ``(B, H, T, D)``, keys and values ``(B, G, T, D)`` of the chunk.
+        """
+        self.allocate(*states)
+        query, key, value = self.turned(states[0], step, layer), *states[1:]
+        self.store_chunk(layer, step, key, value)
+        first, end, num_kept = step.first, step.first + step.num_inputs, self.shape.num_kept
+        recent = torch.cat((self.queries_before(first), query * softmax.scaling), dim=2)
+        self.queries[:, :, self.rows_before(end)] = recent[:, :, -self.options.interval :]
+        if self.num_evicted(end - 1) == 0:
+            return softmax
+        kept = torch.cat((layer.kept_keys[:, :, :first], key[:, :, :num_kept]), dim=2)[:, :, :num_kept]
+        outs, lses = zip(
+            *self.attend_intervals(query, recent, self.turned_kept(kept, layer), first, softmax), strict=True
+        )
+        return with_column(softmax, torch.cat(outs, dim=2), torch.cat(lses, dim=2))
+
+    def turned(self, query: Tensor, step: "Step", layer: StreamingLayer) -> Tensor:
+        """Turn queries to the frame of the memory."""
+        if not layer.has_positions:
+            return query
+        if step.memory_phases is None:
+            steps = self.shape.window + self.options.block_size - step.position_ids
+            step.memory_phases = self.encoding.phases(steps, like=query)
+        return self.encoding.turn(query, step.memory_phases)
+
+    def attend_intervals(
+        self, query: Tensor, recent: Tensor, kept: Tensor, first: int, softmax: "Softmax"
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the results of `attend` for consecutive parts of a chunk.
+
+        Args:
+            query: turned, ``(B, H, T, D)``.
+            recent: as `queries`, of the tokens from ``first - interval`` on.
+            kept: as in `choose`.
+            first: index of the chunk's first token.
+        """
+        interval, num_inputs = self.options.interval, query.shape[2]
+        num_begun = min(-first % interval, num_inputs)  # tokens of an interval that began before
+        if num_begun:
+            yield self.attend_chosen(query[:, :, :num_begun], softmax)
+        num_tokens = interval * max(1, NUM_BYTES // (self.keys.nbytes + self.values.nbytes))
+        for start in range(num_begun, num_inputs, num_tokens):
+            part = query[:, :, start : start + num_tokens]
+            padded = F.pad(part, (0, 0, 0, -part.shape[2] % interval))
+            queries = recent[:, :, start : start + padded.shape[2]].unflatten(2, (-1, interval))
+            begins = range(first + start, first + start + part.shape[2], interval)
+            chosen, num_chosen = self.choose(queries, kept, begins)
+            keys, values = (states.to(query.device) for states in self.blocks.gather(chosen))
+            self.keep(keys[:, :, -1], values[:, :, -1], num_chosen[-1])
+            out, lse = self.attend(padded.unflatten(2, (-1, interval)), keys, values, num_chosen, softmax)
+            yield out.flatten(2, 3)[:, :, : part.shape[2]], lse.flatten(2, 3)[:, :, : part.shape[2]]
+
+    def attend_chosen(self, query: Tensor, softmax: "Softmax") -> tuple[Tensor, Tensor]:
+        """Return attention and log-sum-exp of turned queries ``(B, H, T, D)`` to `keys`."""
+        states = query[:, :, None], self.keys[:, :, None], self.values[:, :, None]
+        out, lse = self.attend(*states, self.num_chosen[None], softmax)
+        return out[:, :, 0], lse[:, :, 0]
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, num_chosen: Tensor, softmax: "Softmax"
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the attention of the queries of N intervals to the blocks chosen for them.
+
+        Args:
+            query: turned, ``(B, H, N, T, D)``.
+            keys, values: of the blocks, ``(B, G, N, K, D)``.
+            num_chosen: ``(N,)``, how many of the blocks are visible.
+
+        Returns:
+            The output ``(B, H, N, T, D)`` and the log-sum-exp of the scores ``(B, H, N, T)``; 0 and
+            -inf without any block.
+        """
+        dtype, num_tokens = torch.promote_types(query.dtype, torch.float32), query.shape[3]
+        grouped = query.unflatten(1, (keys.shape[1], -1)).movedim(2, 3).flatten(3, 4)  # (B, G, N, H / G * T, D)
+        scores = grouped.to(dtype) @ keys.mT.to(dtype) * softmax.scaling
+        if softmax.softcap is not None:
+            scores = softmax.softcap * (scores / softmax.softcap).tanh()
+        columns = torch.arange(keys.shape[3], device=query.device)
+        is_visible = columns < num_chosen[:, None] * self.options.block_size
+        scores = scores.masked_fill(~is_visible[:, None], float("-inf"))
+        lse = scores.logsumexp(-1, keepdim=True)
+        out = (scores - lse.clamp(min=torch.finfo(dtype).min)).exp().to(values.dtype) @ values
+        out, lse = (states.unflatten(3, (-1, num_tokens)).movedim(3, 2).flatten(1, 2) for states in (out, lse))
+        return out, lse[..., 0]
+
+    # -- Choosing --------------------------------------------------------------------------------
+
+    def choose_before(self, layer: StreamingLayer, token: int) -> tuple[Tensor, Tensor]:
+        """Choose the blocks for the interval that begins with the next token, see `choose`."""
+        kept = self.turned_kept(layer.kept_keys[:, :, : self.shape.num_kept], layer)
+        return self.choose(self.queries_before(token)[:, :, None], kept, [token])
+
+    def recall(self, chosen: Tensor, num_chosen: Tensor) -> None:
+        """Copy the blocks that `choose_before` has chosen to the device."""
+        keys, values = self.blocks.gather(chosen)
+        self.keep(keys[:, :, 0], values[:, :, 0], num_chosen[0])
+
+    def choose(self, queries: Tensor, kept: Tensor, begins: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Choose the blocks of N intervals.
+
+        Args:
+            queries: the ones before each interval, ``(B, H, N, interval, D)``, see `queries`.
+            kept: the kept keys ``(B, G, S, D)`` in the frame of the memory.
+            begins: first token of each interval.
+
+        Returns:
+            The blocks ``(B, G, N, K)``, and how many of them are visible, ``(N,)``.
+        """
+        num_evicted = [self.num_evicted(token) for token in begins]
+        weights = self.weights(queries, kept, num_evicted)
+        num_blocks = min(self.options.num_blocks, weights.shape[-1])
+        num_chosen = torch.tensor([min(num, num_blocks) for num in num_evicted], device=queries.device)
+        return weights.topk(num_blocks, dim=-1).indices, num_chosen
+
+    def weights(self, queries: Tensor, kept: Tensor, num_evicted: Sequence[int]) -> Tensor:
+        """Return how much the queries attend to each block, ``(B, G, N, blocks)``.
+
+        A block has the score of its best representative. The kept keys compete with the blocks: a
+        query that attends to a sink looks for nothing. Blocks that an interval does not see weigh
+        least.
+
+        Args:
+            num_evicted: number of blocks that each interval sees.
+        """
+        dtype = torch.promote_types(queries.dtype, torch.float32)
+        grouped = queries.unflatten(1, (kept.shape[1], -1)).movedim(2, 3).flatten(3, 4).to(dtype)
+        scores = [grouped @ kept[:, :, None].mT.to(dtype)]
+        for index in self.blocks.index_parts(max(num_evicted)):  # (B, G, blocks, representatives, D)
+            index = index.to(queries.device, dtype)
+            part = grouped @ index.flatten(2, 3)[:, :, None].mT
+            scores.append(part.unflatten(-1, index.shape[2:4]).amax(-1))
+        joined, num_kept = torch.cat(scores, dim=-1), kept.shape[2]
+        ends = torch.tensor(num_evicted, device=joined.device)[:, None]
+        is_hidden = torch.arange(-num_kept, joined.shape[-1] - num_kept, device=joined.device) >= ends
+        joined = joined.masked_fill(is_hidden[:, None], torch.finfo(dtype).min)
+        weights = joined.softmax(-1)[..., num_kept:].sum(3)
+        return weights.masked_fill(is_hidden[:, num_kept:], -1)
+
+    def turned_kept(self, kept: Tensor, layer: StreamingLayer) -> Tensor:
+        """Turn kept keys ``(B, G, S, D)`` of a layer to the frame of the memory."""
+        if kept.shape[2] == 0 or not layer.has_positions:
+            return kept
+        # A query, which has the phase W + block_size, sees kept key i at the distance S + W - i.
+        shift = torch.full((1, 1), self.options.block_size - self.shape.num_kept, device=kept.device)
+        return self.encoding.turn(kept, self.encoding.phases(shift, like=kept))
+
+    def keep(self, keys: Tensor, values: Tensor, num_chosen: Tensor) -> None:
+        """Keep the keys and values ``(B, G, K, D)`` of the chosen blocks until the next choice."""
+        self.keys[:, :, : keys.shape[2]], self.values[:, :, : values.shape[2]] = keys, values
+        self.num_chosen.copy_(num_chosen)
+
+    def num_evicted(self, token: int) -> int:
+        """Return how many blocks have left the window of a token."""
+        return max(0, token - self.shape.num_cached) // self.options.block_size
+
+    def queries_before(self, token: int) -> Tensor:
+        """Return the stored queries ``(B, H, interval, D)`` of the tokens before a token."""
+        return self.queries[:, :, self.rows_before(token)]
+
+    def rows_before(self, token: int) -> Tensor:
+        return self.row_of(torch.arange(token - self.options.interval, token, device=self.queries.device))
+
+    def row_of(self, tokens: Tensor) -> Tensor:
+        return tokens.remainder(self.options.interval + 1)
+
+    # -- Storing ---------------------------------------------------------------------------------
+
+    @property
+    def num_stored(self) -> int:
+        """Number of tokens after the kept ones that are in blocks."""
+        return len(self.blocks) * self.options.block_size
+
+    def store_complete(self, layer: StreamingLayer, num_seen: int, base: Tensor) -> None:
+        """Store the blocks that are complete after ``num_seen`` tokens, which the layer holds."""
+        start = self.shape.num_kept + self.num_stored
+        tokens = torch.arange(start, max(start, num_seen), device=self.queries.device)
+        tokens = tokens[: len(tokens) // self.options.block_size * self.options.block_size]
+        if len(tokens):
+            slots = self.shape.slot_of(tokens)[None]
+            keys, values = gather_columns(layer.keys, slots), gather_columns(layer.values, slots)
+            self.store(layer, keys, values, tokens, base)
+
+    def store_chunk(self, layer: StreamingLayer, step: "ChunkStep", key: Tensor, value: Tensor) -> None:
+        """Store the blocks that are complete with a chunk's keys and values ``(B, G, T, D)``."""
+        start, first = self.shape.num_kept + self.num_stored, step.first
+        num_tokens = (first + step.num_inputs - start) // self.options.block_size * self.options.block_size
+        if num_tokens <= 0:
+            return
+        tokens = torch.arange(start, start + num_tokens, device=key.device)
+        before, new = tokens[tokens < first], tokens[tokens >= first] - first
+        slots = self.shape.slot_of(before)[None]
+        keys = torch.cat((gather_columns(layer.keys, slots), key[:, :, new]), dim=2)
+        values = torch.cat((gather_columns(layer.values, slots), value[:, :, new]), dim=2)
+        self.store(layer, keys, values, tokens, step.base)
+
+    def store(self, layer: StreamingLayer, keys: Tensor, values: Tensor, tokens: Tensor, base: Tensor) -> None:
+        """Append the blocks of consecutive tokens, whose keys have the phases ``tokens - base``."""
+        if layer.has_positions:
+            in_block = (tokens - self.shape.num_kept).remainder(self.options.block_size)
+            keys = self.encoding.turn(keys, self.encoding.phases((in_block - tokens + base[0])[None], like=keys))
+        size = self.options.block_size
+        self.blocks.append(keys.unflatten(2, (-1, size)), values.unflatten(2, (-1, size)))
+
+    # -- Buffers ---------------------------------------------------------------------------------
+
+    def allocate(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Allocate the buffers for states like these, or move them to their device."""
+        if not self.is_allocated:
+            num_tokens = self.options.num_blocks * self.options.block_size
+            self.keys, self.values = zeros_like_heads(key, num_tokens), zeros_like_heads(value, num_tokens)
+            self.num_chosen = static_zeros((), torch.long, key.device)
+            self.queries = zeros_like_heads(query, self.options.interval + 1)
+            self.is_allocated = True
+        elif self.queries.device != query.device:
+            self.set_buffers({name: buffer.to(query.device) for name, buffer in self.buffers.items()})
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.BUFFERS} if self.is_allocated else {}
+
+    def set_buffers(self, buffers: dict[str, Tensor]) -> None:
+        """Replace the buffers by copies with static addresses."""
+        for name in self.BUFFERS:
+            setattr(self, name, static_copy(buffers[name]))
+        self.is_allocated = True
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory on the device."""
+        return sum(buffer.nbytes for buffer in self.buffers.values())
+
+    def free(self) -> None:
+        for name in self.buffers:
+            delattr(self, name)
+        self.blocks, self.is_allocated = HostBlocks(self.options.num_representatives), False
+
+    def map_rows(self, rows: Tensor) -> None:
+        """Replace row i of the batch by row ``rows[i]``; the batch size may change."""
+        self.blocks.map_rows(rows)
+        for name, buffer in self.buffers.items():
+            if name != "num_chosen":
+                setattr(self, name, select_rows(buffer, rows))
+
+    def __deepcopy__(self, memo: dict) -> "LayerMemory":
+        twin = LayerMemory(self.options, self.shape, self.encoding)
+        if self.is_allocated:
+            twin.set_buffers(self.buffers)
+            twin.blocks.set_buffers(self.blocks.buffers, is_pinned=self.blocks.is_pinned)
+        return twin
