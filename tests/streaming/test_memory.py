@@ -296,3 +296,24 @@ def test_rows_of_different_lengths_are_an_error():
     read(model, cache, ids, [4])
     with pytest.raises(ValueError, match="reset all rows"):
         cache.reset([0])
+
+
+@pytest.mark.gpu
+def test_the_captured_step_has_the_same_result_on_a_gpu():
+    model, ids = tiny.build(tiny.config("llama"), dtype=torch.float32), tiny.random_ids(80)
+    expected = read(model, new_cache(model), ids, [80])
+    model = model.cuda()
+    decoder = StreamingDecoder(model, new_cache(model))
+    logits = [decoder.prefill(ids[:, :5].cuda())]
+    logits += [decoder(ids[:, i : i + 1].cuda()).clone() for i in range(5, 80)]
+    torch.testing.assert_close(torch.cat(logits, dim=1).cpu(), expected[:, 4:], rtol=0, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "deepseek_v3"])
+def test_half_precision_on_a_gpu_is_as_close_as_on_a_cpu(name):
+    model, ids = random_model(small_families.config(name)), tiny.random_ids(80)
+    expected = read(model, new_cache(model), ids, [80])
+    on_cpu = read(model.bfloat16(), new_cache(model), ids, [80])
+    on_gpu = read(model.cuda(), new_cache(model), ids.cuda(), [80]).cpu()
+    assert (on_gpu - expected).abs().median() < 2 * (on_cpu - expected).abs().median()
