@@ -23,6 +23,7 @@ from .options import (
     Device,
     Dtype,
     DtypeName,
+    Memory,
     MinP,
     Model,
     Quiet,
@@ -35,6 +36,7 @@ from .options import (
     examples,
     note_windows,
     parse_cache,
+    parse_memory,
     placement,
 )
 
@@ -69,6 +71,7 @@ def chat(
     cache: Annotated[
         str | None, typer.Option(metavar=CACHE_METAVAR, help=CACHE_HELP, show_default=DEFAULT_CACHE)
     ] = None,
+    memory: Memory = None,
     session: Annotated[
         Path | None,
         typer.Option(
@@ -89,7 +92,7 @@ def chat(
     template they are lines of plain text, and a reply is one line. Special tokens in a message are
     read as text.
     """
-    shape = None if cache is None else parse_cache(cache)
+    shape, size = None if cache is None else parse_cache(cache), parse_memory(memory)
     check_temperature(temperature)
     template = None if chat_template is None else _read_template(chat_template)
     console = Console(is_quiet=quiet)
@@ -109,10 +112,10 @@ def chat(
         if session is not None and session.exists():
             options: dict[str, Any] = asdict(sampling) | {"max_new_tokens": max_new_tokens}
             conversation = Chat.load(session, tokenizer, language_model, **options)
-            _check_same(session, conversation, shape, system)
+            _check_same(session, conversation, shape, size, system)
             console.note(f"continuing {session}, which has {len(conversation.history)} messages")
         else:
-            generator = make_generator(console, language_model, shape, sampling)
+            generator = make_generator(console, language_model, shape, size, sampling)
             conversation = Chat(tokenizer, generator, system=system, max_new_tokens=max_new_tokens)
         _explain(console, has_template=bool(tokenizer.chat_template))
         torch.manual_seed(seed)
@@ -167,13 +170,26 @@ def _explain(console: Console, *, has_template: bool) -> None:
         console.note(f"{RESET} starts a new conversation, Ctrl-C stops a reply, Ctrl-D ends the chat")
 
 
-def _check_same(session: Path, conversation: "Chat", shape: tuple[int, int] | None, system: str | None) -> None:
+def _check_same(
+    session: Path,
+    conversation: "Chat",
+    shape: tuple[int, int] | None,
+    memory: tuple[int, int] | None,
+    system: str | None,
+) -> None:
     """Raise a ValueError if options differ from those that a conversation began with."""
-    saved = conversation.generator.cache.shape
+    cache = conversation.generator.cache
+    saved, saved_memory = cache.shape, None if cache.memory is None else cache.memory.options
     if shape is not None and shape != (saved.num_kept, saved.window):
         raise ValueError(
             f"--cache is {shape[0]}+{shape[1]}, but the conversation in {session} has a cache "
             f"{saved.num_kept}+{saved.window}: leave out --cache, or choose another --session"
+        )
+    if memory is not None and (saved_memory is None or memory != (saved_memory.num_blocks, saved_memory.block_size)):
+        raise ValueError(
+            f"--memory is {memory[0]}x{memory[1]}, but the conversation in {session} has "
+            f"{'no memory' if saved_memory is None else f'a memory {saved_memory}'}: leave out --memory, or choose "
+            "another --session"
         )
     if system is not None and system != conversation.system:
         raise ValueError(

@@ -15,6 +15,7 @@ from .options import (
     Device,
     Dtype,
     DtypeName,
+    Memory,
     Model,
     Output,
     Quiet,
@@ -24,8 +25,10 @@ from .options import (
     check_folder,
     check_texts,
     examples,
+    memory_options,
     note_windows,
     parse_caches,
+    parse_memory,
     parse_names,
     parse_numbers,
     placement,
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..eval.perplexity import Configuration, Result, TokenizedText
+    from ..streaming import MemoryOptions
 
 METHODS = ("dense", "window", "streaming", "recompute")  # as in `eval.perplexity`, which imports torch
 MOST_LINES = 100_000_000
@@ -142,6 +146,7 @@ def streaming(
     text: Texts,
     tokens: Tokens = None,
     caches: Caches = None,
+    memory: Memory = None,
     methods: Annotated[
         str | None,
         typer.Option(
@@ -158,8 +163,11 @@ def streaming(
     dtype: Dtype = DtypeName.AUTO,
     quiet: Quiet = False,
 ) -> None:
-    """Measure perplexity on a long text with dense, window and streaming attention (--methods)."""
-    given = None if caches is None else parse_caches(caches)
+    """Measure perplexity on a long text with dense, window and streaming attention (--methods).
+
+    With --memory, each cache is measured without and with it.
+    """
+    given, size = None if caches is None else parse_caches(caches), parse_memory(memory)
     wanted = None if methods is None else parse_names(methods, "--methods", METHODS)
     check_texts(text)
     console = Console(is_quiet=quiet)
@@ -178,6 +186,7 @@ def streaming(
         perplexity.default_methods(shapes) if wanted is None else wanted,
         shapes,
         num_sinks=num_prepended_sinks(loaded.config),
+        memory=memory_options(size),
     )
     perplexity.refuse_unmeasurable(loaded, tokenized, chosen)
     folder = output or default_output(model)
@@ -214,6 +223,7 @@ def stream_eval(
         int, typer.Option(min=11, help="Number of lines per stream; a question follows every tenth line.")
     ] = 1000,
     caches: Caches = None,
+    memory: Memory = None,
     distances: Annotated[
         str, typer.Option(help="Distances from a question to its line, in lines, separated by commas.")
     ] = "20,40,60,80,100,150,200",
@@ -224,9 +234,12 @@ def stream_eval(
     dtype: Dtype = DtypeName.AUTO,
     quiet: Quiet = False,
 ) -> None:
-    """Run StreamEval: how well a model recalls a line that it read some lines ago."""
+    """Run StreamEval: how well a model recalls a line that it read some lines ago.
+
+    With --memory, each cache is measured without and with it, in batches of one stream.
+    """
     chosen_distances = parse_numbers(distances, "--distances")
-    given = None if caches is None else parse_caches(caches)
+    given, size = None if caches is None else parse_caches(caches), parse_memory(memory)
     console = Console(is_quiet=quiet)
     console.note(f"loading {model} …")
     from ..checkpoints import load_tokenizer
@@ -253,7 +266,8 @@ def stream_eval(
     report = new_report(loaded, model, num_samples=num_samples, num_lines=num_lines, seed=seed, results=[])
     note_windows(console, loaded, model)
     report["tokens_per_line"] = tokens_per_line(tokenizer, records[0])
-    for result in _ask_all(console, loaded, tokenizer, records, shapes, chosen_distances, batch_size):
+    runs = [(shape, each) for shape in shapes for each in dict.fromkeys((None, memory_options(size)))]
+    for result in _ask_all(console, loaded, tokenizer, records, runs, chosen_distances, batch_size):
         report["results"].append(result)
         file.keep(report)
     file.finish(report)
@@ -270,7 +284,7 @@ def _ask_all(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     records: list[list[int]],
-    shapes: list[tuple[int, int]],
+    runs: list[tuple[tuple[int, int], "MemoryOptions | None"]],
     distances: list[int],
     batch_size: int,
 ) -> Iterator[dict[str, Any]]:
@@ -280,8 +294,9 @@ def _ask_all(
 
     num_read = (len(records[0]) - 1) // LINES_PER_QUESTION * LINES_PER_QUESTION * len(records)
     with progress_bars(console) as bars:
-        for num_kept, window in shapes:
-            bar = bars.add_task(f"{num_kept}+{window}", total=num_read)
+        for (num_kept, window), memory in runs:
+            name = f"{num_kept}+{window}" + (f", memory {memory}" if memory else "")
+            bar = bars.add_task(name, total=num_read)
             started = time.perf_counter()
             answers = ask(
                 model,
@@ -289,11 +304,12 @@ def _ask_all(
                 records,
                 num_kept=num_kept,
                 window=window,
+                memory=memory,
                 distances=distances,
                 batch_size=batch_size,
                 progress=lambda num_lines, bar=bar: bars.advance(bar, num_lines),  # type: ignore[misc]
             )
-            yield summarize(list(answers), num_kept, window, time.perf_counter() - started)
+            yield summarize(list(answers), num_kept, window, time.perf_counter() - started, memory)
 
 
 def _measure_all(

@@ -19,6 +19,7 @@ from .options import (
     Device,
     Dtype,
     DtypeName,
+    Memory,
     MinP,
     Model,
     Quiet,
@@ -29,8 +30,10 @@ from .options import (
     TopP,
     check_temperature,
     examples,
+    memory_options,
     note_windows,
     parse_cache,
+    parse_memory,
     placement,
 )
 from .prompts import read_prompts
@@ -93,6 +96,7 @@ def generate(
         str | None,
         typer.Option(metavar=CACHE_METAVAR, help=CACHE_HELP, show_default=f"none; with --stream: {DEFAULT_CACHE}"),
     ] = None,
+    memory: Memory = None,
     seed: Seed = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a line of JSON for each prompt, when its text is complete.")
@@ -106,7 +110,7 @@ def generate(
     Prompts are continued one after the other, each with the same seed, so that its text does not
     depend on the others. With --stream or --cache, memory does not grow with the text.
     """
-    shape = None if cache is None else parse_cache(cache)
+    shape, size = None if cache is None else parse_cache(cache), parse_memory(memory)
     check_temperature(temperature)
     texts = read_prompts(prompts or [], prompts_file)
     if stream and max_new_tokens is None and len(texts) > 1:
@@ -124,9 +128,9 @@ def generate(
     note_windows(console, language_model, model, has_cache=stream or shape is not None)
     limit = max_new_tokens or (None if stream else DEFAULT_NEW_TOKENS)
     generator = None
-    if stream or shape is not None:
+    if stream or shape is not None or size is not None:
         is_long = limit is None or limit * len(texts) > LONG_TEXT
-        generator = make_generator(console, language_model, shape, sampling, compile=is_long)
+        generator = make_generator(console, language_model, shape, size, sampling, compile=is_long)
     end_ids = set() if stream else end_of_text_ids(language_model, tokenizer)
     write = _nothing if as_json else show
     for i, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
@@ -166,15 +170,20 @@ def make_generator(
     console: Console,
     model: "PreTrainedModel",
     shape: tuple[int, int] | None,
+    memory: tuple[int, int] | None,
     sampling: "Sampling",
     *,
     compile: bool = True,
 ) -> "Generator":
-    """Create a generator with an empty cache; by default of the model's default size."""
+    """Create a generator with an empty cache; by default of the model's default size.
+
+    Args:
+        memory: as of `parse_memory`.
+    """
     from ..streaming import Generator, StreamingCache, default_cache
 
     num_kept, window = default_cache(model) if shape is None else shape
-    cache = StreamingCache.for_model(model, num_kept=num_kept, window=window)
+    cache = StreamingCache.for_model(model, num_kept=num_kept, window=window, memory=memory_options(memory))
     generator = Generator(model, cache, compile=compile, **asdict(sampling))
     if generator.is_compiled:
         console.note("compiling; the second token will be delayed")
@@ -289,4 +298,7 @@ class Speed:
 
 
 def describe_cache(cache: "StreamingCache") -> str:
-    return f"cache {cache.plan}, {cache.num_bytes / 1e6:,.1f} MB"
+    found = f"cache {cache.plan}, {cache.num_bytes / 1e6:,.1f} MB"
+    if cache.memory is None:
+        return found
+    return f"{found}; memory {cache.memory.options}, {cache.num_host_bytes / 1e6:,.1f} MB in host memory"

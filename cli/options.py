@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from transformers import PreTrainedModel
 
+    from ..streaming import MemoryOptions
+
 LARGEST_SEED = 2**32 - 1
 MOST_NEW_TOKENS = 10**12
 
@@ -82,6 +84,15 @@ Caches = Annotated[
         show_default=f"0, 1, 2 and 4 kept tokens in a cache of half the trained length{WINDOW_OF_EXPORT}",
     ),
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NUMxSIZE",
+        help="Let the model also see NUM blocks of SIZE tokens that have left the window, e.g. 8x64: those to which "
+        "the last tokens attend most. They are kept in host memory.",
+        show_default="none",
+    ),
+]
 Texts = Annotated[
     list[Path], typer.Option(help="UTF-8 text file; repeat the option to join several files.", show_default=False)
 ]
@@ -129,6 +140,31 @@ def parse_cache(text: str, option: str = "--cache") -> tuple[int, int]:
             "at least 1"
         )
     return int(match[1]), int(match[2])
+
+
+def parse_memory(text: str | None) -> tuple[int, int] | None:
+    """Parse ``"8x64"`` into ``(8, 64)``: number of blocks and tokens of a block.
+
+    Raises:
+        ValueError: the text is not ``NUMxSIZE`` with a number of at least 1 and a size that is a
+            multiple of 8.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d{1,6})x(\d{1,6})\s*", text, re.ASCII)
+    if not match or int(match[1]) < 1 or int(match[2]) < 1 or int(match[2]) % 8:
+        raise ValueError(
+            f"--memory: {text[:80]!r} is not a memory: write blocks x tokens of a block, such as 8x64; there must be "
+            "at least 1 block, and its tokens a multiple of 8"
+        )
+    return int(match[1]), int(match[2])
+
+
+def memory_options(size: tuple[int, int] | None) -> "MemoryOptions | None":
+    """Return the options of a memory of `parse_memory`."""
+    from ..streaming import MemoryOptions
+
+    return None if size is None else MemoryOptions(num_blocks=size[0], block_size=size[1])
 
 
 def parse_caches(text: str, option: str = "--caches") -> list[tuple[int, int]]:

@@ -7,6 +7,7 @@ a ValueError is raised.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import psutil
 import torch
@@ -28,7 +29,12 @@ ReportTokens = Callable[[int], None]  # called with the number of tokens done si
 
 
 def streaming_losses(
-    model: PreTrainedModel, ids: torch.Tensor, num_kept: int, window: int, progress: ReportTokens | None = None
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    num_kept: int,
+    window: int,
+    progress: ReportTokens | None = None,
+    memory: streaming.MemoryOptions | None = None,
 ) -> torch.Tensor:
     """Losses with a cache of ``num_kept`` first and ``window`` recent tokens.
 
@@ -39,7 +45,8 @@ def streaming_losses(
     losses[0] = _first_loss(model, ids)
     size = GPU_STREAM_CHUNK if model.device.type == "cuda" else CHUNK
     end = 1
-    for chunk in streaming.stream_losses(model, ids[None], num_kept=num_kept, window=window, chunk_size=size):
+    options: dict[str, Any] = {"num_kept": num_kept, "window": window, "chunk_size": size, "memory": memory}
+    for chunk in streaming.stream_losses(model, ids[None], **options):
         start, end = end, end + chunk.shape[1]
         losses[start:end] = refuse_nonfinite_losses(chunk[0].to("cpu", torch.float64))
         _advance(progress, end - start)

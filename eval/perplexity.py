@@ -4,7 +4,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.records import TextFile
 from ..models.checked import check_ids
-from ..streaming import StreamingCache
+from ..streaming import MemoryOptions, StreamingCache
 from ..streaming.families import num_embedded_positions
 from ..streaming.layers import former_shape
 from ..streaming.wrappers import decoder_of
@@ -34,6 +34,7 @@ class Configuration:
     method: str
     num_kept: int = 0
     window: int = 0
+    memory: MemoryOptions | None = None
 
     @property
     def cache_size(self) -> int:
@@ -44,7 +45,9 @@ class Configuration:
         """Name of the cache: ``4+1020``, ``1024`` for re-computation, ``all`` for dense."""
         if self.method == "dense":
             return "all"
-        return str(self.cache_size) if self.method == "recompute" else f"{self.num_kept}+{self.window}"
+        if self.method == "recompute":
+            return str(self.cache_size)
+        return f"{self.num_kept}+{self.window}" + (f", memory {self.memory}" if self.memory else "")
 
     def __str__(self) -> str:
         return {"dense": "dense", "recompute": f"recompute {self.cache}"}.get(self.method, self.cache)
@@ -190,11 +193,17 @@ def default_caches(model: PreTrainedModel) -> list[tuple[int, int]]:
     return [(num_kept, num_positions // 2 - num_kept) for num_kept in KEPT_TOKENS]
 
 
-def configurations(methods: Sequence[str], caches: Sequence[tuple[int, int]], num_sinks: int) -> list[Configuration]:
+def configurations(
+    methods: Sequence[str],
+    caches: Sequence[tuple[int, int]],
+    num_sinks: int,
+    memory: MemoryOptions | None = None,
+) -> list[Configuration]:
     """Return the configurations of some methods and caches.
 
     ``dense`` is run once, ``window`` for caches without and ``streaming`` for caches with kept
-    tokens, and ``recompute`` for each cache size.
+    tokens, and ``recompute`` for each cache size. With a ``memory``, these caches are run without
+    and with it.
 
     Raises:
         ValueError: a method is unknown or has no cache, or a cache is smaller than the model's
@@ -209,7 +218,9 @@ def configurations(methods: Sequence[str], caches: Sequence[tuple[int, int]], nu
         elif method == "recompute":
             found = [Configuration("recompute", 0, size) for size in dict.fromkeys(kept + w for kept, w in caches)]
         else:
-            found = [Configuration(method, kept, w) for kept, w in caches if (kept == 0) == (method == "window")]
+            memories = [None] if memory is None else [None, memory]
+            shapes = [shape for shape in caches if (shape[0] == 0) == (method == "window")]
+            found = [Configuration(method, *shape, each) for shape in shapes for each in memories]
         if not found:
             example = "0+1024" if method == "window" else "4+1020"
             raise ValueError(
@@ -240,7 +251,9 @@ def refuse_unmeasurable(model: PreTrainedModel, tokenized: TokenizedText, chosen
     check_ids(tokenized.ids, model)
     for configuration in chosen:
         if configuration.method in ("window", "streaming"):
-            StreamingCache.for_model(model, num_kept=configuration.num_kept, window=configuration.window)
+            StreamingCache.for_model(
+                model, num_kept=configuration.num_kept, window=configuration.window, memory=configuration.memory
+            )
     num_positions = num_embedded_positions(model.config)
     if num_positions and Configuration("dense") in chosen and len(tokenized.ids) - 1 > num_positions:
         raise ValueError(
@@ -271,7 +284,8 @@ def measure(
             progress=progress,
         )
     else:
-        losses = streaming_losses(model, tokenized.ids, configuration.num_kept, configuration.window, progress)
+        size = configuration.num_kept, configuration.window
+        losses = streaming_losses(model, tokenized.ids, *size, progress, configuration.memory)
     return Result(configuration, losses[tokenized.num_prefix :], time.perf_counter() - started)
 
 
@@ -312,6 +326,7 @@ def as_json(results: Iterable[Result], tokenized: TokenizedText) -> dict[str, An
                 "method": result.configuration.method,
                 "num_kept": result.configuration.num_kept,
                 "window": result.configuration.window,
+                "memory": None if result.configuration.memory is None else asdict(result.configuration.memory),
                 **_scores(result, tokenized),
                 "after_first": _scores(result.after_first(), tokenized),
                 "binned_losses": binned_losses(result.losses, edges),

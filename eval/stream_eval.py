@@ -8,7 +8,7 @@ several distances can be queried at one place.
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.cache_argument import CACHE
 from ..models.checked import checked_passes
-from ..streaming import StreamingCache
+from ..streaming import MemoryOptions, StreamingCache
 from .perplexity import text_prefix
 from .tasks.stream_eval.records import LINES_PER_QUESTION, line_text, question_text, record_text
 
@@ -61,9 +61,9 @@ class RecordTokens:
 class StreamBatch:
     """A batch of streams in one cache. Shorter rows are padded on the left and masked."""
 
-    def __init__(self, model: PreTrainedModel, num_kept: int, window: int):
+    def __init__(self, model: PreTrainedModel, num_kept: int, window: int, memory: MemoryOptions | None = None):
         self.model = model
-        self.cache = StreamingCache.for_model(model, num_kept=num_kept, window=window)
+        self.cache = StreamingCache.for_model(model, num_kept=num_kept, window=window, memory=memory)
         self.num_read: list[int] = []
 
     def read(self, rows: list[list[int]]) -> None:
@@ -116,6 +116,7 @@ def ask(
     *,
     num_kept: int,
     window: int,
+    memory: MemoryOptions | None = None,
     distances: Sequence[int] = DISTANCES,
     batch_size: int = 8,
     progress: Callable[[int], None] | None = None,
@@ -125,6 +126,7 @@ def ask(
     Args:
         records: records of equal length, from `make_records`.
         num_kept, window: size of the cache; the model's own sink tokens are the first kept tokens.
+        memory: of the cache. With a memory, a batch has one stream.
         distances: distances in lines, from the last line read to the queried line.
         batch_size: streams per batch; it does not change the answers except for rounding.
         progress: called with the number of lines read since the last call, over all streams.
@@ -135,9 +137,10 @@ def ask(
     num_lines = len(records[0])
     check_distances(distances, num_lines)
     tokens = RecordTokens(tokenizer)
+    batch_size = batch_size if memory is None else 1  # rows of different lengths would need padding
     for start in range(0, len(records), batch_size):
         batch = records[start : start + batch_size]
-        streams = StreamBatch(model, num_kept, window)
+        streams = StreamBatch(model, num_kept, window, memory)
         for line in range(LINES_PER_QUESTION, num_lines, LINES_PER_QUESTION):
             first = line - LINES_PER_QUESTION + 1
             is_beginning = line == LINES_PER_QUESTION
@@ -166,7 +169,9 @@ def check_distances(distances: Sequence[int], num_lines: int) -> None:
             )
 
 
-def summarize(answers: Sequence[Answer], num_kept: int, window: int, seconds: float) -> dict[str, Any]:
+def summarize(
+    answers: Sequence[Answer], num_kept: int, window: int, seconds: float, memory: MemoryOptions | None = None
+) -> dict[str, Any]:
     """Return accuracy by distance, and by place in the stream for each distance, ready for JSON."""
     places = []
     for line in sorted({answer.line for answer in answers}):
@@ -175,9 +180,10 @@ def summarize(answers: Sequence[Answer], num_kept: int, window: int, seconds: fl
         num_tokens = sum(answer.num_tokens for answer in there) / len(there)
         places.append({"line": line, "mean_num_tokens": num_tokens, "accuracy": accuracy})
     return {
-        "configuration": f"{num_kept}+{window}",
+        "configuration": f"{num_kept}+{window}" + (f", memory {memory}" if memory else ""),
         "num_kept": num_kept,
         "window": window,
+        "memory": None if memory is None else asdict(memory),
         "distances": [
             {"lines": distance, "accuracy": _accuracy(found), "num_questions": len(found)}
             for distance, found in _by_distance(answers).items()

@@ -121,6 +121,9 @@ class LayerMemory:
         num_tokens = interval * max(1, NUM_BYTES // (self.keys.nbytes + self.values.nbytes))
         for start in range(num_begun, num_inputs, num_tokens):
             part = query[:, :, start : start + num_tokens]
+            if self.num_evicted(first + start + part.shape[2] - 1) == 0:
+                yield self.attend_chosen(part, softmax)  # none
+                continue
             padded = F.pad(part, (0, 0, 0, -part.shape[2] % interval))
             queries = recent[:, :, start : start + padded.shape[2]].unflatten(2, (-1, interval))
             begins = range(first + start, first + start + part.shape[2], interval)

@@ -45,6 +45,9 @@ class MemoryOptions:
     interval: int = 8
     num_representatives: int = 4
 
+    def __str__(self) -> str:
+        return f"{self.num_blocks}x{self.block_size}"
+
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if value < 1:

@@ -1,6 +1,7 @@
 """`sinklm chat` with its messages on stdin."""
 
 import io
+import re
 
 import pytest
 
@@ -46,14 +47,18 @@ def test_a_session_goes_on_after_a_restart(tmp_path, capfd, monkeypatch):
         chat(checkpoint, **options | more)
         return capfd.readouterr()
 
-    together = say("Hello", "Who are you?", cache="1+20", system="Be brief.").out
+    together = say("Hello", "Who are you?", cache="1+20", memory="2x8", system="Be brief.").out
     session = tmp_path / "session.safetensors"
-    first = say("Hello", cache="1+20", system="Be brief.", session=session).out
+    first = say("Hello", cache="1+20", memory="2x8", system="Be brief.", session=session).out
     second = say("Who are you?", session=session)
     assert first + second.out == together
     assert f"continuing {session}, which has 2 messages" in second.err
-    assert "cache 1+20" in second.err
-    for wrong, message in (({"cache": "1+30"}, "--cache is 1\\+30"), ({"system": "Shout."}, "--system differs")):
+    assert re.search(r"cache 1\+20, .*; memory 2x8, .* MB in host memory", second.err)
+    for wrong, message in (
+        ({"cache": "1+30"}, "--cache is 1\\+30"),
+        ({"memory": "3x8"}, "--memory is 3x8, but .* has a memory 2x8: leave out --memory"),
+        ({"system": "Shout."}, "--system differs"),
+    ):
         with pytest.raises(ValueError, match=message):
             say("And where?", session=session, **wrong)
     checkpoint = str(write_checkpoint(tmp_path / "other", small_model(0)))

@@ -11,7 +11,7 @@ from sinklm.checkpoints.export import export_model
 from sinklm.cli import evaluate
 from sinklm.cli.chat import chat
 from sinklm.cli.generate import generate
-from sinklm.cli.options import parse_cache, parse_caches, placement, print_results
+from sinklm.cli.options import memory_options, parse_cache, parse_caches, parse_memory, placement, print_results
 from sinklm.console import Console
 from sinklm.eval import perplexity
 
@@ -24,6 +24,16 @@ def test_caches_are_read_and_refused():
     for wrong in ("1024", "4+", "4+0", "4+1020,", "-1+5", "", "1" * 20 + "+1", "٤+1"):
         with pytest.raises(ValueError, match=r"--caches: .* is not a cache: write kept tokens"):
             parse_caches(wrong)
+
+
+def test_memories_are_blocks_x_tokens():
+    assert parse_memory(" 8x64") == (8, 64)
+    assert parse_memory(None) is memory_options(None) is None
+    options = memory_options((2, 16))
+    assert (options.num_blocks, options.block_size, str(options)) == (2, 16, "2x16")
+    for wrong in ("", "8", "0x64", "8x0", "8x12", "8x64x2", "-1x8", "8+64"):
+        with pytest.raises(ValueError, match=r"--memory: .* is not a memory: write blocks x tokens of a block"):
+            parse_memory(wrong)
 
 
 def test_auto_is_the_dtype_that_load_model_chooses():

@@ -33,8 +33,11 @@ from sinklm.eval.perplexity import (
     token_lengths,
 )
 from sinklm.eval.plots import streaming_figure
+from sinklm.streaming import MemoryOptions, stream_losses
 
 from .checkpoints import small_model, small_tokenizer, write_checkpoint
+
+MEMORY = MemoryOptions(block_size=4, num_blocks=2, interval=4, num_representatives=2)
 
 WORDS = "In the morning the sea was calm, and the boats went out one after the other. "
 
@@ -125,6 +128,8 @@ def test_methods_choose_among_the_caches():
     chosen = configurations(["dense", "window", "streaming", "recompute"], caches, num_sinks=1)
     assert [str(c) for c in chosen] == ["dense", "0+8", "1+7", "4+12", "recompute 8", "recompute 16"]
     assert [str(c) for c in configurations(["window"], caches, num_sinks=1)] == ["0+8"]
+    chosen = configurations(["dense", "streaming", "recompute"], [(1, 7)], num_sinks=1, memory=MEMORY)
+    assert [str(c) for c in chosen] == ["dense", "1+7", "1+7, memory 2x4", "recompute 8"]
     with pytest.raises(ValueError, match="dens"):
         configurations(["dens"], caches, num_sinks=1)
     with pytest.raises(ValueError, match="such as 0\\+1024"):
@@ -194,6 +199,15 @@ def test_an_export_streams_as_its_checkpoint_does(checkpoints, tmp_path, book, n
         )
         assert configuration.method == "recompute" or ours.num_scored == 150
         torch.testing.assert_close(ours.losses, theirs.losses, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+def test_losses_with_a_memory_are_those_of_its_cache(checkpoints, book):
+    model, tokenized = load_model(checkpoints[1]), read_text_files([book], load_tokenizer(checkpoints[1]), 60)
+    without, with_memory = configurations(["streaming"], [(1, 15)], num_sinks=1, memory=MEMORY)
+    losses = measure(model, tokenized, with_memory).losses
+    expected = torch.cat([*stream_losses(model, tokenized.ids[None], num_kept=1, window=15, memory=MEMORY)], dim=1)[0]
+    torch.testing.assert_close(losses[1:].float(), expected, rtol=0, atol=1e-4)
+    assert not torch.allclose(losses, measure(model, tokenized, without).losses, atol=1e-3)
 
 
 def test_the_command_writes_table_json_and_picture(checkpoints, tmp_path, book, capsys):

@@ -92,7 +92,7 @@ def test_an_answer_is_right_if_greedy_decoding_without_a_cache_writes_it(num_sin
 class Clerk:
     """Replaces StreamBatch: looks the answer up in the text of the last tokens."""
 
-    def __init__(self, model, num_kept: int, window: int):
+    def __init__(self, model, num_kept: int, window: int, memory: object):
         self.window, self.ids, self.num_read = window, None, []
 
     def read(self, rows):
@@ -155,10 +155,12 @@ def test_the_summary_counts():
 
 def test_the_command_writes_table_json_and_picture(checkpoints, tmp_path, capsys):
     options = {"num_samples": 2, "num_lines": 31, "caches": "0+64,1+400", "distances": "20,0"}
-    stream_eval(str(checkpoints[1]), **options, batch_size=2, output=tmp_path)
+    stream_eval(str(checkpoints[1]), **options, memory="2x16", batch_size=2, output=tmp_path)
 
     report = json.loads((tmp_path / "stream_eval.json").read_text())
-    assert [r["configuration"] for r in report["results"]] == ["0+64", "1+400"]
+    names = ["0+64", "0+64, memory 2x16", "1+400", "1+400, memory 2x16"]
+    assert [r["configuration"] for r in report["results"]] == names
+    assert [r["memory"] and r["memory"]["num_blocks"] for r in report["results"]] == [None, 2, None, 2]
     assert [(d["lines"], d["num_questions"]) for d in report["results"][0]["distances"]] == [(0, 6), (20, 4)]
     assert (tmp_path / "stream_eval.png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
@@ -166,7 +168,7 @@ def test_the_command_writes_table_json_and_picture(checkpoints, tmp_path, capsys
     assert "1+400" in shown
 
     by_distance, by_place = stream_eval_figure(report).axes
-    assert [line.get_label() for line in by_place.lines] == ["0+64", "1+400"]
+    assert [line.get_label() for line in by_place.lines] == names
     assert by_distance.lines[0].get_xdata().tolist() == [0, 20]
 
 

@@ -3,6 +3,7 @@
 import copy
 from functools import partial
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import AttentionInterface
 from transformers.models.llama import modeling_llama
 
 from sinklm.models.cache_argument import CACHE
-from sinklm.streaming import MemoryOptions, StreamingCache, StreamingDecoder
+from sinklm.streaming import MemoryOptions, StreamingCache, StreamingDecoder, layer_memory, memory_blocks
 from sinklm.streaming.testing import random_model
 
 from ..models.tiny import text, tiny_arm, tiny_model
@@ -135,11 +136,21 @@ def test_it_equals_the_slow_twin(options, monkeypatch):
 
 
 @settings(max_examples=15, deadline=None)
-@given(cuts=st.sets(st.integers(1, 79), max_size=12), options=st.sampled_from([OPTIONS, SMALLEST, LARGE]))
-def test_passes_of_any_length_have_the_same_result(cuts, options):
+@given(
+    cuts=st.sets(st.integers(1, 79), max_size=12),
+    options=st.sampled_from([OPTIONS, SMALLEST, LARGE]),
+    num_bytes=st.sampled_from([1, 20_000, layer_memory.NUM_BYTES]),
+    num_index_bytes=st.sampled_from([1, memory_blocks.NUM_INDEX_BYTES]),
+)
+def test_passes_of_any_length_have_the_same_result(cuts, options, num_bytes, num_index_bytes):
     model, ids = llama(), tiny.random_ids(80, batch_size=2)
     lengths = [b - a for a, b in pairwise([0, *sorted(cuts), 80])]
-    whole, parts = (read(model, new_cache(model, options), ids, each) for each in ([80], lengths))
+    whole = read(model, new_cache(model, options), ids, [80])
+    with (
+        mock.patch.object(layer_memory, "NUM_BYTES", num_bytes),
+        mock.patch.object(memory_blocks, "NUM_INDEX_BYTES", num_index_bytes),
+    ):
+        parts = read(model, new_cache(model, options), ids, lengths)
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-9)
 
 
