@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from .buffers import StreamingLayer
 from .encodings import Rotary
 from .layer_memory import LayerMemory
@@ -102,6 +104,7 @@ class StreamMemory:
             )
         return memory
 
+    @torch.no_grad()
     def before_pass(self, counters: "StreamCounters | None", num_inputs: int) -> None:
         """Store complete blocks, and choose those for a single token that starts an interval."""
         if counters is None:

@@ -47,9 +47,13 @@ class HostBlocks:
         self.num_blocks = end
 
     def grown(self, buffer: Tensor | None, states: Tensor, num_needed: int) -> Tensor:
-        """Return a larger copy of a buffer for states like these."""
+        """Return a larger copy of a buffer for states like these.
+
+        It can also be used outside of `torch.inference_mode`.
+        """
         size = max(num_needed, 2 * (0 if buffer is None else len(buffer)), 16)
-        larger = torch.empty((size, *states.shape[1:]), dtype=states.dtype, pin_memory=self.is_pinned)
+        with torch.inference_mode(False):
+            larger = torch.empty((size, *states.shape[1:]), dtype=states.dtype, pin_memory=self.is_pinned)
         if buffer is not None:
             larger[: self.num_blocks] = buffer[: self.num_blocks]
         return larger

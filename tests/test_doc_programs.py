@@ -41,7 +41,7 @@ def objects() -> dict[str, Any]:
 def shortened(program: str) -> str:
     """Fewer tokens, and a cache that the small model has positions for."""
     program = re.sub(r"max_new_tokens=[\d_]+", "max_new_tokens=3", program)
-    return program.replace("window=1020", "window=60")
+    return program.replace("window=1020", "window=60").replace("block_size=64", "block_size=16")
 
 
 def printing(lines: list[str]) -> Any:

@@ -253,6 +253,15 @@ def test_a_failed_step_can_be_repeated():
     torch.testing.assert_close(read(model, cache, ids[:, 40:], [1] * 20), expected[:, 40:], rtol=0, atol=1e-9)
 
 
+def test_a_text_that_was_read_in_inference_mode_can_be_continued_outside():
+    model, ids = llama(), tiny.random_ids(60)
+    cache = new_cache(model)
+    with torch.inference_mode():
+        read(model, cache, ids[:, :30], [29, 1])
+    found = read(model, cache, ids[:, 30:], [1, 1, 10, *[1] * 18])
+    torch.testing.assert_close(found, read(model, new_cache(model), ids, [60])[:, 30:], rtol=0, atol=1e-9)
+
+
 def test_only_host_memory_grows():
     model = llama()
     cache = new_cache(model)
