@@ -51,9 +51,11 @@ def main() -> None:
             found["checkpoints"][str(step)] = {"tokens": read_state(path).positions, **measured(path, found, arguments)}
             write_json(arguments.output, found)
             print(step, json.dumps(found["checkpoints"][str(step)]), flush=True)
-    for path in list_checkpoints(arguments.run).values():
-        if path != max_of(checkpoints):
-            shutil.rmtree(path)
+    existing = list_checkpoints(arguments.run)
+    if max_of(existing) == max_of(checkpoints):  # else the run goes on from a later one
+        for path in existing.values():
+            if path != max_of(checkpoints):
+                shutil.rmtree(path)
 
 
 def parse() -> argparse.Namespace:

@@ -31,6 +31,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from sinklm.checkpoints import load_model, load_tokenizer
+from sinklm.eval.decode_speed import synchronize
 from sinklm.eval.report import library_versions
 from sinklm.models.cache_argument import CACHE
 from sinklm.streaming import MemoryOptions, StreamingCache, StreamingDecoder, stream_losses
@@ -48,8 +49,11 @@ class PassKeys:
     """Texts that tell a pass key, as rows of a batch.
 
     Attributes:
-        ids: ``(B, T)``; the key was told in the first ``end`` tokens.
+        ids: ``(B, T)``.
         keys: the pass key of each row.
+        spans: first and last token of the sentence with the key, in each row.
+        end: number of tokens after which all keys were told.
+        question: ids of the question.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, book: Tensor, num_rows: int, num_tokens: int):
@@ -59,14 +63,14 @@ class PassKeys:
         for row in range(num_rows):
             key = "".join(rng.choice("123456789") for _ in range(5))
             needle = self.encode(NEEDLE.format(key=key))
-            start = len(book) // num_rows * row
+            start = max(0, len(book) - num_tokens - 2 * MOST_BEFORE) * row // num_rows
             before, text = rng.randrange(MOST_BEFORE), book[start:].tolist()
             begin = len(first) + before
             self.keys.append(key)
             self.spans.append((begin, begin + len(needle)))
             rows.append((first + text[:before] + needle + text[before:])[: MOST_BEFORE + 64 + num_tokens])
         if len({len(row) for row in rows}) > 1:
-            raise ValueError(f"--text has too few tokens for {num_rows} rows of {num_tokens:,}: use another book")
+            raise ValueError(f"--text has {len(book):,} tokens, too few for a distance of {num_tokens:,}")
         self.end, self.ids = max(end for _, end in self.spans), torch.tensor(rows)
         self.question = torch.tensor(self.encode(QUESTION + ANSWER))
 
@@ -122,12 +126,12 @@ def oracle_weights(spans: list[tuple[int, int]]) -> Callable[[LayerMemory, Tenso
 
 
 @torch.no_grad()
-def recall(args: argparse.Namespace, name: str) -> list[dict]:
+def recall(args: argparse.Namespace, name: str, size: str) -> list[dict]:
     model, distances = args.model, sorted(args.distances)
     texts = PassKeys(args.tokenizer, args.book, args.num_samples, distances[-1])
     contexts = {"random": chosen_by(random_weights), "oracle": chosen_by(oracle_weights(texts.spans))}
     cache = DynamicCache() if name == "dense" else new_cache(args, with_memory=name != "cache")
-    row, read, start = {"size": name}, 0, time.perf_counter()
+    row, read, start = {"size": size}, 0, time.perf_counter()
     torch.manual_seed(0)
     with contexts.get(name, nullcontext()):
         for distance in distances:
@@ -140,34 +144,36 @@ def recall(args: argparse.Namespace, name: str) -> list[dict]:
     return [row]
 
 
-def perplexity(args: argparse.Namespace, name: str) -> list[dict]:
+def perplexity(args: argparse.Namespace, name: str, size: str) -> list[dict]:
     ids = args.book[None, : args.num_tokens]
     options: dict[str, Any] = {"num_kept": args.num_kept, "window": args.window}
     losses = stream_losses(args.model, ids, memory=args.memory if name == "memory" else None, **options)
     total = sum(chunk.double().sum().item() for chunk in losses)
-    return [{"size": name, "perplexity": math.exp(total / (ids.shape[1] - 1)), "tokens": ids.shape[1]}]
+    return [{"size": size, "perplexity": math.exp(total / (ids.shape[1] - 1)), "tokens": ids.shape[1]}]
 
 
 @torch.no_grad()
-def speed(args: argparse.Namespace, name: str) -> list[dict]:
+def speed(args: argparse.Namespace, name: str, size: str) -> list[dict]:
     cache, ids = new_cache(args, with_memory=name == "memory"), args.book[None, : max(args.distances)]
     start = time.perf_counter()
     for part in ids.split(1024, dim=1):
         logits = args.model(part.to(args.model.device), use_cache=True, logits_to_keep=1, **{CACHE: cache}).logits
     prefill = time.perf_counter() - start
-    step: Callable[[Tensor], Tensor] = lambda ids: args.model(ids, use_cache=True, **{CACHE: cache}).logits  # noqa: E731
-    if args.model.device.type == "cuda":
-        step = StreamingDecoder(args.model, cache)
+
+    def eager_step(ids: Tensor) -> Tensor:
+        return args.model(ids, use_cache=True, **{CACHE: cache}).logits
+
+    step = StreamingDecoder(args.model, cache) if args.model.device.type == "cuda" else eager_step
     for index in range(2 * NUM_STEPS):
         if index == NUM_STEPS:
-            torch.cuda.synchronize() if torch.cuda.is_available() else None
+            synchronize()
             start = time.perf_counter()
         logits = step(logits[:, -1:].argmax(-1))
-    torch.cuda.synchronize() if torch.cuda.is_available() else None
+    synchronize()
     elapsed = time.perf_counter() - start
     return [
         {
-            "size": name,
+            "size": size,
             "tokens read": ids.shape[1],
             "ms per token": 1e3 * elapsed / NUM_STEPS,
             "prefill tokens/s": ids.shape[1] / prefill,
@@ -216,7 +222,9 @@ def main() -> None:
     for part in args.parts:
         measure, names = measured[part]
         for name in names:
-            report.add(part, lambda measure=measure, name=name: measure(args, name), name)
+            with_memory = "" if name in ("cache", "dense") else f", {args.memory}"
+            size = f"{name} {args.num_kept}+{args.window}{with_memory}"
+            report.add(part, lambda measure=measure, name=name, size=size: measure(args, name, size), size)
 
 
 if __name__ == "__main__":

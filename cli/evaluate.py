@@ -289,14 +289,14 @@ def _ask_all(
     batch_size: int,
 ) -> Iterator[dict[str, Any]]:
     """Run StreamEval with one cache after the other."""
+    from ..eval.perplexity import cache_name
     from ..eval.stream_eval import ask, summarize
     from ..eval.tasks.stream_eval.records import LINES_PER_QUESTION
 
     num_read = (len(records[0]) - 1) // LINES_PER_QUESTION * LINES_PER_QUESTION * len(records)
     with progress_bars(console) as bars:
         for (num_kept, window), memory in runs:
-            name = f"{num_kept}+{window}" + (f", memory {memory}" if memory else "")
-            bar = bars.add_task(name, total=num_read)
+            bar = bars.add_task(cache_name(num_kept, window, memory), total=num_read)
             started = time.perf_counter()
             answers = ask(
                 model,

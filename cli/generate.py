@@ -94,7 +94,9 @@ def generate(
     repetition_penalty: RepetitionPenalty = 1.0,
     cache: Annotated[
         str | None,
-        typer.Option(metavar=CACHE_METAVAR, help=CACHE_HELP, show_default=f"none; with --stream: {DEFAULT_CACHE}"),
+        typer.Option(
+            metavar=CACHE_METAVAR, help=CACHE_HELP, show_default=f"none; with --stream or --memory: {DEFAULT_CACHE}"
+        ),
     ] = None,
     memory: Memory = None,
     seed: Seed = 0,
@@ -108,7 +110,8 @@ def generate(
     """Continue prompts up to the end-of-text token, or with --stream without a length limit.
 
     Prompts are continued one after the other, each with the same seed, so that its text does not
-    depend on the others. With --stream or --cache, memory does not grow with the text.
+    depend on the others. With --stream, --cache or --memory, memory of the device does not grow
+    with the text.
     """
     shape, size = None if cache is None else parse_cache(cache), parse_memory(memory)
     check_temperature(temperature)
@@ -125,10 +128,11 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     language_model, tokenizer = load_model(model, **placement(device, dtype)), load_tokenizer(model)
     encoded = [_encode(tokenizer, text) for text in texts]
-    note_windows(console, language_model, model, has_cache=stream or shape is not None)
+    is_stream = stream or shape is not None or size is not None
+    note_windows(console, language_model, model, has_cache=is_stream)
     limit = max_new_tokens or (None if stream else DEFAULT_NEW_TOKENS)
     generator = None
-    if stream or shape is not None or size is not None:
+    if is_stream:
         is_long = limit is None or limit * len(texts) > LONG_TEXT
         generator = make_generator(console, language_model, shape, size, sampling, compile=is_long)
     end_ids = set() if stream else end_of_text_ids(language_model, tokenizer)
@@ -182,7 +186,7 @@ def make_generator(
     """
     from ..streaming import Generator, StreamingCache, default_cache
 
-    num_kept, window = default_cache(model) if shape is None else shape
+    num_kept, window = shape or default_cache(model, block_size=memory[1] if memory else 0)
     cache = StreamingCache.for_model(model, num_kept=num_kept, window=window, memory=memory_options(memory))
     generator = Generator(model, cache, compile=compile, **asdict(sampling))
     if generator.is_compiled:

@@ -27,6 +27,11 @@ BINS_PER_OCTAVE = 4
 MIN_BIN_TOKENS = 64
 
 
+def cache_name(num_kept: int, window: int, memory: MemoryOptions | None = None) -> str:
+    """Return the name of a streaming cache: ``4+1020``, ``4+1020, memory 8x64``."""
+    return f"{num_kept}+{window}" + ("" if memory is None else f", memory {memory}")
+
+
 @dataclass(frozen=True)
 class Configuration:
     """An attention method for long text, with ``num_kept + window`` tokens in the cache."""
@@ -45,9 +50,11 @@ class Configuration:
         """Name of the cache: ``4+1020``, ``1024`` for re-computation, ``all`` for dense."""
         if self.method == "dense":
             return "all"
-        if self.method == "recompute":
-            return str(self.cache_size)
-        return f"{self.num_kept}+{self.window}" + (f", memory {self.memory}" if self.memory else "")
+        return str(self.cache_size) if self.method == "recompute" else cache_name(*self.size, self.memory)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.num_kept, self.window
 
     def __str__(self) -> str:
         return {"dense": "dense", "recompute": f"recompute {self.cache}"}.get(self.method, self.cache)
@@ -284,8 +291,7 @@ def measure(
             progress=progress,
         )
     else:
-        size = configuration.num_kept, configuration.window
-        losses = streaming_losses(model, tokenized.ids, *size, progress, configuration.memory)
+        losses = streaming_losses(model, tokenized.ids, *configuration.size, progress, configuration.memory)
     return Result(configuration, losses[tokenized.num_prefix :], time.perf_counter() - started)
 
 

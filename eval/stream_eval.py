@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..models.cache_argument import CACHE
 from ..models.checked import checked_passes
 from ..streaming import MemoryOptions, StreamingCache
-from .perplexity import text_prefix
+from .perplexity import cache_name, text_prefix
 from .tasks.stream_eval.records import LINES_PER_QUESTION, line_text, question_text, record_text
 
 DISTANCES = (20, 40, 60, 80, 100, 150, 200)  # in lines: the first columns of Table 7
@@ -180,7 +180,7 @@ def summarize(
         num_tokens = sum(answer.num_tokens for answer in there) / len(there)
         places.append({"line": line, "mean_num_tokens": num_tokens, "accuracy": accuracy})
     return {
-        "configuration": f"{num_kept}+{window}" + (f", memory {memory}" if memory else ""),
+        "configuration": cache_name(num_kept, window, memory),
         "num_kept": num_kept,
         "window": window,
         "memory": None if memory is None else asdict(memory),

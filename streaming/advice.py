@@ -39,18 +39,20 @@ def refuse_without_weights(decoder: nn.Module) -> None:
         raise ValueError("the model has weights on the device meta, which stores none: load them first")
 
 
-def warn_if_untrained(model: Any, shape: StreamShape, largest_distance: int) -> None:
+def warn_if_untrained(model: Any, shape: StreamShape, num_cached: int, block_size: int) -> None:
     """Warn if a cache of a given shape shows the layers what they were not trained on.
 
-    It has longer distances, more tokens than the windows before an export with full attention, or
-    fewer kept tokens than the windowed layers.
+    It has longer distances, in the cache or to a block of a memory, more tokens than the windows
+    before an export with full attention, or fewer kept tokens than the windowed layers.
     """
     config = decoder_of(model).config
     trained = getattr(config, "max_position_embeddings", None)
-    if trained and largest_distance >= trained:
+    num_more = max(0, block_size - shape.num_kept)  # positions of a block, which stands before the window
+    if trained and num_cached + num_more >= trained:
+        block = f" with blocks of {block_size} tokens" if block_size else ""
         warnings.warn(
-            f"the cache {shape} is too large for the {trained} positions that the model was trained on; output quality "
-            f"may degrade. Use a cache of fewer than {trained} tokens in total.",
+            f"the cache {shape}{block} is too large for the {trained} positions that the model was trained on; output "
+            f"quality may degrade. Use a cache of fewer than {trained - num_more} tokens in total.",
             stacklevel=3,
         )
     former = former_shape(config)

@@ -20,7 +20,7 @@ from .continuing import check_generation
 from .counters import StreamCounters
 from .encodings import Rotary
 from .families import family_of, num_equal_positions
-from .layers import LayerPlan
+from .layers import LayerPlan, own_rules
 from .memory import MemoryOptions, StreamMemory
 from .quantized import KV_DTYPES, NUM_RECENT, QuantizedLayer, check_head_sizes
 from .record import TextRecord
@@ -68,7 +68,7 @@ class StreamingCache(Cache):
         super().__init__(layers=layers)
         self.streaming_layers = layers
         self.model, self.decoder, self.shape, self.plan = model, decoder, shape, plan
-        self.memory = None if memory is None else StreamMemory.of(memory, plan, layers)
+        self.memory = None if memory is None else StreamMemory.of(memory, plan, own_rules(decoder.config), layers)
         self.chunk_size = min(chunk_size, num_equal_positions(decoder.config) - plan.num_slots)
         self.kv_dtype = kv_dtype
         self.counters: StreamCounters | None = None
@@ -117,7 +117,7 @@ class StreamingCache(Cache):
                 tokens than its windowed layers.
 
         Raises:
-            TypeError: ``model`` is a name.
+            TypeError: ``model`` is a name, or ``memory`` is no `MemoryOptions`.
             ValueError: the model is not supported, ``num_kept < 0``, ``window < 1``,
                 ``chunk_size < 1``, an unknown ``kv_dtype``, or ``"int4"`` for an odd head size,
                 or a ``kv_dtype`` with windows of at most 32 tokens, which would quantize nothing,
@@ -129,6 +129,8 @@ class StreamingCache(Cache):
             raise ValueError(f"kv_dtype is {kv_dtype!r}: it must be {', '.join(map(repr, KV_DTYPES))} or None")
         if chunk_size < 1:
             raise ValueError(f"chunk_size is {chunk_size}: it must be at least 1")
+        if not isinstance(memory, MemoryOptions | None):
+            raise TypeError(f"memory is {memory!r}: pass MemoryOptions(…)")
         if kv_dtype is not None and memory is not None:
             raise ValueError(
                 "a cache has either a memory or quantized keys and values: use memory=None or kv_dtype=None"
@@ -139,8 +141,7 @@ class StreamingCache(Cache):
                 f"kv_dtype={kv_dtype!r} would quantize nothing: the last {NUM_RECENT} tokens are exact, and no layer "
                 f"has a window of more than {cache.plan.window} tokens: use kv_dtype=None or a larger window"
             )
-        num_positions = cache.plan.num_slots - 1 + (0 if memory is None else memory.block_size)
-        warn_if_untrained(model, cache.shape, num_positions)
+        warn_if_untrained(model, cache.shape, cache.plan.num_slots - 1, 0 if memory is None else memory.block_size)
         return cache
 
     def __repr__(self) -> str:
@@ -413,7 +414,7 @@ class StreamingCache(Cache):
 
     @property
     def num_host_bytes(self) -> int:
-        """Host memory of blocks in bytes, which grows with the stream; 0 without a memory."""
+        """Host memory that is allocated for blocks, in bytes; it grows with the stream."""
         return 0 if self.memory is None else self.memory.num_host_bytes
 
     def reset(self, rows: Sequence[int] | Tensor | None = None) -> None:

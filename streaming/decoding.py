@@ -99,8 +99,12 @@ class StreamingDecoder:
             return self.prefill(token_ids)
         # A view, as a column of a prompt, has other strides: the graph would be compiled again.
         token_ids = token_ids.long().clone(memory_format=torch.contiguous_format)
-        step = self._step(len(num_seen))
-        self.cache.rebase_before(1)
+        with self.cache.damaged_by_failure(1):
+            self.cache.rebase_before(1)
+            return self._run(self._step(len(num_seen)), token_ids, num_seen)
+
+    def _run(self, step: Callable[[Tensor], Tensor], token_ids: Tensor, num_seen: Tensor) -> Tensor:
+        """Run a step as a graph, which is compiled and captured first if necessary."""
         with self.cache.steering.in_graph(self.cache):
             if self.compiled_for is not num_seen:  # the first step compiles and warms up for the capture
                 self.captured = None

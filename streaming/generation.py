@@ -22,20 +22,24 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 MAX_PENDING = 16  # after so many tokens without a complete character, the text is shown as it is
 
 
-def default_cache(model: PreTrainedModel) -> tuple[int, int]:
+def default_cache(model: PreTrainedModel, block_size: int = 0) -> tuple[int, int]:
     """Return ``(num_kept, window)`` for a model.
 
+    Args:
+        block_size: tokens of a block of the cache's memory, 0 without one.
+
     ``num_kept`` is the number of sink tokens, or 4 without any. The cache has 1024 tokens, or for a
-    model that was trained on shorter texts, one less than its training length. No distance in the
-    cache is then longer than those seen in training. An export with full attention whose layers
-    were all trained with one window has that window and its kept tokens.
+    model that was trained on shorter texts, one less than its training length, and less by a block.
+    No distance in the cache or to a block is then longer than those seen in training. An export
+    with full attention whose layers were all trained with one window has that window and its kept
+    tokens.
     """
     config = decoder_of(model).config
     if former := former_shape(config):
         return former.num_kept, former.window
     num_kept = default_num_kept(config)
     trained_length = getattr(config, "max_position_embeddings", None) or DEFAULT_CACHE_SIZE + 1
-    return num_kept, max(1, min(DEFAULT_CACHE_SIZE, trained_length - 1) - num_kept)
+    return num_kept, max(1, min(DEFAULT_CACHE_SIZE, trained_length - 1 - max(0, block_size - num_kept)) - num_kept)
 
 
 class Generator:

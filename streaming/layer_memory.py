@@ -1,7 +1,8 @@
 """The memory of one layer: it stores blocks, chooses among them and attends to the chosen ones."""
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,9 +18,21 @@ if TYPE_CHECKING:
     from .memory import MemoryOptions
     from .steps import ChunkStep, DecodeStep, Softmax, Step
 
-NUM_BYTES = 2**26  # of chosen blocks that are on the device at a time
+NEWER = 2.0**-20  # by which a block weighs more than the one before it
+NUM_BYTES = 2**26  # of scores and chosen blocks of a chunk that are on the device at a time
 
 States = tuple[Tensor, Tensor, Tensor]
+
+
+def without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a method with a tensor as its first argument compute in the dtypes that it chooses."""
+
+    @wraps(method)
+    def wrapped(memory: "LayerMemory", states: Tensor, *arguments: Any) -> Any:
+        with torch.autocast(states.device.type, enabled=False):
+            return method(memory, states, *arguments)
+
+    return wrapped
 
 
 def with_column(softmax: "Softmax", out: Tensor, lse: Tensor) -> "Softmax":
@@ -118,20 +131,30 @@ class LayerMemory:
         num_begun = min(-first % interval, num_inputs)  # tokens of an interval that began before
         if num_begun:
             yield self.attend_chosen(query[:, :, :num_begun], softmax)
-        num_tokens = interval * max(1, NUM_BYTES // (self.keys.nbytes + self.values.nbytes))
+        num_tokens = interval * self.num_intervals(len(query) * query.shape[1], self.num_evicted(first + num_inputs))
         for start in range(num_begun, num_inputs, num_tokens):
             part = query[:, :, start : start + num_tokens]
-            if self.num_evicted(first + start + part.shape[2] - 1) == 0:
+            begins = range(first + start, first + start + part.shape[2], interval)
+            if self.num_evicted(begins[-1]) == 0:
                 yield self.attend_chosen(part, softmax)  # none
                 continue
             padded = F.pad(part, (0, 0, 0, -part.shape[2] % interval))
             queries = recent[:, :, start : start + padded.shape[2]].unflatten(2, (-1, interval))
-            begins = range(first + start, first + start + part.shape[2], interval)
             chosen, num_chosen = self.choose(queries, kept, begins)
             keys, values = (states.to(query.device) for states in self.blocks.gather(chosen))
             self.keep(keys[:, :, -1], values[:, :, -1], num_chosen[-1])
             out, lse = self.attend(padded.unflatten(2, (-1, interval)), keys, values, num_chosen, softmax)
             yield out.flatten(2, 3)[:, :, : part.shape[2]], lse.flatten(2, 3)[:, :, : part.shape[2]]
+
+    def num_intervals(self, num_heads: int, num_blocks: int) -> int:
+        """Return for how many intervals blocks are chosen at a time.
+
+        Args:
+            num_heads: of the queries of all rows.
+            num_blocks: to choose from.
+        """
+        num_scores = num_heads * self.options.interval * num_blocks * (2 + self.options.num_representatives)
+        return max(1, NUM_BYTES // (self.keys.nbytes + self.values.nbytes + 4 * num_scores))
 
     def attend_chosen(self, query: Tensor, softmax: "Softmax") -> tuple[Tensor, Tensor]:
         """Return attention and log-sum-exp of turned queries ``(B, H, T, D)`` to `keys`."""
@@ -139,6 +162,7 @@ class LayerMemory:
         out, lse = self.attend(*states, self.num_chosen[None], softmax)
         return out[:, :, 0], lse[:, :, 0]
 
+    @without_autocast
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, num_chosen: Tensor, softmax: "Softmax"
     ) -> tuple[Tensor, Tensor]:
@@ -195,12 +219,14 @@ class LayerMemory:
         num_chosen = torch.tensor([min(num, num_blocks) for num in num_evicted], device=queries.device)
         return weights.topk(num_blocks, dim=-1).indices, num_chosen
 
+    @without_autocast
     def weights(self, queries: Tensor, kept: Tensor, num_evicted: Sequence[int]) -> Tensor:
-        """Return how much the queries attend to each block, ``(B, G, N, blocks)``.
+        """Return how much the queries attend to each block, ``(B, G, N, blocks)`` in float64.
 
         A block has the score of its best representative. The kept keys compete with the blocks: a
-        query that attends to a sink looks for nothing. Blocks that an interval does not see weigh
-        least.
+        query that attends to a sink looks for nothing. Of blocks with equal weight, the newest one
+        is preferred, so that rounding does not decide. Blocks that an interval does not see weigh
+        -1.
 
         Args:
             num_evicted: number of blocks that each interval sees.
@@ -209,14 +235,15 @@ class LayerMemory:
         grouped = queries.unflatten(1, (kept.shape[1], -1)).movedim(2, 3).flatten(3, 4).to(dtype)
         scores = [grouped @ kept[:, :, None].mT.to(dtype)]
         for index in self.blocks.index_parts(max(num_evicted)):  # (B, G, blocks, representatives, D)
-            index = index.to(queries.device, dtype)
+            index = index.to(queries.device, non_blocking=True).to(dtype)
             part = grouped @ index.flatten(2, 3)[:, :, None].mT
             scores.append(part.unflatten(-1, index.shape[2:4]).amax(-1))
         joined, num_kept = torch.cat(scores, dim=-1), kept.shape[2]
         ends = torch.tensor(num_evicted, device=joined.device)[:, None]
         is_hidden = torch.arange(-num_kept, joined.shape[-1] - num_kept, device=joined.device) >= ends
         joined = joined.masked_fill(is_hidden[:, None], torch.finfo(dtype).min)
-        weights = joined.softmax(-1)[..., num_kept:].sum(3)
+        weights = joined.double().softmax(-1)[..., num_kept:].sum(3)
+        weights *= 1 + NEWER * torch.arange(weights.shape[-1], device=weights.device)
         return weights.masked_fill(is_hidden[:, num_kept:], -1)
 
     def turned_kept(self, kept: Tensor, layer: StreamingLayer) -> Tensor:
@@ -280,7 +307,9 @@ class LayerMemory:
         """Append the blocks of consecutive tokens, whose keys have the phases ``tokens - base``."""
         if layer.has_positions:
             in_block = (tokens - self.shape.num_kept).remainder(self.options.block_size)
-            keys = self.encoding.turn(keys, self.encoding.phases((in_block - tokens + base[0])[None], like=keys))
+            keys = self.encoding.turn(
+                keys, self.encoding.phases((in_block - tokens + base[:1].to(tokens.device))[None], like=keys)
+            )
         size = self.options.block_size
         self.blocks.append(keys.unflatten(2, (-1, size)), values.unflatten(2, (-1, size)))
 
@@ -319,6 +348,8 @@ class LayerMemory:
 
     def map_rows(self, rows: Tensor) -> None:
         """Replace row i of the batch by row ``rows[i]``; the batch size may change."""
+        if self.is_allocated and rows.tolist() == list(range(len(self.queries))):
+            return
         self.blocks.map_rows(rows)
         for name, buffer in self.buffers.items():
             if name != "num_chosen":
@@ -328,5 +359,5 @@ class LayerMemory:
         twin = LayerMemory(self.options, self.shape, self.encoding)
         if self.is_allocated:
             twin.set_buffers(self.buffers)
-            twin.blocks.set_buffers(self.blocks.buffers, is_pinned=self.blocks.is_pinned)
+            twin.blocks = self.blocks.shared()
         return twin

@@ -7,8 +7,8 @@ back. The queries of the interval see them in addition to the cache. (InfLLM, Xi
 arXiv 2402.04617, is the idea.)
 
 Every chosen block stands immediately before the window: its tokens have the distances
-``W + 1 … W + block_size`` to each query. So positions never exceed ``S + W + block_size``, however
-long the stream is. A choice depends on earlier tokens only, so passes of any length have the same
+``W + 1 … W + block_size`` to each query. So distances never exceed that, or ``S + W``, however long
+the stream is. A choice depends on earlier tokens only, so passes of any length have the same
 result.
 """
 
@@ -22,9 +22,12 @@ from .buffers import StreamingLayer
 from .encodings import Rotary
 from .layer_memory import LayerMemory
 from .layers import LayerPlan
+from .rule import StreamShape
 
 if TYPE_CHECKING:
     from .counters import StreamCounters
+
+DEFAULT_INTERVAL, DEFAULT_REPRESENTATIVES = 8, 4
 
 
 @dataclass(frozen=True)
@@ -38,22 +41,25 @@ class MemoryOptions:
         num_representatives: keys of each block in the index.
 
     Raises:
-        ValueError: a number is below 1, ``num_representatives`` does not divide ``block_size``, or
-            ``interval`` exceeds it.
+        ValueError: a value is no number of at least 1, ``num_representatives`` does not divide
+            ``block_size``, or ``interval`` exceeds it.
     """
 
     block_size: int = 64
     num_blocks: int = 8
-    interval: int = 8
-    num_representatives: int = 4
+    interval: int = DEFAULT_INTERVAL
+    num_representatives: int = DEFAULT_REPRESENTATIVES
 
     def __str__(self) -> str:
-        return f"{self.num_blocks}x{self.block_size}"
+        """The number and size of the blocks, and what differs from the defaults: "8x64"."""
+        defaults = {"interval": DEFAULT_INTERVAL, "num_representatives": DEFAULT_REPRESENTATIVES}
+        others = [f"{name}={getattr(self, name)}" for name, value in defaults.items() if getattr(self, name) != value]
+        return " ".join([f"{self.num_blocks}x{self.block_size}", *others])
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if value < 1:
-                raise ValueError(f"{name} of the memory is {value}: it must be at least 1")
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} of the memory is {value!r}: it must be a whole number of at least 1")
         if self.block_size % self.num_representatives:
             raise ValueError(
                 f"num_representatives of the memory is {self.num_representatives}: it must divide the block_size of "
@@ -68,7 +74,7 @@ class MemoryOptions:
 class StreamMemory:
     """The memories of a cache's layers.
 
-    Layers with a window of their own have none: they never see what has left their window.
+    A layer with a window of its own has one only if that window covers the blocks.
 
     Attributes:
         num_seen: tokens that were seen, None if only the counters on the device know.
@@ -80,27 +86,38 @@ class StreamMemory:
         self.num_seen: int | None = None
 
     @classmethod
-    def of(cls, options: MemoryOptions, plan: LayerPlan, layers: Sequence[StreamingLayer]) -> "StreamMemory":
+    def of(
+        cls,
+        options: MemoryOptions,
+        plan: LayerPlan,
+        rules: Sequence[StreamShape | None],
+        layers: Sequence[StreamingLayer],
+    ) -> "StreamMemory":
         """Give the layers of a new cache a memory.
 
+        Args:
+            rules: the window of each layer of the model, see `layers.own_rules`.
+
         Raises:
-            ValueError: the model has no rotary positions, or all its layers have windows of their
-                own, or a block is longer than the window.
+            ValueError: the model has no rotary positions, or all its layers have smaller windows of
+                their own, or a block is longer than the window.
         """
         if options.block_size > plan.shape.window:
             raise ValueError(
                 f"the memory's block_size is {options.block_size}: it must be at most the window of {plan.shape.window}"
             )
-        for index, layer in enumerate(layers):
+        largest_distance = plan.shape.window + options.block_size
+        for index, (layer, rule) in enumerate(zip(layers, rules, strict=True)):
             shape, encoding = plan.group(index).shape, plan.group(index).encoding
             if not isinstance(encoding, Rotary):
-                raise ValueError("a memory requires rotary positions, and this model has ALiBi: use memory=None")
-            if shape == plan.shape:
+                raise ValueError("a memory requires rotary positions, and this model has ALiBi: use none")
+            if shape == plan.shape and (rule is None or rule.window >= largest_distance):
                 layer.memory = LayerMemory(options, shape, encoding)
         memory = cls(options, layers)
         if not memory.layers:
             raise ValueError(
-                f"a memory would have no effect: all layers have windows of their own ({plan}). Use memory=None"
+                f"a memory would have no effect: no layer sees as far as {largest_distance} tokens, the window and a "
+                "block. Use a smaller window and smaller blocks, or no memory"
             )
         return memory
 
@@ -111,13 +128,14 @@ class StreamMemory:
             self.num_seen = num_inputs
             return
         first = int(counters.num_seen[0]) if self.num_seen is None else self.num_seen
-        self.num_seen = first + num_inputs
+        self.num_seen = None  # if this is interrupted
         for layer, memory in self.layers:
             memory.store_complete(layer, first, counters.base)
         if num_inputs == 1 and first % self.options.interval == 0 and self.layers[0][1].num_evicted(first):
             chosen = [memory.choose_before(layer, first) for layer, memory in self.layers]
             for (_, memory), blocks in zip(self.layers, chosen, strict=True):  # a GPU has all of them to do by now
                 memory.recall(*blocks)
+        self.num_seen = first + num_inputs
 
     def crop(self, num_seen: int) -> None:
         """Remove the blocks that are not complete after ``num_seen`` tokens."""

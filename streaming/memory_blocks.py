@@ -11,7 +11,8 @@ NUM_INDEX_BYTES = 2**26  # of the index, that are on the device at a time
 class HostBlocks:
     """Keys and values of blocks, and representative keys of each.
 
-    The buffers grow by doubling, and are page-locked if the states are on a GPU.
+    The buffers grow by doubling, and are page-locked if the states are on a GPU. Copies share them
+    until they add blocks of their own.
 
     Attributes:
         keys, values: ``(N, B, G, block_size, D)``; the first ``len(blocks)`` are used.
@@ -28,6 +29,7 @@ class HostBlocks:
         self.num_representatives = num_representatives
         self.num_blocks = 0
         self.is_pinned = False
+        self.is_shared = False  # others may have the same buffers, and may have added blocks to them
 
     def __len__(self) -> int:
         return self.num_blocks
@@ -40,11 +42,18 @@ class HostBlocks:
         end = self.num_blocks + len(new[0])
         for name, states in zip(self.BUFFERS, new, strict=True):
             buffer = getattr(self, name, None)
-            if buffer is None or len(buffer) < end:
+            if buffer is None or len(buffer) < end or self.is_shared:
                 buffer = self.grown(buffer, states, end)
                 setattr(self, name, buffer)
             buffer[self.num_blocks : end] = states
-        self.num_blocks = end
+        self.num_blocks, self.is_shared = end, False
+
+    def shared(self) -> "HostBlocks":
+        """Return a copy with the same buffers. The original may add blocks to them."""
+        twin = HostBlocks(self.num_representatives)
+        vars(twin).update(vars(self))
+        twin.is_shared = True
+        return twin
 
     def grown(self, buffer: Tensor | None, states: Tensor, num_needed: int) -> Tensor:
         """Return a larger copy of a buffer for states like these.
@@ -73,11 +82,13 @@ class HostBlocks:
 
     def truncate(self, num_blocks: int) -> None:
         """Remove all but the first blocks."""
-        self.num_blocks = min(self.num_blocks, num_blocks)
+        if num_blocks < self.num_blocks:
+            self.num_blocks, self.is_shared = num_blocks, True  # a copy may still have the removed ones
 
     @property
     def num_bytes(self) -> int:
-        return sum(getattr(self, name)[: self.num_blocks].nbytes for name in self.BUFFERS if self.num_blocks)
+        """Allocated bytes, of which those of a shared buffer count for each copy."""
+        return sum(getattr(self, name).nbytes for name in self.BUFFERS if hasattr(self, name))
 
     @property
     def buffers(self) -> dict[str, Tensor]:
@@ -85,7 +96,9 @@ class HostBlocks:
 
     def set_buffers(self, buffers: dict[str, Tensor], *, is_pinned: bool) -> None:
         """Replace the blocks by copies."""
-        self.num_blocks, self.is_pinned = len(buffers["keys"]) if buffers else 0, is_pinned
+        for name in self.BUFFERS:
+            vars(self).pop(name, None)
+        self.num_blocks, self.is_pinned, self.is_shared = len(buffers["keys"]) if buffers else 0, is_pinned, False
         for name, states in buffers.items():
             setattr(self, name, self.grown(None, states, len(states)))
             getattr(self, name)[: len(states)] = states

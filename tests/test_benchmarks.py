@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import train
 from benchmarks.part_report import PartReport
@@ -96,3 +97,35 @@ def test_other_settings_need_another_folder(script, first, same, other, named, t
     monkeypatch.setattr(sys, "argv", [script, *other])
     with pytest.raises(SystemExit, match=rf"^F was begun with {named}: use another folder"):
         main()
+
+
+def test_a_memory_is_measured(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(train.__file__).parent))
+    from benchmarks import stream_memory
+
+    model, output = Path(__file__).parents[1] / "examples/checkpoints/learnable-sink", tmp_path / "memory.json"
+    sizes = "--num-kept 1 --window 40 --block-size 8 --num-blocks 2 --distances 20 90 --num-samples 2 --num-tokens 99"
+    arguments = ["memory", str(model), "--text", str(model.parent / "book.txt"), *sizes.split(), "-o", str(output)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(stream_memory, "NUM_STEPS", 5)
+    stream_memory.main()
+    parts = json.loads(output.read_text())["parts"]
+    assert not any("error" in row for rows in parts.values() for row in rows)
+    names = ["cache 1+40", "memory 1+40, 2x8", "random 1+40, 2x8", "oracle 1+40, 2x8"]
+    assert [row["size"] for row in parts["recall"]] == names
+    assert [row["bytes on host"] > 0 for row in parts["speed"]] == [False, True]
+
+
+def test_an_oracle_chooses_the_blocks_with_the_key(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(train.__file__).parent))
+    from benchmarks.stream_memory import oracle_weights
+    from sinklm.streaming import MemoryOptions
+    from sinklm.streaming.layer_memory import LayerMemory
+    from sinklm.streaming.rule import StreamShape
+
+    memory = LayerMemory(MemoryOptions(block_size=8), StreamShape(4, 40), encoding=None)
+    weights = oracle_weights([(30, 40), (4, 11)])(memory, torch.zeros(2, 3, 5, 9))
+    assert weights.expand(2, 3, 5, 9).topk(5).indices[:, 0, 0].sort().values.tolist() == [
+        [2, 3, 4, 5, 8],
+        [0, 1, 6, 7, 8],
+    ]

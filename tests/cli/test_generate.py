@@ -74,6 +74,16 @@ def test_only_a_stream_continues_after_the_end_of_the_text(checkpoint, capfd, mo
     assert stream.startswith("12 tokens")
 
 
+def test_a_memory_has_a_cache(checkpoint, capfd):
+    generate(checkpoint, ["import os"], max_new_tokens=40, temperature=0, cache="1+9", memory="2x8")
+    generate(checkpoint, ["import os"], max_new_tokens=1, memory="2x8")
+    given, default = (line for line in capfd.readouterr().err.splitlines() if " tokens" in line and "cache" in line)
+    assert "cache 1+9, " in given
+    assert "; memory 2x8, " in given
+    assert "cache 1+" in default  # less by a block than without a memory
+    assert "too large" not in default
+
+
 def test_an_incomplete_cache_and_an_empty_prompt_are_an_error(checkpoint):
     with pytest.raises(ValueError, match="--cache: '4' is not a cache"):
         generate(checkpoint, ["a"], cache="4")

@@ -129,7 +129,12 @@ def test_methods_choose_among_the_caches():
     assert [str(c) for c in chosen] == ["dense", "0+8", "1+7", "4+12", "recompute 8", "recompute 16"]
     assert [str(c) for c in configurations(["window"], caches, num_sinks=1)] == ["0+8"]
     chosen = configurations(["dense", "streaming", "recompute"], [(1, 7)], num_sinks=1, memory=MEMORY)
-    assert [str(c) for c in chosen] == ["dense", "1+7", "1+7, memory 2x4", "recompute 8"]
+    assert [str(c) for c in chosen] == [
+        "dense",
+        "1+7",
+        "1+7, memory 2x4 interval=4 num_representatives=2",
+        "recompute 8",
+    ]
     with pytest.raises(ValueError, match="dens"):
         configurations(["dens"], caches, num_sinks=1)
     with pytest.raises(ValueError, match="such as 0\\+1024"):
@@ -216,15 +221,17 @@ def test_the_command_writes_table_json_and_picture(checkpoints, tmp_path, book, 
         [book],
         tokens=300,
         caches="0+16,1+15",
+        memory="2x8",
         methods="dense,window,streaming,recompute",
         recompute_every=4,
         output=tmp_path / "results",
     )
 
     report = json.loads((tmp_path / "results" / "streaming.json").read_text())
-    assert [r["configuration"] for r in report["results"]] == ["dense", "0+16", "1+15", "recompute 16"]
-    assert [r["num_scored"] for r in report["results"][:3]] == [300, 300, 300]
-    assert report["results"][3]["num_scored"] == 18 + len(range(20, 300, 4))  # 17 and the first one; then every fourth
+    caches = ["0+16", "0+16, memory 2x8", "1+15", "1+15, memory 2x8"]
+    assert [r["configuration"] for r in report["results"]] == ["dense", *caches, "recompute 16"]
+    assert [r["num_scored"] for r in report["results"][:5]] == [300] * 5
+    assert report["results"][5]["num_scored"] == 18 + len(range(20, 300, 4))  # 17 and the first one; then every fourth
     assert report["text"]["num_tokens"] == 300
     for result in report["results"]:
         assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))

@@ -252,7 +252,10 @@ def test_a_conversation_continues_on_its_cache(num_sinks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("num_sinks", "checkpointing"), [(0, False), (1, True)])
+@pytest.mark.parametrize(
+    ("num_sinks", "checkpointing"),
+    [(0, False), (1, True), *(pytest.param(*pair, marks=pytest.mark.long) for pair in ((0, True), (1, False)))],
+)
 def test_the_compiled_training_step_equals_the_eager_one(num_sinks, checkpointing):
     model, sample = tiny_model(num_sinks, dtype=torch.float32, num_hidden_layers=1), text(2, 12)
     if checkpointing:

@@ -77,7 +77,7 @@ def run_python(command: list[str], **options: Any) -> subprocess.CompletedProces
     _, option, name, *arguments = command
     assert option == "-m"
     ((status, output),) = Ranks(run_module, name, arguments, world_size=1).wait()
-    return subprocess.CompletedProcess(command, status or 0, "", output)
+    return subprocess.CompletedProcess(command, 1 if status is None else status, "", output)
 
 
 def _run_rank(log: Path, environment: dict[str, str], function: Callable[..., Any], arguments: tuple) -> None:
