@@ -15,7 +15,35 @@ if TYPE_CHECKING:
     from .steps import ChunkStep, DecodeStep, Step
 
 
-class StreamingLayer:
+class StaticBuffers:
+    """Tensors with static addresses, which are allocated with the first states.
+
+    Attributes:
+        BUFFERS: their names.
+    """
+
+    BUFFERS: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        self.is_allocated = False
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.BUFFERS} if self.is_allocated else {}
+
+    def set_buffers(self, buffers: dict[str, Tensor]) -> None:
+        """Replace the buffers by copies with static addresses."""
+        for name in self.BUFFERS:
+            setattr(self, name, static_copy(buffers[name]))
+        self.is_allocated = True
+
+    def free(self) -> None:
+        for name in self.buffers:
+            delattr(self, name)
+        self.is_allocated = False
+
+
+class StreamingLayer(StaticBuffers):
     """Static buffers of one layer, allocated with the first keys and written in place.
 
     Attributes:
@@ -36,9 +64,9 @@ class StreamingLayer:
     num_arrived: Tensor
 
     def __init__(self, shape: StreamShape, has_positions: bool = True):
+        super().__init__()
         self.shape, self.has_positions = shape, has_positions
         self.memory: LayerMemory | None = None
-        self.is_allocated = False
 
     def allocate(self, key: Tensor, value: Tensor) -> None:
         """Allocate the buffers for states like these ``(B, G, T, D)`` if they do not exist yet.
@@ -100,16 +128,6 @@ class StreamingLayer:
         """Remove the last tokens of each row ``(B,)``; none has left the layer."""
 
     @property
-    def buffers(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in self.BUFFERS} if self.is_allocated else {}
-
-    def set_buffers(self, buffers: dict[str, Tensor]) -> None:
-        """Replace the buffers by copies with static addresses."""
-        for name in self.BUFFERS:
-            setattr(self, name, static_copy(buffers[name]))
-        self.is_allocated = True
-
-    @property
     def num_bytes(self) -> int:
         own = sum(buffer.nbytes for name, buffer in self.buffers.items() if name != "num_arrived")
         return own if self.memory is None else own + self.memory.num_bytes
@@ -117,9 +135,7 @@ class StreamingLayer:
     def free(self) -> None:
         if self.memory is not None:
             self.memory.free()
-        for name in self.buffers:
-            delattr(self, name)
-        self.is_allocated = False
+        super().free()
 
     def empty_twin(self) -> "StreamingLayer":
         return StreamingLayer(self.shape, self.has_positions)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..models.sink_column import SinkColumn, merge_column
-from .buffers import StreamingLayer, gather_columns, select_rows, static_copy, static_zeros, zeros_like_heads
+from .buffers import StaticBuffers, StreamingLayer, gather_columns, select_rows, static_zeros, zeros_like_heads
 from .encodings import Rotary
 from .memory_blocks import HostBlocks
 from .rule import StreamShape
@@ -47,7 +47,7 @@ def with_column(softmax: "Softmax", out: Tensor, lse: Tensor) -> "Softmax":
     return softmax._replace(column=SinkColumn(lse, out))
 
 
-class LayerMemory:
+class LayerMemory(StaticBuffers):
     """The memory of one layer.
 
     In its frame, the tokens of a block have the phases ``0 … block_size - 1``, and all queries have
@@ -69,9 +69,9 @@ class LayerMemory:
     queries: Tensor
 
     def __init__(self, options: "MemoryOptions", shape: StreamShape, encoding: Rotary):
+        super().__init__()
         self.options, self.shape, self.encoding = options, shape, encoding
         self.blocks = HostBlocks(options.num_representatives)
-        self.is_allocated = False
 
     # -- Attention -------------------------------------------------------------------------------
 
@@ -327,24 +327,13 @@ class LayerMemory:
             self.set_buffers({name: buffer.to(query.device) for name, buffer in self.buffers.items()})
 
     @property
-    def buffers(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in self.BUFFERS} if self.is_allocated else {}
-
-    def set_buffers(self, buffers: dict[str, Tensor]) -> None:
-        """Replace the buffers by copies with static addresses."""
-        for name in self.BUFFERS:
-            setattr(self, name, static_copy(buffers[name]))
-        self.is_allocated = True
-
-    @property
     def num_bytes(self) -> int:
         """Memory on the device."""
         return sum(buffer.nbytes for buffer in self.buffers.values())
 
     def free(self) -> None:
-        for name in self.buffers:
-            delattr(self, name)
-        self.blocks, self.is_allocated = HostBlocks(self.options.num_representatives), False
+        super().free()
+        self.blocks = HostBlocks(self.options.num_representatives)
 
     def map_rows(self, rows: Tensor) -> None:
         """Replace row i of the batch by row ``rows[i]``; the batch size may change."""
