@@ -129,3 +129,26 @@ def test_an_oracle_chooses_the_blocks_with_the_key(monkeypatch):
         [2, 3, 4, 5, 8],
         [0, 1, 6, 7, 8],
     ]
+
+
+def test_the_page_of_the_memory_has_the_numbers_of_its_json():
+    folder = Path(__file__).parents[1] / "docs/results"
+    page, parts = (
+        (folder / "stream-memory.md").read_text(),
+        json.loads((folder / "stream-memory.json").read_text())["parts"],
+    )
+    recall = {
+        row["size"]: [f"{row[d] * 8 / 100:.0f} of 8" for d in ("200", "1,500", "5,000")] for row in parts["recall"]
+    }
+    names = {"no memory": "cache 4+508, first run", "the same: second run": "memory 4+508, 8x64, second run"}
+    names |= {"8 blocks at random": "random 4+508, 8x64, first run"}
+    names |= {"8 blocks of 64 tokens, chosen by the memory: first run": "memory 4+508, 8x64, first run"}
+    for row, size in names.items():
+        assert f"| {row} | {' | '.join(recall[size])} |" in page
+    assert f"and the last ones | {' | '.join(recall['oracle 4+508, 8x64, first run'])} |" in page
+    (cache, memory), (slow, slower) = parts["perplexity"], parts["speed"]
+    assert f"| perplexity of 20,000 tokens | {cache['perplexity']:.2f} | {memory['perplexity']:.2f} |" in page
+    assert f"5,000 tokens | {slow['ms per token']:.0f} | {slower['ms per token']:.0f} |" in page
+    assert f"1,024 | {slow['prefill tokens/s']:.0f} | {slower['prefill tokens/s']:.0f} |" in page
+    assert f"{slow['bytes on device'] / 1e6:.1f} MB | {slower['bytes on device'] / 1e6:.1f} MB |" in page
+    assert f"| host memory | | {slower['bytes on host'] / 1e6:.0f} MB |" in page
