@@ -32,6 +32,7 @@ from .options import (
     Temperature,
     TopK,
     TopP,
+    check_memory,
     check_temperature,
     examples,
     note_windows,
@@ -93,6 +94,7 @@ def chat(
     read as text.
     """
     shape, size = None if cache is None else parse_cache(cache), parse_memory(memory)
+    check_memory(size, [] if shape is None else [shape])
     check_temperature(temperature)
     template = None if chat_template is None else _read_template(chat_template)
     console = Console(is_quiet=quiet)

@@ -23,6 +23,7 @@ from .options import (
     Texts,
     Tokens,
     check_folder,
+    check_memory,
     check_texts,
     examples,
     memory_options,
@@ -168,6 +169,7 @@ def streaming(
     With --memory, each cache is measured without and with it.
     """
     given, size = None if caches is None else parse_caches(caches), parse_memory(memory)
+    check_memory(size, given or [])
     wanted = None if methods is None else parse_names(methods, "--methods", METHODS)
     check_texts(text)
     console = Console(is_quiet=quiet)
@@ -240,6 +242,7 @@ def stream_eval(
     """
     chosen_distances = parse_numbers(distances, "--distances")
     given, size = None if caches is None else parse_caches(caches), parse_memory(memory)
+    check_memory(size, given or [])
     console = Console(is_quiet=quiet)
     console.note(f"loading {model} …")
     from ..checkpoints import load_tokenizer

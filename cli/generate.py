@@ -28,6 +28,7 @@ from .options import (
     Temperature,
     TopK,
     TopP,
+    check_memory,
     check_temperature,
     examples,
     memory_options,
@@ -114,6 +115,7 @@ def generate(
     with the text.
     """
     shape, size = None if cache is None else parse_cache(cache), parse_memory(memory)
+    check_memory(size, [] if shape is None else [shape])
     check_temperature(temperature)
     texts = read_prompts(prompts or [], prompts_file)
     if stream and max_new_tokens is None and len(texts) > 1:

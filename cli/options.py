@@ -89,7 +89,7 @@ Memory = Annotated[
     typer.Option(
         metavar="NUMxSIZE",
         help="Let the model also see NUM blocks of SIZE tokens that have left the window, e.g. 8x64: those to which "
-        "the last tokens attend most. They are kept in host memory.",
+        "the last tokens attend most. They are kept in host memory. SIZE is a multiple of 8.",
         show_default="none",
     ),
 ]
@@ -158,6 +158,16 @@ def parse_memory(text: str | None) -> tuple[int, int] | None:
             "at least 1 block, and its tokens a multiple of 8"
         )
     return int(match[1]), int(match[2])
+
+
+def check_memory(size: tuple[int, int] | None, shapes: Iterable[tuple[int, int]]) -> None:
+    """Raise a ValueError if the blocks of a memory are longer than the window of a cache."""
+    for num_kept, window in shapes:
+        if size is not None and size[1] > window:
+            raise ValueError(
+                f"--memory {size[0]}x{size[1]}: blocks of {size[1]} tokens are longer than the window of the cache "
+                f"{num_kept}+{window}: use smaller blocks or a larger window"
+            )
 
 
 def memory_options(size: tuple[int, int] | None) -> "MemoryOptions | None":

@@ -11,7 +11,15 @@ from sinklm.checkpoints.export import export_model
 from sinklm.cli import evaluate
 from sinklm.cli.chat import chat
 from sinklm.cli.generate import generate
-from sinklm.cli.options import memory_options, parse_cache, parse_caches, parse_memory, placement, print_results
+from sinklm.cli.options import (
+    check_memory,
+    memory_options,
+    parse_cache,
+    parse_caches,
+    parse_memory,
+    placement,
+    print_results,
+)
 from sinklm.console import Console
 from sinklm.eval import perplexity
 
@@ -31,6 +39,10 @@ def test_memories_are_blocks_x_tokens():
     assert parse_memory(None) is memory_options(None) is None
     options = memory_options((2, 16))
     assert (options.num_blocks, options.block_size, str(options)) == (2, 16, "2x16")
+    check_memory((2, 16), [(0, 16), (4, 100)])
+    check_memory(None, [(0, 1)])
+    with pytest.raises(ValueError, match=r"--memory 2x16: blocks of 16 tokens are longer than the window .* 4\+15:"):
+        check_memory((2, 16), [(0, 16), (4, 15)])
     for wrong in ("", "8", "0x64", "8x0", "8x12", "8x64x2", "-1x8", "8+64"):
         with pytest.raises(ValueError, match=r"--memory: .* is not a memory: write blocks x tokens of a block"):
             parse_memory(wrong)
