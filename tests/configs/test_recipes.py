@@ -162,7 +162,7 @@ def test_a_retrofit_goes_on_at_the_rate_at_which_the_pretraining_ended(name):
 def test_a_frozen_retrofit_differs_by_what_it_trains_alone(name):
     frozen, trained = load_config(f"{name}-frozen"), load_config(name)
     same = ["train.only_sinks=true", "deepspeed.zero_stage=0", f"optimizer.lr={frozen.optimizer.lr}"]
-    same.append(f"train.run_dir={frozen.train.run_dir}")
+    same += [f"train.run_dir={frozen.train.run_dir}", "optimizer.weight_decay=0.0"]
     assert frozen == load_config(name, same) != trained
     assert frozen.optimizer.lr > trained.optimizer.lr
 
