@@ -70,7 +70,7 @@ def test_every_output_of_a_command_shows_a_name_as_it_is(name):
 
 @pytest.mark.parametrize("is_terminal", [False, True])
 def test_only_a_terminal_gets_line_breaks(is_terminal):
-    console, text = Console(file=io.StringIO(), width=20, force_terminal=is_terminal), "a/long/name a/long/name a/long/name"
+    console, text = Console(file=io.StringIO(), width=20, force_terminal=is_terminal), " ".join(["a/long/name"] * 3)
     console.print(text, highlight=False)
     assert (text in console.file.getvalue()) != is_terminal
     console.print(text, highlight=False, soft_wrap=True)
