@@ -137,9 +137,11 @@ def test_the_page_of_the_memory_has_the_numbers_of_its_json():
         (folder / "stream-memory.md").read_text(),
         json.loads((folder / "stream-memory.json").read_text())["parts"],
     )
-    recall = {
-        row["size"]: [f"{row[d] * 8 / 100:.0f} of 8" for d in ("200", "1,500", "5,000")] for row in parts["recall"]
-    }
+    *rows, exact = parts["recall"]
+    recall = {row["size"]: [f"{row[d] * 8 / 100:.0f} of 8" for d in ("200", "1,500", "5,000")] for row in rows}
+    assert f"finds {exact['1,500'] * 8 / 100:.0f} of the 8 texts of the second run at 1,500 tokens" in " ".join(
+        page.split()
+    )
     names = {"no memory": "cache 4+508, first run", "the same: second run": "memory 4+508, 8x64, second run"}
     names |= {"8 blocks at random": "random 4+508, 8x64, first run"}
     names |= {"8 blocks of 64 tokens, chosen by the memory: first run": "memory 4+508, 8x64, first run"}
