@@ -137,7 +137,8 @@ def test_the_page_of_the_memory_has_the_numbers_of_its_json():
         (folder / "stream-memory.md").read_text(),
         json.loads((folder / "stream-memory.json").read_text())["parts"],
     )
-    *rows, exact = parts["recall"]
+    *rows, exact, finer = parts["recall"]
+    assert finer["1,500"] == exact["1,500"]
     recall = {row["size"]: [f"{row[d] * 8 / 100:.0f} of 8" for d in ("200", "1,500", "5,000")] for row in rows}
     assert f"finds {exact['1,500'] * 8 / 100:.0f} of the 8 texts of the second run at 1,500 tokens" in " ".join(
         page.split()
