@@ -25,14 +25,14 @@ MAX_PENDING = 16  # after so many tokens without a complete character, the text 
 def default_cache(model: PreTrainedModel, block_size: int = 0) -> tuple[int, int]:
     """Return ``(num_kept, window)`` for a model.
 
-    Args:
-        block_size: tokens of a block of the cache's memory, 0 without one.
-
     ``num_kept`` is the number of sink tokens, or 4 without any. The cache has 1024 tokens, or for a
     model that was trained on shorter texts, one less than its training length, and less by a block.
     No distance in the cache or to a block is then longer than those seen in training. An export
     with full attention whose layers were all trained with one window has that window and its kept
     tokens.
+
+    Args:
+        block_size: tokens of a block of the cache's memory, 0 without one.
     """
     config = decoder_of(model).config
     if former := former_shape(config):

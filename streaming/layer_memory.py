@@ -1,8 +1,7 @@
 """The memory of one layer: it stores blocks, chooses among them and attends to the chosen ones."""
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import wraps
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,15 +23,20 @@ NUM_BYTES = 2**26  # of scores and chosen blocks of a chunk that are on the devi
 States = tuple[Tensor, Tensor, Tensor]
 
 
-def without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a method with a tensor as its first argument compute in the dtypes that it chooses."""
+def grouped_scores(queries: Tensor, keys: Tensor) -> Tensor:
+    """Return unscaled scores of N intervals, in float32 or float64, also under autocast.
 
-    @wraps(method)
-    def wrapped(memory: "LayerMemory", states: Tensor, *arguments: Any) -> Any:
-        with torch.autocast(states.device.type, enabled=False):
-            return method(memory, states, *arguments)
+    Args:
+        queries: ``(B, H, N, T, D)``.
+        keys: ``(B, G, N or 1, K, D)``; G divides H.
 
-    return wrapped
+    Returns:
+        ``(B, G, N, H / G * T, K)``.
+    """
+    dtype = torch.promote_types(queries.dtype, torch.float32)
+    grouped = queries.unflatten(1, (keys.shape[1], -1)).movedim(2, 3).flatten(3, 4)
+    with torch.autocast(queries.device.type, enabled=False):
+        return grouped.to(dtype) @ keys.mT.to(dtype)
 
 
 def with_column(softmax: "Softmax", out: Tensor, lse: Tensor) -> "Softmax":
@@ -162,7 +166,6 @@ class LayerMemory(StaticBuffers):
         out, lse = self.attend(*states, self.num_chosen[None], softmax)
         return out[:, :, 0], lse[:, :, 0]
 
-    @without_autocast
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, num_chosen: Tensor, softmax: "Softmax"
     ) -> tuple[Tensor, Tensor]:
@@ -177,16 +180,16 @@ class LayerMemory(StaticBuffers):
             The output ``(B, H, N, T, D)`` and the log-sum-exp of the scores ``(B, H, N, T)``; 0 and
             -inf without any block.
         """
-        dtype, num_tokens = torch.promote_types(query.dtype, torch.float32), query.shape[3]
-        grouped = query.unflatten(1, (keys.shape[1], -1)).movedim(2, 3).flatten(3, 4)  # (B, G, N, H / G * T, D)
-        scores = grouped.to(dtype) @ keys.mT.to(dtype) * softmax.scaling
+        scores, num_tokens = grouped_scores(query, keys) * softmax.scaling, query.shape[3]
         if softmax.softcap is not None:
             scores = softmax.softcap * (scores / softmax.softcap).tanh()
         columns = torch.arange(keys.shape[3], device=query.device)
         is_visible = columns < num_chosen[:, None] * self.options.block_size
         scores = scores.masked_fill(~is_visible[:, None], float("-inf"))
         lse = scores.logsumexp(-1, keepdim=True)
-        out = (scores - lse.clamp(min=torch.finfo(dtype).min)).exp().to(values.dtype) @ values
+        weights = (scores - lse.clamp(min=torch.finfo(lse.dtype).min)).exp().to(values.dtype)
+        with torch.autocast(query.device.type, enabled=False):
+            out = weights @ values
         out, lse = (states.unflatten(3, (-1, num_tokens)).movedim(3, 2).flatten(1, 2) for states in (out, lse))
         return out, lse[..., 0]
 
@@ -219,7 +222,6 @@ class LayerMemory(StaticBuffers):
         num_chosen = torch.tensor([min(num, num_blocks) for num in num_evicted], device=queries.device)
         return weights.topk(num_blocks, dim=-1).indices, num_chosen
 
-    @without_autocast
     def weights(self, queries: Tensor, kept: Tensor, num_evicted: Sequence[int]) -> Tensor:
         """Return how much the queries attend to each block, ``(B, G, N, blocks)`` in float64.
 
@@ -231,17 +233,15 @@ class LayerMemory(StaticBuffers):
         Args:
             num_evicted: number of blocks that each interval sees.
         """
-        dtype = torch.promote_types(queries.dtype, torch.float32)
-        grouped = queries.unflatten(1, (kept.shape[1], -1)).movedim(2, 3).flatten(3, 4).to(dtype)
-        scores = [grouped @ kept[:, :, None].mT.to(dtype)]
+        scores = [grouped_scores(queries, kept[:, :, None])]
         for index in self.blocks.index_parts(max(num_evicted)):  # (B, G, blocks, representatives, D)
-            index = index.to(queries.device, non_blocking=True).to(dtype)
-            part = grouped @ index.flatten(2, 3)[:, :, None].mT
+            index = index.to(queries.device, non_blocking=True)
+            part = grouped_scores(queries, index.flatten(2, 3)[:, :, None])
             scores.append(part.unflatten(-1, index.shape[2:4]).amax(-1))
         joined, num_kept = torch.cat(scores, dim=-1), kept.shape[2]
         ends = torch.tensor(num_evicted, device=joined.device)[:, None]
         is_hidden = torch.arange(-num_kept, joined.shape[-1] - num_kept, device=joined.device) >= ends
-        joined = joined.masked_fill(is_hidden[:, None], torch.finfo(dtype).min)
+        joined = joined.masked_fill(is_hidden[:, None], torch.finfo(joined.dtype).min)
         weights = joined.double().softmax(-1)[..., num_kept:].sum(3)
         weights *= 1 + NEWER * torch.arange(weights.shape[-1], device=weights.device)
         return weights.masked_fill(is_hidden[:, num_kept:], -1)
