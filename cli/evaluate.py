@@ -247,7 +247,7 @@ def stream_eval(
     console.note(f"loading {model} …")
     from ..checkpoints import load_tokenizer
     from ..eval.loading import load_causal_model
-    from ..eval.perplexity import default_caches, refuse_small_caches
+    from ..eval.perplexity import default_caches, refuse_small_caches, without_and_with
     from ..eval.plots import plot_stream_eval
     from ..eval.report import ReportFile, default_output, display_name, new_report
     from ..eval.stream_eval import check_distances, results_table, tokens_per_line
@@ -269,7 +269,7 @@ def stream_eval(
     report = new_report(loaded, model, num_samples=num_samples, num_lines=num_lines, seed=seed, results=[])
     note_windows(console, loaded, model)
     report["tokens_per_line"] = tokens_per_line(tokenizer, records[0])
-    runs = [(shape, each) for shape in shapes for each in dict.fromkeys((None, memory_options(size)))]
+    runs = without_and_with(memory_options(size), shapes)
     for result in _ask_all(console, loaded, tokenizer, records, runs, chosen_distances, batch_size):
         report["results"].append(result)
         file.keep(report)

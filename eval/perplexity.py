@@ -225,9 +225,8 @@ def configurations(
         elif method == "recompute":
             found = [Configuration("recompute", 0, size) for size in dict.fromkeys(kept + w for kept, w in caches)]
         else:
-            memories = [None] if memory is None else [None, memory]
             shapes = [shape for shape in caches if (shape[0] == 0) == (method == "window")]
-            found = [Configuration(method, *shape, each) for shape in shapes for each in memories]
+            found = [Configuration(method, *shape, each) for shape, each in without_and_with(memory, shapes)]
         if not found:
             example = "0+1024" if method == "window" else "4+1020"
             raise ValueError(
@@ -238,6 +237,13 @@ def configurations(
         raise ValueError(f"--memory has no effect with --methods {','.join(methods)}: add streaming or window")
     refuse_small_caches([(c.num_kept, c.window) for c in chosen if c.method != "dense"], num_sinks)
     return list(dict.fromkeys(chosen))
+
+
+def without_and_with(
+    memory: MemoryOptions | None, caches: Iterable[tuple[int, int]]
+) -> list[tuple[tuple[int, int], MemoryOptions | None]]:
+    """Return each cache without a memory, and then with it if there is one."""
+    return [(shape, each) for shape in caches for each in dict.fromkeys((None, memory))]
 
 
 def default_methods(caches: Sequence[tuple[int, int]]) -> list[str]:
