@@ -8,7 +8,7 @@ from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 
-from sinklm.streaming import Generator, StreamingCache
+from sinklm.streaming import Generator, MemoryOptions, StreamingCache
 
 from . import tiny
 
@@ -16,8 +16,9 @@ FAMILIES = ["gpt_neox", "llama", "gemma3_text", "gptj", "mpt", "falcon:rw"]
 SKIPPED = ["past_key_values", "cache"]
 
 
-def for_model(model, kv_dtype=None):
-    return StreamingCache.for_model(model, num_kept=2, window=33 if kv_dtype else 9, kv_dtype=kv_dtype)
+def for_model(model, kv_dtype=None, memory=None):
+    window = 33 if kv_dtype else 9
+    return StreamingCache.for_model(model, num_kept=2, window=window, kv_dtype=kv_dtype, memory=memory)
 
 
 @torch.no_grad()
@@ -83,18 +84,23 @@ def test_weights_that_are_nowhere_are_an_error(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("kv_dtype", [None, "int8"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_two_gpus_give_the_numbers_of_one(family, kv_dtype, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        *((family, {"kv_dtype": kv_dtype}) for family in FAMILIES for kv_dtype in (None, "int8")),
+        *((family, {"memory": MemoryOptions(4, 2, 4, 2)}) for family in ("gpt_neox", "llama")),
+    ],
+)
+def test_two_gpus_give_the_numbers_of_one(family, options, tmp_path):
     model, ids = tiny.build(tiny.config(family), dtype=torch.float32).cuda(), tiny.random_ids(40).cuda()
-    expected = run(model, for_model(model, kv_dtype), ids)
+    expected = run(model, for_model(model, **options), ids)
     twin = copy.deepcopy(model).cpu()
     layers = [name for name, child in twin.named_modules() if name.endswith((".0", ".1")) and name.count(".") == 2]
     places = {name: 0 for name, _ in twin.named_parameters()} | {
         name: 1 for name, _ in twin.named_parameters() if name.startswith(layers[1])
     }
     spread = dispatch_model(twin, {name: f"cuda:{place}" for name, place in places.items()}, skip_keys=SKIPPED)
-    cache = for_model(spread, kv_dtype)
+    cache = for_model(spread, **options)
     torch.testing.assert_close(run(spread, cache, ids), expected, rtol=0, atol=1e-6)
     cache.save(tmp_path / "cache")
     continued = run(spread, cache, ids)
