@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from accelerate import cpu_offload, dispatch_model
+from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 
@@ -45,10 +45,21 @@ def test_a_model_with_offloaded_weights_streams_and_saves(family, tmp_path):
         StreamingCache.load(tmp_path / "cache", cpu_offload(other, torch.device("cpu")))
 
 
+def list_of_layers(model):
+    (layers,) = [child for child in model.get_decoder().children() if isinstance(child, nn.ModuleList)]
+    return layers
+
+
+def second_layer_on_gpu_1(model):
+    layers, head = list_of_layers(model), model.get_output_embeddings()
+    parts = [*(child for child in model.get_decoder().children() if child is not layers), *layers, head]
+    return {name: int(module is layers[1]) for name, module in model.named_modules() if any(module is p for p in parts)}
+
+
 def on_two_devices(model):
     """Move the second layer, and what follows it, to the device meta, which has shapes only."""
     decoder = model.get_decoder()
-    (layers,) = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
+    layers = list_of_layers(model)
     norms = [child for name, child in decoder.named_children() if "norm" in name or name == "ln_f"]
     for part in (layers[1], *norms, model.get_output_embeddings()):
         add_hook_to_module(part.to("meta"), AlignDevicesHook(execution_device=torch.device("meta"), skip_keys=SKIPPED))
@@ -94,12 +105,9 @@ def test_weights_that_are_nowhere_are_an_error(tmp_path):
 def test_two_gpus_give_the_numbers_of_one(family, options, tmp_path):
     model, ids = tiny.build(tiny.config(family), dtype=torch.float32).cuda(), tiny.random_ids(40).cuda()
     expected = run(model, for_model(model, **options), ids)
-    twin = copy.deepcopy(model).cpu()
-    layers = [name for name, child in twin.named_modules() if name.endswith((".0", ".1")) and name.count(".") == 2]
-    places = {name: 0 for name, _ in twin.named_parameters()} | {
-        name: 1 for name, _ in twin.named_parameters() if name.startswith(layers[1])
-    }
-    spread = dispatch_model(twin, {name: f"cuda:{place}" for name, place in places.items()}, skip_keys=SKIPPED)
+    model.save_pretrained(tmp_path / "model")
+    spread = type(model).from_pretrained(tmp_path / "model", device_map=second_layer_on_gpu_1(model))
+    assert {parameter.device.index for parameter in spread.parameters()} == {0, 1}
     cache = for_model(spread, **options)
     torch.testing.assert_close(run(spread, cache, ids), expected, rtol=0, atol=1e-6)
     cache.save(tmp_path / "cache")

@@ -217,7 +217,7 @@ def test_another_window_for_one_pass_is_an_error():
 @pytest.mark.parametrize("pattern", ["hybrid", "two windows"])
 def test_flash_chunks_and_the_kernel_are_as_near_to_float64_as_a_training_pass(kind, pattern):
     windows = [window and 4 * window for window in PATTERNS[pattern]]
-    model, ids = new_model(kind, pattern, 2, layer_windows=windows, hidden_size=128), text(1, 90)
+    model, ids = new_model(kind, pattern, NUM_SINKS.get(kind, 2), layer_windows=windows, hidden_size=128), text(1, 90)
     exact = trained(model, ids)[0]
     model, ids = model.to("cuda", torch.bfloat16), ids.cuda()
     model.gpt_neox.rotary_emb = GPTNeoXRotaryEmbedding(model.config).cuda()  # its frequencies stay float32
