@@ -1,16 +1,17 @@
 """The memory of one layer: it stores blocks, chooses among them and attends to the chosen ones."""
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..models.sink_column import SinkColumn, merge_column
+from . import kernels
 from .buffers import StaticBuffers, StreamingLayer, gather_columns, select_rows, static_zeros, zeros_like_heads
 from .encodings import Rotary
-from .memory_blocks import HostBlocks
+from .memory_blocks import HostBlocks, index_parts
 from .rule import StreamShape
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class LayerMemory(StaticBuffers):
     def __init__(self, options: "MemoryOptions", shape: StreamShape, encoding: Rotary):
         super().__init__()
         self.options, self.shape, self.encoding = options, shape, encoding
-        self.blocks = HostBlocks(options.num_representatives)
+        self.blocks = HostBlocks(options.representative_size)
 
     # -- Attention -------------------------------------------------------------------------------
 
@@ -86,6 +87,9 @@ class LayerMemory(StaticBuffers):
             states: query ``(B, H, 1, D)``, key and value ``(B, G, 1, D)`` of the token.
         """
         self.allocate(*states)
+        if kernels.is_available and softmax.softcap is None and kernels.can_fuse(self.encoding, layer, states[0]):
+            where = (self, layer, step.num_seen, step.base, states[0], softmax.scaling)
+            return with_column(softmax, *kernels.decode_memory_attention(*where))
         query = self.turned(states[0], step, layer)
         self.queries[step.rows, :, self.row_of(step.num_seen)] = query[:, :, 0] * softmax.scaling
         return with_column(softmax, *self.attend_chosen(query, softmax))
@@ -144,8 +148,9 @@ class LayerMemory(StaticBuffers):
                 continue
             padded = F.pad(part, (0, 0, 0, -part.shape[2] % interval))
             queries = recent[:, :, start : start + padded.shape[2]].unflatten(2, (-1, interval))
-            chosen, num_chosen = self.choose(queries, kept, begins)
-            keys, values = (states.to(query.device) for states in self.blocks.gather(chosen))
+            index = index_parts([self.blocks], self.num_evicted(begins[-1]), query.device)
+            chosen, num_chosen = self.choose(queries, kept, begins, index)
+            keys, values = self.blocks.gather(chosen)
             self.keep(keys[:, :, -1], values[:, :, -1], num_chosen[-1])
             out, lse = self.attend(padded.unflatten(2, (-1, interval)), keys, values, num_chosen, softmax)
             yield out.flatten(2, 3)[:, :, : part.shape[2]], lse.flatten(2, 3)[:, :, : part.shape[2]]
@@ -195,34 +200,31 @@ class LayerMemory(StaticBuffers):
 
     # -- Choosing --------------------------------------------------------------------------------
 
-    def choose_before(self, layer: StreamingLayer, token: int) -> tuple[Tensor, Tensor]:
-        """Choose the blocks for the interval that begins with the next token, see `choose`."""
-        kept = self.turned_kept(layer.kept_keys[:, :, : self.shape.num_kept], layer)
-        return self.choose(self.queries_before(token)[:, :, None], kept, [token])
-
-    def recall(self, chosen: Tensor, num_chosen: Tensor) -> None:
-        """Copy the blocks that `choose_before` has chosen to the device."""
-        keys, values = self.blocks.gather(chosen)
-        self.keep(keys[:, :, 0], values[:, :, 0], num_chosen[0])
-
-    def choose(self, queries: Tensor, kept: Tensor, begins: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Choose the blocks of N intervals.
+    def choose(self, queries: Tensor, kept: Tensor, begins: range, index: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        """Choose the blocks of N intervals. Rows may be those of several layers.
 
         Args:
             queries: the ones before each interval, ``(B, H, N, interval, D)``, see `queries`.
             kept: the kept keys ``(B, G, S, D)`` in the frame of the memory.
             begins: first token of each interval.
+            index: of the blocks that the last interval sees, see `index_parts`.
 
         Returns:
-            The blocks ``(B, G, N, K)``, and how many of them are visible, ``(N,)``.
+            The blocks ``(B, G, N, num_blocks)``, and how many of them are visible, ``(N,)``.
         """
-        num_evicted = [self.num_evicted(token) for token in begins]
-        weights = self.weights(queries, kept, num_evicted)
-        num_blocks = min(self.options.num_blocks, weights.shape[-1])
-        num_chosen = torch.tensor([min(num, num_blocks) for num in num_evicted], device=queries.device)
-        return weights.topk(num_blocks, dim=-1).indices, num_chosen
+        tokens = torch.arange(begins.start, begins.stop, begins.step, device=queries.device)
+        num_evicted = self.num_evicted(tokens)
+        weights = self.weights(queries, kept, num_evicted, index)
+        num_chosen = num_evicted.clamp(max=self.options.num_blocks)
+        found = weights.topk(min(self.options.num_blocks, weights.shape[-1]), dim=-1).indices
+        return F.pad(found, (0, self.options.num_blocks - found.shape[-1])), num_chosen
 
-    def weights(self, queries: Tensor, kept: Tensor, num_evicted: Sequence[int]) -> Tensor:
+    def recall(self, chosen: Tensor, num_chosen: Tensor) -> None:
+        """Copy the blocks that one interval sees to the device, see `choose`."""
+        keys, values = self.blocks.gather(chosen)
+        self.keep(keys[:, :, 0], values[:, :, 0], num_chosen[0])
+
+    def weights(self, queries: Tensor, kept: Tensor, num_evicted: Tensor, index: Iterable[Tensor]) -> Tensor:
         """Return how much the queries attend to each block, ``(B, G, N, blocks)`` in float64.
 
         A block has the score of its best representative. The kept keys compete with the blocks: a
@@ -231,16 +233,14 @@ class LayerMemory(StaticBuffers):
         -1.
 
         Args:
-            num_evicted: number of blocks that each interval sees.
+            num_evicted: number of blocks that each interval sees, ``(N,)``.
         """
         scores = [grouped_scores(queries, kept[:, :, None])]
-        for index in self.blocks.index_parts(max(num_evicted)):  # (B, G, blocks, representatives, D)
-            index = index.to(queries.device, non_blocking=True)
-            part = grouped_scores(queries, index.flatten(2, 3)[:, :, None])
-            scores.append(part.unflatten(-1, index.shape[2:4]).amax(-1))
+        for part in index:  # (B, G, blocks, representatives, D)
+            found = grouped_scores(queries, part.flatten(2, 3)[:, :, None])
+            scores.append(found.unflatten(-1, part.shape[2:4]).amax(-1))
         joined, num_kept = torch.cat(scores, dim=-1), kept.shape[2]
-        ends = torch.tensor(num_evicted, device=joined.device)[:, None]
-        is_hidden = torch.arange(-num_kept, joined.shape[-1] - num_kept, device=joined.device) >= ends
+        is_hidden = torch.arange(-num_kept, joined.shape[-1] - num_kept, device=joined.device) >= num_evicted[:, None]
         joined = joined.masked_fill(is_hidden[:, None], torch.finfo(joined.dtype).min)
         weights = joined.double().softmax(-1)[..., num_kept:].sum(3)
         weights *= 1 + NEWER * torch.arange(weights.shape[-1], device=weights.device)
@@ -256,12 +256,20 @@ class LayerMemory(StaticBuffers):
 
     def keep(self, keys: Tensor, values: Tensor, num_chosen: Tensor) -> None:
         """Keep the keys and values ``(B, G, K, D)`` of the chosen blocks until the next choice."""
-        self.keys[:, :, : keys.shape[2]], self.values[:, :, : values.shape[2]] = keys, values
+        self.keys.copy_(keys)
+        self.values.copy_(values)
         self.num_chosen.copy_(num_chosen)
 
-    def num_evicted(self, token: int) -> int:
+    @overload
+    def num_evicted(self, token: int) -> int: ...
+
+    @overload
+    def num_evicted(self, token: Tensor) -> Tensor: ...
+
+    def num_evicted(self, token: int | Tensor) -> int | Tensor:
         """Return how many blocks have left the window of a token."""
-        return max(0, token - self.shape.num_cached) // self.options.block_size
+        left = token - self.shape.num_cached
+        return (left.clamp(min=0) if isinstance(left, Tensor) else max(0, left)) // self.options.block_size
 
     def queries_before(self, token: int) -> Tensor:
         """Return the stored queries ``(B, H, interval, D)`` of the tokens before a token."""
@@ -333,7 +341,7 @@ class LayerMemory(StaticBuffers):
 
     def free(self) -> None:
         super().free()
-        self.blocks = HostBlocks(self.options.num_representatives)
+        self.blocks = HostBlocks(self.options.representative_size)
 
     def map_rows(self, rows: Tensor) -> None:
         """Replace row i of the batch by row ``rows[i]``; the batch size may change."""

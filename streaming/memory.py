@@ -12,9 +12,9 @@ the stream is. A choice depends on earlier tokens only, so passes of any length 
 result.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,12 +22,13 @@ from .buffers import StreamingLayer
 from .encodings import Rotary
 from .layer_memory import LayerMemory
 from .layers import LayerPlan
+from .memory_blocks import index_parts
 from .rule import StreamShape
 
 if TYPE_CHECKING:
     from .counters import StreamCounters
 
-DEFAULT_INTERVAL, DEFAULT_REPRESENTATIVES = 8, 4
+DEFAULT_INTERVAL, DEFAULT_REPRESENTATIVE_SIZE = 8, 4
 
 
 @dataclass(frozen=True)
@@ -38,31 +39,37 @@ class MemoryOptions:
         block_size: tokens in a block.
         num_blocks: maximum number of blocks that each head of keys sees at a time.
         interval: tokens from one choice of blocks to the next.
-        num_representatives: keys of each block in the index.
+        representative_size: consecutive keys of a block whose mean is in the index. The smaller,
+            the better blocks are found, and the larger is the index, which is read for each choice.
 
     Raises:
-        ValueError: a value is no number of at least 1, ``num_representatives`` does not divide
-            ``block_size``, or ``interval`` exceeds it.
+        ValueError: a value is no number of at least 1, ``representative_size`` does not
+            divide ``block_size``, or ``interval`` exceeds it.
     """
 
     block_size: int = 64
     num_blocks: int = 8
     interval: int = DEFAULT_INTERVAL
-    num_representatives: int = DEFAULT_REPRESENTATIVES
+    representative_size: int = DEFAULT_REPRESENTATIVE_SIZE
 
     def __str__(self) -> str:
         """The number and size of the blocks, and what differs from the defaults: "8x64"."""
-        defaults = {"interval": DEFAULT_INTERVAL, "num_representatives": DEFAULT_REPRESENTATIVES}
+        defaults = {"interval": DEFAULT_INTERVAL, "representative_size": DEFAULT_REPRESENTATIVE_SIZE}
         others = [f"{name}={getattr(self, name)}" for name, value in defaults.items() if getattr(self, name) != value]
         return " ".join([f"{self.num_blocks}x{self.block_size}", *others])
+
+    @property
+    def num_representatives(self) -> int:
+        """Number of means of a block's keys in the index."""
+        return self.block_size // self.representative_size
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} of the memory is {value!r}: it must be a whole number of at least 1")
-        if self.block_size % self.num_representatives:
+        if self.block_size % self.representative_size:
             raise ValueError(
-                f"num_representatives of the memory is {self.num_representatives}: it must divide the block_size of "
+                f"representative_size of the memory is {self.representative_size}: it must divide the block_size of "
                 f"{self.block_size}"
             )
         if self.interval > self.block_size:
@@ -132,10 +139,35 @@ class StreamMemory:
         for layer, memory in self.layers:
             memory.store_complete(layer, first, counters.base)
         if num_inputs == 1 and first % self.options.interval == 0 and self.layers[0][1].num_evicted(first):
-            chosen = [memory.choose_before(layer, first) for layer, memory in self.layers]
-            for (_, memory), blocks in zip(self.layers, chosen, strict=True):  # a GPU has all of them to do by now
-                memory.recall(*blocks)
+            for layers in self.alike():
+                self.recall_before(layers, first)
         self.num_seen = first + num_inputs
+
+    def alike(self) -> Iterator[list[tuple[StreamingLayer, LayerMemory]]]:
+        """Yield layers that can choose together, because their keys have the same form."""
+        groups: dict[Any, list[tuple[StreamingLayer, LayerMemory]]] = {}
+        for layer, memory in self.layers:
+            states = [(states.shape, states.dtype, states.device) for states in (memory.queries, memory.keys)]
+            groups.setdefault((*states, memory.encoding, layer.has_positions), []).append((layer, memory))
+        yield from groups.values()
+
+    def recall_before(self, layers: list[tuple[StreamingLayer, LayerMemory]], token: int) -> None:
+        """Choose the blocks of the interval that begins with a token, and copy them to the device.
+
+        Args:
+            layers: from `alike`.
+        """
+        (layer, memory), num_blocks = layers[0], layers[0][1].num_evicted(token)
+        num_heads = memory.queries.shape[0] * memory.queries.shape[1]
+        size, rows = memory.num_intervals(num_heads, num_blocks), memory.rows_before(token)
+        for part in (layers[start : start + size] for start in range(0, len(layers), size)):
+            queries = torch.cat([memory.queries for _, memory in part])[:, :, None, rows]
+            kept = torch.cat([layer.kept_keys[:, :, : memory.shape.num_kept] for layer, _ in part])
+            index = index_parts([memory.blocks for _, memory in part], num_blocks, queries.device)
+            begins = range(token, token + 1)
+            chosen, num_chosen = memory.choose(queries, memory.turned_kept(kept, layer), begins, index)
+            for (_, memory), blocks in zip(part, chosen.chunk(len(part)), strict=True):
+                memory.recall(blocks, num_chosen)
 
     def crop(self, num_seen: int) -> None:
         """Remove the blocks that are not complete after ``num_seen`` tokens."""

@@ -1,6 +1,8 @@
 """The blocks of a memory in host memory, with their index."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,11 +10,44 @@ from torch import Tensor
 NUM_INDEX_BYTES = 2**26  # of the index, that are on the device at a time
 
 
+class PageLocked:
+    """Page-locked host memory as an array that a CUDA device reads over the bus.
+
+    ``torch.as_tensor`` makes a tensor of it without a copy. When the last such tensor is gone, the
+    memory is released after the device has finished its work.
+    """
+
+    def __init__(self, states: Tensor):
+        self.states = states
+        self.__cuda_array_interface__: dict[str, Any] = {
+            "shape": (states.nbytes,),
+            "typestr": "|u1",
+            "data": (states.data_ptr(), False),
+            "version": 2,
+        }
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing() and not torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()
+
+
+def readable_from(device: torch.device, states: Tensor) -> Tensor:
+    """Return a tensor on a CUDA device that reads page-locked states.
+
+    If the memory was allocated for another device, return the states themselves.
+    """
+    with torch.inference_mode(False), torch.cuda.device(device):
+        seen = torch.as_tensor(PageLocked(states), device=device)
+        is_copy = seen.data_ptr() != states.data_ptr()
+        return states if is_copy else seen.view(states.dtype).view(states.shape)
+
+
 class HostBlocks:
     """Keys and values of blocks, and representative keys of each.
 
-    The buffers grow by doubling, and are page-locked if the states are on a GPU. Copies share them
-    until they add blocks of their own.
+    The buffers grow by doubling. If the states are on a GPU, they are page-locked, and the GPU
+    reads them without a copy on the host. Copies of this object share them until they add blocks of
+    their own.
 
     Attributes:
         keys, values: ``(N, B, G, block_size, D)``; the first ``len(blocks)`` are used.
@@ -25,18 +60,19 @@ class HostBlocks:
     values: Tensor
     index: Tensor
 
-    def __init__(self, num_representatives: int):
-        self.num_representatives = num_representatives
+    def __init__(self, representative_size: int):
+        self.representative_size = representative_size
         self.num_blocks = 0
         self.is_pinned = False
         self.is_shared = False  # others may have the same buffers, and may have added blocks to them
+        self.seen: dict[tuple[str, torch.device], Tensor] = {}  # the buffers, as devices see them
 
     def __len__(self) -> int:
         return self.num_blocks
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Append blocks ``(B, G, N, block_size, D)``."""
-        index = keys.unflatten(3, (self.num_representatives, -1)).mean(4)
+        index = keys.unflatten(3, (-1, self.representative_size)).mean(4)
         new = [states.movedim(2, 0) for states in (keys, values, index)]
         self.is_pinned |= keys.is_cuda
         end = self.num_blocks + len(new[0])
@@ -44,14 +80,14 @@ class HostBlocks:
             buffer = getattr(self, name, None)
             if buffer is None or len(buffer) < end or self.is_shared:
                 buffer = self.grown(buffer, states, end)
-                setattr(self, name, buffer)
+                self.set_buffer(name, buffer)
             buffer[self.num_blocks : end] = states
         self.num_blocks, self.is_shared = end, False
 
     def shared(self) -> "HostBlocks":
         """Return a copy with the same buffers. The original may add blocks to them."""
-        twin = HostBlocks(self.num_representatives)
-        vars(twin).update(vars(self))
+        twin = HostBlocks(self.representative_size)
+        vars(twin).update(vars(self), seen=dict(self.seen))
         twin.is_shared = True
         return twin
 
@@ -67,18 +103,28 @@ class HostBlocks:
             larger[: self.num_blocks] = buffer[: self.num_blocks]
         return larger
 
+    def set_buffer(self, name: str, buffer: Tensor) -> None:
+        setattr(self, name, buffer)
+        self.seen = {key: seen for key, seen in self.seen.items() if key[0] != name}
+
+    def seen_from(self, name: str, device: torch.device) -> Tensor:
+        """Return the used part of a buffer, as a tensor on a GPU that can read it."""
+        if self.is_pinned and device.type == "cuda":
+            if (name, device) not in self.seen:
+                self.seen[name, device] = readable_from(device, getattr(self, name))
+            return self.seen[name, device][: self.num_blocks]
+        return getattr(self, name)[: self.num_blocks]
+
     def gather(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values ``(B, G, N, K * block_size, D)`` of blocks ``(B, G, N, K)``."""
-        chosen = chosen.cpu()
-        rows, heads = torch.arange(chosen.shape[0])[:, None, None, None], torch.arange(chosen.shape[1])[:, None, None]
-        keys, values = (states[chosen, rows, heads].flatten(3, 4) for states in (self.keys, self.values))
+        num_heads = chosen.shape[0] * chosen.shape[1]
+        heads = torch.arange(num_heads, device=chosen.device).view(*chosen.shape[:2], 1, 1)
+        rows = (chosen * num_heads + heads).flatten()
+        keys, values = (
+            select(self.seen_from(name, chosen.device), rows).unflatten(0, chosen.shape).flatten(3, 4)
+            for name in ("keys", "values")
+        )
         return keys, values
-
-    def index_parts(self, num_blocks: int) -> Iterator[Tensor]:
-        """Yield the index of the first blocks in parts ``(B, G, blocks, representatives, D)``."""
-        index = self.index[:num_blocks]
-        size = max(1, NUM_INDEX_BYTES // index[0].nbytes)
-        yield from (part.movedim(0, 2) for part in index.split(size))
 
     def truncate(self, num_blocks: int) -> None:
         """Remove all but the first blocks."""
@@ -96,14 +142,38 @@ class HostBlocks:
 
     def set_buffers(self, buffers: dict[str, Tensor], *, is_pinned: bool) -> None:
         """Replace the blocks by copies."""
+        self.seen = {}
         for name in self.BUFFERS:
             vars(self).pop(name, None)
         self.num_blocks, self.is_pinned, self.is_shared = len(buffers["keys"]) if buffers else 0, is_pinned, False
         for name, states in buffers.items():
-            setattr(self, name, self.grown(None, states, len(states)))
+            self.set_buffer(name, self.grown(None, states, len(states)))
             getattr(self, name)[: len(states)] = states
 
     def map_rows(self, rows: Tensor) -> None:
         """Replace row i of the batch by row ``rows[i]``."""
         selected = {name: states.index_select(1, rows.cpu()) for name, states in self.buffers.items()}
         self.set_buffers(selected, is_pinned=self.is_pinned)
+
+
+def select(states: Tensor, rows: Tensor) -> Tensor:
+    """Return blocks ``(R, block_size, D)``, on the device of ``rows``.
+
+    Args:
+        states: ``(N, B, G, block_size, D)``.
+        rows: numbers of blocks in the flattened ``(N, B, G)``, ``(R,)``.
+    """
+    flat = states.flatten(0, 2).flatten(1)
+    return flat.index_select(0, rows.to(flat.device)).unflatten(1, states.shape[3:]).to(rows.device)
+
+
+def index_parts(stores: Sequence[HostBlocks], num_blocks: int, device: torch.device) -> Iterator[Tensor]:
+    """Yield the index of the first blocks of L layers in parts, on a device.
+
+    Each is ``(L * B, G, blocks, num_representatives, D)``.
+    """
+    size = max(1, NUM_INDEX_BYTES // sum(blocks.index[0].nbytes for blocks in stores))
+    for start in range(0, num_blocks, size):
+        end = min(start + size, num_blocks)
+        parts = [blocks.seen_from("index", device)[start:end] for blocks in stores]
+        yield torch.stack(parts, dim=1).to(device).flatten(1, 2).movedim(0, 2)

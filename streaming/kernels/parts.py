@@ -190,8 +190,9 @@ def _merge_parts(
             cache_modifier=".cg",
         )
         top = tl.max(head_lse, axis=0)
+        top = tl.where(top == -float("inf"), 0.0, top)  # no key is visible
         weights = tl.exp2(head_lse - top)
         weight_sum = tl.sum(weights, axis=0)
-        result = tl.sum(weights[:, None] * head_mixed, axis=0) / weight_sum
+        result = tl.sum(weights[:, None] * head_mixed, axis=0) / tl.where(weight_sum == 0.0, 1.0, weight_sum)
         tl.store(out + (row_group * HEADS + head) * DIM + dims, result.to(out.dtype.element_ty), mask=has_dim)
         tl.store(lse + row_group * HEADS + head, (top + tl.log2(weight_sum)) / LOG2E)

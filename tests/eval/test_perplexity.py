@@ -37,7 +37,7 @@ from sinklm.streaming import MemoryOptions, stream_losses
 
 from .checkpoints import small_model, small_tokenizer, write_checkpoint
 
-MEMORY = MemoryOptions(block_size=4, num_blocks=2, interval=4, num_representatives=2)
+MEMORY = MemoryOptions(block_size=4, num_blocks=2, interval=4, representative_size=2)
 
 WORDS = "In the morning the sea was calm, and the boats went out one after the other. "
 
@@ -132,7 +132,7 @@ def test_methods_choose_among_the_caches():
     assert [str(c) for c in chosen] == [
         "dense",
         "1+7",
-        "1+7, memory 2x4 interval=4 num_representatives=2",
+        "1+7, memory 2x4 interval=4 representative_size=2",
         "recompute 8",
     ]
     with pytest.raises(ValueError, match="--memory has no effect with --methods dense,recompute: add streaming"):

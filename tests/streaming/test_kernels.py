@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sinklm.streaming import kernels
+from sinklm.streaming import MemoryOptions, kernels
 from sinklm.streaming.buffers import StreamingLayer
 from sinklm.streaming.encodings import Rotary
+from sinklm.streaming.layer_memory import LayerMemory
 from sinklm.streaming.quantized import KV_DTYPES, QuantizedLayer
 from sinklm.streaming.rule import StreamShape
-from sinklm.streaming.steps import DecodeStep
+from sinklm.streaming.steps import DecodeStep, Softmax
 
 pytestmark = pytest.mark.gpu
 
@@ -215,3 +216,32 @@ def test_more_rows_are_left_to_cublas():
     with kernels.OneRowLinear():
         out = F.linear(states, weight)
     assert torch.equal(out, F.linear(states, weight))
+
+
+# -- Memory ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_chosen", [0, 1, 5])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention_to_a_memory_equals_plain_operations(case, dtype, num_chosen):
+    num_kept, window, num_heads, num_groups, head_dim, *_ = case
+    encoding, options = rotary(case), MemoryOptions(block_size=4, num_blocks=5, interval=3, representative_size=1)
+    fused, plain = (LayerMemory(options, StreamShape(num_kept, window), encoding) for _ in range(2))
+    query = random_states(2, num_heads, 1, head_dim, dtype=dtype)
+    keys, values = (random_states(2, num_groups, 20, head_dim, dtype=dtype) for _ in range(2))
+    layer = StreamingLayer(fused.shape)
+    layer.allocate(keys[:, :, :1], values[:, :, :1])
+    for memory in (fused, plain):
+        memory.allocate(query, keys[:, :, :1], values[:, :, :1])
+        memory.keep(keys, values, torch.tensor(num_chosen))
+    num_seen = torch.tensor([window + 40, window + 71], device="cuda")
+    step = DecodeStep([layer], fused.shape, encoding, num_seen, num_seen - window)
+    found = kernels.decode_memory_attention(fused, layer, num_seen, step.base, query, scaling=head_dim**-0.5)
+    turned, softmax = plain.turned(query, step, layer), Softmax(head_dim**-0.5, None, None)
+    plain.queries[step.rows, :, plain.row_of(num_seen)] = turned[:, :, 0] * softmax.scaling
+    tolerance = {"rtol": 0, "atol": TOLERANCES[dtype]}
+    for state, twin in zip(found, plain.attend_chosen(turned, softmax), strict=True):
+        torch.testing.assert_close(state.float(), twin.float(), **tolerance)
+    torch.testing.assert_close(fused.queries, plain.queries, **tolerance)
+    assert layer.num_arrived.eq(0).all()

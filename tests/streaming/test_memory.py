@@ -20,10 +20,10 @@ from ..models.tiny import text, tiny_arm, tiny_model
 from . import small_families, tiny
 
 NUM_KEPT, WINDOW = 2, 10
-OPTIONS = MemoryOptions(block_size=4, num_blocks=3, interval=2, num_representatives=2)
-SMALLEST = MemoryOptions(block_size=1, num_blocks=1, interval=1, num_representatives=1)
-LARGE = MemoryOptions(block_size=8, num_blocks=2, interval=5, num_representatives=1)
-UNALIGNED = MemoryOptions(block_size=8, num_blocks=2, interval=3, num_representatives=1)
+OPTIONS = MemoryOptions(block_size=4, num_blocks=3, interval=2, representative_size=2)
+SMALLEST = MemoryOptions(block_size=1, num_blocks=1, interval=1, representative_size=1)
+LARGE = MemoryOptions(block_size=8, num_blocks=2, interval=5, representative_size=8)
+UNALIGNED = MemoryOptions(block_size=8, num_blocks=2, interval=3, representative_size=8)
 
 
 def new_cache(model, memory=OPTIONS, num_kept=NUM_KEPT):
@@ -108,7 +108,7 @@ class SlowMemory:
         """Scores of the means of consecutive keys of a block, each turned to its place in it."""
         size, start = self.options.block_size, NUM_KEPT + block * self.options.block_size
         turned = torch.stack([self.rotated(keys[start + i], i) for i in range(size)])
-        means = turned.unflatten(0, (self.options.num_representatives, -1)).mean(1)
+        means = turned.unflatten(0, (-1, self.options.representative_size)).mean(1)
         return [self.score(query, mean, WINDOW + size) for mean in means]
 
 
@@ -172,7 +172,7 @@ def test_a_block_right_before_the_window_is_seen_as_without_a_cache(name):
             if isinstance(getattr(config, setting, None), list):
                 setattr(config, setting, getattr(config, setting)[-1:])
     model = random_model(config)
-    options = MemoryOptions(block_size=4, num_blocks=1, interval=2, num_representatives=2)
+    options = MemoryOptions(block_size=4, num_blocks=1, interval=2, representative_size=2)
     ids, last = tiny.random_ids(WINDOW + 5), WINDOW + options.block_size
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits[:, last]
@@ -285,7 +285,7 @@ def test_copies_continue_with_different_texts():
 def test_blocks_of_equal_weight_are_chosen_alike():
     """In the first layer, a token has the same representative wherever it is repeated."""
     model, ids = llama(), tiny.random_ids(8).repeat(1, 12)
-    options = MemoryOptions(block_size=4, num_blocks=2, interval=1, num_representatives=4)
+    options = MemoryOptions(block_size=4, num_blocks=2, interval=1, representative_size=1)
     whole, single = (read(model, new_cache(model, options), ids, lengths) for lengths in ([96], [1] * 96))
     torch.testing.assert_close(single, whole, rtol=0, atol=1e-9)
 
@@ -388,7 +388,7 @@ def test_a_cache_without_memory_has_none():
         ({"num_blocks": 2.5}, "num_blocks of the memory is 2.5: it must be a whole number"),
         ({"interval": True}, "interval of the memory is True: it must be a whole number"),
         ({"block_size": "64"}, "block_size of the memory is '64': it must be a whole number"),
-        ({"block_size": 6, "num_representatives": 4}, "it must divide the block_size of 6"),
+        ({"block_size": 6}, "it must divide the block_size of 6"),
         ({"block_size": 4, "interval": 5}, "interval of the memory is 5: it must be at most the block_size of 4"),
     ],
 )
@@ -413,7 +413,7 @@ def test_models_that_cannot_have_a_memory_are_an_error():
 def test_layers_whose_windows_cover_the_blocks_have_a_memory():
     model = tiny.build(tiny.config("mistral:sliding"))  # a window of 13 tokens
     for block_size, has_memory in ((3, True), (4, False)):
-        options = MemoryOptions(block_size=block_size, interval=2, num_representatives=1)
+        options = MemoryOptions(block_size=block_size, interval=2, representative_size=block_size)
         if has_memory:
             assert all(layer.memory is not None for layer in new_cache(model, options).streaming_layers)
         else:
@@ -431,6 +431,23 @@ def test_rows_of_different_lengths_are_an_error():
     read(model, cache, ids, [4])
     with pytest.raises(ValueError, match="reset all rows"):
         cache.reset([0])
+
+
+@pytest.mark.gpu
+def test_a_gpu_reads_the_blocks_in_host_memory():
+    expected, blocks = (memory_blocks.HostBlocks(representative_size=2) for _ in range(2))
+    for num_blocks in (5, 30):  # the second time, the buffers grow
+        states = [torch.randn(2, 3, num_blocks, 4, 8, dtype=torch.bfloat16) for _ in range(2)]
+        expected.append(*states)
+        blocks.append(*(state.cuda() for state in states))
+        chosen = torch.randint(len(blocks), (2, 3, 6, 7))
+        assert blocks.seen_from("keys", torch.device("cuda", 0)).data_ptr() == blocks.keys.data_ptr()
+        for found, twin in zip(blocks.gather(chosen.cuda()), expected.gather(chosen), strict=True):
+            assert found.is_cuda
+            assert torch.equal(found.cpu(), twin)
+        assert len(blocks.shared().seen) == 2
+    parts = memory_blocks.index_parts([blocks], len(blocks), torch.device("cuda", 0))
+    assert torch.equal(torch.cat([part.cpu() for part in parts], dim=2), expected.index[:35].movedim(0, 2))
 
 
 @pytest.mark.gpu
