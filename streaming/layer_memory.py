@@ -1,7 +1,7 @@
 """The memory of one layer: it stores blocks, chooses among them and attends to the chosen ones."""
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -213,7 +213,7 @@ class LayerMemory(StaticBuffers):
             The blocks ``(B, G, N, num_blocks)``, and how many of them are visible, ``(N,)``.
         """
         tokens = torch.arange(begins.start, begins.stop, begins.step, device=queries.device)
-        num_evicted = self.num_evicted(tokens)
+        num_evicted = (tokens - self.shape.num_cached).clamp(min=0) // self.options.block_size
         weights = self.weights(queries, kept, num_evicted, index)
         num_chosen = num_evicted.clamp(max=self.options.num_blocks)
         found = weights.topk(min(self.options.num_blocks, weights.shape[-1]), dim=-1).indices
@@ -260,16 +260,9 @@ class LayerMemory(StaticBuffers):
         self.values.copy_(values)
         self.num_chosen.copy_(num_chosen)
 
-    @overload
-    def num_evicted(self, token: int) -> int: ...
-
-    @overload
-    def num_evicted(self, token: Tensor) -> Tensor: ...
-
-    def num_evicted(self, token: int | Tensor) -> int | Tensor:
+    def num_evicted(self, token: int) -> int:
         """Return how many blocks have left the window of a token."""
-        left = token - self.shape.num_cached
-        return (left.clamp(min=0) if isinstance(left, Tensor) else max(0, left)) // self.options.block_size
+        return max(0, token - self.shape.num_cached) // self.options.block_size
 
     def queries_before(self, token: int) -> Tensor:
         """Return the stored queries ``(B, H, interval, D)`` of the tokens before a token."""
@@ -288,21 +281,26 @@ class LayerMemory(StaticBuffers):
         """Number of tokens after the kept ones that are in blocks."""
         return len(self.blocks) * self.options.block_size
 
+    def whole_blocks(self, num_tokens: int) -> int:
+        """Return how many of consecutive tokens fill whole blocks."""
+        return max(0, num_tokens) // self.options.block_size * self.options.block_size
+
     def store_complete(self, layer: StreamingLayer, num_seen: int, base: Tensor) -> None:
         """Store the blocks that are complete after ``num_seen`` tokens, which the layer holds."""
         start = self.shape.num_kept + self.num_stored
-        tokens = torch.arange(start, max(start, num_seen), device=self.queries.device)
-        tokens = tokens[: len(tokens) // self.options.block_size * self.options.block_size]
-        if len(tokens):
-            slots = self.shape.slot_of(tokens)[None]
-            keys, values = gather_columns(layer.keys, slots), gather_columns(layer.values, slots)
-            self.store(layer, keys, values, tokens, base)
+        num_tokens = self.whole_blocks(num_seen - start)
+        if num_tokens == 0:
+            return
+        tokens = torch.arange(start, start + num_tokens, device=self.queries.device)
+        slots = self.shape.slot_of(tokens)[None]
+        keys, values = gather_columns(layer.keys, slots), gather_columns(layer.values, slots)
+        self.store(layer, keys, values, tokens, base)
 
     def store_chunk(self, layer: StreamingLayer, step: "ChunkStep", key: Tensor, value: Tensor) -> None:
         """Store the blocks that are complete with a chunk's keys and values ``(B, G, T, D)``."""
         start, first = self.shape.num_kept + self.num_stored, step.first
-        num_tokens = (first + step.num_inputs - start) // self.options.block_size * self.options.block_size
-        if num_tokens <= 0:
+        num_tokens = self.whole_blocks(first + step.num_inputs - start)
+        if num_tokens == 0:
             return
         tokens = torch.arange(start, start + num_tokens, device=key.device)
         before, new = tokens[tokens < first], tokens[tokens >= first] - first
