@@ -112,12 +112,17 @@ def random_weights(memory: LayerMemory, weights: Tensor) -> Tensor:
 
 
 def oracle_weights(spans: list[tuple[int, int]]) -> Callable[[LayerMemory, Tensor], Tensor]:
-    """Return weights of the blocks with the key, those around them and then the last blocks."""
+    """Return weights of the blocks with the key, those around them and then the last blocks.
+
+    Args:
+        spans: of each row of a batch. Several layers can choose together, and have these rows each.
+    """
 
     def chosen(memory: LayerMemory, weights: Tensor) -> Tensor:
         num_blocks = weights.shape[-1]
         found = torch.arange(num_blocks, device=weights.device).to(weights).repeat(len(weights), 1)
-        for row, (begin, end) in enumerate(spans):
+        for row in range(len(weights)):
+            begin, end = spans[row % len(spans)]
             blocks = [(token - memory.shape.num_kept) // memory.options.block_size for token in (begin, end - 1)]
             found[row, max(0, blocks[0] - 1) : blocks[1] + 2] = num_blocks
         return found[:, None, None]
