@@ -49,7 +49,7 @@ def main() -> None:
     arguments = parser.parse_args()
     data = arguments.output / "windows.json"
     models = by_model(read_runs(data, arguments.folder, lambda folder: {"runs": collect(folder)}))
-    parts = (answer, doublings, worse, caches, relative, kept, positions, training, sinks)
+    parts = (answer, doublings, worse, caches, relative, kept, positions, pieces, training, sinks)
     tables = {make.__name__: make(models) for make in parts}
     for name, text in tables.items():
         print(f"{name}\n{text}\n")
@@ -213,7 +213,8 @@ def doublings(models: Models) -> str:
 
 def worse(models: Models) -> str:
     """Where perplexity does not fall from the best smaller cache to a larger one."""
-    rows, labels = [], octaves_of(models)
+    edges, first = edges_of(models), first_octave(models)
+    rows, labels = [], labels_of(edges, first)
     for name, model in models.items():
         own, binned, texts = means(model), curve(model, "binned_losses"), curve(model, "text_losses")
         for smaller, size in rises(own):
@@ -224,7 +225,7 @@ def worse(models: Models) -> str:
                 row[2] = "" if error is None else f"{100 * error:.2f} %"
                 row[3] = f"{sum(change > 0 for change in changes)} of {len(changes)}"
             if smaller in binned and size in binned:
-                changes = differences(*(by_octave(models, over_seeds(binned[key])) for key in (size, smaller)))
+                changes = differences(*(by_octave(edges, over_seeds(binned[key]), first) for key in (size, smaller)))
                 row[4:] = [percent(exp(change)) for change in changes]
             rows.append(row)
     if not rows and any(map(means, models.values())):
@@ -306,12 +307,12 @@ def kept(models: Models) -> str:
 
 def positions(models: Models) -> str:
     """Perplexity by position in the text, in the largest cache."""
-    rows = []
+    rows, edges, first = [], edges_of(models), first_octave(models)
     for name, model in models.items():
         if losses := largest_binned(model):
-            octaves = [by_octave(models, each) for each in losses]  # of each seed
-            rows.append((name, *(mean_and_error(list(map(exp, each)), 2) for each in zip(*octaves, strict=True))))
-    return table(("tokens of the text", *octaves_of(models)), rows)
+            found = [by_octave(edges, each, first) for each in losses]  # of each seed
+            rows.append((name, *(mean_and_error(list(map(exp, each)), 2) for each in zip(*found, strict=True))))
+    return table(("tokens of the text", *labels_of(edges, first)), rows)
 
 
 def largest_binned(model: list[Run]) -> list[list[float]]:
@@ -320,35 +321,46 @@ def largest_binned(model: list[Run]) -> list[list[float]]:
     return found[max(found)] if found else []
 
 
-def octaves(models: Models, first: int | None = None) -> list[tuple[int, int]]:
-    """Return ranges of positions: the first ones, and each doubling after them.
+def edges_of(models: Models, what: str = "text") -> list[int]:
+    """Return the edges of the bins of positions, which all runs share; empty if there are none."""
+    return next((run[what]["bin_edges"] for model in models.values() for run in model if what in run), [])
 
-    Args:
-        first: number of the first positions; None: half the trained length.
-    """
-    runs = [run for model in models.values() for run in model if "text" in run]
-    if not runs:
-        return []
-    end, edges = first or runs[0]["config"]["train"]["seq_length"] // 2, runs[0]["text"]["bin_edges"]
-    found = [(0, end)]
-    while found[-1][1] < edges[-1]:
+
+def first_octave(models: Models) -> int:
+    """Return half the trained length: the tables begin with the mean loss up to this position."""
+    return next((run["config"]["train"]["seq_length"] // 2 for model in models.values() for run in model), 0)
+
+
+def octaves(edges: list[int], first: int) -> list[tuple[int, int]]:
+    """Return ranges of positions: the first ones, and each doubling after them."""
+    found = [(0, first)]
+    while edges and found[-1][1] < edges[-1]:
         found.append((found[-1][1], 2 * found[-1][1]))
     return [(begin, end) for begin, end in found if any(begin <= edge < end for edge in edges[:-1])]
 
 
-def octaves_of(models: Models) -> list[str]:
-    return [f"to {end:,}" for _, end in octaves(models)]
+def labels_of(edges: list[int], first: int) -> list[str]:
+    return [f"to {end:,}" for _, end in octaves(edges, first)]
 
 
-def by_octave(models: Models, losses: list[float], first: int | None = None) -> list[float]:
+def by_octave(edges: list[int], losses: list[float], first: int) -> list[float]:
     """Return the mean loss in each of `octaves`, from those in the bins of positions."""
-    edges = next(run["text"]["bin_edges"] for model in models.values() for run in model if "text" in run)
     bins = [(a, b - a, loss) for (a, b), loss in zip(pairwise(edges), losses, strict=True)]
     found = []
-    for begin, end in octaves(models, first):
+    for begin, end in octaves(edges, first):
         inside = [(width, loss) for a, width, loss in bins if begin <= a < end]
         found.append(sum(width * loss for width, loss in inside) / sum(width for width, _ in inside))
     return found
+
+
+def pieces(models: Models) -> str:
+    """Perplexity by position in pieces of one trained length, in one pass as in training."""
+    rows, edges = [], edges_of(models, "pieces")
+    for name, model in models.items():
+        found = [by_octave(edges, run["pieces"]["binned_losses"], FIRST_POSITIONS) for run in model if "pieces" in run]
+        if found:
+            rows.append((name, *(mean_and_error(list(map(exp, each)), 2) for each in zip(*found, strict=True))))
+    return table(("tokens of a piece", *labels_of(edges, FIRST_POSITIONS)), rows)
 
 
 def training(models: Models) -> str:
@@ -359,7 +371,7 @@ def training(models: Models) -> str:
         tokens = fmean(run["tokens"] for run in model) / 1e6
         speed = mean_and_error([run["tokens_per_second"] for run in model], 0)
         memory = max(run["memory_gib"] for run in model)
-        both = [run["one_pass"] for run in model if "one_pass" in run]
+        both = [run["pieces"] for run in model if "pieces" in run]
         streamed = mean_and_error([losses["streamed"] - losses["loss"] for losses in both], 4, "+")
         cells = (
             windows_of(model[0]),
@@ -398,8 +410,9 @@ def picture(models: Models) -> Figure:
     """
     reference = means(models.get(REFERENCE, []))
     binned = {name: over_seeds(losses) for name, model in models.items() if (losses := largest_binned(model))}
-    by_position = {name: by_octave(models, losses, FIRST_POSITIONS) for name, losses in binned.items()}
-    ends = [end for _, end in octaves(models, FIRST_POSITIONS)]
+    edges = edges_of(models)
+    by_position = {name: by_octave(edges, losses, FIRST_POSITIONS) for name, losses in binned.items()}
+    ends = [end for _, end in octaves(edges, FIRST_POSITIONS)]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.0 if reference else 5.0, 3.4), layout="constrained")
         panels = figure.subplots(1, 3 if reference else 1, squeeze=False)[0]

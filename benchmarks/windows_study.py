@@ -15,8 +15,8 @@ Measured, each on as many texts as are given, in one batch:
   tokens of which `--kept` are the first ones, in chunks at the speed of a prefill;
 - the mean loss of each text in these caches;
 - the loss by position, to that length, in the caches that keep the model's own sinks;
-- the loss of the first trained length of every text in one pass, as in training, and streamed
-  through a cache of that length, which must be the same but for rounding;
+- the loss of pieces of one trained length, by position, in one pass as in training; and streamed
+  through a cache that holds them, where it must be the same but for rounding;
 - the sink rate, in sequences of 512 positions;
 - validation loss, tokens/s, memory and losses of the training, from its metrics.
 """
@@ -183,7 +183,7 @@ def evaluate(run: Path, found: dict[str, Any], arguments: argparse.Namespace) ->
     }
     if found.get("text") != facts:
         found |= {"text": facts, "perplexity": {}, "binned_losses": {}, "text_losses": {}}
-        for key in ("one_pass", "sinks"):
+        for key in ("pieces", "sinks"):
             found.pop(key, None)
     texts_of = found.setdefault("text_losses", {})  # results of an older version have none
     for num_kept, size in ((kept, size) for size in arguments.sizes for kept in arguments.kept):
@@ -198,8 +198,8 @@ def evaluate(run: Path, found: dict[str, Any], arguments: argparse.Namespace) ->
             seconds = time.perf_counter() - began
             print(f"{run.name}: {cache} {found['perplexity'][cache]:.3f} in {seconds:.1f} s", flush=True)
             yield
-    if "one_pass" not in found:
-        found["one_pass"] = in_one_pass(model, ids, arguments.chunk)
+    if "pieces" not in found:
+        found["pieces"] = of_pieces(model, ids, arguments.chunk)
         yield
     if "sinks" not in found:
         found["sinks"] = sink_rates(model, ids)
@@ -220,22 +220,29 @@ def streamed(model: Any, ids: torch.Tensor, num_kept: int, window: int, chunk: i
 
 
 @torch.inference_mode()
-def in_one_pass(model: Any, ids: torch.Tensor, chunk: int) -> dict[str, float]:
-    """Return the mean loss of the first tokens in one pass, as in training, and streamed.
+def of_pieces(model: Any, ids: torch.Tensor, chunk: int) -> dict[str, Any]:
+    """Return the losses of pieces of the texts in one pass each, as in training, and streamed.
 
-    As many tokens are scored as fit in a trained length. The cache holds all of them, so each layer
-    sees them all, or as many as its window covers.
+    The pieces have the trained length and begin anywhere in a text. The cache holds a whole piece,
+    so each layer sees all of it, or as much as its window covers.
     """
-    head = ids[:, : model.config.max_position_embeddings - model.config.num_sinks]
-    losses = []
-    for row in head:
-        logits = model(row[None].to(model.device)).logits[0, :-1].float()
-        losses.append(cross_entropy(logits, row[1:].to(model.device)).item())
+    length = min(ids.shape[1], model.config.max_position_embeddings - model.config.num_sinks)
+    pieces = torch.cat(ids[:, : ids.shape[1] // length * length].split(length, dim=1))  # (pieces, length)
+    in_one_pass, in_cache = [], []
     num_kept = max(model.config.num_sinks, model.config.num_kept or 0)
+    for batch in pieces.split(len(ids)):
+        for row in batch.to(model.device):
+            logits = model(row[None]).logits[0, :-1].float()
+            in_one_pass.append(cross_entropy(logits, row[1:], reduction="none").cpu().double())
+        in_cache.append(streamed(model, batch, num_kept, length - 1, chunk))
+    losses, edges = torch.stack(in_one_pass), position_edges(length - 1)
     return {
-        "num_tokens": head.shape[1],
-        "loss": statistics.fmean(losses),
-        "streamed": streamed(model, head, num_kept, head.shape[1] - 1, chunk).mean().item(),
+        "num_pieces": len(pieces),
+        "length": length,
+        "loss": losses.mean().item(),
+        "streamed": torch.cat(in_cache).mean().item(),
+        "bin_edges": edges,
+        "binned_losses": binned(losses, edges),
     }
 
 

@@ -166,6 +166,20 @@ def test_positions_are_means_over_octaves_of_the_trained_length(models):
     assert found["drawn"] == ["54.60", "20.09", "7.39", "2.72"]
 
 
+def test_pieces_are_shown_by_position_and_compared_with_the_stream(tmp_path):
+    from benchmarks.windows_report import by_model, collect, pieces, training
+
+    part = {"loss": 2.0, "streamed": 2.25, "bin_edges": EDGES[:4], "binned_losses": [4.0, 3.0, 2.0]}
+    write_result(tmp_path, "full", [9.0, 8.0, 7.0, 6.0], pieces=part)
+    write_result(tmp_path, "old", [9.0, 8.0, 7.0, 6.0])
+    models = by_model(collect(tmp_path))
+    found = rows_of(pieces(models))
+    assert found["tokens of a piece"] == ["to 64", "to 128", "to 256"]
+    assert found["full"] == ["54.60", "20.09", "7.39"]
+    assert "old" not in found
+    assert [rows_of(training(models))[name][-1] for name in ("full", "old")] == ["+0.2500", ""]
+
+
 def test_a_model_without_a_sink_token_has_no_rate_for_one(tmp_path):
     from benchmarks.windows_report import by_model, collect, sinks
 
@@ -248,12 +262,12 @@ def test_results_are_added_to_those_that_are_there(call):
     assert more["perplexity"]["1+7"] == 5.0
     assert more["perplexity"]["1+15"] == found["perplexity"]["1+15"]
     (call.run.parents[1] / "results" / "full.json").write_text(
-        json.dumps({key: value for key, value in more.items() if key not in ("text_losses", "one_pass")})
+        json.dumps({key: value for key, value in more.items() if key not in ("text_losses", "pieces")})
     )
     again = call(*call.texts, "--kept", "1")  # results of an older version
     assert again["text_losses"].keys() == {"1+7", "1+15"}
     assert again["perplexity"]["1+7"] == found["perplexity"]["1+7"]
-    assert again["one_pass"] == more["one_pass"]
+    assert again["pieces"] == more["pieces"]
 
 
 def test_octaves_begin_at_edges():
@@ -282,12 +296,15 @@ def test_perplexity_is_that_of_each_text_alone(call):
     assert set(found["sinks"]["sink_rate"]) == {"sink token 1", "first text token", "no token"}
 
 
-def test_one_pass_has_the_losses_of_a_cache_that_holds_all(call):
-    found = call(*call.store, *call.texts, "--kept", "1")["one_pass"]
+def test_pieces_have_the_losses_of_a_cache_that_holds_them(call):
+    found = call(*call.store, *call.texts, "--kept", "1")["pieces"]
     (checkpoint,) = (call.run / "checkpoints").glob("step-2")
     model, tokenizer = load_model(checkpoint, device="cpu"), load_tokenizer(checkpoint)
-    assert found["num_tokens"] == 31  # and the sink token
-    texts = [read_text_files([Path(path)], tokenizer, 31) for path in call.texts[1:]]
-    losses = torch.stack([streaming_losses(model, text.ids, 1, 30)[1:] for text in texts])
+    assert (found["num_pieces"], found["length"]) == (6, 31)  # 100 tokens of two texts; with the sink token, 32
+    texts = [read_text_files([Path(path)], tokenizer, 100) for path in call.texts[1:]]
+    pieces = [text.ids[start : start + 31] for text in texts for start in (0, 31, 62)]
+    losses = torch.stack([streaming_losses(model, piece, 1, 30)[1:] for piece in pieces])
     assert found["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
     assert found["streamed"] == pytest.approx(found["loss"], rel=1e-5)
+    assert found["bin_edges"] == [0, 30]
+    assert found["binned_losses"] == pytest.approx([found["loss"]])
