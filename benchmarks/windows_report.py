@@ -10,36 +10,46 @@ they were trained to keep.
 """
 
 import argparse
-import json
-import re
 import sys
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from math import exp, log2
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from windows_results import (
+    REFERENCE,
+    Models,
+    Run,
+    by_model,
+    by_octave,
+    collect,
+    curve,
+    edges_of,
+    largest_binned,
+    means,
+    measured,
+    nominal_means,
+    octaves,
+    over_seeds,
+    own_caches,
+    seen,
+    windows_of,
+)
 
 from sinklm.eval.compare import stderr_of_mean
 from sinklm.eval.plots import STYLE, curve_style, log_scale, save_figure, short_number
-from sinklm.train.windows import layer_kinds
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
 from report import read_runs, write_page
 from seed_tables import mean_and_error, table
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
-REFERENCE = "full"  # the run with which the others are compared
 FIRST_POSITIONS = 64  # the first point of the curves by position
 LIMITED = "In brackets: what all layers of the model see of the cache, because of their own windows."
-
-Run = dict[str, Any]
-Runs = dict[str, Run]  # results by the name of the run
-Models = dict[str, list[Run]]  # the results of all seeds of a model
 
 
 def main() -> None:
@@ -57,104 +67,21 @@ def main() -> None:
     save_figure(picture(models), arguments.output / "windows.png")
 
 
-# -- Runs and models ----------------------------------------------------------------------------
-
-
-def collect(folder: Path) -> Runs:
-    """Return the results of all runs of a folder by name.
-
-    Raises:
-        FileNotFoundError: there are none.
-        ValueError: a run read other data or was measured on other texts.
-    """
-    paths = sorted((folder / "results").glob("*.json"))
-    if not paths:
-        raise FileNotFoundError(f"{folder / 'results'} has no results: make them with windows_study.py")
-    runs = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
-    for key in ("data_fingerprint", "text"):
-        values = {name: json.dumps(run[key]) for name, run in runs.items() if key in run}
-        if other := [name for name, value in values.items() if value != next(iter(values.values()))]:
-            raise ValueError(f"{other[0]} and {next(iter(values))} have another {key}: they cannot be compared")
-    return runs
-
-
-def by_model(runs: Runs) -> Models:
-    """Group the seeds of each model, the reference first.
-
-    Seeds that are unfinished are left out if one is finished. Otherwise the name tells it.
-    """
-    models: Models = {}
-    for name in sorted(runs, key=lambda name: (not name.startswith(REFERENCE), name)):
-        models.setdefault(re.sub(r"-seed-\d+$", "", name), []).append(runs[name])
-    finished = {name: [run for run in model if run["is_finished"]] for name, model in models.items()}
-    return {name if finished[name] else f"{name} (unfinished)": finished[name] or models[name] for name in models}
-
-
-def kept_by(run: Run) -> int:
-    """Return the kept tokens of the caches in which a model is compared with others: as trained."""
-    num_kept = run["config"]["model"]["attention"]["num_kept"]
-    return run["num_sinks"] if num_kept is None else num_kept
-
-
-def seen(run: Run, num_kept: int, window: int) -> tuple[int, int]:
-    """Return what a model sees of a cache S+W: no more than its windows if all layers have one."""
-    settings = run["config"]["model"]
-    own = settings["attention"]["window"]
-    if "full" in layer_kinds(settings["attention"]["pattern"], settings["num_hidden_layers"]):
-        return num_kept, window
-    return min(num_kept, kept_by(run)), min(window, own[-1] if isinstance(own, list) else own)
-
-
-def windows_of(run: Run) -> str:
-    """Describe the windows of the training: "none", "255 in 6 of 8 layers"."""
-    settings = run["config"]["model"]
-    kinds = layer_kinds(settings["attention"]["pattern"], settings["num_hidden_layers"])
-    if "window" not in kinds:
-        return "none"
-    own, num_windowed = settings["attention"]["window"], kinds.count("window")
-    windows = f"drawn from {own[0]:,} to {own[1]:,}" if isinstance(own, list) else f"{own:,}"
-    return windows if num_windowed == len(kinds) else f"{windows} in {num_windowed} of {len(kinds)} layers"
-
-
-def cache_of(name: str) -> tuple[int, int]:
-    """Return S and W of "S+W"."""
-    num_kept, window = map(int, name.split("+"))
-    return num_kept, window
-
-
-def measured(model: Iterable[Run], what: str = "perplexity") -> dict[tuple[int, int], list[Any]]:
-    """Return the measurements of each seed by ``(S, W)`` of the cache.
-
-    Caches that were not measured with every seed are left out, because their means would be those
-    of other runs.
-    """
-    found: dict[tuple[int, int], list[Any]] = {}
-    runs = [run for run in model if run.get(what)]
-    for run in runs:
-        for name, value in run[what].items():
-            found.setdefault(cache_of(name), []).append(value)
-    return {cache: values for cache, values in sorted(found.items()) if len(values) == len(runs)}
-
-
-def curve(model: list[Run], what: str = "perplexity") -> dict[int, list[Any]]:
-    """Return the measurements of each seed by the number of tokens that the model sees of a cache.
-
-    The caches keep as many tokens as in the training. Larger caches than the model's own windows
-    are the same cache, and count once.
-    """
-    found: dict[int, list[Any]] = {}
-    for cache, values in measured(model, what).items():
-        if cache[0] == kept_by(model[0]):
-            found.setdefault(sum(seen(model[0], *cache)), values)
-    return found
-
-
-def means(model: list[Run]) -> dict[int, float]:
-    return {size: fmean(values) for size, values in curve(model).items()}
-
-
 def percent(ratio: float) -> str:
     return f"{100 * (ratio - 1):+.2f} %".replace("-", "\N{MINUS SIGN}")
+
+
+def differences(values: Iterable[float], others: Iterable[float]) -> list[float]:
+    return [value - other for value, other in zip(values, others, strict=True)]
+
+
+def first_octave(models: Models) -> int:
+    """Return half the trained length: the tables begin with the mean loss up to this position."""
+    return next((run["config"]["train"]["seq_length"] // 2 for model in models.values() for run in model), 0)
+
+
+def labels_of(edges: list[int], first: int) -> list[str]:
+    return [f"to {end:,}" for _, end in octaves(edges, first)]
 
 
 # -- Tables: the answer -------------------------------------------------------------------------
@@ -233,15 +160,6 @@ def worse(models: Models) -> str:
     return table(["", "change", "standard error over texts", "texts that are worse", *labels], rows)
 
 
-def over_seeds(values: list[list[float]]) -> list[float]:
-    """Return the means of lists of the same length, one for each seed."""
-    return [fmean(column) for column in zip(*values, strict=True)]
-
-
-def differences(values: Iterable[float], others: Iterable[float]) -> list[float]:
-    return [value - other for value, other in zip(values, others, strict=True)]
-
-
 # -- Tables: the measurements -------------------------------------------------------------------
 
 
@@ -253,11 +171,6 @@ def caches(models: Models) -> str:
         (name, *(perplexity_cell(models[name], own.get(size)) for size in sizes)) for name, own in found.items() if own
     ]
     return with_note(table(("tokens in the cache", *(f"{size:,}" for size in sizes)), rows))
-
-
-def own_caches(model: list[Run]) -> list[tuple[int, int]]:
-    """Return the measured caches that keep as many tokens as in the training."""
-    return [cache for cache in measured(model) if cache[0] == kept_by(model[0])]
 
 
 def perplexity_cell(model: list[Run], cache: tuple[int, int] | None) -> str:
@@ -285,12 +198,6 @@ def relative(models: Models) -> str:
     return table((f"perplexity relative to {REFERENCE}", *(f"{size:,}" for size in reference)), rows)
 
 
-def nominal_means(model: list[Run]) -> dict[int, float]:
-    """Return the mean perplexity by the size of the cache, whatever the model sees of it."""
-    values = measured(model)
-    return {sum(cache): fmean(values[cache]) for cache in own_caches(model)}
-
-
 def kept(models: Models) -> str:
     """Perplexity by the number of kept tokens, in the smallest, a middle and the largest cache."""
     found = sorted({cache for model in models.values() for cache in measured(model)})
@@ -313,44 +220,6 @@ def positions(models: Models) -> str:
             found = [by_octave(edges, each, first) for each in losses]  # of each seed
             rows.append((name, *(mean_and_error(list(map(exp, each)), 2) for each in zip(*found, strict=True))))
     return table(("tokens of the text", *labels_of(edges, first)), rows)
-
-
-def largest_binned(model: list[Run]) -> list[list[float]]:
-    """Return the mean losses of the bins of positions of each seed, in the largest cache."""
-    found = curve(model, "binned_losses")
-    return found[max(found)] if found else []
-
-
-def edges_of(models: Models, what: str = "text") -> list[int]:
-    """Return the edges of the bins of positions, which all runs share; empty if there are none."""
-    return next((run[what]["bin_edges"] for model in models.values() for run in model if what in run), [])
-
-
-def first_octave(models: Models) -> int:
-    """Return half the trained length: the tables begin with the mean loss up to this position."""
-    return next((run["config"]["train"]["seq_length"] // 2 for model in models.values() for run in model), 0)
-
-
-def octaves(edges: list[int], first: int) -> list[tuple[int, int]]:
-    """Return ranges of positions: the first ones, and each doubling after them."""
-    found = [(0, first)]
-    while edges and found[-1][1] < edges[-1]:
-        found.append((found[-1][1], 2 * found[-1][1]))
-    return [(begin, end) for begin, end in found if any(begin <= edge < end for edge in edges[:-1])]
-
-
-def labels_of(edges: list[int], first: int) -> list[str]:
-    return [f"to {end:,}" for _, end in octaves(edges, first)]
-
-
-def by_octave(edges: list[int], losses: list[float], first: int) -> list[float]:
-    """Return the mean loss in each of `octaves`, from those in the bins of positions."""
-    bins = [(a, b - a, loss) for (a, b), loss in zip(pairwise(edges), losses, strict=True)]
-    found = []
-    for begin, end in octaves(edges, first):
-        inside = [(width, loss) for a, width, loss in bins if begin <= a < end]
-        found.append(sum(width * loss for width, loss in inside) / sum(width for width, _ in inside))
-    return found
 
 
 def pieces(models: Models) -> str:
@@ -429,7 +298,7 @@ def picture(models: Models) -> Figure:
         _finish(panels[0], "Tokens in the cache", "Perplexity", log_scale)
         if reference:
             _finish(panels[1], "Tokens in the cache", f"Perplexity relative to {REFERENCE} (%)")
-            _finish(panels[2], "Position (end of an octave), largest caches", f"Perplexity relative to {REFERENCE} (%)")
+            _finish(panels[2], "Position, largest caches", f"Perplexity relative to {REFERENCE} (%)")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     return figure
 

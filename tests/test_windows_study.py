@@ -13,8 +13,15 @@ from sinklm.train.run import train
 
 from .train.tiny import make_store
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 EDGES = [0, 64, 128, 256, 511]
 SIZES = [16, 32, 64, 128]
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
+    """The folder of a script is on its path."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
 def write_result(folder: Path, name: str, perplexities: list[float], attention: dict | None = None, **more) -> None:
