@@ -48,6 +48,7 @@ from report import read_runs, write_page
 from seed_tables import mean_and_error, table
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+NUM_LAST_POINTS = 10  # of the 200 of a training curve, for the loss at its end
 FIRST_POSITIONS = 64  # the first point of the curves by position
 LIMITED = "In brackets: what all layers of the model see of the cache, because of their own windows."
 
@@ -233,26 +234,20 @@ def pieces(models: Models) -> str:
 
 
 def training(models: Models) -> str:
-    """Validation loss, speed, and whether the model streams as it was trained."""
+    """Losses, speed, and whether the model streams as it was trained."""
     rows = []
     for name, model in models.items():
-        last = [run["validation_loss"][-1][1] for run in model if run["validation_loss"]]
+        seeds = f"{len(model)}"
+        read = mean_and_error([fmean(loss for _, loss in run["loss"][-NUM_LAST_POINTS:]) for run in model], 4)
+        last = mean_and_error([run["validation_loss"][-1][1] for run in model if run["validation_loss"]], 4)
         tokens = fmean(run["tokens"] for run in model) / 1e6
         speed = mean_and_error([run["tokens_per_second"] for run in model], 0)
         memory = max(run["memory_gib"] for run in model)
         both = [run["pieces"] for run in model if "pieces" in run]
         streamed = mean_and_error([losses["streamed"] - losses["loss"] for losses in both], 4, "+")
-        cells = (
-            windows_of(model[0]),
-            str(len(model)),
-            f"{tokens:,.0f}",
-            mean_and_error(last, 4),
-            speed,
-            f"{memory:.1f}",
-            streamed,
-        )
-        rows.append((name, *cells))
-    headers = ("", "windows", "seeds", "M tokens", "validation loss", "tokens/s", "memory, GiB")
+        cells = (f"{tokens:,.0f}", read, last, speed, f"{memory:.1f}", streamed)
+        rows.append((name, windows_of(model[0]), seeds, *cells))
+    headers = ("", "windows", "seeds", "M tokens", "training loss", "validation loss", "tokens/s", "memory, GiB")
     return table((*headers, "loss streamed, over that of one pass"), rows)
 
 

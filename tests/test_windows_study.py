@@ -35,6 +35,7 @@ def write_result(folder: Path, name: str, perplexities: list[float], attention: 
         "is_finished": True,
         "tokens_per_second": 1000.0,
         "memory_gib": 1.5,
+        "loss": [[1, 9.0], *([step, 1.5] for step in range(2, 12))],
         "validation_loss": [[1, 3.0], [2, perplexities[-1] / 10]],
         "num_sinks": 1,
         "text": {"bin_edges": EDGES},
@@ -72,7 +73,16 @@ def test_seeds_are_one_row_with_their_standard_error(models):
     assert found["full"] == ["41.00 ± 1.00", "31.00 ± 1.00", "25.00 ± 1.00", "21.00 ± 1.00"]
     assert found["drawn"] == ["30.00", "25.00", "22.00", "20.00"]
     assert found["none"] == ["20.00", "19.00", "21.00", "20.00"]  # without a kept token, as it was trained
-    assert rows_of(training(models))["full"] == ["none", "2", "2", "2.0000 ± 0.1000", "1,000 ± 0", "1.5", ""]
+    assert rows_of(training(models))["full"] == [
+        "none",
+        "2",
+        "2",
+        "1.5000 ± 0.0000",
+        "2.0000 ± 0.1000",
+        "1,000 ± 0",
+        "1.5",
+        "",
+    ]
 
 
 def test_a_cache_that_was_not_measured_with_every_seed_is_left_out(tmp_path):
