@@ -9,6 +9,7 @@ import torch
 from sinklm.checkpoints import load_model, load_tokenizer
 from sinklm.eval.losses import streaming_losses
 from sinklm.eval.perplexity import read_text_files
+from sinklm.models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM
 from sinklm.train.run import train
 
 from .train.tiny import make_store
@@ -325,3 +326,19 @@ def test_pieces_have_the_losses_of_a_cache_that_holds_them(call):
     assert found["streamed"] == pytest.approx(found["loss"], rel=1e-5)
     assert found["bin_edges"] == [0, 30]
     assert found["binned_losses"] == pytest.approx([found["loss"]])
+
+
+@pytest.mark.parametrize("pattern", [[7, 7], [7, None]])
+def test_pieces_are_streamed_as_windowed_layers_are_trained(pattern):
+    from benchmarks.windows_study import of_pieces
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sink = {"kind": "token", "first_token_id": 60}
+    torch.manual_seed(0)
+    config = SinkGPTNeoXConfig(
+        **sizes, intermediate_size=64, max_position_embeddings=32, sink=sink, layer_windows=pattern
+    )
+    model = SinkGPTNeoXForCausalLM(config).eval()
+    found = of_pieces(model, torch.randint(60, (2, 70)), chunk=16)
+    assert (found["num_pieces"], found["length"]) == (4, 31)
+    assert found["streamed"] == pytest.approx(found["loss"], rel=1e-5)
