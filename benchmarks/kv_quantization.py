@@ -171,11 +171,11 @@ def decode(
     model = random_model(name)
     free_memory()
     window = cache_size - num_kept
-    stream = StreamingCache.for_model(model, num_kept=num_kept, window=window, kv_dtype=kv_dtype)
-    decoder = StreamingDecoder(model, stream)
+    cache = StreamingCache.for_model(model, num_kept=num_kept, window=window, kv_dtype=kv_dtype)
+    decoder = StreamingDecoder(model, cache)
     ids = torch.randint(256, (batch_size, cache_size + 8), device=model.device)
     decoder.prefill(ids)
-    stream.rebase()  # the next one is a window away
+    cache.streams.rebase()  # the next one is a window away
     start = time.perf_counter()
     decoder(ids[:, :1])
     decoder(ids[:, :1])
@@ -184,8 +184,8 @@ def decode(
     step = milliseconds(partial(decoder, ids[:, :1].clone()), NUM_WARMUP, min(num_steps, window - NUM_WARMUP - 2))
     return {
         "ms_per_step": step,
-        "ms_per_rebase": milliseconds(stream.rebase, 1, NUM_REBASES),
-        "bytes": stream.num_bytes,
+        "ms_per_rebase": milliseconds(cache.streams.rebase, 1, NUM_REBASES),
+        "bytes": cache.num_bytes,
         "seconds_to_compile": compiled,
     }
 

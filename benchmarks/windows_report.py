@@ -5,36 +5,52 @@
 
 Each table replaces the one between its marks in the page, `<!-- NAME -->` and `<!-- end -->`; the
 text around the tables is written by hand. Runs that differ by their seed are one row: the mean, and
-the standard deviation if there are several.
+its standard error if there are several. Models are compared in caches that keep as many tokens as
+they were trained to keep.
 """
 
 import argparse
-import json
-import re
 import sys
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from math import exp, log2
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any
+from statistics import fmean
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from windows_results import (
+    REFERENCE,
+    Models,
+    Run,
+    by_model,
+    by_octave,
+    collect,
+    curve,
+    edges_of,
+    largest_binned,
+    means,
+    measured,
+    nominal_means,
+    octaves,
+    over_seeds,
+    own_caches,
+    seen,
+    windows_of,
+)
 
-from sinklm.eval.plots import STYLE, curve_style, log_scale, save_figure
+from sinklm.eval.compare import stderr_of_mean
+from sinklm.eval.plots import STYLE, curve_style, log_scale, save_figure, short_number
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
 from report import read_runs, write_page
-from seed_tables import table
+from seed_tables import mean_and_error, table
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
-REFERENCE = "full"  # the run with which the others are compared
-RISE = 1.001  # a larger cache "helps" unless its perplexity is higher by this factor
-
-Runs = dict[str, dict[str, Any]]  # results by the name of the run
-Models = dict[str, list[dict[str, Any]]]  # the results of all seeds of a model
+NUM_LAST_POINTS = 10  # of the 200 of a training curve, for the loss at its end
+FIRST_POSITIONS = 64  # the first point of the curves by position
+LIMITED = "In brackets: what all layers of the model see of the cache, because of their own windows."
 
 
 def main() -> None:
@@ -44,229 +60,251 @@ def main() -> None:
     arguments = parser.parse_args()
     data = arguments.output / "windows.json"
     models = by_model(read_runs(data, arguments.folder, lambda folder: {"runs": collect(folder)}))
-    tables = {make.__name__: make(models) for make in (answer, caches, kept, positions, training, sinks)}
+    parts = (answer, doublings, worse, caches, relative, kept, positions, pieces, training, sinks)
+    tables = {make.__name__: make(models) for make in parts}
     for name, text in tables.items():
         print(f"{name}\n{text}\n")
     write_page(arguments.output / "windows.md", tables)
     save_figure(picture(models), arguments.output / "windows.png")
 
 
-def collect(folder: Path) -> Runs:
-    """Return the results of all runs of a folder by name.
-
-    Raises:
-        FileNotFoundError: there are none.
-        ValueError: a run read other data or was measured on other texts.
-    """
-    paths = sorted((folder / "results").glob("*.json"))
-    if not paths:
-        raise FileNotFoundError(f"{folder / 'results'} has no results: make them with windows_study.py")
-    runs = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
-    for key in ("data_fingerprint", "text"):
-        values = {name: json.dumps(run[key]) for name, run in runs.items() if key in run}
-        if other := [name for name, value in values.items() if value != next(iter(values.values()))]:
-            raise ValueError(f"{other[0]} and {next(iter(values))} have another {key}: they cannot be compared")
-    return runs
+def percent(ratio: float) -> str:
+    return f"{100 * (ratio - 1):+.2f} %".replace("-", "\N{MINUS SIGN}")
 
 
-def by_model(runs: Runs) -> Models:
-    """Group the seeds of each model, the reference first."""
-    models: Models = {}
-    for name in sorted(runs, key=lambda name: (not name.startswith(REFERENCE), name)):
-        models.setdefault(re.sub(r"-seed-\d+$", "", name), []).append(runs[name])
-    return models
+def differences(values: Iterable[float], others: Iterable[float]) -> list[float]:
+    return [value - other for value, other in zip(values, others, strict=True)]
 
 
-def perplexities(model: Iterable[dict[str, Any]], num_kept: int | None = None) -> dict[int, list[float]]:
-    """Return the perplexities of each seed by the size of the cache.
+def first_octave(models: Models) -> int:
+    """Return half the trained length: the tables begin with the mean loss up to this position."""
+    return next((run["config"]["train"]["seq_length"] // 2 for model in models.values() for run in model), 0)
 
-    Sizes that were not measured with every seed are left out, because their means would be those of
-    other runs.
+
+def labels_of(edges: list[int], first: int) -> list[str]:
+    return [f"to {end:,}" for _, end in octaves(edges, first)]
+
+
+# -- Tables: the answer -------------------------------------------------------------------------
+
+
+def answer(models: Models) -> str:
+    """The number of tokens in the cache for the same perplexity as the reference."""
+    reference = means(models.get(REFERENCE, []))
+    rows = []
+    for name, model in models.items():
+        own = means(model)
+        if own and reference and name != REFERENCE:
+            rows.append((name, *(size_for(own, value, size) for size, value in reference.items())))
+    return table((f"same perplexity as {REFERENCE} with", *(f"{size:,}" for size in reference)), rows)
+
+
+def size_for(own: dict[int, float], wanted: float, compared: int) -> str:
+    """Return the size at which a curve first reaches a perplexity, on a logarithmic scale.
 
     Args:
-        num_kept: of the caches; None: as the model was trained.
+        compared: size to which it is compared.
     """
-    found: dict[int, list[float]] = {}
-    runs = [run for run in model if run.get("perplexity")]
-    for run in runs:
-        wanted = kept_by(run) if num_kept is None else num_kept
-        for (first, size), value in zip(cache_sizes(run), run["perplexity"].values(), strict=True):
-            if first == wanted:
-                found.setdefault(size, []).append(value)
-    return {size: values for size, values in sorted(found.items()) if len(values) == len(runs)}
+    smallest = next(iter(own))
+    if own[smallest] <= wanted:
+        return f"≤ {smallest:,}"
+    for (a, high), (b, low) in pairwise(own.items()):
+        if low <= wanted < high:
+            size = 2 ** (log2(a) + (log2(b) - log2(a)) * (high - wanted) / (high - low))
+            return f"{size:,.0f} ({size / compared:.2f} ×)"
+    return "none"
 
 
-def kept_by(run: dict[str, Any]) -> int:
-    """Return the kept tokens of the caches in which a model is compared with others: as trained."""
-    num_kept = run["config"]["model"]["attention"]["num_kept"]
-    return run["num_sinks"] if num_kept is None else num_kept
+def rises(own: dict[int, float]) -> list[tuple[int, int]]:
+    """Return each size that is not better than all smaller ones, after the best of these."""
+    sizes = list(own)
+    best = [min(sizes[:i], key=own.__getitem__) for i in range(1, len(sizes))]
+    return [(smaller, size) for smaller, size in zip(best, sizes[1:], strict=True) if own[size] >= own[smaller]]
 
 
-def cache_sizes(run: dict[str, Any]) -> list[tuple[int, int]]:
-    """Return ``(kept tokens, all tokens)`` of the caches that were measured."""
-    pairs = (map(int, cache.split("+")) for cache in run.get("perplexity", {}))
-    return [(first, first + recent) for first, recent in pairs]
+def doublings(models: Models) -> str:
+    """Whether a larger cache always helps, and the best one of each model."""
+    reference = means(models.get(REFERENCE, []))
+    rows = []
+    for name, model in models.items():
+        own = means(model)
+        if not own:
+            continue
+        found = [f"{size:,} ({percent(own[size] / own[smaller])} from {smaller:,})" for smaller, size in rises(own)]
+        best = min(own, key=own.__getitem__)
+        against = [percent(own[best] / reference[min(reference, key=reference.__getitem__)])] if reference else []
+        range_of_sizes = f"{min(own):,} to {max(own):,}"
+        rows.append((name, range_of_sizes, "no: " + ", ".join(found) if found else "yes", f"{best:,}", *against))
+    headers = ["", "tokens in the cache", "each larger one is better", "best"]
+    return table([*headers, f"there against the best of {REFERENCE}"] if reference else headers, rows)
+
+
+def worse(models: Models) -> str:
+    """Where perplexity does not fall from the best smaller cache to a larger one."""
+    edges, first = edges_of(models), first_octave(models)
+    rows, labels = [], labels_of(edges, first)
+    for name, model in models.items():
+        own, binned, texts = means(model), curve(model, "binned_losses"), curve(model, "text_losses")
+        for smaller, size in rises(own):
+            row = [f"{name}, {smaller:,} to {size:,}", percent(own[size] / own[smaller]), "", "", *[""] * len(labels)]
+            if smaller in texts and size in texts:
+                changes = differences(over_seeds(texts[size]), over_seeds(texts[smaller]))
+                error = stderr_of_mean(changes)
+                row[2] = "" if error is None else f"{100 * error:.2f} %"
+                row[3] = f"{sum(change > 0 for change in changes)} of {len(changes)}"
+            if smaller in binned and size in binned:
+                changes = differences(*(by_octave(edges, over_seeds(binned[key]), first) for key in (size, smaller)))
+                row[4:] = [percent(exp(change)) for change in changes]
+            rows.append(row)
+    if not rows and any(map(means, models.values())):
+        return "Every larger cache is better than all smaller ones."
+    return table(["", "change", "standard error over texts", "texts that are worse", *labels], rows)
+
+
+# -- Tables: the measurements -------------------------------------------------------------------
 
 
 def caches(models: Models) -> str:
-    """Perplexity by the size of the cache, with the sinks kept."""
-    sizes = sorted({size for model in models.values() for size in perplexities(model)})
+    """Perplexity by the size of the cache."""
+    found = {name: {sum(cache): cache for cache in own_caches(model)} for name, model in models.items()}
+    sizes = sorted({size for own in found.values() for size in own})
     rows = [
-        (name, *(mean_and_deviation(perplexities(model).get(size, []), 2) for size in sizes))
-        for name, model in models.items()
+        (name, *(perplexity_cell(models[name], own.get(size)) for size in sizes)) for name, own in found.items() if own
     ]
-    return table(("", *(f"{size:,}" for size in sizes)), rows)
+    return with_note(table(("tokens in the cache", *(f"{size:,}" for size in sizes)), rows))
+
+
+def perplexity_cell(model: list[Run], cache: tuple[int, int] | None) -> str:
+    """Format a perplexity, and in brackets the cache that the model sees if it is a smaller one."""
+    values = {} if cache is None else measured(model)
+    if cache is None or cache not in values:
+        return ""
+    limited = seen(model[0], *cache)
+    return mean_and_error(values[cache], 2) + ("" if limited == cache else f" ({limited[0]}+{limited[1]})")
+
+
+def with_note(text: str) -> str:
+    return f"{text}\n\n{LIMITED}" if "(" in text.replace("(unfinished)", "") else text
+
+
+def relative(models: Models) -> str:
+    """Perplexity relative to the reference in a cache of the same size, in percent."""
+    reference = nominal_means(models.get(REFERENCE, []))
+    found = {name: nominal_means(model) for name, model in models.items() if name != REFERENCE}
+    rows = [
+        (name, *(percent(own[size] / value) if size in own else "" for size, value in reference.items()))
+        for name, own in found.items()
+        if own and reference
+    ]
+    return table((f"perplexity relative to {REFERENCE}", *(f"{size:,}" for size in reference)), rows)
 
 
 def kept(models: Models) -> str:
     """Perplexity by the number of kept tokens, in the smallest, a middle and the largest cache."""
-    rows, headers = [], [""]
-    found = sorted({cache for model in models.values() for run in model for cache in cache_sizes(run)})
-    sizes = sorted({size for _, size in found})
+    found = sorted({cache for model in models.values() for cache in measured(model)})
+    sizes = sorted({sum(cache) for cache in found})
     shown = sorted({sizes[0], sizes[len(sizes) // 2], sizes[-1]}) if sizes else []
-    columns = [(n, size) for size in shown for n in sorted({n for n, _ in found}) if (n, size) in found]
-    headers += [f"{n}+{size - n}" for n, size in columns]
-    for name, model in models.items():
-        cells = (mean_and_deviation(perplexities(model, n).get(size, []), 2) for n, size in columns)
-        rows.append((name, *cells))
-    return table(headers, rows)
-
-
-def answer(models: Models) -> str:
-    """How small a cache is as good as the reference's, and whether a larger one always helps."""
-    reference = means(perplexities(models.get(REFERENCE, [])))
-    if not reference:
-        return ""
-    largest, eighth = max(reference), max((size for size in reference if 8 * size <= max(reference)), default=None)
-    headers = ["", f"{largest:,} against {REFERENCE}"]
-    headers += [f"same perplexity as {REFERENCE} with {size:,}" for size in (eighth, largest) if size]
-    headers += ["larger caches that do not help"]
-    rows = []
-    for name, model in models.items():
-        own = means(perplexities(model))
-        if largest not in own:
-            continue
-        cells = [f"{100 * (own[largest] / reference[largest] - 1):+.2f} %".replace("-", "\N{MINUS SIGN}")]
-        cells += [size_for(own, reference[size]) for size in (eighth, largest) if size]
-        worse = [f"{b:,}" for a, b in pairwise(own) if own[b] > own[a] * RISE]
-        rows.append((name, *cells, ", ".join(worse) or "none"))
-    return table(headers, rows)
-
-
-def means(values: dict[int, list[float]]) -> dict[int, float]:
-    return {key: fmean(each) for key, each in values.items()}
-
-
-def size_for(own: dict[int, float], wanted: float) -> str:
-    """Return the size at which a falling curve reaches a perplexity, on a logarithmic scale."""
-    if next(iter(own.values())) <= wanted:
-        return f"≤ {next(iter(own)):,}"
-    for (a, high), (b, low) in pairwise(own.items()):
-        if low <= wanted < high:
-            return f"{2 ** (log2(a) + (log2(b) - log2(a)) * (high - wanted) / (high - low)):,.0f}"
-    return "none"
+    columns = [cache for size in shown for cache in found if sum(cache) == size]
+    rows = [
+        (name, *(perplexity_cell(model, cache) for cache in columns))
+        for name, model in models.items()
+        if measured(model)
+    ]
+    return with_note(table(("cache", *(f"{n}+{window}" for n, window in columns)), rows))
 
 
 def positions(models: Models) -> str:
-    """Perplexity by position in the text, in the largest cache with the sinks kept."""
-    rows, headers = [], []
+    """Perplexity by position in the text, in the largest cache."""
+    rows, edges, first = [], edges_of(models), first_octave(models)
     for name, model in models.items():
-        edges, losses = largest_binned(model)
-        if losses:
-            octaves = by_octave(edges, losses, model[0]["config"]["train"]["seq_length"])
-            headers = ["", *octaves]
-            rows.append((name, *(f"{exp(loss):.2f}" for loss in octaves.values())))
-    return table(headers, rows)
+        if losses := largest_binned(model):
+            found = [by_octave(edges, each, first) for each in losses]  # of each seed
+            rows.append((name, *(mean_and_error(list(map(exp, each)), 2) for each in zip(*found, strict=True))))
+    return table(("tokens of the text", *labels_of(edges, first)), rows)
 
 
-def largest_binned(model: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
-    """Return edges of bins of positions, and mean losses over the seeds in the largest cache.
-
-    It is the largest one that was measured with every seed.
-    """
-    runs = [run for run in model if run.get("binned_losses")]
-    common = set.intersection(*(set(run["binned_losses"]) for run in runs)) if runs else set()
-    if not common:
-        return [], []
-    largest = max(common, key=lambda cache: sum(map(int, cache.split("+"))))
-    columns = zip(*(run["binned_losses"][largest] for run in runs), strict=True)
-    return runs[0]["text"]["bin_edges"], list(map(fmean, columns))
-
-
-def by_octave(edges: list[int], losses: list[float], length: int) -> dict[str, float]:
-    """Return the mean loss of the first half of a trained length, and of each doubling after it."""
-    found: dict[str, float] = {}
-    begin, end = 0, length // 2
-    while begin < edges[-1]:
-        inside = [(b - a, loss) for (a, b), loss in zip(pairwise(edges), losses, strict=True) if begin <= a < end]
-        if inside:
-            total = sum(width for width, _ in inside)
-            found[f"to {min(end, edges[-1] + 1):,}"] = sum(width * loss for width, loss in inside) / total
-        begin, end = end, 2 * end
-    return found
+def pieces(models: Models) -> str:
+    """Perplexity by position in pieces of one trained length, in one pass as in training."""
+    rows, edges = [], edges_of(models, "pieces")
+    for name, model in models.items():
+        found = [by_octave(edges, run["pieces"]["binned_losses"], FIRST_POSITIONS) for run in model if "pieces" in run]
+        if found:
+            rows.append((name, *(mean_and_error(list(map(exp, each)), 2) for each in zip(*found, strict=True))))
+    return table(("tokens of a piece", *labels_of(edges, FIRST_POSITIONS)), rows)
 
 
 def training(models: Models) -> str:
-    """Validation loss and speed."""
+    """Losses, speed, and whether the model streams as it was trained."""
     rows = []
     for name, model in models.items():
-        last = [run["validation_loss"][-1][1] for run in model if run["validation_loss"]]
+        seeds = f"{len(model)}"
+        read = mean_and_error([fmean(loss for _, loss in run["loss"][-NUM_LAST_POINTS:]) for run in model], 4)
+        last = mean_and_error([run["validation_loss"][-1][1] for run in model if run["validation_loss"]], 4)
         tokens = fmean(run["tokens"] for run in model) / 1e6
-        speed = mean_and_deviation([run["tokens_per_second"] for run in model], 0)
+        speed = mean_and_error([run["tokens_per_second"] for run in model], 0)
         memory = max(run["memory_gib"] for run in model)
-        unfinished = "" if all(run["is_finished"] for run in model) else " (unfinished)"
-        rows.append((f"{name}{unfinished}", f"{tokens:,.0f}", mean_and_deviation(last, 4), speed, f"{memory:.1f}"))
-    return table(("", "M tokens", "validation loss", "tokens/s", "memory, GiB"), rows)
+        both = [run["pieces"] for run in model if "pieces" in run]
+        streamed = mean_and_error([losses["streamed"] - losses["loss"] for losses in both], 4, "+")
+        cells = (f"{tokens:,.0f}", read, last, speed, f"{memory:.1f}", streamed)
+        rows.append((name, windows_of(model[0]), seeds, *cells))
+    headers = ("", "windows", "seeds", "M tokens", "training loss", "validation loss", "tokens/s", "memory, GiB")
+    return table((*headers, "loss streamed, over that of one pass"), rows)
 
 
 def sinks(models: Models) -> str:
     """Share of heads with a sink at the first positions, in percent."""
     rows = []
     for name, model in models.items():
-        measured = [run["sinks"]["sink_rate"] for run in model if "sinks" in run]
-        if measured:
-            token = [sum(v for place, v in rate.items() if place.startswith("sink token")) for rate in measured]
-            others = [[rate[place] for rate in measured] for place in ("first text token", "no token")]
-            rows.append((name, *(mean_and_deviation([100 * v for v in column], 1) for column in (token, *others))))
-    return table(("", "sink token", "first text token", "no token"), rows)
+        rates = [run["sinks"]["sink_rate"] for run in model if "sinks" in run]
+        if rates:
+            tokens = [[v for place, v in rate.items() if place.startswith("sink token")] for rate in rates]
+            columns = [[sum(each) for each in tokens if each]]  # none: the model has no sink token
+            columns += [[rate[place] for rate in rates] for place in ("first text token", "no token")]
+            rows.append((name, *(mean_and_error([100 * v for v in column], 1) for column in columns)))
+    return table(("heads with a sink, %", "sink token", "first text token", "no token"), rows)
+
+
+# -- The picture --------------------------------------------------------------------------------
 
 
 def picture(models: Models) -> Figure:
-    """Plot perplexity by the size of the cache, relative to the reference, and by position."""
+    """Plot perplexity by the size of the cache, and relative to the reference, also by position.
+
+    Without the reference there is only the first panel.
+    """
+    reference = means(models.get(REFERENCE, []))
+    binned = {name: over_seeds(losses) for name, model in models.items() if (losses := largest_binned(model))}
+    edges = edges_of(models)
+    by_position = {name: by_octave(edges, losses, FIRST_POSITIONS) for name, losses in binned.items()}
+    ends = [end for _, end in octaves(edges, FIRST_POSITIONS)]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.0, 3.4), layout="constrained")
-        absolute, relative, by_position = figure.subplots(1, 3)
-        reference = means(perplexities(models.get(REFERENCE, [])))
+        figure = Figure(figsize=(10.0 if reference else 5.0, 3.4), layout="constrained")
+        panels = figure.subplots(1, 3 if reference else 1, squeeze=False)[0]
         for i, (name, model) in enumerate(models.items()):
             style = curve_style(i, len(models)) | {"label": name}
-            own = means(perplexities(model))
-            absolute.plot(list(own), list(own.values()), **style)
-            both = [size for size in own if size in reference]
-            relative.plot(both, [100 * (own[size] / reference[size] - 1) for size in both], **style)
-            edges, losses = largest_binned(model)
-            by_position.plot(edges[1:], [exp(loss) for loss in losses], **style)
-        _finish(absolute, "Tokens in the cache", "Perplexity", log_scale)
-        _finish(relative, "Tokens in the cache", f"Perplexity relative to {REFERENCE} (%)")
-        _finish(by_position, "Position in the text, largest cache", "Perplexity", log_scale)
-        figure.legend(*absolute.get_legend_handles_labels(), loc="outside right upper")
+            own = means(model)
+            panels[0].plot(list(own), list(own.values()), **style)
+            if reference:
+                both = [size for size in own if size in reference]
+                panels[1].plot(both, [100 * (own[size] / reference[size] - 1) for size in both], **style)
+            if reference and name in by_position and REFERENCE in by_position:
+                changes = differences(by_position[name], by_position[REFERENCE])
+                panels[2].plot(ends, [100 * (exp(change) - 1) for change in changes], **style)
+        _finish(panels[0], "Tokens in the cache", "Perplexity", log_scale)
+        if reference:
+            _finish(panels[1], "Tokens in the cache", f"Perplexity relative to {REFERENCE} (%)")
+            _finish(panels[2], "Position, largest caches", f"Perplexity relative to {REFERENCE} (%)")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     return figure
 
 
 def _finish(axes: Axes, x: str, y: str, scale: Callable[[Axes], None] = lambda axes: None) -> None:
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_major_formatter(lambda value, _: short_number(value))
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    axes.grid(axis="y", linewidth=0.4, alpha=0.5)
     scale(axes)
-
-
-def mean_and_deviation(values: list[float], digits: int) -> str:
-    """Format the mean of the seeds, and the standard deviation if there are several."""
-    if not values:
-        return ""
-    mean = f"{fmean(values):,.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {stdev(values):,.{digits}f}"
+    axes.grid(axis="y", which="both", linewidth=0.4, alpha=0.5)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,10 @@ Measured, each on as many texts as are given, in one batch:
 
 - perplexity of the first `--length` tokens of every text, streamed through caches of `--sizes`
   tokens of which `--kept` are the first ones, in chunks at the speed of a prefill;
+- the mean loss of each text in these caches;
 - the loss by position, to that length, in the caches that keep the model's own sinks;
+- the loss of pieces of one trained length, by position, in one pass as in training; and streamed
+  through a cache that holds them, where it must be the same but for rounding;
 - the sink rate, in sequences of 512 positions;
 - validation loss, tokens/s, memory and losses of the training, from its metrics.
 """
@@ -30,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from sinklm.checkpoints import load_model, load_tokenizer
 from sinklm.checkpoints.folders import list_checkpoints
@@ -178,19 +182,25 @@ def evaluate(run: Path, found: dict[str, Any], arguments: argparse.Namespace) ->
         "bin_edges": position_edges(arguments.length - 1),
     }
     if found.get("text") != facts:
-        found |= {"text": facts, "perplexity": {}, "binned_losses": {}}
-        found.pop("sinks", None)
+        found |= {"text": facts, "perplexity": {}, "binned_losses": {}, "text_losses": {}}
+        for key in ("pieces", "sinks"):
+            found.pop(key, None)
+    texts_of = found.setdefault("text_losses", {})  # results of an older version have none
     for num_kept, size in ((kept, size) for size in arguments.sizes for kept in arguments.kept):
         cache = f"{num_kept}+{size - num_kept}"
-        if num_kept < size and cache not in found["perplexity"]:
+        if num_kept < size and not (cache in found["perplexity"] and cache in texts_of):
             began = time.perf_counter()
             losses = streamed(model, ids, num_kept, size - num_kept, arguments.chunk)
             found["perplexity"][cache] = losses.mean().exp().item()
+            texts_of[cache] = [round(loss, 6) for loss in losses.mean(1).tolist()]
             if num_kept == num_sinks:
                 found["binned_losses"][cache] = binned(losses, facts["bin_edges"])
             seconds = time.perf_counter() - began
             print(f"{run.name}: {cache} {found['perplexity'][cache]:.3f} in {seconds:.1f} s", flush=True)
             yield
+    if "pieces" not in found:
+        found["pieces"] = of_pieces(model, ids, arguments.chunk)
+        yield
     if "sinks" not in found:
         found["sinks"] = sink_rates(model, ids)
         yield
@@ -207,6 +217,33 @@ def streamed(model: Any, ids: torch.Tensor, num_kept: int, window: int, chunk: i
     if not losses.isfinite().all():
         raise ValueError(f"a loss with the cache {num_kept}+{window} is not finite")
     return losses
+
+
+@torch.inference_mode()
+def of_pieces(model: Any, ids: torch.Tensor, chunk: int) -> dict[str, Any]:
+    """Return the losses of pieces of the texts in one pass each, as in training, and streamed.
+
+    The pieces have the trained length and begin anywhere in a text. The cache holds a whole piece,
+    so each layer sees all of it, or as much as its window covers.
+    """
+    length = min(ids.shape[1], model.config.max_position_embeddings - model.config.num_sinks)
+    pieces = torch.cat(ids[:, : ids.shape[1] // length * length].split(length, dim=1))  # (pieces, length)
+    in_one_pass, in_cache = [], []
+    num_kept = max(model.config.num_sinks, model.config.num_kept or 0)
+    for batch in pieces.split(len(ids)):
+        for row in batch.to(model.device):
+            logits = model(row[None]).logits[0, :-1].float()
+            in_one_pass.append(cross_entropy(logits, row[1:], reduction="none").cpu().double())
+        in_cache.append(streamed(model, batch, num_kept, length - 1, chunk))
+    losses, edges = torch.stack(in_one_pass), position_edges(length - 1)
+    return {
+        "num_pieces": len(pieces),
+        "length": length,
+        "loss": losses.mean().item(),
+        "streamed": torch.cat(in_cache).mean().item(),
+        "bin_edges": edges,
+        "binned_losses": binned(losses, edges),
+    }
 
 
 def position_edges(num_tokens: int) -> list[int]:

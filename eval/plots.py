@@ -41,8 +41,9 @@ def log_scale(axes: Axes) -> None:
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     low, high = axes.get_ylim()
-    is_short = high < 30 * low  # otherwise the powers of ten are enough
-    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if is_short and f"{value:g}"[0] in "235" else "")
+    # Otherwise the powers of ten are enough.
+    labelled = "23456789" if high < 4 * low else "235" if high < 30 * low else ""
+    axes.yaxis.set_minor_formatter(lambda value, _: text if (text := f"{value:g}")[0] in labelled else "")
 
 
 def plot_streaming(report: dict[str, Any], path: Path, title: str | None = None) -> None:
@@ -62,7 +63,7 @@ def streaming_figure(report: dict[str, Any], title: str | None = None) -> Figure
         _draw_losses(axes, report)
         _mark_positions(axes, report)
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda value, _: _short(value))
+        axes.xaxis.set_major_formatter(lambda value, _: short_number(value))
         axes.set_xlabel("Position in the text (tokens, log scale)")
         axes.set_ylabel("Mean loss of a token (nats)")
         axes.grid(axis="y", linewidth=0.4, alpha=0.5)
@@ -226,7 +227,8 @@ def _perplexity(value: float) -> str:
     return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
 
 
-def _short(tokens: float) -> str:
+def short_number(tokens: float) -> str:
+    """Format a number of tokens for an axis: 512, 4K, 1M."""
     if tokens >= 2**20:
         return f"{tokens / 2**20:g}M"
     return f"{tokens / 2**10:g}K" if tokens >= 2**10 else f"{tokens:g}"

@@ -1,10 +1,10 @@
 """StreamingLLM for transformers: a cache of constant size, and the equivalent banded attention.
 
 Suggested reading order: `rule` (the streaming rule as arithmetic), `encodings` (how phases are
-moved), `layers` (layers that differ), `steps` (one forward pass), `cache` and `steering` (how
-models of transformers use it), `families` (which models are supported), `quantized`, `memory`,
-`saving`, and `record` and `continuing` (what a cache has read). `testing` checks a model against
-the rule.
+moved), `layers` (layers that differ), `steps` (one forward pass), `streams` (the state between
+passes), `cache` and `steering` (how models of transformers use it), `families` (which models are
+supported), `quantized`, `memory`, `saving`, and `record` and `continuing` (what a cache has read).
+`testing` checks a model against the rule.
 """
 
 from .adapters import Adapter

@@ -15,19 +15,18 @@ from transformers import Cache, PreTrainedModel
 
 from ..models.config import num_prepended_sinks
 from .advice import refuse_constructor, refuse_name, refuse_without_weights, warn_if_untrained
-from .buffers import StreamingLayer, row_index
+from .buffers import StreamingLayer
 from .continuing import check_generation
-from .counters import StreamCounters
-from .encodings import Rotary
 from .families import family_of, num_equal_positions
 from .layers import LayerPlan, own_rules
+from .masks import check_padding, which_are_tokens
 from .memory import MemoryOptions, StreamMemory
 from .quantized import KV_DTYPES, NUM_RECENT, QuantizedLayer, check_head_sizes
-from .record import TextRecord
 from .rule import StreamShape
 from .saving import load_cache, save_cache
 from .steering import SteeredForward
-from .steps import ChunkStep, DecodeStep, Pass, Step
+from .steps import Pass
+from .streams import Streams
 from .wrappers import decoder_of
 
 
@@ -66,17 +65,13 @@ class StreamingCache(Cache):
         new_layer = StreamingLayer if kv_dtype is None else partial(QuantizedLayer, kv_dtype)
         layers = [new_layer(plan.group(i).shape, plan.has_positions(i)) for i in range(plan.num_layers)]
         super().__init__(layers=layers)
-        self.streaming_layers = layers
+        self.streams = Streams(plan, layers)
         self.model, self.decoder, self.shape, self.plan = model, decoder, shape, plan
         self.memory = None if memory is None else StreamMemory.of(memory, plan, own_rules(decoder.config), layers)
         self.chunk_size = min(chunk_size, num_equal_positions(decoder.config) - plan.num_slots)
         self.kv_dtype = kv_dtype
-        self.counters: StreamCounters | None = None
-        self.record: TextRecord | None = None  # what was read
         self.step: Pass | None = None  # the current pass
         self.inputs: tuple[Tensor, Tensor | None] | None = None  # of the current pass, and which are tokens
-        self.num_since_rebase = 0
-        self.is_ragged = False  # rows have seen different numbers of tokens
         self.is_damaged = False  # a pass was interrupted: some layers have read its tokens, some have not
         self.adapter = family.adapter
         modules = family.adapter.modules(decoder) if family.adapter else []
@@ -158,11 +153,10 @@ class StreamingCache(Cache):
         """
         options = None if self.memory is None else self.memory.options
         twin = StreamingCache(self.model, self.shape, self.chunk_size, self.kv_dtype, options)
-        for name in ("counters", "record", "num_since_rebase", "is_ragged", "is_damaged"):
-            setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
-        twin.streaming_layers = copy.deepcopy(self.streaming_layers, memo)
-        twin.layers = twin.streaming_layers
-        twin.memory = None if options is None else StreamMemory(options, twin.streaming_layers)
+        twin.streams = copy.deepcopy(self.streams, memo)
+        twin.layers = twin.streams.layers
+        twin.memory = None if options is None else StreamMemory(options, twin.streams.layers)
+        twin.is_damaged = self.is_damaged
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -215,35 +209,19 @@ class StreamingCache(Cache):
         """
         self.check_whole()
         batch_size, num_inputs = inputs.shape[:2]
-        if self.counters is not None and self.batch_size != batch_size:
+        if not self.streams.is_empty and self.batch_size != batch_size:
             raise ValueError(
                 f"this StreamingCache has {self.batch_size} streams, but the batch has {batch_size} rows: call reset() "
                 "or create a new cache"
             )
-        if mask is None:
-            return None
-        if mask.ndim != 2 or mask.shape[0] != batch_size or mask.shape[1] < num_inputs:
-            raise ValueError(
-                f"attention_mask has shape {tuple(mask.shape)}: a StreamingCache requires a mask of shape "
-                f"(batch, tokens) for at least the {num_inputs} new tokens of {batch_size} rows"
-            )
-        if ((mask != 0) & (mask != 1)).any():
-            raise ValueError(
-                "attention_mask has values other than 0 (padding) and 1 (token): pass the mask of the tokenizer, not "
-                "one that is added to scores"
-            )
-        is_token = mask[:, -num_inputs:].bool()
-        if is_token.all():
+        is_token = None if mask is None else which_are_tokens(mask, batch_size, num_inputs)
+        if is_token is None:
             return None
         if self.memory is not None:
             raise ValueError("a StreamingCache with a memory does not support padding: use texts of the same length")
-        num_new_sinks = 0 if self.counters is not None else num_prepended_sinks(self.decoder.config)
-        is_text = is_token[:, num_new_sinks:]  # the model adds its sinks to the mask
-        if (is_text.any(-1) & ~is_text[:, -1]).any():  # a row may consist of padding only
-            raise ValueError(
-                "the batch is padded on the right: pad it on the left (padding_side='left' in the tokenizer)"
-            )
-        self.is_ragged = True
+        num_new_sinks = num_prepended_sinks(self.decoder.config) if self.streams.is_empty else 0
+        check_padding(is_token[:, num_new_sinks:])  # the model adds its sinks to the mask
+        self.streams.is_ragged = True
         return is_token
 
     @contextmanager
@@ -253,7 +231,7 @@ class StreamingCache(Cache):
         A pass over one token does no damage: the next token overwrites it. If it is the first one,
         the cache is empty again.
         """
-        was_empty = self.counters is None
+        was_empty = self.streams.is_empty
         try:
             yield
         except BaseException:
@@ -282,76 +260,30 @@ class StreamingCache(Cache):
         Args:
             is_token: ``(B, T)``, False for padding; None if there is no padding.
         """
-        batch_size, num_inputs = inputs.shape[:2]
-        if self.counters is None:
-            self.counters = StreamCounters.start(batch_size, inputs.device)
-            self.record = TextRecord.start(batch_size, self.shape.num_slots, inputs.device)
-        elif self.counters.base.device != inputs.device and self.record is not None:
-            self.counters, self.record = self.counters.to(inputs.device), self.record.to(inputs.device)
-        num_seen, base = self.counters.num_seen, self.counters.base
-        groups = [(self.streaming_layers, group.shape, group.encoding) for group in self.plan.groups]
-        steps: list[Step]
-        if num_inputs == 1:
-            steps = [DecodeStep(*group, num_seen, base, is_token) for group in groups]
-        else:
-            rows = slice(None) if self.is_ragged else slice(1)
-            steps = [ChunkStep(*group, num_seen[rows], base[rows], num_inputs, is_token) for group in groups]
-        self.step = Pass(steps, self.plan.group_of_layer)
+        self.step = self.streams.begin_pass(inputs, is_token)
         self.inputs = inputs, is_token
-        return self.step.position_ids.expand(batch_size, -1)
+        return self.step.position_ids.expand(inputs.shape[0], -1)
 
     def end_pass(self) -> None:
         """Add the tokens of the pass to the counters."""
         step, self.step = self.step, None
         assert step is not None
-        assert self.counters is not None
-        assert self.record is not None
         assert self.inputs is not None
-        self.record.add(*self.inputs, self.counters.num_columns)
-        self.counters.num_seen += step.num_new
-        self.counters.num_columns += step.num_inputs
+        self.streams.end_pass(step, *self.inputs)
         self.inputs = None
 
     def rebase_before(self, num_inputs: int) -> None:
-        """Count the next ``num_inputs`` inputs, after a `rebase` if one is due; update the memory.
+        """Count the next ``num_inputs`` inputs, after a rebase if one is due; update the memory.
 
         Eager passes call this automatically. For a compiled pass, call it before each token.
         """
-        if self.num_since_rebase + num_inputs > self.plan.window + 1:
-            try:
-                self.rebase()
-            except BaseException:  # some layers are rebased, some are not
-                self.is_damaged = True
-                raise
-        self.num_since_rebase += num_inputs
+        try:
+            self.streams.rebase_before(num_inputs)
+        except BaseException:  # some layers are rebased, some are not
+            self.is_damaged = True
+            raise
         if self.memory is not None:
-            self.memory.before_pass(self.counters, num_inputs)
-
-    @torch.no_grad()
-    def rebase(self) -> None:
-        """Move all phases back: the window starts at phase S, and float32 angles stay accurate.
-
-        This is done once per window, the largest one of all layers. A key is rotated back at most
-        once while it is in the cache, so rounding errors do not accumulate, not even in bfloat16.
-        """
-        self.num_since_rebase = 0
-        if self.counters is None:
-            return
-        base = (self.counters.num_seen - self.plan.num_slots).clamp(min=0)
-        self.turn_windows((self.counters.base - base)[:, None])
-        self.counters.base.copy_(base)
-
-    def turn_windows(self, steps: Tensor) -> None:
-        """Rotate the keys of all windows by ``steps`` ``(B, 1)`` positions."""
-        phases: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}  # of each encoding, on each device
-        for index, layer in enumerate(self.streaming_layers):
-            encoding = self.plan.group(index).encoding
-            if isinstance(encoding, Rotary) and layer.is_allocated and layer.has_positions:
-                like = layer.kept_keys
-                key = id(encoding), like.device
-                if key not in phases:
-                    phases[key] = encoding.phases(steps.to(like.device), like)
-                layer.turn_window(partial(encoding.turn, phases=phases[key]))
+            self.memory.before_pass(self.streams.counters, num_inputs)
 
     # -- The interface of transformers' caches ---------------------------------------------------
 
@@ -369,9 +301,9 @@ class StreamingCache(Cache):
 
         While a graph is traced, a cache that is not empty returns 1.
         """
-        if self.counters is None:
+        if self.streams.counters is None:
             return 0
-        return 1 if torch.compiler.is_compiling() else int(self.counters.num_columns)
+        return 1 if torch.compiler.is_compiling() else int(self.streams.counters.num_columns)
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: a stream has no maximum length."""
@@ -387,30 +319,29 @@ class StreamingCache(Cache):
 
     @property
     def is_initialized(self) -> bool:
-        return self.counters is not None
+        return not self.streams.is_empty
 
     @property
     def is_croppable(self) -> bool:
         """Whether no token has left the cache, so that `crop` is possible (assisted generation)."""
-        if self.counters is None:
+        if self.streams.is_empty:
             return True
         # On MPS, `generate` would remove a token after each step, also when the cache is full.
-        is_full = int(self.counters.num_seen.max()) > self.plan.num_slots_of_smallest
-        return not (is_full or self.is_ragged or self.decoder.device.type == "mps")
+        return not (self.streams.has_evicted or self.streams.is_ragged or self.decoder.device.type == "mps")
 
     @property
     def is_sliding(self) -> list[bool]:
-        return [False] * len(self.streaming_layers)
+        return [False] * len(self.streams.layers)
 
     @property
     def batch_size(self) -> int:
         """Number of streams, -1 if the cache is empty."""
-        return -1 if self.counters is None else self.counters.num_seen.shape[0]
+        return self.streams.batch_size
 
     @property
     def num_bytes(self) -> int:
         """Memory of keys and values in bytes, constant after the first forward pass."""
-        return sum(layer.num_bytes for layer in self.streaming_layers)
+        return sum(layer.num_bytes for layer in self.streams.layers)
 
     @property
     def num_host_bytes(self) -> int:
@@ -430,17 +361,15 @@ class StreamingCache(Cache):
         if rows is not None:
             self._reset_rows(rows)
             return
-        self.counters = self.record = self.step = None
-        self.is_ragged = self.is_damaged = False
-        self.num_since_rebase = 0
-        for layer in self.streaming_layers:
-            layer.free()
+        self.step = None
+        self.is_damaged = False
+        self.streams.clear()
 
     def _reset_rows(self, rows: Sequence[int] | Tensor) -> None:
         self.check_whole()
         if self.memory is not None:
             raise ValueError("rows of a StreamingCache with a memory cannot be reset on their own: reset all rows")
-        if self.counters is None or self.record is None:
+        if self.streams.is_empty:
             return
         sink_ids = getattr(self.decoder.config, "sink_token_ids", [])
         if len(sink_ids) > self.shape.num_kept:
@@ -448,13 +377,7 @@ class StreamingCache(Cache):
                 f"the model has {len(sink_ids)} sink tokens, of which the cache keeps {self.shape.num_kept}: reset all "
                 "rows, or use a cache with a larger num_kept"
             )
-        index = row_index(rows, self.batch_size, self.counters.base.device)
-        self.counters.num_seen[index] = len(sink_ids)
-        self.counters.base[index] = 0
-        self.record.restart_rows(index, sink_ids)
-        for layer in self.streaming_layers:
-            layer.restart_rows(index)
-        self.is_ragged = True
+        self.streams.restart_rows(rows, sink_ids)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens, as long as no token has left the cache.
@@ -469,43 +392,21 @@ class StreamingCache(Cache):
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): pass the number of tokens to remove as a negative number")
-        if self.counters is None or tokens_to_remove == 0:
+        if tokens_to_remove == 0:
             return
-        if self.is_ragged:
-            raise ValueError("cannot remove tokens from a batch that had padding: call reset() and read the text again")
-        if int(self.counters.num_seen.max()) > self.plan.num_slots_of_smallest:
-            raise ValueError(
-                f"cannot remove tokens: {int(self.counters.num_seen.max())} tokens were seen, and some have left the "
-                f"cache of {self.plan}. Assisted generation and prompt lookup remove "
-                "tokens: turn them off or use a larger window"
-            )
-        if -tokens_to_remove > int(self.counters.num_seen.min()):
-            raise ValueError(f"crop({tokens_to_remove}): only {int(self.counters.num_seen.min())} tokens were seen")
-        if self.memory is not None:
-            self.memory.crop(int(self.counters.num_seen[0]) + tokens_to_remove)
-        if self.record is not None and self.record.is_known:
-            self.record.remove(-tokens_to_remove, self.counters.num_columns)
-        for layer in self.streaming_layers:
-            if layer.is_allocated:
-                num_seen = self.counters.num_seen.to(layer.kept_keys.device)
-                layer.crop(num_seen, num_seen + tokens_to_remove)
-        self.counters.num_seen += tokens_to_remove
-        self.counters.num_columns += tokens_to_remove
+        self.streams.remove_last(-tokens_to_remove)
+        if self.memory is not None and self.streams.counters is not None:
+            self.memory.crop(int(self.streams.counters.num_seen[0]))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row i continue the stream of row ``beam_idx[i]`` (beam search)."""
-        if self.counters is not None:
-            self.counters.map_rows(beam_idx)
-            if self.record is not None:
-                self.record.map_rows(beam_idx)
-            for layer in self.streaming_layers:
-                layer.map_rows(beam_idx)
+        self.streams.map_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every stream ``repeats`` times."""
-        if self.counters is not None:
-            self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
+        if not self.streams.is_empty:
+            self.streams.map_rows(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only these streams."""
-        self.reorder_cache(indices)
+        self.streams.map_rows(indices)

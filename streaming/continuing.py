@@ -108,7 +108,7 @@ def wrap_methods(model_class: type) -> None:
 
 
 def is_streaming(cache: Any) -> bool:
-    return hasattr(cache, "record") and hasattr(cache, "steering")
+    return hasattr(cache, "streams") and hasattr(cache, "steering")
 
 
 def used_cache(named: dict) -> "StreamingCache | None":
@@ -155,7 +155,7 @@ def check_new_length(cache: "StreamingCache", num_new: int, mask_length: int) ->
 def check_text(cache: "StreamingCache", ids: Tensor, mask: Tensor | None) -> None:
     """Raise a ValueError if a text ``(B, T)`` does not begin with what the cache has read."""
     check_length(cache, ids.shape[1])
-    record, num_seen = cache.record, num_text_columns(cache)
+    record, num_seen = cache.streams.record, num_text_columns(cache)
     if record is None or not record.is_known or len(ids) != cache.batch_size:
         return  # another batch size is an error of the cache
     sinks = torch.tensor(getattr(cache.decoder.config, "sink_token_ids", []), dtype=torch.long, device=ids.device)

@@ -80,10 +80,10 @@ class StreamingDecoder:
                 ids are not int32 or int64 on the model's device, or a step of the model is not one
                 graph.
         """
-        if self.cache.counters is None:
+        if self.cache.streams.counters is None:
             raise ValueError("the cache is empty: call prefill() with a prompt of at least one token first")
         self.cache.check_whole()
-        num_seen = self.cache.counters.num_seen
+        num_seen = self.cache.streams.counters.num_seen
         _check_type(token_ids, None if self.is_dispatched else unwrapped(self.model).device)
         if token_ids.shape != (len(num_seen), 1):
             raise ValueError(

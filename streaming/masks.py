@@ -1,4 +1,4 @@
-"""The mask of a text, from the masks that models of text and images compute themselves."""
+"""The mask of a text: taken from those that models of text and images compute, and checked."""
 
 from typing import Any
 
@@ -49,3 +49,29 @@ def is_text(sees: Tensor, is_token: Tensor | None, *, is_full: bool) -> bool:
         allowed = allowed & is_token[:, None] | ~is_token[:, :, None]
         sees = sees | ~is_token[:, :, None]
     return bool((sees == allowed).all() if is_full else (allowed | ~sees).all())
+
+
+def which_are_tokens(mask: Tensor, batch_size: int, num_inputs: int) -> Tensor | None:
+    """Return which of the last T inputs of a mask are tokens ``(B, T)``, None if all are.
+
+    Raises:
+        ValueError: the mask has the wrong shape, or other values than 0 and 1.
+    """
+    if mask.ndim != 2 or mask.shape[0] != batch_size or mask.shape[1] < num_inputs:
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}: a StreamingCache requires a mask of shape "
+            f"(batch, tokens) for at least the {num_inputs} new tokens of {batch_size} rows"
+        )
+    if ((mask != 0) & (mask != 1)).any():
+        raise ValueError(
+            "attention_mask has values other than 0 (padding) and 1 (token): pass the mask of the tokenizer, not "
+            "one that is added to scores"
+        )
+    is_token = mask[:, -num_inputs:].bool()
+    return None if is_token.all() else is_token
+
+
+def check_padding(is_token: Tensor) -> None:
+    """Raise a ValueError if a row ``(B, T)`` has a token, and padding on the right."""
+    if (is_token.any(-1) & ~is_token[:, -1]).any():  # a row may consist of padding only
+        raise ValueError("the batch is padded on the right: pad it on the left (padding_side='left' in the tokenizer)")

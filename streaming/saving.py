@@ -16,9 +16,11 @@ from transformers import PreTrainedModel
 
 from ..files import atomic_file, named_errors
 from .advice import refuse_without_weights
+from .counters import StreamCounters
 from .memory import MemoryOptions
 from .record import TextRecord
 from .rule import StreamShape
+from .streams import Streams
 from .wrappers import decoder_of
 
 if TYPE_CHECKING:
@@ -40,7 +42,8 @@ def save_cache(cache: "StreamingCache", path: Path, notes: dict[str, Any] | None
     cache.check_whole()
     if cache.step is not None:
         raise ValueError("a StreamingCache cannot be saved during a forward pass: save it after the pass")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors_of(cache).items()}
+    streams = cache.streams
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors_of(streams).items()}
     state = json.dumps(
         {
             "version": 1 if cache.memory is None else VERSION,
@@ -49,9 +52,9 @@ def save_cache(cache: "StreamingCache", path: Path, notes: dict[str, Any] | None
             "chunk_size": cache.chunk_size,
             "kv_dtype": cache.kv_dtype,
             "memory": None if cache.memory is None else asdict(cache.memory.options),
-            "num_since_rebase": cache.num_since_rebase,
-            "is_ragged": cache.is_ragged,
-            "knows_text": cache.record is None or cache.record.is_known,
+            "num_since_rebase": streams.num_since_rebase,
+            "is_ragged": streams.is_ragged,
+            "knows_text": streams.record is None or streams.record.is_known,
             "dtype": str(cache.decoder.dtype),
             "config": relevant_config(cache.decoder),
             "weights": fingerprint(cache.decoder),
@@ -65,7 +68,7 @@ def save_cache(cache: "StreamingCache", path: Path, notes: dict[str, Any] | None
 
 def load_cache(path: Path, model: PreTrainedModel) -> tuple["StreamingCache", dict[str, Any]]:
     """Load a cache and its notes, see `StreamingCache.load`."""
-    from .cache import StreamCounters, StreamingCache
+    from .cache import StreamingCache
 
     refuse_without_weights(decoder_of(model))
     state, tensors = read_file(path)
@@ -73,7 +76,8 @@ def load_cache(path: Path, model: PreTrainedModel) -> tuple["StreamingCache", di
     shape = StreamShape(state["num_kept"], state["window"])
     memory = MemoryOptions(**state["memory"]) if state.get("memory") else None
     cache = StreamingCache(model, shape, state["chunk_size"], state["kv_dtype"], memory)
-    cache.num_since_rebase, cache.is_ragged = state["num_since_rebase"], state["is_ragged"]
+    streams = cache.streams
+    streams.num_since_rebase, streams.is_ragged = state["num_since_rebase"], state["is_ragged"]
     if not tensors:
         return cache, state["notes"]
     device = cache.decoder.device
@@ -83,9 +87,9 @@ def load_cache(path: Path, model: PreTrainedModel) -> tuple["StreamingCache", di
     for name, tensor in tensors.items():
         group, _, part = name.rpartition(".")
         groups.setdefault(group, {})[part] = tensor
-    cache.counters = StreamCounters(**groups["counters"]).copy()
-    cache.record = TextRecord(**groups["record"], is_known=state["knows_text"]).copy()
-    for index, layer in enumerate(cache.streaming_layers):
+    streams.counters = StreamCounters(**groups["counters"]).copy()
+    streams.record = TextRecord(**groups["record"], is_known=state["knows_text"]).copy()
+    for index, layer in enumerate(streams.layers):
         layer.set_buffers(groups[f"layers.{index}"])
         if layer.memory is not None:
             layer.memory.set_buffers(groups[f"memories.{index}"])
@@ -93,13 +97,13 @@ def load_cache(path: Path, model: PreTrainedModel) -> tuple["StreamingCache", di
     return cache, state["notes"]
 
 
-def tensors_of(cache: "StreamingCache") -> dict[str, Tensor]:
+def tensors_of(streams: Streams) -> dict[str, Tensor]:
     """Return all tensors of a cache by name, none if it is empty."""
-    if cache.counters is None or cache.record is None:
+    if streams.counters is None or streams.record is None:
         return {}
-    named = {f"counters.{name}": tensor for name, tensor in vars(cache.counters).items()}
-    named |= {"record.digest": cache.record.digest, "record.first_ids": cache.record.first_ids}
-    for index, layer in enumerate(cache.streaming_layers):
+    named = {f"counters.{name}": tensor for name, tensor in vars(streams.counters).items()}
+    named |= {"record.digest": streams.record.digest, "record.first_ids": streams.record.first_ids}
+    for index, layer in enumerate(streams.layers):
         named |= {f"layers.{index}.{name}": buffer for name, buffer in layer.buffers.items()}
         if layer.memory is not None:
             named |= {f"memories.{index}.{name}": buffer for name, buffer in layer.memory.buffers.items()}

@@ -102,7 +102,7 @@ def test_rows_to_reset_that_are_not_row_numbers_are_an_error(rows):
         cache.reset(rows)
     for right in ([], (1,), range(1, 2), torch.tensor([1]), torch.tensor([1]).numpy()):
         cache.reset(right)
-        assert cache.counters.num_seen.tolist() == [3, 0 if len(right) else 3]
+        assert cache.streams.counters.num_seen.tolist() == [3, 0 if len(right) else 3]
 
 
 def test_resetting_rows_starts_new_streams_in_them(model):
@@ -426,12 +426,13 @@ def interrupt(*args, **kwargs):
 def test_memory_is_allocated_once_and_written_in_place(model):
     cache = for_model(model)
     run(model, tiny.random_ids(3), cache)
-    layer = cache.streaming_layers[0]
-    addresses = [buffer.data_ptr() for buffer in (layer.keys, layer.values, layer.kept_keys, cache.counters.num_seen)]
+    layer, counters = cache.streams.layers[0], cache.streams.counters
+    addresses = [buffer.data_ptr() for buffer in (layer.keys, layer.values, layer.kept_keys, counters.num_seen)]
     for num_tokens in (1, 40, 1, 1, 7):
         run(model, tiny.random_ids(num_tokens), cache)
     assert layer.keys.shape == (1, 4, 9, 12)
-    assert addresses == [b.data_ptr() for b in (layer.keys, layer.values, layer.kept_keys, cache.counters.num_seen)]
+    assert counters is cache.streams.counters
+    assert addresses == [b.data_ptr() for b in (layer.keys, layer.values, layer.kept_keys, counters.num_seen)]
 
 
 def test_inference_mode_and_gradients_may_alternate(model):
@@ -452,7 +453,7 @@ def test_buffers_made_in_inference_mode_can_be_used_outside_of_it(model, change)
             cache.batch_repeat_interleave(2)
         else:
             cache = copy.deepcopy(cache)
-    assert not any(buffer.is_inference() for buffer in vars(cache.counters).values())
+    assert not any(buffer.is_inference() for buffer in vars(cache.streams.counters).values())
     model(ids[:, :1].expand(cache.batch_size, -1), past_key_values=cache)
 
 

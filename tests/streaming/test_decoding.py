@@ -157,9 +157,9 @@ def test_inputs_and_buffers_are_checked_before_the_graph_runs():
         with pytest.raises(ValueError, match=r"one token of each stream, \(2, 1\)"):
             decoder(wrong)
     cache.batch_select_indices(torch.tensor([1]))
-    assert decoder.compiled_for is not cache.counters.num_seen
+    assert decoder.compiled_for is not cache.streams.counters.num_seen
     logits = decoder(ids[1:, 6:7])
-    assert decoder.compiled_for is cache.counters.num_seen
+    assert decoder.compiled_for is cache.streams.counters.num_seen
     torch.testing.assert_close(logits[0, 0], oracle.stream_logits(model, ids[1, :7], 2, 9)[-1], rtol=0, atol=5e-5)
     cache.is_damaged = True
     with pytest.raises(ValueError, match="failed midway"):
@@ -191,7 +191,7 @@ def test_a_model_that_the_user_compiled_moves_phases_back_too():
     logits = [compiled(piece, past_key_values=cache).logits for piece in ids.split([12] + [1] * 18, dim=1)]
     expected = oracle.stream_logits(model, ids[0], 2, 6)
     torch.testing.assert_close(torch.cat(logits, dim=1)[0], expected, rtol=0, atol=5e-5)
-    assert cache.counters.base.item() >= 30 - 2 * cache.shape.num_slots > 0
+    assert cache.streams.counters.base.item() >= 30 - 2 * cache.shape.num_slots > 0
     assert cache.steering is own.steering
     whole = torch.compile(model, backend="eager", fullgraph=True)  # calls without the cache are still one graph
     torch.testing.assert_close(whole(ids, use_cache=False).logits, model(ids).logits)
@@ -253,7 +253,7 @@ def test_a_captured_step_makes_no_copy_of_the_buffers(kv_dtype):
     cache = StreamingCache.for_model(model, num_kept=4, window=2**21, kv_dtype=kv_dtype)
     decoder, ids = StreamingDecoder(model, cache), ids.cuda()
     decoder.prefill(ids[:, :9])
-    layers = cache.streaming_layers
+    layers = cache.streams.layers
     buffers = [buffer for layer in layers for buffer in layer.buffers.values()]
     places = [buffer.data_ptr() for buffer in buffers]
     torch.cuda.reset_peak_memory_stats()

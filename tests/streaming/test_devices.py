@@ -76,9 +76,9 @@ def test_the_buffers_of_a_layer_are_on_its_device(family, kv_dtype):
     cache = for_model(model, kv_dtype)
     assert run(model, cache, tiny.random_ids(40)).is_meta
     cache.reorder_cache(torch.zeros(1, dtype=torch.long))
-    cache.rebase()
+    cache.streams.rebase()
     for twin in (cache, copy.deepcopy(cache)):
-        devices = [{buffer.device.type for buffer in layer.buffers.values()} for layer in twin.streaming_layers]
+        devices = [{buffer.device.type for buffer in layer.buffers.values()} for layer in twin.streams.layers]
         assert devices == [{"cpu"}, {"meta"}]
     assert not Generator(model, cache).is_compiled
 

@@ -364,7 +364,7 @@ def test_only_host_memory_grows():
     on_device, on_host = cache.num_bytes, cache.num_host_bytes
     read(model, cache, tiny.random_ids(900), [900])
     assert cache.num_bytes == on_device
-    used = sum(buffer.nbytes for layer in cache.streaming_layers for buffer in layer.memory.blocks.buffers.values())
+    used = sum(buffer.nbytes for layer in cache.streams.layers for buffer in layer.memory.blocks.buffers.values())
     num_states = (1000 - NUM_KEPT) // OPTIONS.block_size * (2 * OPTIONS.block_size + OPTIONS.num_representatives)
     assert used == num_states * 2 * 2 * 12 * 8  # layers, heads, dimensions and bytes
     assert on_host < cache.num_host_bytes <= 2 * used
@@ -374,7 +374,7 @@ def test_a_cache_without_memory_has_none():
     cache = new_cache(llama(), None)
     assert cache.memory is None
     assert cache.num_host_bytes == 0
-    assert all(layer.memory is None for layer in cache.streaming_layers)
+    assert all(layer.memory is None for layer in cache.streams.layers)
 
 
 # -- Errors ------------------------------------------------------------------------------------
@@ -415,11 +415,11 @@ def test_layers_whose_windows_cover_the_blocks_have_a_memory():
     for block_size, has_memory in ((3, True), (4, False)):
         options = MemoryOptions(block_size=block_size, interval=2, representative_size=block_size)
         if has_memory:
-            assert all(layer.memory is not None for layer in new_cache(model, options).streaming_layers)
+            assert all(layer.memory is not None for layer in new_cache(model, options).streams.layers)
         else:
             with pytest.raises(ValueError, match="no layer sees as far as 14 tokens"):
                 new_cache(model, options)
-    layers = new_cache(random_model(small_families.config("gemma2"))).streaming_layers
+    layers = new_cache(random_model(small_families.config("gemma2"))).streams.layers
     assert [layer.memory is not None for layer in layers] == [False, True]
 
 

@@ -72,7 +72,7 @@ def test_kept_keys_and_values_are_never_quantized(model, kv_dtype):
     plain, quantized = for_model(model, None), for_model(model, kv_dtype)
     for cache in (plain, quantized):
         run(model, cache, ids[:, :7], *ids[:, 7:12].split(1, dim=1), ids[:, 12:])
-    expected, found = plain.streaming_layers[0], quantized.streaming_layers[0]  # deeper layers see quantized keys
+    expected, found = plain.streams.layers[0], quantized.streams.layers[0]  # deeper layers see quantized keys
     torch.testing.assert_close(found.kept_keys[:, :, :3], expected.kept_keys[:, :, :3], rtol=0, atol=1e-6)
     torch.testing.assert_close(found.first_values, expected.first_values, rtol=0, atol=1e-6)
 
@@ -175,8 +175,8 @@ def test_each_slot_holds_its_token_and_the_recent_ones_exactly(window, lengths):
     for kv_dtype in (None, "int8"):
         cache = for_model(model, kv_dtype, window=window)
         run(model, cache, *ids.split(lengths, dim=1))
-        num_seen = cache.counters.num_seen
-        buffers[kv_dtype] = cache.streaming_layers[0].read(SimpleNamespace(recent=RecentTokens(cache.shape, num_seen)))
+        num_seen = cache.streams.counters.num_seen
+        buffers[kv_dtype] = cache.streams.layers[0].read(SimpleNamespace(recent=RecentTokens(cache.shape, num_seen)))
     tokens = cache.shape.tokens_in_slots(num_seen)[0]
     seen = len(ids[0])
     for expected, found in zip(buffers[None], buffers["int8"], strict=True):
