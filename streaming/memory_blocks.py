@@ -17,8 +17,8 @@ class PageLocked:
     memory is released after the device has finished its work.
     """
 
-    def __init__(self, states: Tensor):
-        self.states = states
+    def __init__(self, states: Tensor, device: torch.device):
+        self.states, self.device = states, device
         self.__cuda_array_interface__: dict[str, Any] = {
             "shape": (states.nbytes,),
             "typestr": "|u1",
@@ -28,7 +28,7 @@ class PageLocked:
 
     def __del__(self) -> None:
         if not sys.is_finalizing() and not torch.cuda.is_current_stream_capturing():
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
 
 
 def readable_from(device: torch.device, states: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def readable_from(device: torch.device, states: Tensor) -> Tensor:
     If the memory was allocated for another device, return the states themselves.
     """
     with torch.inference_mode(False), torch.cuda.device(device):
-        seen = torch.as_tensor(PageLocked(states), device=device)
+        seen = torch.as_tensor(PageLocked(states, device), device=device)
         is_copy = seen.data_ptr() != states.data_ptr()
         return states if is_copy else seen.view(states.dtype).view(states.shape)
 
