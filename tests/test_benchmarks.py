@@ -124,11 +124,11 @@ def test_an_oracle_chooses_the_blocks_with_the_key(monkeypatch):
     from sinklm.streaming.rule import StreamShape
 
     memory = LayerMemory(MemoryOptions(block_size=8), StreamShape(4, 40), encoding=None)
-    weights = oracle_weights([(30, 40), (4, 11)])(memory, torch.zeros(2, 3, 5, 9))
-    assert weights.expand(2, 3, 5, 9).topk(5).indices[:, 0, 0].sort().values.tolist() == [
-        [2, 3, 4, 5, 8],
-        [0, 1, 6, 7, 8],
-    ]
+    expected = [[2, 3, 4, 5, 8], [0, 1, 6, 7, 8]]
+    for num_layers in (1, 3):
+        shape = 2 * num_layers, 3, 5, 9
+        weights = oracle_weights([(30, 40), (4, 11)])(memory, torch.zeros(shape)).expand(shape)
+        assert weights.topk(5).indices[:, 0, 0].sort().values.tolist() == num_layers * expected
 
 
 def test_the_page_of_the_memory_has_the_numbers_of_its_json():
@@ -155,3 +155,22 @@ def test_the_page_of_the_memory_has_the_numbers_of_its_json():
     assert f"1,024 | {slow['prefill tokens/s']:.0f} | {slower['prefill tokens/s']:.0f} |" in page
     assert f"{slow['bytes on device'] / 1e6:.1f} MB | {slower['bytes on device'] / 1e6:.1f} MB |" in page
     assert f"| host memory | | {slower['bytes on host'] / 1e6:.0f} MB |" in page
+
+
+def test_the_kernels_are_compared_with_exact_gradients(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(train.__file__).parent))
+    from benchmarks import kernel_peers
+
+    torch.manual_seed(0)
+    monkeypatch.setattr(kernel_peers, "ERROR_ROWS", 3)
+    monkeypatch.setattr(kernel_peers, "DEVICE", torch.device("cpu"))
+    states, weight = torch.randn(8, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
+    targets = torch.randint(6, (8,))
+    expected = torch.autograd.grad(kernel_peers.plain_loss(states, weight, targets), (states, weight))
+    torch.testing.assert_close(kernel_peers.exact_gradients(states.detach(), weight.detach(), targets), expected)
+    heads, angles = torch.randn(2, 5, 3, 24, requires_grad=True), torch.rand(5, 2).repeat(1, 2)
+    grads = torch.randn(3, 2, 5, 3, 8).unbind()
+    query, key, grad_heads, sums = kernel_peers.rotary_of_torch(heads, angles.cos(), angles.sin(), *grads)
+    (found,) = torch.autograd.grad((query, key, heads[..., 16:]), heads, grads)
+    torch.testing.assert_close(grad_heads, found)
+    torch.testing.assert_close(sums, found.sum((0, 1)))
