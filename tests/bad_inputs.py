@@ -432,6 +432,11 @@ OPTIONS = [
     Case(
         "a mistyped tokenizer", "prepare text.txt -o s --tokenizer model/tokeniser.json", r".*did you mean model/tok.*"
     ),
+    Case(
+        "a tokenizer that does not exist",
+        "prepare text.txt -o s --tokenizer ./no/where",
+        r"tokenizer \./no/where: no such folder; check the path",
+    ),
     Case("a mistyped run", "runs modle", r"modle: no such folder; did you mean model\?"),
     Case("a mistyped result", "eval compare modle model", r"modle: no such file or folder; did you mean model\?"),
     Case(
