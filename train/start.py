@@ -27,7 +27,7 @@ def check_start(plan: Plan, tokenizer_path: Path | None) -> list[str]:
     source = check_source(name, plan.model_config)
     lines = [source.describe(plan.model_config)]
     if plan.config.train.only_sinks and source.num_sinks:
-        lines.append("train.only_sinks trains its sink further: for a new one, start from a model without a sink")
+        lines.append("train.only_sinks begins with its sink: for a new one, start from a model without a sink")
     if change := describe_change(name, plan.model_config):
         lines.append(change)
     return lines

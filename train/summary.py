@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 PYTHIA_TOKENIZER_SIZE = 50277
 WORLD_SIZES = (1, 8, 64)
-UNBROKEN = 10_000  # columns of a file or pipe, in which paths are not broken
 
 
 def describe_run(plan: Plan, store: TokenSource, windows: Windows, resume: "Resume | None") -> list[str]:
@@ -167,7 +166,7 @@ def dry_run(config: TrainingConfig) -> None:
 
     console = Console(highlight=False)
     console.print(Syntax(config_yaml(config), "yaml", background_color="default"))
-    (console if console.is_terminal else Console(highlight=False, width=UNBROKEN)).print(table)
+    console.print(table)
     console.print(_memory_table(plan))
     note = "Memory is an estimate. It excludes DeepSpeed's communication buffers and the allocator's fragmentation."
     is_float8 = config.train.precision == "fp8"

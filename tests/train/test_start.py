@@ -135,7 +135,7 @@ def test_training_the_sinks_of_a_model_alone_is_said(whole_run, dry_run):
     said = dry_run(whole_run, *frozen)
     assert "AdamW for 32 parameters: the row of the sink token " in said
     assert f"all weights of {whole_run}/checkpoints/step-8/model, with the row of its sink token " in said
-    assert "train.only_sinks trains its sink further: for a new one, start from a model without a sink" in said
+    assert "train.only_sinks begins with its sink: for a new one, start from a model without a sink" in said
 
 
 def test_without_data_the_tokenizer_is_that_of_the_model(pythia, whole_run, dry_run):
