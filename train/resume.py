@@ -186,6 +186,14 @@ def find_resume(plan: Plan, fingerprint: str, world: World, *, is_trusted: bool 
         return Resume(path, state, changes, _mismatches(state, plan), is_trusted)
 
 
+def check_run_dir(run_dir: Path) -> None:
+    """Raise a ValueError for the folder of a model: it would be read in place of the run's."""
+    if (run_dir / "config.json").exists():
+        raise ValueError(
+            f"train.run_dir={run_dir} is the folder of a model (it has a config.json): set another train.run_dir"
+        )
+
+
 def preview_resume(config: TrainingConfig, fingerprint: str | None) -> tuple[Path, list[str]] | None:
     """Return the checkpoint from which a run would resume and the changed settings, or None.
 
@@ -198,6 +206,7 @@ def preview_resume(config: TrainingConfig, fingerprint: str | None) -> tuple[Pat
         ValueError, FileNotFoundError: as `find_resume`.
     """
     run_dir = Path(config.train.run_dir or "")
+    check_run_dir(run_dir)
     named = _named_checkpoint(config.checkpoint.resume, run_dir)
     candidates = [named] if named else list(list_checkpoints(run_dir).values())[::-1]
     for path in candidates:

@@ -39,7 +39,7 @@ from .plan import Plan
 from .progress import RunProgress
 from .ranks import own_rank
 from .recipe import config_yaml, load_config
-from .resume import Resume, find_resume
+from .resume import Resume, check_run_dir, find_resume
 from .start import check_start
 from .stopping import exit_status
 from .summary import describe_run, dry_run
@@ -165,6 +165,7 @@ def _set_up(config: TrainingConfig, world: World, held: ExitStack, trust_checkpo
         windows, validation_windows = open_windows(store, plan)
     with world.all_or_none():
         if world.is_main:
+            check_run_dir(run_dir)
             held.enter_context(locked_run(run_dir))
     check_shared(run_dir, world)
     world.mark("verifying the newest checkpoint")

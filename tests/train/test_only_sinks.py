@@ -108,7 +108,7 @@ def test_the_cost_is_that_of_the_rows(recipe, plan):
         *(
             (
                 f"model.sink.kind={kind}",
-                rf"requires model\.sink\.kind=token, whose rows are trained \({kind} has none\)",
+                rf"requires model\.sink\.kind=token, whose rows are trained \(sink\.kind {kind} has no rows\)",
             )
             for kind in ("none", "zero", "logit", "kv_bias", "gate", "head_gate")
         ),

@@ -172,3 +172,14 @@ def test_a_dry_run_says_what_a_run_in_its_folder_goes_on_from(whole_run, dry_run
     assert "changed: optimizer.lr: 0.01 → 0.5" in said
     with pytest.raises(ValueError, match=r"^model\.num_hidden_layers is 3, but .*step-8 was trained with 2: restore"):
         dry_run(copy, *sizes, "model.num_hidden_layers=3")
+
+
+def test_a_run_is_not_written_into_the_folder_of_a_model(recipe, copy, dry_run):
+    """Commands read a model in such a folder, and would not find that of the run."""
+    before = sorted(copy.iterdir())
+    message = rf"train\.run_dir={copy} is the folder of a model \(it has a config\.json\): set another train\.run_dir"
+    with pytest.raises(ValueError, match=message):
+        dry_run(copy, f"train.run_dir={copy}")
+    with pytest.raises(ValueError, match=message):
+        train(recipe, [*MODEL, f"model.init_from={copy}", f"train.run_dir={copy}"])
+    assert sorted(copy.iterdir()) == before
