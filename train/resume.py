@@ -269,7 +269,7 @@ def _compare(path: Path, state: CheckpointState, config: TrainingConfig, fingerp
         raise ValueError(
             f"data.path {config.data.path} contains different data than {path} was trained on (fingerprint "
             f"{fingerprint[:12]} instead of {state.data_fingerprint[:12]}): set data.path to the original store, or "
-            "start a new run with another train.run_dir"
+            f"{_new_run(path, config)}"
         )
     then, now, now_saved = _saved_settings(path), flatten(config.model_dump()), flatten(saved_values(config))
     digests = state.interpolated or {}
@@ -289,20 +289,27 @@ def _compare(path: Path, state: CheckpointState, config: TrainingConfig, fingerp
             unread = " (not read: set another train.run_dir to start from it)" if key == INIT_KEY else ""
             changes.append(f"{key}: {before} → {now_saved.get(key)}{unread}")
     if fixed:
-        raise _other_run(path, {key: values for key, values in fixed.items() if key not in unchanged} or fixed)
+        raise _other_run(path, config, {key: values for key, values in fixed.items() if key not in unchanged} or fixed)
     return changes
 
 
-def _other_run(path: Path, fixed: dict[str, tuple[Any, Any]]) -> ValueError:
+def _other_run(path: Path, config: TrainingConfig, fixed: dict[str, tuple[Any, Any]]) -> ValueError:
     """Return an error that names the settings that must not change, as (now, before) by key."""
     (key, (now, before)), *others = fixed.items()
     more = "".join(f"; {other} is {value!r}, but was {old!r}" for other, (value, old) in others)
-    weights = f" and {INIT_KEY}={path} to begin with its weights" if "optimizer.name" in fixed else ""
-    which = "these values" if len(fixed) > 1 else "that value"
+    which = "these values" if others else "that value"
     return ValueError(
-        f"{key} is {now!r}, but {path} was trained with {before!r}{more}: restore {which}, or start a new run with "
-        f"another train.run_dir{weights}"
+        f"{key} is {now!r}, but {path} was trained with {before!r}{more}: restore {which}, or "
+        f"{_new_run(path, config, with_weights='optimizer.name' in fixed)}"
     )
+
+
+def _new_run(path: Path, config: TrainingConfig, *, with_weights: bool = False) -> str:
+    """Return how to start a new run in place of resuming from a checkpoint."""
+    weights = f"{INIT_KEY}={path} to begin with its weights"
+    if config.checkpoint.resume != "auto":  # of another run
+        return f"set checkpoint.resume=auto and {weights}"
+    return "start a new run with another train.run_dir" + f" and {weights}" * with_weights
 
 
 def interpolated_settings(config: TrainingConfig) -> dict[str, str]:

@@ -24,7 +24,7 @@ from .engine import check_precision
 from .memory import GIB, count_muon_parameters, estimate_memory
 from .plan import Plan
 from .progress import human
-from .recipe import config_yaml
+from .recipe import config_yaml, saved_values
 from .resume import preview_resume
 from .start import check_start
 
@@ -217,9 +217,12 @@ def _facts(
     )
     if start:
         facts["start"] = "\n".join(start)
-    facts["run"] = train.run_dir or ""
+    saved = saved_values(plan.config)
+    facts["run"] = saved["train"]["run_dir"]
     if resumed is not None:
-        facts["run"] = "\n".join([f"resumes from {resumed[0]}", *(f"changed: {change}" for change in resumed[1])])
+        path, changes = resumed
+        whose = "" if plan.config.checkpoint.resume == "auto" else f" of {saved['checkpoint']['resume']}"
+        facts["run"] += "\n".join([f", resumes from {path.name}{whose}", *(f"changed: {change}" for change in changes)])
     if store is None:
         is_from_start = plan.tokenizer_size != PYTHIA_TOKENIZER_SIZE
         whose = "the tokenizer of model.init_from," if is_from_start else "Pythia's tokenizer of"

@@ -232,6 +232,15 @@ def test_all_settings_of_another_run_are_named(recipe, stopped_run):
         train(recipe, [f"train.run_dir={stopped_run}", *other])
 
 
+def test_a_named_checkpoint_of_another_run_can_be_begun_from(recipe, whole_run, tmp_path):
+    path = whole_run / "checkpoints" / "step-8"
+    remedy = (
+        rf"restore that value, or set checkpoint\.resume=auto and model\.init_from={path} to begin with its weights$"
+    )
+    with pytest.raises(ValueError, match=rf"^train\.seed is 8, but {path} was trained with 7: {remedy}"):
+        train(recipe, [f"train.run_dir={tmp_path}", f"checkpoint.resume={whole_run}", "train.seed=8"])
+
+
 def test_a_finished_run_is_not_trained_again(recipe, whole_run, tmp_path, capsys):
     copy_checkpoint(whole_run, 8, tmp_path)
     train(recipe, [f"train.run_dir={tmp_path}", "model.init_from=/nowhere", "optimizer.lr=0.5"])

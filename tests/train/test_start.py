@@ -166,10 +166,11 @@ def test_a_dry_run_says_what_a_run_in_its_folder_goes_on_from(whole_run, dry_run
     ]
     shutil.rmtree(copy)  # not read any more
     said = dry_run(copy, *sizes, "optimizer.lr=0.5")
-    assert (
-        f"run resumes from {whole_run}/checkpoints/step-8 changed: model.init_from: None → {copy} (not read: " in said
-    )
+    assert f"run {whole_run}, resumes from step-8 changed: model.init_from: None → {copy} (not read: " in said
     assert "changed: optimizer.lr: 0.01 → 0.5" in said
+    other = ["train.run_dir=${oc.env:HOME}/none", f"checkpoint.resume={whole_run}"]
+    said = dry_run(copy, *sizes, *other)
+    assert f"run ${{oc.env:HOME}}/none, resumes from step-8 of {whole_run} changed:" in said
     with pytest.raises(ValueError, match=r"^model\.num_hidden_layers is 3, but .*step-8 was trained with 2: restore"):
         dry_run(copy, *sizes, "model.num_hidden_layers=3")
 
@@ -183,3 +184,10 @@ def test_a_run_is_not_written_into_the_folder_of_a_model(recipe, copy, dry_run):
     with pytest.raises(ValueError, match=message):
         train(recipe, [*MODEL, f"model.init_from={copy}", f"train.run_dir={copy}"])
     assert sorted(copy.iterdir()) == before
+
+
+def test_the_path_of_a_model_from_an_interpolation_is_not_printed(pythia, dry_run, monkeypatch):
+    monkeypatch.setenv("MY_MODEL", str(pythia))
+    said = dry_run("${oc.env:MY_MODEL}")
+    assert "start all weights of ${oc.env:MY_MODEL}, with a new sink token" in said
+    assert str(pythia) not in said
