@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
@@ -182,21 +183,53 @@ def _dtypes(folder: Path) -> dict[str, str]:
     Raises:
         ValueError: a file is damaged or missing.
     """
+    return {name: dtype for path in weight_files(folder) for name, dtype in _header(path).items()}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files with the weights of a model; none if it has no such files.
+
+    Raises:
+        ValueError: their index is damaged, or a file that it lists is missing.
+    """
     if (folder / WEIGHTS).is_file():
-        return _header(folder / WEIGHTS)
+        return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
-        return {}
+        return []
     shards = read_json_object(folder / INDEX).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise ValueError(f"{folder / INDEX} has no weight_map from tensors to files: copy it again from the model")
-    dtypes: dict[str, str] = {}
-    for name in sorted(set(shards.values())):
+    names = sorted(set(shards.values()))
+    for name in names:
         if Path(name).name != name:
             raise ValueError(f"{folder / INDEX} names the file {name!r} outside of its folder: copy it again")
         if not (folder / name).is_file():
             raise ValueError(f"{folder} has no {name}, which {INDEX} lists: copy the missing file")
-        dtypes |= _header(folder / name)
-    return dtypes
+    return [folder / name for name in names]
+
+
+def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the weights of a model by name, from the headers of its files.
+
+    Raises:
+        FileNotFoundError: it has no safetensors.
+        ValueError: a file is damaged, or shorter or longer than its header says.
+    """
+    files = weight_files(folder)
+    if not files:
+        raise FileNotFoundError(f"{folder} has no file named {WEIGHTS}")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise damaged_weights(folder, error) from error
+    return shapes
+
+
+def damaged_weights(folder: str | Path, error: Exception) -> ValueError:
+    return ValueError(f"the weights in {folder} are damaged ({error}): copy them again or use another checkpoint")
 
 
 def _header(path: Path) -> dict[str, str]:
@@ -228,9 +261,26 @@ def check_loaded(model: PreTrainedModel, info: dict[str, Any], folder: str) -> N
         info: the loading info of `from_pretrained`.
 
     Raises:
-        ValueError: a parameter is not in the weights or has another shape, so transformers has
-            drawn it at random; the weights have a layer that the model does not have; or a
-            parameter is NaN or infinite.
+        ValueError: as `check_names`, or a parameter is NaN or infinite.
+    """
+    check_names(model.config, info, folder)
+    if (name := first_nonfinite(model)) is not None:
+        raise ValueError(
+            f"the weights in {folder} are not finite ({name} has NaN or infinite values): the checkpoint is damaged "
+            "or its training diverged; use another"
+        )
+
+
+def check_names(config: PreTrainedConfig, info: dict[str, Any], folder: str) -> None:
+    """Check that the names and shapes of weights are those of a model.
+
+    Args:
+        info: ``missing_keys``, ``mismatched_keys`` and ``unexpected_keys``, as in the loading info
+            of `from_pretrained`.
+
+    Raises:
+        ValueError: a parameter is not in the weights or has another shape, so transformers would
+            draw it at random; or the weights have a layer that the model does not have.
     """
     if info["missing_keys"]:
         raise ValueError(
@@ -242,20 +292,15 @@ def check_loaded(model: PreTrainedModel, info: dict[str, Any], folder: str) -> N
             f"the weights in {folder} have {key} of shape {tuple(in_file)}, but the model of its config.json needs "
             f"{tuple(in_model)}: use the weights and the config.json of the same model"
         )
-    num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", math.inf)
+    num_layers = getattr(config.get_text_config(), "num_hidden_layers", math.inf)
     for key in sorted(info["unexpected_keys"]):
         layer = re.search(r"\.(\d+)\.", key)
-        is_ours = model.config.model_type in ("gpt_neox", "sink_gpt_neox") and not re.search(SAVED_BUFFERS, key)
+        is_ours = config.model_type in ("gpt_neox", "sink_gpt_neox") and not re.search(SAVED_BUFFERS, key)
         if is_ours or (layer and int(layer[1]) >= num_layers):
             raise ValueError(
                 f"the weights in {folder} contain {key}, which the model of its config.json does not have: use the "
                 "weights and the config.json of the same model"
             )
-    if (name := first_nonfinite(model)) is not None:
-        raise ValueError(
-            f"the weights in {folder} are not finite ({name} has NaN or infinite values): the checkpoint is damaged "
-            "or its training diverged; use another"
-        )
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from .. import models  # noqa: F401  (registers the type of our models with tran
 from ..chat_templates import begins_with_sinks
 from ..rust import is_panic
 from ..text import one_line
-from .checks import check_loaded, check_tokenizer, checked_config, foreign_code
+from .checks import check_loaded, check_tokenizer, checked_config, damaged_weights, foreign_code
 from .checksums import verify_model_folder
 from .folders import resolve_model_folder
 
@@ -84,9 +84,7 @@ def from_pretrained(loader: Any, folder: str, **options: Any) -> tuple[Any, dict
                 use_safetensors=True,
             )
     except SafetensorError as error:
-        raise ValueError(
-            f"the weights in {folder} are damaged ({error}): copy them again or use another checkpoint"
-        ) from error
+        raise damaged_weights(folder, error) from error
     except (OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers raises anything for files that do not fit together

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 from transformers import GPTNeoXConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
+from ..hub import UnreachableError
 from ..models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM
 from ..models.arms import ARM_PARAMETERS
 from ..models.config import describe_windows, sink_config, trained_windows
 from ..text import one_line
-from .checks import check_loaded, checked_config, read_tokenizer
+from .checks import check_loaded, check_names, checked_config, read_tokenizer, weight_shapes
 from .checksums import verify_model_folder
 from .folders import resolve_model_folder
 from .loading import from_pretrained
@@ -29,6 +31,52 @@ SIZES = (
     "max_position_embeddings",
 )
 WITHOUT_KEY = ("hidden_act", "layer_norm_eps", "attention_bias", "tie_word_embeddings")
+HEADS = r"^(embed_out|lm_head)\."  # the head in files, and in memory with newer versions of transformers
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model whose configuration and weights fit a run (`check_source`).
+
+    Attributes:
+        folder: its transformers folder, or its name on the Hub.
+        config: its configuration.
+        num_sinks: number of sink tokens that it was trained with.
+    """
+
+    folder: str
+    config: PreTrainedConfig
+    num_sinks: int
+
+    def describe(self, config: SinkGPTNeoXConfig) -> str:
+        """Return in words what a run of ``config`` takes from the model, and what it does not."""
+        kind = config.sink_kind
+        if kind == "token":
+            rows = f", with {self.describe_rows(config)}"
+        elif self.num_sinks:
+            rows = f", without {_sinks(self.num_sinks, 'its')}"
+        else:
+            rows = ""
+        has_new = kind not in ("none", "token", "zero") and sink_config(self.config).sink_kind != kind
+        new = f"; the parameters of sink.kind {kind} are new" * has_new
+        return f"all weights of {self.folder}{rows}{new}"
+
+    def describe_rows(self, config: SinkGPTNeoXConfig) -> str:
+        """Return in words where the rows of the sink tokens of ``config`` start."""
+        num_known = min(self.num_sinks, config.num_sinks)
+        num_new = config.num_sinks - num_known
+        left_out = f" ({num_known} of {self.num_sinks})" * (self.num_sinks > num_known)
+        known = f"the row{'s' * (num_known > 1)} of {_sinks(num_known, 'its')}{left_out}"
+        if not num_new:
+            return known
+        others = ", the others at random" * (num_new > 1)
+        new = f"{_sinks(num_new, 'a new' if num_new == 1 else f'{num_new} new')}"
+        begin = f"{'the first' if others else 'which'} starts at the mean of the embedding{others}"
+        return f"{known} and {new}, {begin}" if num_known else f"{new}, {begin}"
+
+
+def _sinks(number: int, which: str) -> str:
+    return f"{which} sink token{'s' * (number > 1)}"
 
 
 def architecture(config: GPTNeoXConfig) -> dict[str, Any]:
@@ -81,7 +129,7 @@ def describe_change(name_or_path: str | Path, config: SinkGPTNeoXConfig) -> str 
         FileNotFoundError: no model was found.
     """
     with _init_from(name_or_path):
-        theirs = trained_windows(checked_config(resolve_model_folder(name_or_path)))
+        theirs = trained_windows(checked_config(_resolve(name_or_path)))
     ours = trained_windows(config)
     if theirs == ours:
         return None
@@ -91,6 +139,32 @@ def describe_change(name_or_path: str | Path, config: SinkGPTNeoXConfig) -> str 
     )
 
 
+def check_source(name_or_path: str | Path, config: SinkGPTNeoXConfig) -> Source:
+    """Check that the weights of a GPT-NeoX fit a run, without reading them.
+
+    Their names and shapes are in the headers of the files. Those of a model that is on the Hub and
+    not in a folder are not checked.
+
+    Raises:
+        ValueError: the other model is not GPT-NeoX, its architecture, arm or sink tokens differ, or
+            its files are damaged or incomplete.
+        FileNotFoundError: no model was found.
+    """
+    with _init_from(name_or_path):
+        folder = _resolve(name_or_path)
+        theirs = checked_config(folder)
+    if theirs.model_type not in ("gpt_neox", "sink_gpt_neox"):
+        raise ValueError(
+            f"model.init_from={name_or_path} has model type {theirs.model_type}: use a GPT-NeoX model, such as Pythia"
+        )
+    _check_architecture(name_or_path, theirs, config)
+    num_sinks = len(_trained_sinks(name_or_path, theirs, config))
+    if Path(folder).is_dir():
+        with _init_from(name_or_path):
+            _check_shapes(folder, config)
+    return Source(folder, theirs, num_sinks)
+
+
 def load_weights(name_or_path: str | Path, config: SinkGPTNeoXConfig) -> SinkGPTNeoXForCausalLM:
     """Return a float32 model of ``config`` with the weights of a GPT-NeoX of the same sizes.
 
@@ -98,36 +172,40 @@ def load_weights(name_or_path: str | Path, config: SinkGPTNeoXConfig) -> SinkGPT
     other model was not trained with starts at the mean of the embedding (`start_sink_rows`).
 
     Raises:
-        ValueError: the other model is not GPT-NeoX, its architecture, arm or sink tokens differ, or
-            its weights are damaged or incomplete.
+        ValueError: as `check_source`, or the weights differ from their checksums or are not finite.
         FileNotFoundError: no model was found.
     """
-    folder = resolve_model_folder(name_or_path)
+    source = check_source(name_or_path, config)
     with _init_from(name_or_path):
-        theirs = checked_config(folder)
-    if theirs.model_type not in ("gpt_neox", "sink_gpt_neox"):
-        raise ValueError(
-            f"model.init_from={name_or_path} has model type {theirs.model_type}: use a GPT-NeoX model, such as Pythia"
-        )
-    ours, wanted = architecture(config), architecture(theirs)
-    for key, value in wanted.items():
-        if ours[key] != value:
-            raise ValueError(
-                f"model.{key} is {ours[key]}, but model.init_from={name_or_path} has {value}: set model.{key}={value}"
-            )
-    fixed = fixed_settings(config)
-    for key, value in fixed_settings(theirs).items():
-        if fixed[key] != value:
-            raise ValueError(
-                f"model.init_from={name_or_path} has {key} {value!r}, for which recipes have no key: use a model with "
-                f"{fixed[key]!r}"
-            )
-    known = _trained_sinks(name_or_path, theirs, config)
-    with _init_from(name_or_path):
-        verify_model_folder(folder)
-        model = load_same_weights(folder, config, torch.float32)
-    start_sink_rows(model, [token_id for token_id in config.sink_token_ids if token_id not in known])
+        verify_model_folder(source.folder)
+        model = load_same_weights(source.folder, config, torch.float32)
+    start_sink_rows(model, config.sink_token_ids[source.num_sinks :])
     return model
+
+
+def count_tokens(name_or_path: str | Path, num_sinks: int) -> int | None:
+    """Return the largest id of a model's tokenizer + 1, without sink tokens.
+
+    Args:
+        num_sinks: those for which a model without a tokenizer must have rows besides.
+
+    Returns:
+        The number, or None for a model that is not in a folder.
+
+    Raises:
+        ValueError: the configuration or the tokenizer is damaged.
+        FileNotFoundError: no model was found.
+    """
+    with _init_from(name_or_path):
+        folder = Path(_resolve(name_or_path))
+        if not folder.is_dir():
+            return None
+        config = checked_config(str(folder))
+        if sinks := sink_config(config).sink_token_ids:
+            return sinks[0]
+        if not (folder / "tokenizer.json").is_file():
+            return config.vocab_size - num_sinks
+        return max(read_tokenizer(folder / "tokenizer.json").get_vocab(with_added_tokens=True).values()) + 1
 
 
 def load_same_weights(folder: str, config: SinkGPTNeoXConfig, dtype: torch.dtype | str) -> SinkGPTNeoXForCausalLM:
@@ -141,6 +219,38 @@ def load_same_weights(folder: str, config: SinkGPTNeoXConfig, dtype: torch.dtype
     info["missing_keys"] = {key for key in info["missing_keys"] if not re.search(ARM_PARAMETERS, key)}
     check_loaded(model, info, folder)
     return model
+
+
+def _check_architecture(name_or_path: str | Path, theirs: PreTrainedConfig, config: SinkGPTNeoXConfig) -> None:
+    ours, wanted = architecture(config), architecture(theirs)
+    if wrong := [key for key, value in wanted.items() if ours[key] != value]:
+        found = ", ".join(f"model.{key} is {ours[key]}" for key in wrong)
+        remedy = " ".join(f"model.{key}={wanted[key]}" for key in wrong)
+        values = ", ".join(str(wanted[key]) for key in wrong)
+        raise ValueError(f"{found}, but model.init_from={name_or_path} has {values}: set {remedy}")
+    fixed = fixed_settings(config)
+    for key, value in fixed_settings(theirs).items():
+        if fixed[key] != value:
+            raise ValueError(
+                f"model.init_from={name_or_path} has {key} {value!r}, for which recipes have no key: use a model with "
+                f"{fixed[key]!r}"
+            )
+
+
+def _check_shapes(folder: str, config: SinkGPTNeoXConfig) -> None:
+    """Compare the names and shapes in the headers of the weights with those of the model."""
+    with torch.device("meta"):
+        parameters = SinkGPTNeoXForCausalLM(config).named_parameters()
+    needed = {re.sub(HEADS, "embed_out.", name): tuple(parameter.shape) for name, parameter in parameters}
+    found = {re.sub(HEADS, "embed_out.", name): shape for name, shape in weight_shapes(Path(folder)).items()}
+    info = {
+        "missing_keys": {key for key in needed.keys() - found.keys() if not re.search(ARM_PARAMETERS, key)},
+        "mismatched_keys": [
+            (key, found[key], needed[key]) for key in needed if found.get(key, needed[key]) != needed[key]
+        ],
+        "unexpected_keys": found.keys() - needed.keys(),
+    }
+    check_names(config, info, folder)
 
 
 def _trained_sinks(name_or_path: str | Path, theirs: PreTrainedConfig, config: SinkGPTNeoXConfig) -> list[int]:
@@ -168,14 +278,29 @@ def _trained_sinks(name_or_path: str | Path, theirs: PreTrainedConfig, config: S
     return sink.sink_token_ids
 
 
+def _resolve(name_or_path: str | Path) -> str:
+    """Like `resolve_model_folder`; its errors are complete, and `_init_from` only names the key."""
+    try:
+        return resolve_model_folder(name_or_path)
+    except UnreachableError:
+        raise
+    except FileNotFoundError as error:
+        raise _MissingError(str(error)) from error
+
+
+class _MissingError(FileNotFoundError):
+    """A model that was not found, with a remedy."""
+
+
 @contextmanager
 def _init_from(name_or_path: str | Path) -> Iterator[None]:
     """Name the key of the recipe in every error in reading the model."""
+    key = f"model.init_from={name_or_path}"
     try:
         yield
+    except (UnreachableError, _MissingError) as error:
+        raise type(error)(f"{key}: {str(error).removeprefix(f'{name_or_path}: ')}") from error
     except OSError as error:
-        raise FileNotFoundError(
-            f"model.init_from={name_or_path}: cannot read the model ({one_line(error)}); check the path and the files"
-        ) from error
+        raise FileNotFoundError(f"{key}: cannot read the model ({one_line(error)}); check its files") from error
     except ValueError as error:
-        raise ValueError(f"model.init_from={name_or_path}: {error}") from error
+        raise ValueError(f"{key}: {error}") from error

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from ..hub import find_on_hub, near_path_hint
+from ..hub import UnreachableError, find_on_hub, near_path_hint
 from ..special_tokens import PADDING_TOKENS, drop_template, without_template
 
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"  # Pythia's
@@ -41,7 +41,10 @@ def find_tokenizer_file(name_or_path: str | os.PathLike) -> Path:
     try:
         found = Path(find_on_hub(name))
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"tokenizer {error}; pass --tokenizer with the path of a tokenizer.json") from error
+        remedy = (
+            ", or pass --tokenizer with the path of a tokenizer.json" if isinstance(error, UnreachableError) else ""
+        )
+        raise FileNotFoundError(f"tokenizer {error}{remedy}") from error
     if found.is_dir():  # in the cache of the Hub
         return found / "tokenizer.json"
     try:

@@ -349,6 +349,16 @@ RECIPES = [
         recipe("".join(f"k{i}: &k{i} [{', '.join([f'*k{i - 1}'] * 9) if i else 'x'}]\n" for i in range(9))),
     ),
     Case("a huge recipe", MINE, r"recipe mine\.yaml has 2,000,000 bytes: pass a recipe, .*", recipe("#" * 2_000_000)),
+    Case(
+        "initial weights that do not exist",
+        TRAIN + "model.init_from=./no/where",
+        r"model\.init_from=\./no/where: no such folder; check the path",
+    ),
+    Case(
+        "initial weights of another size",
+        TRAIN + "model.init_from={model}",
+        r"model\.hidden_size is 128, .*, but model\.init_from=\S+ has .*: set model\.hidden_size=.*",
+    ),
     Case("a recipe that does not exist", "train no.yaml", r"recipe no\.yaml: no such file; check the path"),
     Case(
         "a folder for a recipe",
@@ -421,6 +431,11 @@ OPTIONS = [
     ),
     Case(
         "a mistyped tokenizer", "prepare text.txt -o s --tokenizer model/tokeniser.json", r".*did you mean model/tok.*"
+    ),
+    Case(
+        "a tokenizer that does not exist",
+        "prepare text.txt -o s --tokenizer ./no/where",
+        r"tokenizer \./no/where: no such folder; check the path",
     ),
     Case("a mistyped run", "runs modle", r"modle: no such folder; did you mean model\?"),
     Case("a mistyped result", "eval compare modle model", r"modle: no such file or folder; did you mean model\?"),

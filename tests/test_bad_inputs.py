@@ -37,6 +37,8 @@ def test_a_bad_input_is_one_line(case: Case, valid_model, tmp_path, monkeypatch,
     is_note = re.compile(r"\[|Warning|(loading|reading) .* …$")
     (line,) = (line for line in said.splitlines() if not is_note.match(line))
     assert re.fullmatch(f"error: {case.message}", line), line
+    remedies = re.findall(r"\b(?:check|copy|correct|pass|remove|restore|run|set|use) \w+ \w+", line)
+    assert len(remedies) == len(set(remedies)), line
     assert not (tmp_path / "ran").exists()
 
 

@@ -140,3 +140,15 @@ def test_a_full_disk_is_one_line():
         result.stderr
         == "error: cannot write to standard output or a file: No space left on device; free space on this device\n"
     )
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_only_in_a_terminal_a_table_breaks_names(is_terminal):
+    name = "runs/" + 40 * "a/long-name/"
+    table = Table()
+    table.add_row(name)
+    console = Console(file=io.StringIO(), width=80, force_terminal=is_terminal)
+    console.print(table)
+    assert (name in console.file.getvalue()) is not is_terminal
+    assert (len(console.file.getvalue().splitlines()[0]) == 80) is is_terminal
+    assert console.width == 80

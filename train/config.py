@@ -399,8 +399,9 @@ class TrainingConfig(Section):
 
     def _check_only_sinks(self) -> None:
         """Refuse to train the sinks alone where there are none, or others would change."""
+        kind = self.model.sink.kind
         needed = {
-            "model.sink.kind=token, whose rows are trained": self.model.sink.kind == "token",
+            f"model.sink.kind=token, whose rows are trained (sink.kind {kind} has no rows)": kind == "token",
             "model.init_from, the model that gets the sinks": self.model.init_from is not None,
             "deepspeed.zero_stage=0, which keeps the other weights in float32": self.deepspeed.zero_stage == 0,
             "optimizer.name=adamw, because no matrix of a layer is trained": self.optimizer.name == "adamw",

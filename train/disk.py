@@ -41,6 +41,13 @@ def checkpoint_bytes(plan: Plan, tokenizer_path: Path | None = None) -> int:
     return weights + tokenizer + plan.world_size * RANK_BYTES + FILE_BYTES
 
 
+def run_bytes(plan: Plan, num_checkpoints: int, tokenizer_path: Path | None = None) -> int:
+    """Return the size of a run's checkpoints; the one at step 0 has no moments yet."""
+    size = num_checkpoints * checkpoint_bytes(plan, tokenizer_path)
+    has_first = saves_after(plan.config.train.num_steps, plan.config.checkpoint)(0)
+    return size - has_first * (8 * count_parameters(plan.model_config) - _without_moments(plan))
+
+
 def snapshot_bytes(plan: Plan, *, is_main: bool) -> int:
     """Return the size of what one rank writes to a checkpoint, and a little more."""
     stage, parameters = plan.config.deepspeed.zero_stage, count_parameters(plan.model_config)

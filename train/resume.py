@@ -18,7 +18,9 @@ from ..checkpoints.folders import (
     DEEPSPEED_FOLDER,
     STATE_FILE,
     CheckpointState,
+    DamagedCheckpointError,
     list_checkpoints,
+    read_state,
 )
 from ..checkpoints.manifest import owned_files
 from . import deepspeed_patches, universal
@@ -179,14 +181,54 @@ def find_resume(plan: Plan, fingerprint: str, world: World, *, is_trusted: bool 
         return None
     path, state = found
     with world.all_or_none():
-        newest = max(list_checkpoints(run_dir), default=state.step)
-        if named is not None and newest > state.step:
-            raise ValueError(
-                f"{run_dir} contains a checkpoint at step {newest}, which is later than the one to resume from "
-                f"(step {state.step}): delete it, or set another train.run_dir"
-            )
+        _refuse_earlier(state.step, run_dir)
         changes = _compare(path, state, config, fingerprint)
         return Resume(path, state, changes, _mismatches(state, plan), is_trusted)
+
+
+def check_run_dir(run_dir: Path) -> None:
+    """Raise a ValueError for the folder of a model: it would be read in place of the run's."""
+    if (run_dir / "config.json").exists():
+        raise ValueError(
+            f"train.run_dir={run_dir} is the folder of a model (it has a config.json): set another train.run_dir"
+        )
+
+
+def preview_resume(config: TrainingConfig, fingerprint: str | None) -> tuple[Path, list[str]] | None:
+    """Return the checkpoint from which a run would resume and the changed settings, or None.
+
+    Its files are not verified.
+
+    Args:
+        fingerprint: of the data; None: unknown.
+
+    Raises:
+        ValueError, FileNotFoundError: as `find_resume`.
+    """
+    run_dir = Path(config.train.run_dir or "")
+    check_run_dir(run_dir)
+    named = _named_checkpoint(config.checkpoint.resume, run_dir)
+    candidates = [named] if named else list(list_checkpoints(run_dir).values())[::-1]
+    for path in candidates:
+        try:
+            state = read_state(path)
+        except DamagedCheckpointError:
+            if named:
+                raise
+            continue
+        _refuse_earlier(state.step, run_dir)
+        return path, _compare(path, state, config, fingerprint)
+    return None
+
+
+def _refuse_earlier(step: int, run_dir: Path) -> None:
+    """Raise a ValueError if a run's folder has a checkpoint later than the one to resume from."""
+    newest = max(list_checkpoints(run_dir), default=step)
+    if newest > step:
+        raise ValueError(
+            f"{run_dir} contains a checkpoint at step {newest}, which is later than the one to resume from "
+            f"(step {step}): delete it, or set another train.run_dir"
+        )
 
 
 def _load_deepspeed(engine: "DeepSpeedEngine", folder: Path, tag: str) -> None:
@@ -221,19 +263,20 @@ def _named_checkpoint(choice: str, run_dir: Path) -> Path | None:
     return path
 
 
-def _compare(path: Path, state: CheckpointState, config: TrainingConfig, fingerprint: str) -> list[str]:
-    """Return the changed settings. Raises a ValueError for a setting that must not change."""
-    if state.data_fingerprint != fingerprint:
+def _compare(path: Path, state: CheckpointState, config: TrainingConfig, fingerprint: str | None) -> list[str]:
+    """Return the changed settings. Raises a ValueError for settings that must not change."""
+    if fingerprint not in (None, state.data_fingerprint):
         raise ValueError(
             f"data.path {config.data.path} contains different data than {path} was trained on (fingerprint "
             f"{fingerprint[:12]} instead of {state.data_fingerprint[:12]}): set data.path to the original store, or "
-            "start a new run with another train.run_dir"
+            f"{_new_run(path, config)}"
         )
     then, now, now_saved = _saved_settings(path), flatten(config.model_dump()), flatten(saved_values(config))
     digests = state.interpolated or {}
+    unchanged = {key for key in then.keys() & now.keys() if then[key] == now[key]}  # but other keys can resolve them
     for settings in (then, now, now_saved):
         _resolve(settings)
-    changes = []
+    changes, fixed = [], {}
     for key in sorted(then.keys() | now.keys(), key=_by_cause):
         before, after = then.get(key), now.get(key)
         # Of an interpolation, the text was saved, and of a fixed key a digest of its value.
@@ -241,14 +284,32 @@ def _compare(path: Path, state: CheckpointState, config: TrainingConfig, fingerp
             continue
         is_free = key in FREE_MODEL_KEYS or (key == INIT_KEY and state.step > 0)
         if _is_in(key, FIXED_KEYS) and not is_free:
-            weights = f" and {INIT_KEY}={path} to begin with its weights" if key == "optimizer.name" else ""
-            raise ValueError(
-                f"{key} is {now_saved.get(key)!r}, but {path} was trained with {before!r}: restore that value, or "
-                f"start a new run with another train.run_dir{weights}"
-            )
-        if not _is_in(key, SILENT_KEYS):
-            changes.append(f"{key}: {before} → {now_saved.get(key)}")
+            fixed[key] = now_saved.get(key), before
+        elif not _is_in(key, SILENT_KEYS):
+            unread = " (not read: set another train.run_dir to start from it)" if key == INIT_KEY else ""
+            changes.append(f"{key}: {before} → {now_saved.get(key)}{unread}")
+    if fixed:
+        raise _other_run(path, config, {key: values for key, values in fixed.items() if key not in unchanged} or fixed)
     return changes
+
+
+def _other_run(path: Path, config: TrainingConfig, fixed: dict[str, tuple[Any, Any]]) -> ValueError:
+    """Return an error that names the settings that must not change, as (now, before) by key."""
+    (key, (now, before)), *others = fixed.items()
+    more = "".join(f"; {other} is {value!r}, but was {old!r}" for other, (value, old) in others)
+    which = "these values" if others else "that value"
+    return ValueError(
+        f"{key} is {now!r}, but {path} was trained with {before!r}{more}: restore {which}, or "
+        f"{_new_run(path, config, with_weights='optimizer.name' in fixed)}"
+    )
+
+
+def _new_run(path: Path, config: TrainingConfig, *, with_weights: bool = False) -> str:
+    """Return how to start a new run in place of resuming from a checkpoint."""
+    weights = f"{INIT_KEY}={path} to begin with its weights"
+    if config.checkpoint.resume != "auto":  # of another run
+        return f"set checkpoint.resume=auto and {weights}"
+    return "start a new run with another train.run_dir" + f" and {weights}" * with_weights
 
 
 def interpolated_settings(config: TrainingConfig) -> dict[str, str]:

@@ -20,7 +20,7 @@ from ..checkpoints.folders import (
     damaged_checkpoints,
     interrupted_checkpoints,
 )
-from ..checkpoints.warm_start import check_tokenizer, describe_change, load_weights
+from ..checkpoints.warm_start import load_weights
 from ..console import Console
 from ..data import open_store
 from ..data.store import TokenSource
@@ -39,7 +39,8 @@ from .plan import Plan
 from .progress import RunProgress
 from .ranks import own_rank
 from .recipe import config_yaml, load_config
-from .resume import Resume, find_resume
+from .resume import Resume, check_run_dir, find_resume
+from .start import check_start
 from .stopping import exit_status
 from .summary import describe_run, dry_run
 from .validation import sets_left_out
@@ -164,15 +165,13 @@ def _set_up(config: TrainingConfig, world: World, held: ExitStack, trust_checkpo
         windows, validation_windows = open_windows(store, plan)
     with world.all_or_none():
         if world.is_main:
+            check_run_dir(run_dir)
             held.enter_context(locked_run(run_dir))
     check_shared(run_dir, world)
     world.mark("verifying the newest checkpoint")
     resume = find_resume(plan, store.fingerprint, world, is_trusted=trust_checkpoint)
-    change = None
     with world.all_or_none():
-        if resume is None and config.model.init_from is not None:
-            check_tokenizer(config.model.init_from, store.tokenizer_path)
-            change = describe_change(config.model.init_from, plan.model_config)
+        start = check_start(plan, store.tokenizer_path) if resume is None else []
     with world.all_or_none(f"cannot write to {run_dir}: "):
         if world.is_main:
             _write_run_files(run_dir, config)
@@ -180,8 +179,8 @@ def _set_up(config: TrainingConfig, world: World, held: ExitStack, trust_checkpo
     progress = held.enter_context(RunProgress(config.train.num_steps, is_silent=not world.is_main))
     for line in describe_run(plan, store, windows, resume):
         progress.say(line)
-    if change is not None:
-        progress.say(change)
+    for line in start:
+        progress.say(f"start: {line}")
     if names := sets_left_out(store, plan):
         progress.say(f"validation.by_set leaves out sets without a held-out sample: {', '.join(names)}")
     for path in interrupted_checkpoints(run_dir):
@@ -192,7 +191,10 @@ def _set_up(config: TrainingConfig, world: World, held: ExitStack, trust_checkpo
         progress.say(warning)
     first_step = resume.step if resume else 0
     if first_step >= config.train.num_steps:
-        progress.say(f"all {config.train.num_steps:,} steps are done: raise train.num_steps to train further")
+        progress.say(
+            f"all {config.train.num_steps:,} steps are done: raise train.num_steps to train further, or set another "
+            "train.run_dir to train anew"
+        )
         return None
     engine = _ready_engine(plan, world, resume, progress)
     return TrainingLoop(engine, plan, world, store, windows, validation_windows, progress, first_step=first_step)

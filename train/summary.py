@@ -1,6 +1,7 @@
 """The description of a run at its start, and its cost for ``--dry-run``."""
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -8,20 +9,24 @@ from rich import box
 from rich.syntax import Syntax
 from rich.table import Table
 
+from ..checkpoints.warm_start import count_tokens
 from ..console import Console
 from ..data import SetWindows, open_store
 from ..data.mixture import shares_of
 from ..data.store import TokenSource
+from ..hub import UnreachableError
 from ..models.config import describe_windows, trained_windows
 from ..models.cost import count_parameters
 from .batches import Windows, open_windows
 from .config import TrainingConfig
-from .disk import checkpoint_bytes, checkpoints_kept
+from .disk import checkpoint_bytes, checkpoints_kept, run_bytes
 from .engine import check_precision
 from .memory import GIB, count_muon_parameters, estimate_memory
 from .plan import Plan
 from .progress import human
-from .recipe import config_yaml
+from .recipe import config_yaml, saved_values
+from .resume import preview_resume
+from .start import check_start
 
 if TYPE_CHECKING:
     from .resume import Resume
@@ -115,7 +120,8 @@ def idle_windows(plan: Plan) -> str | None:
 def describe_optimizer(plan: Plan) -> str:
     """Return the optimizer, with the number of parameters if it does not update all."""
     if plan.config.train.only_sinks:
-        return f"AdamW for {plan.num_sinks * plan.model_config.hidden_size:,} parameters: the rows of the sink tokens"
+        rows = "the row of the sink token" if plan.num_sinks == 1 else "the rows of the sink tokens"
+        return f"AdamW for {plan.num_sinks * plan.model_config.hidden_size:,} parameters: {rows}"
     num_muon = count_muon_parameters(plan.config, plan.model_config)
     if not num_muon:
         return "AdamW"
@@ -139,11 +145,23 @@ def _epochs(number: float) -> str:
 
 
 def dry_run(config: TrainingConfig) -> None:
-    """Print the resolved configuration, sizes, steps and memory."""
+    """Print the resolved configuration, sizes, steps and memory, and where the run starts.
+
+    Raises:
+        ValueError, OSError: the run could not start, or its folder contains another one.
+    """
     store = open_store(config.data.path, verify="size") if config.data.path else None
-    plan = Plan(config, 1, store.tokenizer_size if store else PYTHIA_TOKENIZER_SIZE)
+    resumed = preview_resume(config, store.fingerprint if store else None)
+    missing = [missing_float8(config)]
+    try:
+        tokenizer_size = store.tokenizer_size if store else _assumed_tokenizer_size(config, resumed is not None)
+        plan = Plan(config, 1, tokenizer_size)
+        start = check_start(plan, store.tokenizer_path if store else None) if resumed is None else []
+    except UnreachableError as error:
+        plan, start = Plan(config, 1, store.tokenizer_size if store else PYTHIA_TOKENIZER_SIZE), []
+        missing.append(f"Not on this machine: {error}")
     table = Table(box=box.SIMPLE, show_header=False, title="The run", title_justify="left")
-    for name, value in _facts(plan, store).items():
+    for name, value in _facts(plan, store, start, resumed).items():
         table.add_row(name, value)
 
     console = Console(highlight=False)
@@ -153,8 +171,15 @@ def dry_run(config: TrainingConfig) -> None:
     note = "Memory is an estimate. It excludes DeepSpeed's communication buffers and the allocator's fragmentation."
     is_float8 = config.train.precision == "fp8"
     console.print(f"{note} That of fp8 is estimated as bf16." if is_float8 else note, style="dim")
-    if missing := missing_float8(config):
-        console.print(missing)
+    for line in filter(None, missing):
+        console.print(line)
+
+
+def _assumed_tokenizer_size(config: TrainingConfig, is_resumed: bool) -> int:
+    """Return the ids of the tokenizer of data that are not set: those of ``model.init_from``."""
+    name = None if is_resumed else config.model.init_from
+    found = None if name is None else count_tokens(name, config.model.num_sinks)
+    return PYTHIA_TOKENIZER_SIZE if found is None else found
 
 
 def missing_float8(config: TrainingConfig) -> str | None:
@@ -166,7 +191,9 @@ def missing_float8(config: TrainingConfig) -> str | None:
     return None
 
 
-def _facts(plan: Plan, store: TokenSource | None) -> dict[str, str]:
+def _facts(
+    plan: Plan, store: TokenSource | None, start: list[str], resumed: tuple[Path, list[str]] | None
+) -> dict[str, str]:
     train = plan.config.train
     num_warmup_steps = round(train.num_steps * plan.config.optimizer.warmup_ratio)
     num_operations = plan.flops_per_token() * plan.num_positions
@@ -181,14 +208,25 @@ def _facts(plan: Plan, store: TokenSource | None) -> dict[str, str]:
         "total positions": f"{plan.num_positions:,} ({human(plan.num_positions)})",
         "total compute": f"{num_operations:.3g} FLOP",
     }
-    size = checkpoint_bytes(plan, store.tokenizer_path if store else None)
+    tokenizer_path = store.tokenizer_path if store else None
     kept, most = checkpoints_kept(plan.config)
     facts["on disk"] = (
-        f"{_size(size)} for a checkpoint, {_size(kept * size)} for the {kept:,} that "
-        f"{'is' if kept == 1 else 'are'} kept, up to {_size(most * size)} while saving"
+        f"{_size(checkpoint_bytes(plan, tokenizer_path))} for a checkpoint, "
+        f"{_size(run_bytes(plan, kept, tokenizer_path))} for the {kept:,} that {'is' if kept == 1 else 'are'} kept, "
+        f"up to {_size(run_bytes(plan, most, tokenizer_path))} while saving"
     )
+    if start:
+        facts["start"] = "\n".join(start)
+    saved = saved_values(plan.config)
+    facts["run"] = saved["train"]["run_dir"]
+    if resumed is not None:
+        path, changes = resumed
+        whose = "" if plan.config.checkpoint.resume == "auto" else f" of {saved['checkpoint']['resume']}"
+        facts["run"] += "\n".join([f", resumes from {path.name}{whose}", *(f"changed: {change}" for change in changes)])
     if store is None:
-        facts["data"] = f"data.path is not set; assuming Pythia's tokenizer of {PYTHIA_TOKENIZER_SIZE:,} ids"
+        is_from_start = plan.tokenizer_size != PYTHIA_TOKENIZER_SIZE
+        whose = "the tokenizer of model.init_from," if is_from_start else "Pythia's tokenizer of"
+        facts["data"] = f"data.path is not set; assuming {whose} {plan.tokenizer_size:,} ids"
     else:
         windows, _ = open_windows(store, plan)
         facts["data"] = f"{_count(len(windows), 'sample')} in {store.path}, {epochs(plan, windows)}"

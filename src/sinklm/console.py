@@ -4,9 +4,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import rich.console
+from rich.table import Table
 from rich.text import Text
 
 from .text import printable
+
+UNBROKEN = 10_000  # columns of a table in a file or pipe
 
 
 class Console(rich.console.Console):
@@ -24,10 +27,16 @@ class Console(rich.console.Console):
         self.is_quiet = is_quiet
 
     def print(self, *objects: Any, soft_wrap: bool | None = None, **options: Any) -> None:
-        """Print objects. In a file or pipe, texts get no line breaks, so that names stay whole."""
+        """Print objects. In a file or pipe, texts and tables keep names whole: no line breaks."""
         if soft_wrap is None and not self.is_terminal and all(isinstance(each, str) for each in objects):
             soft_wrap = True
-        super().print(*objects, soft_wrap=soft_wrap, **options)
+        width = self._width
+        try:
+            if not self.is_terminal and all(isinstance(each, Table) for each in objects):
+                self._width = UNBROKEN
+            super().print(*objects, soft_wrap=soft_wrap, **options)
+        finally:
+            self._width = width
 
     def note(self, text: str) -> None:
         """Print what the command does, on stderr, so that stdout has only results."""

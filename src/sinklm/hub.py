@@ -9,6 +9,10 @@ NAME = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 EVERY_REPOSITORY_HAS = ".gitattributes"
 
 
+class UnreachableError(FileNotFoundError):
+    """A name on the Hub that is not in the cache, while the Hub cannot be asked for it."""
+
+
 def find_on_hub(name: str, kind: str = "model", revision: str | None = None) -> str:
     """Return where to load a name that is not a local path from.
 
@@ -24,8 +28,8 @@ def find_on_hub(name: str, kind: str = "model", revision: str | None = None) -> 
         has it; the folder in the cache, if the Hub cannot be reached.
 
     Raises:
-        FileNotFoundError: it is neither a folder nor a name on the Hub, or the Hub cannot be
-            reached and the cache does not have it.
+        FileNotFoundError: it is neither a folder nor a name on the Hub; an `UnreachableError` if
+            the Hub cannot be asked and the cache does not have it.
     """
     from huggingface_hub import constants
 
@@ -44,7 +48,7 @@ def find_on_hub(name: str, kind: str = "model", revision: str | None = None) -> 
         )
         raise FileNotFoundError(f"{missing}; {near_path_hint(name) or remedy}")
     if constants.HF_HUB_OFFLINE:
-        raise FileNotFoundError(
+        raise UnreachableError(
             f"{missing}, and the cache of the Hugging Face Hub has no {what} of this name{at}: check the path, or "
             "unset HF_HUB_OFFLINE to download it"
         )
@@ -53,7 +57,7 @@ def find_on_hub(name: str, kind: str = "model", revision: str | None = None) -> 
         return name
     if cached:
         return cached
-    raise FileNotFoundError(
+    raise UnreachableError(
         f"{missing}, and the Hugging Face Hub cannot be reached ({reason}): check the path, or the connection"
     )
 

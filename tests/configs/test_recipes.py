@@ -82,8 +82,10 @@ def test_the_recipes_are_these():
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_a_recipe_can_be_trained_on_one_rank(name, capsys):
-    plan = plan_of(name)
+def test_a_recipe_can_be_trained_on_one_rank(name, monkeypatch, capsys):
+    monkeypatch.chdir(CHECKPOINTS.parents[1])  # where the initial weights of `retrofit/study` are
+    of_study = name.startswith("retrofit/study")
+    plan = plan_of(name, tokenizer_size=STUDY_TOKENIZER_SIZE if of_study else PYTHIA_TOKENIZER_SIZE)
     assert plan.num_accumulation_steps >= 1
     dry_run(plan.config)
     assert f"{count_parameters(plan.model_config):,} parameters" in capsys.readouterr().out

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from sinklm.checkpoints.folders import list_checkpoints
+from sinklm.models import SinkGPTNeoXForCausalLM
 from sinklm.train import disk
-from sinklm.train.disk import checkpoint_bytes, checkpoints_kept
+from sinklm.train.disk import checkpoint_bytes, checkpoints_kept, run_bytes
 from sinklm.train.plan import Plan
 from sinklm.train.recipe import load_config
 from sinklm.train.run import train
@@ -44,6 +45,28 @@ def test_the_predicted_size_of_a_checkpoint_is_right(recipe, store, tmp_path, st
     plan = Plan(load_config(recipe, settings), 1, 300)
     predicted = checkpoint_bytes(plan, store / "tokenizer.json")
     assert predicted == pytest.approx(size_of(tmp_path / "checkpoints" / "step-1"), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["deepspeed.zero_stage=1"],
+        ["deepspeed.zero_stage=0", "optimizer.name=muon"],
+        ["deepspeed.zero_stage=0", "train.only_sinks=true", "model.init_from=START"],
+    ],
+)
+def test_the_predicted_size_of_a_run_has_only_moments_that_exist(recipe, store, tmp_path, more):
+    """There are none at step 0, and none of frozen weights."""
+    settings = [*LARGER, "train.num_steps=2", "checkpoint.pythia_steps=true"]
+    if more[-1] == "model.init_from=START":
+        plan = Plan(load_config(recipe, settings), 1, 300)
+        SinkGPTNeoXForCausalLM(plan.model_config).save_pretrained(tmp_path / "start")
+        more = [*more[:-1], f"model.init_from={tmp_path / 'start'}"]
+    settings += more
+    train(recipe, [f"train.run_dir={tmp_path / 'run'}", *settings])
+    plan = Plan(load_config(recipe, settings), 1, 300)
+    predicted = run_bytes(plan, checkpoints_kept(plan.config)[0], store / "tokenizer.json")
+    assert predicted == pytest.approx(size_of(tmp_path / "run" / "checkpoints"), rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,13 @@ def test_the_cost_is_that_of_the_rows(recipe, plan):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.sink.kind=zero", r"requires model\.sink\.kind=token, whose"),
+        *(
+            (
+                f"model.sink.kind={kind}",
+                rf"requires model\.sink\.kind=token, whose rows are trained \(sink\.kind {kind} has no rows\)",
+            )
+            for kind in ("none", "zero", "logit", "kv_bias", "gate", "head_gate")
+        ),
         ("model.init_from=null", r"requires model\.init_from, the model"),
         ("deepspeed.zero_stage=1", r"requires deepspeed\.zero_stage=0, which"),
         ("optimizer.name=muon", r"requires optimizer\.name=adamw, because"),

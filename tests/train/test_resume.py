@@ -221,6 +221,34 @@ def test_another_run_is_not_resumed(recipe, stopped_run, override, key):
         train(recipe, [f"train.run_dir={stopped_run}", override])
 
 
+def test_all_settings_of_another_run_are_named(recipe, stopped_run):
+    other = ["model.num_hidden_layers=3", "train.seed=8", "model.sink.kind=none", "optimizer.lr=0.5"]
+    said = (  # not model.attention.…, which follow from them
+        f"model.num_hidden_layers is 3, but {stopped_run}/checkpoints/step-4 was trained with 2; model.sink.kind is "
+        "'none', but was 'token'; train.seed is 8, but was 7: restore these values, or start a new run with another "
+        "train.run_dir"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+        train(recipe, [f"train.run_dir={stopped_run}", *other])
+
+
+def test_a_named_checkpoint_of_another_run_can_be_begun_from(recipe, whole_run, tmp_path):
+    path = whole_run / "checkpoints" / "step-8"
+    remedy = (
+        rf"restore that value, or set checkpoint\.resume=auto and model\.init_from={path} to begin with its weights$"
+    )
+    with pytest.raises(ValueError, match=rf"^train\.seed is 8, but {path} was trained with 7: {remedy}"):
+        train(recipe, [f"train.run_dir={tmp_path}", f"checkpoint.resume={whole_run}", "train.seed=8"])
+
+
+def test_a_finished_run_is_not_trained_again(recipe, whole_run, tmp_path, capsys):
+    copy_checkpoint(whole_run, 8, tmp_path)
+    train(recipe, [f"train.run_dir={tmp_path}", "model.init_from=/nowhere", "optimizer.lr=0.5"])
+    said = capsys.readouterr().out
+    assert "model.init_from: None → /nowhere (not read: set another train.run_dir to start from it)" in said
+    assert "raise train.num_steps to train further, or set another train.run_dir to train anew" in said
+
+
 def test_other_data_is_refused(recipe, stopped_run, tmp_path):
     other = make_store(tmp_path / "other", seed=1)
     with pytest.raises(ValueError, match=r"data\.path .* contains different data"):

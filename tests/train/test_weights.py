@@ -89,7 +89,9 @@ def test_a_run_with_weights_resumes_exactly_and_only_with_them(recipe, sets, tmp
     train(recipe, [*data, f"train.run_dir={tmp_path / 'resumed'}"])
     assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")
     for other in ("data.weights={web (en): 0.4, code: 0.6}", "data.weights=null"):
-        with pytest.raises(ValueError, match=r"data\.weights\.code is .*, but .* was trained with 0\.7: restore"):
+        with pytest.raises(
+            ValueError, match=r"data\.weights\.code is .*, but .* was trained with 0\.7; .*: restore these values"
+        ):
             train(recipe, [data[0], other, f"train.run_dir={tmp_path / 'resumed'}", "train.num_steps=9"])
 
 
