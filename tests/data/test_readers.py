@@ -270,6 +270,11 @@ def test_json_lines_under_a_wrong_name_are_no_document(tmp_path: Path) -> None:
         write_json_lines(tmp_path / name, ROWS)
         with pytest.raises(ValueError, match=rf"{name}: contains JSON lines, but its name does not say so"):
             read(tmp_path / name)
+        lines = (tmp_path / name).read_bytes()
+        for before in (b"\xef\xbb\xbf", b" \n\n", b"\xef\xbb\xbf\n"):
+            (tmp_path / name).write_bytes(before + lines)
+            with pytest.raises(ValueError, match=rf"{name}: contains JSON lines"):
+                read(tmp_path / name)
     (tmp_path / "x.js").write_text('{"text": "an object in a program"};\n')
     (tmp_path / "y.txt").write_text('{"content": "no text"}\n')
     assert len(read(f"{tmp_path}/[xy].js")) == 1
