@@ -206,7 +206,7 @@ def _version_facts(environment: Path) -> dict[str, str]:
 
 @contextmanager
 def _named_damage(path: Path) -> Iterator[None]:
-    """Context that reads a file, in which errors of its content become a ValueError with its name."""
+    """Context that reads a file. Errors of its content become a ValueError that names it."""
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -150,7 +150,9 @@ def test_training_begins_without_a_server_of_wandb(wandb_asked, tmp_path, monkey
     assert said == ["wandb failed and is disabled for the rest of the run (CommError: no answer for 90 s)"]
     for error in (wandb.errors.UsageError("Invalid project name"), ValueError("Invalid project name")):
         fail(error)
-        with pytest.raises(ValueError, match=r"does not accept the settings \(.*Invalid project name\): correct the keys"):
+        with pytest.raises(
+            ValueError, match=r"does not accept the settings \(.*Invalid project name\): correct the keys"
+        ):
             wandb_run(tmp_path, "auto")
 
 
