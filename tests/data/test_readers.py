@@ -238,6 +238,7 @@ def test_inputs_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         ("x.jsonl.bz2", "decompress it: bzip2 -dk"),
         ("x.txt.gz", "decompress it: gzip -dk"),
         ("x.GZ", "decompress it"),
+        ("x.jsonl.zstd", "decompress it"),
         ("x.csv", "convert it to JSON lines"),
         ("x.bin", "it is tokenized already"),
     ):
@@ -245,8 +246,8 @@ def test_inputs_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"{name}: this file type is not supported; {remedy}"):
             find_inputs([str(tmp_path / name)])
     (tmp_path / "package.json").touch()
-    ignored = {".tar": 1, ".zst": 1, ".xz": 1, ".bz2": 1, ".gz": 1, ".GZ": 1, ".csv": 1, ".bin": 1, ".json": 1}
-    assert find_inputs([str(tmp_path)]).num_ignored == ignored
+    suffixes = ".tar .zst .xz .bz2 .gz .GZ .zstd .csv .bin .json".split()
+    assert find_inputs([str(tmp_path)]).num_ignored == dict.fromkeys(suffixes, 1)
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".ndjson", ".jsonlines", ".json", ".JSONL"])
