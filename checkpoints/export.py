@@ -114,9 +114,9 @@ def is_export(folder: Path) -> bool:
     """Whether `export_model` wrote this folder: a GPT-NeoX configuration with the key ``sink``."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
-    return config.get("model_type") == "gpt_neox" and "sink" in config
+    return isinstance(config, dict) and config.get("model_type") == "gpt_neox" and "sink" in config
 
 
 def _exportable_config(model: PreTrainedModel, checkpoint: str | Path) -> SinkGPTNeoXConfig:

@@ -17,6 +17,7 @@
         checkpoints/step-<N>.damaged    set aside because its files differ from the manifest
 """
 
+import errno
 import json
 import re
 from dataclasses import asdict, dataclass, fields
@@ -44,6 +45,13 @@ class DamagedCheckpointError(ValueError):
     def __init__(self, checkpoint: Path, reason: str):
         super().__init__(f"{checkpoint} is damaged: {reason}")
         self.reason = reason
+
+
+def damage_reason(error: OSError) -> str | None:
+    """Return what is wrong with a file that raised this error, or None if it may be intact."""
+    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
+        return "is missing"
+    return f"cannot be read ({error.strerror})" if error.errno == errno.EIO else None
 
 
 @dataclass(frozen=True)
@@ -80,8 +88,12 @@ def read_state(checkpoint: Path) -> CheckpointState:
     try:
         values = json.loads(path.read_bytes())
         version = values.get("format_version", 1)
-    except (FileNotFoundError, ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise damage from error
+    except OSError as error:
+        if (reason := damage_reason(error)) is None:
+            raise
+        raise DamagedCheckpointError(checkpoint, f"{STATE_FILE} {reason}") from error
     if version not in range(1, FORMAT_VERSION + 1):
         raise ValueError(
             f"{path} has format_version {version!r}, this sinklm reads up to {FORMAT_VERSION}: use the version of "
@@ -101,7 +113,7 @@ def has_manifest(checkpoint: Path) -> bool:
     """Whether ``state.json`` says that ``COMPLETE`` is a manifest, since format version 2."""
     try:
         return json.loads((checkpoint / STATE_FILE).read_bytes())["format_version"] > 1
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

@@ -5,7 +5,6 @@ on one core, more than torch writes. It finds damage, not an attacker, who can w
 `train.unpickling` limits what a file can do.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from .folders import (
     FORMAT_VERSION,
     RANDOM_STATES_FOLDER,
     DamagedCheckpointError,
+    damage_reason,
     has_manifest,
 )
 
@@ -115,13 +115,18 @@ def read_manifest(checkpoint: Path) -> Manifest | None:
         ValueError: a later version of sinklm wrote it.
     """
     path = checkpoint / COMPLETE_MARKER
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        if (reason := damage_reason(error)) is None:
+            raise
+        raise DamagedCheckpointError(checkpoint, f"{COMPLETE_MARKER} {reason}") from error
     if not content and not has_manifest(checkpoint):
         return None
     try:
         values = json.loads(content)
         is_intact = values.pop("manifest_sha256") == _digest(values)
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise DamagedCheckpointError(checkpoint, f"{COMPLETE_MARKER} is damaged") from error
     if not is_intact:
         raise DamagedCheckpointError(checkpoint, f"{COMPLETE_MARKER} is damaged")
@@ -166,12 +171,10 @@ def _damage_of(path: Path, name: str, expected: FileInfo) -> str | None:
         if expected.bytes not in (size, None):
             return f"{name} has {size:,} bytes instead of {expected.bytes:,}"
         found = describe_file(path)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        return f"{name} is missing"
     except OSError as error:
-        if error.errno != errno.EIO:
+        if (reason := damage_reason(error)) is None:
             raise
-        return f"{name} cannot be read ({error.strerror})"
+        return f"{name} {reason}"
     return None if found.sha256 == expected.sha256 else f"{name} has another {ALGORITHM} than when it was written"
 
 

@@ -1,6 +1,8 @@
 """The README of an exported model: architecture, training, loading and streaming."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from textwrap import fill
@@ -10,6 +12,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from ..models.config import SinkGPTNeoXConfig, default_num_kept, describe_windows, trained_windows
+from ..text import one_line
 from .checksums import verify_description
 from .folders import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, STATE_FILE, read_state
 from .full_attention import AttentionCost
@@ -160,7 +163,7 @@ def _loss_facts(metrics: Path, num_steps: int) -> dict[str, str]:
     if not metrics.exists():
         return {}
     newest: dict[str, Any] = {}
-    for line in metrics.read_text(encoding="utf-8").splitlines():
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         record = _read_line(line)
         if record.get("step", num_steps + 1) <= num_steps:
             newest |= record
@@ -172,18 +175,20 @@ def _read_line(line: str) -> dict[str, Any]:
     """Return the values of a line, or none of a line that is damaged or being written."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
 
 
 def _data_facts(store: Path) -> dict[str, str]:
     """Return the sets of the run's token store with their shares of the training tokens."""
-    if not (store / "manifest.json").exists():
+    manifest = store / "manifest.json"
+    if not manifest.exists():
         return {}
-    train = json.loads((store / "manifest.json").read_text(encoding="utf-8"))["splits"]["train"]
-    total = train["total"]["tokens"]
-    largest_first = sorted(train["sets"].items(), key=lambda item: -item[1]["tokens"])
+    with _named_damage(manifest):
+        train = json.loads(manifest.read_text(encoding="utf-8"))["splits"]["train"]
+        total = train["total"]["tokens"]
+        largest_first = sorted(train["sets"].items(), key=lambda item: -item[1]["tokens"])
     sets = ", ".join(f"{name} {counts['tokens'] / max(total, 1):.1%}" for name, counts in largest_first)
     return {"Training data": f"{total:,} tokens: {sets}"}
 
@@ -191,11 +196,19 @@ def _data_facts(store: Path) -> dict[str, str]:
 def _version_facts(environment: Path) -> dict[str, str]:
     if not environment.exists():
         return {}
-    try:
+    with _named_damage(environment):
         recorded = json.loads(environment.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{environment} is damaged ({error}): restore or delete it") from error
-    versions = {"sinklm": recorded["sinklm"]["version"]} | {
-        name: version for name, version in recorded.items() if isinstance(version, str) and name != "devices"
-    }
+        versions = {"sinklm": recorded["sinklm"]["version"]} | {
+            name: version for name, version in recorded.items() if isinstance(version, str) and name != "devices"
+        }
     return {"Trained with": ", ".join(f"{name} {version}" for name, version in versions.items())}
+
+
+@contextmanager
+def _named_damage(path: Path) -> Iterator[None]:
+    """Context that reads a file. Errors of its content become a ValueError that names it."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else one_line(error)
+        raise ValueError(f"{path} is damaged ({reason}): restore or delete it") from error

@@ -127,7 +127,7 @@ def _config(run: Path) -> dict[str, Any]:
             return config
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, RecursionError):
         pass
     raise ValueError(f"{path} is damaged: it is not a recipe")
 
@@ -189,7 +189,7 @@ def _latest_records(path: Path) -> Iterator[dict[str, Any]]:
             for line in reversed(lines):
                 try:
                     record = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     continue
                 if isinstance(record, dict) and isinstance(record.get("step"), int):
                     yield record
@@ -206,7 +206,7 @@ def _age(run: Path) -> float | None:
 def _command(run: Path, config: dict[str, Any], saved: int | None, num_ranks: int) -> str:
     """Return the command that resumes a run, on as many ranks as before."""
     settings = []
-    if Path(config["train"].get("run_dir") or "").resolve() != run.resolve():
+    if Path(str(config["train"].get("run_dir") or "")).resolve() != run.resolve():
         settings.append(f"train.run_dir={run}")  # it was moved, or the working folder is another one
     section = config.get("checkpoint")
     if isinstance(section, dict) and section.get("resume") != "auto" and saved is not None:
@@ -224,6 +224,6 @@ def _num_local_devices(run: Path) -> float:
     """Number of GPUs of the machine of rank 0; infinity if it trained on CPUs."""
     try:
         devices = json.loads((run / ENVIRONMENT_FILE).read_bytes())["devices"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return float("inf")
     return len(devices) if isinstance(devices, list) else float("inf")

@@ -55,7 +55,7 @@ def prepare(
         bool, typer.Option("--split-sets", help="Give each set files of its own, for training with data.weights.")
     ] = False,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Number of tokenizing processes.", show_default="number of CPUs")
+        int | None, typer.Option(min=1, max=1024, help="Number of tokenizing processes.", show_default="number of CPUs")
     ] = None,
     quiet: Quiet = False,
 ) -> None:

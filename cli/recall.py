@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from ..data.recall import RecallRecord
 
 
+MOST_DOCUMENTS = 10**12
+
+
 @examples(
     "sinklm data generate recall -o recall.jsonl.zst --num-documents 1000 --distances 0-40",
     "sinklm data generate recall -o recall.jsonl --num-tokens 100000 --tokenizer tokenizer.json",
@@ -22,7 +25,10 @@ if TYPE_CHECKING:
 def recall(
     output: Annotated[Path, typer.Option("--output", "-o", help="File to create: .jsonl or .jsonl.zst.")],
     num_documents: Annotated[
-        int | None, typer.Option(min=1, help="Number of documents.", show_default="as many as --num-tokens needs")
+        int | None,
+        typer.Option(
+            min=1, max=MOST_DOCUMENTS, help="Number of documents.", show_default="as many as --num-tokens needs"
+        ),
     ] = None,
     num_tokens: Annotated[
         int | None, typer.Option(min=1, help="Number of tokens after which to stop; requires --tokenizer.")

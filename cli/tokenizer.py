@@ -9,6 +9,8 @@ import typer
 from ..console import Console
 from .options import Quiet, examples
 
+LARGEST_VOCABULARY = 2**21  # tokenizers allocates memory for all tokens at the start
+
 
 @examples(
     "sinklm tokenizer train corpus/ --vocab-size 2048 -o tokenizer.json",
@@ -19,7 +21,10 @@ def train(
         list[str],
         typer.Argument(metavar="INPUT", help="Text: files, folders, patterns or a data set, as in `sinklm prepare`."),
     ],
-    vocab_size: Annotated[int, typer.Option(help="Number of tokens, including special tokens and the 256 bytes.")],
+    vocab_size: Annotated[
+        int,
+        typer.Option(max=LARGEST_VOCABULARY, help="Number of tokens, including special tokens and the 256 bytes."),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("tokenizer.json"),
     quiet: Quiet = False,
 ) -> None:

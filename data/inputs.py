@@ -25,7 +25,7 @@ from .records import TEXT_KEY, Document
 HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::([\w.-]+))?")
 # Files whose content is not text, by the remedy. Compressed JSON lines are recognised before these.
 ARCHIVES = (".tar", ".tar.gz", ".tar.zst", ".tgz", ".zip", ".7z", ".rar")
-OTHER_COMPRESSION = (".gz", ".bz2", ".xz", ".lzma", ".lz4", ".br", ".z")
+OTHER_COMPRESSION = (".gz", ".bz2", ".xz", ".lzma", ".lz4", ".br", ".z", ".zstd")
 TABLES = (".csv", ".tsv", ".arrow", ".feather", ".orc", ".avro", ".msgpack", ".npy", ".npz", ".h5")
 MEGATRON_FILES = (".bin", ".idx")
 REFUSED = (*ARCHIVES, *OTHER_COMPRESSION, *TABLES, *MEGATRON_FILES)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..files import atomic_file
-from .sequence import TokenFile
+from .sequence import ArrayFile, TokenFile
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -62,7 +62,7 @@ class MegatronReader:
     """Random access to the documents of one ``.bin``/``.idx`` pair.
 
     ``len(reader)`` is the number of sequences (here: documents); ``reader[i]`` is the i-th, of
-    shape ``(length,)`` in the file's dtype. The index is a memory map.
+    shape ``(length,)`` in the file's dtype. The index is read by position.
 
     Args:
         prefix: common path of the two files without suffix.
@@ -78,13 +78,15 @@ class MegatronReader:
         index_path, token_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
         header = read_index_header(index_path)
         self.dtype = header.dtype
-        content = np.memmap(index_path, dtype=np.uint8, mode="r", offset=0)
-        lengths_end = HEADER.size + header.num_sequences * 4
-        pointers_end = lengths_end + header.num_sequences * 8
-        self.lengths = content[HEADER.size : lengths_end].view(np.int32)
-        self.pointers = content[lengths_end:pointers_end].view(np.int64)
-        indices_end = pointers_end + header.num_document_indices * 8
-        self.document_indices = content[pointers_end:indices_end].view(np.int64)
+        offset, parts = HEADER.size, []
+        for dtype, number in (
+            (np.int32, header.num_sequences),
+            (np.int64, header.num_sequences),
+            (np.int64, header.num_document_indices),
+        ):
+            parts.append(ArrayFile(index_path, np.dtype(dtype), (number,), offset))
+            offset += number * np.dtype(dtype).itemsize
+        self.lengths, self.pointers, self.document_indices = parts
         if check:
             self._check_index(index_path, token_path)
         self._tokens = TokenFile(token_path, self.dtype)

@@ -13,7 +13,7 @@ import numpy as np
 
 from .fixed_order import NUM_PROBES, FixedOrderStore
 from .megatron import MegatronReader
-from .sequence import check_ids
+from .sequence import ArrayFile, check_ids
 
 ARRAYS = ("doc_idx", "sample_idx", "shuffle_idx")
 MISMATCH = "use the documents that the order was made for"
@@ -32,7 +32,7 @@ class OrderedRows:
         vocab_size: the number of ids of the tokenizer.
     """
 
-    def __init__(self, path: Path, reader: MegatronReader, arrays: dict[str, np.ndarray], *, vocab_size: int):
+    def __init__(self, path: Path, reader: MegatronReader, arrays: dict[str, ArrayFile], *, vocab_size: int):
         self.path, self.reader, self.vocab_size = path, reader, vocab_size
         self.doc_idx, self.sample_idx, self.shuffle_idx = (arrays[name] for name in ARRAYS)
         self.num_rows = min(len(self.shuffle_idx), len(self.sample_idx) - 1)
@@ -130,11 +130,13 @@ class MegatronOrderStore(FixedOrderStore[OrderedRows]):
             yield self._rows.read(row * length, (row + 1) * length).tobytes()
 
 
-def _load(file: Path) -> np.ndarray:
+def _load(file: Path) -> ArrayFile:
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{file}: not an array of numpy, or a truncated one ({error}); copy it again") from None
     if array.dtype.kind not in "iu":
         raise ValueError(f"{file}: contains {array.dtype} and not integers; copy it again")
-    return array
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{file}: is in Fortran's order; save it again with numpy.ascontiguousarray")
+    return ArrayFile(file, array.dtype, array.shape, array.offset)

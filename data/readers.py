@@ -5,6 +5,7 @@ Memory is bounded: files are read in pieces, and a document has at most ``MAX_DO
 """
 
 from abc import ABC, abstractmethod
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,6 +170,8 @@ class TextShard(Shard):
 
 
 def _is_json_lines(content: bytes, text_key: str) -> bool:
+    """Whether the first line that is not blank is a JSON object with this key."""
+    content = content.removeprefix(BOM_UTF8).lstrip()
     if not content.startswith(b"{"):
         return False
     try:

@@ -1,10 +1,11 @@
-"""Tokens of ``.bin`` files, read by position.
+"""Tokens of ``.bin`` files, and arrays of other files, read by position.
 
 Files are read with ``pread`` and not through memory maps: if a mapped file shrinks, the process
 ends with SIGBUS and no message, while ``pread`` returns fewer bytes, which is an error here. At
 random places ``pread`` is not slower (docs/results/data.md).
 """
 
+import math
 import os
 from collections.abc import Callable
 from functools import lru_cache
@@ -21,14 +22,15 @@ class TokenFile:
     Args:
         path: the file.
         dtype: dtype of the tokens in it.
+        offset: number of bytes before the first one.
     """
 
-    def __init__(self, path: str | os.PathLike, dtype: np.dtype):
-        self.path, self.dtype = Path(path), np.dtype(dtype)
+    def __init__(self, path: str | os.PathLike, dtype: np.dtype, offset: int = 0):
+        self.path, self.dtype, self.offset = Path(path), np.dtype(dtype), offset
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.path, self.dtype)  # a copy opens the file again
+        return type(self), (self.path, self.dtype, self.offset)  # a copy opens the file again
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):
@@ -40,7 +42,7 @@ class TokenFile:
         Raises:
             OSError: the file is shorter, or cannot be read.
         """
-        begin, size = start * self.dtype.itemsize, (stop - start) * self.dtype.itemsize
+        begin, size = self.offset + start * self.dtype.itemsize, (stop - start) * self.dtype.itemsize
         content = b""
         while len(content) < size:
             try:
@@ -49,11 +51,36 @@ class TokenFile:
                 raise OSError(f"{self.path}: cannot be read ({error.strerror})") from error
             if not part:
                 raise OSError(
-                    f"{self.path}: ends at byte {begin + len(content)}, before the tokens that its store lists; it was "
+                    f"{self.path}: ends at byte {begin + len(content)}, before the end that its store lists; it was "
                     "truncated since the store was opened: copy or prepare the store again"
                 )
             content = content + part if content else part
         return np.frombuffer(content, self.dtype)
+
+
+class ArrayFile:
+    """An array in a file. ``array[i]`` and ``array[i:j]`` read from it, as of an array in memory.
+
+    Args:
+        path: the file, which contains the array in C order.
+        dtype, shape: those of the array.
+        offset: number of bytes before it.
+    """
+
+    def __init__(self, path: str | os.PathLike, dtype: np.dtype, shape: tuple[int, ...], offset: int):
+        self.shape, self.ndim = shape, len(shape)
+        self._file = TokenFile(path, dtype, offset)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: int | slice) -> np.ndarray:
+        if not isinstance(index, slice):
+            first = range(len(self))[index]
+            return self[first : first + 1][0]
+        start, stop, _ = index.indices(len(self))
+        width = math.prod(self.shape[1:])
+        return self._file.read(start * width, max(start, stop) * width).reshape(-1, *self.shape[1:])
 
 
 class TokenSequence:

@@ -222,7 +222,7 @@ def _write_note(store: Path, stamps: dict[str, list]) -> None:
 def _read_notes(store: Path) -> list[dict[str, list]]:
     notes = []
     for path in _note_paths(store):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
             notes.append(json.loads(path.read_bytes()))
     return [note for note in notes if isinstance(note, dict)]
 

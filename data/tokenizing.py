@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+from ..rust import is_panic, silent_stderr
+from ..text import one_line
 from .manifest import Counts
 from .records import Record
 from .tokenizer import cut_text, cuts_at_spaces, load_tokenizer_file
@@ -98,7 +100,8 @@ class DocumentTokenizer:
         that token, as in Pythia's data.
 
         Raises:
-            ValueError: a part of the text is too long for encoding it at once.
+            ValueError: a part of the text is too long for encoding it at once, or the tokenizer
+                fails on it.
         """
         pieces = [text] if self.piece_length is None else cut_text(text, self.piece_length)
         arrays = []
@@ -108,7 +111,15 @@ class DocumentTokenizer:
                 f"{MAX_PIECE_LENGTH:,} are encoded at once: split or remove this document"
             )
         for piece in pieces:
-            (encoding,) = self.tokenizer.encode_batch_fast([piece], add_special_tokens=False)
+            try:
+                (encoding,) = self.tokenizer.encode_batch_fast([piece], add_special_tokens=False)
+            except BaseException as error:  # tokenizers raises a bare Exception, or panics
+                if not (isinstance(error, Exception) or is_panic(error)):
+                    raise
+                raise ValueError(
+                    f"{place}: the tokenizer fails on this document ({one_line(str(error))}): its tokenizer.json is "
+                    "damaged, or not made for this text"
+                ) from None
             arrays.append(np.array(encoding.ids, dtype=self.dtype))
         return np.concatenate([*arrays, np.array([self.eod_id], dtype=self.dtype)])
 
@@ -154,7 +165,9 @@ def tokenize(records: list[Record], answer: Path) -> Path:
     sends more than the pipe's buffer, ``ProcessPoolExecutor`` waits indefinitely for the rest.
     """
     assert _work is not None
-    answer.write_bytes(pickle.dumps(_work(records)))
+    with silent_stderr():  # panics of the tokenizer
+        batch = _work(records)
+    answer.write_bytes(pickle.dumps(batch))
     return answer
 
 

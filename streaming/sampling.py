@@ -14,7 +14,9 @@ from transformers import (
 )
 
 MAX_PENALTY = 1000  # and its inverse is the lowest; scores overflow with much larger ones
-MIN_TEMPERATURE = 1e-6  # equals greedy decoding; scores divided by a lower temperature overflow
+# The first equals greedy decoding, the second a random choice. Scores divided by a lower one
+# overflow, and divided by a higher one those of excluded tokens become NaN.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,10 @@ class Sampling:
     def is_greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def _divisor(self) -> float:
+        return min(max(float(self.temperature), MIN_TEMPERATURE), MAX_TEMPERATURE)
+
     def processors(self) -> LogitsProcessorList:
         """Return the processors in the order of ``generate``. Only the first may read the ids."""
         found = LogitsProcessorList()
@@ -64,7 +70,7 @@ class Sampling:
         if self.is_greedy:
             return found
         if self.temperature != 1:
-            found.append(TemperatureLogitsWarper(max(float(self.temperature), MIN_TEMPERATURE)))
+            found.append(TemperatureLogitsWarper(self._divisor))
         if self.top_k is not None:
             found.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1:
@@ -80,6 +86,6 @@ class Sampling:
         """
         arguments: dict[str, Any] = {"do_sample": not self.is_greedy, "repetition_penalty": self.repetition_penalty}
         if not self.is_greedy:
-            arguments |= {"temperature": max(self.temperature, MIN_TEMPERATURE), "top_k": self.top_k or 0}
+            arguments |= {"temperature": self._divisor, "top_k": self.top_k or 0}
             arguments |= {"top_p": self.top_p, "min_p": self.min_p}
         return arguments

@@ -209,6 +209,12 @@ MODELS = [
         regex(r"(a+)+$"),
     ),
     Case(
+        "a regex bomb that prepares a store",
+        "prepare a.txt -o s --tokenizer {model} --processes 1",
+        r"a\.txt: the tokenizer fails on this document \(.*retry-limit.*\): its tokenizer\.json is damaged, .*",
+        lambda model: [regex(r"(a+)+$")(model), (model.parent / "a.txt").write_text("a" * 40 + "b")],
+    ),
+    Case(
         "a template that loops",
         CHAT,
         r"the tokenizer's chat template fails \(Range too big.*: use .*",
@@ -523,6 +529,19 @@ OPTIONS = [
     ),
     Case("a GPU that is not there", GENERATE + " --device cuda:99", r"--device cuda:99 is not available .*: use cpu.*"),
     Case("a device that does not exist", GENERATE + " --device gpu", r"--device gpu is not available .*: use cpu.*"),
+    Case(
+        "10^23 processes", "prepare text.txt -o s --processes 1" + "0" * 23, r".*'--processes'.*; see sinklm prepare.*"
+    ),
+    Case(
+        "a vocabulary of 10^11",
+        "tokenizer train text.txt --vocab-size 1" + "0" * 11,
+        r".*'--vocab-size'.*; see sinklm tokenizer train --help",
+    ),
+    Case(
+        "10^20 documents",
+        "data generate recall -o r.jsonl --num-documents 1" + "0" * 20,
+        r".*'--num-documents'.*; see sinklm data generate recall --help",
+    ),
     Case("a negative distance", "eval stream-eval {model} --distances=-1", r"--distances contains -1: .*"),
     Case(
         "an unknown task",

@@ -102,6 +102,8 @@ def check(words: list[str]) -> None:
     elif program == "make":
         targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[1].split()
         assert set(arguments) <= set(targets), line
+    elif line.startswith("python -m benchmarks."):
+        assert (ROOT / arguments[1].replace(".", "/")).with_suffix(".py").is_file(), line
     elif program.startswith((".ci/", "examples/")):
         assert (ROOT / program).is_file(), line
     elif program in ("bash", "pytest") or (program == "python" and (ROOT / arguments[0]).is_file()):

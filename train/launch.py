@@ -147,8 +147,10 @@ def _connecting(rank: int, size: int) -> Iterator[None]:
     )
 
     def end() -> None:
-        print(f"error: {failed} within {LONGEST_JOIN / 60:.0f} minutes. {remedy}", file=sys.stderr, flush=True)
-        os._exit(1)
+        try:
+            print(f"error: {failed} within {LONGEST_JOIN / 60:.0f} minutes. {remedy}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(1)
 
     timer = threading.Timer(LONGEST_JOIN, end)
     timer.daemon = True
@@ -285,7 +287,9 @@ def fill_environment(environment: "os._Environ[str] | dict[str, str]") -> None:
         environment["LOCAL_RANK"] = str(read_count(environment, "SLURM_LOCALID"))
         environment.setdefault("MASTER_ADDR", first_host(environment.get("SLURM_STEP_NODELIST", "")))
         # Jobs and steps on one host need different ports. Linux itself uses those from 32768 on.
-        number = read_count(environment, "SLURM_JOB_ID") + 1009 * int(environment.get("SLURM_STEP_ID", 0))
+        number = read_count(environment, "SLURM_JOB_ID") + 1009 * read_count(
+            {"SLURM_STEP_ID": "0", **environment}, "SLURM_STEP_ID"
+        )
         environment.setdefault("MASTER_PORT", str(10_000 + number % 20_000))
     else:
         environment |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}

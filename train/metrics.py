@@ -4,12 +4,14 @@ import contextlib
 import json
 import netrc
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from ..files import write_text
+from ..text import one_line
 from .config import TrainingConfig
 from .recipe import saved_values
 
@@ -25,7 +27,7 @@ class MetricsFile:
     def __init__(self, path: Path, first_step: int):
         kept = []
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             kept = [line for line in lines if _step_of(line) <= first_step]
             write_text(path, "".join(kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
@@ -42,26 +44,29 @@ class MetricsFile:
 
 
 def _step_of(line: str) -> float:
-    """Return the step of a line, or infinity for an incomplete line."""
+    """Return the step of a line, or infinity for an incomplete or damaged one."""
     try:
         return json.loads(line)["step"] if line.endswith("\n") else float("inf")
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return float("inf")
 
 
 class WandbRun:
     """Logs to Weights & Biases. Its failures do not stop training: `metrics.jsonl` has everything.
 
+    A server that cannot be reached, or refuses the login, is such a failure, also at the start.
+
     Args:
         say: called with a message if wandb fails.
 
     Raises:
-        ValueError: wandb is not installed, or the mode is ``online`` without a login.
+        ValueError: wandb is not installed, the mode is ``online`` without a login, or wandb does
+            not accept the settings.
     """
 
     def __init__(self, config: TrainingConfig, run_dir: Path, say: Callable[[str], None]):
         self._say = say
-        self._run = _start_wandb(config, run_dir)
+        self._run = _start_wandb(config, run_dir, self._disable)
         if self._run is not None and self._run.offline:
             say(f"wandb: offline, in {run_dir / 'wandb'}; for online logging, run `wandb login` before training")
 
@@ -79,16 +84,20 @@ class WandbRun:
         try:
             call()
         except Exception as error:
-            self._say(f"wandb failed and is disabled for the rest of the run ({type(error).__name__}: {error})")
-            self._run = None
-            with contextlib.suppress(Exception):
-                import wandb
+            self._disable(error)
 
-                wandb.teardown()  # otherwise it retries and prints errors when Python exits
+    def _disable(self, error: Exception) -> None:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        self._say(f"wandb failed and is disabled for the rest of the run ({reason})")
+        self._run = None
+        with contextlib.suppress(Exception):
+            import wandb
+
+            wandb.teardown()  # otherwise it retries and prints errors when Python exits
 
 
-def _start_wandb(config: TrainingConfig, run_dir: Path) -> Any:
-    """Start or resume the wandb run of a folder. Returns None if disabled."""
+def _start_wandb(config: TrainingConfig, run_dir: Path, on_failure: Callable[[Exception], None]) -> Any:
+    """Start or resume the wandb run of a folder. Returns None if it is disabled, or failed."""
     mode = config.wandb.mode
     if mode == "disabled" or os.environ.get("WANDB_MODE") == "disabled":
         return None
@@ -100,19 +109,25 @@ def _start_wandb(config: TrainingConfig, run_dir: Path) -> Any:
         raise ValueError("wandb.mode=online, but you are not logged in: run `wandb login`, or set wandb.mode=offline")
     if mode == "auto":
         mode = "online" if is_logged_in() else "offline"
-    return wandb.init(
-        project=config.wandb.project,
-        entity=config.wandb.entity,
-        name=config.wandb.name or run_dir.name,
-        group=config.wandb.group,
-        tags=config.wandb.tags,
-        id=_wandb_id(run_dir),
-        resume="allow",
-        mode=mode,
-        dir=run_dir,
-        config=saved_values(config),
-        settings=wandb.Settings(silent=True),
-    )
+    try:
+        return wandb.init(
+            project=config.wandb.project,
+            entity=config.wandb.entity,
+            name=config.wandb.name or run_dir.name,
+            group=config.wandb.group,
+            tags=config.wandb.tags,
+            id=_wandb_id(run_dir),
+            resume="allow",
+            mode=mode,
+            dir=run_dir,
+            config=saved_values(config),
+            settings=wandb.Settings(silent=True),
+        )
+    except (ValueError, wandb.errors.UsageError) as error:
+        raise ValueError(f"wandb does not accept the settings ({one_line(error)}): correct the keys wandb.…") from error
+    except wandb.errors.Error as error:
+        on_failure(error)
+        return None
 
 
 def is_logged_in() -> bool:
@@ -128,7 +143,8 @@ def is_logged_in() -> bool:
 def _wandb_id(run_dir: Path) -> str:
     """Return the id of this folder's run, creating it on first use."""
     path = run_dir / "wandb" / "run-id"
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(os.urandom(6).hex(), encoding="utf-8")
-    return path.read_text(encoding="utf-8").strip()
+    known = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
+    if not re.fullmatch(r"[0-9a-f]{12}", known):  # not yet written, or damaged
+        known = os.urandom(6).hex()
+        write_text(path, known)
+    return known

@@ -1,9 +1,12 @@
 """Progress output: a live line on a terminal, periodic lines in a log file."""
 
+import errno
 import os
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import psutil
@@ -16,6 +19,8 @@ from .memory import GIB
 
 WINDOW = 20  # steps over which the speed is averaged
 LOG_INTERVAL = 10.0  # seconds between lines if there is no terminal
+LIVE_INTERVAL = 0.25  # seconds between updates of the live line
+LOST = (errno.EPIPE, errno.EIO)  # the reader of a pipe has ended, or the terminal was closed
 
 
 class Speedometer:
@@ -75,13 +80,17 @@ class Speedometer:
 
 
 class RunProgress:
-    """Context manager that prints progress on rank 0 and nothing on other ranks."""
+    """Context manager that prints progress on rank 0 and nothing on other ranks.
+
+    If nobody reads the output any more, training goes on without it.
+    """
 
     def __init__(self, num_steps: int, *, is_silent: bool):
         self.console = Console(quiet=is_silent, highlight=False, soft_wrap=True)
         self._num_steps = num_steps
-        self._live = Live(console=self.console, refresh_per_second=4, transient=True) if self._is_live else None
-        self._last_line = 0.0
+        # Without a thread of its own, which would end with a traceback if the terminal is closed.
+        self._live = Live(console=self.console, auto_refresh=False, transient=True) if self._is_live else None
+        self._last_line = self._last_refresh = 0.0
 
     @property
     def _is_live(self) -> bool:
@@ -94,22 +103,33 @@ class RunProgress:
 
     def __exit__(self, *exception: object) -> None:
         if self._live:
-            self._live.stop()
+            with self._unread():
+                self._live.stop()
 
     def say(self, message: str) -> None:
-        """Print a message above the live line. If nobody reads the output, training goes on."""
-        try:
+        """Print a message above the live line."""
+        with self._unread():
             self.console.print(message)
-        except BrokenPipeError:
+
+    @contextmanager
+    def _unread(self) -> Iterator[None]:
+        """Context in which the output may turn out to be lost. Later output is then discarded."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in LOST:
+                raise
             self.console.quiet = True
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def update(self, step: int, values: dict, speed: Speedometer, *, is_kept: bool = False) -> None:
         """Show the values of ``step``; with ``is_kept`` the line remains on screen."""
         line = self._line(step, values, speed)
-        if self._live:
-            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"))
         now = time.monotonic()
+        if self._live and now - self._last_refresh >= LIVE_INTERVAL:
+            with self._unread():
+                self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
+            self._last_refresh = now
         if is_kept or (not self._live and now - self._last_line >= LOG_INTERVAL):
             self.say(line)
             self._last_line = now

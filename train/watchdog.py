@@ -241,11 +241,13 @@ class Watchdog:
         self._exit(f"error: {self._verdict}" if self._is_reported_here else "", status=1)
 
     def _exit(self, message: str, status: int) -> None:
-        if sys.stdout.isatty():
-            print("\x1b[?25h", end="", flush=True)  # the live line of progress hides the cursor
-        if message:
-            print(message, file=sys.stderr, flush=True)
-        os._exit(status)
+        try:
+            if sys.stdout.isatty():
+                print("\x1b[?25h", end="", flush=True)  # the live line of progress hides the cursor
+            if message:
+                print(message, file=sys.stderr, flush=True)
+        finally:  # also if the terminal is closed, or the reader of a pipe has ended
+            os._exit(status)
 
     def _stack(self) -> str:
         frame = sys._current_frames().get(self._main_thread or 0)

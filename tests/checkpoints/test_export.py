@@ -343,6 +343,15 @@ def test_the_model_card_has_the_facts_of_the_run(tmp_path, capsys):
         with pytest.raises(ValueError, match=rf"step-200 is damaged: {name} has another sha256"):
             export_model(tmp_path / "run", tmp_path / "again")
         (checkpoint / name).write_text(text)
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(b"\xff\n" + b"[" * 100_000)  # only its README needs it
+    export_model(tmp_path / "run", tmp_path / "again")
+    for path in (tmp_path / "run" / "environment.json", tmp_path / "store" / "manifest.json"):
+        text = path.read_text()
+        for damaged in ("{}", "[]", "{", "[" * 100_000):
+            path.write_text(damaged)
+            with pytest.raises(ValueError, match=rf"{path} is damaged \(.*\): restore or delete it"):
+                export_model(tmp_path / "run", tmp_path / "third")
+        path.write_text(text)
 
 
 def hidden_files(folder: Path) -> list[Path]:

@@ -82,6 +82,10 @@ def another_config(run: Path) -> None:
     (run / "config.yaml").write_bytes(b"\xff\xfe")
 
 
+def nest_config(run: Path) -> None:
+    (run / "config.yaml").write_text("[" * 5000)
+
+
 def damage_state(run: Path) -> None:
     (run / "checkpoints" / "step-20" / "state.json").write_text("{")
 
@@ -94,7 +98,7 @@ def remove_model(run: Path) -> None:
     (run / "checkpoints" / "step-20" / "model" / "config.json").unlink()
 
 
-@pytest.mark.parametrize("damage", [damage_config, another_config])
+@pytest.mark.parametrize("damage", [damage_config, another_config, nest_config])
 def test_a_run_without_a_recipe_is_damaged(tmp_path, damage):
     run = make_run(tmp_path / "run", saved=(10, 20))
     damage(run)

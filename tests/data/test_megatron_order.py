@@ -1,3 +1,4 @@
+import os
 import shutil
 from pathlib import Path
 
@@ -118,6 +119,23 @@ def test_missing_and_damaged_files_are_refused(order: Path) -> None:
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"has 0 files \*_doc_idx\.npy; an order of Megatron needs exactly one"):
         open_store(order)
+
+
+def test_fortrans_order_is_refused(order: Path) -> None:
+    path = array_of(order, "sample_idx")
+    np.save(path, np.asfortranarray(np.load(path)))
+    with pytest.raises(ValueError, match=r"sample_idx\.npy: is in Fortran's order"):
+        open_store(order)
+
+
+@pytest.mark.parametrize("pattern", ["*_doc_idx.npy", "*_sample_idx.npy", "*_shuffle_idx.npy", "*.idx", "*.bin"])
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(order: Path, pattern: str) -> None:
+    """A memory map would end the process with SIGBUS."""
+    rows = open_store(order).split("train")
+    (path,) = order.glob(pattern)
+    os.truncate(path, 0)
+    with pytest.raises(OSError, match=rf"{path.name}: ends at byte \d+, .* truncated since the store was opened"):
+        rows.read(0, len(rows))
 
 
 def test_the_message_names_the_row_and_not_the_sample(order: Path) -> None:

@@ -238,6 +238,7 @@ def test_inputs_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         ("x.jsonl.bz2", "decompress it: bzip2 -dk"),
         ("x.txt.gz", "decompress it: gzip -dk"),
         ("x.GZ", "decompress it"),
+        ("x.jsonl.zstd", "decompress it"),
         ("x.csv", "convert it to JSON lines"),
         ("x.bin", "it is tokenized already"),
     ):
@@ -245,8 +246,8 @@ def test_inputs_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"{name}: this file type is not supported; {remedy}"):
             find_inputs([str(tmp_path / name)])
     (tmp_path / "package.json").touch()
-    ignored = {".tar": 1, ".zst": 1, ".xz": 1, ".bz2": 1, ".gz": 1, ".GZ": 1, ".csv": 1, ".bin": 1, ".json": 1}
-    assert find_inputs([str(tmp_path)]).num_ignored == ignored
+    suffixes = [".tar", ".zst", ".xz", ".bz2", ".gz", ".GZ", ".zstd", ".csv", ".bin", ".json"]
+    assert find_inputs([str(tmp_path)]).num_ignored == dict.fromkeys(suffixes, 1)
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".ndjson", ".jsonlines", ".json", ".JSONL"])
@@ -270,6 +271,11 @@ def test_json_lines_under_a_wrong_name_are_no_document(tmp_path: Path) -> None:
         write_json_lines(tmp_path / name, ROWS)
         with pytest.raises(ValueError, match=rf"{name}: contains JSON lines, but its name does not say so"):
             read(tmp_path / name)
+        lines = (tmp_path / name).read_bytes()
+        for before in (b"\xef\xbb\xbf", b" \n\n", b"\xef\xbb\xbf\n"):
+            (tmp_path / name).write_bytes(before + lines)
+            with pytest.raises(ValueError, match=rf"{name}: contains JSON lines"):
+                read(tmp_path / name)
     (tmp_path / "x.js").write_text('{"text": "an object in a program"};\n')
     (tmp_path / "y.txt").write_text('{"content": "no text"}\n')
     assert len(read(f"{tmp_path}/[xy].js")) == 1

@@ -1,5 +1,6 @@
 """The generation loop compared with `generate`, sampling, and decoding text token by token."""
 
+import math
 import warnings
 from itertools import islice
 
@@ -77,6 +78,13 @@ def test_a_temperature_near_0_chooses_the_most_likely_token(temperature):
     model, logits = tiny_model(num_sinks=0), torch.tensor([[-90.0, 89.9, 90.0]]).repeat(50, 1)
     for top_k in (None, 2):
         assert (generator(model, temperature=temperature, top_k=top_k).sample(logits) == 2).all()
+
+
+@pytest.mark.parametrize("temperature", [1e30, 1e39, 1e308])
+def test_a_very_high_temperature_chooses_at_random_among_the_allowed_tokens(temperature):
+    model, logits = tiny_model(num_sinks=0), torch.tensor([[-90.0, -math.inf, 90.0]]).repeat(200, 1)
+    assert generator(model, temperature=temperature).sample(logits).unique().tolist() == [0, 2]
+    assert generator(model, temperature=temperature, top_k=1).sample(logits).unique().tolist() == [2]
 
 
 @given(

@@ -1,18 +1,24 @@
 """Damaged checkpoints are noticed and set aside, and the run goes on from the one before."""
 
+import errno
+import io
 import json
+import os
 import re
 import shutil
 import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sinklm.checkpoints.folders import DamagedCheckpointError, list_checkpoints
 from sinklm.checkpoints.manifest import FileInfo, Manifest, find_damage, owned_files, owner, read_manifest
+from sinklm.train.launch import World
 from sinklm.train.run import train
+from sinklm.train.verification import verified_state
 
 from ..checkpoints.seal import seal
 from .tiny import assert_same_weights, edit_state, flip_bit, losses, weights
@@ -43,6 +49,8 @@ DAMAGES = [
     ("config.yaml", lambda path: path.write_text("model: ["), "config.yaml has 8 bytes"),
     ("COMPLETE", flip_bit, "COMPLETE is damaged"),
     ("COMPLETE", lambda path: path.write_bytes(b""), "COMPLETE is damaged"),
+    ("COMPLETE", lambda path: path.write_text("[" * 100_000), "COMPLETE is damaged"),
+    ("COMPLETE", lambda path: [path.unlink(), path.mkdir()], "COMPLETE is missing"),
     ("deepspeed", lambda path: shutil.copy(path / "mp_rank_00_model_states.pt", path / "x.pt"), "x.pt is not in COM"),
     (".", lambda path: [shutil.rmtree(path), path.mkdir(), (path / "COMPLETE").touch()], "state.json is missing"),
 ]
@@ -59,6 +67,22 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(recipe, whole_run,
     assert list(list_checkpoints(run)) == [4, 8]
     assert losses(run) == losses(whole_run)
     assert_same_weights(weights(run, 8), weights(whole_run, 8))
+
+
+@pytest.mark.parametrize("name", ["COMPLETE", "state.json", "config.yaml"])
+def test_a_file_that_the_disk_cannot_read_is_damaged(run, monkeypatch, name):
+    damaged = run / "checkpoints" / "step-8" / name
+
+    def unreadable(path, *args, **options):
+        if Path(path) == damaged:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return open_file(path, *args, **options)
+
+    open_file = io.open
+    monkeypatch.setattr(io, "open", unreadable)  # of pathlib
+    monkeypatch.setattr("builtins.open", unreadable)
+    with pytest.raises(DamagedCheckpointError, match=rf"{name} cannot be read \(Input/output error\)"):
+        verified_state(damaged.parent, World(0, 1, 0, torch.device("cpu")), is_trusted=False)
 
 
 def test_the_steps_of_a_checkpoint_must_agree(recipe, run, capsys):
@@ -120,6 +144,14 @@ def test_only_interrupted_checkpoints_are_deleted_by_the_next_save(recipe, run, 
     output = capsys.readouterr().out
     assert "step-6, which was interrupted; the next save deletes it" in output
     assert "step-6.damaged, which is damaged" in output
+
+
+def test_damaged_lines_of_the_metrics_do_not_block_a_restart(recipe, whole_run, run):
+    shutil.rmtree(run / "checkpoints" / "step-8")
+    path = run / "metrics.jsonl"
+    path.write_bytes(b"\xff{\n" + b"[" * 100_000 + b"\n" + path.read_bytes())
+    train(recipe, [f"train.run_dir={run}"])
+    assert losses(run) == losses(whole_run)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

@@ -76,6 +76,9 @@ def test_steps_of_one_job_have_ports_of_their_own():
         ports.add(environment["MASTER_PORT"])
     assert len(ports) == 16
     assert all(10_000 <= int(port) < 30_000 for port in ports)
+    del environment["RANK"], environment["WORLD_SIZE"]
+    with pytest.raises(ValueError, match="SLURM_STEP_ID is 'batch': it must be a whole number"):
+        fill_environment(environment | {"SLURM_STEP_ID": "batch"})
 
 
 def test_an_error_on_one_rank_is_an_error_on_all():

@@ -1,7 +1,10 @@
 """metrics.jsonl and the progress line."""
 
 import json
+import os
+import re
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,6 +67,19 @@ def test_the_progress_line(capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_progress_outlives_its_terminal(monkeypatch):
+    """The terminal of an ssh connection is closed: writing fails with EIO."""
+    terminal, output = os.openpty()
+    with os.fdopen(output, "w") as stdout, monkeypatch.context() as changed:
+        changed.setattr(sys, "stdout", stdout)
+        with RunProgress(100, is_silent=False) as progress:
+            assert progress.console.is_terminal
+            os.close(terminal)
+            values = {"loss": 3.14159, "lr": 6e-4, "grad_norm": 0.5, "memory_gib": 1.25}
+            progress.update(1, values, Speedometer(1000, 6.0, None))
+            progress.say("saved")
+
+
 @pytest.mark.parametrize(("number", "text"), [(0, "0"), (999, "999"), (1234, "1.23K"), (299_892_736_000, "300B")])
 def test_human_numbers(number, text):
     assert human(number) == text
@@ -118,6 +134,36 @@ def test_a_login_is_found_where_wandb_puts_it(wandb_asked, tmp_path):
     assert not is_logged_in()
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
     assert is_logged_in()
+
+
+def test_training_begins_without_a_server_of_wandb(wandb_asked, tmp_path, monkeypatch):
+    wandb, said = pytest.importorskip("wandb"), []
+
+    def fail(error):
+        def init(**options):
+            raise error
+
+        monkeypatch.setattr(wandb, "init", init)
+
+    fail(wandb.errors.CommError("no answer\nfor 90 s"))
+    wandb_run(tmp_path, "auto", said).write({"step": 1, "loss": 1.0})
+    assert said == ["wandb failed and is disabled for the rest of the run (CommError: no answer for 90 s)"]
+    for error in (wandb.errors.UsageError("Invalid project name"), ValueError("Invalid project name")):
+        fail(error)
+        with pytest.raises(
+            ValueError, match=r"does not accept the settings \(.*Invalid project name\): correct the keys"
+        ):
+            wandb_run(tmp_path, "auto")
+
+
+@pytest.mark.parametrize("content", ["", "a/b", "0123"])
+def test_a_damaged_id_of_wandb_is_replaced(wandb_asked, tmp_path, content):
+    path = tmp_path / "wandb" / "run-id"
+    path.parent.mkdir()
+    path.write_text(content)  # a run that was killed while it wrote it leaves an empty file
+    wandb_run(tmp_path, "auto")
+    assert re.fullmatch("[0-9a-f]{12}", wandb_asked[0]["id"])
+    assert path.read_text() == wandb_asked[0]["id"]
 
 
 def test_training_outlives_wandb(wandb_asked, tmp_path):

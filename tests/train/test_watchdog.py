@@ -1,6 +1,9 @@
 """A rank that dies or hangs is named, and ends all ranks; a signal is obeyed while a rank waits."""
 
+import contextlib
 import dataclasses
+import errno
+import io
 import re
 import signal
 import socket
@@ -206,6 +209,23 @@ def test_a_watchdog_ends_at_once(monkeypatch):
     watching = watchdog.Watchdog(0, 1, hang_timeout=None, exchange=lambda value: [value], warn=pytest.fail)
     watching.close()
     assert not watching._thread.is_alive()
+
+
+def test_a_watchdog_that_cannot_print_ends_the_process(monkeypatch):
+    """The terminal was closed, or the reader of a pipe has ended."""
+
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    ended: list[int] = []
+    watching = watchdog.Watchdog(0, 1, hang_timeout=None, exchange=lambda value: [value], warn=pytest.fail)
+    watching.close()
+    with monkeypatch.context() as changed, contextlib.suppress(OSError):
+        changed.setattr(watchdog.sys, "stderr", Closed())
+        changed.setattr(watchdog.os, "_exit", ended.append)
+        watching._exit("error: rank 1 died", status=1)
+    assert ended == [1]
 
 
 def run_two(recipe: str, folder: Path, **events) -> Ranks:
