@@ -18,6 +18,7 @@ from transformers import GenerationMixin
 
 from ..models.cache_argument import NAMES
 from ..models.config import num_prepended_sinks
+from .wrappers import refuse_prompts_of_owner
 
 if TYPE_CHECKING:
     from .cache import StreamingCache
@@ -33,6 +34,7 @@ def checked_prefill(original: Callable) -> Callable:
     def prefill(model: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any):
         if not any(is_streaming(model_kwargs.get(name)) for name in NAMES):
             return original(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
+        refuse_prompts_of_owner(model)
         wrap_methods(type(model))
         cache = used_cache(model_kwargs)
         if cache is not None:
@@ -67,6 +69,8 @@ def checked_inputs(original: Callable) -> Callable:
 
     @functools.wraps(original)
     def prepare(model: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if any(is_streaming(kwargs.get(name)) for name in NAMES):
+            refuse_prompts_of_owner(model)
         cache = used_cache(kwargs)
         if cache is not None and not is_checked.get() and kwargs.get("is_first_iteration"):
             is_assisted = "next_sequence_length" in kwargs and kwargs["next_sequence_length"] is None

@@ -1,7 +1,8 @@
 """Text generation without a length limit, in constant memory."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -40,6 +41,10 @@ def default_cache(model: PreTrainedModel, block_size: int = 0) -> tuple[int, int
     num_kept = default_num_kept(config)
     trained_length = getattr(config, "max_position_embeddings", None) or DEFAULT_CACHE_SIZE + 1
     return num_kept, max(1, min(DEFAULT_CACHE_SIZE, trained_length - 1 - max(0, block_size - num_kept)) - num_kept)
+
+
+def is_list_of_ids(prompt: Any) -> bool:
+    return isinstance(prompt, Sequence) and all(isinstance(token, Integral) for token in prompt)
 
 
 class Generator:
@@ -87,9 +92,15 @@ class Generator:
         error, because both texts would share one cache.
 
         Raises:
+            TypeError: the prompt is no list of integers.
             ValueError: the prompt is empty or has ids that the model does not have, the logits are
                 not finite, or another prompt was read since.
         """
+        if not is_list_of_ids(prompt_ids):
+            raise TypeError(
+                f"the prompt is of type {type(prompt_ids).__name__}, not a list of token ids: pass "
+                "tokenizer(text)['input_ids']"
+            )
         if not prompt_ids:
             raise ValueError("the prompt is empty: pass at least one token")
         self.turn = turn = self.turn + 1

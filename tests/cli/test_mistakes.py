@@ -34,6 +34,10 @@ from sinklm.train.__main__ import main as launched
             "no such option --batch-size: did you mean train.batch_size_tokens or train.micro_batch_size? See sinklm "
             "train --help",
         ),
+        (
+            "export run x --to ggfu",
+            "Invalid value for '--to': 'ggfu' is not one of 'hf', 'gguf', 'hub'; see sinklm export --help",
+        ),
         ("train quickstart --dryrun", "no such option --dryrun: did you mean --dry-run? See sinklm train --help"),
     ],
 )

@@ -111,6 +111,9 @@ def test_invalid_sampling_and_an_empty_prompt_are_an_error():
         generator(model, top_k=0)
     with pytest.raises(ValueError, match="prompt is empty"):
         next(generator(model)([]))
+    for prompt, name in (("a text", "str"), (["a"], "list"), (text(1, 5), "Tensor"), (text(1, 5).tolist(), "list")):
+        with pytest.raises(TypeError, match=rf"of type {name}, not a list of token ids: pass tokenizer\("):
+            next(generator(model)(prompt))
 
 
 def test_the_next_prompt_ends_the_iterator_before():
