@@ -36,4 +36,4 @@ def refuse_runs_in_auto_classes() -> None:
             refuse_run(Path(str(pretrained_model_name_or_path)) / (kwargs.get("subfolder") or ""))
             raise
 
-    AutoConfig.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]
+    AutoConfig.from_pretrained = classmethod(from_pretrained)
