@@ -60,6 +60,7 @@ class Generator:
         compile: set to False for short texts, which finish before the step is compiled.
 
     Raises:
+        TypeError: ``cache`` is no `StreamingCache`.
         ValueError: a setting of the sampling is out of its range.
     """
 
@@ -71,6 +72,8 @@ class Generator:
         compile: bool = True,
         **sampling: Any,
     ):
+        if not isinstance(cache, StreamingCache):
+            raise TypeError(f"cache is {cache!r}: pass StreamingCache.for_model(model, num_kept=…, window=…)")
         self.cache, self.device = cache, unwrapped(model).device
         self.sampling = Sampling(**sampling)
         self.processors = self.sampling.processors()
