@@ -224,19 +224,19 @@ MODELS = [
     Case(
         "a template that loops",
         CHAT,
-        r"the tokenizer's chat template fails \(Range too big.*: use .*",
+        r"the chat template fails \(Range too big.*: correct it, or use .*",
         template("{% for i in range(10**9) %}{% endfor %}"),
     ),
     Case(
         "a template with an error",
         CHAT,
-        r"the tokenizer's chat template fails \(Expected .*: use .*",
+        r"the chat template fails \(Expected .*: correct it, or use .*",
         template("{% for %}"),
     ),
     Case(
         "a template that looks around",
         CHAT,
-        r"the tokenizer's chat template fails \(access .*: use .*",
+        r"the chat template fails \(access .*: correct it, or use .*",
         template("{{ ''.__class__.__mro__ }}"),
     ),
     Case(
