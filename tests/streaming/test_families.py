@@ -261,7 +261,9 @@ def test_an_encoding_that_returns_something_else_is_an_error(encoding, monkeypat
     [
         ("gpt2", "absolute position embeddings"),
         ("mamba", "no keys to keep"),
+        ("mvp", "absolute position embeddings"),
         ("xlnet", "neither rotary nor ALiBi"),
+        ("t5", "neither rotary nor ALiBi"),
         ("persimmon", "not tested"),
     ],
 )
