@@ -1,7 +1,7 @@
 """Checks the text that transformers' `generate` continues with a cache that has read some already.
 
 `generate` takes the whole text, of which it skips as many tokens as the cache has seen, whatever
-they are. Only the text's length tells it from a new turn. With the first streaming cache, two
+they are. Only the text's length tells it from a new turn. With the first streaming cache, three
 methods of `GenerationMixin`, and of classes that override them, are therefore wrapped. The whole
 text passes by them once per call. Calls without a streaming cache are not changed.
 """
@@ -34,7 +34,6 @@ def checked_prefill(original: Callable) -> Callable:
     def prefill(model: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any):
         if not any(is_streaming(model_kwargs.get(name)) for name in NAMES):
             return original(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
-        refuse_prompts_of_owner(model)
         wrap_methods(type(model))
         cache = used_cache(model_kwargs)
         if cache is not None:
@@ -69,8 +68,6 @@ def checked_inputs(original: Callable) -> Callable:
 
     @functools.wraps(original)
     def prepare(model: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if any(is_streaming(kwargs.get(name)) for name in NAMES):
-            refuse_prompts_of_owner(model)
         cache = used_cache(kwargs)
         if cache is not None and not is_checked.get() and kwargs.get("is_first_iteration"):
             is_assisted = "next_sequence_length" in kwargs and kwargs["next_sequence_length"] is None
@@ -90,7 +87,23 @@ def checked_inputs(original: Callable) -> Callable:
     return prepare
 
 
-WRAPPERS = {"_prefill": checked_prefill, "prepare_inputs_for_generation": checked_inputs}
+def checked_caller(original: Callable) -> Callable:
+    """Wrap `_prepare_cache_for_generation`, which each kind of generation calls once."""
+
+    @functools.wraps(original)
+    def prepare_cache(model: Any, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any) -> Any:
+        if any(is_streaming(model_kwargs.get(name)) for name in NAMES):
+            refuse_prompts_of_owner(model)
+        return original(model, generation_config, model_kwargs, *args, **kwargs)
+
+    return prepare_cache
+
+
+WRAPPERS = {
+    "_prefill": checked_prefill,
+    "_prepare_cache_for_generation": checked_caller,
+    "prepare_inputs_for_generation": checked_inputs,
+}
 
 
 def check_generation(model: nn.Module) -> None:
