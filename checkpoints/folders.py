@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from ..hub import find_on_hub
+from ..text import MOST_NAMES, near_hint
 
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
@@ -169,6 +170,19 @@ def resolve_model_folder(name_or_path: str | Path) -> str:
                 f"{path} is an incomplete checkpoint (it has no {COMPLETE_MARKER} file): use an older one"
             )
         return str(path / MODEL_FOLDER)
+    if path.is_file():
+        is_for_llama_cpp = path.suffix == ".gguf"
+        raise FileNotFoundError(
+            f"{path} is a file{' for llama.cpp' * is_for_llama_cpp}: pass the folder of a run, a checkpoint or a model"
+        )
     raise FileNotFoundError(
-        f"{path} contains neither a transformers model (config.json) nor a training checkpoint: check the path"
+        f"{path} contains neither a transformers model (config.json) nor a training checkpoint: "
+        f"{near_hint('', (), others=_models_in(path), prefix=f'{path}/') or 'check the path'}"
     )
+
+
+def _models_in(folder: Path) -> list[str]:
+    """Return the names of some runs, checkpoints and models in a folder, the newest first."""
+    parts = ("config.json", CHECKPOINTS_FOLDER, f"{MODEL_FOLDER}/config.json")
+    found = [each for each in folder.iterdir() if any((each / part).exists() for part in parts)]
+    return [each.name for each in sorted(found, key=lambda each: -each.stat().st_mtime)[:MOST_NAMES]]

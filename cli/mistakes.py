@@ -23,7 +23,7 @@ class Group(typer.core.TyperGroup):
 
 def explain(error: Any) -> str:
     """Return the line for a usage error of click."""
-    message = error.format_message().rstrip(".")
+    message = error.format_message().rstrip(".").replace(": Value error, ", ": ")  # of pydantic, in newer typer
     if type(error).__name__ == "NoSuchOption":
         names = [name for param in error.ctx.command.params for name in param.opts]
         is_training = error.ctx.command.name == "train"

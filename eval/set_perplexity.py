@@ -63,10 +63,11 @@ def sets_of(store: TokenSource) -> dict[str, Tokens]:
     """Return the held-out tokens of each set of a store, by name.
 
     Raises:
-        ValueError: the store has no sets, or does not hold them apart.
+        ValueError: the store has no sets or no held-out documents, or does not hold them apart.
     """
     if not isinstance(store, TokenStore):
         raise ValueError(f"{store.path} has no sets of documents: use a store of sinklm prepare")
+    store.split(SPLIT)  # a ValueError if no document was held out
     names = sorted(name for name, counts in store.manifest.splits[SPLIT].sets.items() if counts.tokens > 1)
     if not names:
         raise ValueError(f"{store.path}: its {SPLIT} split is empty; prepare it with a larger --validation-fraction")

@@ -29,7 +29,7 @@ from .carried import CarriedCausalLMOutput, CarriedKeys, CarriedModelOutput, che
 from .config import SinkGPTNeoXConfig
 from .layer import SinkGPTNeoXLayer
 from .loss import IGNORED, linear_cross_entropy
-from .run_folders import refuse_run
+from .run_folders import refuse_run, refuse_runs_in_auto_classes
 from .windows import WindowRule, check_positions, check_window, rules_of_pass
 
 
@@ -425,6 +425,7 @@ def _cross_entropy(logits, targets, num_items_in_batch) -> torch.Tensor:
 
 
 AutoConfig.register("sink_gpt_neox", SinkGPTNeoXConfig)
+refuse_runs_in_auto_classes()
 AutoModel.register(SinkGPTNeoXConfig, SinkGPTNeoXModel)
 AutoModelForCausalLM.register(SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM)
 register_checkpoint_conversion_mapping(  # the head is `embed_out.weight` on disk, as in Pythia checkpoints

@@ -1,6 +1,5 @@
 """What to do instead, for mistakes in creating a `StreamingCache`."""
 
-import os
 import warnings
 from typing import Any
 
@@ -18,14 +17,6 @@ def refuse_constructor(arguments: tuple[Any, ...]) -> None:
         raise TypeError(
             "a StreamingCache is not created by its constructor: use StreamingCache.for_model(model, num_kept=4, "
             "window=1020)"
-        )
-
-
-def refuse_name(model: object) -> None:
-    """Raise a TypeError if ``model`` is the name or path of a model."""
-    if isinstance(model, str | os.PathLike):
-        raise TypeError(
-            f"StreamingCache.for_model takes a loaded model and not its name: pass sinklm.load_model({str(model)!r})"
         )
 
 

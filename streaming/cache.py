@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from ..models.config import num_prepended_sinks
-from .advice import refuse_constructor, refuse_name, refuse_without_weights, warn_if_untrained
+from .advice import refuse_constructor, refuse_without_weights, warn_if_untrained
 from .buffers import StreamingLayer
 from .continuing import check_generation
 from .families import family_of, num_equal_positions
@@ -22,7 +22,7 @@ from .layers import LayerPlan, own_rules
 from .masks import check_padding, which_are_tokens
 from .memory import MemoryOptions, StreamMemory
 from .quantized import KV_DTYPES, NUM_RECENT, QuantizedLayer, check_head_sizes
-from .rule import StreamShape
+from .rule import StreamShape, whole_number
 from .saving import load_cache, save_cache
 from .steering import SteeredForward
 from .steps import Pass
@@ -113,17 +113,15 @@ class StreamingCache(Cache):
 
         Raises:
             TypeError: ``model`` is a name, or ``memory`` is no `MemoryOptions`.
-            ValueError: the model is not supported, ``num_kept < 0``, ``window < 1``,
-                ``chunk_size < 1``, an unknown ``kv_dtype``, or ``"int4"`` for an odd head size,
-                or a ``kv_dtype`` with windows of at most 32 tokens, which would quantize nothing,
-                or a memory with a ``kv_dtype``, with blocks longer than the window, or for a model
-                without rotary positions.
+            ValueError: the model is not supported, ``num_kept``, ``window`` or ``chunk_size`` is no
+                whole number or too small, an unknown ``kv_dtype``, or ``"int4"`` for an odd head
+                size, or a ``kv_dtype`` with windows of at most 32 tokens, which would quantize
+                nothing, or a memory with a ``kv_dtype``, with blocks longer than the window, or for
+                a model without rotary positions.
         """
-        refuse_name(model)
         if kv_dtype is not None and kv_dtype not in KV_DTYPES:
             raise ValueError(f"kv_dtype is {kv_dtype!r}: it must be {', '.join(map(repr, KV_DTYPES))} or None")
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size is {chunk_size}: it must be at least 1")
+        chunk_size = whole_number("chunk_size", chunk_size, at_least=1)
         if not isinstance(memory, MemoryOptions | None):
             raise TypeError(f"memory is {memory!r}: pass MemoryOptions(…)")
         if kv_dtype is not None and memory is not None:

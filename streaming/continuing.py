@@ -1,7 +1,7 @@
 """Checks the text that transformers' `generate` continues with a cache that has read some already.
 
 `generate` takes the whole text, of which it skips as many tokens as the cache has seen, whatever
-they are. Only the text's length tells it from a new turn. With the first streaming cache, two
+they are. Only the text's length tells it from a new turn. With the first streaming cache, three
 methods of `GenerationMixin`, and of classes that override them, are therefore wrapped. The whole
 text passes by them once per call. Calls without a streaming cache are not changed.
 """
@@ -18,6 +18,7 @@ from transformers import GenerationMixin
 
 from ..models.cache_argument import NAMES
 from ..models.config import num_prepended_sinks
+from .wrappers import refuse_prompts_of_owner
 
 if TYPE_CHECKING:
     from .cache import StreamingCache
@@ -86,7 +87,23 @@ def checked_inputs(original: Callable) -> Callable:
     return prepare
 
 
-WRAPPERS = {"_prefill": checked_prefill, "prepare_inputs_for_generation": checked_inputs}
+def checked_caller(original: Callable) -> Callable:
+    """Wrap `_prepare_cache_for_generation`, which each kind of generation calls once."""
+
+    @functools.wraps(original)
+    def prepare_cache(model: Any, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any) -> Any:
+        if any(is_streaming(model_kwargs.get(name)) for name in NAMES):
+            refuse_prompts_of_owner(model)
+        return original(model, generation_config, model_kwargs, *args, **kwargs)
+
+    return prepare_cache
+
+
+WRAPPERS = {
+    "_prefill": checked_prefill,
+    "_prepare_cache_for_generation": checked_caller,
+    "prepare_inputs_for_generation": checked_inputs,
+}
 
 
 def check_generation(model: nn.Module) -> None:

@@ -1,7 +1,8 @@
 """Text generation without a length limit, in constant memory."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -42,6 +43,10 @@ def default_cache(model: PreTrainedModel, block_size: int = 0) -> tuple[int, int
     return num_kept, max(1, min(DEFAULT_CACHE_SIZE, trained_length - 1 - max(0, block_size - num_kept)) - num_kept)
 
 
+def is_list_of_ids(prompt: Any) -> bool:
+    return isinstance(prompt, Sequence) and all(isinstance(token, Integral) for token in prompt)
+
+
 class Generator:
     """Generates continuations of prompts in one streaming cache.
 
@@ -55,6 +60,7 @@ class Generator:
         compile: set to False for short texts, which finish before the step is compiled.
 
     Raises:
+        TypeError: ``cache`` is no `StreamingCache`.
         ValueError: a setting of the sampling is out of its range.
     """
 
@@ -66,6 +72,8 @@ class Generator:
         compile: bool = True,
         **sampling: Any,
     ):
+        if not isinstance(cache, StreamingCache):
+            raise TypeError(f"cache is {cache!r}: pass StreamingCache.for_model(model, num_kept=…, window=…)")
         self.cache, self.device = cache, unwrapped(model).device
         self.sampling = Sampling(**sampling)
         self.processors = self.sampling.processors()
@@ -87,9 +95,15 @@ class Generator:
         error, because both texts would share one cache.
 
         Raises:
+            TypeError: the prompt is no list of integers.
             ValueError: the prompt is empty or has ids that the model does not have, the logits are
                 not finite, or another prompt was read since.
         """
+        if not is_list_of_ids(prompt_ids):
+            raise TypeError(
+                f"the prompt is of type {type(prompt_ids).__name__}, not a list of token ids: pass "
+                "tokenizer(text)['input_ids']"
+            )
         if not prompt_ids:
             raise ValueError("the prompt is empty: pass at least one token")
         self.turn = turn = self.turn + 1

@@ -54,10 +54,18 @@ class LayerPlan:
 
         Args:
             encoding: as in `families.Family`.
+
+        Raises:
+            ValueError: it returned something else than encodings, or not one for each layer.
         """
         shapes = layer_shapes(decoder.config, shape)
         found = encoding(decoder, shape)
         encodings = [found] * len(shapes) if isinstance(found, Encoding) else found
+        if not _is_for_each(encodings, len(shapes)):
+            raise ValueError(
+                f"the encoding registered for model type {decoder.config.model_type!r} returned {encodings!r}: return "
+                f"Rotary or Alibi, or a list with one for each of the {len(shapes)} layers"
+            )
         return cls([LayerGroup(*pair) for pair in zip(shapes, encodings, strict=True)], shape)
 
     def group(self, layer_idx: int) -> LayerGroup:
@@ -77,6 +85,11 @@ class LayerPlan:
         """Which layers have a smaller shape than the cache."""
         counts = Counter(self.groups[group].shape for group in self.group_of_layer)
         return [f"{n} of {self.num_layers} layers {shape}" for shape, n in counts.items() if shape != self.shape]
+
+
+def _is_for_each(encodings: Any, num_layers: int) -> bool:
+    is_list = isinstance(encodings, Sequence) and len(encodings) == num_layers
+    return is_list and all(isinstance(each, Encoding) for each in encodings)
 
 
 def layer_shapes(config: PreTrainedConfig, shape: StreamShape) -> list[StreamShape]:

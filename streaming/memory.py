@@ -23,7 +23,7 @@ from .encodings import Rotary
 from .layer_memory import LayerMemory
 from .layers import LayerPlan
 from .memory_blocks import index_parts
-from .rule import StreamShape
+from .rule import StreamShape, whole_number
 
 if TYPE_CHECKING:
     from .counters import StreamCounters
@@ -65,8 +65,7 @@ class MemoryOptions:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} of the memory is {value!r}: it must be a whole number of at least 1")
+            object.__setattr__(self, name, whole_number(f"{name} of the memory", value, at_least=1))
         if self.block_size % self.representative_size:
             raise ValueError(
                 f"representative_size of the memory is {self.representative_size}: it must divide the block_size of "

@@ -9,12 +9,25 @@ The cache has S + W + 1 slots. Token t is in slot t while the cache fills. After
 slots are a ring, in which a new token overwrites the one that has just left the window.
 """
 
+import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 LARGEST = 2**31 - 1  # tokens in a cache
+
+
+def whole_number(name: str, value: Any, *, at_least: int) -> int:
+    """Return a value as an integer, also one of numpy. Raises a ValueError if it is none."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < at_least:
+        raise ValueError(f"{name} is {value!r}: it must be a whole number of at least {at_least}")
+    return number
 
 
 @dataclass(frozen=True)
@@ -25,10 +38,8 @@ class StreamShape:
     window: int
 
     def __post_init__(self) -> None:
-        if self.num_kept < 0:
-            raise ValueError(f"num_kept is {self.num_kept}: it must be at least 0")
-        if self.window < 1:
-            raise ValueError(f"window is {self.window}: it must be at least 1")
+        object.__setattr__(self, "num_kept", whole_number("num_kept", self.num_kept, at_least=0))
+        object.__setattr__(self, "window", whole_number("window", self.window, at_least=1))
         if self.num_cached > LARGEST:
             raise ValueError(f"a cache of {self} tokens is too large: use at most {LARGEST:,}")
 

@@ -122,16 +122,20 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path} is not a file of StreamingCache.save: pass one, or delete it")
+                raise ValueError(f"{path} is not a file of StreamingCache.save: choose another file")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no file {path}") from error
     except OSError as error:
-        raise OSError(f"cannot read {path}: {error.strerror or error}") from error
+        why = "it is a folder, pass a file" if path.is_dir() else error.strerror or error
+        raise OSError(f"cannot read {path}: {why}") from error
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it and read the text again") from error
+        raise ValueError(
+            f"{path} is damaged, or no file of StreamingCache.save ({error}): choose another file and read the text "
+            "again"
+        ) from error
     if digest(metadata.get("state", ""), tensors) != metadata.get("sha256"):
-        raise ValueError(f"{path} is damaged (its checksum is wrong): delete it and read the text again")
+        raise ValueError(f"{path} is damaged (its checksum is wrong): choose another file and read the text again")
     state = json.loads(metadata["state"])
     if state["version"] > VERSION:
         raise ValueError(f"{path} was written by a newer version of sinklm: install that version")
@@ -141,17 +145,17 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def check_model(path: Path, state: dict[str, Any], model: PreTrainedModel) -> None:
     """Raise a ValueError if the cache in a file does not belong to a model."""
     decoder = decoder_of(model)
-    if state["dtype"] != str(decoder.dtype):
-        raise ValueError(
-            f"{path} was saved with a model in {state['dtype']}, this model is in {decoder.dtype}: load the model with "
-            f"dtype={state['dtype']} (`sinklm`: --dtype {state['dtype'].removeprefix('torch.')})"
-        )
     config = relevant_config(decoder)
     for name in sorted(config.keys() & state["config"].keys()):  # other versions of transformers have other names
         if config[name] != state["config"][name]:
             raise ValueError(
                 f"{path} was saved with another model, whose {name} differs: load that model, or choose another file"
             )
+    if state["dtype"] != str(decoder.dtype):
+        raise ValueError(
+            f"{path} was saved with a model in {state['dtype']}, this model is in {decoder.dtype}: load the model with "
+            f"dtype={state['dtype']} (`sinklm`: --dtype {state['dtype'].removeprefix('torch.')})"
+        )
     if fingerprint(decoder) != state["weights"]:
         raise ValueError(
             f"{path} was saved with another model: the weights differ. Load the same checkpoint and adapter, or "

@@ -37,7 +37,15 @@ def stream_logits(
             precision, in addition to the last 32 before it. Only ``chunk_size=1`` thus gives
             exactly the losses of decoding.
         memory: as in `StreamingCache.for_model`.
+
+    Raises:
+        ValueError: ``token_ids`` is no tensor ``(B, T)``; or as `StreamingCache.for_model`.
     """
+    if not isinstance(token_ids, Tensor) or token_ids.ndim != 2:
+        given = (
+            f"of shape {tuple(token_ids.shape)}" if isinstance(token_ids, Tensor) else f"a {type(token_ids).__name__}"
+        )
+        raise ValueError(f"token_ids is {given}: pass a tensor of shape (streams, tokens)")
     cache = StreamingCache.for_model(
         model, num_kept=num_kept, window=window, chunk_size=chunk_size, kv_dtype=kv_dtype, memory=memory
     )

@@ -1,5 +1,6 @@
 """Finding the model and its decoder inside of wrappers (PEFT, data parallelism, compilation)."""
 
+import os
 from typing import Any
 
 from torch import nn
@@ -14,8 +15,11 @@ def unwrapped(model: Any) -> PreTrainedModel:
     """Return the transformers model inside of wrappers.
 
     Raises:
-        ValueError: there is none, or a wrapper cannot stream.
+        TypeError: ``model`` is the name or path of a model.
+        ValueError: there is no model, or a wrapper cannot stream.
     """
+    if isinstance(model, str | os.PathLike):
+        raise TypeError(f"a loaded model is needed and not its name: pass sinklm.load_model({str(model)!r})")
     while not isinstance(model, PreTrainedModel):
         name = type(model).__name__
         if hasattr(model, "peft_config"):
@@ -43,11 +47,21 @@ def refuse_prompts(model: Any) -> None:
             raise ValueError(UNSUPPORTED_PEFT.format(kind))
 
 
+def refuse_prompts_of_owner(model: Any) -> None:
+    """Raise a ValueError if PEFT's `generate` calls a model with virtual tokens.
+
+    The cache may have been created for the model inside the wrapper.
+    """
+    owner = getattr(model.prepare_inputs_for_generation, "__self__", model)
+    if owner is not model and hasattr(owner, "peft_config"):
+        refuse_prompts(owner)
+
+
 def decoder_of(model: Any) -> Any:
     """Return the decoder of a model, its part without the head.
 
     Raises:
-        ValueError: as `unwrapped`.
+        TypeError, ValueError: as `unwrapped`.
     """
     model = unwrapped(model)
     if any(type(module).__name__ == "AdaptedAttention" for module in model.modules()):

@@ -59,6 +59,19 @@ MODELS = [
         r"empty contains neither a transformers model .*: check the path",
         lambda model: (model.parent / "empty").mkdir(),
     ),
+    Case(
+        "the folder of a model's folder",
+        "generate . hi",
+        r"\. contains neither .*: did you mean \./mine\?",
+        lambda model: model.rename(model.parent / "mine"),
+    ),
+    Case("a file", "generate text.txt hi", r"text\.txt is a file: pass the folder of a run, a checkpoint or a model"),
+    Case(
+        "a file of llama.cpp",
+        "generate a.gguf hi",
+        r"a\.gguf is a file for llama\.cpp: pass the folder of a run, a checkpoint or a model",
+        lambda model: (model.parent / "a.gguf").touch(),
+    ),
     Case("a name with control characters", "generate /a\x1b[31m hi", r"/a\\x1b\[31m: no such folder; check the path"),
     Case(
         "a config that is not JSON",
@@ -217,19 +230,19 @@ MODELS = [
     Case(
         "a template that loops",
         CHAT,
-        r"the tokenizer's chat template fails \(Range too big.*: use .*",
+        r"the chat template fails \(Range too big.*: correct it, or use .*",
         template("{% for i in range(10**9) %}{% endfor %}"),
     ),
     Case(
         "a template with an error",
         CHAT,
-        r"the tokenizer's chat template fails \(Expected .*: use .*",
+        r"the chat template fails \(Expected .*: correct it, or use .*",
         template("{% for %}"),
     ),
     Case(
         "a template that looks around",
         CHAT,
-        r"the tokenizer's chat template fails \(access .*: use .*",
+        r"the chat template fails \(access .*: correct it, or use .*",
         template("{{ ''.__class__.__mro__ }}"),
     ),
     Case(

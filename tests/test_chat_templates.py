@@ -28,14 +28,14 @@ from .streaming.test_chat import tokenizer
 )
 def test_a_bad_template_is_an_error(template, message, monkeypatch):
     monkeypatch.setattr(chat_templates, "SECONDS", 0.3 if "takes" in message else 30)
-    with pytest.raises(ValueError, match=f"the tokenizer's chat template {message}.*: use a tokenizer with another"):
+    with pytest.raises(ValueError, match=f"the chat template {message}.*: correct it, or use another"):
         TemplateTurns(tokenizer(template))
 
 
 def test_a_result_that_is_not_text_is_named(monkeypatch):
     made = tokenizer("x")
     monkeypatch.setattr(type(made), "apply_chat_template", lambda *_, **__: ["x"])
-    with pytest.raises(ValueError, match="the tokenizer's chat template returns a list and not text: use"):
+    with pytest.raises(ValueError, match="the chat template returns a list and not text: correct"):
         chat_templates.render(made, [], reply_begins=False)
 
 

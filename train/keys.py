@@ -86,6 +86,9 @@ def _yaml(value: object) -> str:
     return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
 
 
+RUN_DIR = "train.run_dir"
+
+
 def key_hint(option: str, options: list[str], arguments: list[str]) -> str:
     """Return what to write in place of an unknown option such as ``--seed``.
 
@@ -95,6 +98,7 @@ def key_hint(option: str, options: list[str], arguments: list[str]) -> str:
         arguments: the command line, in which its value is.
     """
     wanted = option.lstrip("-").replace("-", "_")
+    wanted = RUN_DIR if wanted in ("o", "output", "output_dir") else wanted  # the option of other commands
     keys = list(dotted_keys(TrainingConfig))
     exact = [key for key in keys if wanted in (key, key.rpartition(".")[2])]
     if exact:

@@ -124,10 +124,13 @@ def _find(recipe: str) -> str:
             raise ValueError(f"recipe {recipe} is not a text file in UTF-8 ({error}): pass a recipe") from error
     packaged = files(CONFIGS_PACKAGE).joinpath(f"{recipe}.yaml")
     if not packaged.is_file():
-        names = recipe_names()
-        hint = near_hint(recipe, names) or "`sinklm recipes` lists them; or pass the path of a .yaml file"
+        hint = near_path_hint(recipe) if path.parent != Path() else ""  # a mistyped run
+        hint = hint or near_hint(recipe, recipe_names())
         if (path / CONFIG_FILE).is_file():
             hint = f"to continue or repeat this run, pass {path / CONFIG_FILE}"
+        elif path.is_dir():
+            hint = f"this folder has no {CONFIG_FILE}, so it is no run either"
+        hint = hint or "`sinklm recipes` lists them; or pass the path of a .yaml file, or the folder of a run"
         raise FileNotFoundError(f"there is no recipe {recipe!r}: {hint}")
     return packaged.read_text(encoding="utf-8")
 

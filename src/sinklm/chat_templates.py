@@ -94,7 +94,10 @@ def render(
 
 
 def _wrong(what: str) -> ValueError:
-    return ValueError(f"the tokenizer's chat template {what}: use a tokenizer with another template, or without one")
+    return ValueError(
+        f"the chat template {what}: correct it, or use another (`sinklm chat`: --chat-template) or a tokenizer without "
+        "one"
+    )
 
 
 def within(seconds: float, function: Callable[[], Any]) -> Any:

@@ -43,7 +43,7 @@ def test_transformers_loads_the_model_of_a_checkpoint(run_folder):
         assert model.base_model.final_layer_norm.bias[0] == 10
 
 
-@pytest.mark.parametrize("loader", [SinkGPTNeoXForCausalLM, SinkGPTNeoXModel])
+@pytest.mark.parametrize("loader", [SinkGPTNeoXForCausalLM, SinkGPTNeoXModel, AutoModelForCausalLM, AutoModel])
 @pytest.mark.parametrize("inner", [".", "checkpoints/step-10"])
 def test_from_pretrained_of_a_run_names_the_model_to_load(loader, inner, run_folder):
     with pytest.raises(OSError, match=r"of a training run.*pass .*checkpoints/step-10/model"):

@@ -24,6 +24,7 @@ from sinklm.train.__main__ import main as launched
         ("chat m --cahce 3", "no such option --cahce: did you mean --cache? See sinklm chat --help"),
         ("train --seed 3", "no such option --seed: write train.seed=3; see sinklm train --help"),
         ("train quickstart --lr=1e-3", "no such option --lr: write optimizer.lr=1e-3; see sinklm train --help"),
+        ("train quickstart -o mine", "no such option -o: write train.run_dir=mine; see sinklm train --help"),
         (
             "train quickstart --every-steps",
             "no such option --every-steps: write validation.every_steps=… or checkpoint.every_steps=…; see sinklm "
@@ -33,6 +34,10 @@ from sinklm.train.__main__ import main as launched
             "train quickstart --batch-size 8",
             "no such option --batch-size: did you mean train.batch_size_tokens or train.micro_batch_size? See sinklm "
             "train --help",
+        ),
+        (
+            "export run x --to ggfu",
+            "Invalid value for '--to': 'ggfu' is not one of 'hf', 'gguf', 'hub'; see sinklm export --help",
         ),
         ("train quickstart --dryrun", "no such option --dryrun: did you mean --dry-run? See sinklm train --help"),
     ],

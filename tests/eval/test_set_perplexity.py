@@ -31,8 +31,8 @@ def store(tmp_path_factory, checkpoints):
             file.write(json.dumps({"text": text * (1 + i % 5), "meta": {"pile_set_name": name}}) + "\n")
     shards = find_inputs([str(folder / "corpus.jsonl")]).shards
     options = {"tokenizer": str(checkpoints[0] / "tokenizer.json"), "validation_fraction": 0.5, "num_processes": 1}
-    for name, split_sets in (("store", True), ("mixed", False)):
-        prepare_store(shards, folder / name, split_sets=split_sets, **options)
+    for name, changes in (("store", {}), ("mixed", {"split_sets": False}), ("whole", {"validation_fraction": 0.0})):
+        prepare_store(shards, folder / name, **options | {"split_sets": True} | changes)
     return folder / "store"
 
 
@@ -121,3 +121,5 @@ def test_the_command_reports_each_set(tmp_path, checkpoints, store, capsys):
 def test_sets_that_are_not_apart_are_refused(checkpoints, store):
     with pytest.raises(ValueError, match="--split-sets"):
         sets_of(open_store(store.parent / "mixed"))
+    with pytest.raises(ValueError, match=r"no split 'validation', only train; prepare it with a larger --validation-f"):
+        sets_of(open_store(store.parent / "whole"))

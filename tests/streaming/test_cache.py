@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from sinklm.streaming import Rotary, StreamingCache
+from sinklm.streaming import Rotary, StreamingCache, default_cache, stream_logits
 
 from ..models.tiny import tiny_model
 from . import tiny
@@ -35,6 +35,10 @@ def run(model, ids, cache, **kwargs):
         ({"window": -3}, "window is -3"),
         ({"num_kept": -1}, "num_kept is -1"),
         ({"chunk_size": 0}, "chunk_size is 0"),
+        ({"window": 9.0}, "window is 9.0: it must be a whole number of at least 1"),
+        ({"window": "9"}, "window is '9': it must be a whole number of at least 1"),
+        ({"num_kept": True}, "num_kept is True: it must be a whole number of at least 0"),
+        ({"chunk_size": 2.5}, "chunk_size is 2.5: it must be a whole number of at least 1"),
     ],
 )
 def test_invalid_sizes_are_an_error(model, settings, message):
@@ -496,5 +500,14 @@ def test_wrong_ways_to_create_a_cache_name_the_right_one():
     for arguments, options in (((), {}), ((tiny.build(tiny.config("llama")),), {"num_kept": 4, "window": 9})):
         with pytest.raises(TypeError, match=r"not created by its constructor: use StreamingCache\.for_model\(model, "):
             StreamingCache(*arguments, **options)
-    with pytest.raises(TypeError, match=r"takes a loaded model and not its name: pass sinklm\.load_model\('a/b'\)"):
-        StreamingCache.for_model("a/b", num_kept=4, window=9)
+    ways = (
+        lambda: StreamingCache.for_model("a/b", num_kept=4, window=9),
+        lambda: StreamingCache.load("file", "a/b"),
+        lambda: next(stream_logits("a/b", tiny.random_ids(3), num_kept=4, window=9)),
+        lambda: default_cache("a/b"),
+    )
+    for use in ways:
+        with pytest.raises(
+            TypeError, match=r"a loaded model is needed and not its name: pass sinklm\.load_model\('a/b'"
+        ):
+            use()

@@ -90,3 +90,12 @@ def test_losses_of_a_long_text_are_those_of_the_oracle(chunk_size):
         torch.testing.assert_close(logits[b], expected, rtol=0, atol=5e-5)
         by_oracle = torch.nn.functional.cross_entropy(expected[:-1], ids[b, 1:], reduction="none")
         torch.testing.assert_close(losses[b].double(), by_oracle, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("ids", [torch.ones(9, dtype=torch.long), [[1, 2, 3]]])
+def test_a_text_without_a_dimension_of_streams_is_an_error(ids):
+    model = tiny.build(tiny.config("llama", num_hidden_layers=1))
+    with pytest.raises(
+        ValueError, match=r"token_ids is (of shape \(9,\)|a list): pass a tensor of shape \(streams, to"
+    ):
+        next(stream_losses(model, ids, num_kept=1, window=4))

@@ -248,12 +248,22 @@ def test_a_family_can_be_registered_from_outside_as_in_the_guide(registry, capsy
             register_family(*arguments)
 
 
+@pytest.mark.parametrize("encoding", [lambda *_: None, lambda *args: [shared_rotary(*args)], lambda *_: ["rotary"] * 2])
+def test_an_encoding_that_returns_something_else_is_an_error(encoding, monkeypatch):
+    model = random_model(small_families.config("llama"))
+    monkeypatch.setitem(families.FAMILIES, "llama", families.Family(encoding))
+    with pytest.raises(ValueError, match=r"'llama' returned .*: return Rotary or Alibi, .* each of the 2 layers"):
+        StreamingCache.for_model(model, num_kept=1, window=5)
+
+
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
         ("gpt2", "absolute position embeddings"),
         ("mamba", "no keys to keep"),
+        ("mvp", "absolute position embeddings"),
         ("xlnet", "neither rotary nor ALiBi"),
+        ("t5", "neither rotary nor ALiBi"),
         ("persimmon", "not tested"),
     ],
 )

@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from transformers import PreTrainedTokenizerFast
+from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from sinklm.eval import decode_speed, perplexity, stream_qa
 from sinklm.streaming import Generator, StreamingCache, TextStream, default_cache
@@ -119,6 +119,11 @@ def test_invalid_sampling_and_an_empty_prompt_are_an_error():
         generator(model, top_k=0)
     with pytest.raises(ValueError, match="prompt is empty"):
         next(generator(model)([]))
+    with pytest.raises(TypeError, match=r"cache is DynamicCache.*: pass StreamingCache\.for_model\("):
+        Generator(model, DynamicCache())
+    for prompt, name in (("a text", "str"), (["a"], "list"), (text(1, 5), "Tensor"), (text(1, 5).tolist(), "list")):
+        with pytest.raises(TypeError, match=rf"of type {name}, not a list of token ids: pass tokenizer\("):
+            next(generator(model)(prompt))
 
 
 def test_the_next_prompt_ends_the_iterator_before():

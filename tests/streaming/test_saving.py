@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from sinklm.streaming import Chat, Generator, StreamingCache
 from sinklm.streaming.saving import fingerprint
@@ -102,6 +103,7 @@ def swapped_rows(model):
             lambda _: tiny.build(tiny.config("llama:linear", num_hidden_layers=1), dtype=torch.float32),
             "whose rope_parameters differs: load that model",
         ),
+        (lambda _: tiny.build(tiny.config("llama:linear", num_hidden_layers=1)), "saved with another model, whose"),
         (
             lambda _: tiny.build(tiny.config("gpt_neox", num_hidden_layers=1), dtype=torch.float32),
             "saved with another model, whose",
@@ -146,6 +148,16 @@ def test_any_damage_is_an_error_of_one_line(model, tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(OSError, match="there is no file"):
         StreamingCache.load(tmp_path / "missing", model)
+    with pytest.raises(OSError, match="it is a folder, pass a file"):
+        StreamingCache.load(tmp_path, model)
+
+
+@pytest.mark.parametrize("write", [lambda path: path.write_text("notes"), lambda path: save_file({}, path)])
+def test_the_file_of_something_else_is_not_to_be_deleted(write, model, file):
+    write(file)
+    with pytest.raises(ValueError, match=r"no(t a)? file of StreamingCache\.save.*: choose another file") as error:
+        StreamingCache.load(file, model)
+    assert "delete" not in str(error.value)
 
 
 def test_a_failed_save_leaves_the_older_file(model, tmp_path):

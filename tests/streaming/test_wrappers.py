@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sinklm.models.cache_argument import CACHE
 from sinklm.streaming import Generator, StreamingCache, default_cache, stream_losses
 
 from . import tiny
@@ -62,6 +63,14 @@ def test_virtual_tokens_are_an_error(method, settings, model):
     for wrapper in (wrapped, Engine(wrapped)):
         with pytest.raises(ValueError, match=r"does not support (PREFIX_TUNING|PROMPT_TUNING|ADAPTION_PROMPT) of PEFT"):
             StreamingCache.for_model(wrapper, num_kept=2, window=6)
+    if method == "AdaptionPromptConfig":
+        return
+    cache = StreamingCache.for_model(model, num_kept=2, window=6)  # of the model inside, whose prompt would be lost
+    for options in ({}, {"prompt_lookup_num_tokens": 2}):
+        with pytest.raises(ValueError, match=r"does not support (PREFIX_TUNING|PROMPT_TUNING) of PEFT"):
+            wrapped.generate(input_ids=tiny.random_ids(5), **{CACHE: cache}, max_new_tokens=2, **options)
+    with wrapped.disable_adapter():
+        wrapped.generate(input_ids=tiny.random_ids(5), **{CACHE: cache}, max_new_tokens=2)
 
 
 def test_replicas_are_an_error(model):

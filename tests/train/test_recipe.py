@@ -205,8 +205,9 @@ def test_the_folder_of_a_run_is_its_recipe(tmp_path):
     assert (train.num_steps, train.seed, train.run_dir) == (7, 3, str(run))
     with pytest.raises(ValueError, match=f"is a checkpoint: to resume its run, pass {run};"):
         load_config(str(checkpoint))
-    with pytest.raises(FileNotFoundError, match="there is no recipe"):
-        load_config(str(tmp_path))
+    for path, hint in ((tmp_path, "this folder has no config.yaml"), (tmp_path / "runn", f"did you mean {run}")):
+        with pytest.raises(FileNotFoundError, match=f"there is no recipe '{path}': {hint}"):
+            load_config(str(path))
 
 
 def test_every_key_is_documented():
