@@ -137,18 +137,21 @@ def test_the_page_of_the_memory_has_the_numbers_of_its_json():
         (folder / "stream-memory.md").read_text(),
         json.loads((folder / "stream-memory.json").read_text())["parts"],
     )
-    *rows, exact, finer = parts["recall"]
-    assert finer["1,500"] == exact["1,500"]
-    recall = {row["size"]: [f"{row[d] * 8 / 100:.0f} of 8" for d in ("200", "1,500", "5,000")] for row in rows}
-    assert f"finds {exact['1,500'] * 8 / 100:.0f} of the 8 texts of the second run at 1,500 tokens" in " ".join(
-        page.split()
-    )
-    names = {"no memory": "cache 4+508, first run", "the same: second run": "memory 4+508, 8x64, second run"}
-    names |= {"8 blocks at random": "random 4+508, 8x64, first run"}
-    names |= {"8 blocks of 64 tokens, chosen by the memory: first run": "memory 4+508, 8x64, first run"}
+    recall = {
+        row["size"]: [
+            f"{row[d] * row['texts'] / 100:.0f} of {row['texts']}" for d in ("200", "1,500", "5,000") if d in row
+        ]
+        for row in parts["recall"]
+    }
+    names = {"no memory": "cache 4+508", "8 blocks at random": "random 4+508, 8x64"}
+    names |= {"8 blocks of 64 tokens, chosen by the memory": "memory 4+508, 8x64"}
+    names |= {"the same, by means of 16 keys instead of 4 |": "memory 4+508, 8x64 representative_size=16"}
     for row, size in names.items():
         assert f"| {row} | {' | '.join(recall[size])} |" in page
-    assert f"and the last ones | {' | '.join(recall['oracle 4+508, 8x64, first run'])} |" in page
+    assert f"and the last ones | {' | '.join(recall['oracle 4+508, 8x64'])} |" in page
+    short, long = recall["memory 4+508, 8x64"][1:]
+    text = " ".join(page.split())
+    assert f"1,000 tokens ago in {short} texts, and one of 4,500 tokens ago in {long};" in text
     (cache, memory), (slow, slower) = parts["perplexity"], parts["speed"]
     assert f"| perplexity of 20,000 tokens | {cache['perplexity']:.2f} | {memory['perplexity']:.2f} |" in page
     assert f"5,000 tokens | {slow['ms per token']:.0f} | {slower['ms per token']:.0f} |" in page
