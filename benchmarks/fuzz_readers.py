@@ -251,12 +251,12 @@ def _keep(data: bytes, name: str, keep: Path) -> str:
     return str(path)
 
 
-def fuzz(name: str, seconds: float, keep: Path) -> dict:
+def fuzz(name: str, seconds: float, keep: Path, first_seed: int) -> dict:
     """Fuzz one reader; start another process after each hang or crash."""
     context = multiprocessing.get_context("fork")
     with context.Manager() as manager:
         num_tried, findings = context.Value("q", 0), manager.dict()
-        started, seed = time.monotonic(), 0
+        started, seed = time.monotonic(), first_seed
         while (left := seconds - (time.monotonic() - started)) > 0:
             begun = context.Value("d", 0.0)
             with tempfile.TemporaryDirectory() as folder:
@@ -283,6 +283,7 @@ def main() -> None:
     parser.add_argument("readers", nargs="*", help="names of readers; default: all")
     parser.add_argument("--seconds", type=float, default=60, help="time for each reader")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
+    parser.add_argument("--seed", type=int, default=0, help="of the changes; another one gives other inputs")
     parser.add_argument("--keep", type=Path, default=Path("fuzz-findings"), help="folder for inputs with findings")
     arguments = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -290,7 +291,7 @@ def main() -> None:
         names = list(make_readers(Path(folder)))
     results = []
     for name in arguments.readers or names:
-        results.append(fuzz(name, arguments.seconds, arguments.keep))
+        results.append(fuzz(name, arguments.seconds, arguments.keep, arguments.seed))
         print(json.dumps(results[-1]), flush=True)
         if arguments.output:
             arguments.output.write_text(json.dumps(results, indent=2) + "\n")
