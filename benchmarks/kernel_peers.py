@@ -18,6 +18,7 @@ On a CPU it only rehearses: ``--sizes tiny``.
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -70,16 +71,10 @@ def liger_loss(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return LigerFusedLinearCrossEntropyLoss()(weight, states, targets)
 
 
-def cce_loss(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def cce_loss(states: Tensor, weight: Tensor, targets: Tensor, **options: object) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy as cut_cross_entropy
 
-    return cut_cross_entropy(states, weight, targets)
-
-
-def exact_cce_loss(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    from cut_cross_entropy import linear_cross_entropy as cut_cross_entropy
-
-    return cut_cross_entropy(states, weight, targets, filter_eps=None)
+    return cut_cross_entropy(states, weight, targets, **options)
 
 
 def plain_loss(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -90,7 +85,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "sinklm": torch.compile(linear_cross_entropy),
     "Liger": liger_loss,
     "CCE": cce_loss,
-    "CCE, no filter": exact_cce_loss,
+    "CCE, no filter": partial(cce_loss, filter_eps=None),
     "torch.compile": torch.compile(plain_loss),
 }
 

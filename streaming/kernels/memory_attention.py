@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ..buffers import StreamingLayer
-from .attention import BLOCK_BYTES
-from .parts import LOG2E, MIN_TILE, Launch, _attend, _finish, _turned, block_of_dims, with_strides
+from .attention import BLOCK_BYTES, _attend_band
+from .parts import LOG2E, MIN_TILE, Launch, _finish, _turned, block_of_dims, with_strides
 
 if TYPE_CHECKING:
     from ..layer_memory import LayerMemory
@@ -117,13 +117,10 @@ def _memory_kernel(
     peak = tl.full([BLOCK_HEADS], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_HEADS], tl.float32)
     mixed = tl.zeros([BLOCK_HEADS, BLOCK_DIM], tl.float32)
-    for block in range(BLOCKS_PER_SPLIT):
-        slots = (split * BLOCKS_PER_SPLIT + block) * BLOCK + tl.arange(0, BLOCK)
-        is_visible = (slots < NUM_KEYS) & (slots < num_visible)
-        offsets, mask = slots[:, None] * DIM + dims[None, :], is_visible[:, None] & has_dim[None, :]
-        key_block = tl.load(keys + offsets, mask=mask, other=0.0)
-        value_block = tl.load(values + offsets, mask=mask, other=0.0)
-        peak, total, mixed = _attend(queries, key_block, value_block, is_visible, peak, total, mixed, SCALE)
+    peak, total, mixed = _attend_band(
+        queries, keys, values, split * BLOCKS_PER_SPLIT * BLOCK, num_visible, -1,  # no slot is being written
+        dims, has_dim, peak, total, mixed, SCALE, NUM_KEYS, DIM, BLOCK, BLOCKS_PER_SPLIT,
+    )  # fmt: skip
     _finish(
         row_group, split, heads, has_head, dims, has_dim, peak, total, mixed, num_arrived, parts, part_lse, out, lse,
         HEADS, DIM, NUM_SPLITS, BLOCK_SPLITS,
