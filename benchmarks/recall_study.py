@@ -3,36 +3,45 @@
     python benchmarks/recall_study.py prepare --text books.jsonl.zst
     python benchmarks/recall_study.py train      # again until it says that it is done
     python benchmarks/recall_study.py evaluate   # again until it says that it is done
-    python benchmarks/recall_study.py table
+    python benchmarks/recall_study.py collect
 
 Every part can be interrupted and run again with the same settings: finished work is kept. Cache
-sizes can be added. A part that fails is reported, and the others still run. ``evaluate`` measures,
-for each model and cache size N, the caches 0+N and S+(N - S) over ``--num-stream-tokens``, where S
-are its sinks (4 for vanilla), and dense attention within the trained length. ``train`` stops after
-``--minutes``, and ``evaluate`` starts nothing after them. Results are in FOLDER/recall.json.
+sizes can be added. A job that fails does not stop the others. ``evaluate`` measures, for each model
+and cache size N, the caches 0+N and S+(N - S) over ``--num-stream-tokens``, where S are its sinks
+(4 for vanilla), and dense attention over eight trained lengths. ``train`` and ``evaluate`` stop
+after ``--minutes``. ``collect`` writes FOLDER/recall.json, from which recall_report.py makes tables.
 """
 
 import argparse
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import study_jobs
 from study_settings import keep_settings
+from windows_study import of_training
 
 from sinklm.checkpoints.folders import list_checkpoints
 from sinklm.data import TokenStore
+from sinklm.files import write_json
 from sinklm.train.recipe import load_config
 
-MODELS = {"vanilla": 4, "learnable-sink": 1}  # recipes, and the first tokens that their caches keep
+sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
+from jobs import SINKLM, Job
+
+MODELS = {"vanilla": 4, "learnable-sink": 1, "drawn": 1}  # recipes, and the tokens that their caches keep
 CACHE_SIZES = (256, 512, 1000)
+DISTANCES = (0, 5, 10, 20, 30, 40, 60, 80)  # in lines
+DENSE_LENGTHS = 8  # of dense attention, in trained lengths
+NUM_PARTS = 24  # of a stream, for the accuracy by tokens read
 SETTINGS = {  # that change what a part makes; the others can differ between its calls
     "prepare": ("text", "num_tokens", "vocab_size", "longest_distance"),
     "train": ("overrides",),
     "evaluate": ("overrides", "num_samples", "num_stream_tokens"),
-    "table": ("overrides",),
+    "collect": ("overrides", "num_samples", "num_stream_tokens"),
 }
 TOKENS_PER_LINE = 24  # of StreamEval, at most, with a vocabulary of 4,096
 
@@ -71,101 +80,99 @@ def weights(store: Path) -> str:
     return f"data.weights={json.dumps(shares)}"
 
 
-def is_trained(args: argparse.Namespace, name: str) -> bool:
-    return max(list_checkpoints(args.folder / "runs" / name), default=-1) >= num_steps(args, name)
-
-
-def num_steps(args: argparse.Namespace, name: str) -> int:
-    return load_config(f"recall/{name}", args.overrides).train.num_steps
+def run_folder(args: argparse.Namespace, name: str) -> Path:
+    return args.folder / "runs" / name
 
 
 def train(args: argparse.Namespace) -> bool:
-    """Train the models one after another until the time is over."""
-    end = time.monotonic() + 60 * args.minutes
-    for name in MODELS:
-        left = (end - time.monotonic()) / 60
-        if is_trained(args, name):
-            continue
-        if left < 1:
-            return False
-        run = [f"data.path={args.folder / 'store'}", f"train.run_dir={args.folder / 'runs' / name}"]
-        run += [weights(args.folder / "store"), f"train.max_minutes={left:.2f}", *args.overrides]
-        sinklm("train", f"recall/{name}", *run)
-    return all(is_trained(args, name) for name in MODELS)
+    """Train the models, ``--per-gpu`` at a time on each GPU."""
+    store = args.folder / "store"
+    settings = [f"data.path={store}", weights(store), "checkpoint.keep=1", *args.overrides]
+    jobs = [study_jobs.training(run_folder(args, name), f"recall/{name}", settings, None) for name in MODELS]
+    return study_jobs.run(jobs, study_jobs.Deadline(args.minutes), args.per_gpu)
 
 
 def evaluations(args: argparse.Namespace) -> dict[tuple[str, str], list[object]]:
     """Return the arguments of each `sinklm eval stream-eval`, by model and what it measures."""
     found: dict[tuple[str, str], list[object]] = {}
+    counts = ["--num-samples", args.num_samples, "--batch-size", args.num_samples]
+    long = args.num_stream_tokens // TOKENS_PER_LINE // 10 * 10 + 1
     for name, num_kept in MODELS.items():
         length = load_config(f"recall/{name}", args.overrides).train.seq_length
-        num_lines = (length // TOKENS_PER_LINE - 2) // 10 * 10 + 1  # whose tokens all fit the trained length
-        near = [d for d in (0, 5, 10, 20, 30, 40, 60) if d < num_lines]
-        counts = ["--num-samples", args.num_samples, "--batch-size", args.num_samples]
-        dense = ["--caches", f"0+{length}", "--distances", ",".join(map(str, near)), "--num-lines", num_lines, *counts]
-        found[name, "dense"] = dense
-        long = args.num_stream_tokens // TOKENS_PER_LINE // 10 * 10 + 1
+        length *= DENSE_LENGTHS
+        num_lines = length // TOKENS_PER_LINE // 10 * 10 + 1
+        found[name, "dense"] = [*cut(f"0+{length}", num_lines), *counts]
         for size in args.cache_sizes:
-            caches = f"0+{size},{num_kept}+{size - num_kept}"
-            inside = [d for d in (0, 5, 10, 20, 30, 40, 60, 80) if d < long]
-            distances = ["--caches", caches, "--distances", ",".join(map(str, inside)), "--num-lines", long]
-            found[name, f"stream {size}"] = [*distances, *counts]
+            for kept in (0, num_kept):
+                found[name, f"{kept}+{size - kept}"] = [*cut(f"{kept}+{size - kept}", long), *counts]
     return found
 
 
+def cut(cache: str, num_lines: int) -> list[object]:
+    """Return the arguments for a cache and a number of lines, with the distances that these have."""
+    distances = ",".join(str(distance) for distance in DISTANCES if distance < num_lines)
+    return ["--caches", cache, "--distances", distances, "--num-lines", num_lines]
+
+
+def report_path(args: argparse.Namespace, name: str, what: str) -> Path:
+    return args.folder / "results" / name / what / "stream_eval.json"
+
+
 def evaluate(args: argparse.Namespace) -> bool:
-    """Run the evaluations that are missing; none starts after the time is over."""
-    end = time.monotonic() + 60 * args.minutes
-    is_done = True
+    """Run the evaluations that are missing, ``--per-gpu`` at a time on each GPU, of trained models."""
+    jobs = []
     for (name, what), arguments in evaluations(args).items():
-        output = args.folder / "results" / name / what.replace(" ", "-")
-        if (output / "stream_eval.json").exists():
-            continue
-        if not is_trained(args, name) or time.monotonic() > end:
-            is_done = False
-            continue
-        status = sinklm("eval", "stream-eval", args.folder / "runs" / name, *arguments, "-o", output, "--quiet")
-        is_done = is_done and status == 0
-    return is_done
+        if list_checkpoints(run_folder(args, name)):
+            output = report_path(args, name, what).parent
+            command = (*SINKLM, "eval", "stream-eval", run_folder(args, name), *arguments, "-o", output, "--quiet")
+            jobs.append(Job(f"{name} {what}", tuple(map(str, command)), output / "evaluation.log"))
+    is_done = study_jobs.run(jobs, study_jobs.Deadline(args.minutes), args.per_gpu)
+    return is_done and len(jobs) == len(evaluations(args))
 
 
-def table(args: argparse.Namespace) -> bool:
-    """Print accuracies in percent, and write all reports into one file."""
-    collected: dict[str, dict[str, Any]] = {}
-    print(f"{'model':<16}{'attention':<14}accuracy (%) by distance in lines")
+def collect(args: argparse.Namespace) -> bool:
+    """Write what is measured into one file."""
+    found: dict[str, dict[str, Any]] = {}
     for name, what in evaluations(args):
-        path = args.folder / "results" / name / what.replace(" ", "-") / "stream_eval.json"
-        if not path.exists():
-            print(f"{name:<16}{what:<14}not measured")
-            continue
-        report = json.loads(path.read_text())
-        collected.setdefault(name, {})[what] = report
-        for result in report["results"]:
-            cells = " ".join(f"{d['lines']}: {100 * d['accuracy']:.1f}" for d in result["distances"])
-            print(f"{name:<16}{'dense' if what == 'dense' else result['configuration']:<14}{cells}")
-            thirds = [place["accuracy"] for place in result["places"]][:: max(1, len(result["places"]) // 4)]
-            shown = ", ".join(f"{100 * next(iter(found.values())):.0f}" for found in thirds if found)
-            print(f"{'':<16}{'':<14}shortest distance, along the stream: {shown}")
-    (args.folder / "recall.json").write_text(json.dumps(collected, indent=1) + "\n")
-    return True
+        if (path := report_path(args, name, what)).exists():
+            found.setdefault(name, {})[what] = summary(json.loads(path.read_text(encoding="utf-8")))
+    write_json(args.folder / "recall.json", {"models": found, "runs": trainings(args)})
+    return len(found) == len(MODELS)
+
+
+def summary(report: dict[str, Any]) -> dict[str, Any]:
+    """Return a report of one cache, with the accuracy by place as means of parts of the stream."""
+    (result,) = report.pop("results")
+    places = result.pop("places")
+    size = -(-len(places) // NUM_PARTS)
+    parts = []
+    for part in (places[i : i + size] for i in range(0, len(places), size)):
+        asked = [place["accuracy"] for place in part]
+        accuracy = {d: fmean(found[d] for found in asked if d in found) for d in asked[-1]}
+        parts.append({"num_tokens": part[-1]["mean_num_tokens"], "num_places": len(part), "accuracy": accuracy})
+    return report | result | {"parts": parts}
+
+
+def trainings(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: of_training(run) for name in MODELS if list_checkpoints(run := run_folder(args, name))}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("prepare", "train", "evaluate", "table"))
+    parser.add_argument("part", choices=("prepare", "train", "evaluate", "collect"))
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of both recipes")
     parser.add_argument("--folder", type=Path, default=Path("recall-study"))
     parser.add_argument("--text", action="append", default=[], help="text to train on; repeat for more")
     parser.add_argument("--num-tokens", type=int, default=200_000_000, help="of the records")
     parser.add_argument("--vocab-size", type=int, default=4095, help="of the tokenizer, without the sink")
     parser.add_argument("--longest-distance", type=int, default=60, help="in lines")
-    parser.add_argument("--minutes", type=float, default=9.0, help="of train and evaluate, in one call")
     parser.add_argument("--num-samples", type=int, default=100)
     parser.add_argument("--num-stream-tokens", type=int, default=200_000)
     parser.add_argument("--cache-sizes", type=int, nargs="+", default=list(CACHE_SIZES))
-    args = parser.parse_args()
+    study_jobs.add_options(parser)
+    args = parser.parse_intermixed_args()
     keep_settings(args.folder, {name: getattr(args, name) for name in SETTINGS[args.part]})
-    is_done = {"prepare": prepare, "train": train, "evaluate": evaluate, "table": table}[args.part](args)
+    is_done = {"prepare": prepare, "train": train, "evaluate": evaluate, "collect": collect}[args.part](args)
     print("done" if is_done else "not done: run the same command again, or look at the errors above", flush=True)
     sys.exit(0 if is_done else 75)
 

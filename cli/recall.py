@@ -1,7 +1,7 @@
 """`sinklm data generate recall`: records with questions, to train recall."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 MOST_DOCUMENTS = 10**12
+BATCH_DOCUMENTS = 1024  # tokenized in parallel
 
 
 @examples(
@@ -59,7 +60,7 @@ def recall(
     from ..data.recall import records, write_records
 
     console = Console(is_quiet=quiet)
-    documents: Iterable[RecallRecord] = records(seed, shortest, longest)
+    documents = records(seed, shortest, longest)
     if num_documents is not None:
         documents = islice(documents, num_documents)
     else:
@@ -68,16 +69,18 @@ def recall(
     console.print(f"{output}: {num_written:,} documents, {num_questions:,} questions", soft_wrap=True)
 
 
-def _until(documents: "Iterable[RecallRecord]", num_tokens: int, tokenizer: str) -> "Iterator[RecallRecord]":
+def _until(documents: "Iterator[RecallRecord]", num_tokens: int, tokenizer: str) -> "Iterator[RecallRecord]":
     """Yield documents until they have ``num_tokens`` tokens, end-of-document tokens included."""
     from ..data.tokenizer import load_tokenizer_file
 
     loaded, num_found = load_tokenizer_file(tokenizer), 0
-    for document in documents:
-        yield document
-        num_found += len(loaded.encode(document.text, add_special_tokens=False).ids) + 1
-        if num_found >= num_tokens:
-            return
+    while batch := list(islice(documents, BATCH_DOCUMENTS)):
+        encodings = loaded.encode_batch([document.text for document in batch], add_special_tokens=False)
+        for document, encoding in zip(batch, encodings, strict=True):
+            yield document
+            num_found += len(encoding) + 1
+            if num_found >= num_tokens:
+                return
 
 
 def _parse_distances(text: str) -> tuple[int, int]:
