@@ -1,6 +1,5 @@
 """Checks of a model folder: its code is never run, and its configuration fits its weights."""
 
-import json
 import math
 import re
 import time
@@ -16,6 +15,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from ..parsing import parse_json
 from ..rust import is_panic, silent_stderr
 from ..text import message_of, one_line
 
@@ -86,8 +86,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if path.stat().st_size > LARGEST_JSON:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes, too many for such a file: copy the right file")
     try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        values = parse_json(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON ({one_line(error)}): copy it again from the model") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} is not a JSON object with keys: copy it again from the model")
@@ -242,9 +242,9 @@ def _header(path: Path) -> dict[str, str]:
             length = int.from_bytes(start, "little")
             if not 0 < length <= min(LARGEST_JSON, path.stat().st_size - 8):
                 raise ValueError(f"a length of {length:,} bytes, in a file of {path.stat().st_size:,}")
-            tensors = json.loads(file.read(length))
+            tensors = parse_json(file.read(length))
         return {name: tensor["dtype"] for name, tensor in tensors.items() if name != "__metadata__"}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"the weights in {path.parent} are damaged (header of {path.name}: {one_line(error)}): copy them again"
         ) from error

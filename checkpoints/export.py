@@ -4,7 +4,6 @@ A sink token is an ordinary vocabulary id, so the weights do not change. Only th
 the tokenizer change: the exported tokenizer prepends the sinks, which the sinklm model does itself.
 """
 
-import json
 import os
 import shutil
 import warnings
@@ -22,6 +21,7 @@ from transformers.utils import cached_file
 from ..chat_templates import template_with_sinks
 from ..files import check_new, write_json
 from ..models.config import TRAINED_WINDOWS, WINDOW_FIELDS, SinkGPTNeoXConfig, sink_config, trained_windows
+from ..parsing import parse_json
 from ..special_tokens import padding_token, without_template
 from .checks import read_tokenizer
 from .checksums import write_sums
@@ -113,8 +113,8 @@ def sink_names(num_sinks: int) -> list[str]:
 def is_export(folder: Path) -> bool:
     """Whether `export_model` wrote this folder: a GPT-NeoX configuration with the key ``sink``."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        config = parse_json((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
         return False
     return isinstance(config, dict) and config.get("model_type") == "gpt_neox" and "sink" in config
 
@@ -151,7 +151,7 @@ def _write_model(model: PreTrainedModel, config: SinkGPTNeoXConfig, folder: Path
 
     path = folder / "config.json"
     let_everyone_read(folder)
-    written = json.loads(path.read_text(encoding="utf-8"))
+    written = parse_json(path.read_bytes())
     ours: dict[str, Any] = {"sink": config.sink}
     if config.has_windows:
         ours[TRAINED_WINDOWS] = trained_windows(config)

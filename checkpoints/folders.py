@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from ..hub import find_on_hub
+from ..parsing import parse_json
 from ..text import MOST_NAMES, near_hint
 
 CONFIG_FILE = "config.yaml"
@@ -87,9 +88,9 @@ def read_state(checkpoint: Path) -> CheckpointState:
     path = checkpoint / STATE_FILE
     damage = DamagedCheckpointError(checkpoint, f"{STATE_FILE} is missing or damaged")
     try:
-        values = json.loads(path.read_bytes())
+        values = parse_json(path.read_bytes())
         version = values.get("format_version", 1)
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError) as error:
         raise damage from error
     except OSError as error:
         if (reason := damage_reason(error)) is None:
@@ -113,8 +114,8 @@ def read_state(checkpoint: Path) -> CheckpointState:
 def has_manifest(checkpoint: Path) -> bool:
     """Whether ``state.json`` says that ``COMPLETE`` is a manifest, since format version 2."""
     try:
-        return json.loads((checkpoint / STATE_FILE).read_bytes())["format_version"] > 1
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return parse_json((checkpoint / STATE_FILE).read_bytes())["format_version"] > 1
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 

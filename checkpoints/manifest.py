@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..files import partial_name, sync_file, sync_folder, write_text
+from ..parsing import parse_json
 from .folders import (
     COMPLETE_MARKER,
     DEEPSPEED_FOLDER,
@@ -124,9 +125,9 @@ def read_manifest(checkpoint: Path) -> Manifest | None:
     if not content and not has_manifest(checkpoint):
         return None
     try:
-        values = json.loads(content)
+        values = parse_json(content)
         is_intact = values.pop("manifest_sha256") == _digest(values)
-    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise DamagedCheckpointError(checkpoint, f"{COMPLETE_MARKER} is damaged") from error
     if not is_intact:
         raise DamagedCheckpointError(checkpoint, f"{COMPLETE_MARKER} is damaged")

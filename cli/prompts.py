@@ -1,9 +1,10 @@
 """Reads the prompts of `sinklm generate`: arguments, standard input and files."""
 
-import json
 import os
 import sys
 from pathlib import Path
+
+from ..parsing import parse_json
 
 
 def read_prompts(arguments: list[str], file: Path | None) -> list[str]:
@@ -55,8 +56,8 @@ def _of_file(file: Path) -> list[str]:
 
 def _of_json(line: str, where: str) -> str:
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(line)
+    except ValueError as error:
         raise ValueError(f'{where} is not JSON: write a text or {{"prompt": "…"}} in each line') from error
     prompt = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(prompt, str):

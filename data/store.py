@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from ..files import write_json
+from ..parsing import parse_json
 from .manifest import MANIFEST_NAME, TOKENIZER_NAME, FileInfo, Manifest, read_manifest, sha256_of, sha256_of_all
 from .megatron import MegatronReader, read_index_header
 from .sequence import TokenSequence
@@ -223,8 +223,8 @@ def _write_note(store: Path, stamps: dict[str, list]) -> None:
 def _read_notes(store: Path) -> list[dict[str, list]]:
     notes = []
     for path in _note_paths(store):
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            notes.append(json.loads(path.read_bytes()))
+        with contextlib.suppress(OSError, ValueError):
+            notes.append(parse_json(path.read_bytes()))
     return [note for note in notes if isinstance(note, dict)]
 
 

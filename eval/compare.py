@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..hub import near_path_hint
+from ..parsing import parse_json
 from .report import default_output
 
 NUM_RUNS = 7  # colours of a picture
@@ -226,6 +227,7 @@ def read_run(name: str, label: str) -> Run:
                 _check_numbers(what, metric, value)
                 run.values[measurement, what, metric] = value
         except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
+            # RecursionError: a group that contains itself
             raise ValueError(
                 f"{file} is not a complete report of sinklm ({error!r}): run the evaluation again"
             ) from error
@@ -246,8 +248,8 @@ def _refuse_constant(name: str) -> None:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        report = json.loads(file.read_bytes(), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+        report = parse_json(file.read_bytes(), parse_constant=_refuse_constant)
+    except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(report, dict):
         raise ValueError(f"{file} is not a report of sinklm eval: use one of {', '.join(READERS)}")
@@ -316,8 +318,8 @@ def _read_samples(task: str, report: dict[str, Any], file: Path, notes: list[str
         notes.append(f"{task}: {path.name} is missing or of another evaluation, so it is not paired")
         return []
     try:
-        return [json.loads(line) for line in content.split(b"\n") if line]
-    except (ValueError, RecursionError) as error:
+        return [parse_json(line) for line in content.split(b"\n") if line]
+    except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; run sinklm eval zero-shot --log-samples again") from error
 
 

@@ -2,7 +2,6 @@
 
 import bz2
 import gzip
-import json
 import logging
 import lzma
 from collections.abc import Callable, Iterable
@@ -12,6 +11,7 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetGenerationError
 
+from ..parsing import parse_json
 from ..text import one_line
 
 Row = dict[str, Any]
@@ -77,15 +77,15 @@ def _damage(path: Path) -> str:
         with OPENERS.get(path.suffix.lower(), open)(path, "rb") as file:
             content = file.read()
         try:
-            if isinstance(json.loads(content), dict | list):
+            if isinstance(parse_json(content), dict | list):
                 return ""  # one value, or a single line
         except ValueError as error:
             if content.lstrip().startswith(b"["):
                 return f"is damaged ({one_line(error)})"
         for number, line in enumerate(content.split(b"\n"), start=1):
-            if line.strip() and not isinstance(json.loads(line), dict):
+            if line.strip() and not isinstance(parse_json(line), dict):
                 return f"has no JSON object in line {number}"
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return f"is damaged in line {number} ({one_line(error)})"
     except (OSError, EOFError, lzma.LZMAError) as error:
         return f"is damaged ({one_line(error)})"

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..files import write_text
 from ..models.checked import checked_passes
+from ..parsing import parse_json
 from ..text import near_hint
 from ..versions import warn_if_untested
 from .lm import as_lm, num_processes
@@ -242,10 +243,10 @@ def write_results(file: ReportFile, report: dict[str, Any], samples: dict[str, l
 def sample_files(report: Path) -> list[Path]:
     """Return the unchanged files of samples that a report names; none if it cannot be read."""
     try:
-        listed = json.loads(report.read_bytes())["samples"].values()
+        listed = parse_json(report.read_bytes())["samples"].values()
         paths = {report.parent / Path(entry["file"]).name: entry["sha256"] for entry in listed}
         return [path for path, digest in paths.items() if hashlib.sha256(path.read_bytes()).hexdigest() == digest]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
 
 

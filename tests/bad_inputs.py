@@ -82,7 +82,7 @@ MODELS = [
     Case(
         "a binary config", GENERATE, r".*config\.json is not JSON .*: copy it again .*", write("config.json", b"\xff\0")
     ),
-    Case("a nested config", GENERATE, r".*config\.json is not JSON .*recursion.*", write("config.json", "[" * 10**5)),
+    Case("a nested config", GENERATE, r".*config\.json is not JSON .*too deeply.*", write("config.json", "[" * 10**5)),
     Case("a config that is a list", GENERATE, r".*config\.json is not a JSON object .*", write("config.json", "[]")),
     Case("an unknown type", GENERATE, r".*config\.json: .* no model_type 'x': use .*", config(model_type="x")),
     Case("foreign code", GENERATE, r".* no model_type 'evil': use .*; the code .* is never run", with_code),

@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..files import write_text
+from ..parsing import parse_json
 from ..text import one_line
 from .config import TrainingConfig
 from .recipe import saved_values
@@ -46,8 +47,8 @@ class MetricsFile:
 def _step_of(line: str) -> float:
     """Return the step of a line, or infinity for an incomplete or damaged one."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else float("inf")
-    except (ValueError, KeyError, TypeError, RecursionError):
+        return parse_json(line)["step"] if line.endswith("\n") else float("inf")
+    except (ValueError, KeyError, TypeError):
         return float("inf")
 
 

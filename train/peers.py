@@ -16,6 +16,8 @@ from typing import Any
 
 import psutil
 
+from ..parsing import parse_json
+
 CONNECT_TIMEOUT = 5.0  # seconds for one address
 LONGEST_LINE = 2**20  # bytes; a longer one is not a message of a rank
 SIGNAL = -1  # in place of a rank: the number of a signal that this process received
@@ -69,8 +71,8 @@ class Line:
             raise EOFError from error
         *lines, self._received = (self._received + block).split(b"\n")
         try:
-            messages = [json.loads(line) for line in lines]
-        except (ValueError, RecursionError) as error:
+            messages = [parse_json(line) for line in lines]
+        except ValueError as error:
             raise EOFError from error
         if not block or len(self._received) > LONGEST_LINE or not all(isinstance(m, dict) for m in messages):
             raise EOFError
