@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import yaml
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..models.config import WINDOW_FIELDS, SinkGPTNeoXConfig
+from ..parsing import named_damage, parse_yaml
 from .folders import CONFIG_FILE, STATE_FILE, resolve_model_folder
 from .loading import load_model, load_tokenizer
 
@@ -127,7 +127,8 @@ def _trained_length(checkpoint: str | Path, config: PreTrainedConfig) -> int:
     folder = Path(resolve_model_folder(checkpoint)).absolute().parent
     if not (folder / STATE_FILE).exists():
         return config.max_position_embeddings
-    return yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))["train"]["seq_length"]
+    with named_damage(folder / CONFIG_FILE, "restore it, or use another checkpoint"):
+        return parse_yaml((folder / CONFIG_FILE).read_bytes())["train"]["seq_length"]
 
 
 @torch.inference_mode()

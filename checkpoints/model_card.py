@@ -1,18 +1,14 @@
 """The README of an exported model: architecture, training, loading and streaming."""
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-import yaml
 from transformers import PreTrainedModel
 
 from ..models.config import SinkGPTNeoXConfig, default_num_kept, describe_windows, trained_windows
-from ..text import one_line
+from ..parsing import named_damage, parse_json, parse_yaml
 from .checksums import verify_description
 from .folders import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, STATE_FILE, read_state
 from .full_attention import AttentionCost
@@ -143,18 +139,19 @@ def run_facts(folder: Path) -> dict[str, str]:
         return {"Exported by": f"sinklm {metadata.version('sinklm')}"}
     verify_description(checkpoint)
     state = read_state(checkpoint)
-    config = yaml.safe_load((checkpoint / CONFIG_FILE).read_text(encoding="utf-8"))
-    train = config["train"]
-    facts = {
-        "Steps": f"{state.step:,} of {train['num_steps']:,}",
-        "Positions seen": f"{state.positions:,} ({train['batch_size_tokens']:,} a step)",
-        "Sequence length": f"{train['seq_length']:,}",
-        "Highest learning rate": f"{config['optimizer']['lr']:g}",
-        "Precision": state.precision,
-        "Seed": str(train["seed"]),
-    }
-    facts |= _loss_facts(run / METRICS_FILE, state.step)
-    facts |= _data_facts(Path(config["data"]["path"] or ""))
+    with named_damage(checkpoint / CONFIG_FILE, "restore it, or use another checkpoint"):
+        config = parse_yaml((checkpoint / CONFIG_FILE).read_bytes())
+        train = config["train"]
+        facts = {
+            "Steps": f"{state.step:,} of {train['num_steps']:,}",
+            "Positions seen": f"{state.positions:,} ({train['batch_size_tokens']:,} a step)",
+            "Sequence length": f"{train['seq_length']:,}",
+            "Highest learning rate": f"{config['optimizer']['lr']:g}",
+            "Precision": state.precision,
+            "Seed": str(train["seed"]),
+        }
+        store = Path(config["data"]["path"] or "")
+    facts |= _loss_facts(run / METRICS_FILE, state.step) | _data_facts(store)
     return facts | _version_facts(run / ENVIRONMENT_FILE)
 
 
@@ -174,8 +171,8 @@ def _loss_facts(metrics: Path, num_steps: int) -> dict[str, str]:
 def _read_line(line: str) -> dict[str, Any]:
     """Return the values of a line, or none of a line that is damaged or being written."""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
+        record = parse_json(line)
+    except ValueError:
         return {}
     return record if isinstance(record, dict) else {}
 
@@ -185,8 +182,8 @@ def _data_facts(store: Path) -> dict[str, str]:
     manifest = store / "manifest.json"
     if not manifest.exists():
         return {}
-    with _named_damage(manifest):
-        train = json.loads(manifest.read_text(encoding="utf-8"))["splits"]["train"]
+    with named_damage(manifest):
+        train = parse_json(manifest.read_bytes())["splits"]["train"]
         total = train["total"]["tokens"]
         largest_first = sorted(train["sets"].items(), key=lambda item: -item[1]["tokens"])
     sets = ", ".join(f"{name} {counts['tokens'] / max(total, 1):.1%}" for name, counts in largest_first)
@@ -196,19 +193,9 @@ def _data_facts(store: Path) -> dict[str, str]:
 def _version_facts(environment: Path) -> dict[str, str]:
     if not environment.exists():
         return {}
-    with _named_damage(environment):
-        recorded = json.loads(environment.read_text(encoding="utf-8"))
+    with named_damage(environment):
+        recorded = parse_json(environment.read_bytes())
         versions = {"sinklm": recorded["sinklm"]["version"]} | {
             name: version for name, version in recorded.items() if isinstance(version, str) and name != "devices"
         }
     return {"Trained with": ", ".join(f"{name} {version}" for name, version in versions.items())}
-
-
-@contextmanager
-def _named_damage(path: Path) -> Iterator[None]:
-    """Context that reads a file. Errors of its content become a ValueError that names it."""
-    try:
-        yield
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else one_line(error)
-        raise ValueError(f"{path} is damaged ({reason}): restore or delete it") from error

@@ -1,6 +1,5 @@
 """Finds training runs in folders, and what became of each."""
 
-import json
 import os
 import shlex
 import time
@@ -9,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..files import is_locked
 from ..hub import near_path_hint
+from ..parsing import parse_json, parse_yaml
 from .folders import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
@@ -122,12 +120,12 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 def _config(run: Path) -> dict[str, Any]:
     path = run / CONFIG_FILE
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = parse_yaml(path.read_bytes())
         if isinstance(config["train"]["num_steps"], int):
             return config
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         pass
     raise ValueError(f"{path} is damaged: it is not a recipe")
 
@@ -188,8 +186,8 @@ def _latest_records(path: Path) -> Iterator[dict[str, Any]]:
             rest = lines.pop(0) if begin else b""
             for line in reversed(lines):
                 try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError):
+                    record = parse_json(line)
+                except ValueError:
                     continue
                 if isinstance(record, dict) and isinstance(record.get("step"), int):
                     yield record
@@ -223,7 +221,7 @@ def _command(run: Path, config: dict[str, Any], saved: int | None, num_ranks: in
 def _num_local_devices(run: Path) -> float:
     """Number of GPUs of the machine of rank 0; infinity if it trained on CPUs."""
     try:
-        devices = json.loads((run / ENVIRONMENT_FILE).read_bytes())["devices"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        devices = parse_json((run / ENVIRONMENT_FILE).read_bytes())["devices"]
+    except (OSError, ValueError, KeyError, TypeError):
         return float("inf")
     return len(devices) if isinstance(devices, list) else float("inf")

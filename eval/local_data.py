@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import yaml
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from ..parsing import parse_yaml
 from .local_rows import check_rows, read_rows
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
@@ -187,9 +187,9 @@ def _files_of_card(folder: Path, source: Source) -> Files:
     text = readme.read_text("utf-8", errors="replace") if readme.is_file() else ""
     header = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", text, re.S)
     try:
-        configs = (yaml.safe_load(header[1]) or {}).get("configs") or [] if header else []
+        configs = (parse_yaml(header[1]) or {}).get("configs") or [] if header else []
         configs = {config["config_name"]: config.get("data_files") for config in configs}
-    except (yaml.YAMLError, AttributeError, TypeError, KeyError, ValueError, RecursionError):
+    except (ValueError, AttributeError, TypeError, KeyError):
         return {}
     wanted = source.config or (next(iter(configs)) if len(configs) == 1 else "default")
     patterns = configs.get(wanted)

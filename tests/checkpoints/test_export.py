@@ -441,6 +441,11 @@ def test_the_cost_is_measured_on_samples_of_limited_length(tmp_path, monkeypatch
     assert measured == [samples] * 2
     with pytest.raises(ValueError, match=r"the text has \d tokens, and the windows hide none of them: pass at least"):
         full_attention_cost(checkpoint, "a b")
+    (tmp_path / "state.json").touch()
+    for damaged in ("train: {}", "train: [", "[" * 100_000):
+        (tmp_path / "config.yaml").write_text(damaged)
+        with pytest.raises(ValueError, match=r"config\.yaml is damaged \(.*\): restore it, or use another checkpoint"):
+            full_attention_cost(checkpoint)
 
 
 def test_the_standard_error_of_the_cost_is_that_of_samples_drawn_again():
