@@ -358,8 +358,8 @@ RECIPES = [
     Case(
         "a deep recipe",
         MINE,
-        r"recipe mine\.yaml is not valid YAML: (it is nested too deeply|.*exceeded maximum nesting depth.*)",
-        recipe("[" * 5000 + "]" * 5000),
+        r"recipe mine\.yaml is not valid YAML: it is nested too deeply",
+        recipe("[" * 200_000),  # libyaml would crash
     ),
     Case(
         "a billion laughs",

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from ..checkpoints.folders import CONFIG_FILE, STATE_FILE
 from ..hub import near_path_hint
+from ..parsing import parse_yaml
 from ..text import near_hint, one_line
 from .config import TrainingConfig
 
@@ -94,10 +95,9 @@ def _read(recipe: str, readers: tuple[str, ...]) -> DictConfig:
         raise ValueError(f"recipe {recipe} is its own base ({' → '.join((*readers, recipe))}): change one base key")
     text = _find(recipe)
     try:
-        loaded = OmegaConf.create(_decimal(text))
-    except (yaml.YAMLError, OmegaConfBaseException, RecursionError, ValueError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else one_line(error)
-        raise ValueError(f"recipe {recipe} is not valid YAML: {reason}") from error
+        loaded = parse_recipe(text)
+    except ValueError as error:
+        raise ValueError(f"recipe {recipe} is not valid YAML: {error}") from error
     if not isinstance(loaded, DictConfig):
         raise ValueError(f"recipe {recipe} must consist of sections with keys (model:, train:, …)")
     base = loaded.pop("base", None)
@@ -108,6 +108,15 @@ def _read(recipe: str, readers: tuple[str, ...]) -> DictConfig:
     if base.endswith((".yaml", ".yml")):
         base = str(Path(recipe).parent / base)
     return _merged(_read(base, (*readers, recipe)), loaded)
+
+
+def parse_recipe(text: str) -> DictConfig | ListConfig:
+    """Parse the text of a recipe, without its base.
+
+    Raises:
+        ValueError: it is not valid YAML.
+    """
+    return parse_yaml(text, lambda text: OmegaConf.create(_decimal(text)))
 
 
 def _find(recipe: str) -> str:
@@ -176,17 +185,20 @@ def _parse_override(text: str) -> DictConfig | ListConfig:
     if key.startswith(f"{WEIGHTS_KEY}."):
         raise ValueError(f"{key}: name all sets in one value, {WEIGHTS_KEY}={{set: weight, …}}")
     try:
-        return OmegaConf.from_dotlist([f"{key}={_decimal(value)}"])
-    except (yaml.YAMLError, OmegaConfBaseException, RecursionError, ValueError) as error:
-        raise ValueError(f"{key}: the value is not valid YAML ({one_line(error)})") from error
+        return parse_yaml(value, lambda value: OmegaConf.from_dotlist([f"{key}={_decimal(value)}"]))
+    except ValueError as error:
+        raise ValueError(f"{key}: the value is not valid YAML ({error})") from error
 
 
 def _decimal(text: str) -> str:
     """Return YAML in which numbers to the base 60 (``3:1``) and 8 (``010``) are quoted texts.
 
     In YAML 1.1 these are 181 and 8. In YAML 1.2 and for most readers they are not.
+
+    Raises:
+        RecursionError: it is nested too deeply. libyaml, which OmegaConf uses, would crash.
     """
-    root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
     nodes, seen, is_changed = [root], set(), False
     while nodes:
         node = nodes.pop()

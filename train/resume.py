@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from ..checkpoints.folders import (
     COMPLETE_MARKER,
@@ -29,7 +27,7 @@ from .engine import group_names, optimizer_layout
 from .launch import World, silent_stdout
 from .plan import Plan
 from .rank_state import rank_path, restore_rank_state, restore_window
-from .recipe import saved_values, value_digest
+from .recipe import parse_recipe, saved_values, value_digest
 from .unpickling import refused_names, restricted_unpickling
 from .verification import TRUST_OPTION, newest_intact, verified_state
 from .windows import layer_kinds
@@ -320,11 +318,11 @@ def interpolated_settings(config: TrainingConfig) -> dict[str, str]:
 
 def _saved_settings(checkpoint: Path) -> dict[str, Any]:
     """Return the settings in the checkpoint's ``config.yaml``, with interpolations as text."""
+    path = checkpoint / CONFIG_FILE
     try:
-        return flatten(OmegaConf.to_container(OmegaConf.load(checkpoint / CONFIG_FILE)))
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"{checkpoint / CONFIG_FILE} is not a valid recipe ({reason}): restore it") from error
+        return flatten(OmegaConf.to_container(parse_recipe(path.read_text(encoding="utf-8"))))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a valid recipe ({error}): restore it") from error
 
 
 def _mismatches(state: CheckpointState, plan: Plan) -> list[str]:

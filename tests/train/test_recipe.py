@@ -140,6 +140,8 @@ def test_weights_of_sets_are_replaced_as_a_whole(tmp_path):
         (["train.num_steps"], "'train.num_steps' is not an override: write section.key=value"),
         (["--num_steps=3"], "'--num_steps=3' is not an override"),
         (["train.seed=[1"], "train.seed: the value is not valid YAML"),
+        (["train.seed=!!int ''"], "train.seed: the value is not valid YAML"),
+        (["train.seed=" + "[" * 100_000], "train.seed: the value is not valid YAML (it is nested too deeply)"),
     ],
 )
 def test_a_mistake_is_named(overrides, message):
@@ -168,6 +170,7 @@ def test_every_mistake_is_named_at_once():
     ("text", "message"),
     [
         ("model: [1", "is not valid YAML"),
+        ("model: !!int ''", "is not valid YAML"),
         ("- 1", "must consist of sections"),
         ("model: {hidden_size: 8}", "model.num_hidden_layers is not set"),
         ("base: bad.yaml", "is its own base"),

@@ -19,6 +19,7 @@ from sinklm.models import SinkGPTNeoXForCausalLM
 from sinklm.train import engine
 from sinklm.train.run import locked_run, train
 
+from ..checkpoints.seal import seal
 from .tiny import assert_same_weights, copy_checkpoint, edit_state, losses, make_store, metrics, weights
 
 
@@ -153,6 +154,18 @@ def test_an_interrupted_checkpoint_cannot_be_named(recipe, whole_run, tmp_path):
 def test_a_checkpoint_of_a_later_format_is_refused(recipe, stopped_run):
     edit_state(stopped_run / "checkpoints" / "step-4", format_version=3)
     with pytest.raises(ValueError, match=r"state\.json has format_version 3, this sinklm reads up to 2"):
+        train(recipe, [f"train.run_dir={stopped_run}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [(b"train: [", "while parsing"), (b"[" * 100_000, "nested too deeply"), (b"\xff", "can't decode")],
+)
+def test_a_damaged_recipe_of_a_checkpoint_is_named(recipe, stopped_run, text, reason):
+    checkpoint = stopped_run / "checkpoints" / "step-4"
+    (checkpoint / "config.yaml").write_bytes(text)
+    seal(checkpoint)
+    with pytest.raises(ValueError, match=rf"step-4/config\.yaml is not a valid recipe \(.*{reason}.*\): restore it"):
         train(recipe, [f"train.run_dir={stopped_run}"])
 
 
