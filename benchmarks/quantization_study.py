@@ -8,16 +8,13 @@ Trains the recipes `study/…` of seven arms with each number of layers and seed
 with `sinklm eval quantization` on the held-out split of the store. Repeat the command until it
 prints "all done": what is done is not repeated, stopped runs resume, and a run that fails does not
 stop the others. Arms, depths and seeds can be added; other settings need another folder. Written
-after each call, with all that is measured: FOLDER/quantization.json and FOLDER/quantization.md.
-
-An increase is the loss of the quantized model minus that of the model itself, in nats per token. It
-is a mean over seeds, with its standard error; the error over samples is in the JSON file.
+after each call, with all that is measured: FOLDER/quantization.json and, with the tables of
+quantization_report.py, FOLDER/quantization.md.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -30,7 +27,7 @@ from sinklm.train.recipe import load_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
 from jobs import SINKLM, Job
-from seed_tables import mean_and_error, table
+from quantization_report import tables
 
 ARMS = {  # recipes by `model.sink.kind`
     "none": "study/vanilla",
@@ -67,7 +64,7 @@ def main() -> None:
     pairs = [(training(model, arguments), measuring(model, arguments)) for model in models]
     is_done = study_jobs.run_in_parts(pairs, deadline, arguments.per_gpu)
     found = {"settings": settings, "models": collect(arguments.folder)}
-    study_jobs.conclude(arguments.folder / "quantization", found, report(found["models"]), is_done=is_done)
+    study_jobs.conclude(arguments.folder / "quantization", found, tables(found), is_done=is_done)
 
 
 def parse() -> argparse.Namespace:
@@ -106,7 +103,7 @@ def measuring(model: Model, arguments: argparse.Namespace) -> Job:
 
 
 def collect(folder: Path) -> list[dict[str, Any]]:
-    """Return the results of all models that are measured.
+    """Return the results of all models that are measured, by depth, arm and seed.
 
     Raises:
         ValueError: models were measured on different samples.
@@ -124,38 +121,7 @@ def collect(folder: Path) -> list[dict[str, Any]]:
         models.append(facts | {key: value for key, value in measured.items() if key not in ("name", "model")})
     if len({model["samples"]["ids_sha256"] for model in models}) > 1:
         raise ValueError(f"models in {folder / 'results'} were measured on different samples: use another folder")
-    return models
-
-
-def report(models: list[dict[str, Any]]) -> str:
-    """Return a table in Markdown for each number of layers."""
-    if not models:
-        return "No model was measured yet.\n\n"
-    depths = sorted({model["layers"] for model in models})
-    parts = [f"{depth} layers\n\n{by_arm([m for m in models if m['layers'] == depth])}\n\n" for depth in depths]
-    return "".join(parts)
-
-
-def by_arm(models: Iterable[dict[str, Any]]) -> str:
-    """One row for each arm: activations, loss, and its increase by each format."""
-    arms: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
-    for model in models:
-        arms[model["arm"]].append(model)
-    formats = list(dict.fromkeys(f["format"] for group in arms.values() for model in group for f in model["formats"]))
-    rows = []
-    for arm, group in arms.items():
-        if group:
-            cells = [arm, str(len(group)), mean_and_error([model["largest_activation"] for model in group], 1)]
-            cells.append(mean_and_error([model["largest_ratio"] for model in group], 0))
-            cells.append(mean_and_error([len(model["massive_activations"]) for model in group], 1))
-            cells.append(mean_and_error([model["loss"] for model in group], 4))
-            rows.append([*cells, *(mean_and_error(increases(group, name), 4, "+") for name in formats)])
-    return table(["arm", "seeds", "largest activation", "× median", "massive", "loss", *formats], rows)
-
-
-def increases(group: list[dict[str, Any]], name: str) -> list[float]:
-    """Return the increase of the loss by a format, of the models that were measured with it."""
-    return [found["increase"] for model in group for found in model["formats"] if found["format"] == name]
+    return sorted(models, key=lambda model: (model["layers"], list(ARMS).index(model["arm"]), model["seed"]))
 
 
 if __name__ == "__main__":

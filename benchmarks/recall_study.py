@@ -9,13 +9,15 @@ Every part can be interrupted and run again with the same settings: finished wor
 sizes can be added. A job that fails does not stop the others. ``evaluate`` measures, for each model
 and cache size N, the caches 0+N and S+(N - S) over ``--num-stream-tokens``, where S are its sinks
 (4 for vanilla), and dense attention over eight trained lengths. ``train`` and ``evaluate`` stop
-after ``--minutes``. ``collect`` writes FOLDER/recall.json, from which recall_report.py makes tables.
+after ``--minutes``. ``collect`` writes FOLDER/recall.json; recall_report.py makes tables from it.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+from itertools import groupby
+from math import ceil, log2
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -36,7 +38,7 @@ MODELS = {"vanilla": 4, "learnable-sink": 1, "drawn": 1}  # recipes, and the tok
 CACHE_SIZES = (256, 512, 1000)
 DISTANCES = (0, 5, 10, 20, 30, 40, 60, 80)  # in lines
 DENSE_LENGTHS = 8  # of dense attention, in trained lengths
-NUM_PARTS = 24  # of a stream, for the accuracy by tokens read
+PARTS_PER_OCTAVE = 4  # of the tokens read, in the accuracy along a stream
 SETTINGS = {  # that change what a part makes; the others can differ between its calls
     "prepare": ("text", "num_tokens", "vocab_size", "longest_distance"),
     "train": ("overrides",),
@@ -109,7 +111,7 @@ def evaluations(args: argparse.Namespace) -> dict[tuple[str, str], list[object]]
 
 
 def cut(cache: str, num_lines: int) -> list[object]:
-    """Return the arguments for a cache and a number of lines, with the distances that these have."""
+    """Return the arguments for a cache and a number of lines, with the distances that fit."""
     distances = ",".join(str(distance) for distance in DISTANCES if distance < num_lines)
     return ["--caches", cache, "--distances", distances, "--num-lines", num_lines]
 
@@ -119,7 +121,7 @@ def report_path(args: argparse.Namespace, name: str, what: str) -> Path:
 
 
 def evaluate(args: argparse.Namespace) -> bool:
-    """Run the evaluations that are missing, ``--per-gpu`` at a time on each GPU, of trained models."""
+    """Run the missing evaluations of trained models, ``--per-gpu`` at a time on each GPU."""
     jobs = []
     for (name, what), arguments in evaluations(args).items():
         if list_checkpoints(run_folder(args, name)):
@@ -141,16 +143,24 @@ def collect(args: argparse.Namespace) -> bool:
 
 
 def summary(report: dict[str, Any]) -> dict[str, Any]:
-    """Return a report of one cache, with the accuracy by place as means of parts of the stream."""
+    """Return a report of one cache, with the accuracy by place as means of parts of the stream.
+
+    Parts have equal lengths on a logarithmic scale, and end at powers of two among others. Those
+    without a place are left out.
+    """
     (result,) = report.pop("results")
-    places = result.pop("places")
-    size = -(-len(places) // NUM_PARTS)
     parts = []
-    for part in (places[i : i + size] for i in range(0, len(places), size)):
+    for _, group in groupby(result.pop("places"), lambda place: part_of(place["mean_num_tokens"])):
+        part = list(group)
         asked = [place["accuracy"] for place in part]
-        accuracy = {d: fmean(found[d] for found in asked if d in found) for d in asked[-1]}
+        accuracy = {d: round(fmean(found[d] for found in asked if d in found), 6) for d in asked[-1]}
         parts.append({"num_tokens": part[-1]["mean_num_tokens"], "num_places": len(part), "accuracy": accuracy})
     return report | result | {"parts": parts}
+
+
+def part_of(num_tokens: float) -> int:
+    """Return the number of the part in which a place is after so many tokens."""
+    return ceil(PARTS_PER_OCTAVE * log2(num_tokens))
 
 
 def trainings(args: argparse.Namespace) -> dict[str, Any]:
@@ -178,4 +188,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

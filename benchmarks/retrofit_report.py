@@ -1,17 +1,31 @@
-"""The tables and the answer of retrofit_study.py, from its retrofit.json.
+"""Write the tables and the picture of docs/results/retrofit.md, of retrofit_study.py.
 
-python benchmarks/retrofit_report.py results/retrofit/retrofit.json
+    python benchmarks/retrofit_report.py results/retrofit   # take its retrofit.json, and draw
+    python benchmarks/retrofit_report.py                    # the one in docs/results again
+
+A sink token "streams as well" at a number of tokens if the mean over seeds of its perplexity in the
+cache 1+N, relative to that of the vanilla model in the cache 4+N, is at most 1 % higher there and
+at all later checkpoints. Two vanilla models are compared with: the untouched one, and the one that
+was continued with the same learning rate and seed. Frozen weights are those of the untouched one.
 """
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from sinklm.eval.plots import COLOURS, DASHES, STYLE, save_figure
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
+from pages import make_page
 from seed_tables import mean_and_error, table
 
 PERCENT = 1.0  # by which the perplexity of 1+N may be higher than that of 4+N
@@ -103,22 +117,21 @@ def percent_more(own: dict[str, Any], reference: dict[str, Any], window: int) ->
     return 100 * (own["perplexity"][f"1+{window}"] / reference["perplexity"][f"4+{window}"] - 1)
 
 
-def report(found: dict[str, Any]) -> str:
-    """Return the answer and the tables in Markdown."""
+def main() -> None:
+    found, folder = make_page("retrofit", __doc__, tables)
+    save_figure(picture(configurations(found)), folder / "retrofit.png")
+
+
+def tables(found: dict[str, Any]) -> dict[str, str]:
     ready = configurations(found)
-    if not ready:
-        return "No configuration was measured yet.\n\n"
-    parts = [
-        answer(ready, found["settings"]["window"]),
-        summary(ready),
-        *(by_tokens(ready, name) for name in (UNTOUCHED, CONTINUED)),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n\n"
+    made = {"answer": answer(ready, found["settings"]["window"]), "summary": summary(ready)}
+    return made | {name: by_tokens(ready, name) for name in (UNTOUCHED, CONTINUED)}
 
 
 def answer(ready: Iterable[Configuration], window: int) -> str:
     """Return a sentence on the configuration that needs the fewest tokens; then the least loss."""
-    ready = list(ready)
+    if not (ready := list(ready)):
+        return ""
     within = [each for each in ready if each.tokens_until_both is not None]
     if not within:
         largest = max(each.tokens[-1] for each in ready)
@@ -171,5 +184,54 @@ def by_tokens(ready: Iterable[Configuration], reference: str) -> str:
     return table([f"1+N over 4+N, {reference}, %", *map(in_words, columns)], rows)
 
 
+def picture(ready: list[Configuration]) -> Figure:
+    """Plot perplexity with 1+N over that of a reference with 4+N, as means over seeds, by tokens.
+
+    A panel for each reference of trained weights, and of frozen ones; a colour for each initial
+    row, and a dash pattern for each learning rate.
+    """
+    panels: dict[tuple[str, str], list[Configuration]] = {}
+    for name in (UNTOUCHED, CONTINUED):
+        for each in ready:
+            if name in each.excess:
+                panels.setdefault((each.weights, name), []).append(each)
+    rows = list(dict.fromkeys(each.row for each in ready))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(1.6 + 2.8 * len(panels), 3.8), layout="constrained")
+        all_axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+        for axes, ((weights, name), shown) in zip(all_axes, panels.items(), strict=True):
+            lrs = sorted({each.lr for each in shown}, key=float)
+            for each in shown:
+                style = {"color": COLOURS[rows.index(each.row)], "linestyle": DASHES[lrs.index(each.lr)]}
+                axes.plot(each.tokens, [fmean(excess) for excess in each.excess[name]], **style)
+            axes.set_title(f"{weights} weights, over {name} vanilla", fontsize=9)
+            lines = [Line2D([], [], color="0.3", linestyle=DASHES[i]) for i in range(len(lrs))]
+            axes.legend(lines, lrs, title="learning rate", loc="lower left", fontsize=8, alignment="left")
+        finish(all_axes, sorted({tokens for each in ready for tokens in each.tokens}))
+        lines = [Line2D([], [], color=COLOURS[i]) for i in range(len(rows))]
+        figure.legend(lines, rows, title="initial row", loc="outside right upper", alignment="left")
+    return figure
+
+
+def finish(panels: Sequence[Axes], tokens: list[int]) -> None:
+    """Label the axes. They are linear to 1 % and to the first checkpoint after 0 tokens."""
+    first, last = tokens[1:2] or [1], tokens[-1]
+    powers = [10**n for n in range(12) if first[0] <= 10**n <= last]
+    for axes in panels:
+        axes.set_xscale("symlog", linthresh=first[0], linscale=0.4)
+        axes.set_xlim(-first[0] / 4, last)
+        axes.set_xticks([0, *powers], ["0", *(f"{power / 1e6:g}" for power in powers)])
+        axes.minorticks_off()
+        axes.set_yscale("symlog", linthresh=PERCENT)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("-", "\N{MINUS SIGN}"))
+        axes.set_xlabel("Million tokens trained (log scale)")
+        axes.grid(axis="y", linewidth=0.4, alpha=0.5)
+        axes.axhline(PERCENT, color="0.3", linewidth=0.8, zorder=0)
+    panels[0].set_ylabel("Perplexity of 1+N above that of 4+N (%)")
+
+
 if __name__ == "__main__":
-    print(report(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -11,12 +11,8 @@ folder of Pythia's form, pass --recipe retrofit/pythia-160m and a --window.
 Every checkpoint is measured by retrofit_measure.py. Repeat the command until it prints "all done":
 what is done is not repeated, stopped runs resume, and a run that fails does not stop the others.
 Seeds, rows and learning rates can be added; other settings need another folder. Written after each
-call, with all that is measured: FOLDER/retrofit.json and FOLDER/retrofit.md.
-
-A sink token "streams as well" at a number of tokens if the mean over seeds of its perplexity in the
-cache 1+N, relative to that of the vanilla model in the cache 4+N, is at most 1 % higher there and
-at all later checkpoints. Two vanilla models are compared with: the untouched one, and the one that
-was continued with the same learning rate and seed. Frozen weights are those of the untouched one.
+call, with all that is measured: FOLDER/retrofit.json and, with the tables of retrofit_report.py,
+FOLDER/retrofit.md.
 """
 
 import argparse
@@ -41,7 +37,7 @@ from sinklm.eval.report import library_versions
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
 from jobs import Job
-from retrofit_report import report
+from retrofit_report import tables
 
 PLAIN = "plain"  # in place of a sink's row: the vanilla model, continued
 VANILLA = "study/vanilla"
@@ -75,7 +71,7 @@ def main() -> None:
         is_done = study_jobs.run_in_parts(pairs, deadline, arguments.per_gpu)
     settings |= {"text": [Path(path).name for path in arguments.text], "vanilla": vanilla and Path(vanilla).name}
     found = {"settings": settings, "versions": library_versions(), "runs": collect(arguments.folder)}
-    study_jobs.conclude(arguments.folder / "retrofit", found, report(found), is_done=is_done)
+    study_jobs.conclude(arguments.folder / "retrofit", found, tables(found), is_done=is_done)
 
 
 def parse() -> argparse.Namespace:

@@ -13,6 +13,7 @@ from sinklm.train.recipe import load_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
 from jobs import SINKLM, Job, JobQueue, visible_gpus
+from pages import Data, Tables, as_text
 
 
 def training(run: Path, recipe: str, settings: list[str], million_tokens: float | None) -> Job:
@@ -98,8 +99,9 @@ def begin(arguments: argparse.Namespace, names: tuple[str, ...]) -> tuple[dict[s
     return settings | {"settings": values}, Deadline(arguments.minutes)
 
 
-def conclude(path: Path, found: dict[str, Any], text: str, *, is_done: bool) -> NoReturn:
+def conclude(path: Path, found: Data, tables: Tables, *, is_done: bool) -> NoReturn:
     """Write results and tables of a study as ``path.json`` and ``path.md``, and end the process."""
+    text = as_text(tables)
     write_json(path.with_suffix(".json"), found)
     write_text(path.with_suffix(".md"), text)
     print(f"\n{text}{'all done' if is_done else 'not done: repeat the command'}", flush=True)

@@ -3,25 +3,23 @@
     python benchmarks/windows_report.py windows   # collect windows/results, and draw
     python benchmarks/windows_report.py           # draw again from docs/results/windows.json
 
-Each table replaces the one between its marks in the page, `<!-- NAME -->` and `<!-- end -->`; the
-text around the tables is written by hand. Runs that differ by their seed are one row: the mean, and
-its standard error if there are several. Models are compared in caches that keep as many tokens as
-they were trained to keep.
+Runs that differ by their seed are one row: the mean, and its standard error if there are several.
+Models are compared in caches that keep as many tokens as they were trained to keep.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from math import exp, log2
 from pathlib import Path
-from statistics import fmean
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from windows_results import (
     REFERENCE,
+    TRAINING_HEADERS,
     Models,
     Run,
     by_model,
@@ -37,6 +35,7 @@ from windows_results import (
     over_seeds,
     own_caches,
     seen,
+    training_cells,
     windows_of,
 )
 
@@ -44,28 +43,22 @@ from sinklm.eval.compare import stderr_of_mean
 from sinklm.eval.plots import STYLE, curve_style, log_scale, save_figure, short_number
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
-from report import read_runs, write_page
+from pages import make_page
 from seed_tables import mean_and_error, table
 
-RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
-NUM_LAST_POINTS = 10  # of the 200 of a training curve, for the loss at its end
 FIRST_POSITIONS = 64  # the first point of the curves by position
 LIMITED = "In brackets: what all layers of the model see of the cache, because of their own windows."
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    data = arguments.output / "windows.json"
-    models = by_model(read_runs(data, arguments.folder, lambda folder: {"runs": collect(folder)}))
+    found, folder = make_page("windows", __doc__, tables, lambda folder: {"runs": collect(folder)})
+    save_figure(picture(by_model(found["runs"])), folder / "windows.png")
+
+
+def tables(found: dict[str, Any]) -> dict[str, str]:
+    models = by_model(found["runs"])
     parts = (answer, doublings, worse, caches, relative, kept, positions, pieces, training, sinks)
-    tables = {make.__name__: make(models) for make in parts}
-    for name, text in tables.items():
-        print(f"{name}\n{text}\n")
-    write_page(arguments.output / "windows.md", tables)
-    save_figure(picture(models), arguments.output / "windows.png")
+    return {make.__name__: make(models) for make in parts}
 
 
 def percent(ratio: float) -> str:
@@ -237,18 +230,11 @@ def training(models: Models) -> str:
     """Losses, speed, and whether the model streams as it was trained."""
     rows = []
     for name, model in models.items():
-        seeds = f"{len(model)}"
-        read = mean_and_error([fmean(loss for _, loss in run["loss"][-NUM_LAST_POINTS:]) for run in model], 4)
-        last = mean_and_error([run["validation_loss"][-1][1] for run in model if run["validation_loss"]], 4)
-        tokens = fmean(run["tokens"] for run in model) / 1e6
-        speed = mean_and_error([run["tokens_per_second"] for run in model], 0)
-        memory = max(run["memory_gib"] for run in model)
         both = [run["pieces"] for run in model if "pieces" in run]
         streamed = mean_and_error([losses["streamed"] - losses["loss"] for losses in both], 4, "+")
-        cells = (f"{tokens:,.0f}", read, last, speed, f"{memory:.1f}", streamed)
-        rows.append((name, windows_of(model[0]), seeds, *cells))
-    headers = ("", "windows", "seeds", "M tokens", "training loss", "validation loss", "tokens/s", "memory, GiB")
-    return table((*headers, "loss streamed, over that of one pass"), rows)
+        rows.append((name, windows_of(model[0]), f"{len(model)}", *training_cells(model), streamed))
+    headers = ("", "windows", "seeds", *TRAINING_HEADERS, "loss streamed, over that of one pass")
+    return table(headers, rows)
 
 
 def sinks(models: Models) -> str:

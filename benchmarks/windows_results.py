@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +11,12 @@ from typing import Any
 
 from sinklm.train.windows import layer_kinds
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
+from seed_tables import mean_and_error
+
 REFERENCE = "full"  # the run with which the others are compared
+NUM_LAST_POINTS = 10  # of the 200 of a training curve, for the loss at its end
+TRAINING_HEADERS = ("M tokens", "training loss", "validation loss", "tokens/s", "memory, GiB")
 
 Run = dict[str, Any]
 Runs = dict[str, Run]  # results by the name of the run
@@ -71,6 +77,16 @@ def windows_of(run: Run) -> str:
     own, num_windowed = settings["attention"]["window"], kinds.count("window")
     windows = f"drawn from {own[0]:,} to {own[1]:,}" if isinstance(own, list) else f"{own:,}"
     return windows if num_windowed == len(kinds) else f"{windows} in {num_windowed} of {len(kinds)} layers"
+
+
+def training_cells(model: list[Run]) -> list[str]:
+    """Return the cells of `TRAINING_HEADERS` for the seeds of a model."""
+    read = mean_and_error([fmean(loss for _, loss in run["loss"][-NUM_LAST_POINTS:]) for run in model], 4)
+    last = mean_and_error([run["validation_loss"][-1][1] for run in model if run["validation_loss"]], 4)
+    tokens = fmean(run["tokens"] for run in model) / 1e6
+    speed = mean_and_error([run["tokens_per_second"] for run in model], 0)
+    memory = max(run["memory_gib"] for run in model)
+    return [f"{tokens:,.0f}", read, last, speed, f"{memory:.1f}"]
 
 
 def cache_of(name: str) -> tuple[int, int]:

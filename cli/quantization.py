@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree")  # GPU libraries that are not there, deprecations
 SHORTEST_SAMPLE = 3
-FORMATS = ("w8", "w4", "w8a8-token", "w8a8-tensor", "kv8")  # as in `eval.quantization`, which imports torch
+FORMATS = ("w8", "w4", "w8a8-token", "w8a8-tensor", "kv8")  # as in `eval.quantization_formats`, of an extra
 
 
 @examples(
@@ -143,8 +143,8 @@ def _check_runs(
             this an error.
     """
     from ..eval.perplexity import text_prefix
-    from ..eval.quantization import FORMATS as KNOWN
     from ..eval.quantization import check_format
+    from ..eval.quantization_formats import FORMATS as KNOWN
     from ..eval.quantization_losses import check_kv, num_text_tokens
     from ..models.config import num_prepended_sinks
 

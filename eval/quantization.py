@@ -6,7 +6,6 @@ they are, as in transformers. Tokens of sinks go through the same layers as all 
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from ..extras import require_extra
 
@@ -30,36 +29,9 @@ from torchao.quantization import (
 )
 from transformers import PreTrainedModel
 
-GROUP_SIZE = 32  # of int4 weights
+from .quantization_formats import FORMATS, GROUP_SIZE, Format
+
 SCALES: dict[str | None, Granularity] = {"token": PerRow(), "tensor": PerTensor()}  # of activations
-
-
-@dataclass(frozen=True)
-class Format:
-    """A way of quantizing a model. ``kv_dtype`` is that of a streaming cache."""
-
-    title: str
-    description: str
-    weights: str | None = None
-    activations: str | None = None  # "token" or "tensor": what has one scale
-    kv_dtype: str | None = None
-
-
-FORMATS = {
-    "w8": Format("weights int8", "weights int8, symmetric, a scale for each output", "int8"),
-    "w4": Format("weights int4", f"weights int4, asymmetric, in groups of {GROUP_SIZE} inputs", "int4"),
-    "w8a8-token": Format(
-        "weights and activations int8, per token", "as w8, and inputs int8, symmetric, a scale for each token",
-        "int8", "token",
-    ),
-    "w8a8-tensor": Format(
-        "weights and activations int8, per tensor", "as w8, and inputs int8, symmetric, one scale for a sample",
-        "int8", "tensor",
-    ),
-    "kv8": Format(
-        "keys and values int8", "cache with kv_dtype int8; the last 32 tokens are not quantized", kv_dtype="int8"
-    ),
-}  # fmt: skip
 
 
 def quantized_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:

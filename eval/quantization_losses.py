@@ -19,7 +19,8 @@ from ..streaming.layers import own_rules
 from ..streaming.quantized import NUM_RECENT
 from ..streaming.wrappers import decoder_of
 from .compare import stderr_of_mean
-from .quantization import FORMATS, arithmetic, quantized
+from .quantization import arithmetic, quantized
+from .quantization_formats import FORMATS
 from .sinks import Sequences, sequences_of_store, sequences_of_texts
 from .sinks.statistics import find_massive, summarize_massive
 

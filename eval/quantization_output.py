@@ -13,7 +13,7 @@ from rich.table import Table
 from ..console import Console
 from .compare_output import MOST_COLUMNS
 from .plots import COLOURS, MARKERS, STYLE, save_figure
-from .quantization import FORMATS
+from .quantization_formats import FORMATS
 
 CSV_COLUMNS = (
     *("run", "sink_kind", "largest_activation", "largest_ratio", "num_massive_activations", "loss"),
@@ -116,7 +116,7 @@ def quantization_figure(report: dict[str, Any], title: str | None = None) -> Fig
         largest.set_xlim(min(ratios) / 3, 3 * max(ratios))  # at least one power of ten
         largest.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
         largest.xaxis.set_minor_formatter(lambda value, _: "")
-        largest.set_xlabel("Largest activation / median (log scale)")
+        largest.set_xlabel("Largest activation / median\n(log scale)")
         increases.set_yticks(range(len(runs)), [run["name"] for run in runs])
         increases.set_ylim(len(runs) - 0.5, -0.5)
         for axes in (increases, largest):

@@ -6,14 +6,9 @@
 The arms are in all tables and figures, the deeper models in separate ones; the last table lists
 every run.
 
-Figures are docs/results/paper-*.png. Each table replaces the one between its marks in
-docs/results/paper.md, `<!-- NAME -->` and `<!-- end -->`; the text around the tables is written by
-hand.
+Figures are docs/results/paper-*.png.
 """
 
-import argparse
-import json
-import re
 import sys
 from collections.abc import Callable
 from operator import itemgetter
@@ -22,10 +17,10 @@ from statistics import fmean
 from typing import Any
 
 from figures import draw
+from pages import make_page
 from plan import read_plan
 from results import above_vanilla, at_place, collect, cost_over_training, sink_rate
 
-RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 TASKS = ("arc_challenge", "arc_easy", "hellaswag", "lambada_openai", "openbookqa", "piqa", "winogrande")  # Table 4
 NEAR = 0.1  # a checkpoint within this share of training represents the end of a quarter
 FAINTEST = 1e-3  # attention below this counts as none: rows of an attention map sum to 1 within this tolerance
@@ -34,44 +29,23 @@ Runs = dict[str, dict[str, Any]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-
-    found = read_runs(arguments.output / "paper.json", arguments.folder, collect)
-    arms, deeper = (in_order_of(plan, found) for plan in ("arms.yaml", "deeper.yaml"))
-
-    tables = {table.__name__: table(arms) for table in (perplexity, sinks, activations, zero_shot)}
-    tables |= {f"deeper_{table.__name__}": table(deeper) for table in (perplexity, sinks, activations)}
-    tables["tried"] = tried(arms | deeper | dict(sorted(found.items())))
-    for name, table in tables.items():
-        print(f"{name}\n{table}\n")
-    write_page(arguments.output / "paper.md", tables)
-    draw(arms, deeper, arguments.output)
+    found, folder = make_page("paper", __doc__, tables, collect)
+    draw(*in_plans(found), folder)
 
 
-def in_order_of(plan: str, found: Runs) -> Runs:
-    """Return the runs named in a plan of this folder, in its order."""
-    return {name: found[name] for name in read_plan(Path(__file__).with_name(plan)) if name in found}
+def tables(found: dict[str, Any]) -> dict[str, str]:
+    arms, deeper = in_plans(found)
+    made = {table.__name__: table(arms) for table in (perplexity, sinks, activations, zero_shot)}
+    made |= {f"deeper_{table.__name__}": table(deeper) for table in (perplexity, sinks, activations)}
+    return made | {"tried": tried(arms | deeper | dict(sorted(found["runs"].items())))}
 
 
-def read_runs(data: Path, folder: Path | None, collect: Callable[[Path], dict[str, Any]]) -> Runs:
-    """Return the runs in the file ``data``. If a folder is given, collect them from it first."""
-    if folder:
-        found = json.dumps(collect(folder))
-        data.parent.mkdir(parents=True, exist_ok=True)
-        data.write_text(found + "\n", encoding="utf-8")
-    return json.loads(data.read_text(encoding="utf-8"))["runs"]
-
-
-def write_page(page: Path, tables: dict[str, str]) -> None:
-    """Put each table between its marks. A page that does not exist is created."""
-    marked = {name: f"<!-- {name} -->\n{table}\n<!-- end -->" for name, table in tables.items() if table}
-    text = page.read_text(encoding="utf-8") if page.exists() else "\n\n".join(marked.values()) + "\n"
-    for name, table in marked.items():
-        text = re.sub(rf"<!-- {name} -->.*?<!-- end -->", lambda _, table=table: table, text, flags=re.DOTALL)
-    page.write_text(text, encoding="utf-8")
+def in_plans(found: dict[str, Any]) -> tuple[Runs, Runs]:
+    """Return the arms, and the deeper models, in the order of the plans of this folder."""
+    runs = found["runs"]
+    plans = (read_plan(Path(__file__).with_name(f"{name}.yaml")) for name in ("arms", "deeper"))
+    arms, deeper = ({name: runs[name] for name in plan if name in runs} for plan in plans)
+    return arms, deeper
 
 
 def perplexity(runs: Runs) -> str:

@@ -14,7 +14,7 @@ def mean_and_error(values: Sequence[float], digits: int, sign: str = "") -> str:
     """
     if not values:
         return ""
-    mean, error = f"{fmean(values):{sign},.{digits}f}", stderr_of_mean(values)
+    mean, error = f"{fmean(values):{sign}z,.{digits}f}", stderr_of_mean(values)
     return (mean if error is None else f"{mean} ± {error:,.{digits}f}").replace("-", "\N{MINUS SIGN}")
 
 

@@ -61,9 +61,9 @@ def test_calls_for_other_parts_and_sizes_add_to_a_report(tmp_path):
         ),
         (
             "recall_study",
-            ["train", "--folder", "F", "--minutes", "0"],
-            ["table", "--folder", "F"],
-            ["train", "train.num_steps=3", "--folder", "F", "--minutes", "0"],
+            ["collect", "--folder", "F"],
+            ["evaluate", "--folder", "F", "--minutes", "0"],
+            ["collect", "train.num_steps=3", "--folder", "F"],
             r"overrides \[\], not \['train.num_steps=3'\]",
         ),
         (

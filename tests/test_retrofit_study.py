@@ -51,6 +51,10 @@ def compared(load, *runs: dict):
     return load("retrofit_report").configurations({"settings": {"window": 124}, "runs": list(runs)})
 
 
+def answered(load, *runs: dict) -> str:
+    return load("retrofit_report").tables({"settings": {"window": 124}, "runs": list(runs)})["answer"]
+
+
 def test_tokens_are_those_after_which_the_mean_stays_within_one_percent(load):
     continued = [VANILLA] * 4
     runs = [result("mean", 1, [30.0, 20.2, 20.5, 20.3, 20.1]), result("mean", 2, [40.0, 20.0, 20.0, 20.0, 20.2])]
@@ -94,20 +98,40 @@ def test_the_answer_names_the_fewest_tokens_and_then_the_least_loss(load):
     fast = result("mean", 1, [30.0, 20.0, 20.0], lr="3e-3", is_frozen=True)
     slow = result("random", 1, [30.0, 25.0, 20.0])
     found = {"settings": {"window": 124}, "runs": [plain(1, 20.0, 20.0), slow, fast]}
-    text = module.report(found)
-    assert text.startswith(
+    tables = module.tables(found)
+    assert tables["answer"] == (
         "After 0.1 M tokens, 1+124 with the sink token is within 1 % of 4+124 of the vanilla model (initial row: mean; "
         "other weights: frozen; learning rate 3e-3). 2 of 2 configurations reach this and keep it."
     )
-    assert "| random | trained | 1e-3 | 1 | 0.2 M | 0.2 M | +0.00 | +0.00 | +0.0200 | +0.0000 | 50.0 | +100.0 |" in text
-    assert "| mean, frozen, 3e-3 | +50.00 | +0.00 | +0.00 |" in text
+    row = "| random | trained | 1e-3 | 1 | 0.2 M | 0.2 M | +0.00 | +0.00 | +0.0200 | +0.0000 | 50.0 | +100.0 |"
+    assert row in tables["summary"].splitlines()
+    assert "| mean, frozen, 3e-3 | +50.00 | +0.00 | +0.00 |" in tables["untouched"].splitlines()
+    assert tables["continued"].splitlines()[2:] == ["| random, trained, 1e-3 | +50.00 | +25.00 | +0.00 |"]
     at_once = [result("mean", 1, [20.1, 20.0]), result("random", 1, [20.0, 20.0]), result("endoftext", 1, [25.0, 20.0])]
-    assert module.report({"settings": {"window": 124}, "runs": [plain(1, 20.0), *at_once]}).startswith(
+    assert answered(load, plain(1, 20.0), *at_once) == (
         "Before any training, 1+124 with the sink token is within 1 % of 4+124 of the vanilla model (initial row: mean "
         "or random). 3 of 3 configurations reach this and keep it."
     )
-    never = {"settings": {"window": 124}, "runs": [plain(1, 20.0), result("mean", 1, [30.0, 25.0])]}
-    assert module.report(never).startswith("After 0.1 M tokens, no configuration has 1+124 within 1 % of 4+124.")
+    never = answered(load, plain(1, 20.0), result("mean", 1, [30.0, 25.0]))
+    assert never == "After 0.1 M tokens, no configuration has 1+124 within 1 % of 4+124."
+    assert answered(load, plain(1, 20.0)) == answered(load) == ""
+
+
+def test_the_picture_has_a_panel_for_each_reference_and_a_curve_for_each_configuration(load):
+    runs = [result("mean", seed, [30.0, 20.0 + seed]) for seed in (1, 2)]
+    runs += [result("random", 1, [40.0, 30.0]), result("mean", 1, [30.0, 25.0], is_frozen=True)]
+    ready = compared(load, plain(1, 20.0), plain(2, 20.0), *runs)
+    panels = {axes.get_title(): axes for axes in load("retrofit_report").picture(ready).axes}
+    assert list(panels) == [
+        "trained weights, over untouched vanilla",
+        "frozen weights, over untouched vanilla",
+        "trained weights, over continued vanilla",
+    ]
+    mean, random, _ = panels["trained weights, over untouched vanilla"].lines
+    assert mean.get_xdata().tolist() == [0, 100_000]
+    assert mean.get_ydata().tolist() == pytest.approx([50.0, 7.5])
+    assert random.get_ydata().tolist() == pytest.approx([100.0, 50.0])
+    assert mean.get_color() != random.get_color()
 
 
 @pytest.mark.parametrize("key", ["data_fingerprint", "text"])
@@ -154,7 +178,7 @@ def test_a_job_that_fails_does_not_stop_the_others(load, tmp_path, monkeypatch):
 
 
 def write_quantized(folder: Path, name: str, increase: float, largest: float, samples: str = "s") -> None:
-    formats = [{"format": "w8", "increase": increase, "stderr": 0.5}]
+    formats = [{"format": name, "increase": increase, "stderr": 0.5} for name in ("kv8", "w8")]
     measured = {"name": name, "model": {}, "samples": {"ids_sha256": samples}, "loss": 3.0, "formats": formats}
     measured |= {"largest_activation": largest, "largest_ratio": 10 * largest, "massive_activations": [{}, {}]}
     for part, content in {
@@ -167,15 +191,26 @@ def write_quantized(folder: Path, name: str, increase: float, largest: float, sa
 
 
 def test_quantization_is_by_depth_and_arm_with_the_error_over_seeds(load, tmp_path):
-    module = load("quantization_study")
+    module, report = load("quantization_study"), load("quantization_report")
+    write_quantized(tmp_path, "gate-8-layers-seed-2", -0.00001, 5.0)
     write_quantized(tmp_path, "none-8-layers-seed-2", 0.3, 100.0)
     write_quantized(tmp_path, "none-8-layers-seed-1234", 0.1, 50.0)
     write_quantized(tmp_path, "kv_bias-24-layers-seed-2", -0.01, 5.0)
-    text = module.report(module.collect(tmp_path))
-    none = "| none | 2 | 75.0 ± 25.0 | 750 ± 250 | 2.0 ± 0.0 | 3.0000 ± 0.0000 | +0.2000 ± 0.1000 |"
-    assert text.index("8 layers\n") < text.index(none) < text.index("24 layers\n")
-    assert text.rstrip().endswith("| kv_bias | 1 | 5.0 | 50 | 2.0 | 3.0000 | −0.0100 |")
-    write_quantized(tmp_path, "gate-8-layers-seed-2", 0.3, 1.0, samples="other")
+    found = {"models": module.collect(tmp_path)}
+    tables = report.tables(found)
+    assert list(tables) == ["layers_8", "layers_24"]
+    headers, _, none, gate = tables["layers_8"].splitlines()
+    assert headers == "| arm | seeds | largest activation | × median | massive | loss | w8 | kv8 |"
+    increases = "+0.2000 ± 0.1000 | +0.2000 ± 0.1000"
+    assert none == f"| none | 2 | 75.0 ± 25.0 | 750 ± 250 | 2.0 ± 0.0 | 3.0000 ± 0.0000 | {increases} |"
+    assert gate == "| gate | 1 | 5.0 | 50 | 2.0 | 3.0000 | +0.0000 | +0.0000 |"  # no negative zero
+    assert tables["layers_24"].endswith("| kv_bias | 1 | 5.0 | 50 | 2.0 | 3.0000 | −0.0100 | −0.0100 |")
+    assert report.tables({"models": []}) == {}
+    shown = report.picture(found).axes[0]
+    labels = [label.get_text() for label in shown.get_yticklabels()]
+    assert labels == ["none, 8 layers", "gate, 8 layers", "kv_bias, 24 layers"]
+    assert shown.containers[0][0].get_xdata().tolist() == pytest.approx([0.2, -0.00001, -0.01])
+    write_quantized(tmp_path, "gate-24-layers-seed-2", 0.3, 1.0, samples="other")
     with pytest.raises(ValueError, match="were measured on different samples: use another folder"):
         module.collect(tmp_path)
 

@@ -3,7 +3,6 @@
 import json
 import re
 import runpy
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -287,29 +286,6 @@ def test_a_loss_curve_consists_of_means_over_intervals(tmp_path):
     run = collect(tmp_path)["runs"]["vanilla"]
     assert run["loss"] == [[1024 * (i + 1), 2.0] for i in range(NUM_LOSS_POINTS)]
     assert run["validation_loss"] == [[512 * len(losses), 3.5]]
-
-
-def test_a_table_replaces_the_one_between_its_marks(tmp_path):
-    from report import write_page
-
-    page = tmp_path / "paper.md"
-    write_page(page, {"sinks": "| a |", "zero_shot": ""})
-    page.write_text("# By hand\n\n" + page.read_text() + "\nmore by hand\n")
-    write_page(page, {"sinks": r"| \1 |"})
-    assert page.read_text() == "# By hand\n\n<!-- sinks -->\n| \\1 |\n<!-- end -->\n\nmore by hand\n"
-
-
-def test_the_page_of_results_is_made_from_its_data(tmp_path, monkeypatch):
-    from report import RESULTS, main
-
-    for name in ("paper.json", "paper.md"):
-        shutil.copy(RESULTS / name, tmp_path)
-    monkeypatch.setattr(sys, "argv", ["report.py", "--output", str(tmp_path)])
-    main()
-    page = (tmp_path / "paper.md").read_text(encoding="utf-8")
-    assert page == (RESULTS / "paper.md").read_text(encoding="utf-8")
-    shown = set(re.findall(r"\]\((paper-[a-z]+\.png)\)", page))
-    assert shown == {picture.name for picture in tmp_path.glob("*.png")}
 
 
 @pytest.mark.parametrize(

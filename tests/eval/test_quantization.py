@@ -26,7 +26,8 @@ from .checkpoints import small_model, write_checkpoint
 kernel = pytest.importorskip("torchao.kernel", reason="install the extra quantization")
 
 from sinklm.eval import quantization  # noqa: E402
-from sinklm.eval.quantization import FORMATS, quantized, quantized_layers  # noqa: E402
+from sinklm.eval.quantization import quantized, quantized_layers  # noqa: E402
+from sinklm.eval.quantization_formats import FORMATS  # noqa: E402
 from sinklm.eval.quantization_losses import (  # noqa: E402
     activations,
     cached_losses,
