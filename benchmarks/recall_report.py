@@ -112,6 +112,17 @@ def score_of(result: Result, wanted: Iterable[int], start: float = 0, end: float
     return mean_of(scores)
 
 
+def over_distances(result: Result, wanted: Iterable[int]) -> Score | None:
+    """Return the mean accuracy over distances, over all places."""
+    found = {each["lines"]: score(each["accuracy"], each["num_questions"]) for each in result["distances"]}
+    return mean_of(found[distance] for distance in wanted)
+
+
+def along_stream(result: Result) -> list[int]:
+    """Return the distances of which the accuracy by tokens read is known."""
+    return [int(distance) for distance in result["parts"][-1]["accuracy"]]
+
+
 def octaves(results: Iterable[Result]) -> list[int]:
     """Return ends of ranges of tokens read: powers of two, and the end of the longest stream."""
     last = max((result["parts"][-1]["num_tokens"] for result in results), default=0)
@@ -131,11 +142,15 @@ def answer(models: dict[str, Results]) -> str:
         for without, kept in sizes_of(results).values():
             lines = held(kept)
             if lines:
-                dropped = without and score_of(without, lines, start=2 * size_of(kept))
-                cells = [f"{min(lines)} to {max(lines)}", score_of(kept, lines), change(kept, lines), dropped]
+                along = max(set(lines) & set(along_stream(kept)), default=None)
+                dropped = without and along is not None and score_of(without, [along], start=2 * size_of(kept))
+                cells = [f"{min(lines)} to {max(lines)}", over_distances(kept, lines)]
+                cells += ["", ""] if along is None else [f"{along}", change(kept, [along])]
+                cells.append(dropped)
                 rows.append([f"{name}, {kept['configuration']}", *(str(cell or "") for cell in cells)])
-    headers = ["", "lines back", "accuracy", f"change from the first {FIRST_OCTAVE:,} tokens to the last octave"]
-    return table([*headers, "0+N, after 2N tokens"], rows)
+    headers = ["", "lines back", "accuracy", "lines back, along the stream"]
+    changed = f"change from the first {FIRST_OCTAVE:,} tokens to the last octave"
+    return table([*headers, changed, "0+N there, after 2N tokens"], rows)
 
 
 def change(result: Result, lines: list[int]) -> str:
@@ -174,7 +189,7 @@ def cache_name(cache: str, result: Result) -> str:
 def stream(models: dict[str, Results]) -> str:
     """Accuracy by tokens read, at the paper's distance in the smallest cache that holds it."""
     kept = [pair[1] for results in models.values() for pair in sizes_of(results).values()]
-    lines = [distance for result in kept for distance in held(result) if distance <= PAPER_DISTANCE]
+    lines = [d for result in kept for d in held(result) if d <= PAPER_DISTANCE and d in along_stream(result)]
     if not lines:
         return ""
     distance = max(lines)
@@ -211,7 +226,8 @@ def picture(models: dict[str, Results]) -> Figure:
     The distance is the longest one that all caches with kept tokens hold.
     """
     kept = [pair[1] for results in models.values() for pair in sizes_of(results).values()]
-    distance = max(set.intersection(*(set(held(result)) for result in kept)), default=0) if kept else 0
+    shown = [set(held(result)) & set(along_stream(result)) for result in kept]
+    distance = max(set.intersection(*shown), default=0) if shown else 0
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(1.6 + 2.8 * len(models), 3.2), layout="constrained")
         panels = figure.subplots(1, len(models), sharex=True, sharey=True, squeeze=False)[0]

@@ -7,8 +7,9 @@
 
 Every part can be interrupted and run again with the same settings: finished work is kept. Cache
 sizes can be added. A job that fails does not stop the others. ``evaluate`` measures, for each model
-and cache size N, the caches 0+N and S+(N - S) over ``--num-stream-tokens``, where S are its sinks
-(4 for vanilla), and dense attention over eight trained lengths. ``train`` and ``evaluate`` stop
+and cache size N, the caches 0+N and S+(N - S), where S are its sinks (4 for vanilla), and dense
+attention: all distances over eight trained lengths, and for the caches two distances along
+``--num-stream-tokens``. ``train`` and ``evaluate`` stop
 after ``--minutes``. ``collect`` writes FOLDER/recall.json; recall_report.py makes tables from it.
 """
 
@@ -16,6 +17,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from itertools import groupby
 from math import ceil, log2
 from pathlib import Path
@@ -37,7 +39,9 @@ from jobs import SINKLM, Job
 MODELS = {"vanilla": 4, "learnable-sink": 1, "drawn": 1}  # recipes, and the tokens that their caches keep
 CACHE_SIZES = (256, 512, 1000)
 DISTANCES = (0, 5, 10, 20, 30, 40, 60, 80)  # in lines
-DENSE_LENGTHS = 8  # of dense attention, in trained lengths
+BY_DISTANCE, ALONG = "by-distance", "along-the-stream"
+ALONG_DISTANCES = (5, 20)  # 20 is that of the paper's Figure 9
+DENSE_LENGTHS = 8  # of dense attention and of all distances, in trained lengths
 PARTS_PER_OCTAVE = 4  # of the tokens read, in the accuracy along a stream
 SETTINGS = {  # that change what a part makes; the others can differ between its calls
     "prepare": ("text", "num_tokens", "vocab_size", "longest_distance"),
@@ -94,52 +98,62 @@ def train(args: argparse.Namespace) -> bool:
     return study_jobs.run(jobs, study_jobs.Deadline(args.minutes), args.per_gpu)
 
 
-def evaluations(args: argparse.Namespace) -> dict[tuple[str, str], list[object]]:
-    """Return the arguments of each `sinklm eval stream-eval`, by model and what it measures."""
-    found: dict[tuple[str, str], list[object]] = {}
-    counts = ["--num-samples", args.num_samples, "--batch-size", args.num_samples]
-    long = args.num_stream_tokens // TOKENS_PER_LINE // 10 * 10 + 1
+def evaluations(args: argparse.Namespace) -> dict[tuple[str, str], dict[str, list[object]]]:
+    """Return arguments of `sinklm eval stream-eval` by model and cache, and by what is measured."""
+    found: dict[tuple[str, str], dict[str, list[object]]] = {}
     for name, num_kept in MODELS.items():
-        length = load_config(f"recall/{name}", args.overrides).train.seq_length
-        length *= DENSE_LENGTHS
-        num_lines = length // TOKENS_PER_LINE // 10 * 10 + 1
-        found[name, "dense"] = [*cut(f"0+{length}", num_lines), *counts]
+        length = DENSE_LENGTHS * load_config(f"recall/{name}", args.overrides).train.seq_length
+        found[name, "dense"] = {BY_DISTANCE: options(args, f"0+{length}", length, DISTANCES)}
         for size in args.cache_sizes:
             for kept in (0, num_kept):
-                found[name, f"{kept}+{size - kept}"] = [*cut(f"{kept}+{size - kept}", long), *counts]
+                cache = f"{kept}+{size - kept}"
+                found[name, cache] = {
+                    BY_DISTANCE: options(args, cache, min(length, args.num_stream_tokens), DISTANCES),
+                    ALONG: options(args, cache, args.num_stream_tokens, ALONG_DISTANCES),
+                }
     return found
 
 
-def cut(cache: str, num_lines: int) -> list[object]:
-    """Return the arguments for a cache and a number of lines, with the distances that fit."""
-    distances = ",".join(str(distance) for distance in DISTANCES if distance < num_lines)
-    return ["--caches", cache, "--distances", distances, "--num-lines", num_lines]
+def options(args: argparse.Namespace, cache: str, num_tokens: int, distances: Sequence[int]) -> list[object]:
+    """Return the arguments for a cache and a number of tokens, with the distances that fit."""
+    num_lines = num_tokens // TOKENS_PER_LINE // 10 * 10 + 1
+    fitting = ",".join(str(distance) for distance in distances if distance < num_lines)
+    counts = ["--num-samples", args.num_samples, "--batch-size", args.num_samples]
+    return ["--caches", cache, "--distances", fitting, "--num-lines", num_lines, *counts]
 
 
-def report_path(args: argparse.Namespace, name: str, what: str) -> Path:
-    return args.folder / "results" / name / what / "stream_eval.json"
+def report_path(args: argparse.Namespace, name: str, cache: str, what: str) -> Path:
+    return args.folder / "results" / name / cache / what / "stream_eval.json"
 
 
 def evaluate(args: argparse.Namespace) -> bool:
     """Run the missing evaluations of trained models, ``--per-gpu`` at a time on each GPU."""
-    jobs = []
-    for (name, what), arguments in evaluations(args).items():
-        if list_checkpoints(run_folder(args, name)):
-            output = report_path(args, name, what).parent
+    jobs, wanted = [], evaluations(args)
+    for (name, cache), measured in wanted.items():
+        for what, arguments in measured.items():
+            output = report_path(args, name, cache, what).parent
             command = (*SINKLM, "eval", "stream-eval", run_folder(args, name), *arguments, "-o", output, "--quiet")
-            jobs.append(Job(f"{name} {what}", tuple(map(str, command)), output / "evaluation.log"))
-    is_done = study_jobs.run(jobs, study_jobs.Deadline(args.minutes), args.per_gpu)
-    return is_done and len(jobs) == len(evaluations(args))
+            jobs.append(Job(f"{name} {cache} {what}", tuple(map(str, command)), output / "evaluation.log"))
+    untrained = {name for name in MODELS if not list_checkpoints(run_folder(args, name))}
+    jobs = [job for job in jobs if job.name.split()[0] not in untrained]
+    jobs.sort(key=lambda job: BY_DISTANCE in job.name)  # long ones first
+    return study_jobs.run(jobs, study_jobs.Deadline(args.minutes), args.per_gpu) and not untrained
 
 
 def collect(args: argparse.Namespace) -> bool:
     """Write what is measured into one file."""
     found: dict[str, dict[str, Any]] = {}
-    for name, what in evaluations(args):
-        if (path := report_path(args, name, what)).exists():
-            found.setdefault(name, {})[what] = summary(json.loads(path.read_text(encoding="utf-8")))
+    is_done = True
+    for (name, cache), measured in evaluations(args).items():
+        paths = {what: report_path(args, name, cache, what) for what in measured}
+        if all(path.exists() for path in paths.values()):
+            reports = {what: summary(json.loads(path.read_text(encoding="utf-8"))) for what, path in paths.items()}
+            along = reports.get(ALONG, reports[BY_DISTANCE])
+            found.setdefault(name, {})[cache] = reports[BY_DISTANCE] | {"parts": along["parts"]}
+        else:
+            is_done = False
     write_json(args.folder / "recall.json", {"models": found, "runs": trainings(args)})
-    return len(found) == len(MODELS)
+    return is_done
 
 
 def summary(report: dict[str, Any]) -> dict[str, Any]:

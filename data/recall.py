@@ -2,17 +2,19 @@
 
 A document is one record: lines that give a value to each of many keys, and questions that ask for
 the value of a line some distance back, each followed by its answer. Every key has one value, and no
-value or key occurs twice, so an answer is right and unique. Phrasings are drawn for each document.
-They have none of the words of the StreamEval test, which such models are tested with, but some have
-its form: its line ``The REGISTER_CONTENT in line 7 is <123>`` is nearest to ``The BOX_CODE at 7 is
-<123>``.
+value or key occurs twice, so an answer is right and unique.
+
+Phrasings are put together for each document of words and of invented words, so that a model learns
+to recall and not the phrasings. They have none of the words of the StreamEval test, which such
+models are tested with, but some have its form: its line ``The REGISTER_CONTENT in line 7 is <123>``
+is near to ``The BOX_CODE at slot 7 is <123>``.
 """
 
 import io
 import json
 import math
 import random
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,8 @@ VALUES = (
     *("value", "code", "number", "weight", "price", "content", "key", "total", "length", "count", "score", "label"),
     *("reading", "balance", "amount", "password", "reference", "result", "size", "id"),
 )
+CONSONANTS, VOWELS = "bcdfghjklmnprstvwz", "aeiou"
+INVENTED = 0.5  # share of the words that are invented
 SYLLABLES = ("ba", "do", "fi", "gu", "ka", "le", "mi", "no", "pa", "ra", "si", "tu", "ve", "wo", "zu", "an", "el")
 INTRODUCTIONS = (
     "",
@@ -63,8 +67,27 @@ STATEMENTS = (
     ("In {thing} {key} the {value} was ", "."),
     ("- {thing} {key}, {value} ", ""),
 )
-# A question either repeats the beginning of its line after one of these words …
-REPEATING = ("Question: ", "Q: ", "Recall: ", "Repeat: ", "Ask: ", "Again: ", "? ", "Look up: ", ">> ", "Remember: ")
+# Or lines are put together: an opening, a name, a link, a place, a verb, the value, an end.
+COMPOSED = 0.6
+OPENINGS = ("The ", "The ", "", "Our ", "- ", "* ", "> ", "This ", "Now the ", "a ")
+NAMES = (
+    *("{value}", "{thing} {value}", "{THING}_{VALUE}", "{Thing}{Value}", "{thing}-{value}", "{thing}_{value}"),
+    *("{VALUE}", "{Value}", "{thing}.{value}", "{VALUE} {THING}", "{value} of the {thing}"),
+)
+LINKS = (" at ", " in ", " of ", " for ", " on ", " from ", " by ", " under ", " with ", " ", ", ", " / ")
+PLACES = ("{key}", "{key}", "{place} {key}", "{place} {key}", "{PLACE} {key}", "number {key}", "no. {key}", "#{key}")
+VERBS = (
+    *(" is ", " is ", " was ", " = ", ": ", " -> ", " equals ", " has ", " reads ", " holds ", " shows ", " => "),
+    *(" | ", " is set to ", " contains ", " is: "),
+)
+ENDS = ("", "", "", ".", ";", ",")
+# A question repeats the beginning of its line after one of these words or an invented one …
+REPEATING = 0.75
+PROMPTS = (
+    *("Question", "Q", "Recall", "Repeat", "Ask", "Again", "", "Look up", ">", "Remember", "Check", "Test", "Now"),
+    *("Find", "Search", "Request", "Please recall", "Answer", "Task", "Prompt", "User", "What was this", "Once more"),
+)
+SEPARATORS = (": ", ": ", ": ", "? ", " - ", " > ", "! ", " ")
 # … or asks in other words; what stands before and after the answer.
 ASKING = (
     ("What is the {value} of {thing} {key}? ", ""),
@@ -119,17 +142,34 @@ class Phrasing:
 
     @staticmethod
     def draw(rng: random.Random) -> "Phrasing":
-        thing, value = rng.choice(THINGS), rng.choice(VALUES)
-        statement = rng.choice(STATEMENTS)
-        repeating = (rng.choice(REPEATING) + statement[0], statement[1])
-        question = repeating if rng.random() < 0.7 else rng.choice(ASKING)
         words: dict[str, str] = {}
-        for name, word in (("thing", thing), ("value", value)):
+        for name, known in (("thing", THINGS), ("value", VALUES), ("place", THINGS)):
+            word = _word(rng, known)
             words |= {name: word, name.capitalize(): word.capitalize(), name.upper(): word.upper()}
+        statement = _composed(rng) if rng.random() < COMPOSED else rng.choice(STATEMENTS)
+        if rng.random() < REPEATING:
+            question = (_word(rng, PROMPTS).capitalize() + rng.choice(SEPARATORS) + statement[0], statement[1])
+        else:
+            question = rng.choice(ASKING)
         return Phrasing(words, statement, question, rng.choice(INTRODUCTIONS), rng.choice(BRACKETS))
 
     def filled(self, template: str, key: str = "") -> str:
         return template.format(key=key, **self.words)
+
+
+def _word(rng: random.Random, known: Sequence[str]) -> str:
+    """Return one of the words, or an invented one of one to three syllables."""
+    if rng.random() >= INVENTED:
+        return rng.choice(known)
+    return "".join(
+        rng.choice(CONSONANTS) + rng.choice(VOWELS) + rng.choice(CONSONANTS) for _ in range(rng.randint(1, 3))
+    )
+
+
+def _composed(rng: random.Random) -> tuple[str, str]:
+    """Return what stands before and after the value of a line that is put together."""
+    parts = (OPENINGS, NAMES, LINKS, PLACES, VERBS)
+    return "".join(rng.choice(part) for part in parts), rng.choice(ENDS)
 
 
 def make_record(seed: int, number: int, shortest: int, longest: int) -> RecallRecord:

@@ -25,37 +25,51 @@ DISTANCES = (20, 40, 60, 80, 100, 150, 200)  # in lines: the first columns of Ta
 
 
 class RecordTokens:
-    """Tokenizes records and questions as parts of a running text."""
+    """Tokenizes records and questions as parts of a running text, all streams at once."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        self.line_end = self._encode("\n")
+        self.closing: dict[int, bool] = {}  # whether a token has the character >
+        (self.line_end,) = self._encode(["\n"])
 
-    def beginning(self, record: Sequence[int], num_lines: int) -> list[int]:
-        """Return the tokenizer's prefix, the preamble and the first lines."""
-        return text_prefix(self.tokenizer) + self._encode(record_text(record, num_lines))
+    def beginnings(self, records: Sequence[Sequence[int]], num_lines: int) -> list[list[int]]:
+        """Return the tokenizer's prefix, the preamble and the first lines of each record."""
+        prefix = text_prefix(self.tokenizer)
+        return [prefix + ids for ids in self._encode([record_text(record, num_lines) for record in records])]
 
-    def lines(self, record: Sequence[int], first: int, last: int) -> list[int]:
-        return self._after_line("".join(line_text(i, record[i]) for i in range(first, last + 1)))
+    def lines(self, records: Sequence[Sequence[int]], first: int, last: int) -> list[list[int]]:
+        """Return the ids of the lines ``first`` to ``last`` of each record."""
+        numbers = range(first, last + 1)
+        return self._after_line(["".join(line_text(i, record[i]) for i in numbers) for record in records])
 
-    def question(self, record: Sequence[int], line: int) -> tuple[list[int], list[int]]:
-        """Return the ids of the question and of the right answer, up to the token with ``>``."""
-        question = self._after_line(question_text(line))
-        with_answer = self._after_line(f"{question_text(line)} <{record[line]}>\n")
-        if with_answer[: len(question)] != question:
-            raise ValueError("StreamEval does not support this tokenizer: it merges the answer with the question")
-        answer = with_answer[len(question) :]
-        closing = [i for i in range(len(answer)) if ">" in self.tokenizer.decode(answer[: i + 1])]
-        if not closing:
-            raise ValueError("StreamEval does not support this tokenizer: it has no token for the character >")
-        return question, answer[: closing[0] + 1]
+    def questions(self, records: Sequence[Sequence[int]], line: int) -> tuple[list[list[int]], list[list[int]]]:
+        """Return the ids of each record's question and right answer, up to the token with ``>``."""
+        (question,) = self._after_line([question_text(line)])
+        answers = []
+        for ids in self._after_line([f"{question_text(line)} <{record[line]}>\n" for record in records]):
+            if ids[: len(question)] != question:
+                raise ValueError("StreamEval does not support this tokenizer: it merges the answer with the question")
+            answers.append(self._until_closed(ids[len(question) :]))
+        return [question] * len(records), answers
 
-    def _after_line(self, text: str) -> list[int]:
-        """Encode text after a line's end, where tokenizers do not prepend a space."""
-        return self._encode("\n" + text)[len(self.line_end) :]
+    def _until_closed(self, answer: list[int]) -> list[int]:
+        """Return an answer up to the first token with ``>``."""
+        for i, token in enumerate(answer):
+            if self._closes(token):
+                return answer[: i + 1]
+        raise ValueError("StreamEval does not support this tokenizer: it has no token for the character >")
 
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    def _closes(self, token: int) -> bool:
+        if token not in self.closing:
+            self.closing[token] = ">" in self.tokenizer.decode([token])
+        return self.closing[token]
+
+    def _after_line(self, texts: list[str]) -> list[list[int]]:
+        """Encode texts after a line's end, where tokenizers do not prepend a space."""
+        return [ids[len(self.line_end) :] for ids in self._encode(["\n" + text for text in texts])]
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 class StreamBatch:
@@ -144,12 +158,9 @@ def ask(
         for line in range(LINES_PER_QUESTION, num_lines, LINES_PER_QUESTION):
             first = line - LINES_PER_QUESTION + 1
             is_beginning = line == LINES_PER_QUESTION
-            streams.read(
-                [tokens.beginning(r, line + 1) if is_beginning else tokens.lines(r, first, line) for r in batch]
-            )
+            streams.read(tokens.beginnings(batch, line + 1) if is_beginning else tokens.lines(batch, first, line))
             for distance in (d for d in distances if d <= line):
-                questions, answers = zip(*(tokens.question(record, line - distance) for record in batch), strict=True)
-                rights = streams.answers(list(questions), list(answers))
+                rights = streams.answers(*tokens.questions(batch, line - distance))
                 for i, is_right in enumerate(rights):
                     yield Answer(start + i, line, streams.num_read[i], distance, is_right)
             if progress:
@@ -202,7 +213,8 @@ def _accuracy(answers: Sequence[Answer]) -> float:
 
 
 def tokens_per_line(tokenizer: PreTrainedTokenizerBase, record: Sequence[int]) -> float:
-    return len(RecordTokens(tokenizer).lines(record, 0, len(record) - 1)) / len(record)
+    (ids,) = RecordTokens(tokenizer).lines([record], 0, len(record) - 1)
+    return len(ids) / len(record)
 
 
 def results_table(results: Sequence[dict[str, Any]], title: str) -> Table:

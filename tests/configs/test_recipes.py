@@ -74,7 +74,7 @@ def plan_of(name: str, *overrides: str, tokenizer_size: int = PYTHIA_TOKENIZER_S
 
 def test_the_recipes_are_these():
     others = {"quickstart", "continue/pythia-160m", "paper/vanilla", *ARMS, "study/vanilla", *STUDY}
-    others |= {"recall/learnable-sink", "recall/vanilla"}
+    others |= {"recall/learnable-sink", "recall/vanilla", "recall/drawn"}
     windows = {"windows/full", *WINDOWS, "windows/pythia-160m", "windows/continue-160m"}
     muon = {"muon/vanilla", "muon/learnable-sink"}
     muon |= RETROFITS.keys() | {f"{name}-frozen" for name in RETROFITS}
@@ -209,6 +209,10 @@ def test_the_models_of_recall_differ_by_their_sink_and_are_small_enough_to_ship(
         del config["train"]["run_dir"]
     assert sink == vanilla
     assert sink["data"]["weights"] == {"recall": 1, "text": 1}
+    drawn = load_config("recall/drawn").model_dump()
+    assert drawn["model"]["attention"].pop("window") == [32, 1023]
+    assert drawn["model"]["attention"]["pattern"] == "window"
+    assert all(drawn[section] == sink[section] for section in ("data", "optimizer", "validation"))
     plan = plan_of("recall/learnable-sink", tokenizer_size=4095)
     assert plan.model_config.vocab_size == 4096
     assert 2 * count_parameters(plan.model_config) < 25e6  # bytes in bfloat16

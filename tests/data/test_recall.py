@@ -13,7 +13,19 @@ from typer.testing import CliRunner
 
 from sinklm.cli.main import app
 from sinklm.data import find_inputs
-from sinklm.data.recall import ASKING, REPEATING, STATEMENTS, THINGS, VALUES, make_record
+from sinklm.data.recall import (
+    ASKING,
+    LINKS,
+    NAMES,
+    OPENINGS,
+    PLACES,
+    PROMPTS,
+    STATEMENTS,
+    THINGS,
+    VALUES,
+    VERBS,
+    make_record,
+)
 from sinklm.data.tokenizer import load_tokenizer_file
 from sinklm.eval.tasks.stream_eval.records import PREAMBLE, line_start, question_text
 
@@ -60,15 +72,22 @@ def test_no_phrasing_has_the_words_of_the_test(seed, number, line):
     assert not [phrase for phrase in forbidden if phrase.lower() in text.lower()]
 
 
+def pattern_of(template: str) -> str:
+    """Return the pattern of a part of a line with any words, in lower case."""
+    pattern = re.escape(template.lower())
+    for name in ("thing", "value", "place", "key"):
+        pattern = pattern.replace(re.escape(f"{{{name}}}"), r"[\w-]+")
+    return pattern
+
+
 def test_all_phrasings_are_used_and_lengths_and_distances_differ():
-    texts = [make_record(0, number, 0, 200) for number in range(400)]
+    texts = [make_record(0, number, 0, 200) for number in range(1500)]
     joined = "\n".join(record.text for record in texts).lower()
-    assert all(word in joined for word in (*THINGS, *VALUES, *(prefix.lower() for prefix in REPEATING)))
+    assert all(word in joined for word in (*THINGS, *VALUES, *(prompt.lower() for prompt in PROMPTS)))
     for before, after in (*STATEMENTS, *ASKING):
-        pattern = re.escape(before.lower())
-        for name in ("thing", "value", "key"):
-            pattern = pattern.replace(re.escape(f"{{{name}}}"), r"[\w-]+")
-        assert re.search(rf"{pattern}.*{re.escape(after)}", joined), before
+        assert re.search(rf"{pattern_of(before)}.*{re.escape(after)}", joined), before
+    for part in (*NAMES, *PLACES, *LINKS, *VERBS, *OPENINGS):
+        assert re.search(pattern_of(part), joined), part
     lengths = sorted(len(record.keys) for record in texts)
     assert lengths[len(lengths) // 10] < 30
     assert lengths[-1] > 250

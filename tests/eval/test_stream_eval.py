@@ -47,8 +47,9 @@ def test_records_are_a_function_of_seed_and_sample(num_samples, num_lines, seed)
 @given(st.integers(0, 999), st.integers(0, 9))
 def test_pieces_are_the_ids_of_the_whole_text(line, seed):
     (record,) = make_records(1, 1000, seed)
-    read = TOKENS.beginning(record, 11) + TOKENS.lines(record, 11, 20)
-    question, answer = TOKENS.question(record, line)
+    (beginning,), (lines,) = TOKENS.beginnings([record], 11), TOKENS.lines([record], 11, 20)
+    (question,), (answer,) = TOKENS.questions([record], line)
+    read = beginning + lines
     whole = f"{record_text(record, 21)}Query: The REGISTER_CONTENT in line {line} is <{record[line]}>"
     assert TOKENIZER.decode(read + question + answer) == whole
     assert read + question + answer == TOKENIZER(whole)["input_ids"]
@@ -69,14 +70,14 @@ def test_an_answer_is_right_if_greedy_decoding_without_a_cache_writes_it(num_sin
     model = small_model(num_sinks, dtype=torch.float64, max_position_embeddings=2048)
     records = make_records(3, 20, seed=1)
     streams = StreamBatch(model, num_kept=1, window=900)
-    texts = [TOKENS.beginning(record, 3 + i) for i, record in enumerate(records)]
-    more = [TOKENS.lines(record, 3 + i, 5) for i, record in enumerate(records)]
+    texts = [TOKENS.beginnings([record], 3 + i)[0] for i, record in enumerate(records)]
+    more = [TOKENS.lines([record], 3 + i, 5)[0] for i, record in enumerate(records)]
     streams.read(texts)
     streams.read(more)
     texts = [text + lines for text, lines in zip(texts, more, strict=True)]
     assert streams.num_read == [len(text) for text in texts]
 
-    questions = [TOKENS.question(record, line)[0] for record, line in zip(records, (0, 11, 2), strict=True)]
+    questions = [TOKENS.questions([record], line)[0][0] for record, line in zip(records, (0, 11, 2), strict=True)]
     written = [
         greedy(model, text + question, num_tokens)
         for text, question, num_tokens in zip(texts, questions, (4, 2, 3), strict=True)
@@ -198,8 +199,8 @@ def test_the_task_of_lm_eval_asks_the_same_questions():
         context, answer = sample["arguments"][0]
         assert context == record_text(record, line + 1) + f"Query: The REGISTER_CONTENT in line {line - 20} is"
         assert answer == f" <{record[line - 20]}>"
-        read = TOKENS.beginning(record, line + 1)
-        question, _ = TOKENS.question(record, line - 20)
+        (read,) = TOKENS.beginnings([record], line + 1)
+        (question,), _ = TOKENS.questions([record], line - 20)
         ids = TOKENIZER(answer)["input_ids"]
         streams = StreamBatch(model, num_kept=1, window=4000)
         streams.read([read])
