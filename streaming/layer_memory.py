@@ -219,11 +219,6 @@ class LayerMemory(StaticBuffers):
         found = weights.topk(min(self.options.num_blocks, weights.shape[-1]), dim=-1).indices
         return F.pad(found, (0, self.options.num_blocks - found.shape[-1])), num_chosen
 
-    def recall(self, chosen: Tensor, num_chosen: Tensor) -> None:
-        """Copy the blocks that one interval sees to the device, see `choose`."""
-        keys, values = self.blocks.gather(chosen)
-        self.keep(keys[:, :, 0], values[:, :, 0], num_chosen[0])
-
     def weights(self, queries: Tensor, kept: Tensor, num_evicted: Tensor, index: Iterable[Tensor]) -> Tensor:
         """Return how much the queries attend to each block, ``(B, G, N, blocks)`` in float64.
 
@@ -253,6 +248,12 @@ class LayerMemory(StaticBuffers):
         # A query, which has the phase W + block_size, sees kept key i at the distance S + W - i.
         shift = torch.full((1, 1), self.options.block_size - self.shape.num_kept, device=kept.device)
         return self.encoding.turn(kept, self.encoding.phases(shift, like=kept))
+
+    def recall(self, rows: Tensor, num_chosen: Tensor) -> None:
+        """Copy the blocks of these rows, see `rows_of`, to the device, until the next choice."""
+        self.blocks.copy_rows("keys", rows, self.keys)
+        self.blocks.copy_rows("values", rows, self.values)
+        self.num_chosen.copy_(num_chosen)
 
     def keep(self, keys: Tensor, values: Tensor, num_chosen: Tensor) -> None:
         """Keep the keys and values ``(B, G, K, D)`` of the chosen blocks until the next choice."""
@@ -285,16 +286,9 @@ class LayerMemory(StaticBuffers):
         """Return how many of consecutive tokens fill whole blocks."""
         return max(0, num_tokens) // self.options.block_size * self.options.block_size
 
-    def store_complete(self, layer: StreamingLayer, num_seen: int, base: Tensor) -> None:
-        """Store the blocks that are complete after ``num_seen`` tokens, which the layer holds."""
-        start = self.shape.num_kept + self.num_stored
-        num_tokens = self.whole_blocks(num_seen - start)
-        if num_tokens == 0:
-            return
-        tokens = torch.arange(start, start + num_tokens, device=self.queries.device)
-        slots = self.shape.slot_of(tokens)[None]
-        keys, values = gather_columns(layer.keys, slots), gather_columns(layer.values, slots)
-        self.store(layer, keys, values, tokens, base)
+    def num_complete(self, num_seen: int) -> int:
+        """Return how many tokens are in complete blocks that are not stored yet."""
+        return self.whole_blocks(num_seen - self.shape.num_kept - self.num_stored)
 
     def store_chunk(self, layer: StreamingLayer, step: "ChunkStep", key: Tensor, value: Tensor) -> None:
         """Store the blocks that are complete with a chunk's keys and values ``(B, G, T, D)``."""
@@ -307,17 +301,25 @@ class LayerMemory(StaticBuffers):
         slots = self.shape.slot_of(before)[None]
         keys = torch.cat((gather_columns(layer.keys, slots), key[:, :, new]), dim=2)
         values = torch.cat((gather_columns(layer.values, slots), value[:, :, new]), dim=2)
-        self.store(layer, keys, values, tokens, step.base)
+        self.blocks.append(*self.as_blocks(layer, keys, values, tokens, step.base))
 
-    def store(self, layer: StreamingLayer, keys: Tensor, values: Tensor, tokens: Tensor, base: Tensor) -> None:
-        """Append the blocks of consecutive tokens, whose keys have the phases ``tokens - base``."""
+    def as_blocks(
+        self, layer: StreamingLayer, keys: Tensor, values: Tensor, tokens: Tensor, base: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return tokens as blocks ``(B, G, N, block_size, D)`` in the frame of the memory.
+
+        Args:
+            keys: ``(B, G, T, D)``, with the phases ``tokens - base``. Rows may be those of several
+                layers.
+            tokens: ``(T,)``, consecutive.
+        """
         if layer.has_positions:
             in_block = (tokens - self.shape.num_kept).remainder(self.options.block_size)
             keys = self.encoding.turn(
                 keys, self.encoding.phases((in_block - tokens + base[:1].to(tokens.device))[None], like=keys)
             )
         size = self.options.block_size
-        self.blocks.append(keys.unflatten(2, (-1, size)), values.unflatten(2, (-1, size)))
+        return keys.unflatten(2, (-1, size)), values.unflatten(2, (-1, size))
 
     # -- Buffers ---------------------------------------------------------------------------------
 

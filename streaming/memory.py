@@ -17,12 +17,13 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from .buffers import StreamingLayer
+from .buffers import StreamingLayer, gather_columns
 from .encodings import Rotary
 from .layer_memory import LayerMemory
 from .layers import LayerPlan
-from .memory_blocks import index_parts
+from .memory_blocks import append_to, index_parts, rows_of
 from .rule import StreamShape, whole_number
 
 if TYPE_CHECKING:
@@ -135,20 +136,38 @@ class StreamMemory:
             return
         first = int(counters.num_seen[0]) if self.num_seen is None else self.num_seen
         self.num_seen = None  # if this is interrupted
-        for layer, memory in self.layers:
-            memory.store_complete(layer, first, counters.base)
-        if num_inputs == 1 and first % self.options.interval == 0 and self.layers[0][1].num_evicted(first):
+        chooses = num_inputs == 1 and first % self.options.interval == 0 and self.layers[0][1].num_evicted(first)
+        if chooses or any(memory.num_complete(first) for _, memory in self.layers):
             for layers in self.alike():
-                self.recall_before(layers, first)
+                self.store_complete(layers, first, counters.base)
+                if chooses:
+                    self.recall_before(layers, first)
         self.num_seen = first + num_inputs
 
     def alike(self) -> Iterator[list[tuple[StreamingLayer, LayerMemory]]]:
-        """Yield layers that can choose together, because their keys have the same form."""
+        """Yield layers whose blocks are stored and chosen together: their states have one form."""
         groups: dict[Any, list[tuple[StreamingLayer, LayerMemory]]] = {}
         for layer, memory in self.layers:
             states = [(states.shape, states.dtype, states.device) for states in (memory.queries, memory.keys)]
-            groups.setdefault((*states, memory.encoding, layer.has_positions), []).append((layer, memory))
+            form = (*states, memory.encoding, layer.has_positions, memory.num_stored)
+            groups.setdefault(form, []).append((layer, memory))
         yield from groups.values()
+
+    def store_complete(self, layers: list[tuple[StreamingLayer, LayerMemory]], num_seen: int, base: Tensor) -> None:
+        """Store the blocks that are complete after ``num_seen`` tokens, which the layers hold.
+
+        Args:
+            layers: from `alike`.
+        """
+        layer, memory = layers[0]
+        if num_tokens := memory.num_complete(num_seen):
+            start = memory.shape.num_kept + memory.num_stored
+            tokens = torch.arange(start, start + num_tokens, device=memory.queries.device)
+            slots = memory.shape.slot_of(tokens)[None]
+            keys = torch.cat([gather_columns(layer.keys, slots) for layer, _ in layers])
+            values = torch.cat([gather_columns(layer.values, slots) for layer, _ in layers])
+            blocks = memory.as_blocks(layer, keys, values, tokens, base)
+            append_to([memory.blocks for _, memory in layers], *blocks)
 
     def recall_before(self, layers: list[tuple[StreamingLayer, LayerMemory]], token: int) -> None:
         """Choose the blocks of the interval that begins with a token, and copy them to the device.
@@ -165,8 +184,8 @@ class StreamMemory:
             index = index_parts([memory.blocks for _, memory in part], num_blocks, queries.device)
             begins = range(token, token + 1)
             chosen, num_chosen = memory.choose(queries, memory.turned_kept(kept, layer), begins, index)
-            for (_, memory), blocks in zip(part, chosen.chunk(len(part)), strict=True):
-                memory.recall(blocks, num_chosen)
+            for (_, memory), own in zip(part, rows_of(chosen, len(part)).chunk(len(part)), strict=True):
+                memory.recall(own, num_chosen[0])
 
     def crop(self, num_seen: int) -> None:
         """Remove the blocks that are not complete after ``num_seen`` tokens."""

@@ -72,17 +72,16 @@ class HostBlocks:
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Append blocks ``(B, G, N, block_size, D)``."""
-        index = keys.unflatten(3, (-1, self.representative_size)).mean(4)
-        new = [states.movedim(2, 0) for states in (keys, values, index)]
-        self.is_pinned |= keys.is_cuda
-        end = self.num_blocks + len(new[0])
-        for name, states in zip(self.BUFFERS, new, strict=True):
-            buffer = getattr(self, name, None)
-            if buffer is None or len(buffer) < end or self.is_shared:
-                buffer = self.grown(buffer, states, end)
-                self.set_buffer(name, buffer)
-            buffer[self.num_blocks : end] = states
-        self.num_blocks, self.is_shared = end, False
+        append_to([self], keys, values)
+
+    def write_after(self, name: str, states: Tensor) -> None:
+        """Write ``(N, B, G, …, D)`` after the used part of a buffer, which grows if it must."""
+        self.is_pinned |= states.is_cuda
+        end, buffer = self.num_blocks + len(states), getattr(self, name, None)
+        if buffer is None or len(buffer) < end or self.is_shared:
+            buffer = self.grown(buffer, states, end)
+            self.set_buffer(name, buffer)
+        buffer[self.num_blocks : end].copy_(states, non_blocking=True)
 
     def shared(self) -> "HostBlocks":
         """Return a copy with the same buffers. The original may add blocks to them."""
@@ -117,14 +116,20 @@ class HostBlocks:
 
     def gather(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values ``(B, G, N, K * block_size, D)`` of blocks ``(B, G, N, K)``."""
-        num_heads = chosen.shape[0] * chosen.shape[1]
-        heads = torch.arange(num_heads, device=chosen.device).view(*chosen.shape[:2], 1, 1)
-        rows = (chosen * num_heads + heads).flatten()
+        rows = rows_of(chosen)
         keys, values = (
             select(self.seen_from(name, chosen.device), rows).unflatten(0, chosen.shape).flatten(3, 4)
             for name in ("keys", "values")
         )
         return keys, values
+
+    def copy_rows(self, name: str, rows: Tensor, out: Tensor) -> None:
+        """Copy blocks to ``out``, ``(B, G, K * block_size, D)``, on the device of ``rows``."""
+        states, out = self.seen_from(name, out.device), out.view(len(rows), -1)
+        if states.device == out.device:
+            torch.index_select(states.view(-1, out.shape[1]), 0, rows, out=out)
+        else:
+            out.copy_(select(states, rows).flatten(1))
 
     def truncate(self, num_blocks: int) -> None:
         """Remove all but the first blocks."""
@@ -154,6 +159,32 @@ class HostBlocks:
         """Replace row i of the batch by row ``rows[i]``."""
         selected = {name: states.index_select(1, rows.cpu()) for name, states in self.buffers.items()}
         self.set_buffers(selected, is_pinned=self.is_pinned)
+
+
+def append_to(stores: Sequence[HostBlocks], keys: Tensor, values: Tensor) -> None:
+    """Append blocks ``(L * B, G, N, block_size, D)`` of L layers, which have equally many.
+
+    On a GPU, this waits for the copies.
+    """
+    index = keys.unflatten(3, (-1, stores[0].representative_size)).mean(4)
+    for name, states in zip(HostBlocks.BUFFERS, (keys, values, index), strict=True):
+        of_layers = states.unflatten(0, (len(stores), -1)).movedim(3, 1).contiguous()
+        for store, own in zip(stores, of_layers, strict=True):
+            store.write_after(name, own)
+    if keys.is_cuda:
+        torch.cuda.current_stream(keys.device).synchronize()
+    for store in stores:
+        store.num_blocks, store.is_shared = store.num_blocks + keys.shape[2], False
+
+
+def rows_of(chosen: Tensor, num_layers: int = 1) -> Tensor:
+    """Return the rows of blocks ``(L * B, G, N, K)`` in the flattened buffers of their layers.
+
+    All N * K rows of a head are consecutive, and so are all rows of a layer.
+    """
+    num_heads = chosen.shape[0] // num_layers * chosen.shape[1]
+    heads = torch.arange(num_heads, device=chosen.device).repeat(num_layers)
+    return (chosen * num_heads + heads.view(*chosen.shape[:2], 1, 1)).flatten()
 
 
 def select(states: Tensor, rows: Tensor) -> Tensor:

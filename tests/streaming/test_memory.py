@@ -318,34 +318,59 @@ def test_a_reset_cache_is_like_a_new_one():
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])
-def test_interrupted_steps_can_be_repeated(is_compiled, monkeypatch):
+@pytest.mark.parametrize("interrupted", ["copy_rows", "write_after"])
+def test_interrupted_steps_can_be_repeated(interrupted, is_compiled, monkeypatch):
+    """Choosing and storing are interrupted after the first layer."""
     model, ids = llama(), tiny.random_ids(60)
     expected, cache = read(model, new_cache(model), ids, [60]), new_cache(model)
     read(model, cache, ids[:, :40], [40])
     torch._dynamo.reset()
     decoder = StreamingDecoder(model, cache, compile={"backend": "eager"})
-    gather, calls = memory_blocks.HostBlocks.gather, []
+    method, calls = getattr(memory_blocks.HostBlocks, interrupted), []
 
-    def interrupted(*arguments):
+    def interrupting(*arguments):
         calls.append(arguments)
-        if len(calls) == 2:  # in the second layer
+        if len(calls) == 2:
             raise KeyboardInterrupt
-        return gather(*arguments)
+        return method(*arguments)
 
     def step(token):
         return decoder(ids[:, token : token + 1]) if is_compiled else read(model, cache, ids[:, token : token + 1], [1])
 
-    monkeypatch.setattr(memory_blocks.HostBlocks, "gather", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        step(40)
-    logits = [step(token) for token in range(40, 46)]
+    monkeypatch.setattr(memory_blocks.HostBlocks, interrupted, interrupting)
+    logits = []
+    while len(logits) < 14:
+        try:
+            logits.append(step(40 + len(logits)))
+        except KeyboardInterrupt:
+            assert len(calls) == 2
+    assert len(calls) > 2
     with monkeypatch.context() as context:
         for owner, name in ((decoder, "_run"), (model.model.layers[1], "forward")):  # compiled, and eager
             context.setattr(owner, name, lambda *arguments, **named: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            step(46)
-    logits += [step(token) for token in range(46, 60)]
+            step(54)
+    logits += [step(token) for token in range(54, 60)]
     torch.testing.assert_close(torch.cat(logits, dim=1), expected[:, 40:], rtol=0, atol=1e-9)
+
+
+def test_layers_store_and_recall_together_what_each_would_alone():
+    keys, values = torch.randn(2, 3 * 2, 4, 5, 8, 16)  # three layers of two rows
+    alone, together = ([memory_blocks.HostBlocks(representative_size=4) for _ in range(3)] for _ in range(2))
+    for part in (slice(0, 2), slice(2, 5)):
+        memory_blocks.append_to(together, keys[:, :, part], values[:, :, part])
+        for blocks, *own in zip(alone, keys[:, :, part].chunk(3), values[:, :, part].chunk(3), strict=True):
+            blocks.append(*own)
+    chosen = torch.randint(5, (3 * 2, 4, 1, 7))
+    rows = memory_blocks.rows_of(chosen, num_layers=3).chunk(3)
+    for blocks, twin, own, own_rows in zip(together, alone, chosen.chunk(3), rows, strict=True):
+        assert all(torch.equal(states, twin.buffers[name]) for name, states in blocks.buffers.items())
+        for name, expected in zip(("keys", "values"), twin.gather(own), strict=True):
+            found = torch.empty(2, 4, 7 * 8, 16)
+            blocks.copy_rows(name, own_rows, found)
+            assert torch.equal(found, expected[:, :, 0])
+    first = keys[:2].mean() + values[:2].mean()
+    assert together[0].buffers["keys"].mean() + together[0].buffers["values"].mean() == pytest.approx(first.item())
 
 
 def test_a_text_that_was_read_in_inference_mode_can_be_continued_outside():
@@ -445,6 +470,9 @@ def test_a_gpu_reads_the_blocks_in_host_memory():
         for found, twin in zip(blocks.gather(chosen.cuda()), expected.gather(chosen), strict=True):
             assert found.is_cuda
             assert torch.equal(found.cpu(), twin)
+        copied = torch.empty(2, 3, 7 * 4, 8, dtype=torch.bfloat16, device="cuda")
+        blocks.copy_rows("keys", memory_blocks.rows_of(chosen[:, :, 2:3].cuda()), copied)
+        assert torch.equal(copied.cpu(), expected.gather(chosen)[0][:, :, 2])
         assert len(blocks.shared().seen) == 2
     parts = memory_blocks.index_parts([blocks], len(blocks), torch.device("cuda", 0))
     assert torch.equal(torch.cat([part.cpu() for part in parts], dim=2), expected.index[:35].movedim(0, 2))
