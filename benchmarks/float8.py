@@ -18,7 +18,7 @@ Parts, each with its own table:
 - ``kernels``: the kernels of the steps in groups, from the profiler.
 - ``curve``: the loss of two runs that differ in the precision only, on a token store.
 
-Times of products, casts and layers are the mean of --repeats with their standard deviation.
+Times of products, casts and layers are the median of --repeats with their standard deviation.
 
 A part that fails is reported, and the others are measured. Results are written to --output after
 each part; those of other parts and sizes in the file are kept. Parts that would begin after
@@ -128,7 +128,7 @@ def products_of(config: SinkGPTNeoXConfig, num_rows: int) -> dict[str, tuple[int
 def attempt(name: str, call: Callable[[], Any], args: argparse.Namespace) -> dict[str, float | None]:
     """Return the time of a call and its spread; None if it fails."""
     try:
-        return with_spread(name, milliseconds(call, args))
+        return with_spread(name, milliseconds(call, args), statistics.median)
     except Exception as error:
         print(f"  failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}", flush=True)
         return {name: None}
@@ -153,7 +153,7 @@ def measure_products(size: str, args: argparse.Namespace) -> list[dict]:
             {
                 "size": size,
                 "product": name,
-                **with_spread("bf16", milliseconds(lambda a=left, b=right: a @ b.t(), args)),
+                **with_spread("bf16", milliseconds(lambda a=left, b=right: a @ b.t(), args), statistics.median),
                 **time_of("float8", whole),
                 **time_of("float8 fast", whole),
                 **time_of("by row", by_row),
@@ -243,7 +243,8 @@ def measure_variant(name: str, variant: tuple[str, ...] | str | None, size: str,
             step()
             if DEVICE.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            row |= with_spread("ms per layer", [time / args.layers for time in milliseconds(step, args)])
+            times = [time / args.layers for time in milliseconds(step, args)]
+            row |= with_spread("ms per layer", times, statistics.median)
             if DEVICE.type == "cuda":
                 row["GiB"] = torch.cuda.max_memory_allocated() / 2**30
     except Exception as error:

@@ -132,7 +132,7 @@ def eager_step(args: argparse.Namespace, kv_dtype: KvDtype) -> dict[str, Any]:
         model(ids[:, :1], use_cache=True, **{CACHE: stream})
         synchronize()
         times.append(1e3 * (clock() - start))
-    return {**with_spread("ms", times), "ms": statistics.median(times), "bytes": stream.num_bytes}
+    return {**with_spread("ms", times, statistics.median), "bytes": stream.num_bytes}
 
 
 # -- Time of a compiled step --------------------------------------------------------------------

@@ -4,7 +4,7 @@ import json
 import platform
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -62,9 +62,15 @@ class PartReport:
         print(f"\n{part} {size} ({time.perf_counter() - self._started:.0f} s)\n\n{table(rows)}", flush=True)
 
 
-def with_spread(name: str, values: list[float]) -> dict[str, float | None]:
-    """Return the mean of values as ``name``, and their standard deviation as ``± name``."""
-    return {name: fmean(values), f"{SPREAD}{name}": stdev(values) if len(values) > 1 else None}
+def with_spread(
+    name: str, values: Sequence[float], middle: Callable[[Sequence[float]], float] = fmean
+) -> dict[str, float | None]:
+    """Return the mean of values as ``name``, and their standard deviation as ``± name``.
+
+    Args:
+        middle: `statistics.median` in place of the mean.
+    """
+    return {name: middle(values), f"{SPREAD}{name}": stdev(values) if len(values) > 1 else None}
 
 
 def shown(row: dict[str, Any], name: str) -> str:

@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -48,6 +49,7 @@ def test_windows_are_timed_with_their_spread_into_an_output_with_a_dot(tmp_path,
 def test_a_table_has_spreads_beside_their_means():
     rows = [{"size": "14m", **with_spread("ms", [1.0, 2.0, 3.0]), "kernels": {}}, with_spread("ms", [4.0])]
     assert rows[0]["± ms"] == 1.0
+    assert with_spread("ms", [1.0, 2.0, 6.0], median) == {"ms": 2.0, "± ms": pytest.approx(7**0.5)}
     assert table(rows) == "| size | ms |\n|---|---|\n| 14m | 2 ± 1 |\n|  | 4 |"
 
 
