@@ -2,22 +2,23 @@
 
     python benchmarks/decoding_kernels.py [--settings]
 
-Prints microseconds per call, in a CUDA graph of calls on copies that together exceed the L2 cache,
-like the layers of a model. The floor is the time to read weights or cache once at the copy
-bandwidth measured in the same run.
+Prints microseconds per call and the standard deviation of the repetitions, in a CUDA graph of calls
+on copies that together exceed the L2 cache, like the layers of a model. The floor is the time to
+read weights or cache once at the copy bandwidth measured in the same run.
 """
 
 import argparse
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from statistics import fmean, stdev
 from types import ModuleType
 
 import torch
 import triton
 from torch.nn import functional as F
 
-from sinklm.eval.decode_speed import copy_bandwidth, milliseconds
+from sinklm.eval.decode_speed import copy_bandwidth, step_times
 from sinklm.streaming import kernels
 from sinklm.streaming.buffers import StreamingLayer
 from sinklm.streaming.encodings import Rotary
@@ -37,8 +38,8 @@ BYTES_IN_ALL = 400e6
 DTYPE = torch.bfloat16
 
 
-def microseconds(calls: list[Callable[[], object]]) -> float:
-    """Return the mean time of a call, with all calls captured in one graph."""
+def microseconds(calls: list[Callable[[], object]]) -> list[float]:
+    """Return the time of a call in each repetition, with all calls captured in one graph."""
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -46,7 +47,7 @@ def microseconds(calls: list[Callable[[], object]]) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    return milliseconds(graph.replay, 3, 30) / len(calls) * 1e3
+    return [time / len(calls) * 1e3 for time in step_times(graph.replay, 3, 30)]
 
 
 def attention_calls(
@@ -86,7 +87,7 @@ def settings(values: dict[tuple[ModuleType, str], object]) -> Iterator[None]:
         setattr(*place, value)
 
 
-def with_matvec(calls: list[Callable[[], object]]) -> float:
+def with_matvec(calls: list[Callable[[], object]]) -> list[float]:
     def run(call: Callable[[], object]) -> None:
         with kernels.OneRowLinear():
             call()
@@ -94,14 +95,14 @@ def with_matvec(calls: list[Callable[[], object]]) -> float:
     return microseconds([lambda call=call: run(call) for call in calls])
 
 
-def sweep(measure: Callable[[], float], choices: dict[tuple[ModuleType, str], tuple[int, ...]]) -> None:
+def sweep(measure: Callable[[], list[float]], choices: dict[tuple[ModuleType, str], tuple[int, ...]]) -> None:
     """Print the five fastest combinations of a kernel's settings."""
     results = []
     for values in itertools.product(*choices.values()):
         chosen = dict(zip(choices, values, strict=True))
         with settings(chosen):
             try:
-                results.append((measure(), chosen))
+                results.append((fmean(measure()), chosen))
             except triton.OutOfResources as error:
                 print(f"    {list(chosen.values())}: {error}", flush=True)
     for time, chosen in sorted(results, key=lambda result: result[0])[:5]:
@@ -120,16 +121,21 @@ def report_attention(has_sweep: bool, bandwidth: float) -> None:
         calls, num_bytes = attention_calls(*size)
         with settings({(kernels, "is_available"): False}):
             plain = microseconds(calls)
-        cells = [num_bytes / bandwidth * 1e6, plain, microseconds(calls)]
+        cells = [cell([num_bytes / bandwidth * 1e6]), cell(plain), cell(microseconds(calls))]
         if has_sweep:
             sweep_attention(calls, attention, (4096, 8192, 16384, 32768))
         for kv_dtype in KV_DTYPES:
             calls, num_bytes = attention_calls(*size, kv_dtype)
-            cells += [num_bytes / bandwidth * 1e6, microseconds(calls)]
+            cells += [cell([num_bytes / bandwidth * 1e6]), cell(microseconds(calls))]
             if has_sweep:
                 print(f"  {kv_dtype}")
                 sweep_attention(calls, quantized_attention, (8192, 16384, 32768))
-        print(f"{size!s:>22}:", *(f"{cell:8.2f}" for cell in cells), flush=True)
+        print(f"{size!s:>22}:", *cells, flush=True)
+
+
+def cell(times: list[float]) -> str:
+    """Return the mean of times, and their standard deviation if there are several."""
+    return f"{fmean(times):8.2f}" + (f" ± {stdev(times):.2f}" if len(times) > 1 else "")
 
 
 @torch.no_grad()
@@ -143,8 +149,8 @@ def main() -> None:
     print("linear layer of one row: outputs, inputs: floor, cuBLAS, ours")
     for size in LINEAR:
         calls, num_bytes = linear_calls(*size)
-        floor, plain, ours = num_bytes / bandwidth * 1e6, microseconds(calls), with_matvec(calls)
-        print(f"{size!s:>22}: {floor:8.2f} {plain:8.2f} {ours:8.2f}", flush=True)
+        cells = [num_bytes / bandwidth * 1e6], microseconds(calls), with_matvec(calls)
+        print(f"{size!s:>22}:", *map(cell, cells), flush=True)
         if args.settings:
             choices = {(matvec, "TILE"): (1024, 2048, 4096), (matvec, "MAX_BLOCK_IN"): (512, 1024, 2048)}
             sweep(lambda calls=calls: with_matvec(calls), choices)

@@ -18,6 +18,8 @@ Parts, each with its own table:
 - ``kernels``: the kernels of the steps in groups, from the profiler.
 - ``curve``: the loss of two runs that differ in the precision only, on a token store.
 
+Times of products, casts and layers are the median of --repeats with their standard deviation.
+
 A part that fails is reported, and the others are measured. Results are written to --output after
 each part; those of other parts and sizes in the file are kept. Parts that would begin after
 --minutes are skipped. On a CPU it only rehearses:
@@ -38,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from part_report import PartReport
+from part_report import PartReport, with_spread
 from torch import Tensor, nn
 from training_profile import TOKENIZER_SIZE, Steps, group_of, kernels_of
 
@@ -79,8 +81,8 @@ def plan_of(size: str, args: argparse.Namespace, *more: str) -> Plan:
     return Plan(load_config(f"pythia-{size}", settings_of(size, args, *more)), 1, TOKENIZER_SIZE)
 
 
-def milliseconds(call: Callable[[], Any], args: argparse.Namespace) -> float:
-    """Return the median time of a call on the device."""
+def milliseconds(call: Callable[[], Any], args: argparse.Namespace) -> list[float]:
+    """Return the time of a call on the device, in each repetition."""
     for _ in range(3):
         call()
     times = []
@@ -91,7 +93,7 @@ def milliseconds(call: Callable[[], Any], args: argparse.Namespace) -> float:
             call()
         wait()
         times.append((time.perf_counter() - started) / args.calls * 1e3)
-    return statistics.median(times)
+    return times
 
 
 def wait() -> None:
@@ -123,12 +125,13 @@ def products_of(config: SinkGPTNeoXConfig, num_rows: int) -> dict[str, tuple[int
     return sizes
 
 
-def attempt(call: Callable[[], float]) -> float | None:
+def attempt(name: str, call: Callable[[], Any], args: argparse.Namespace) -> dict[str, float | None]:
+    """Return the time of a call and its spread; None if it fails."""
     try:
-        return call()
+        return with_spread(name, milliseconds(call, args), statistics.median)
     except Exception as error:
         print(f"  failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}", flush=True)
-        return None
+        return {name: None}
 
 
 def measure_products(size: str, args: argparse.Namespace) -> list[dict]:
@@ -142,23 +145,23 @@ def measure_products(size: str, args: argparse.Namespace) -> list[dict]:
 
         whole = {"scale_a": torch.ones((), device=DEVICE), "scale_b": torch.ones((), device=DEVICE)}
 
-        def time_of(is_fast: bool, scales: dict, a: Tensor = left_8, b: Tensor = right_8) -> float | None:
-            settings = {**scales, "out_dtype": torch.bfloat16, "use_fast_accum": is_fast}
-            return attempt(lambda: milliseconds(lambda: torch._scaled_mm(a, b.t(), **settings), args))
+        def time_of(name: str, scales: dict, a: Tensor = left_8, b: Tensor = right_8) -> dict[str, float | None]:
+            settings = {**scales, "out_dtype": torch.bfloat16, "use_fast_accum": name.endswith("fast")}
+            return attempt(name, lambda: torch._scaled_mm(a, b.t(), **settings), args)
 
         rows.append(
             {
                 "size": size,
                 "product": name,
-                "bf16": milliseconds(lambda a=left, b=right: a @ b.t(), args),
-                "float8": time_of(False, whole),
-                "float8 fast": time_of(True, whole),
-                "by row": time_of(False, by_row),
-                "by row fast": time_of(True, by_row),
+                **with_spread("bf16", milliseconds(lambda a=left, b=right: a @ b.t(), args), statistics.median),
+                **time_of("float8", whole),
+                **time_of("float8 fast", whole),
+                **time_of("by row", by_row),
+                **time_of("by row fast", by_row),
             }
         )
     total: dict[str, Any] = {"size": size, "product": "all"}
-    for key in list(rows[0])[2:]:
+    for key in ("bf16", "float8", "float8 fast", "by row", "by row fast"):
         times = [row[key] for row in rows]
         total[key] = None if None in times else sum(times)
     return [*rows, total]
@@ -182,9 +185,9 @@ def measure_casts(size: str, args: argparse.Namespace) -> list[dict]:
         calls["cast, transposed only"] = (lambda: float8.cast_transposed(matrix, factor, float8.FORMAT), 3)
     rows = []
     for name, (call, per_value) in calls.items():
-        time_ms = attempt(lambda call=call: milliseconds(call, args))
-        speed = None if time_ms is None else per_value * matrix.numel() / time_ms / 1e9
-        rows.append({"size": size, "shape": str(shape), "what": name, "ms": time_ms, "TB/s": speed})
+        found = attempt("ms", call, args)
+        speed = None if found["ms"] is None else per_value * matrix.numel() / found["ms"] / 1e9
+        rows.append({"size": size, "shape": str(shape), "what": name, **found, "TB/s": speed})
     return rows
 
 
@@ -240,7 +243,8 @@ def measure_variant(name: str, variant: tuple[str, ...] | str | None, size: str,
             step()
             if DEVICE.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            row["ms per layer"] = milliseconds(step, args) / args.layers
+            times = [time / args.layers for time in milliseconds(step, args)]
+            row |= with_spread("ms per layer", times, statistics.median)
             if DEVICE.type == "cuda":
                 row["GiB"] = torch.cuda.max_memory_allocated() / 2**30
     except Exception as error:
@@ -317,7 +321,7 @@ def measure_steps(size: str, args: argparse.Namespace) -> list[dict]:
         times: dict[str, list[float]] = {precision: [] for precision in runs}
         for _ in range(args.turns):
             for precision, (_, steps) in runs.items():
-                times[precision].append(steps.time(args.steps)[0])
+                times[precision].append(statistics.fmean(steps.time(args.steps)[0]))
         for precision, (plan, steps) in runs.items():
             rows[precision] |= speed_of(plan, times[precision], times["bf16"])
             if "kernels" in args.parts.split(","):

@@ -3,7 +3,8 @@
     pip install liger-kernel cut-cross-entropy torchao
     python benchmarks/kernel_peers.py -o kernels.json        # on one H100 or H200
 
-Parts, each with its own table. Libraries that are not installed are rows with an error.
+Parts, each with its own table. Libraries that are not installed are rows with an error. Times are
+means with the standard deviation of the steps.
 
 - ``loss``: forward and backward pass of the head with the mean cross-entropy: milliseconds, peak
   memory beyond the inputs, and the error of both gradients relative to float32.
@@ -24,11 +25,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from part_report import PartReport
+from part_report import PartReport, with_spread
 from torch import Tensor
 from torch.nn import functional as F
 
-from sinklm.eval.decode_speed import milliseconds, peak_memory
+from sinklm.eval.decode_speed import peak_memory, step_times
 from sinklm.eval.report import library_versions
 from sinklm.models.loss import linear_cross_entropy
 
@@ -117,12 +118,12 @@ def loss(name: str, size: Size) -> dict:
     step()
     inputs = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
     with peak_memory(DEVICE) as peak:
-        time = milliseconds(step, NUM_WARMUP, NUM_STEPS)
+        times = step_times(step, NUM_WARMUP, NUM_STEPS)
     with torch.no_grad():
         expected = exact_gradients(states, weight, targets)
         errors = [((s.grad - e).norm() / e.norm()).item() for s, e in zip((states, weight), expected, strict=True)]
     return {
-        "ms": time,
+        **with_spread("ms", times),
         "peak GiB": (peak.get("bytes", 0) - inputs) / 2**30,
         "error of states": errors[0],
         "error of weight": errors[1],
@@ -200,8 +201,8 @@ def difference(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
 
 def with_bandwidth(step: Callable[[], object], num_bytes: int) -> dict:
     """Measure a step that must read and write so many bytes."""
-    time = milliseconds(step, NUM_WARMUP, NUM_STEPS)
-    return {"ms": time, "TB/s": num_bytes / time / 1e9}
+    found = with_spread("ms", step_times(step, NUM_WARMUP, NUM_STEPS))
+    return {**found, "TB/s": num_bytes / found["ms"] / 1e9}
 
 
 # -- Optimizer ----------------------------------------------------------------------------------

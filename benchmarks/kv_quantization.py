@@ -10,10 +10,12 @@ measured again, so a command that ended early (--seconds) can be repeated.
 - perplexity: TEXT in --rows streams. On a GPU it is decoded token by token with
   `StreamingDecoder`. On a CPU, passes have 16 tokens: up to 47 of the keys of a
   token are in full precision, instead of 32 as in decoding.
-- step: bytes of a full cache of one stream, and the median time of an eager step of MODEL. On a
-  CPU it is processor time of one thread, which other programs hardly affect.
-- decode: milliseconds per step of `StreamingDecoder` with a full cache, for models of the recipes
-  with random weights, and the time to move all phases back, which is done once per window.
+- step: bytes of a full cache of one stream, and the time of an eager step of MODEL, as the median
+  with the standard deviation. On a CPU it is processor time of one thread, which other programs
+  hardly affect.
+- decode: milliseconds per step of `StreamingDecoder` with a full cache (mean and standard
+  deviation), for models of the recipes with random weights, and the time to move all phases back,
+  which is done once per window.
 
 The dtype is bfloat16 on a GPU and float32 on a CPU.
 """
@@ -22,6 +24,7 @@ import argparse
 import gc
 import json
 import math
+import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -31,12 +34,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from part_report import SPREAD, with_spread
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sinklm.checkpoints import load_model, load_tokenizer
-from sinklm.eval.decode_speed import milliseconds, synchronize
+from sinklm.eval.decode_speed import milliseconds, step_times, synchronize
 from sinklm.eval.report import library_versions
 from sinklm.models import SinkGPTNeoXForCausalLM
 from sinklm.models.cache_argument import CACHE
@@ -127,8 +131,8 @@ def eager_step(args: argparse.Namespace, kv_dtype: KvDtype) -> dict[str, Any]:
         start = clock()
         model(ids[:, :1], use_cache=True, **{CACHE: stream})
         synchronize()
-        times.append(clock() - start)
-    return {"ms": 1e3 * sorted(times)[NUM_EAGER_STEPS // 2], "bytes": stream.num_bytes}
+        times.append(1e3 * (clock() - start))
+    return {**with_spread("ms", times, statistics.median), "bytes": stream.num_bytes}
 
 
 # -- Time of a compiled step --------------------------------------------------------------------
@@ -181,9 +185,9 @@ def decode(
     decoder(ids[:, :1])
     synchronize()
     compiled = time.perf_counter() - start
-    step = milliseconds(partial(decoder, ids[:, :1].clone()), NUM_WARMUP, min(num_steps, window - NUM_WARMUP - 2))
+    times = step_times(partial(decoder, ids[:, :1].clone()), NUM_WARMUP, min(num_steps, window - NUM_WARMUP - 2))
     return {
-        "ms_per_step": step,
+        **with_spread("ms_per_step", times),
         "ms_per_rebase": milliseconds(cache.streams.rebase, 1, NUM_REBASES),
         "bytes": cache.num_bytes,
         "seconds_to_compile": compiled,
@@ -229,21 +233,25 @@ def print_tables(results: Results) -> None:
     """Print values without quantization, of int8 and int4, and the ratios to the first."""
     for part, quantities in {"perplexity": ["perplexity"], "step": ["bytes", "ms"]}.items():
         for quantity in quantities:
-            values = [results.get(f"{part} {name}", {}).get(quantity) for name in KV_DTYPES]
-            print(f"{part} of the model, {quantity}: {side_by_side(values)}")
+            rows = [results.get(f"{part} {name}", {}) for name in KV_DTYPES]
+            print(f"{part} of the model, {quantity}: {side_by_side(rows, quantity)}")
     print("decode: recipe, cache, batch; ms per step, then MB")
     settings = dict.fromkeys(name.rsplit(" ", 1)[0] for name in results if name.startswith("decode"))
     for setting in settings:
         rows = [results.get(f"{setting} {name}", {}) for name in KV_DTYPES]
-        times, sizes = ([row.get(quantity) for row in rows] for quantity in ("ms_per_step", "bytes"))
-        megabytes = [size / 1e6 if size else None for size in sizes]
-        print(f"{setting.removeprefix('decode '):>24} {side_by_side(times)} {side_by_side(megabytes)}")
+        rows = [row | ({"MB": row["bytes"] / 1e6} if "bytes" in row else {}) for row in rows]
+        cells = (side_by_side(rows, quantity) for quantity in ("ms_per_step", "MB"))
+        print(f"{setting.removeprefix('decode '):>24} {' '.join(cells)}")
 
 
-def side_by_side(values: list[float | None]) -> str:
-    """Return the values without and with quantization, and the ratios to the first."""
+def side_by_side(rows: list[dict[str, Any]], quantity: str) -> str:
+    """Return a quantity and its spread without and with quantization, and ratios to the first."""
+    values = [row.get(quantity) for row in rows]
     ratios = [value / values[0] if value and values[0] else None for value in values[1:]]
-    cells = [f"{value:12,.4f}" if value else f"{'-':>12}" for value in values]
+    spreads = [f" ± {spread:.4f}" if (spread := row.get(SPREAD + quantity)) else "" for row in rows]
+    cells = [
+        f"{value:12,.4f}{spread}" if value else f"{'-':>12}" for value, spread in zip(values, spreads, strict=True)
+    ]
     return " ".join(cells + [f"{ratio:7.4f}x" if ratio else f"{'-':>8}" for ratio in ratios])
 
 

@@ -4,11 +4,14 @@ import json
 import platform
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
+
+SPREAD = "± "  # begins the name of a spread, which is followed by that of its mean
 
 
 class PartReport:
@@ -59,12 +62,29 @@ class PartReport:
         print(f"\n{part} {size} ({time.perf_counter() - self._started:.0f} s)\n\n{table(rows)}", flush=True)
 
 
+def with_spread(
+    name: str, values: Sequence[float], middle: Callable[[Sequence[float]], float] = fmean
+) -> dict[str, float | None]:
+    """Return the mean of values as ``name``, and their standard deviation as ``± name``.
+
+    Args:
+        middle: `statistics.median` in place of the mean.
+    """
+    return {name: middle(values), f"{SPREAD}{name}": stdev(values) if len(values) > 1 else None}
+
+
+def shown(row: dict[str, Any], name: str) -> str:
+    """Return the cell of a value, with its spread if there is one."""
+    return f" {SPREAD}".join(filter(None, (cell(row.get(name)), cell(row.get(SPREAD + name)))))
+
+
 def table(rows: list[dict]) -> str:
-    """Return a Markdown table; columns with dictionaries are left out."""
-    columns = list(dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, dict)))
+    """Return a Markdown table with spreads beside means; columns with dictionaries are left out."""
+    names = dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, dict))
+    columns = [name for name in names if not name.startswith(SPREAD)]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in rows:
-        lines.append("| " + " | ".join(cell(row.get(key)) for key in columns) + " |")
+        lines.append("| " + " | ".join(shown(row, name) for name in columns) + " |")
     return "\n".join(lines)
 
 

@@ -26,12 +26,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-from part_report import PartReport
+from part_report import PartReport, with_spread
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from sinklm.checkpoints import load_model, load_tokenizer
-from sinklm.eval.decode_speed import synchronize
+from sinklm.eval.decode_speed import step_times
 from sinklm.eval.report import library_versions
 from sinklm.models.cache_argument import CACHE
 from sinklm.streaming import MemoryOptions, StreamingCache, StreamingDecoder, stream_losses
@@ -169,18 +169,17 @@ def speed(args: argparse.Namespace, name: str, size: str) -> list[dict]:
         return args.model(ids, use_cache=True, **{CACHE: cache}).logits
 
     step = StreamingDecoder(args.model, cache) if args.model.device.type == "cuda" else eager_step
-    for index in range(2 * NUM_STEPS):
-        if index == NUM_STEPS:
-            synchronize()
-            start = time.perf_counter()
+
+    def next_token() -> None:
+        nonlocal logits
         logits = step(logits[:, -1:].argmax(-1))
-    synchronize()
-    elapsed = time.perf_counter() - start
+
+    times = step_times(next_token, NUM_STEPS, NUM_STEPS)
     return [
         {
             "size": size,
             "tokens read": ids.shape[1],
-            "ms per token": 1e3 * elapsed / NUM_STEPS,
+            **with_spread("ms per token", times),
             "prefill tokens/s": ids.shape[1] / prefill,
             "bytes on device": cache.num_bytes,
             "bytes on host": cache.num_host_bytes,

@@ -8,6 +8,7 @@ Runs steps like `sinklm train` (`sinklm.train.engine`: DeepSpeed, ZeRO-1, bfloat
 random tokens, with one micro-batch per step unless ``train.batch_size_tokens`` is set. Steps are
 first timed without a profiler, then a few are profiled.
 
+- "stdev": standard deviation of the steps, each of which ends when its last kernel does.
 - "gap": time of a step minus the time of its kernels.
 - "idle": time in which no kernel ran while profiling. A larger gap means that kernels were slower
   without the profiler (in a long run the GPU is warmer and its clock lower).
@@ -25,7 +26,8 @@ import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ import torch._inductor.config
 from torch.profiler import ProfilerActivity, profile
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXMLP
 
+from sinklm.eval.decode_speed import mark, milliseconds_between
 from sinklm.models import SinkGPTNeoXForCausalLM, attention, layer, loss
 from sinklm.models.cost import peak_flops
 from sinklm.train import deepspeed_patches, fused_update
@@ -109,8 +112,11 @@ class Steps:
         self._engine = make_engine(model, plan, world.device)
         self._batches = random_batches(plan, world.device)
 
-    def take(self, num_steps: int) -> list[float]:
+    def take(self, num_steps: int, after_each: Callable[[], None] = lambda: None) -> list[float]:
         """Run steps like the training loop: each is read after the next one is queued.
+
+        Args:
+            after_each: called when a step is queued.
 
         Returns:
             seconds that the host needed to queue each step.
@@ -119,6 +125,7 @@ class Steps:
         pending: PendingStep | None = None
         for _ in range(num_steps):
             queued = train_step(self._engine, self._batches, self._plan, self._world, step=1, lr=1e-4)
+            after_each()
             seconds.append(queued.host_seconds)
             if pending is not None:
                 pending.result()
@@ -127,13 +134,13 @@ class Steps:
         assert pending.result().loss > 0
         return seconds
 
-    def time(self, num_steps: int) -> tuple[float, list[float]]:
-        """Return seconds per step, between idle device states, and the host's seconds of each."""
+    def time(self, num_steps: int) -> tuple[list[float], list[float]]:
+        """Return the seconds of each step, and those in which the host queued it."""
         wait_for_device()
-        started = time.perf_counter()
-        by_host = self.take(num_steps)
+        marks = [mark()]
+        by_host = self.take(num_steps, lambda: marks.append(mark()))
         wait_for_device()
-        return (time.perf_counter() - started) / num_steps, by_host
+        return [milliseconds_between(*pair) / 1e3 for pair in pairwise(marks)], by_host
 
 
 def wait_for_device() -> None:
@@ -181,7 +188,8 @@ def report(args: argparse.Namespace, plan: Plan, world: World) -> dict:
     wait_for_device()
     first = time.perf_counter() - started
     steps.take(args.num_warmup_steps)
-    seconds, by_host = steps.time(args.num_steps)
+    times, by_host = steps.time(args.num_steps)
+    seconds = statistics.fmean(times)
     positions = plan.config.train.batch_size_tokens
     peak = peak_flops(world.device, plan.config.train.precision)
     operations = plan.flops_per_token() * positions
@@ -191,6 +199,7 @@ def report(args: argparse.Namespace, plan: Plan, world: World) -> dict:
         "command": [args.recipe, *args.overrides, "without", args.without, "inductor", *args.inductor],
         "first_step_s": round(first, 1),
         "ms_per_step": round(1e3 * seconds, 2),
+        "stdev_ms": round(1e3 * statistics.stdev(times), 2) if len(times) > 1 else None,
         "host_ms": round(1e3 * statistics.median(by_host), 2),
         "tokens_per_second": round(positions / seconds),
         "mfu": round(operations / seconds / peak / world.size, 4) if peak else None,

@@ -3,8 +3,8 @@
     python benchmarks/windowed_streaming.py --output windowed_streaming.json
 
 Models have random weights and differ in the windows of their layers only. ``decode`` is the
-compiled step of one stream, captured on a GPU; ``read`` is a text of ``--num-tokens`` in chunks. A
-part that fails has its error in the JSON, and the others go on.
+compiled step of one stream, captured on a GPU (mean and standard deviation); ``read`` is a text of
+``--num-tokens`` in chunks. A part that fails has its error in the JSON, and the others go on.
 """
 
 import argparse
@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 import transformers
+from part_report import shown, with_spread
 
-from sinklm.eval.decode_speed import milliseconds, synchronize
+from sinklm.eval.decode_speed import step_times, synchronize
 from sinklm.models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM
 from sinklm.streaming import Generator, StreamingCache
 
@@ -59,8 +60,12 @@ def measure(args: argparse.Namespace, pattern: str, kept_and_window: tuple[int, 
     seconds, cache = time.perf_counter() - start, new_cache()
     generator = Generator(model, cache)
     generator.decoder.prefill(ids[:, : window + 64])
-    step = milliseconds(partial(generator.read_one, ids[:, :1].clone()), 5, args.num_steps)
-    return {"decode ms": step, "read tokens/s": ids.shape[1] / seconds, "cache MB": cache.num_bytes / 1e6}
+    times = step_times(partial(generator.read_one, ids[:, :1].clone()), 5, args.num_steps)
+    return {
+        **with_spread("decode ms", times),
+        "read tokens/s": ids.shape[1] / seconds,
+        "cache MB": cache.num_bytes / 1e6,
+    }
 
 
 def main() -> None:
@@ -75,14 +80,14 @@ def main() -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     report = {"device": device, "torch": torch.__version__, "transformers": transformers.__version__, "results": []}
     report |= {name: getattr(args, name) for name in ("size", "layer_window", "num_tokens", "num_steps")}
-    print(f"{'layers':12} {'cache':>8} {'decode ms':>10} {'read tokens/s':>14} {'cache MB':>9}")
+    print(f"{'layers':12} {'cache':>8} {'decode ms':>16} {'read tokens/s':>14} {'cache MB':>9}")
     for cache in args.caches:
         num_kept, window = map(int, cache.split("+"))
         for pattern in PATTERNS:
             row = {"layers": pattern, "cache": cache}
             try:
                 row |= measure(args, pattern, (num_kept, window))
-                cells = f"{row['decode ms']:10.3f} {row['read tokens/s']:14,.0f} {row['cache MB']:9.1f}"
+                cells = f"{shown(row, 'decode ms'):>16} {row['read tokens/s']:14,.0f} {row['cache MB']:9.1f}"
             except Exception:
                 row["error"] = traceback.format_exc()
                 cells = row["error"].strip().splitlines()[-1]

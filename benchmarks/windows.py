@@ -17,14 +17,15 @@ Every micro-batch has the same number of positions (--tokens), whatever the leng
 
 "of full" is the speed relative to full attention at the same length, "of shortest" that relative to
 the same layers at the first length. A part that fails is reported, and the others still run.
-Results are printed immediately, and written to --output as JSON and Markdown.
+Times are means with the standard deviation of the steps. Results are printed immediately, and
+written to --output as JSON and Markdown.
 """
 
 import argparse
 import itertools
 import json
 import platform
-import time
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +33,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from sinklm.eval.decode_speed import synchronize
+from sinklm.eval.decode_speed import step_times, synchronize
 from sinklm.models import CarriedKeys, SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM
 from sinklm.models.band import band_backward, band_forward, has_cudnn
 from sinklm.models.cost import flops_per_token, peak_flops
@@ -100,29 +101,29 @@ def measure_step(layers: str, length: int, args: Settings) -> dict:
 
 
 def timed(step: Callable[[], None], args: Settings) -> dict:
-    """Return the mean seconds of a step after warm-up, and the peak memory of the steps."""
+    """Return mean and deviation of a step's seconds after warm-up, and the steps' peak memory."""
     for _ in range(args.num_warmup_steps):
         step()
     synchronize()
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    for _ in range(args.num_steps):
-        step()
-    synchronize()
-    seconds = (time.perf_counter() - start) / args.num_steps
-    return {"seconds": seconds, "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else 0}
+    seconds = [time / 1e3 for time in step_times(step, 0, args.num_steps)]
+    return {
+        "seconds": statistics.fmean(seconds),
+        "stdev": statistics.stdev(seconds) if len(seconds) > 1 else None,
+        "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else 0,
+    }
 
 
 def measure_kernel(name: str, length: int, args: Settings) -> dict:
-    """Return seconds of the forward and of the backward pass of one layer's attention."""
+    """Return the times of the forward and of the backward pass of one layer's attention."""
     config = windowed_config("full", length, args)
     head_size = config.hidden_size // config.num_attention_heads
     shape = (args.tokens // length, length, config.num_attention_heads, head_size)
     states = [torch.randn(shape, device=args.device, dtype=torch.bfloat16) for _ in range(4)]
     forward, backward = passes(name, states, args)
-    row = {"forward": timed(forward, args)["seconds"], "backward": timed(backward, args)["seconds"]}
-    return row | {"seconds": row["forward"] + row["backward"]}
+    row = {"forward": timed(forward, args), "backward": timed(backward, args)}
+    return row | {"seconds": row["forward"]["seconds"] + row["backward"]["seconds"]}
 
 
 def passes(name: str, states: list[Tensor], args: Settings) -> tuple[Callable[[], object], Callable[[], object]]:
@@ -187,19 +188,23 @@ def table(rows: list[dict]) -> str:
         if "error" in row:
             (lines if row["kind"] == "step" else kernels).append(f"{begin} {row['error']} |")
         elif row["kind"] == "kernel":
-            kernels.append(
-                f"{begin} " + " | ".join(f"{1e3 * row[key]:.3f}" for key in ("forward", "backward", "seconds"))
-            )
-            kernels[-1] += " |"
+            times = (milliseconds(row[key], 3) for key in ("forward", "backward"))
+            kernels.append(f"{begin} {' | '.join(times)} | {1e3 * row['seconds']:.3f} |")
         else:
             others = (done.get(("step", "full", row["length"])), done.get(("step", row["name"], shortest)))
             ratios = (f"{other['seconds'] / row['seconds']:.3f}" if other else "" for other in others)
             mfu = f"{row['mfu']:.1%}" if "mfu" in row else ""
             lines.append(
-                f"{begin} {1e3 * row['seconds']:.1f} | {row['tokens_per_second']:,.0f} | {mfu} "
+                f"{begin} {milliseconds(row, 1)} | {row['tokens_per_second']:,.0f} | {mfu} "
                 f"| {row['memory_gib']:.2f} | {' | '.join(ratios)} |"
             )
     return "\n".join(lines) + "\n\n" + "\n".join(kernels) + "\n"
+
+
+def milliseconds(times: dict, digits: int) -> str:
+    """Return the mean of the steps and their standard deviation."""
+    spread = "" if times["stdev"] is None else f" ± {1e3 * times['stdev']:.{digits}f}"
+    return f"{1e3 * times['seconds']:.{digits}f}{spread}"
 
 
 def main() -> None:
@@ -213,7 +218,12 @@ def main() -> None:
     parser.add_argument("--num-warmup-steps", type=int, default=5)
     parser.add_argument("--num-steps", type=int, default=10)
     parser.add_argument("--no-compile", dest="compile", action="store_false")
-    parser.add_argument("--output", type=Path, default=Path("results/windows"), help="path without suffix")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("results/windows"),
+        help="path of the files, to which .json and .md are added",
+    )
     args = parser.parse_args()
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -233,8 +243,8 @@ def main() -> None:
         for kind, part in parts:
             report["rows"].append(row := measure(kind, part, length, args))
             print(row, flush=True)
-            args.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-            args.output.with_suffix(".md").write_text(table(report["rows"]))
+            Path(f"{args.output}.json").write_text(json.dumps(report, indent=1) + "\n")
+            Path(f"{args.output}.md").write_text(table(report["rows"]))
     print("\n" + table(report["rows"]))
 
 

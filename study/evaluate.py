@@ -1,4 +1,4 @@
-"""Evaluate all runs of a folder in parallel: streaming perplexity, sinks, zero-shot benchmarks.
+"""Evaluate all runs of a folder in parallel: perplexity by cache, sinks, zero-shot benchmarks.
 
     python study/evaluate.py runs/study --text book.txt --tokens 1000000
     python study/evaluate.py runs/study --text book.txt --only vanilla --kinds zero-shot \\
@@ -14,7 +14,9 @@ from pathlib import Path
 
 from jobs import SINKLM, Job, JobQueue
 
-KINDS = ("streaming", "sinks", "forming", "zero-shot")
+KINDS = ("streaming", "cache-sizes", "sinks", "forming", "zero-shot")
+CACHE_SIZES = (16, 32, 64, 128, 256, 384, 512, 1024)  # up to four times the trained length
+CACHES = ",".join(f"{kept}+{size - kept}" for size in CACHE_SIZES for kept in (0, 1, 4))
 LONG_ENOUGH = ("--max-length", "512")  # for PIQA's longest answers, 378 tokens of a vocabulary of 4,000
 
 
@@ -47,13 +49,16 @@ def job(kind: str, run: Path, arguments: argparse.Namespace) -> Job:
     results = arguments.folder / "results" / run.name
     text = [part for path in arguments.text for part in ("--text", path)]
     data = ["--data-dir", arguments.data_dir] if arguments.data_dir else []
+    streaming = [*SINKLM, "eval", "streaming", run, *text]
     command = {
-        "streaming": [*SINKLM, "eval", "streaming", run, *text, "--tokens", arguments.tokens],
+        "streaming": [*streaming, "--tokens", arguments.tokens],
+        "cache-sizes": [*streaming, "--tokens", 100_000, "--methods", "window,streaming", "--caches", CACHES],
         "sinks": [*SINKLM, "eval", "sinks", run, *text, "--checkpoints"],
         "forming": [sys.executable, Path(__file__).with_name("forming.py"), run, *text],
         "zero-shot": [*SINKLM, "eval", "zero-shot", run, "--batch-size", "64", *LONG_ENOUGH, *data],
     }[kind]
-    return Job(f"{run.name} {kind}", (*map(str, command), "--output", str(results)), results / f"{kind}.log")
+    output = results / kind if kind == "cache-sizes" else results  # beside another streaming.json
+    return Job(f"{run.name} {kind}", (*map(str, command), "--output", str(output)), results / f"{kind}.log")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def main() -> None:
 
 def tables(found: dict[str, Any]) -> dict[str, str]:
     arms, deeper = in_plans(found)
-    made = {table.__name__: table(arms) for table in (perplexity, sinks, activations, zero_shot)}
+    made = {table.__name__: table(arms) for table in (perplexity, cache_sizes, sinks, activations, zero_shot)}
     made |= {f"deeper_{table.__name__}": table(deeper) for table in (perplexity, sinks, activations)}
     return made | {"tried": tried(arms | deeper | dict(sorted(found["runs"].items())))}
 
@@ -65,6 +65,22 @@ def perplexity(runs: Runs) -> str:
         ratios = (f"{found[zero] / found[most]:.3f}", f"{found[one] / found[most]:.4f}") if most in found else ("", "")
         lines.append(_row(label(name, run), last_loss(run), relative, *cells, *ratios))
     return "\n".join(lines)
+
+
+def cache_sizes(runs: Runs) -> str:
+    """The paper's Table 6: perplexity by the size of the cache, with each number of kept tokens."""
+    rows = []
+    for name, run in runs.items():
+        found: dict[int, dict[int, float]] = {}  # by kept tokens, then by size
+        for cache, value in run.get("cache_sizes", {"perplexity": {}})["perplexity"].items():
+            num_kept, window = map(int, cache.split("+"))
+            found.setdefault(num_kept, {})[num_kept + window] = value
+        rows += [(label(name, run), num_kept, by_size) for num_kept, by_size in sorted(found.items())]
+    sizes = sorted({size for _, _, by_size in rows for size in by_size})
+    lines = [_row("", "kept tokens", *(f"{size:,}" for size in sizes)), _rule(len(sizes) + 1)]
+    for name, num_kept, by_size in rows:
+        lines.append(_row(name, str(num_kept), *(_number(by_size[size]) if size in by_size else "" for size in sizes)))
+    return "\n".join(lines) if rows else ""
 
 
 def sinks(runs: Runs) -> str:

@@ -42,9 +42,15 @@ def collect_run(run: Path, results: Path) -> dict[str, Any]:
     }
     for complete in list((run / "checkpoints").glob("step-*/COMPLETE"))[:1]:  # all have the same data
         found["data_fingerprint"] = _read(complete.with_name("state.json"))["data_fingerprint"]
-    readers = {"streaming": _streaming, "sinks": _sinks, "forming": _forming, "zero_shot": _zero_shot}
-    for name, read in readers.items():
-        if (path := results / f"{name}.json").exists():
+    readers = {
+        "streaming": (results / "streaming.json", _streaming),
+        "cache_sizes": (results / "cache-sizes" / "streaming.json", _perplexity),
+        "sinks": (results / "sinks.json", _sinks),
+        "forming": (results / "forming.json", _forming),
+        "zero_shot": (results / "zero_shot.json", _zero_shot),
+    }
+    for name, (path, read) in readers.items():
+        if path.exists():
             found[name] = read(_read(path))
     return found
 
@@ -97,13 +103,20 @@ def _thinned(steps: list[dict]) -> list[list[float]]:
     return [[stretch[-1]["positions"], fmean(record["loss"] for record in stretch)] for stretch in stretches]
 
 
+def _perplexity(report: dict) -> dict[str, Any]:
+    """Return the perplexity of each cache in a report of `sinklm eval streaming`."""
+    return {
+        "text_sha256": report["text"]["sha256"],
+        "num_tokens": report["text"]["num_tokens"],
+        "perplexity": {result["configuration"]: result["perplexity"] for result in report["results"]},
+    }
+
+
 def _streaming(report: dict) -> dict[str, Any]:
     return {
         "num_parameters": report["model"]["num_parameters"],
-        "text_sha256": report["text"]["sha256"],
-        "num_tokens": report["text"]["num_tokens"],
+        **_perplexity(report),
         "bin_edges": report["bin_edges"],
-        "perplexity": {result["configuration"]: result["perplexity"] for result in report["results"]},
         "binned_losses": {result["configuration"]: result["binned_losses"] for result in report["results"]},
     }
 

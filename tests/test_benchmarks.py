@@ -4,12 +4,13 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
 
-from benchmarks import train
-from benchmarks.part_report import PartReport
+from benchmarks import train, windows
+from benchmarks.part_report import PartReport, table, with_spread
 
 ROW = {"size": "14m", "contestant": "sinklm", "ranks": 1, "micro_batch_size": 1, "tokens_per_second": 8.0}
 ROW |= {"seconds_per_step": 0.25, "stdev": 0.0123, "memory_gib": 0.0, "start": 1.0}
@@ -24,6 +25,32 @@ def test_an_output_with_a_dot_keeps_its_name(tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["E1.4.json", "E1.4.md", "E1.5.json", "E1.5.md"]
     assert json.loads((tmp_path / "E1.4.json").read_text())["rows"] == [ROW]
     assert "| 250.0 ± 12.3 |" in capsys.readouterr().out
+
+
+def test_windows_are_timed_with_their_spread_into_an_output_with_a_dot(tmp_path, monkeypatch, capsys):
+    sizes = "--size 14m --tokens 64 --window 15 --num-warmup-steps 0 --no-compile --layers full,drawn"
+    for name in ("E1.4", "E1.5"):
+        arguments = [*sizes.split(), "--lengths", "64", "--num-steps", "3", "--output", str(tmp_path / name)]
+        monkeypatch.setattr(sys, "argv", ["windows.py", *arguments])
+        windows.main()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["E1.4.json", "E1.4.md", "E1.5.json", "E1.5.md"]
+    rows = json.loads((tmp_path / "E1.5.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["full", "drawn"]
+    assert not any("error" in row for row in rows)
+    steps = [f"| {1e3 * row['seconds']:.1f} ± {1e3 * row['stdev']:.1f} |" for row in rows]
+    kernel = {"kind": "kernel", "name": "band", "length": 64, "seconds": 0.003}
+    kernel |= {part: {"seconds": s, "stdev": s / 100} for part, s in (("forward", 0.001), ("backward", 0.002))}
+    assert "| band | 64 | 1.000 ± 0.010 | 2.000 ± 0.020 | 3.000 |" in windows.table([kernel])
+    written = (tmp_path / "E1.5.md").read_text()
+    assert all(step in written for step in steps)
+    assert written in capsys.readouterr().out
+
+
+def test_a_table_has_spreads_beside_their_means():
+    rows = [{"size": "14m", **with_spread("ms", [1.0, 2.0, 3.0]), "kernels": {}}, with_spread("ms", [4.0])]
+    assert rows[0]["± ms"] == 1.0
+    assert with_spread("ms", [1.0, 2.0, 6.0], median) == {"ms": 2.0, "± ms": pytest.approx(7**0.5)}
+    assert table(rows) == "| size | ms |\n|---|---|\n| 14m | 2 ± 1 |\n|  | 4 |"
 
 
 def test_calls_for_other_parts_and_sizes_add_to_a_report(tmp_path):

@@ -1,5 +1,6 @@
 """The scripts of the small-scale study: the job queue, and the tables made from its runs."""
 
+import argparse
 import json
 import re
 import runpy
@@ -133,6 +134,33 @@ def test_a_cache_that_was_not_run_is_left_empty(tmp_path):
     runs = collect(tmp_path)["runs"]
     del runs["vanilla-16x64"]["streaming"]["perplexity"]["4+28"]
     assert perplexity(runs).splitlines()[-1] == "| vanilla-16x64 | 4.0000 |  | 12.00 | 11.00 |  |  |  |"
+
+
+def test_perplexities_by_the_size_of_the_cache_are_measured_beside_the_others(tmp_path):
+    from evaluate import job
+    from report import cache_sizes
+    from results import collect
+
+    arguments = argparse.Namespace(folder=tmp_path, text=["book.txt"], data_dir=None, tokens=64)
+    outputs = [job(kind, tmp_path / "runs" / "gate", arguments).command[-1] for kind in ("streaming", "cache-sizes")]
+    assert outputs == [str(tmp_path / "results" / "gate"), str(tmp_path / "results" / "gate" / "cache-sizes")]
+    for name in ("gate", "vanilla"):
+        write_run(tmp_path, name, [4.0, 3.5], [12.0, 11.0, 10.0])
+    found = {"0+1024": 2000.0, "0+16": 9.0, "1+15": 8.0, "4+1020": 7.0}
+    report = {"text": {"sha256": "ab12", "num_tokens": 64}}
+    report["results"] = [{"configuration": cache, "perplexity": value} for cache, value in found.items()]
+    Path(outputs[1]).mkdir()
+    (Path(outputs[1]) / "streaming.json").write_text(json.dumps(report))
+    runs = collect(tmp_path)["runs"]
+    assert runs["gate"]["cache_sizes"] == {"text_sha256": "ab12", "num_tokens": 64, "perplexity": found}
+    assert cache_sizes(runs).splitlines() == [
+        "|  | kept tokens | 16 | 1,024 |",
+        "|---|---:|---:|---:|",
+        "| gate | 0 | 9.00 | 2,000 |",
+        "| gate | 1 | 8.00 |  |",
+        "| gate | 4 |  | 7.00 |",
+    ]
+    assert cache_sizes({"vanilla": runs["vanilla"]}) == ""
 
 
 @pytest.mark.parametrize(
