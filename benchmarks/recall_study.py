@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of both recipes")
     parser.add_argument("--folder", type=Path, default=Path("recall-study"))
     parser.add_argument("--text", action="append", default=[], help="text to train on; repeat for more")
-    parser.add_argument("--num-tokens", type=int, default=200_000_000, help="of the records")
+    parser.add_argument("--num-tokens", type=int, default=131_000_000, help="of the records")
     parser.add_argument("--vocab-size", type=int, default=4095, help="of the tokenizer, without the sink")
     parser.add_argument("--longest-distance", type=int, default=60, help="in lines")
     parser.add_argument("--num-samples", type=int, default=100)
