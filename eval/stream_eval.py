@@ -61,12 +61,17 @@ class RecordTokens:
 
     def _closes(self, token: int) -> bool:
         if token not in self.closing:
-            self.closing[token] = ">" in self.tokenizer.decode([token])
+            self.closing[token] = ">" in self.tokenizer.decode([token], skip_special_tokens=True)  # not <unk>
         return self.closing[token]
 
     def _after_line(self, texts: list[str]) -> list[list[int]]:
         """Encode texts after a line's end, where tokenizers do not prepend a space."""
-        return [ids[len(self.line_end) :] for ids in self._encode(["\n" + text for text in texts])]
+        encoded, num_before = self._encode(["\n" + text for text in texts]), len(self.line_end)
+        if any(ids[:num_before] != self.line_end for ids in encoded):
+            raise ValueError(
+                "StreamEval does not support this tokenizer: it merges the end of a line with the next line"
+            )
+        return [ids[num_before:] for ids in encoded]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from itertools import chain
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -10,6 +11,9 @@ import pytest
 import torch
 from hypothesis import given
 from lm_eval.tasks import TaskManager
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
 from sinklm.cli.evaluate import stream_eval
@@ -46,13 +50,28 @@ def test_records_are_a_function_of_seed_and_sample(num_samples, num_lines, seed)
 
 @given(st.integers(0, 999), st.integers(0, 9))
 def test_pieces_are_the_ids_of_the_whole_text(line, seed):
-    (record,) = make_records(1, 1000, seed)
-    (beginning,), (lines,) = TOKENS.beginnings([record], 11), TOKENS.lines([record], 11, 20)
-    (question,), (answer,) = TOKENS.questions([record], line)
-    read = beginning + lines
-    whole = f"{record_text(record, 21)}Query: The REGISTER_CONTENT in line {line} is <{record[line]}>"
-    assert TOKENIZER.decode(read + question + answer) == whole
-    assert read + question + answer == TOKENIZER(whole)["input_ids"]
+    records = make_records(2, 1000, seed)
+    pieces = TOKENS.beginnings(records, 11), TOKENS.lines(records, 11, 20), *TOKENS.questions(records, line)
+    for record, *parts in zip(records, *pieces, strict=True):
+        ids = list(chain(*parts))
+        whole = f"{record_text(record, 21)}Query: The REGISTER_CONTENT in line {line} is <{record[line]}>"
+        assert TOKENIZER.decode(ids) == whole
+        assert ids == TOKENIZER(whole)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "reason"),
+    [
+        (" ", "it merges the end of a line with the next line"),
+        (" |\n", "it has no token for the character >"),  # but <unk>
+    ],
+)
+def test_a_tokenizer_that_cannot_write_the_answers_is_named(pieces, reason):
+    backend = Tokenizer(WordLevel({"<unk>": 0, "\n": 1, " ": 2}, unk_token="<unk>"))
+    backend.pre_tokenizer = Split(Regex(pieces), "isolated")
+    tokens = RecordTokens(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
+    with pytest.raises(ValueError, match=f"^StreamEval does not support this tokenizer: {reason}$"):
+        tokens.questions(make_records(2, 20, seed=0), 3)
 
 
 @torch.no_grad()
