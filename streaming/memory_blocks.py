@@ -81,7 +81,7 @@ class HostBlocks:
         if buffer is None or len(buffer) < end or self.is_shared:
             buffer = self.grown(buffer, states, end)
             self.set_buffer(name, buffer)
-        buffer[self.num_blocks : end].copy_(states, non_blocking=True)
+        buffer[self.num_blocks : end].copy_(states, non_blocking=states.is_cuda)
 
     def shared(self) -> "HostBlocks":
         """Return a copy with the same buffers. The original may add blocks to them."""
