@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 MOST_DOCUMENTS = 10**12
-BATCH_DOCUMENTS = 1024  # tokenized in parallel
+BATCH_DOCUMENTS = 16  # tokenized in parallel; those of long distances need much memory
 
 
 @examples(
