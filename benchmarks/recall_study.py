@@ -147,13 +147,28 @@ def collect(args: argparse.Namespace) -> bool:
     for (name, cache), measured in evaluations(args).items():
         paths = {what: report_path(args, name, cache, what) for what in measured}
         if all(path.exists() for path in paths.values()):
-            reports = {what: summary(json.loads(path.read_text(encoding="utf-8"))) for what, path in paths.items()}
+            reports = {what: summary(read_report(path, run_folder(args, name))) for what, path in paths.items()}
             along = reports.get(ALONG, reports[BY_DISTANCE])
             found.setdefault(name, {})[cache] = reports[BY_DISTANCE] | {"parts": along["parts"]}
         else:
             is_done = False
     write_json(args.folder / "recall.json", {"models": found, "runs": trainings(args)})
     return is_done
+
+
+def read_report(path: Path, run: Path) -> dict[str, Any]:
+    """Return a report of the last checkpoint of a run, without the paths of the model.
+
+    Raises:
+        ValueError: it is one of an earlier checkpoint.
+    """
+    report = json.loads(path.read_text(encoding="utf-8"))
+    measured = Path(report["model"].pop("folder")).parent.name
+    last = next(reversed(list_checkpoints(run).values()), None)
+    if last is not None and last.name != measured:
+        raise ValueError(f"{path} is of {measured}, and {run} has {last.name}: delete {path.parent} and evaluate again")
+    del report["model"]["name_or_path"]
+    return report
 
 
 def summary(report: dict[str, Any]) -> dict[str, Any]:

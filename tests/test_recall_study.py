@@ -1,6 +1,7 @@
 """The study of recall: parts of a stream, and the tables and the picture made from them."""
 
 import importlib
+import json
 from math import sqrt
 from pathlib import Path
 from types import ModuleType
@@ -139,6 +140,21 @@ def test_the_picture_has_a_panel_for_each_model_at_a_distance_that_all_caches_ho
     assert curves["S+W, 100 tokens"].get_xdata().tolist() == ENDS
     assert curves["S+W, 100 tokens"].get_ydata().tolist() == [80.0, 100.0, 100.0, 90.0, 90.0]
     assert [line.get_label() for line in drawn.lines] == ["S+W, 100 tokens"]
+
+
+def test_reports_are_of_the_last_checkpoint_and_name_no_path(tmp_path):
+    read_report = importlib.import_module("recall_study").read_report
+    path, run = tmp_path / "results" / "dense" / "stream_eval.json", tmp_path / "runs" / "drawn"
+    checkpoints = [run / "checkpoints" / f"step-{step}" for step in (3, 12)]
+    path.parent.mkdir(parents=True)
+    model = {"name_or_path": str(run), "folder": str(checkpoints[0] / "model"), "dtype": "torch.float32"}
+    path.write_text(json.dumps({"model": model, "num_samples": 2}))
+    for checkpoint in checkpoints:
+        assert read_report(path, run) == {"model": {"dtype": "torch.float32"}, "num_samples": 2}
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "COMPLETE").touch()
+    with pytest.raises(ValueError, match=rf"is of step-3, and .*drawn has step-12: delete {path.parent} and evaluate"):
+        read_report(path, run)
 
 
 def test_parts_of_a_stream_are_quarters_of_octaves():
