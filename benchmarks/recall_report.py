@@ -223,10 +223,11 @@ def training(runs: dict[str, dict[str, Any]]) -> str:
 def picture(models: dict[str, Results]) -> Figure:
     """Plot accuracy against tokens read, a panel for each model.
 
-    The distance is the longest one that all caches with kept tokens hold.
+    The distance is the longest one that all caches with kept tokens hold, without those that hold
+    none.
     """
     kept = [pair[1] for results in models.values() for pair in sizes_of(results).values()]
-    shown = [set(held(result)) & set(along_stream(result)) for result in kept]
+    shown = [lines for result in kept if (lines := set(held(result)) & set(along_stream(result)))]
     distance = max(set.intersection(*shown), default=0) if shown else 0
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(1.6 + 2.8 * len(models), 3.2), layout="constrained")

@@ -140,6 +140,8 @@ def test_the_picture_has_a_panel_for_each_model_at_a_distance_that_all_caches_ho
     assert curves["S+W, 100 tokens"].get_xdata().tolist() == ENDS
     assert curves["S+W, 100 tokens"].get_ydata().tolist() == [80.0, 100.0, 100.0, 90.0, 90.0]
     assert [line.get_label() for line in drawn.lines] == ["S+W, 100 tokens"]
+    models["drawn"]["1+49"] = result(1, 49, {5: [0.1] * 5})  # it holds neither distance
+    assert report.picture(models).axes[0].get_ylabel() == "Exact match, 5 lines back (%)"
 
 
 def test_reports_are_of_the_last_checkpoint_and_name_no_path(tmp_path):
