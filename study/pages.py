@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sinklm.parsing import named_damage, parse_json
+
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 
 Data = dict[str, Any]
@@ -66,10 +68,12 @@ def read(path: Path, remedy: str, **options: Any) -> Data:
 
     Raises:
         FileNotFoundError: there is no such file.
+        ValueError: it is damaged.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: {remedy}")
-    return json.loads(path.read_text(encoding="utf-8"), **options)
+    with named_damage(path, remedy):
+        return parse_json(path.read_bytes(), **options)
 
 
 def rounded(number: str) -> float:

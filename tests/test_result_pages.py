@@ -94,8 +94,12 @@ def test_the_results_of_a_study_become_the_data_of_its_page(tmp_path, monkeypatc
     assert '"increase": 0.3333333, "stderr": null' in data
     assert "layers_8\n\n| arm | seeds |" in capsys.readouterr().out
     assert "| none | 1 | 2.0 | 5 | 0.0 | 3.0000 | +0.3333 |" in (output / "quantization.md").read_text()
-    (folder / "quantization.json").write_text('{"models": []}')
-    with pytest.raises(ValueError, match="study has no results yet"):
-        run(module, monkeypatch, str(folder), "--output", str(output))
+    for found, message in (
+        ('{"models": []}', "study has no results yet"),
+        ("{", r"study/quantization\.json is damaged \(.*\): run quantization_study\.py"),
+    ):
+        (folder / "quantization.json").write_text(found)
+        with pytest.raises(ValueError, match=message):
+            run(module, monkeypatch, str(folder), "--output", str(output))
     run(module, monkeypatch, "--output", str(output))
     assert (output / "quantization.json").read_text() == data
