@@ -40,7 +40,7 @@ VALUES = (
     *("reading", "balance", "amount", "password", "reference", "result", "size", "id"),
 )
 CONSONANTS, VOWELS = "bcdfghjklmnprstvwz", "aeiou"
-INVENTED = 0.5  # share of the words that are invented
+INVENTED_SHARE = 0.5  # of the words
 SYLLABLES = ("ba", "do", "fi", "gu", "ka", "le", "mi", "no", "pa", "ra", "si", "tu", "ve", "wo", "zu", "an", "el")
 INTRODUCTIONS = (
     "",
@@ -68,7 +68,7 @@ STATEMENTS = (
     ("- {thing} {key}, {value} ", ""),
 )
 # Or lines are put together: an opening, a name, a link, a place, a verb, the value, an end.
-COMPOSED = 0.6
+COMPOSED_SHARE = 0.6
 OPENINGS = ("The ", "The ", "", "Our ", "- ", "* ", "> ", "This ", "Now the ", "a ")
 NAMES = (
     *("{value}", "{thing} {value}", "{THING}_{VALUE}", "{Thing}{Value}", "{thing}-{value}", "{thing}_{value}"),
@@ -82,7 +82,7 @@ VERBS = (
 )
 ENDS = ("", "", "", ".", ";", ",")
 # A question repeats the beginning of its line after one of these words or an invented one …
-REPEATING = 0.75
+REPEATING_SHARE = 0.75
 PROMPTS = (
     *("Question", "Q", "Recall", "Repeat", "Ask", "Again", "", "Look up", ">", "Remember", "Check", "Test", "Now"),
     *("Find", "Search", "Request", "Please recall", "Answer", "Task", "Prompt", "User", "What was this", "Once more"),
@@ -146,8 +146,8 @@ class Phrasing:
         for name, known in (("thing", THINGS), ("value", VALUES), ("place", THINGS)):
             word = _word(rng, known)
             words |= {name: word, name.capitalize(): word.capitalize(), name.upper(): word.upper()}
-        statement = _composed(rng) if rng.random() < COMPOSED else rng.choice(STATEMENTS)
-        if rng.random() < REPEATING:
+        statement = _composed(rng) if rng.random() < COMPOSED_SHARE else rng.choice(STATEMENTS)
+        if rng.random() < REPEATING_SHARE:
             question = (_word(rng, PROMPTS).capitalize() + rng.choice(SEPARATORS) + statement[0], statement[1])
         else:
             question = rng.choice(ASKING)
@@ -159,7 +159,7 @@ class Phrasing:
 
 def _word(rng: random.Random, known: Sequence[str]) -> str:
     """Return one of the words, or an invented one of one to three syllables."""
-    if rng.random() >= INVENTED:
+    if rng.random() >= INVENTED_SHARE:
         return rng.choice(known)
     return "".join(
         rng.choice(CONSONANTS) + rng.choice(VOWELS) + rng.choice(CONSONANTS) for _ in range(rng.randint(1, 3))

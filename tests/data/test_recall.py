@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import re
 from itertools import pairwise
 
@@ -15,15 +16,19 @@ from sinklm.cli.main import app
 from sinklm.data import find_inputs
 from sinklm.data.recall import (
     ASKING,
+    COMPOSED_SHARE,
+    INVENTED_SHARE,
     LINKS,
     NAMES,
     OPENINGS,
     PLACES,
     PROMPTS,
+    REPEATING_SHARE,
     STATEMENTS,
     THINGS,
     VALUES,
     VERBS,
+    Phrasing,
     make_record,
 )
 from sinklm.data.tokenizer import load_tokenizer_file
@@ -94,6 +99,21 @@ def test_all_phrasings_are_used_and_lengths_and_distances_differ():
     found = [question.distance for record in texts for question in record.questions]
     assert min(found) == 0
     assert max(found) > 150
+
+
+def test_shares_of_phrasings():
+    """A question repeats the beginning of its line, or asks for it in other words."""
+    drawn = [Phrasing.draw(random.Random(number)) for number in range(4000)]
+    repeating = [each for each in drawn if each.question not in ASKING]
+    assert all(each.question[0].endswith(each.statement[0]) for each in repeating)
+    assert all(each.question[1] == each.statement[1] for each in repeating)
+    invented = [
+        each.words[name] not in known for each in drawn for name, known in (("thing", THINGS), ("value", VALUES))
+    ]
+    composed = [each.statement not in STATEMENTS for each in drawn]
+    assert len(repeating) / len(drawn) == pytest.approx(REPEATING_SHARE, abs=0.03)
+    assert sum(invented) / len(invented) == pytest.approx(INVENTED_SHARE, abs=0.03)
+    assert sum(composed) / len(composed) == pytest.approx(COMPOSED_SHARE, abs=0.03)
 
 
 @pytest.mark.parametrize(("shortest", "longest"), [(0, 60), (7, 40)])
