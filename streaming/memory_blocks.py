@@ -91,16 +91,17 @@ class HostBlocks:
         return twin
 
     def grown(self, buffer: Tensor | None, states: Tensor, num_needed: int) -> Tensor:
-        """Return a larger copy of a buffer for states like these.
+        """Return a copy of a buffer for states like these, which is larger if it must be.
 
         It can also be used outside of `torch.inference_mode`.
         """
-        size = max(num_needed, 2 * (0 if buffer is None else len(buffer)), 16)
+        size = 0 if buffer is None else len(buffer)
+        size = max(num_needed, size if num_needed <= size else 2 * size, 16)
         with torch.inference_mode(False):
-            larger = torch.empty((size, *states.shape[1:]), dtype=states.dtype, pin_memory=self.is_pinned)
+            grown = torch.empty((size, *states.shape[1:]), dtype=states.dtype, pin_memory=self.is_pinned)
         if buffer is not None:
-            larger[: self.num_blocks] = buffer[: self.num_blocks]
-        return larger
+            grown[: self.num_blocks] = buffer[: self.num_blocks]
+        return grown
 
     def set_buffer(self, name: str, buffer: Tensor) -> None:
         setattr(self, name, buffer)

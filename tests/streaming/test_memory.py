@@ -373,6 +373,17 @@ def test_layers_store_and_recall_together_what_each_would_alone():
     assert together[0].buffers["keys"].mean() + together[0].buffers["values"].mean() == pytest.approx(first.item())
 
 
+def test_copies_and_removed_blocks_need_no_larger_buffers():
+    blocks, states = memory_blocks.HostBlocks(representative_size=1), torch.randn(1, 1, 2, 1, 1)
+    for _ in range(3):
+        blocks.append(states, states)
+        blocks.truncate(1)
+        blocks = blocks.shared()
+    blocks.append(states, states)
+    assert len(blocks) == 3
+    assert len(blocks.keys) == 16
+
+
 def test_a_text_that_was_read_in_inference_mode_can_be_continued_outside():
     model, ids = llama(), tiny.random_ids(60)
     cache = new_cache(model)
