@@ -7,10 +7,10 @@
 
 Every part can be interrupted and run again with the same settings: finished work is kept. Cache
 sizes can be added. A job that fails does not stop the others. ``evaluate`` measures, for each model
-and cache size N, the caches 0+N and S+(N - S), where S are its sinks (4 for vanilla), and dense
-attention: all distances over eight trained lengths, and for the caches two distances along
-``--num-stream-tokens``. ``train`` and ``evaluate`` stop
-after ``--minutes``. ``collect`` writes FOLDER/recall.json; recall_report.py makes tables from it.
+and cache size N, the caches 0+N and S+(N - S), where S are its sinks (4 for vanilla), and of models
+without windows dense attention: all distances over eight trained lengths, and for the caches two
+distances along ``--num-stream-tokens``. ``train`` and ``evaluate`` stop after ``--minutes``.
+``collect`` writes FOLDER/recall.json; recall_report.py makes tables from it.
 """
 
 import argparse
@@ -102,8 +102,10 @@ def evaluations(args: argparse.Namespace) -> dict[tuple[str, str], dict[str, lis
     """Return arguments of `sinklm eval stream-eval` by model and cache, and by what is measured."""
     found: dict[tuple[str, str], dict[str, list[object]]] = {}
     for name, num_kept in MODELS.items():
-        length = DENSE_LENGTHS * load_config(f"recall/{name}", args.overrides).train.seq_length
-        found[name, "dense"] = {BY_DISTANCE: options(args, f"0+{length}", length, DISTANCES)}
+        config = load_config(f"recall/{name}", args.overrides)
+        length = DENSE_LENGTHS * config.train.seq_length
+        if config.model.attention.window is None:
+            found[name, "dense"] = {BY_DISTANCE: options(args, f"0+{length}", length, DISTANCES)}
         for size in args.cache_sizes:
             for kept in (0, num_kept):
                 cache = f"{kept}+{size - kept}"

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from argparse import Namespace
 from math import sqrt
 from pathlib import Path
 from types import ModuleType
@@ -142,6 +143,18 @@ def test_the_picture_has_a_panel_for_each_model_at_a_distance_that_all_caches_ho
     assert [line.get_label() for line in drawn.lines] == ["S+W, 100 tokens"]
     models["drawn"]["1+49"] = result(1, 49, {5: [0.1] * 5})  # it holds neither distance
     assert report.picture(models).axes[0].get_ylabel() == "Exact match, 5 lines back (%)"
+
+
+def test_each_model_has_its_caches_and_one_with_windows_no_dense_attention():
+    evaluations = importlib.import_module("recall_study").evaluations
+    found = evaluations(Namespace(overrides=[], num_samples=2, num_stream_tokens=20_000, cache_sizes=[256]))
+    assert {name: [cache for model, cache in found if model == name] for name, _ in found} == {
+        "vanilla": ["dense", "0+256", "4+252"],
+        "learnable-sink": ["dense", "0+256", "1+255"],
+        "drawn": ["0+256", "1+255"],
+    }
+    lines = {what: options[options.index("--num-lines") + 1] for what, options in found["drawn", "1+255"].items()}
+    assert lines == {"by-distance": 341, "along-the-stream": 831}
 
 
 def test_reports_are_of_the_last_checkpoint_and_name_no_path(tmp_path):
