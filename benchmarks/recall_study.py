@@ -9,8 +9,8 @@ Every part can be interrupted and run again with the same settings: finished wor
 sizes can be added. A job that fails does not stop the others. ``evaluate`` measures, for each model
 and cache size N, the caches 0+N and S+(N - S), where S are its sinks (4 for vanilla), and of models
 without windows dense attention: all distances over eight trained lengths, and for the caches two
-distances along ``--num-stream-tokens``. ``train`` and ``evaluate`` stop after ``--minutes``.
-``collect`` writes FOLDER/recall.json; recall_report.py makes tables from it.
+distances along at most ``--num-stream-tokens``. ``train`` and ``evaluate`` stop after
+``--minutes``. ``collect`` writes FOLDER/recall.json; recall_report.py makes tables from it.
 """
 
 import argparse
