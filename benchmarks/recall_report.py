@@ -3,9 +3,9 @@
     python benchmarks/recall_report.py recall-study   # take its recall.json, and draw
     python benchmarks/recall_report.py                # draw again from docs/results/recall.json
 
-Accuracy is exact match in percent, ± one standard error over questions. A cache holds the line that
-is D lines back if D + 2 lines fit its window: those from this line on, and the question. Accuracy
-over several distances is the mean of that of each.
+Accuracy is exact match in percent, ± one standard error over questions. The accuracy over several
+distances is the mean of their accuracies. A cache holds the line that is D lines back if D + 2
+lines fit its window: this line, the D lines after it, and the question.
 """
 
 import sys
@@ -75,17 +75,13 @@ def size_of(result: Result) -> int:
     return result["num_kept"] + result["window"]
 
 
-def asked(result: Result) -> list[int]:
-    return [each["lines"] for each in result["distances"]]
-
-
 def holds(result: Result, distance: int) -> bool:
     """Whether the line is in the cache when its question has been read."""
     return (distance + 2) * result["tokens_per_line"] <= result["window"]
 
 
 def held(result: Result) -> list[int]:
-    return [distance for distance in asked(result) if holds(result, distance)]
+    return [distance for distance in by_distance(result) if holds(result, distance)]
 
 
 def sizes_of(results: Results) -> dict[int, tuple[Result | None, Result]]:
@@ -112,10 +108,9 @@ def score_of(result: Result, wanted: Iterable[int], start: float = 0, end: float
     return mean_of(scores)
 
 
-def over_distances(result: Result, wanted: Iterable[int]) -> Score | None:
-    """Return the mean accuracy over distances, over all places."""
-    found = {each["lines"]: score(each["accuracy"], each["num_questions"]) for each in result["distances"]}
-    return mean_of(found[distance] for distance in wanted)
+def by_distance(result: Result) -> dict[int, Score]:
+    """Return the accuracy at each distance, over all places."""
+    return {each["lines"]: score(each["accuracy"], each["num_questions"]) for each in result["distances"]}
 
 
 def along_stream(result: Result) -> list[int]:
@@ -144,7 +139,8 @@ def answer(models: dict[str, Results]) -> str:
             if lines:
                 along = max(set(lines) & set(along_stream(kept)), default=None)
                 dropped = without and along is not None and score_of(without, [along], start=2 * size_of(kept))
-                cells = [f"{min(lines)} to {max(lines)}", over_distances(kept, lines)]
+                overall = mean_of(found for distance, found in by_distance(kept).items() if distance in lines)
+                cells = [f"{min(lines)} to {max(lines)}", overall]
                 cells += ["", ""] if along is None else [f"{along}", change(kept, [along])]
                 cells.append(dropped)
                 rows.append([f"{name}, {kept['configuration']}", *(str(cell or "") for cell in cells)])
@@ -168,12 +164,12 @@ def change(result: Result, lines: list[int]) -> str:
 def distances(models: dict[str, Results]) -> str:
     """Accuracy by distance over the whole stream, bold where the cache holds the line."""
     lines = sorted(
-        {distance for results in models.values() for result in results.values() for distance in asked(result)}
+        {distance for results in models.values() for result in results.values() for distance in by_distance(result)}
     )
     rows, variances = [], [0.0]
     for name, results in models.items():
         for cache, result in results.items():
-            scores = {each["lines"]: score(each["accuracy"], each["num_questions"]) for each in result["distances"]}
+            scores = by_distance(result)
             variances += [each.variance for each in scores.values()]
             cells = {line: f"{100 * each.accuracy:.1f}" for line, each in scores.items()}
             cells |= {line: f"**{cells[line]}**" for line in held(result)}

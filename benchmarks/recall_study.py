@@ -137,6 +137,8 @@ def evaluate(args: argparse.Namespace) -> bool:
             command = (*SINKLM, "eval", "stream-eval", run_folder(args, name), *arguments, "-o", output, "--quiet")
             jobs.append(Job(f"{name} {cache} {what}", tuple(map(str, command)), output / "evaluation.log"))
     untrained = {name for name in MODELS if not list_checkpoints(run_folder(args, name))}
+    if untrained:
+        print(f"not trained yet: {', '.join(sorted(untrained))}; run the part train", flush=True)
     jobs = [job for job in jobs if job.name.split()[0] not in untrained]
     jobs.sort(key=lambda job: BY_DISTANCE in job.name)  # long ones first
     return study_jobs.run(jobs, study_jobs.Deadline(args.minutes), args.per_gpu) and not untrained
