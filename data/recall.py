@@ -4,10 +4,10 @@ A document is one record: lines that give a value to each of many keys, and ques
 the value of a line some distance back, each followed by its answer. Every key has one value, and no
 value or key occurs twice, so an answer is right and unique.
 
-Phrasings are put together for each document of words and of invented words, so that a model learns
-to recall and not the phrasings. They have none of the words of the StreamEval test, which such
-models are tested with, but some have its form: its line ``The REGISTER_CONTENT in line 7 is <123>``
-is near to ``The BOX_CODE at slot 7 is <123>``.
+Each document has a phrasing of its own, of known and invented words, so that a model learns to
+recall and not the phrasings. They have none of the words of the StreamEval test, which such models
+are tested with, but some have its form: its line ``The REGISTER_CONTENT in line 7 is <123>`` is
+near to ``The BOX_CODE at slot 7 is <123>``.
 """
 
 import io
