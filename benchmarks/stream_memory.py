@@ -9,6 +9,8 @@ output file already has are replaced, the others are kept; a part that fails is 
   tokens, the model is asked for it, and continues after the answer as if it had not been asked.
   All --num-samples texts are rows of one batch. Blocks are chosen by the memory, at random, or by
   an oracle that knows where the key is. "dense" is the cache of transformers.
+- lines: StreamEval: records of --num-lines lines, with questions for lines --line-distances back.
+  An answer follows its question at once, so blocks must be chosen while the question is read.
 - perplexity: of the first --num-tokens tokens of BOOK.
 - speed: milliseconds per token of `StreamingDecoder` on a GPU, of eager steps on a CPU, after the
   longest of --distances, and bytes of the cache on the device and in host memory.
@@ -22,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from unittest import mock
 
@@ -33,11 +36,13 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 from sinklm.checkpoints import load_model, load_tokenizer
 from sinklm.eval.decode_speed import step_times
 from sinklm.eval.report import library_versions
+from sinklm.eval.stream_eval import RecordTokens, StreamBatch, read_lines
+from sinklm.eval.tasks.stream_eval.records import make_records
 from sinklm.models.cache_argument import CACHE
 from sinklm.streaming import MemoryOptions, StreamingCache, StreamingDecoder, stream_losses
 from sinklm.streaming.layer_memory import LayerMemory
 
-PARTS = ("recall", "perplexity", "speed")
+PARTS = ("recall", "lines", "perplexity", "speed")
 CACHES = ("cache", "memory", "random", "oracle", "dense")
 NEEDLE, QUESTION = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n", "\n\nWhat is the pass key? "
 ANSWER = "The pass key is"
@@ -149,6 +154,24 @@ def recall(args: argparse.Namespace, name: str, size: str) -> list[dict]:
     return [row]
 
 
+def lines(args: argparse.Namespace, name: str, size: str) -> list[dict]:
+    """Measure StreamEval, one stream at a time."""
+    tokens, memory = RecordTokens(args.tokenizer), None if name == "cache" else args.memory
+    rights: dict[int, list[bool]] = {distance: [] for distance in args.line_distances}
+    torch.manual_seed(0)
+    with chosen_by(random_weights) if name == "random" else nullcontext():
+        for record in make_records(args.num_samples, args.num_lines, seed=0):
+            streams = StreamBatch(args.model, args.num_kept, args.window, memory)
+            for last in read_lines(streams, tokens, [record]):
+                for distance in (distance for distance in rights if distance <= last):
+                    line = last - distance
+                    span = tuple(len(tokens.beginnings([record], end)[0]) for end in (line, line + 1))
+                    with chosen_by(oracle_weights([span])) if name == "oracle" else nullcontext():
+                        rights[distance] += streams.answers(*tokens.questions([record], line))
+    shares = {f"{distance} lines": 100 * fmean(answers) for distance, answers in rights.items() if answers}
+    return [{"size": size, **shares, "questions": {f"{d}": len(answers) for d, answers in rights.items()}}]
+
+
 def perplexity(args: argparse.Namespace, name: str, size: str) -> list[dict]:
     ids = args.book[None, : args.num_tokens]
     options: dict[str, Any] = {"num_kept": args.num_kept, "window": args.window}
@@ -197,12 +220,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("model")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--recall-caches", nargs="+", choices=CACHES, default=CACHES[:4])
+    parser.add_argument("--recall-caches", nargs="+", choices=CACHES, default=CACHES[:4], help="of recall and lines")
     parser.add_argument("--num-kept", type=int, default=4)
     parser.add_argument("--window", type=int, default=1020)
     for name, value in vars(MemoryOptions()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     parser.add_argument("--distances", nargs="+", type=int, default=[500, 2000, 8000])
+    parser.add_argument("--line-distances", nargs="+", type=int, default=[5, 20, 60, 120])
+    parser.add_argument("--num-lines", type=int, default=301)
     parser.add_argument("--num-samples", type=int, default=20)
     parser.add_argument("--num-tokens", type=int, default=100_000)
     parser.add_argument("--minutes", type=float, default=60.0)
@@ -220,6 +245,7 @@ def main() -> None:
     args.book = torch.tensor(args.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     measured = {
         "recall": (recall, args.recall_caches),
+        "lines": (lines, [name for name in args.recall_caches if name != "dense"]),
         "perplexity": (perplexity, CACHES[:2]),
         "speed": (speed, CACHES[:2]),
     }

@@ -160,16 +160,22 @@ def ask(
     for start in range(0, len(records), batch_size):
         batch = records[start : start + batch_size]
         streams = StreamBatch(model, num_kept, window, memory)
-        for line in range(LINES_PER_QUESTION, num_lines, LINES_PER_QUESTION):
-            first = line - LINES_PER_QUESTION + 1
-            is_beginning = line == LINES_PER_QUESTION
-            streams.read(tokens.beginnings(batch, line + 1) if is_beginning else tokens.lines(batch, first, line))
+        for line in read_lines(streams, tokens, batch):
             for distance in (d for d in distances if d <= line):
                 rights = streams.answers(*tokens.questions(batch, line - distance))
                 for i, is_right in enumerate(rights):
                     yield Answer(start + i, line, streams.num_read[i], distance, is_right)
             if progress:
                 progress(len(batch) * LINES_PER_QUESTION)
+
+
+def read_lines(streams: StreamBatch, tokens: RecordTokens, batch: Sequence[Sequence[int]]) -> Iterator[int]:
+    """Read a batch of records, and yield the number of the last line where a question follows."""
+    for line in range(LINES_PER_QUESTION, len(batch[0]), LINES_PER_QUESTION):
+        is_beginning = line == LINES_PER_QUESTION
+        first = line - LINES_PER_QUESTION + 1
+        streams.read(tokens.beginnings(batch, line + 1) if is_beginning else tokens.lines(batch, first, line))
+        yield line
 
 
 def check_distances(distances: Sequence[int], num_lines: int) -> None:

@@ -132,6 +132,7 @@ def test_a_memory_is_measured(tmp_path, monkeypatch):
 
     model, output = Path(__file__).parents[1] / "examples/checkpoints/learnable-sink", tmp_path / "memory.json"
     sizes = "--num-kept 1 --window 40 --block-size 8 --num-blocks 2 --distances 20 90 --num-samples 2 --num-tokens 99"
+    sizes += " --num-lines 21 --line-distances 3 15"
     arguments = ["memory", str(model), "--text", str(model.parent / "book.txt"), *sizes.split(), "-o", str(output)]
     monkeypatch.setattr(sys, "argv", arguments)
     monkeypatch.setattr(stream_memory, "NUM_STEPS", 5)
@@ -139,7 +140,8 @@ def test_a_memory_is_measured(tmp_path, monkeypatch):
     parts = json.loads(output.read_text())["parts"]
     assert not any("error" in row for rows in parts.values() for row in rows)
     names = ["cache 1+40", "memory 1+40, 2x8", "random 1+40, 2x8", "oracle 1+40, 2x8"]
-    assert [row["size"] for row in parts["recall"]] == names
+    assert [row["size"] for row in parts["recall"]] == [row["size"] for row in parts["lines"]] == names
+    assert [row["questions"] for row in parts["lines"]] == [{"3": 4, "15": 2}] * 4
     assert [row["bytes on host"] > 0 for row in parts["speed"]] == [False, True]
 
 
