@@ -187,6 +187,12 @@ def test_the_page_of_the_memory_has_the_numbers_of_its_json():
     assert f"1,024 | {slow['prefill tokens/s']:.0f} | {slower['prefill tokens/s']:.0f} |" in page
     assert f"{slow['bytes on device'] / 1e6:.1f} MB | {slower['bytes on device'] / 1e6:.1f} MB |" in page
     assert f"| host memory | | {slower['bytes on host'] / 1e6:.0f} MB |" in page
+    slow, slower = json.loads((folder / "stream-memory-gpu.json").read_text())["parts"]["speed"]
+    times = [row["ms per token"] for row in (slow, slower)]
+    assert f"| ms per token | {times[0]:.2f} | {times[1]:.2f} ({times[1] / times[0]:.2f} ×) |" in page
+    assert f"1,024 | {slow['prefill tokens/s']:,.0f} | {slower['prefill tokens/s']:,.0f} |" in page
+    assert f"{slow['bytes on device'] / 1e6:.1f} MB | {slower['bytes on device'] / 1e6:.1f} MB |" in page
+    assert f"| host memory | | {slower['bytes on host'] / 1e6:.0f} MB |" in page
 
 
 def test_the_kernels_are_compared_with_exact_gradients(monkeypatch):
