@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=4095, help="of the tokenizer, without the sink")
     parser.add_argument("--longest-distance", type=int, default=60, help="in lines")
     parser.add_argument("--num-samples", type=int, default=100)
-    parser.add_argument("--num-stream-tokens", type=int, default=200_000)
+    parser.add_argument("--num-stream-tokens", type=int, default=240_000)
     parser.add_argument("--cache-sizes", type=int, nargs="+", default=list(CACHE_SIZES))
     study_jobs.add_options(parser)
     args = parser.parse_intermixed_args()

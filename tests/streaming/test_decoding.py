@@ -111,6 +111,7 @@ def test_frequencies_that_each_pass_chooses_are_an_error():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @torch.no_grad()
 def test_the_default_compiler_computes_the_same():

@@ -82,13 +82,16 @@ def test_validation_is_in_bf16(recipe, runs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "overrides",
-    [["deepspeed.zero_stage=2"], ["train.activation_checkpointing=true"], ["deepspeed.patches=false"]],
-    ids=lambda overrides: overrides[0],
+    "setting",
+    [
+        "deepspeed.zero_stage=2",
+        pytest.param("train.activation_checkpointing=true", marks=pytest.mark.long),
+        pytest.param("deepspeed.patches=false", marks=pytest.mark.long),
+    ],
 )
-def test_settings_that_change_only_memory_and_speed(recipe, runs, tmp_path, overrides):
+def test_settings_that_change_only_memory_and_speed(recipe, runs, tmp_path, setting):
     rest = ["validation.every_steps=null", "checkpoint.every_steps=null", f"train.run_dir={tmp_path}"]
-    train(recipe, [EAGER, FP8, *overrides, *rest])
+    train(recipe, [EAGER, FP8, setting, *rest])
     assert list(losses(tmp_path).values()) == pytest.approx(list(losses(runs["fp8"]).values()), abs=5e-3)
 
 

@@ -49,7 +49,13 @@ def test_another_micro_batch_size_is_the_same_run_to_rounding(recipe, whole_run,
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision", "is_recorded"), [(0, "fp32", True), (1, "bf16", True), (1, "fp32", False), (3, "fp32", True)]
+    ("stage", "precision", "is_recorded"),
+    [
+        (0, "fp32", True),
+        pytest.param(1, "bf16", True, marks=pytest.mark.long),
+        (1, "fp32", False),
+        (3, "fp32", True),
+    ],
 )
 def test_an_optimizer_in_another_order_is_loaded_by_name(
     recipe, tmp_path, capsys, monkeypatch, stage, precision, is_recorded
