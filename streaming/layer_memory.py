@@ -249,11 +249,10 @@ class LayerMemory(StaticBuffers):
         shift = torch.full((1, 1), self.options.block_size - self.shape.num_kept, device=kept.device)
         return self.encoding.turn(kept, self.encoding.phases(shift, like=kept))
 
-    def recall(self, rows: Tensor, num_chosen: Tensor) -> None:
-        """Copy the blocks of these rows, see `rows_of`, to the device, until the next choice."""
+    def recall(self, rows: Tensor) -> None:
+        """Copy the blocks of these rows, see `rows_of`, to the device; `num_chosen` stays."""
         self.blocks.copy_rows("keys", rows, self.keys)
         self.blocks.copy_rows("values", rows, self.values)
-        self.num_chosen.copy_(num_chosen)
 
     def keep(self, keys: Tensor, values: Tensor, num_chosen: Tensor) -> None:
         """Keep the keys and values ``(B, G, K, D)`` of the chosen blocks until the next choice."""

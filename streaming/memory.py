@@ -185,7 +185,8 @@ class StreamMemory:
             begins = range(token, token + 1)
             chosen, num_chosen = memory.choose(queries, memory.turned_kept(kept, layer), begins, index)
             for (_, memory), own in zip(part, rows_of(chosen, len(part)).chunk(len(part)), strict=True):
-                memory.recall(own, num_chosen[0])
+                memory.recall(own)
+            torch._foreach_copy_([memory.num_chosen for _, memory in part], [num_chosen[0]] * len(part))
 
     def crop(self, num_seen: int) -> None:
         """Remove the blocks that are not complete after ``num_seen`` tokens."""
