@@ -245,10 +245,11 @@ def draw(axes: Axes, results: Results, distance: int) -> None:
     """Draw the curves of a model: a colour for each size, dashed without kept tokens."""
     for i, (size, (without, kept)) in enumerate(sizes_of(results).items()):
         # Later curves are drawn over earlier ones, and are narrower.
-        style = {"color": COLOURS[i + 1], "linewidth": max(1.0, 3.0 - 0.8 * i)}
+        colour = COLOURS[1 + i % (len(COLOURS) - 1)]
+        style = {"color": colour, "linewidth": max(1.0, 3.0 - 0.8 * i)}
         plot(axes, kept, distance, label=f"S+W, {size:,} tokens", **style)
         if without:
-            plot(axes, without, distance, label=f"0+N, {size:,} tokens", linestyle=DASHES[1], color=COLOURS[i + 1])
+            plot(axes, without, distance, label=f"0+N, {size:,} tokens", linestyle=DASHES[1], color=colour)
     if DENSE in results:
         plot(axes, results[DENSE], distance, label="dense", color=COLOURS[0], linestyle=DASHES[2])
 

@@ -148,8 +148,9 @@ class StreamMemory:
         """Yield layers whose blocks are stored and chosen together: their states have one form."""
         groups: dict[Any, list[tuple[StreamingLayer, LayerMemory]]] = {}
         for layer, memory in self.layers:
-            states = [(states.shape, states.dtype, states.device) for states in (memory.queries, memory.keys)]
-            form = (*states, memory.encoding, layer.has_positions, memory.num_stored)
+            states = (memory.queries, memory.keys, memory.values)
+            forms = [(each.shape, each.dtype, each.device) for each in states]
+            form = (*forms, memory.encoding, layer.has_positions, memory.num_stored)
             groups.setdefault(form, []).append((layer, memory))
         yield from groups.values()
 
