@@ -289,13 +289,17 @@ class LayerMemory(StaticBuffers):
         """Return how many tokens are in complete blocks that are not stored yet."""
         return self.whole_blocks(num_seen - self.shape.num_kept - self.num_stored)
 
+    def complete_tokens(self, num_seen: int) -> Tensor:
+        """Return the tokens that `num_complete` counts, ``(T,)``."""
+        start = self.shape.num_kept + self.num_stored
+        return torch.arange(start, start + self.num_complete(num_seen), device=self.queries.device)
+
     def store_chunk(self, layer: StreamingLayer, step: "ChunkStep", key: Tensor, value: Tensor) -> None:
         """Store the blocks that are complete with a chunk's keys and values ``(B, G, T, D)``."""
-        start, first = self.shape.num_kept + self.num_stored, step.first
-        num_tokens = self.whole_blocks(first + step.num_inputs - start)
-        if num_tokens == 0:
+        first, end = step.first, step.first + step.num_inputs
+        if not self.num_complete(end):
             return
-        tokens = torch.arange(start, start + num_tokens, device=key.device)
+        tokens = self.complete_tokens(end)
         before, new = tokens[tokens < first], tokens[tokens >= first] - first
         slots = self.shape.slot_of(before)[None]
         keys = torch.cat((gather_columns(layer.keys, slots), key[:, :, new]), dim=2)

@@ -161,9 +161,8 @@ class StreamMemory:
             layers: from `alike`.
         """
         layer, memory = layers[0]
-        if num_tokens := memory.num_complete(num_seen):
-            start = memory.shape.num_kept + memory.num_stored
-            tokens = torch.arange(start, start + num_tokens, device=memory.queries.device)
+        if memory.num_complete(num_seen):
+            tokens = memory.complete_tokens(num_seen)
             slots = memory.shape.slot_of(tokens)[None]
             keys = torch.cat([gather_columns(layer.keys, slots) for layer, _ in layers])
             values = torch.cat([gather_columns(layer.values, slots) for layer, _ in layers])
