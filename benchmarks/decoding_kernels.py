@@ -11,11 +11,12 @@ import argparse
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from statistics import fmean, stdev
+from statistics import fmean
 from types import ModuleType
 
 import torch
 import triton
+from part_report import spread
 from torch.nn import functional as F
 
 from sinklm.eval.decode_speed import copy_bandwidth, step_times
@@ -135,7 +136,8 @@ def report_attention(has_sweep: bool, bandwidth: float) -> None:
 
 def cell(times: list[float]) -> str:
     """Return the mean of times, and their standard deviation if there are several."""
-    return f"{fmean(times):8.2f}" + (f" ± {stdev(times):.2f}" if len(times) > 1 else "")
+    deviation = spread(times)
+    return f"{fmean(times):8.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
 
 
 @torch.no_grad()

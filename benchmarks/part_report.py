@@ -70,7 +70,12 @@ def with_spread(
     Args:
         middle: `statistics.median` in place of the mean.
     """
-    return {name: middle(values), f"{SPREAD}{name}": stdev(values) if len(values) > 1 else None}
+    return {name: middle(values), f"{SPREAD}{name}": spread(values)}
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """Return the standard deviation of values; None of a single one."""
+    return stdev(values) if len(values) > 1 else None
 
 
 def shown(row: dict[str, Any], name: str) -> str:

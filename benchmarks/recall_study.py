@@ -130,16 +130,15 @@ def report_path(args: argparse.Namespace, name: str, cache: str, what: str) -> P
 
 def evaluate(args: argparse.Namespace) -> bool:
     """Run the missing evaluations of trained models, ``--per-gpu`` at a time on each GPU."""
-    jobs, wanted = [], evaluations(args)
-    for (name, cache), measured in wanted.items():
-        for what, arguments in measured.items():
+    untrained = [name for name in MODELS if not list_checkpoints(run_folder(args, name))]
+    if untrained:
+        print(f"not trained yet: {', '.join(untrained)}; run the part train", flush=True)
+    jobs = []
+    for (name, cache), measured in evaluations(args).items():
+        for what, arguments in measured.items() if name not in untrained else ():
             output = report_path(args, name, cache, what).parent
             command = (*SINKLM, "eval", "stream-eval", run_folder(args, name), *arguments, "-o", output, "--quiet")
             jobs.append(Job(f"{name} {cache} {what}", tuple(map(str, command)), output / "evaluation.log"))
-    untrained = {name for name in MODELS if not list_checkpoints(run_folder(args, name))}
-    if untrained:
-        print(f"not trained yet: {', '.join(sorted(untrained))}; run the part train", flush=True)
-    jobs = [job for job in jobs if job.name.split()[0] not in untrained]
     jobs.sort(key=lambda job: BY_DISTANCE in job.name)  # long ones first
     return study_jobs.run(jobs, study_jobs.Deadline(args.minutes), args.per_gpu) and not untrained
 

@@ -22,7 +22,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -135,6 +135,12 @@ def oracle_weights(spans: list[tuple[int, int]]) -> Callable[[LayerMemory, Tenso
     return chosen
 
 
+def oracle_of_line(tokens: RecordTokens, record: list[int], line: int) -> AbstractContextManager[None]:
+    """Choose the blocks with a line of a record and those around them."""
+    begin, end = (len(tokens.beginnings([record], num_lines)[0]) for num_lines in (line, line + 1))
+    return chosen_by(oracle_weights([(begin, end)]))
+
+
 @torch.no_grad()
 def recall(args: argparse.Namespace, name: str, size: str) -> list[dict]:
     model, distances = args.model, sorted(args.distances)
@@ -165,8 +171,7 @@ def lines(args: argparse.Namespace, name: str, size: str) -> list[dict]:
             for last in read_lines(streams, tokens, [record]):
                 for distance in (distance for distance in rights if distance <= last):
                     line = last - distance
-                    span = tuple(len(tokens.beginnings([record], end)[0]) for end in (line, line + 1))
-                    with chosen_by(oracle_weights([span])) if name == "oracle" else nullcontext():
+                    with oracle_of_line(tokens, record, line) if name == "oracle" else nullcontext():
                         rights[distance] += streams.answers(*tokens.questions([record], line))
     shares = {f"{distance} lines": 100 * fmean(answers) for distance, answers in rights.items() if answers}
     return [{"size": size, **shares, "questions": {f"{d}": len(answers) for d, answers in rights.items()}}]

@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 import torch._inductor.config
+from part_report import spread
 from torch.profiler import ProfilerActivity, profile
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXMLP
 
@@ -199,7 +200,7 @@ def report(args: argparse.Namespace, plan: Plan, world: World) -> dict:
         "command": [args.recipe, *args.overrides, "without", args.without, "inductor", *args.inductor],
         "first_step_s": round(first, 1),
         "ms_per_step": round(1e3 * seconds, 2),
-        "stdev_ms": round(1e3 * statistics.stdev(times), 2) if len(times) > 1 else None,
+        "stdev_ms": None if (stdev := spread(times)) is None else round(1e3 * stdev, 2),
         "host_ms": round(1e3 * statistics.median(by_host), 2),
         "tokens_per_second": round(positions / seconds),
         "mfu": round(operations / seconds / peak / world.size, 4) if peak else None,
