@@ -221,9 +221,8 @@ def streaming(
 def stream_eval(
     model: Model,
     num_samples: Annotated[int, typer.Option(min=1, help="Number of streams to read.")] = 100,
-    num_lines: Annotated[
-        int, typer.Option(min=11, help="Number of lines per stream; a question follows every tenth line.")
-    ] = 1000,
+    num_lines: Annotated[int, typer.Option(min=2, help="Number of lines per stream.")] = 1000,
+    lines_per_question: Annotated[int, typer.Option(min=1, help="Lines from one question to the next.")] = 10,
     caches: Caches = None,
     memory: Memory = None,
     distances: Annotated[
@@ -254,7 +253,7 @@ def stream_eval(
     from ..eval.tasks.stream_eval.records import make_records
     from ..models.config import num_prepended_sinks
 
-    check_distances(chosen_distances, num_lines)
+    check_distances(chosen_distances, num_lines, lines_per_question)
     if num_samples * num_lines > MOST_LINES:
         raise ValueError(
             f"--num-samples {num_samples} × --num-lines {num_lines} are more than {MOST_LINES:,} lines: lower one of "
@@ -266,11 +265,13 @@ def stream_eval(
     records = make_records(num_samples, num_lines, seed)
     folder = output or default_output(model)
     file = ReportFile(folder / "stream_eval.json")
-    report = new_report(loaded, model, num_samples=num_samples, num_lines=num_lines, seed=seed, results=[])
+    counts = {"num_samples": num_samples, "num_lines": num_lines, "lines_per_question": lines_per_question}
+    report = new_report(loaded, model, **counts, seed=seed, results=[])
     note_windows(console, loaded, model)
     report["tokens_per_line"] = tokens_per_line(tokenizer, records[0])
     runs = without_and_with(memory_options(size), shapes)
-    for result in _ask_all(console, loaded, tokenizer, records, runs, chosen_distances, batch_size):
+    options = {"distances": chosen_distances, "batch_size": batch_size}
+    for result in _ask_all(console, loaded, tokenizer, records, runs, lines_per_question, options):
         report["results"].append(result)
         file.keep(report)
     file.finish(report)
@@ -288,15 +289,14 @@ def _ask_all(
     tokenizer: "PreTrainedTokenizerBase",
     records: list[list[int]],
     runs: list[tuple[tuple[int, int], "MemoryOptions | None"]],
-    distances: list[int],
-    batch_size: int,
+    lines_per_question: int,
+    options: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
     """Run StreamEval with one cache after the other."""
     from ..eval.perplexity import cache_name
     from ..eval.stream_eval import ask, summarize
-    from ..eval.tasks.stream_eval.records import LINES_PER_QUESTION
 
-    num_read = (len(records[0]) - 1) // LINES_PER_QUESTION * LINES_PER_QUESTION * len(records)
+    num_read = (len(records[0]) - 1) // lines_per_question * lines_per_question * len(records)
     with progress_bars(console) as bars:
         for (num_kept, window), memory in runs:
             bar = bars.add_task(cache_name(num_kept, window, memory), total=num_read)
@@ -308,9 +308,9 @@ def _ask_all(
                 num_kept=num_kept,
                 window=window,
                 memory=memory,
-                distances=distances,
-                batch_size=batch_size,
+                lines_per_question=lines_per_question,
                 progress=lambda num_lines, bar=bar: bars.advance(bar, num_lines),  # type: ignore[misc]
+                **options,
             )
             yield summarize(list(answers), num_kept, window, time.perf_counter() - started, memory)
 

@@ -137,16 +137,18 @@ def ask(
     window: int,
     memory: MemoryOptions | None = None,
     distances: Sequence[int] = DISTANCES,
+    lines_per_question: int = LINES_PER_QUESTION,
     batch_size: int = 8,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Answer]:
-    """Read all records and ask after every tenth line, at each distance that fits.
+    """Read all records and ask at regular places, at each distance that fits.
 
     Args:
         records: records of equal length, from `make_records`.
         num_kept, window: size of the cache; the model's own sink tokens are the first kept tokens.
         memory: of the cache. With a memory, a batch has one stream.
         distances: distances in lines, from the last line read to the queried line.
+        lines_per_question: lines from one place to the next, which are read in one pass.
         batch_size: streams per batch; it does not change the answers except for rounding.
         progress: called with the number of lines read since the last call, over all streams.
 
@@ -154,33 +156,43 @@ def ask(
         ValueError: the records are too short for one of the distances.
     """
     num_lines = len(records[0])
-    check_distances(distances, num_lines)
+    check_distances(distances, num_lines, lines_per_question)
     tokens = RecordTokens(tokenizer)
     batch_size = batch_size if memory is None else 1  # rows of different lengths would need padding
     for start in range(0, len(records), batch_size):
         batch = records[start : start + batch_size]
         streams = StreamBatch(model, num_kept, window, memory)
-        for line in read_lines(streams, tokens, batch):
+        for line in read_lines(streams, tokens, batch, lines_per_question):
             for distance in (d for d in distances if d <= line):
                 rights = streams.answers(*tokens.questions(batch, line - distance))
                 for i, is_right in enumerate(rights):
                     yield Answer(start + i, line, streams.num_read[i], distance, is_right)
             if progress:
-                progress(len(batch) * LINES_PER_QUESTION)
+                progress(len(batch) * lines_per_question)
 
 
-def read_lines(streams: StreamBatch, tokens: RecordTokens, batch: Sequence[Sequence[int]]) -> Iterator[int]:
+def read_lines(
+    streams: StreamBatch,
+    tokens: RecordTokens,
+    batch: Sequence[Sequence[int]],
+    lines_per_question: int = LINES_PER_QUESTION,
+) -> Iterator[int]:
     """Read a batch of records, and yield the number of the last line where a question follows."""
-    for line in range(LINES_PER_QUESTION, len(batch[0]), LINES_PER_QUESTION):
-        is_beginning = line == LINES_PER_QUESTION
-        first = line - LINES_PER_QUESTION + 1
+    for line in range(lines_per_question, len(batch[0]), lines_per_question):
+        is_beginning = line == lines_per_question
+        first = line - lines_per_question + 1
         streams.read(tokens.beginnings(batch, line + 1) if is_beginning else tokens.lines(batch, first, line))
         yield line
 
 
-def check_distances(distances: Sequence[int], num_lines: int) -> None:
-    """Raise a ValueError for a distance that is negative or too large for a stream."""
-    last = (num_lines - 1) // LINES_PER_QUESTION * LINES_PER_QUESTION
+def check_distances(distances: Sequence[int], num_lines: int, lines_per_question: int = LINES_PER_QUESTION) -> None:
+    """Raise a ValueError for no question, and for a distance that is negative or too large."""
+    last = (num_lines - 1) // lines_per_question * lines_per_question
+    if last == 0:
+        raise ValueError(
+            f"--num-lines {num_lines} has no question, because the first one comes after line {lines_per_question}: "
+            "raise --num-lines or lower --lines-per-question"
+        )
     for distance in distances:
         if distance < 0:
             raise ValueError(f"--distances contains {distance}: distances are in lines and must be at least 0")

@@ -154,6 +154,18 @@ def test_answers_are_right_up_to_the_window(monkeypatch):
         assert answer.num_tokens == len(TOKENIZER(record_text(records[answer.sample], answer.line + 1))["input_ids"])
 
 
+@pytest.mark.parametrize("lines_per_question", [1, 4, 20, 29])
+def test_fewer_questions_have_the_same_answers(lines_per_question, monkeypatch):
+    monkeypatch.setattr("sinklm.eval.stream_eval.StreamBatch", Clerk)
+    records = make_records(3, 30, seed=0)
+    options = {"num_kept": 0, "window": int(4 * tokens_per_line(TOKENIZER, records[0])), "distances": (0, 3, 9)}
+    found = list(ask(None, TOKENIZER, records, lines_per_question=lines_per_question, **options))
+    every = {(a.sample, a.line, a.distance): a for a in ask(None, TOKENIZER, records, lines_per_question=1, **options)}
+    assert {answer.is_right for answer in every.values()} == {True, False}
+    assert sorted({answer.line for answer in found}) == list(range(lines_per_question, 30, lines_per_question))
+    assert found == [every[answer.sample, answer.line, answer.distance] for answer in found]
+
+
 def test_the_summary_counts():
     rights = {(10, 5): [True, False], (20, 5): [True, True], (20, 15): [False, True]}
     answers = [
@@ -199,6 +211,8 @@ def test_distances_that_cannot_be_asked_are_refused(checkpoints, tmp_path):
     ):
         with pytest.raises(ValueError, match=f"--distances.*{message}"):
             stream_eval(str(checkpoints[1]), num_lines=50, distances=distances, output=tmp_path)
+    with pytest.raises(ValueError, match=r"--num-lines 50 has no question, because .* after line 50: raise"):
+        stream_eval(str(checkpoints[1]), num_lines=50, lines_per_question=50, output=tmp_path)
     with pytest.raises(ValueError, match="the cache 0\\+1 is smaller than the model's 2 sink"):
         stream_eval(str(checkpoints[2]), caches="0+1", output=tmp_path)
 
