@@ -9,7 +9,7 @@ Every part can be interrupted and run again with the same settings: finished wor
 sizes can be added. A job that fails does not stop the others. ``evaluate`` measures, for each model
 and cache size N, the caches 0+N and S+(N - S), where S are its sinks (4 for vanilla), and of models
 without windows dense attention: all distances over eight trained lengths, and for the caches two
-distances along at most ``--num-stream-tokens``. ``train`` and ``evaluate`` stop after
+distances along ``--num-stream-tokens``. ``train`` and ``evaluate`` stop after
 ``--minutes``. ``collect`` writes FOLDER/recall.json; recall_report.py makes tables from it.
 """
 
@@ -26,10 +26,13 @@ from typing import Any
 
 import study_jobs
 from study_settings import keep_settings
+from transformers import PreTrainedTokenizerFast
 from windows_study import of_training
 
 from sinklm.checkpoints.folders import list_checkpoints
 from sinklm.data import TokenStore
+from sinklm.eval.stream_eval import tokens_per_line
+from sinklm.eval.tasks.stream_eval.records import make_records
 from sinklm.files import write_json
 from sinklm.train.recipe import load_config
 
@@ -49,7 +52,7 @@ SETTINGS = {  # that change what a part makes; the others can differ between its
     "evaluate": ("overrides", "num_samples", "num_stream_tokens"),
     "collect": ("overrides", "num_samples", "num_stream_tokens"),
 }
-TOKENS_PER_LINE = 24  # of StreamEval, at most, with a vocabulary of 4,096
+MARGIN = 512  # tokens, for streams that are longer than the mean
 
 
 def sinklm(*arguments: object) -> int:
@@ -101,27 +104,38 @@ def train(args: argparse.Namespace) -> bool:
 def evaluations(args: argparse.Namespace) -> dict[tuple[str, str], dict[str, list[object]]]:
     """Return arguments of `sinklm eval stream-eval` by model and cache, and by what is measured."""
     found: dict[tuple[str, str], dict[str, list[object]]] = {}
+    per_line = mean_line(args.folder / "tokenizer.json")
     for name, num_kept in MODELS.items():
         config = load_config(f"recall/{name}", args.overrides)
         length = DENSE_LENGTHS * config.train.seq_length
+        by_distance = options(args, min(length, args.num_stream_tokens) / per_line, DISTANCES, 10)
+        along = options(args, args.num_stream_tokens / per_line, ALONG_DISTANCES, 50)
         if config.model.attention.window is None:
-            found[name, "dense"] = {BY_DISTANCE: options(args, f"0+{length}", length, DISTANCES)}
+            found[name, "dense"] = {BY_DISTANCE: ["--caches", f"0+{length + MARGIN}", *by_distance]}
         for size in args.cache_sizes:
             for kept in (0, num_kept):
                 cache = f"{kept}+{size - kept}"
                 found[name, cache] = {
-                    BY_DISTANCE: options(args, cache, min(length, args.num_stream_tokens), DISTANCES),
-                    ALONG: options(args, cache, args.num_stream_tokens, ALONG_DISTANCES),
+                    BY_DISTANCE: ["--caches", cache, *by_distance],
+                    ALONG: ["--caches", cache, *along],
                 }
     return found
 
 
-def options(args: argparse.Namespace, cache: str, num_tokens: int, distances: Sequence[int]) -> list[object]:
-    """Return the arguments for a cache and a number of tokens, with the distances that fit."""
-    num_lines = num_tokens // TOKENS_PER_LINE // 10 * 10 + 1
+def mean_line(tokenizer: Path) -> float:
+    """Return the mean number of tokens in a line of StreamEval."""
+    return tokens_per_line(PreTrainedTokenizerFast(tokenizer_file=str(tokenizer)), make_records(1, 1000, seed=0)[0])
+
+
+def options(
+    args: argparse.Namespace, num_lines: float, distances: Sequence[int], lines_per_question: int
+) -> list[object]:
+    """Return the arguments for a number of lines, with the distances that fit."""
+    num_lines = int(num_lines) // lines_per_question * lines_per_question + 1
     fitting = ",".join(str(distance) for distance in distances if distance < num_lines)
     counts = ["--num-samples", args.num_samples, "--batch-size", args.num_samples]
-    return ["--caches", cache, "--distances", fitting, "--num-lines", num_lines, *counts]
+    lines = ["--num-lines", num_lines, "--lines-per-question", lines_per_question]
+    return ["--distances", fitting, *lines, *counts]
 
 
 def report_path(args: argparse.Namespace, name: str, cache: str, what: str) -> Path:
@@ -209,7 +223,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=4095, help="of the tokenizer, without the sink")
     parser.add_argument("--longest-distance", type=int, default=60, help="in lines")
     parser.add_argument("--num-samples", type=int, default=100)
-    parser.add_argument("--num-stream-tokens", type=int, default=240_000)
+    parser.add_argument("--num-stream-tokens", type=int, default=205_000)
     parser.add_argument("--cache-sizes", type=int, nargs="+", default=list(CACHE_SIZES))
     study_jobs.add_options(parser)
     args = parser.parse_intermixed_args()

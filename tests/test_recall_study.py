@@ -9,6 +9,8 @@ from types import ModuleType
 
 import pytest
 
+from sinklm.data.tokenizer import train_tokenizer
+
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 ENDS = [600, 1024, 2048, 3000, 4000]  # tokens read at the ends of parts
 PLACES = [1, 3, 4, 10, 10]
@@ -145,16 +147,22 @@ def test_the_picture_has_a_panel_for_each_model_at_a_distance_that_all_caches_ho
     assert report.picture(models).axes[0].get_ylabel() == "Exact match, 5 lines back (%)"
 
 
-def test_each_model_has_its_caches_and_one_with_windows_no_dense_attention():
-    evaluations = importlib.import_module("recall_study").evaluations
-    found = evaluations(Namespace(overrides=[], num_samples=2, num_stream_tokens=20_000, cache_sizes=[256]))
+def test_each_model_has_its_caches_and_one_with_windows_no_dense_attention(tmp_path):
+    study = importlib.import_module("recall_study")
+    train_tokenizer(["a line of a record is 12345"], 300).save(str(tmp_path / "tokenizer.json"))
+    settings = {"folder": tmp_path, "num_samples": 2, "num_stream_tokens": 20_000, "cache_sizes": [256]}
+    found = study.evaluations(Namespace(overrides=[], **settings))
     assert {name: [cache for model, cache in found if model == name] for name, _ in found} == {
         "vanilla": ["dense", "0+256", "4+252"],
         "learnable-sink": ["dense", "0+256", "1+255"],
         "drawn": ["0+256", "1+255"],
     }
     lines = {what: options[options.index("--num-lines") + 1] for what, options in found["drawn", "1+255"].items()}
-    assert lines == {"by-distance": 341, "along-the-stream": 831}
+    per_line = study.mean_line(tmp_path / "tokenizer.json")
+    assert lines == {
+        "by-distance": int(8 * 1024 / per_line) // 10 * 10 + 1,
+        "along-the-stream": int(20_000 / per_line) // 50 * 50 + 1,
+    }
 
 
 def test_reports_are_of_the_last_checkpoint_and_name_no_path(tmp_path):
