@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..models.sink_column import SinkColumn, merge_column
-from . import kernels
 from .buffers import StaticBuffers, StreamingLayer, gather_columns, select_rows, static_zeros, zeros_like_heads
 from .encodings import Rotary
 from .memory_blocks import HostBlocks, index_parts
@@ -80,17 +79,15 @@ class LayerMemory(StaticBuffers):
 
     # -- Attention -------------------------------------------------------------------------------
 
-    def add_to_token(self, softmax: "Softmax", step: "DecodeStep", layer: StreamingLayer, states: States) -> "Softmax":
+    def add_to_token(self, softmax: "Softmax", step: "DecodeStep", layer: StreamingLayer, query: Tensor) -> "Softmax":
         """Return the softmax of a pass over one token with the memory in its column.
 
+        `kernels.decode_attention` includes this.
+
         Args:
-            states: query ``(B, H, 1, D)``, key and value ``(B, G, 1, D)`` of the token.
+            query: ``(B, H, 1, D)``.
         """
-        self.allocate(*states)
-        if kernels.is_available and softmax.softcap is None and kernels.can_fuse(self.encoding, layer, states[0]):
-            where = (self, layer, step.num_seen, step.base, states[0], softmax.scaling)
-            return with_column(softmax, *kernels.decode_memory_attention(*where))
-        query = self.turned(states[0], step, layer)
+        query = self.turned(query, step, layer)
         self.queries[step.rows, :, self.row_of(step.num_seen)] = query[:, :, 0] * softmax.scaling
         return with_column(softmax, *self.attend_chosen(query, softmax))
 
@@ -248,11 +245,6 @@ class LayerMemory(StaticBuffers):
         # A query, which has the phase W + block_size, sees kept key i at the distance S + W - i.
         shift = torch.full((1, 1), self.options.block_size - self.shape.num_kept, device=kept.device)
         return self.encoding.turn(kept, self.encoding.phases(shift, like=kept))
-
-    def recall(self, rows: Tensor) -> None:
-        """Copy the blocks of these rows, see `rows_of`, to the device; `num_chosen` stays."""
-        self.blocks.copy_rows("keys", rows, self.keys)
-        self.blocks.copy_rows("values", rows, self.values)
 
     def keep(self, keys: Tensor, values: Tensor, num_chosen: Tensor) -> None:
         """Keep the keys and values ``(B, G, K, D)`` of the chosen blocks until the next choice."""

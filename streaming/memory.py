@@ -23,7 +23,7 @@ from .buffers import StreamingLayer, gather_columns
 from .encodings import Rotary
 from .layer_memory import LayerMemory
 from .layers import LayerPlan
-from .memory_blocks import append_to, index_parts, rows_of
+from .memory_blocks import append_to, copy_blocks, index_parts, rows_of
 from .rule import StreamShape, whole_number
 
 if TYPE_CHECKING:
@@ -177,15 +177,16 @@ class StreamMemory:
         """
         (layer, memory), num_blocks = layers[0], layers[0][1].num_evicted(token)
         num_heads = memory.queries.shape[0] * memory.queries.shape[1]
-        size, rows = memory.num_intervals(num_heads, num_blocks), memory.rows_before(token)
+        size, last = memory.num_intervals(num_heads, num_blocks), memory.rows_before(token)
         for part in (layers[start : start + size] for start in range(0, len(layers), size)):
-            queries = torch.cat([memory.queries for _, memory in part])[:, :, None, rows]
+            queries = torch.cat([memory.queries for _, memory in part])[:, :, None, last]
             kept = torch.cat([layer.kept_keys[:, :, : memory.shape.num_kept] for layer, _ in part])
             index = index_parts([memory.blocks for _, memory in part], num_blocks, queries.device)
             begins = range(token, token + 1)
             chosen, num_chosen = memory.choose(queries, memory.turned_kept(kept, layer), begins, index)
-            for (_, memory), own in zip(part, rows_of(chosen, len(part)).chunk(len(part)), strict=True):
-                memory.recall(own)
+            rows, stores = rows_of(chosen, len(part)), [memory.blocks for _, memory in part]
+            for name in ("keys", "values"):
+                copy_blocks(stores, name, rows, [getattr(memory, name) for _, memory in part])
             torch._foreach_copy_([memory.num_chosen for _, memory in part], [num_chosen[0]] * len(part))
 
     def crop(self, num_seen: int) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import kernels
+
 NUM_INDEX_BYTES = 2**26  # of the index, that are on the device at a time
 
 
@@ -124,14 +126,6 @@ class HostBlocks:
         )
         return keys, values
 
-    def copy_rows(self, name: str, rows: Tensor, out: Tensor) -> None:
-        """Copy blocks to ``out``, ``(B, G, K * block_size, D)``, on the device of ``rows``."""
-        states, out = self.seen_from(name, out.device), out.view(len(rows), -1)
-        if states.device == out.device:
-            torch.index_select(states.view(-1, out.shape[1]), 0, rows, out=out)
-        else:
-            out.copy_(select(states, rows).flatten(1))
-
     def truncate(self, num_blocks: int) -> None:
         """Remove all but the first blocks."""
         if num_blocks < self.num_blocks:
@@ -176,6 +170,21 @@ def append_to(stores: Sequence[HostBlocks], keys: Tensor, values: Tensor) -> Non
         torch.cuda.current_stream(keys.device).synchronize()
     for store in stores:
         store.num_blocks, store.is_shared = store.num_blocks + keys.shape[2], False
+
+
+def copy_blocks(stores: Sequence[HostBlocks], name: str, rows: Tensor, targets: Sequence[Tensor]) -> None:
+    """Copy blocks of L layers, keys or values, to the device of ``rows``.
+
+    Args:
+        rows: of all layers, see `rows_of`.
+        targets: of each layer, ``(B, G, K * block_size, D)``.
+    """
+    sources = [store.seen_from(name, rows.device) for store in stores]
+    if kernels.is_available and rows.is_cuda and all(source.is_cuda for source in sources):
+        kernels.copy_blocks(sources, targets, rows)
+        return
+    for source, target, own in zip(sources, targets, rows.chunk(len(stores)), strict=True):
+        target.copy_(select(source, own).view_as(target))
 
 
 def rows_of(chosen: Tensor, num_layers: int = 1) -> Tensor:

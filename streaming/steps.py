@@ -185,13 +185,15 @@ class DecodeStep(Step):
             self.key_positions = torch.where(tokens < shape.num_kept, tokens, tokens - shift)
 
     def _attend(self, layer, query, key, value, softmax):
-        if layer.memory is not None:
-            softmax = layer.memory.add_to_token(softmax, self, layer, (query, key, value))
         encoding, has_kernel = self.encoding, kernels.is_available and softmax.softcap is None
+        if layer.memory is not None:
+            layer.memory.allocate(query, key, value)
         if has_kernel and isinstance(encoding, Rotary) and kernels.can_fuse(encoding, layer, query):
             where = (self.shape, encoding, layer, self.num_seen, self.base)
             out, lse = kernels.decode_attention(*where, query, key, value, softmax.scaling)
             return out if softmax.column is None else merge_column(out, lse, softmax.column)[0]
+        if layer.memory is not None:
+            softmax = layer.memory.add_to_token(softmax, self, layer, query)
         layer.write(key, value, self)
         keys, values = layer.read(self)
         num_kept = self.shape.num_kept

@@ -10,7 +10,8 @@ from ..buffers import StreamingLayer
 from ..encodings import Rotary
 from ..quantized import QuantizedLayer
 from ..rule import LARGEST, StreamShape
-from .parts import LOG2E, MIN_TILE, Launch, _attend, _attend_new, _finish, block_of_dims, with_strides
+from .memory import _attend_memory
+from .parts import LOG2E, MIN_TILE, Launch, _attend_band, _attend_new, _finish, block_of_dims, with_strides
 from .quantized_attention import decode_quantized_attention
 
 BLOCK_BYTES = 8192  # keys that a program processes at a time, in bytes
@@ -42,6 +43,8 @@ def decode_attention(
 ) -> tuple[Tensor, Tensor]:
     """Store the key and value of one new token per row and compute its attention.
 
+    If the layer has a memory, the token also sees its chosen blocks, and its query is stored there.
+
     Args:
         num_seen: ``(B,)``, index of the new token.
         base: ``(B,)``, index of the token that has phase 0.
@@ -58,12 +61,15 @@ def decode_attention(
     stream = (num_seen, base, inv_freq, shape.num_kept, shape.window, encoding.interleaved, scaling)
     if isinstance(layer, QuantizedLayer):
         out, lse = decode_quantized_attention(*states, *layer.buffers.values(), *stream, layer.num_recent)
+    elif (memory := layer.memory) is None:
+        out, lse = decode_plain_attention(*states, *layer.buffers.values(), *stream, None, None, None, None, 0)
     else:
-        out, lse = decode_plain_attention(*states, *layer.buffers.values(), *stream)
+        chosen = memory.keys, memory.values, memory.num_chosen, memory.queries, memory.options.block_size
+        out, lse = decode_plain_attention(*states, *layer.buffers.values(), *stream, *chosen)
     return out[:, :, None], lse[:, :, None]
 
 
-@custom_op("sinklm::decode_attention", mutates_args=("keys", "values", "kept_keys", "num_arrived"))
+@custom_op("sinklm::decode_attention", mutates_args=("keys", "values", "kept_keys", "num_arrived", "memory_queries"))
 def decode_plain_attention(
     query: Tensor,
     key: Tensor,
@@ -79,19 +85,32 @@ def decode_plain_attention(
     window: int,
     interleaved: bool,
     scaling: float,
+    memory_keys: Tensor | None,
+    memory_values: Tensor | None,
+    num_chosen: Tensor | None,
+    memory_queries: Tensor | None,
+    block_size: int,
 ) -> tuple[Tensor, Tensor]:
+    num_memory_keys = 0 if memory_keys is None else memory_keys.shape[2]
+    num_queries = 0 if memory_queries is None else memory_queries.shape[2]
     block = max(MIN_TILE, BLOCK_BYTES // (query.element_size() * block_of_dims(query.shape[-1])))
-    launch = Launch(query, key.shape[1], window + 1, block, num_first=1)  # first: the new key and the kept keys
+    num_first = 1  # for the new key and the kept keys
+    launch = Launch(query, key.shape[1], window + 1, block, num_first, num_memory_keys)
     with torch.cuda.device_of(query):
         _decode_kernel[launch.grid](
             *with_strides(query, key, value),
             *(keys, values, kept_keys, num_arrived, num_seen, base, inv_freq),
+            *(memory_keys, memory_values, num_chosen, memory_queries),
             *(launch.parts, launch.part_lse, launch.out, launch.lse),
             SCALING=scaling,
             NUM_KEPT=num_kept,
             WINDOW=window,
             HALF_ROTARY=inv_freq.shape[0],
             INTERLEAVED=interleaved,
+            BLOCK_SIZE=block_size,
+            NUM_QUERIES=num_queries,
+            MEMORY_KEYS=num_memory_keys,
+            MEMORY_SPLITS=launch.num_memory_splits,
             **launch.constants,
             num_warps=4,
             num_stages=3,
@@ -105,33 +124,20 @@ def _(query: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _attend_band(
-    queries, keys, values, first_slot, num_filled, new_slot, dims, has_dim, peak, total, mixed,
-    SCALE: tl.constexpr, NUM_SLOTS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """Add a part of the ring to a running softmax, without the slot that is being written."""
-    for block in range(NUM_BLOCKS):
-        slots = first_slot + block * BLOCK + tl.arange(0, BLOCK)
-        offsets, mask = slots[:, None] * DIM + dims[None, :], (slots < NUM_SLOTS)[:, None] & has_dim[None, :]
-        key_block = tl.load(keys + offsets, mask=mask, other=0.0)
-        value_block = tl.load(values + offsets, mask=mask, other=0.0)
-        is_visible = (slots < num_filled) & (slots != new_slot)
-        peak, total, mixed = _attend(queries, key_block, value_block, is_visible, peak, total, mixed, SCALE)
-    return peak, total, mixed
-
-
-@triton.jit
 def _decode_kernel(
     query, key, value,
     query_row_stride, query_head_stride, key_row_stride, key_head_stride, value_row_stride, value_head_stride,
-    keys, values, kept_keys, num_arrived, num_seen, base, inv_freq, parts, part_lse, out, lse,
-    SCALING: tl.constexpr, NUM_KEPT: tl.constexpr, WINDOW: tl.constexpr, NUM_GROUPS: tl.constexpr,
+    keys, values, kept_keys, num_arrived, num_seen, base, inv_freq,
+    memory_keys, memory_values, num_chosen, memory_queries, parts, part_lse, out, lse,
+    SCALING: tl.constexpr, NUM_KEPT: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    NUM_QUERIES: tl.constexpr, MEMORY_KEYS: tl.constexpr, MEMORY_SPLITS: tl.constexpr, NUM_GROUPS: tl.constexpr,
     HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     HALF_ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_KEPT: tl.constexpr,
     BLOCKS_PER_SPLIT: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """A program per group of heads, row and split: the new and the kept keys, or slots."""
+    """A program per group of heads, row and split: the new and kept keys, slots, or a memory."""
     SCALE: tl.constexpr = SCALING * LOG2E
+    MEMORY_START: tl.constexpr = NUM_SPLITS - MEMORY_SPLITS
     NUM_SLOTS: tl.constexpr = NUM_KEPT + WINDOW + 1
     row_group, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, group = row_group // NUM_GROUPS, row_group % NUM_GROUPS
@@ -159,6 +165,14 @@ def _decode_kernel(
             query, query_head_stride, heads, has_head, queries, new_key, new_value, kept_keys, values,
             token, token - tl.load(base + row), inv_freq, dims, has_dim, peak, total, mixed,
             SCALE, NUM_KEPT, WINDOW, DIM, HALF_ROTARY, INTERLEAVED, BLOCK_KEPT,
+        )  # fmt: skip
+    elif MEMORY_SPLITS > 0 and split >= MEMORY_START:
+        peak, total, mixed = _attend_memory(
+            query, query_head_stride, heads, has_head, memory_keys, memory_values, num_chosen, memory_queries,
+            row_group, split - MEMORY_START, token, token - tl.load(base + row), inv_freq, dims, has_dim,
+            peak, total, mixed,
+            SCALING, WINDOW, BLOCK_SIZE, NUM_QUERIES, MEMORY_KEYS, HEADS, DIM, HALF_ROTARY, INTERLEAVED,
+            BLOCK, BLOCKS_PER_SPLIT,
         )  # fmt: skip
     else:
         peak, total, mixed = _attend_band(

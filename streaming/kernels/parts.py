@@ -33,14 +33,20 @@ class Launch:
         num_slots: slots that are split between programs.
         block: slots that a program processes at a time.
         num_first: programs of a group of heads that process other keys, before those of the slots.
+        num_memory_keys: keys of a memory, which are split between the last programs.
     """
 
-    def __init__(self, query: Tensor, num_groups: int, num_slots: int, block: int, num_first: int):
+    def __init__(
+        self, query: Tensor, num_groups: int, num_slots: int, block: int, num_first: int, num_memory_keys: int = 0
+    ):
         batch_size, num_heads, head_dim = query.shape
-        num_blocks = triton.cdiv(num_slots, block)
+        num_blocks, num_memory_blocks = triton.cdiv(num_slots, block), triton.cdiv(num_memory_keys, block)
+        num_all = num_blocks + num_memory_blocks
         wanted = max(1, num_programs(query.device) // (batch_size * num_groups))
-        blocks_per_split = triton.cdiv(num_blocks, min(num_blocks, wanted, MAX_SPLITS - num_first))
-        num_splits = num_first + triton.cdiv(num_blocks, blocks_per_split)
+        most = MAX_SPLITS - num_first - (num_memory_keys > 0)  # both numbers of splits are rounded up
+        blocks_per_split = triton.cdiv(num_all, min(num_all, wanted, most))
+        self.num_memory_splits = triton.cdiv(num_memory_blocks, blocks_per_split)
+        num_splits = num_first + triton.cdiv(num_blocks, blocks_per_split) + self.num_memory_splits
         self.grid = batch_size * num_groups, num_splits
         self.parts = query.new_empty((batch_size * num_heads, num_splits, head_dim), dtype=torch.float32)
         self.part_lse = query.new_empty((batch_size * num_heads, num_splits), dtype=torch.float32)
@@ -110,6 +116,22 @@ def _attend(
         weights *= value_scale[None, :]
     mixed = mixed * rescale[:, None] + tl.dot(weights.to(value_block.dtype), value_block, input_precision="ieee")
     return new_peak, total, mixed
+
+
+@triton.jit
+def _attend_band(
+    queries, keys, values, first_slot, num_filled, new_slot, dims, has_dim, peak, total, mixed,
+    SCALE: tl.constexpr, NUM_SLOTS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Add a part of the ring to a running softmax, without the slot that is being written."""
+    for block in range(NUM_BLOCKS):
+        slots = first_slot + block * BLOCK + tl.arange(0, BLOCK)
+        offsets, mask = slots[:, None] * DIM + dims[None, :], (slots < NUM_SLOTS)[:, None] & has_dim[None, :]
+        key_block = tl.load(keys + offsets, mask=mask, other=0.0)
+        value_block = tl.load(values + offsets, mask=mask, other=0.0)
+        is_visible = (slots < num_filled) & (slots != new_slot)
+        peak, total, mixed = _attend(queries, key_block, value_block, is_visible, peak, total, mixed, SCALE)
+    return peak, total, mixed
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from sinklm.streaming.encodings import Rotary
 from sinklm.streaming.layer_memory import LayerMemory
 from sinklm.streaming.quantized import KV_DTYPES, QuantizedLayer
 from sinklm.streaming.rule import StreamShape
-from sinklm.streaming.steps import DecodeStep, Softmax
+from sinklm.streaming.steps import DecodeStep
 
 pytestmark = pytest.mark.gpu
 
@@ -221,27 +221,33 @@ def test_more_rows_are_left_to_cublas():
 # -- Memory ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_chosen", [0, 1, 5])
-@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_attention_to_a_memory_equals_plain_operations(case, dtype, num_chosen):
+def test_a_token_also_sees_the_chosen_blocks_of_a_memory(case, dtype, monkeypatch):
+    """The plain step computes in float32."""
     num_kept, window, num_heads, num_groups, head_dim, *_ = case
-    encoding, options = rotary(case), MemoryOptions(block_size=4, num_blocks=5, interval=3, representative_size=1)
-    fused, plain = (LayerMemory(options, StreamShape(num_kept, window), encoding) for _ in range(2))
+    shape, encoding, tolerance = StreamShape(num_kept, window), rotary(case), TOLERANCES[dtype]
+    options = MemoryOptions(block_size=4, num_blocks=5, interval=3, representative_size=1)
+    plain, fused = StreamingLayer(shape), StreamingLayer(shape)
     query = random_states(2, num_heads, 1, head_dim, dtype=dtype)
     keys, values = (random_states(2, num_groups, 20, head_dim, dtype=dtype) for _ in range(2))
-    layer = StreamingLayer(fused.shape)
-    layer.allocate(keys[:, :, :1], values[:, :, :1])
-    for memory in (fused, plain):
-        memory.allocate(query, keys[:, :, :1], values[:, :, :1])
-        memory.keep(keys, values, torch.tensor(num_chosen))
-    num_seen = torch.tensor([window + 40, window + 71], device="cuda")
-    step = DecodeStep([layer], fused.shape, encoding, num_seen, num_seen - window)
-    found = kernels.decode_memory_attention(fused, layer, num_seen, step.base, query, scaling=head_dim**-0.5)
-    turned, softmax = plain.turned(query, step, layer), Softmax(head_dim**-0.5, None, None)
-    plain.queries[step.rows, :, plain.row_of(num_seen)] = turned[:, :, 0] * softmax.scaling
-    tolerance = {"rtol": 0, "atol": TOLERANCES[dtype]}
-    for state, twin in zip(found, plain.attend_chosen(turned, softmax), strict=True):
-        torch.testing.assert_close(state.float(), twin.float(), **tolerance)
-    torch.testing.assert_close(fused.queries, plain.queries, **tolerance)
-    assert layer.num_arrived.eq(0).all()
+    for layer in (plain, fused):
+        first = [states.float() if layer is plain else states for states in (query, keys[:, :, :1], values[:, :, :1])]
+        layer.allocate(*first[1:])
+        layer.memory = LayerMemory(options, shape, encoding)
+        layer.memory.allocate(*first)
+        layer.memory.keep(keys, values, torch.tensor(0))
+    for step, (num_seen, base, has_jumped) in enumerate(counters(case)):
+        if has_jumped:
+            fill(plain, fused)
+        for layer in (plain, fused):
+            layer.memory.num_chosen.fill_(step % (options.num_blocks + 1))
+        query = random_states(2, num_heads, 1, head_dim, dtype=dtype)
+        key, value = (random_states(2, num_groups, 1, head_dim, dtype=dtype) for _ in range(2))
+        scaling, as_float = 4 / head_dim, [states.float() for states in (query, key, value)]
+        expected = plain_step(plain, shape, encoding, num_seen, base, as_float, scaling, monkeypatch)
+        out, _ = kernels.decode_attention(shape, encoding, fused, num_seen, base, query, key, value, scaling)
+        torch.testing.assert_close(out.float(), expected, rtol=1e-5, atol=tolerance)
+        queries = fused.memory.queries.float(), plain.memory.queries
+        torch.testing.assert_close(*queries, rtol=0, atol=tolerance)
+        assert not fused.num_arrived.any()

@@ -318,7 +318,7 @@ def test_a_reset_cache_is_like_a_new_one():
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])
-@pytest.mark.parametrize("interrupted", ["copy_rows", "write_after"])
+@pytest.mark.parametrize("interrupted", ["select", "write_after"])
 def test_interrupted_steps_can_be_repeated(interrupted, is_compiled, monkeypatch):
     """Choosing and storing are interrupted after the first layer."""
     model, ids = llama(), tiny.random_ids(60)
@@ -326,18 +326,19 @@ def test_interrupted_steps_can_be_repeated(interrupted, is_compiled, monkeypatch
     read(model, cache, ids[:, :40], [40])
     torch._dynamo.reset()
     decoder = StreamingDecoder(model, cache, compile={"backend": "eager"})
-    method, calls = getattr(memory_blocks.HostBlocks, interrupted), []
+    owner, calls = memory_blocks if interrupted == "select" else memory_blocks.HostBlocks, []
+    function = getattr(owner, interrupted)
 
     def interrupting(*arguments):
         calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return method(*arguments)
+        return function(*arguments)
 
     def step(token):
         return decoder(ids[:, token : token + 1]) if is_compiled else read(model, cache, ids[:, token : token + 1], [1])
 
-    monkeypatch.setattr(memory_blocks.HostBlocks, interrupted, interrupting)
+    monkeypatch.setattr(owner, interrupted, interrupting)
     logits = []
     while len(logits) < 14:
         try:
@@ -362,13 +363,14 @@ def test_layers_store_and_recall_together_what_each_would_alone():
         for blocks, *own in zip(alone, keys[:, :, part].chunk(3), values[:, :, part].chunk(3), strict=True):
             blocks.append(*own)
     chosen = torch.randint(5, (3 * 2, 4, 1, 7))
-    rows = memory_blocks.rows_of(chosen, num_layers=3).chunk(3)
-    for blocks, twin, own, own_rows in zip(together, alone, chosen.chunk(3), rows, strict=True):
+    rows = memory_blocks.rows_of(chosen, num_layers=3)
+    copied = {name: torch.empty(3, 2, 4, 7 * 8, 16) for name in ("keys", "values")}
+    for name, found in copied.items():
+        memory_blocks.copy_blocks(together, name, rows, list(found))
+    for i, (blocks, twin, own) in enumerate(zip(together, alone, chosen.chunk(3), strict=True)):
         assert all(torch.equal(states, twin.buffers[name]) for name, states in blocks.buffers.items())
-        for name, expected in zip(("keys", "values"), twin.gather(own), strict=True):
-            found = torch.empty(2, 4, 7 * 8, 16)
-            blocks.copy_rows(name, own_rows, found)
-            assert torch.equal(found, expected[:, :, 0])
+        for name, expected in zip(copied, twin.gather(own), strict=True):
+            assert torch.equal(copied[name][i], expected[:, :, 0])
     first = keys[:2].mean() + values[:2].mean()
     assert together[0].buffers["keys"].mean() + together[0].buffers["values"].mean() == pytest.approx(first.item())
 
@@ -481,9 +483,10 @@ def test_a_gpu_reads_the_blocks_in_host_memory():
         for found, twin in zip(blocks.gather(chosen.cuda()), expected.gather(chosen), strict=True):
             assert found.is_cuda
             assert torch.equal(found.cpu(), twin)
-        copied = torch.empty(2, 3, 7 * 4, 8, dtype=torch.bfloat16, device="cuda")
-        blocks.copy_rows("keys", memory_blocks.rows_of(chosen[:, :, 2:3].cuda()), copied)
-        assert torch.equal(copied.cpu(), expected.gather(chosen)[0][:, :, 2])
+        copied = torch.empty(2, 2, 3, 7 * 4, 8, dtype=torch.bfloat16, device="cuda")  # of two layers
+        rows = memory_blocks.rows_of(chosen[:, :, 1:3].movedim(2, 0).flatten(0, 1)[:, :, None].cuda(), num_layers=2)
+        memory_blocks.copy_blocks([blocks, blocks.shared()], "keys", rows, list(copied))
+        assert torch.equal(copied.cpu(), expected.gather(chosen)[0][:, :, 1:3].movedim(2, 0))
         assert len(blocks.shared().seen) == 2
     parts = memory_blocks.index_parts([blocks], len(blocks), torch.device("cuda", 0))
     assert torch.equal(torch.cat([part.cpu() for part in parts], dim=2), expected.index[:35].movedim(0, 2))
