@@ -133,7 +133,8 @@ def options(
     """Return the arguments for a number of lines, with the distances that fit."""
     num_lines = int(num_lines) // lines_per_question * lines_per_question + 1
     fitting = ",".join(str(distance) for distance in distances if distance < num_lines)
-    counts = ["--num-samples", args.num_samples, "--batch-size", args.num_samples]
+    num_rows = args.num_samples * len(distances)  # all questions of a place in one pass
+    counts = ["--num-samples", args.num_samples, "--batch-size", num_rows]
     lines = ["--num-lines", num_lines, "--lines-per-question", lines_per_question]
     return ["--distances", fitting, *lines, *counts]
 

@@ -228,7 +228,9 @@ def stream_eval(
     distances: Annotated[
         str, typer.Option(help="Distances from a question to its line, in lines, separated by commas.")
     ] = "20,40,60,80,100,150,200",
-    batch_size: Annotated[int, typer.Option(min=1, help="Number of streams per batch.")] = 8,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Rows of a pass: streams, or several questions for each of fewer streams.")
+    ] = 8,
     seed: Seed = 0,
     output: Output = None,
     device: Device = None,

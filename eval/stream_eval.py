@@ -9,6 +9,7 @@ several distances can be queried at one place.
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -93,11 +94,16 @@ class StreamBatch:
         """Whether greedy decoding from a copy of the cache produces each answer.
 
         This holds if every token of the answer is the most likely one after the tokens before it,
-        so a single pass is enough.
+        so a single pass is enough. There can be several questions for each stream: first one for
+        all streams, then the next one for all of them.
         """
         longest = max(map(len, answers))
         rows = [question + answer[:-1] for question, answer in zip(questions, answers, strict=True)]
-        logits = self._forward(copy.deepcopy(self.cache), rows, logits_to_keep=longest)
+        cache = copy.deepcopy(self.cache)
+        if len(rows) > len(self.num_read):
+            streams = torch.arange(len(self.num_read))
+            cache.batch_select_indices(streams.repeat(len(rows) // len(streams)))
+        logits = self._forward(cache, rows, logits_to_keep=longest)
         likeliest = logits[:, -longest:].argmax(-1).tolist()
         return [tokens[-len(answer) :] == answer for tokens, answer in zip(likeliest, answers, strict=True)]
 
@@ -149,7 +155,8 @@ def ask(
         memory: of the cache. With a memory, a batch has one stream.
         distances: distances in lines, from the last line read to the queried line.
         lines_per_question: lines from one place to the next, which are read in one pass.
-        batch_size: streams per batch; it does not change the answers except for rounding.
+        batch_size: rows of a pass: streams, or several questions for each of fewer streams. It does
+            not change the answers except for rounding.
         progress: called with the number of lines read since the last call, over all streams.
 
     Raises:
@@ -161,12 +168,15 @@ def ask(
     batch_size = batch_size if memory is None else 1  # rows of different lengths would need padding
     for start in range(0, len(records), batch_size):
         batch = records[start : start + batch_size]
-        streams = StreamBatch(model, num_kept, window, memory)
+        streams, num_distances = StreamBatch(model, num_kept, window, memory), batch_size // len(batch)
         for line in read_lines(streams, tokens, batch, lines_per_question):
-            for distance in (d for d in distances if d <= line):
-                rights = streams.answers(*tokens.questions(batch, line - distance))
-                for i, is_right in enumerate(rights):
-                    yield Answer(start + i, line, streams.num_read[i], distance, is_right)
+            fitting = [distance for distance in distances if distance <= line]
+            for some in (fitting[i : i + num_distances] for i in range(0, len(fitting), num_distances)):
+                asked = [tokens.questions(batch, line - distance) for distance in some]
+                questions, answers = (list(chain.from_iterable(rows)) for rows in zip(*asked, strict=True))
+                for i, is_right in enumerate(streams.answers(questions, answers)):
+                    distance, stream = some[i // len(batch)], i % len(batch)
+                    yield Answer(start + stream, line, streams.num_read[stream], distance, is_right)
             if progress:
                 progress(len(batch) * lines_per_question)
 

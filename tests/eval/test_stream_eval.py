@@ -107,6 +107,7 @@ def test_an_answer_is_right_if_greedy_decoding_without_a_cache_writes_it(num_sin
         wrong = [list(answer) for answer in written]
         wrong[row][place] = (wrong[row][place] + 1) % 300
         assert streams.answers(questions, wrong) == [i != row for i in range(3)]
+        assert streams.answers(2 * questions, wrong + written) == [i != row for i in range(6)]
 
 
 class Clerk:
@@ -120,7 +121,8 @@ class Clerk:
         self.num_read = [len(row) for row in self.ids]
 
     def answers(self, questions, answers):
-        return [self.is_right(*row) for row in zip(self.ids, questions, answers, strict=True)]
+        streams = self.ids * (len(questions) // len(self.ids))
+        return [self.is_right(*row) for row in zip(streams, questions, answers, strict=True)]
 
     def is_right(self, ids, question, answer):
         asked = re.fullmatch(r"Query: (The REGISTER_CONTENT in line \d+ is)", TOKENIZER.decode(question))[1]
@@ -128,7 +130,8 @@ class Clerk:
         return found is not None and found[0] == asked + TOKENIZER.decode(answer)
 
 
-def test_answers_are_right_up_to_the_window(monkeypatch):
+@pytest.mark.parametrize("batch_size", [2, 5, 17])  # 17 rows are three distances of five streams
+def test_answers_are_right_up_to_the_window(batch_size, monkeypatch):
     monkeypatch.setattr("sinklm.eval.stream_eval.StreamBatch", Clerk)
     records = make_records(5, 75, seed=0)
     reach = 32 * tokens_per_line(TOKENIZER, records[0])
@@ -141,7 +144,7 @@ def test_answers_are_right_up_to_the_window(monkeypatch):
             num_kept=0,
             window=int(reach),
             distances=(0, 20, 30, 40),
-            batch_size=2,
+            batch_size=batch_size,
             progress=num_lines_read.append,
         )
     )
