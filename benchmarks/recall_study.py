@@ -122,6 +122,12 @@ def evaluations(args: argparse.Namespace) -> dict[tuple[str, str], dict[str, lis
     return found
 
 
+def is_prepared(args: argparse.Namespace) -> bool:
+    if not (found := (args.folder / "tokenizer.json").exists()):
+        print(f"{args.folder} has no tokenizer.json: run the part prepare", flush=True)
+    return found
+
+
 def mean_line(tokenizer: Path) -> float:
     """Return the mean number of tokens in a line of StreamEval."""
     return tokens_per_line(PreTrainedTokenizerFast(tokenizer_file=str(tokenizer)), make_records(1, 1000, seed=0)[0])
@@ -145,6 +151,8 @@ def report_path(args: argparse.Namespace, name: str, cache: str, what: str) -> P
 
 def evaluate(args: argparse.Namespace) -> bool:
     """Run the missing evaluations of trained models, ``--per-gpu`` at a time on each GPU."""
+    if not is_prepared(args):
+        return False
     untrained = [name for name in MODELS if not list_checkpoints(run_folder(args, name))]
     if untrained:
         print(f"not trained yet: {', '.join(untrained)}; run the part train", flush=True)
@@ -160,6 +168,8 @@ def evaluate(args: argparse.Namespace) -> bool:
 
 def collect(args: argparse.Namespace) -> bool:
     """Write what is measured into one file."""
+    if not is_prepared(args):
+        return False
     found: dict[str, dict[str, Any]] = {}
     is_done = True
     for (name, cache), measured in evaluations(args).items():
