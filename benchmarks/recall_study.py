@@ -104,21 +104,19 @@ def train(args: argparse.Namespace) -> bool:
 def evaluations(args: argparse.Namespace) -> dict[tuple[str, str], dict[str, list[object]]]:
     """Return arguments of `sinklm eval stream-eval` by model and cache, and by what is measured."""
     found: dict[tuple[str, str], dict[str, list[object]]] = {}
-    per_line = mean_line(args.folder / "tokenizer.json")
+    tokens = PreTrainedTokenizerFast(tokenizer_file=str(args.folder / "tokenizer.json"))
     for name, num_kept in MODELS.items():
         config = load_config(f"recall/{name}", args.overrides)
         length = DENSE_LENGTHS * config.train.seq_length
-        by_distance = options(args, min(length, args.num_stream_tokens) / per_line, DISTANCES, 10)
-        along = options(args, args.num_stream_tokens / per_line, ALONG_DISTANCES, 50)
-        if config.model.attention.window is None:
-            found[name, "dense"] = {BY_DISTANCE: ["--caches", f"0+{length + MARGIN}", *by_distance]}
+        by_distance = options(args, lines_in(min(length, args.num_stream_tokens), tokens), DISTANCES, 10)
+        along = options(args, lines_in(args.num_stream_tokens, tokens), ALONG_DISTANCES, 50)
+        if config.model.attention.window is None:  # a cache so large that there is memory for one question at a time
+            dense = ["--caches", f"0+{length + MARGIN}", "--batch-size", args.num_samples]
+            found[name, "dense"] = {BY_DISTANCE: [*by_distance, *dense]}
         for size in args.cache_sizes:
             for kept in (0, num_kept):
-                cache = f"{kept}+{size - kept}"
-                found[name, cache] = {
-                    BY_DISTANCE: ["--caches", cache, *by_distance],
-                    ALONG: ["--caches", cache, *along],
-                }
+                cache = ["--caches", f"{kept}+{size - kept}", "--batch-size", args.num_samples * len(DISTANCES)]
+                found[name, f"{kept}+{size - kept}"] = {BY_DISTANCE: [*by_distance, *cache], ALONG: [*along, *cache]}
     return found
 
 
@@ -128,21 +126,22 @@ def is_prepared(args: argparse.Namespace) -> bool:
     return found
 
 
-def mean_line(tokenizer: Path) -> float:
-    """Return the mean number of tokens in a line of StreamEval."""
-    return tokens_per_line(PreTrainedTokenizerFast(tokenizer_file=str(tokenizer)), make_records(1, 1000, seed=0)[0])
+def lines_in(num_tokens: int, tokenizer: PreTrainedTokenizerFast) -> int:
+    """Return how many lines a stream of so many tokens has."""
+    num_lines = 1000
+    for _ in range(3):  # numbers of later lines have more tokens
+        num_lines = int(num_tokens / tokens_per_line(tokenizer, make_records(1, num_lines, seed=0)[0]))
+    return num_lines
 
 
 def options(
-    args: argparse.Namespace, num_lines: float, distances: Sequence[int], lines_per_question: int
+    args: argparse.Namespace, num_lines: int, distances: Sequence[int], lines_per_question: int
 ) -> list[object]:
     """Return the arguments for a number of lines, with the distances that fit."""
-    num_lines = int(num_lines) // lines_per_question * lines_per_question + 1
+    num_lines = num_lines // lines_per_question * lines_per_question + 1
     fitting = ",".join(str(distance) for distance in distances if distance < num_lines)
-    num_rows = args.num_samples * len(distances)  # all questions of a place in one pass
-    counts = ["--num-samples", args.num_samples, "--batch-size", num_rows]
     lines = ["--num-lines", num_lines, "--lines-per-question", lines_per_question]
-    return ["--distances", fitting, *lines, *counts]
+    return ["--distances", fitting, *lines, "--num-samples", args.num_samples]
 
 
 def report_path(args: argparse.Namespace, name: str, cache: str, what: str) -> Path:
@@ -230,7 +229,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of both recipes")
     parser.add_argument("--folder", type=Path, default=Path("recall-study"))
     parser.add_argument("--text", action="append", default=[], help="text to train on; repeat for more")
-    parser.add_argument("--num-tokens", type=int, default=131_000_000, help="of the records")
+    parser.add_argument("--num-tokens", type=int, default=262_000_000, help="of the records")
     parser.add_argument("--vocab-size", type=int, default=4095, help="of the tokenizer, without the sink")
     parser.add_argument("--longest-distance", type=int, default=60, help="in lines")
     parser.add_argument("--num-samples", type=int, default=100)

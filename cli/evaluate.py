@@ -2,7 +2,8 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,9 +39,10 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from ..eval.perplexity import Configuration, Result, TokenizedText
+    from ..eval.stream_eval import Answer
     from ..streaming import MemoryOptions
 
 METHODS = ("dense", "window", "streaming", "recompute")  # as in `eval.perplexity`, which imports torch
@@ -229,7 +231,8 @@ def stream_eval(
         str, typer.Option(help="Distances from a question to its line, in lines, separated by commas.")
     ] = "20,40,60,80,100,150,200",
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Rows of a pass: streams, or several questions for each of fewer streams.")
+        int,
+        typer.Option(min=1, help="Rows of a pass. If they are more than the streams, questions share a pass."),
     ] = 8,
     seed: Seed = 0,
     output: Output = None,
@@ -251,7 +254,7 @@ def stream_eval(
     from ..eval.perplexity import default_caches, refuse_small_caches, without_and_with
     from ..eval.plots import plot_stream_eval
     from ..eval.report import ReportFile, default_output, display_name, new_report
-    from ..eval.stream_eval import check_distances, results_table, tokens_per_line
+    from ..eval.stream_eval import ask, check_distances, results_table, tokens_per_line
     from ..eval.tasks.stream_eval.records import make_records
     from ..models.config import num_prepended_sinks
 
@@ -272,8 +275,10 @@ def stream_eval(
     note_windows(console, loaded, model)
     report["tokens_per_line"] = tokens_per_line(tokenizer, records[0])
     runs = without_and_with(memory_options(size), shapes)
-    options = {"distances": chosen_distances, "batch_size": batch_size}
-    for result in _ask_all(console, loaded, tokenizer, records, runs, lines_per_question, options):
+    options = {"distances": chosen_distances, "lines_per_question": lines_per_question, "batch_size": batch_size}
+    asked = partial(ask, loaded, tokenizer, records, **options)  # type: ignore[arg-type]  # values of several types
+    num_read = num_samples * ((num_lines - 1) // lines_per_question * lines_per_question)
+    for result in _ask_all(console, asked, runs, num_read):
         report["results"].append(result)
         file.keep(report)
     file.finish(report)
@@ -287,32 +292,28 @@ def stream_eval(
 
 def _ask_all(
     console: Console,
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    records: list[list[int]],
+    asked: Callable[..., Iterator["Answer"]],
     runs: list[tuple[tuple[int, int], "MemoryOptions | None"]],
-    lines_per_question: int,
-    options: dict[str, Any],
+    num_lines: int,
 ) -> Iterator[dict[str, Any]]:
-    """Run StreamEval with one cache after the other."""
-    from ..eval.perplexity import cache_name
-    from ..eval.stream_eval import ask, summarize
+    """Run StreamEval with one cache after the other.
 
-    num_read = (len(records[0]) - 1) // lines_per_question * lines_per_question * len(records)
+    Args:
+        asked: returns the answers with a cache.
+        num_lines: of all streams.
+    """
+    from ..eval.perplexity import cache_name
+    from ..eval.stream_eval import summarize
+
     with progress_bars(console) as bars:
         for (num_kept, window), memory in runs:
-            bar = bars.add_task(cache_name(num_kept, window, memory), total=num_read)
+            bar = bars.add_task(cache_name(num_kept, window, memory), total=num_lines)
             started = time.perf_counter()
-            answers = ask(
-                model,
-                tokenizer,
-                records,
+            answers = asked(
                 num_kept=num_kept,
                 window=window,
                 memory=memory,
-                lines_per_question=lines_per_question,
-                progress=lambda num_lines, bar=bar: bars.advance(bar, num_lines),  # type: ignore[misc]
-                **options,
+                progress=lambda num_lines, bar=bar: bars.advance(bar, num_lines),
             )
             yield summarize(list(answers), num_kept, window, time.perf_counter() - started, memory)
 

@@ -1,15 +1,16 @@
 """StreamEval: recall of earlier lines in a stream (Xiao et al. 2024, Figures 8 and 9, Table 7).
 
-A stream is a record of numbered lines, each with a random number. After every tenth line, the model
-is queried for the number of a line some distance back. The paper's code for it was never released.
-Here each question uses a copy of the cache, so neither question nor answer enters the stream, and
-several distances can be queried at one place.
+A stream is a record of numbered lines, each with a random number. By default after every tenth
+line, the model is queried for the number of a line some distance back. The paper's code for it was
+never released. Here each question uses a copy of the cache, so neither question nor answer enters
+the stream, and several distances can be queried at one place.
 """
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
+from math import ceil
 from typing import Any
 
 import torch
@@ -207,9 +208,10 @@ def check_distances(distances: Sequence[int], num_lines: int, lines_per_question
         if distance < 0:
             raise ValueError(f"--distances contains {distance}: distances are in lines and must be at least 0")
         if distance > last:
+            needed = ceil(distance / lines_per_question) * lines_per_question
             raise ValueError(
                 f"--distances contains {distance}, but the last question comes after line {last} of {num_lines}: "
-                f"raise --num-lines above {distance} or remove this distance"
+                f"raise --num-lines above {needed}, lower --lines-per-question or remove this distance"
             )
 
 

@@ -10,6 +10,8 @@ from types import ModuleType
 import pytest
 
 from sinklm.data.tokenizer import train_tokenizer
+from sinklm.eval.stream_eval import tokens_per_line
+from sinklm.eval.tasks.stream_eval.records import make_records
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 ENDS = [600, 1024, 2048, 3000, 4000]  # tokens read at the ends of parts
@@ -158,11 +160,11 @@ def test_each_model_has_its_caches_and_one_with_windows_no_dense_attention(tmp_p
         "drawn": ["0+256", "1+255"],
     }
     lines = {what: options[options.index("--num-lines") + 1] for what, options in found["drawn", "1+255"].items()}
-    per_line = study.mean_line(tmp_path / "tokenizer.json")
-    assert lines == {
-        "by-distance": int(8 * 1024 / per_line) // 10 * 10 + 1,
-        "along-the-stream": int(20_000 / per_line) // 50 * 50 + 1,
-    }
+    tokenizer = study.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    for what, num_tokens, lines_per_question in (("by-distance", 8 * 1024, 10), ("along-the-stream", 20_000, 50)):
+        one_more = lines[what] + lines_per_question
+        sizes = [n * tokens_per_line(tokenizer, make_records(1, n, seed=0)[0]) for n in (lines[what] - 1, one_more)]
+        assert sizes[0] <= num_tokens < sizes[1]
 
 
 def test_reports_are_of_the_last_checkpoint_and_name_no_path(tmp_path):

@@ -25,7 +25,8 @@ def copy_blocks(sources: Sequence[Tensor], targets: Sequence[Tensor], rows: Tens
     if like.nbytes // num_rows % WORD.itemsize == 0:
         like = like.view(WORD)  # the kernel loads whole words
     size = len(like) // num_rows
-    addresses = torch.tensor([each.data_ptr() for each in (*sources, *targets)], device=rows.device)
+    addresses = torch.tensor([each.data_ptr() for each in (*sources, *targets)], pin_memory=rows.is_cuda)
+    addresses = addresses.to(rows.device, non_blocking=True)
     grid = len(rows), triton.cdiv(size, COPIED)
     with torch.cuda.device_of(rows):
         _copy_kernel[grid](like, addresses, rows, len(sources), num_rows, SIZE=size, BLOCK=COPIED, num_warps=4)

@@ -123,7 +123,7 @@ def _attend_band(
     queries, keys, values, first_slot, num_filled, new_slot, dims, has_dim, peak, total, mixed,
     SCALE: tl.constexpr, NUM_SLOTS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Add a part of the ring to a running softmax, without the slot that is being written."""
+    """Add consecutive slots to a running softmax, without ``new_slot``, which can be -1: none."""
     for block in range(NUM_BLOCKS):
         slots = first_slot + block * BLOCK + tl.arange(0, BLOCK)
         offsets, mask = slots[:, None] * DIM + dims[None, :], (slots < NUM_SLOTS)[:, None] & has_dim[None, :]

@@ -214,6 +214,8 @@ def test_distances_that_cannot_be_asked_are_refused(checkpoints, tmp_path):
     ):
         with pytest.raises(ValueError, match=f"--distances.*{message}"):
             stream_eval(str(checkpoints[1]), num_lines=50, distances=distances, output=tmp_path)
+    with pytest.raises(ValueError, match=r"contains 30, but .* line 29 of 50: raise --num-lines above 58, lower"):
+        stream_eval(str(checkpoints[1]), num_lines=50, lines_per_question=29, distances="30", output=tmp_path)
     with pytest.raises(ValueError, match=r"--num-lines 50 has no question, because .* after line 50: raise"):
         stream_eval(str(checkpoints[1]), num_lines=50, lines_per_question=50, output=tmp_path)
     with pytest.raises(ValueError, match="the cache 0\\+1 is smaller than the model's 2 sink"):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from sinklm.models.sink_column import SinkColumn
 from sinklm.streaming import MemoryOptions, kernels
 from sinklm.streaming.buffers import StreamingLayer
 from sinklm.streaming.encodings import Rotary
@@ -57,10 +58,10 @@ def rotary(case):
     return Rotary(lambda: inv_freq, interleaved=interleaved)
 
 
-def plain_step(layer, shape, encoding, num_seen, base, states, scaling, monkeypatch):
+def plain_step(layer, shape, encoding, num_seen, base, states, scaling, monkeypatch, column=None):
     with monkeypatch.context() as patch:
         patch.setattr(kernels, "is_available", False)
-        return DecodeStep([layer], shape, encoding, num_seen, base).attend(0, *states, scaling)
+        return DecodeStep([layer], shape, encoding, num_seen, base).attend(0, *states, scaling, column)
 
 
 def expected_lse(query, keys, num_seen, scaling):
@@ -245,9 +246,27 @@ def test_a_token_also_sees_the_chosen_blocks_of_a_memory(case, dtype, monkeypatc
         query = random_states(2, num_heads, 1, head_dim, dtype=dtype)
         key, value = (random_states(2, num_groups, 1, head_dim, dtype=dtype) for _ in range(2))
         scaling, as_float = 4 / head_dim, [states.float() for states in (query, key, value)]
-        expected = plain_step(plain, shape, encoding, num_seen, base, as_float, scaling, monkeypatch)
-        out, _ = kernels.decode_attention(shape, encoding, fused, num_seen, base, query, key, value, scaling)
+        column = SinkColumn(random_states(2, num_heads, 1), random_states(2, num_heads, 1, head_dim))
+        step = DecodeStep([fused], shape, encoding, num_seen, base)
+        out = step.attend(0, query, key, value, scaling, column)
+        expected = plain_step(plain, shape, encoding, num_seen, base, as_float, scaling, monkeypatch, column)
         torch.testing.assert_close(out.float(), expected, rtol=1e-5, atol=tolerance)
         queries = fused.memory.queries.float(), plain.memory.queries
         torch.testing.assert_close(*queries, rtol=0, atol=tolerance)
         assert not fused.num_arrived.any()
+
+
+@pytest.mark.parametrize("size", [1, 7, 48, 5000])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_several_layers_are_copied_without_waiting(dtype, size):
+    sources = [random_states(num_rows, size, dtype=dtype) for num_rows in (40, 3, 90)]
+    rows = torch.stack([torch.randint(len(source), (11,), device="cuda") for source in sources])
+    for mode in ("default", "error"):  # the first time, the kernel is compiled
+        targets = [torch.full((11, size), torch.nan, device="cuda", dtype=dtype) for _ in sources]
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            kernels.copy_blocks(sources, targets, rows.flatten())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for source, target, own in zip(sources, targets, rows, strict=True):
+            assert torch.equal(target, source[own])
