@@ -47,6 +47,7 @@ STUDY = {
     "study/gate": ("gate", 1),
     "study/head-gate": ("head_gate", 1),
 }
+DRAWN_TO_ALL = ["model.attention.pattern=window", "model.attention.window=[32,4095]"]
 # Recipes that differ from `windows/full` by these settings alone.
 WINDOWS = {
     "windows/fixed-255": ["model.attention.pattern=window", "model.attention.window=255"],
@@ -55,6 +56,11 @@ WINDOWS = {
     "windows/drawn-none": [*DRAWN, "model.sink.kind=none"],
     "windows/drawn-zero": [*DRAWN, "model.sink.kind=zero"],
     "windows/drawn-logit": [*DRAWN, "model.sink.kind=logit"],
+    "windows/drawn-4095": DRAWN_TO_ALL,
+    "windows/continued": [
+        *(*DRAWN_TO_ALL, "model.init_from=windows/runs/full", "optimizer.lr=1e-3", "train.num_steps=800"),
+        *("validation.every_steps=200", "checkpoint.every_steps=200"),
+    ],
     "windows/hybrid": ["model.attention.pattern=3:1", "model.attention.window=255"],
     "windows/segments": [
         *("model.attention.pattern=window", "model.attention.window=1023"),
@@ -85,7 +91,8 @@ def test_the_recipes_are_these():
 def test_a_recipe_can_be_trained_on_one_rank(name, monkeypatch, capsys):
     monkeypatch.chdir(CHECKPOINTS.parents[1])  # where the initial weights of `retrofit/study` are
     of_study = name.startswith("retrofit/study")
-    plan = plan_of(name, tokenizer_size=STUDY_TOKENIZER_SIZE if of_study else PYTHIA_TOKENIZER_SIZE)
+    overrides = ["model.init_from=null"] if name == "windows/continued" else []  # a run of the user
+    plan = plan_of(name, *overrides, tokenizer_size=STUDY_TOKENIZER_SIZE if of_study else PYTHIA_TOKENIZER_SIZE)
     assert plan.num_accumulation_steps >= 1
     dry_run(plan.config)
     assert f"{count_parameters(plan.model_config):,} parameters" in capsys.readouterr().out
