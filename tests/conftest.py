@@ -16,6 +16,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+gc.disable()  # until the tests are collected, which makes hardly any garbage
 
 
 class TorchRandom:
@@ -70,6 +71,10 @@ def valid_model(tmp_path_factory) -> Path:
     from .eval.checkpoints import small_model, write_checkpoint
 
     return write_checkpoint(tmp_path_factory.mktemp("valid") / "model", small_model(1))
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
