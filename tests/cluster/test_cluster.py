@@ -110,7 +110,8 @@ class Run:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
     store = make_store(folder / "data")
-    (folder / "tiny.yaml").write_text(f"{RECIPE}\ndata: {{path: {store}}}\n")
+    recipe = RECIPE.replace("micro_batch_size: 4", "micro_batch_size: 2")  # two of them on each host
+    (folder / "tiny.yaml").write_text(f"{recipe}\ndata: {{path: {store}}}\n")
     (folder / "hostfile").write_text("node1 slots=1\nnode2 slots=1\n")
     with two_hosts(folder) as hosts:
         yield Cluster(hosts, folder, start_slurm(hosts, folder))

@@ -44,7 +44,7 @@ DRAWN = ["model.attention.pattern=window", "model.attention.window=[2,20]"]
 # ZeRO-3 partitions also the small parameters of the arm, which segments use outside of a module's
 # forward.
 ARM_IN_SEGMENTS = [
-    *("train.segment_length=8", "model.sink.kind=kv_bias"),
+    *("train.segment_length=16", "model.sink.kind=kv_bias"),
     "deepspeed.zero_optimization.stage3_param_persistence_threshold=0",
 ]
 WINDOWS = [(1, "bf16", DRAWN), (3, "fp32", [*DRAWN, *ARM_IN_SEGMENTS])]
@@ -107,13 +107,8 @@ def two_ranks(recipe, store, whole_run, muon_run, tmp_path_factory) -> Path:
         )
     for stage, precision in MUON_STAGES:
         whole, resumed = folder / f"muon-{stage}", folder / f"muon-resumed-{stage}"
-        calls.append({"overrides": settings(whole, stage, precision) + SAVE_OFTEN + MUON})
-        calls.append(
-            {
-                "overrides": settings(resumed, stage, precision) + SAVE_OFTEN + MUON,
-                "copy": [str(whole), 4, str(resumed)],
-            }
-        )
+        calls.append({"overrides": settings(whole, stage, precision) + MUON})
+        calls.append({"overrides": settings(resumed, stage, precision) + MUON, "copy": [str(whole), 4, str(resumed)]})
     grown, stopped, ahead, diverged, dead, muon_grown = (
         folder / name for name in ("grown", "stopped", "ahead", "diverged", "dead", "muon-grown")
     )
@@ -165,12 +160,14 @@ def two_ranks(recipe, store, whole_run, muon_run, tmp_path_factory) -> Path:
             }
             for run, stage, precision, choice in SPIKES
         ),
-        {"overrides": [*settings(folder / "measured", 3, "fp32"), *SAVE_OFTEN, *PROBES]},
+        {"overrides": [*settings(folder / "measured", 3, "fp32"), *PROBES]},
         {"overrides": [*settings(folder / "only-sinks", 0, "fp32"), *ONLY_SINKS, f"model.init_from={whole_run}"]},
         {"overrides": [f"train.run_dir={dead}", *LONG], "signal": [1, signal.SIGKILL, 2, str(dead)]},
     ]
     (folder / "calls.json").write_text(json.dumps(calls))
-    results = Ranks(run_calls, [{"recipe": recipe, **call} for call in calls], world_size=2).wait()
+    for call in calls:  # two micro-batches on each rank, as the other tests have on one
+        call |= {"recipe": recipe, "overrides": [*call["overrides"], "train.micro_batch_size=2"]}
+    results = Ranks(run_calls, calls, world_size=2).wait()
     assert [status for status, _ in results] == [0, -signal.SIGKILL], results[0][1]
     for rank, (_, output) in enumerate(results):
         (folder / f"output-{rank}").write_text(output)

@@ -201,7 +201,7 @@ def test_extra_deepspeed_keys_are_passed_through_and_merged(recipe):
     theirs = deepspeed_config(plan)
     assert theirs["zero_optimization"] == {"stage": 1, "overlap_comm": True}
     assert theirs["wall_clock_breakdown"] is True
-    assert theirs["gradient_accumulation_steps"] == 4
+    assert theirs["gradient_accumulation_steps"] == 2
 
 
 def test_nothing_of_an_earlier_run_stays_in_the_process(recipe, world):

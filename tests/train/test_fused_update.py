@@ -22,7 +22,8 @@ NUM_STEPS = 4
 
 def plan_of(recipe: str, world_size: int, num_micro_batches: int = 2, *more: str) -> Plan:
     batch = num_micro_batches * world_size * 2 * 32
-    overrides = ["train.precision=bf16", f"train.batch_size_tokens={batch}", "optimizer.clip=0.5", *more]
+    overrides = [f"train.batch_size_tokens={batch}", "train.micro_batch_size=2"]
+    overrides += ["train.precision=bf16", "optimizer.clip=0.5", *more]
     return Plan(load_config(recipe, overrides), world_size, 300)
 
 

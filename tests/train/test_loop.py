@@ -14,7 +14,7 @@ from sinklm.train.step import PendingStep, StepResult, train_step
 
 from .tiny import ahead, assert_same_weights, bad_loss_in, losses, metrics, weights
 
-NUM_MICRO_BATCHES = 4  # of a step in the tiny recipe
+NUM_MICRO_BATCHES = 2  # of a step in the tiny recipe
 
 
 @pytest.fixture(autouse=True)

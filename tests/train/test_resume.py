@@ -304,7 +304,7 @@ def test_going_back_in_time_does_not_mix_two_runs(recipe, whole_run):
                 "validation.every_steps=1",
                 "train.seq_length=5000",
                 "model.max_position_embeddings=null",
-                "train.batch_size_tokens=10000",
+                "train.batch_size_tokens=20000",
             ],
             "(to disable validation: validation.every_steps=null)",
         ),

@@ -235,7 +235,7 @@ def run_two(recipe: str, folder: Path, **events) -> Ranks:
 
 @pytest.mark.slow
 def test_a_hanging_rank_is_named_with_its_stack_and_all_end(recipe, tmp_path):
-    hang = {"hang": [1, 4, 2], "watchdog": {"SUSPICION": 2.0, "GRACE": 1.0}}
+    hang = {"hang": [1, 4, 1], "watchdog": {"SUSPICION": 2.0, "GRACE": 1.0}}
     ranks = run_two(recipe, tmp_path, **hang, overrides=["train.hang_timeout_minutes=0.05"])
     (status, output), (other_status, other_output) = ranks.wait()
     assert (status, other_status) == (1, 1)

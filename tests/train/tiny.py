@@ -25,7 +25,7 @@ from ..data.processes import InProcessPool
 
 RECIPE = """
 model: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, max_position_embeddings: 32}
-train: {num_steps: 8, seq_length: 32, batch_size_tokens: 256, micro_batch_size: 2, precision: fp32, seed: 7}
+train: {num_steps: 8, seq_length: 32, batch_size_tokens: 256, micro_batch_size: 4, precision: fp32, seed: 7}
 optimizer: {lr: 1.0e-2, warmup_ratio: 0.25}
 validation: {every_steps: 4, num_samples: 5}
 checkpoint: {every_steps: 4}
