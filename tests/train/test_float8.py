@@ -22,7 +22,8 @@ from sinklm.train.run import train
 from .test_engine import plan_of
 from .tiny import assert_same_weights, copy_checkpoint, losses, metrics, weights
 
-EAGER = "train.compile=false"
+SHORT = ["train.compile=false", "train.num_steps=4", "checkpoint.every_steps=2"]
+SHORT += ["train.batch_size_tokens=128", "train.micro_batch_size=2"]
 FP8 = "train.precision=fp8"
 
 
@@ -37,10 +38,10 @@ def any_size_and_device() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def runs(recipe: str, any_size_and_device: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Eight steps in each precision, saved at 4 and 8."""
+    """Four steps in each precision, saved at 2 and 4."""
     folder = tmp_path_factory.mktemp("float8")
     for precision in ("bf16", "fp8"):
-        train(recipe, [EAGER, f"train.precision={precision}", f"train.run_dir={folder / precision}"])
+        train(recipe, [*SHORT, f"train.precision={precision}", f"train.run_dir={folder / precision}"])
     return {precision: folder / precision for precision in ("bf16", "fp8")}
 
 
@@ -51,22 +52,22 @@ def test_the_loss_is_almost_that_of_bf16(runs):
 
 
 def test_saved_weights_have_the_names_and_dtypes_of_bf16(runs):
-    bf16, fp8 = (weights(run, 8) for run in runs.values())
+    bf16, fp8 = (weights(run, 4) for run in runs.values())
     assert {name: weight.dtype for name, weight in fp8.items()} == {name: weight.dtype for name, weight in bf16.items()}
 
 
 def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(recipe, runs, tmp_path):
-    copy_checkpoint(runs["fp8"], 4, tmp_path)
-    train(recipe, [EAGER, FP8, f"train.run_dir={tmp_path}"])
+    copy_checkpoint(runs["fp8"], 2, tmp_path)
+    train(recipe, [*SHORT, FP8, f"train.run_dir={tmp_path}"])
     assert losses(tmp_path) == losses(runs["fp8"])
-    assert_same_weights(weights(tmp_path, 8), weights(runs["fp8"], 8))
+    assert_same_weights(weights(tmp_path, 4), weights(runs["fp8"], 4))
 
 
 @pytest.mark.parametrize(("before", "after"), [("bf16", "fp8"), ("fp8", "bf16")])
 def test_a_run_changes_between_bf16_and_fp8_without_conversion(recipe, runs, tmp_path, monkeypatch, before, after):
     monkeypatch.setattr(universal, "convert_to_universal", None)
-    copy_checkpoint(runs[before], 4, tmp_path)
-    train(recipe, [EAGER, f"train.precision={after}", f"train.run_dir={tmp_path}"])
+    copy_checkpoint(runs[before], 2, tmp_path)
+    train(recipe, [*SHORT, f"train.precision={after}", f"train.run_dir={tmp_path}"])
     resumed, expected = losses(tmp_path), losses(runs[before])
     assert resumed != expected
     assert list(resumed.values()) == pytest.approx(list(expected.values()), abs=0.03)
@@ -74,9 +75,9 @@ def test_a_run_changes_between_bf16_and_fp8_without_conversion(recipe, runs, tmp
 
 def test_validation_is_in_bf16(recipe, runs, tmp_path):
     """The validation loss of a run is the one that evaluation of its checkpoint computes."""
-    copy_checkpoint(runs["fp8"], 8, tmp_path)
-    more = ["train.num_steps=9", "validation.every_steps=1", "optimizer.lr=1e-30", f"train.run_dir={tmp_path}"]
-    train(recipe, [EAGER, "train.precision=bf16", *more])
+    copy_checkpoint(runs["fp8"], 4, tmp_path)
+    more = ["train.num_steps=5", "validation.every_steps=1", "optimizer.lr=1e-30", f"train.run_dir={tmp_path}"]
+    train(recipe, [*SHORT, "train.precision=bf16", *more])
     found = [line["validation_loss"] for line in metrics(tmp_path) if "validation_loss" in line]
     assert found[-1] == found[-2]
 
@@ -91,12 +92,12 @@ def test_validation_is_in_bf16(recipe, runs, tmp_path):
 )
 def test_settings_that_change_only_memory_and_speed(recipe, runs, tmp_path, setting):
     rest = ["validation.every_steps=null", "checkpoint.every_steps=null", f"train.run_dir={tmp_path}"]
-    train(recipe, [EAGER, FP8, setting, *rest])
+    train(recipe, [*SHORT, FP8, setting, *rest])
     assert list(losses(tmp_path).values()) == pytest.approx(list(losses(runs["fp8"]).values()), abs=5e-3)
 
 
 def test_only_the_products_of_the_layers_are_converted(recipe):
-    plan = plan_of(recipe, EAGER, FP8, "model.sink.kind=gate")
+    plan = plan_of(recipe, *SHORT, FP8, "model.sink.kind=gate")
     with connected() as world:
         made = engine_module.make_engine(SinkGPTNeoXForCausalLM(plan.model_config), plan, world.device)
         found = [name for name, module in made.module.named_modules() if isinstance(module, Float8Linear)]
@@ -131,9 +132,9 @@ def test_a_run_is_refused_before_its_model_is_made_and_a_dry_run_says_so(recipe,
 @pytest.mark.slow
 def test_a_compiled_model_learns_the_same_and_repeats_itself(recipe, runs, tmp_path):
     for name in ("first", "second"):
-        settings = ["train.compile=true", "train.deterministic=true", f"train.run_dir={tmp_path / name}"]
+        settings = [*SHORT, "train.compile=true", "train.deterministic=true", f"train.run_dir={tmp_path / name}"]
         train(recipe, [FP8, *settings])
     first, second, eager = (losses(run) for run in (tmp_path / "first", tmp_path / "second", runs["fp8"]))
     assert first == second
-    assert_same_weights(weights(tmp_path / "first", 8), weights(tmp_path / "second", 8))
+    assert_same_weights(weights(tmp_path / "first", 4), weights(tmp_path / "second", 4))
     assert list(first.values()) == pytest.approx(list(eager.values()), abs=0.02)
