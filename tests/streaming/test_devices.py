@@ -68,8 +68,9 @@ def on_two_devices(model):
     return model
 
 
-@pytest.mark.parametrize("kv_dtype", [None, "int8"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "kv_dtype"), [*((family, None) for family in FAMILIES), ("llama", "int8"), ("mpt", "int8")]
+)
 def test_the_buffers_of_a_layer_are_on_its_device(family, kv_dtype):
     """An operation on tensors of both devices would be an error. Numbers need two GPUs."""
     model = on_two_devices(tiny.build(tiny.config(family), dtype=torch.float32))

@@ -51,8 +51,10 @@ def test_phases_stay_within_twice_the_cache(family):
     assert max(int(p.max()) for p in positions if p.shape[-1] == 1) <= 2 * (NUM_KEPT + WINDOW + 1)
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "gemma3_text"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("gpt_neox", torch.float32), ("gpt_neox", torch.bfloat16), ("gemma3_text", torch.bfloat16)],
+)
 def test_half_precision_does_not_drift(dtype, family):
     """Rotated keys are rounded once, so the error of a bfloat16 stream does not grow."""
     one_layer = {"num_hidden_layers": 1} if family == "gpt_neox" else {}

@@ -58,7 +58,7 @@ def test_any_cache_and_any_split_equal_the_oracle(shape, sizes):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("shape", [(0, 5), (1, 4), (4, 9)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 5), (4, 9)], ids=str)
 def test_every_family_equals_the_oracle(family, shape):
     check(family, shape, [31] + [1] * 9)
     check(family, shape, [17, 17, 6])

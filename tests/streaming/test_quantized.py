@@ -115,12 +115,11 @@ def test_removed_tokens_leave_nothing(model, kv_dtype):
     """Recent tokens that the removed ones have overwritten come from the quantized window."""
     ids, wrong = tiny.random_ids(90), tiny.random_ids(20, seed=7)
     cache, twin = for_model(model, kv_dtype), for_model(model, kv_dtype)
-    run(model, cache, *ids[:, :60].split(1, dim=1), wrong)
+    run(model, cache, ids[:, :60], wrong)
     cache.crop(-15)
     cache.crop(-5)
-    run(model, twin, *ids[:, :60].split(1, dim=1))
-    expected = run(model, twin, *ids[:, 60:].split(1, dim=1))
-    found = run(model, cache, *ids[:, 60:].split(1, dim=1))
+    run(model, twin, ids[:, :60])
+    expected, found = (run(model, each, *ids[:, 60:].split(1, dim=1)) for each in (twin, cache))
     error = (found - expected).pow(2).mean().sqrt() / expected.std()
     assert error < {"int8": 0.05, "int4": 0.35}[kv_dtype]
 
