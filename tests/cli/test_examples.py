@@ -17,6 +17,7 @@ import typer
 from sinklm.cli.main import STEPS, app, main
 
 from ..checkpoints.pythia import put_pythia_in_cache
+from ..data.processes import InProcessPool
 from ..eval.benchmarks import write_benchmarks
 
 ROOT = Path(__file__).parents[2]
@@ -47,9 +48,22 @@ NOT_RUN = {
     "sinklm bench decode pythia-6.9b --batch-sizes 1,8 --device cuda": "needs a GPU",
 }
 STEPS_20 = "train.num_steps=20"
-# A smaller model, and an eighth of the work.
+# A smaller model, and an eighth of the work or less.
 SMALLER = "model.hidden_size=64 model.num_hidden_layers=2"
-SHORTER = f"{STEPS_20} {SMALLER} train.seq_length=128 train.batch_size_tokens=256 train.micro_batch_size=2"
+SHORTER = {
+    STEPS_20: f"{STEPS_20} {SMALLER} train.seq_length=128 train.batch_size_tokens=256 train.micro_batch_size=2",
+    "--num-lines 210": "--num-lines 60 --distances 20,40",
+    "--num-sequences 10": "--num-sequences 2",
+    "--tokens 2000": "--tokens 500",
+    "--max-new-tokens 200": "--max-new-tokens 150",  # longer than the cache and the model
+    "--limit 20": "--limit 5",
+}
+
+
+def shortened(line: str) -> str:
+    for text, shorter in SHORTER.items():
+        line = line.replace(text, shorter)
+    return line
 
 
 def commands(group=None, name: str = "sinklm"):
@@ -98,6 +112,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     """A folder with a corpus, a text, stores of parts, prompts, a task, and Pythia in a cache."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("sinklm.data.prepare.ProcessPoolExecutor", InProcessPool)
     put_pythia_in_cache(tmp_path / "cache")
     text = (ROOT / "examples" / "checkpoints" / "book.txt").read_text()
     documents = [text[i : i + 600] for start in (0, 200, 400) for i in range(start, len(text) - 600, 600)]
@@ -134,7 +149,7 @@ def test_every_example_runs(folder, monkeypatch, capfd):
                 prepare = f"sinklm prepare corpus/{part}.jsonl --tokenizer tokenizer.json -o parts/0{part} -q"
                 assert run(prepare, monkeypatch) == 0
         if line not in NOT_RUN:
-            status = run(line.replace(STEPS_20, SHORTER), monkeypatch)
+            status = run(shortened(line), monkeypatch)
             shown = capfd.readouterr()
             assert status == 0, f"{line}\n{shown.out}{shown.err}{status}"
     for made in ("store/manifest.json", "runs/quickstart/metrics.jsonl", "exports/quickstart/model.safetensors"):

@@ -54,7 +54,8 @@ def test_sequences_lie_evenly_over_the_text(checkpoints, book, tmp_path):
 
 
 @pytest.mark.parametrize("num_sinks", [1, 2])
-def test_an_export_has_the_sinks_of_its_checkpoint(checkpoints, tmp_path, book, num_sinks):
+def test_an_export_has_the_sinks_of_its_checkpoint(checkpoints, tmp_path, book, num_sinks, monkeypatch):
+    monkeypatch.setattr("sinklm.eval.sinks.plots.plot_sinks", lambda *args, **options: [])  # takes a second
     export = export_model(checkpoints[num_sinks], tmp_path / "export")
     ours, theirs = report_of(checkpoints[num_sinks], book), report_of(export, book)
     assert next(iter(ours["positions"])).startswith("sink token")
