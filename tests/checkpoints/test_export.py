@@ -434,7 +434,7 @@ def test_the_cost_is_measured_on_samples_of_limited_length(tmp_path, monkeypatch
         return torch.zeros(len(samples)), torch.ones(len(samples))
 
     monkeypatch.setattr(module_of_windows, "_sample_losses", record)
-    cost = full_attention_cost(checkpoint, "a b " * 70_000)
+    cost = full_attention_cost(checkpoint, "a b " * (sum(samples) + 1000))  # each word is a token or more
     assert (cost.num_tokens, cost.num_samples) == (sum(samples), len(samples))
     assert cost.stderr == (None if len(samples) == 1 else 0)
     assert str(cost).endswith("(+0.000)" if len(samples) == 1 else f"over {len(samples)} samples)")
