@@ -39,7 +39,7 @@ from .readers import Shard
 from .records import TEXT_KEY, Record
 from .store import TokenStore, note_verified
 from .tokenizer import DEFAULT_TOKENIZER, eod_id, tokenizer_size, training_tokenizer
-from .tokenizing import TokenizedBatch, start_process, take_answer, tokenize
+from .tokenizing import TokenizedBatch, put_records, start_process, take_result, tokenize
 
 NOTES_NAME = ".prepare"  # folder for unfinished work, inside the output folder
 BATCH_BYTES = 2**18
@@ -280,7 +280,7 @@ def _tokenized(
     error is raised after earlier batches.
     """
     waiting: deque[tuple[ShardJob, Future | Exception | None, int]] = deque()
-    answers = (notes / f"answer-{number}" for number in itertools.count())
+    batches = (notes / f"batch-{number}" for number in itertools.count())
     work = _work(jobs)
     while True:
         num_bytes = sum(size for _, _, size in waiting)
@@ -290,7 +290,7 @@ def _tokenized(
             job, item = found
             if isinstance(item, list):
                 size = sum(record.num_bytes for record in item)
-                waiting.append((job, pool.submit(tokenize, item, next(answers)), size))
+                waiting.append((job, pool.submit(tokenize, put_records(item, next(batches))), size))
                 num_bytes += size
             else:
                 waiting.append((job, item, 0))
@@ -299,7 +299,7 @@ def _tokenized(
         job, result, _ = waiting.popleft()
         if isinstance(result, Exception):
             raise result
-        yield job, take_answer(result.result()) if result else None
+        yield job, take_result(result.result()) if result else None
 
 
 def _work(jobs: list[ShardJob]) -> Iterator[tuple[ShardJob, list[Record] | Exception | None]]:

@@ -158,21 +158,29 @@ def _exit_at_end_of(stop: Connection) -> None:
     os._exit(1)
 
 
-def tokenize(records: list[Record], answer: Path) -> Path:
-    """Tokenize a batch and write the result to the file ``answer``, for :func:`take_answer`.
+def put_records(records: list[Record], batch: Path) -> Path:
+    """Write a batch to a file, for :func:`tokenize`.
 
-    The result is not sent through the pipe to the main process: if a process is killed while it
-    sends more than the pipe's buffer, ``ProcessPoolExecutor`` waits indefinitely for the rest.
+    Neither records nor results are sent through the pipes of ``ProcessPoolExecutor``. If a process
+    is killed while more than a pipe's buffer is sent, it waits indefinitely: for the rest of a
+    result, and in Python 3.10 and older 3.11 also for a reader of records.
     """
-    assert _work is not None
-    with silent_stderr():  # panics of the tokenizer
-        batch = _work(records)
-    answer.write_bytes(pickle.dumps(batch))
-    return answer
-
-
-def take_answer(answer: Path) -> TokenizedBatch:
-    """Read and delete the file that :func:`tokenize` wrote."""
-    batch = pickle.loads(answer.read_bytes())
-    answer.unlink()
+    batch.write_bytes(pickle.dumps(records))
     return batch
+
+
+def tokenize(batch: Path) -> Path:
+    """Replace the records in a file by the result, for :func:`take_result`."""
+    assert _work is not None
+    records = pickle.loads(batch.read_bytes())
+    with silent_stderr():  # panics of the tokenizer
+        result = _work(records)
+    batch.write_bytes(pickle.dumps(result))
+    return batch
+
+
+def take_result(batch: Path) -> TokenizedBatch:
+    """Read and delete the file that :func:`tokenize` wrote."""
+    result = pickle.loads(batch.read_bytes())
+    batch.unlink()
+    return result

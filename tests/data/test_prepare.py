@@ -3,6 +3,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -350,8 +351,9 @@ def test_ctrl_c_ends_the_command_in_the_middle_of_a_document(tmp_path: Path, tok
         os.killpg(process.pid, signal.SIGINT)
         assert "Interrupted. Run the same command again to resume." in process.communicate()[1]
     assert process.returncode == 130
-    # The document was not finished first.
-    assert [path.name for path in (tmp_path / "store/.prepare").glob("answer-*")] == []
+    # The document was not finished first: the file of its batch still has the records.
+    (batch,) = (tmp_path / "store/.prepare").glob("batch-*")
+    assert isinstance(pickle.loads(batch.read_bytes()), list)
 
 
 @pytest.mark.usefixtures("in_process")
@@ -361,7 +363,7 @@ def test_few_large_documents_are_read_ahead(
     """Otherwise many processes would hold many documents of the largest size."""
     path = write_json_lines(tmp_path / "x.jsonl", [{"text": "sink " * 10_000}] * 30)
     waiting = largest = 0
-    submit, take = InProcessPool.submit, prepare_module.take_answer
+    submit, take = InProcessPool.submit, prepare_module.take_result
 
     def submitted(self: InProcessPool, *arguments: object) -> object:
         nonlocal waiting, largest
@@ -369,13 +371,13 @@ def test_few_large_documents_are_read_ahead(
         largest = max(largest, waiting)
         return submit(self, *arguments)
 
-    def taken(answer: Path) -> object:
+    def taken(batch: Path) -> object:
         nonlocal waiting
         waiting -= 1
-        return take(answer)
+        return take(batch)
 
     monkeypatch.setattr(InProcessPool, "submit", submitted)
-    monkeypatch.setattr(prepare_module, "take_answer", taken)
+    monkeypatch.setattr(prepare_module, "take_result", taken)
     prepare([str(path)], tmp_path / "store", tokenizer_file, num_processes=8)
     assert largest == -(-2 * 4000 * 18 // 50_012)  # 18 batches of twice 4000 bytes
 
@@ -442,24 +444,30 @@ def test_what_was_read_before_a_truncated_file_is_kept(corpus: list[str], tmp_pa
     assert content(tmp_path / "store") == content(tmp_path / "whole")
 
 
-def test_an_answer_goes_through_a_file(tmp_path: Path, tokenizer_file: Path) -> None:
-    """The main process would wait indefinitely for one that breaks off in the pipe."""
+def test_batches_go_through_files(tmp_path: Path, tokenizer_file: Path) -> None:
+    """The main process would wait indefinitely for a pipe in which one breaks off."""
     InProcessPool(1, None, None, (None, tokenizer_file, 0, np.dtype(np.uint16), 0.0))
     lines = [JsonLine("a", "a", json.dumps(row).encode()) for row in records(4, 30)]
-    answer = tokenizing.tokenize(lines, tmp_path / "answer")
-    assert answer == tmp_path / "answer"
-    assert tokenizing.take_answer(answer).num_records == 30
-    assert not answer.exists()
+    batch = tokenizing.tokenize(tokenizing.put_records(lines, tmp_path / "batch"))
+    assert batch == tmp_path / "batch"
+    assert tokenizing.take_result(batch).num_records == 30
+    assert not batch.exists()
 
 
-def test_a_killed_tokenizing_process_is_an_error(corpus: list[str], tmp_path: Path, tokenizer_file: Path) -> None:
-    def kill_helper(progress: PrepareProgress) -> None:
-        for process in multiprocessing.active_children():
-            process.kill()
+def test_a_killed_tokenizing_process_is_an_error(
+    tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill_helpers(progress: PrepareProgress) -> None:
+        """First they stop reading, so that what waits in a pipe has no reader."""
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for process in multiprocessing.active_children():
+                os.kill(process.pid, number)
+            time.sleep(0.3)
 
+    monkeypatch.setattr(prepare_module, "BATCH_BYTES", 2**18)  # more than the buffer of a pipe
     big = write_json_lines(tmp_path / "big.jsonl", records(9, 4000, num_words=400))
     with pytest.raises(OSError, match="a tokenizing process was killed"):
-        prepare([str(big)], tmp_path / "store", tokenizer_file, report=kill_helper)
+        prepare([str(big)], tmp_path / "store", tokenizer_file, report=kill_helpers)
 
 
 @pytest.mark.usefixtures("in_process")
