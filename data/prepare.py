@@ -276,8 +276,8 @@ def _tokenized(
 ) -> Iterator[tuple[ShardJob, TokenizedBatch | None]]:
     """Yield the tokenized batches of all jobs in order, and None at the end of each job.
 
-    At most ``max_waiting`` batches are read ahead, and fewer if they are larger than usual. A read
-    error is raised after earlier batches.
+    At most ``max_waiting`` batches are read ahead, and fewer if they are larger than usual. An
+    error in reading or writing one is raised after the batches before it.
     """
     waiting: deque[tuple[ShardJob, Future | Exception | None, int]] = deque()
     batches = (notes / f"batch-{number}" for number in itertools.count())
@@ -288,12 +288,16 @@ def _tokenized(
             if (found := next(work, None)) is None:
                 break
             job, item = found
-            if isinstance(item, list):
-                size = sum(record.num_bytes for record in item)
-                waiting.append((job, pool.submit(tokenize, put_records(item, next(batches))), size))
-                num_bytes += size
-            else:
+            if not isinstance(item, list):
                 waiting.append((job, item, 0))
+                continue
+            size = sum(record.num_bytes for record in item)
+            try:
+                waiting.append((job, pool.submit(tokenize, put_records(item, next(batches))), size))
+            except OSError as error:
+                waiting.append((job, error, 0))
+                work = iter(())
+            num_bytes += size
         if not waiting:
             return
         job, result, _ = waiting.popleft()

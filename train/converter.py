@@ -12,10 +12,11 @@ import torch
 from deepspeed.checkpoint import DeepSpeedCheckpoint, ds_to_universal
 
 from .universal import add_second_moments
-from .unpickling import deepspeed_classes
+from .unpickling import deepspeed_classes, pickle_enums_by_value
 
 # At import, for workers that import this module again.
 torch.serialization.add_safe_globals(deepspeed_classes())
+pickle_enums_by_value()
 read_state = DeepSpeedCheckpoint.get_zero_checkpoint_state
 
 

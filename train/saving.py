@@ -24,6 +24,7 @@ from .plan import Plan
 from .rank_state import rank_path, rank_state
 from .resume import interpolated_settings
 from .snapshot import HostMemory, copy_to_host
+from .unpickling import pickle_enums_by_value
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -189,6 +190,7 @@ class CheckpointWriter:
             client_state["optimizer_parameter_names"] = [name for group in groups for name in group]
         config = engine.config
         engine.config = deepspeed_config(self._plan, is_saved=True)  # it is stored with the weights
+        pickle_enums_by_value()
         try:
             return deepspeed_patches.collect_files(engine, path, tag=DEEPSPEED_FOLDER, client_state=client_state)
         finally:

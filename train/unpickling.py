@@ -4,10 +4,12 @@ A pickle can call any function. torch's ``weights_only`` reads tensors, containe
 in addition here the few classes that DeepSpeed's files need.
 """
 
+import copyreg
 import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -31,6 +33,17 @@ def deepspeed_classes() -> list[Any]:
         module, _, attribute = name.rpartition(".")
         found.append(getattr(importlib.import_module(module), attribute, None))
     return [each for each in found if each is not None]
+
+
+def pickle_enums_by_value() -> None:
+    """Let this process pickle DeepSpeed's enums as their class and value.
+
+    Some versions of Python, such as 3.11.2, pickle an enum as a call of ``getattr``, which is
+    refused when the file is read.
+    """
+    for each in deepspeed_classes():
+        if issubclass(each, Enum):
+            copyreg.pickle(each, lambda member: (type(member), (member.value,)))
 
 
 @contextmanager

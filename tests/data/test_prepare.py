@@ -349,8 +349,9 @@ def test_ctrl_c_ends_the_command_in_the_middle_of_a_document(tmp_path: Path, tok
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         wait_until_it_tokenizes(process.pid)
         os.killpg(process.pid, signal.SIGINT)
-        assert "Interrupted. Run the same command again to resume." in process.communicate()[1]
-    assert process.returncode == 130
+        _, said = process.communicate()
+    assert process.returncode == 130, said
+    assert "Interrupted. Run the same command again to resume." in said
     # The document was not finished first: the file of its batch still has the records.
     (batch,) = (tmp_path / "store/.prepare").glob("batch-*")
     assert isinstance(pickle.loads(batch.read_bytes()), list)

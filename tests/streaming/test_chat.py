@@ -77,7 +77,8 @@ def test_the_model_reads_the_conversation_as_the_template_renders_it():
         conversation.append({"role": "assistant", "content": reply})
     *_, last = conversation
     expected = words.apply_chat_template(conversation[:-1], tokenize=False, add_generation_prompt=True)
-    assert words.decode(seen + chat.generator.unread) == expected + last["content"]
+    read = words.decode(seen + chat.generator.unread).replace("<|padding|>", "")  # a random model can write it
+    assert read == expected + last["content"]
 
 
 def scripted(chat: Chat, text: str, end: bool = False) -> None:

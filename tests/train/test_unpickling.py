@@ -1,5 +1,6 @@
 """Checkpoints cannot run code: pickles that would are refused, with and without conversion."""
 
+import copyreg
 import io
 import os
 import pickle
@@ -10,7 +11,13 @@ import pytest
 import torch
 
 from sinklm.train.run import train
-from sinklm.train.unpickling import DEEPSPEED_CLASSES, deepspeed_classes, restricted_unpickling
+from sinklm.train.unpickling import (
+    DEEPSPEED_CLASSES,
+    deepspeed_classes,
+    pickle_enums_by_value,
+    refused_names,
+    restricted_unpickling,
+)
 
 from ..checkpoints.seal import seal
 from .tiny import copy_checkpoint, losses
@@ -42,6 +49,21 @@ def run(request, recipe, tmp_path_factory) -> tuple[Path, list[str]]:
     settings = [f"deepspeed.zero_stage={stage}", f"train.precision={precision}", "validation.every_steps=null"]
     train(recipe, [f"train.run_dir={run_dir}", *settings, "train.num_steps=4"])
     return run_dir, settings
+
+
+def test_enums_are_written_as_their_value(tmp_path, monkeypatch):
+    """Python 3.11.2 writes a call of getattr, which is refused in a file."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    monkeypatch.setattr(ZeroStageEnum, "__reduce_ex__", lambda self, protocol: (getattr, (type(self), self.name)))
+    monkeypatch.delitem(copyreg.dispatch_table, ZeroStageEnum, raising=False)
+    torch.save(ZeroStageEnum.gradients, tmp_path / "stage.pt")
+    assert refused_names(tmp_path / "stage.pt") == ["builtins.getattr"]
+    pickle_enums_by_value()
+    torch.save(ZeroStageEnum.gradients, tmp_path / "stage.pt")
+    assert refused_names(tmp_path / "stage.pt") == []
+    with restricted_unpickling():
+        assert torch.load(tmp_path / "stage.pt") is ZeroStageEnum.gradients
 
 
 def test_a_payload_is_refused_in_every_file(recipe, run, tmp_path):
