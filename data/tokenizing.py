@@ -163,7 +163,7 @@ def put_records(records: list[Record], batch: Path) -> Path:
 
     Neither records nor results are sent through the pipes of ``ProcessPoolExecutor``. If a process
     is killed while more than a pipe's buffer is sent, it waits indefinitely: for the rest of a
-    result, and in Python 3.10 and older 3.11 also for a reader of records.
+    result, and in the first versions of Python 3.11 also for a reader of records.
     """
     batch.write_bytes(pickle.dumps(records))
     return batch
