@@ -38,8 +38,8 @@ def deepspeed_classes() -> list[Any]:
 def pickle_enums_by_value() -> None:
     """Let this process pickle DeepSpeed's enums as their class and value.
 
-    The first versions of Python 3.11, such as 3.11.2, pickle an enum as a call of ``getattr``, which
-    is refused when the file is read.
+    The first versions of Python 3.11, such as 3.11.2, pickle an enum as a call of ``getattr``,
+    which is refused when the file is read.
     """
     for each in deepspeed_classes():
         if issubclass(each, Enum):
