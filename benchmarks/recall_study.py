@@ -105,18 +105,19 @@ def evaluations(args: argparse.Namespace) -> dict[tuple[str, str], dict[str, lis
     """Return arguments of `sinklm eval stream-eval` by model and cache, and by what is measured."""
     found: dict[tuple[str, str], dict[str, list[object]]] = {}
     tokens = PreTrainedTokenizerFast(tokenizer_file=str(args.folder / "tokenizer.json"))
+    along = options(args, lines_in(args.num_stream_tokens, tokens), ALONG_DISTANCES, 50)
     for name, num_kept in MODELS.items():
         config = load_config(f"recall/{name}", args.overrides)
         length = DENSE_LENGTHS * config.train.seq_length
         by_distance = options(args, lines_in(min(length, args.num_stream_tokens), tokens), DISTANCES, 10)
-        along = options(args, lines_in(args.num_stream_tokens, tokens), ALONG_DISTANCES, 50)
         if config.model.attention.window is None:  # a cache so large that there is memory for one question at a time
             dense = ["--caches", f"0+{length + MARGIN}", "--batch-size", args.num_samples]
             found[name, "dense"] = {BY_DISTANCE: [*by_distance, *dense]}
         for size in args.cache_sizes:
             for kept in (0, num_kept):
-                cache = ["--caches", f"{kept}+{size - kept}", "--batch-size", args.num_samples * len(DISTANCES)]
-                found[name, f"{kept}+{size - kept}"] = {BY_DISTANCE: [*by_distance, *cache], ALONG: [*along, *cache]}
+                cache = f"{kept}+{size - kept}"
+                own = ["--caches", cache, "--batch-size", args.num_samples * len(DISTANCES)]
+                found[name, cache] = {BY_DISTANCE: [*by_distance, *own], ALONG: [*along, *own]}
     return found
 
 

@@ -98,7 +98,6 @@ class LayerMemory(StaticBuffers):
             layer: it has not stored the new keys and values yet.
             states: queries ``(B, H, T, D)``, keys and values ``(B, G, T, D)`` of the chunk.
         """
-        self.allocate(*states)
         query, key, value = self.turned(states[0], step, layer), *states[1:]
         self.store_chunk(layer, step, key, value)
         first, end, num_kept = step.first, step.first + step.num_inputs, self.shape.num_kept

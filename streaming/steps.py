@@ -99,6 +99,8 @@ class Step:
         layer = self.layers[layer_idx]
         with torch.no_grad():
             layer.allocate(key, value)
+            if layer.memory is not None:
+                layer.memory.allocate(query, key, value)
             out = self.on(key.device)._attend(layer, query, key, value, softmax)
         if any(states.requires_grad for states in (query, key, value)):
             return WithoutGradient.apply(out, query, key, value)
@@ -186,8 +188,6 @@ class DecodeStep(Step):
 
     def _attend(self, layer, query, key, value, softmax):
         encoding, has_kernel = self.encoding, kernels.is_available and softmax.softcap is None
-        if layer.memory is not None:
-            layer.memory.allocate(query, key, value)
         if has_kernel and isinstance(encoding, Rotary) and kernels.can_fuse(encoding, layer, query):
             where = (self.shape, encoding, layer, self.num_seen, self.base)
             out, lse = kernels.decode_attention(*where, query, key, value, softmax.scaling)

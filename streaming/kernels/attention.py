@@ -61,10 +61,10 @@ def decode_attention(
     stream = (num_seen, base, inv_freq, shape.num_kept, shape.window, encoding.interleaved, scaling)
     if isinstance(layer, QuantizedLayer):
         out, lse = decode_quantized_attention(*states, *layer.buffers.values(), *stream, layer.num_recent)
-    elif (memory := layer.memory) is None:
-        out, lse = decode_plain_attention(*states, *layer.buffers.values(), *stream, None, None, None, None, 0)
     else:
-        chosen = memory.keys, memory.values, memory.num_chosen, memory.queries, memory.options.block_size
+        chosen: tuple = (None, None, None, None, 0)
+        if (memory := layer.memory) is not None:
+            chosen = memory.keys, memory.values, memory.num_chosen, memory.queries, memory.options.block_size
         out, lse = decode_plain_attention(*states, *layer.buffers.values(), *stream, *chosen)
     return out[:, :, None], lse[:, :, None]
 
