@@ -125,7 +125,7 @@ def main() -> None:
 def tables(found: dict[str, Any]) -> dict[str, str]:
     ready = configurations(found)
     made = {"answer": answer(ready, found["settings"]["window"]), "summary": summary(ready)}
-    return made | {name: by_tokens(ready, name) for name in (UNTOUCHED, CONTINUED)}
+    return made | {name: by_tokens(ready, name) for name in (UNTOUCHED, CONTINUED)} | {"cost": cost(ready)}
 
 
 def answer(ready: Iterable[Configuration], window: int) -> str:
@@ -174,14 +174,26 @@ def summary(ready: Iterable[Configuration]) -> str:
 
 def by_tokens(ready: Iterable[Configuration], reference: str) -> str:
     """Perplexity with 1+N over that of a reference with 4+N, in percent, by tokens."""
-    ready = [each for each in ready if reference in each.excess]
-    columns = sorted({tokens for each in ready for tokens in each.tokens})
-    rows = []
-    for each in ready:
-        cells = dict(zip(each.tokens, each.excess[reference], strict=True))
-        shown = [mean_and_error(cells.get(tokens, []), 2, "+") for tokens in columns]
-        rows.append([f"{each.row}, {each.weights}, {each.lr}", *shown])
-    return table([f"1+N over 4+N, {reference}, %", *map(in_words, columns)], rows)
+    rows = [(each, each.excess[reference]) for each in ready if reference in each.excess]
+    return table_by_tokens(f"1+N over 4+N, {reference}, %", rows, 2)
+
+
+def cost(ready: Iterable[Configuration]) -> str:
+    """Loss on held-out text over that of vanilla, continued if there is such a run, by tokens."""
+    rows = [(each, each.cost.get(CONTINUED, each.cost[UNTOUCHED])) for each in ready]
+    return table_by_tokens("loss over vanilla, nats", rows, 4)
+
+
+def table_by_tokens(title: str, rows: Iterable[tuple[Configuration, list[list[float]]]], digits: int) -> str:
+    """Return a row for each configuration and its values by checkpoint and seed."""
+    rows = list(rows)
+    columns = sorted({tokens for each, _ in rows for tokens in each.tokens})
+    lines = []
+    for each, values in rows:
+        cells = dict(zip(each.tokens, values, strict=True))
+        shown = [mean_and_error(cells.get(tokens, []), digits, "+") for tokens in columns]
+        lines.append([f"{each.row}, {each.weights}, {each.lr}", *shown])
+    return table([title, *map(in_words, columns)], lines)
 
 
 def picture(ready: list[Configuration]) -> Figure:
@@ -196,8 +208,9 @@ def picture(ready: list[Configuration]) -> Figure:
             if name in each.excess:
                 panels.setdefault((each.weights, name), []).append(each)
     rows = list(dict.fromkeys(each.row for each in ready))
+    legends: dict[str, tuple[list[Line2D], list[str]]] = {}
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(1.6 + 2.8 * len(panels), 3.8), layout="constrained")
+        figure = Figure(figsize=(2.4 + 2.8 * len(panels), 3.8), layout="constrained")
         all_axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
         for axes, ((weights, name), shown) in zip(all_axes, panels.items(), strict=True):
             lrs = sorted({each.lr for each in shown}, key=float)
@@ -206,10 +219,11 @@ def picture(ready: list[Configuration]) -> Figure:
                 axes.plot(each.tokens, [fmean(excess) for excess in each.excess[name]], **style)
             axes.set_title(f"{weights} weights, over {name} vanilla", fontsize=9)
             lines = [Line2D([], [], color="0.3", linestyle=DASHES[i]) for i in range(len(lrs))]
-            axes.legend(lines, lrs, title="learning rate", loc="lower left", fontsize=8, alignment="left")
+            legends[f"learning rate, {weights} weights"] = (lines, lrs)
         finish(all_axes, sorted({tokens for each in ready for tokens in each.tokens}))
-        lines = [Line2D([], [], color=COLOURS[i]) for i in range(len(rows))]
-        figure.legend(lines, rows, title="initial row", loc="outside right upper", alignment="left")
+        legends["initial row"] = ([Line2D([], [], color=COLOURS[i]) for i in range(len(rows))], rows)
+        for place, (title, (lines, names)) in zip(("upper", "center", "lower"), legends.items(), strict=False):
+            figure.legend(lines, names, title=title, loc=f"outside right {place}", alignment="left")
     return figure
 
 

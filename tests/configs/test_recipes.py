@@ -156,11 +156,14 @@ def test_a_recipe_of_the_windows_differs_from_full_attention_by_its_name_alone(n
 
 
 @pytest.mark.parametrize("name", RETROFITS)
-def test_a_retrofit_goes_on_at_the_rate_at_which_the_pretraining_ended(name):
+def test_a_retrofit_goes_on_at_a_constant_rate(name):
+    """The rate is at most that at which the pre-training ended: that of the study is lower."""
     plan = plan_of(name)
     pretraining, num_positions = RETROFITS[name]
     before, now = load_config(pretraining).optimizer, plan.config.optimizer
-    assert now.lr == pytest.approx(before.lr * before.min_lr_ratio)
+    last = before.lr * before.min_lr_ratio
+    assert now.lr == (5e-4 if name == "retrofit/study" else pytest.approx(last))
+    assert now.lr <= last * 1.001
     assert now.min_lr_ratio == 1
     assert plan.num_positions == pytest.approx(num_positions, rel=0.01)
     assert plan.num_sinks == 1
