@@ -27,6 +27,8 @@ SET_NAME = "recall"
 SUFFIXES = (".jsonl", ".jsonl.zst")
 FEWEST_LINES = 4
 LARGEST_NUMBER = 99_999
+LARGEST_FIRST_KEY = 20_000  # of consecutive ones
+KINDS_OF_KEYS = ("consecutive", "consecutive", "ascending", "numbers", "names")
 LINES_PER_QUESTION = (1, 6)  # before lines are added for long distances
 MOST_QUESTIONS = 3  # in a row, on average over a document
 NUM_TRIES = 8
@@ -39,8 +41,9 @@ VALUES = (
     *("value", "code", "number", "weight", "price", "content", "key", "total", "length", "count", "score", "label"),
     *("reading", "balance", "amount", "password", "reference", "result", "size", "id"),
 )
-CONSONANTS, VOWELS = "bcdfghjklmnprstvwz", "aeiou"
+CONSONANTS, VOWELS, LETTERS = "bcdfghjklmnprstvwz", "aeiou", "abcdefghijklmnopqrstuvwxyz"
 INVENTED_SHARE = 0.5  # of the words
+SPELLED_SHARE = 0.5  # of the invented words: any letters; the others have syllables
 SYLLABLES = ("ba", "do", "fi", "gu", "ka", "le", "mi", "no", "pa", "ra", "si", "tu", "ve", "wo", "zu", "an", "el")
 INTRODUCTIONS = (
     "",
@@ -158,9 +161,11 @@ class Phrasing:
 
 
 def _word(rng: random.Random, known: Sequence[str]) -> str:
-    """Return one of the words, or an invented one of one to three syllables."""
+    """Return one of the words, or an invented one: any letters, or one to three syllables."""
     if rng.random() >= INVENTED_SHARE:
         return rng.choice(known)
+    if rng.random() < SPELLED_SHARE:
+        return "".join(rng.choices(LETTERS, k=rng.randint(3, 9)))
     return "".join(
         rng.choice(CONSONANTS) + rng.choice(VOWELS) + rng.choice(CONSONANTS) for _ in range(rng.randint(1, 3))
     )
@@ -261,9 +266,9 @@ def _log_uniform(rng: random.Random, low: int, high: int) -> int:
 
 
 def _keys(rng: random.Random, count: int) -> list[str]:
-    kind = rng.choice(("consecutive", "ascending", "numbers", "names"))
+    kind = rng.choice(KINDS_OF_KEYS)
     if kind == "consecutive":
-        first = rng.choice((0, 1, rng.randrange(1000)))
+        first = rng.choice((0, 1, _log_uniform(rng, 0, LARGEST_FIRST_KEY)))
         return [str(first + i) for i in range(count)]
     if kind == "names":
         return _distinct(lambda: "".join(rng.choices(SYLLABLES, k=rng.randint(2, 4))), count)

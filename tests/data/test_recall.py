@@ -18,12 +18,15 @@ from sinklm.data.recall import (
     ASKING,
     COMPOSED_SHARE,
     INVENTED_SHARE,
+    KINDS_OF_KEYS,
+    LARGEST_FIRST_KEY,
     LINKS,
     NAMES,
     OPENINGS,
     PLACES,
     PROMPTS,
     REPEATING_SHARE,
+    SPELLED_SHARE,
     STATEMENTS,
     THINGS,
     VALUES,
@@ -107,13 +110,26 @@ def test_shares_of_phrasings():
     repeating = [each for each in drawn if each.question not in ASKING]
     assert all(each.question[0].endswith(each.statement[0]) for each in repeating)
     assert all(each.question[1] == each.statement[1] for each in repeating)
-    invented = [
-        each.words[name] not in known for each in drawn for name, known in (("thing", THINGS), ("value", VALUES))
-    ]
+    words = [(each.words[name], known) for each in drawn for name, known in (("thing", THINGS), ("value", VALUES))]
+    invented = [word for word, known in words if word not in known]
+    spelled = [word for word in invented if not re.fullmatch("([^aeiou][aeiou][^aeiou])+", word)]
     composed = [each.statement not in STATEMENTS for each in drawn]
     assert len(repeating) / len(drawn) == pytest.approx(REPEATING_SHARE, abs=0.03)
-    assert sum(invented) / len(invented) == pytest.approx(INVENTED_SHARE, abs=0.03)
+    assert len(invented) / len(words) == pytest.approx(INVENTED_SHARE, abs=0.03)
+    assert len(spelled) / len(invented) == pytest.approx(SPELLED_SHARE, abs=0.05)  # few have syllables by chance
     assert sum(composed) / len(composed) == pytest.approx(COMPOSED_SHARE, abs=0.03)
+
+
+def test_consecutive_keys_start_anywhere():
+    keys = [make_record(0, number, 0, 20).keys for number in range(800)]
+    first = [int(found[0]) for found in keys if found == [str(i) for i in range_from(found[0], len(found))]]
+    assert len(first) / len(keys) == pytest.approx(KINDS_OF_KEYS.count("consecutive") / len(KINDS_OF_KEYS), abs=0.05)
+    for low, high in pairwise((0, 1, 2, 10, 100, 1000, 10_000, LARGEST_FIRST_KEY + 1)):
+        assert any(low <= number < high for number in first)
+
+
+def range_from(first: str, count: int) -> range:
+    return range(int(first), int(first) + count) if first.isdigit() else range(0)
 
 
 @pytest.mark.parametrize(("shortest", "longest"), [(0, 60), (7, 40)])
