@@ -2,6 +2,7 @@
 
 from importlib import metadata
 from pathlib import Path
+from re import fullmatch
 from textwrap import fill
 from typing import Any
 
@@ -25,8 +26,8 @@ tags:
 
 # {name}
 
-A Pythia-style (GPT-NeoX) language model of {num_parameters:,} parameters, pre-trained with \
-sinklm {with_sinks}.
+A Pythia-style (GPT-NeoX) language model of {num_parameters:,} parameters, trained with sinklm \
+{with_sinks}.
 
 | | |
 |---|---|
@@ -57,7 +58,8 @@ model.generate(**inputs, past_key_values=cache, max_new_tokens=10_000)
 
 ## Licence
 
-The publisher of this model chooses its licence. The training texts have their own licences.
+The publisher of this model chooses its licence. The training texts, and a model from whose weights
+the training started, have their own licences.
 """
 
 SINK_NOTES = """\
@@ -142,9 +144,9 @@ def run_facts(folder: Path) -> dict[str, str]:
     with named_damage(checkpoint / CONFIG_FILE, "restore it, or use another checkpoint"):
         config = parse_yaml((checkpoint / CONFIG_FILE).read_bytes())
         train = config["train"]
-        facts = {
+        facts = _origin_facts(config["model"].get("init_from"), train.get("only_sinks", False)) | {
             "Steps": f"{state.step:,} of {train['num_steps']:,}",
-            "Positions seen": f"{state.positions:,} ({train['batch_size_tokens']:,} a step)",
+            "Positions seen, in this run": f"{state.positions:,} ({train['batch_size_tokens']:,} a step)",
             "Sequence length": f"{train['seq_length']:,}",
             "Highest learning rate": f"{config['optimizer']['lr']:g}",
             "Precision": state.precision,
@@ -153,6 +155,15 @@ def run_facts(folder: Path) -> dict[str, str]:
         store = Path(config["data"]["path"] or "")
     facts |= _loss_facts(run / METRICS_FILE, state.step) | _data_facts(store)
     return facts | _version_facts(run / ENVIRONMENT_FILE)
+
+
+def _origin_facts(init_from: str | None, only_sinks: bool) -> dict[str, str]:
+    """Return the model that a run started from, without a local path, and what was trained."""
+    if init_from is None:
+        return {}
+    is_on_hub = fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", init_from)
+    trained = "the embeddings of the sink tokens alone" if only_sinks else "all weights"
+    return {"Started from the weights of": init_from if is_on_hub else Path(init_from).name, "Trained": trained}
 
 
 def _loss_facts(metrics: Path, num_steps: int) -> dict[str, str]:

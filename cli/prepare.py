@@ -202,7 +202,7 @@ def print_summary(console: Console, manifest: "Manifest", output: Path) -> None:
     for name, split in manifest.splits.items():
         console.print(f"{name}: {split.total.tokens:,} tokens", highlight=False)
     if num_empty := sum(source.num_empty_files for source in manifest.sources):
-        console.print(f"Skipped {num_empty} empty text files.")
+        console.print(f"Skipped {num_empty} empty text file{'s' * (num_empty != 1)}.")
     nothing = [name for name in sorted(sets) if not held_out.sets.get(name, Counts()).documents]
     if manifest.split_sets and manifest.validation_fraction and nothing and held_out.total.documents:
         console.print(
@@ -213,6 +213,7 @@ def print_summary(console: Console, manifest: "Manifest", output: Path) -> None:
         )
     if manifest.validation_fraction and not held_out.total.documents:
         console.print(
-            "No document was held out for validation; to measure validation loss, raise --validation-fraction.",
+            "No document was held out for validation, which training requires unless validation.every_steps=null. "
+            "Prepare another folder with a larger --validation-fraction, or divide long texts into documents.",
             style="yellow",
         )

@@ -99,7 +99,7 @@ class TokenStore:
     def split(self, name: str) -> TokenSequence:
         """Return the tokens of a split ("train" or "validation"), in manifest order."""
         if name not in self.manifest.splits:
-            remedy = "; prepare it with a larger --validation-fraction" if name == "validation" else ""
+            remedy = "; prepare another folder with a larger --validation-fraction" if name == "validation" else ""
             raise ValueError(f"{self.path}: has no split {name!r}, only {', '.join(self.manifest.splits)}{remedy}")
         return self._sequence(self.manifest.splits[name].shards)
 

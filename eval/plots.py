@@ -81,8 +81,7 @@ def plot_stream_eval(report: dict[str, Any], path: Path, title: str | None = Non
 def stream_eval_figure(report: dict[str, Any], title: str | None = None) -> Figure:
     """Plot StreamEval accuracy against distance and, at the shortest distance, against tokens read.
 
-    Vertical lines in the left panel mark the distance at which a line leaves the window of that
-    cache.
+    Dotted lines in the left panel mark the distance at which a line leaves the window of a cache.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.0, 3.2), layout="constrained")
@@ -98,7 +97,7 @@ def stream_eval_figure(report: dict[str, Any], title: str | None = None) -> Figu
             shortest = str(columns[0]["lines"])
             places, accuracies = _smooth([p for p in result["places"] if shortest in p["accuracy"]], shortest)
             by_place.plot(places, accuracies, **style)
-        by_distance.set_xlabel("Lines between the question and its answer")
+        by_distance.set_xlabel("Distance (lines back; dotted: end of the window)")
         by_distance.set_ylabel("Correct answers (%)")
         by_distance.set_ylim(-3, 103)
         by_distance.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))

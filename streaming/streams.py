@@ -159,7 +159,7 @@ class Streams:
                 Padding is not stored, so the rows could not be cut at the same input.
         """
         if self.counters is None or self.record is None:
-            return
+            raise ValueError(f"crop({-num_removed}): the cache has read no token")
         if self.is_ragged:
             raise ValueError("cannot remove tokens from a batch that had padding: call reset() and read the text again")
         num_seen = int(self.counters.num_seen[0])  # of all rows: there was no padding

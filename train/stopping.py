@@ -90,7 +90,7 @@ class StopRequest:
         """Say what happens next. The watchdog calls it, so it also works while a step computes."""
         if not self._is_announced:
             self._is_announced = True
-            again = "; press Ctrl-C again after 3 seconds to stop without saving" if number == signal.SIGINT else ""
+            again = "; to stop without saving, wait 3 seconds and press Ctrl-C again" if number == signal.SIGINT else ""
             self._say(f"{signal.Signals(number).name}: finishing the current steps, then saving{again}")
 
     def _receive(self, number: int, frame: types.FrameType | None) -> None:

@@ -133,10 +133,11 @@ def epochs(plan: Plan, windows: Windows) -> str:
     if isinstance(windows, SetWindows):
         shares = shares_of(plan.config.data.weights or {})
         sets = [
-            f"{name} {float(share):.3g} ({_epochs(float(plan.num_samples * share) / windows.num_windows[name])})"
+            f"{float(share):.3g} of the samples from {name} "
+            f"({_epochs(float(plan.num_samples * share) / windows.num_windows[name])})"
             for name, share in shares.items()
         ]
-        return f"samples of {', '.join(sets)}"
+        return ", ".join(sets)
     return _epochs(plan.num_samples / len(windows))
 
 

@@ -289,6 +289,26 @@ def test_a_tokenizer_of_another_model_is_an_error(checkpoint, tmp_path):
     assert not (tmp_path / "export").exists()
 
 
+@pytest.mark.parametrize(
+    ("init_from", "source"), [("EleutherAI/pythia-160m", "EleutherAI/pythia-160m"), ("/home/ada/vanilla", "vanilla")]
+)
+@pytest.mark.parametrize("only_sinks", [False, True])
+def test_the_model_card_names_the_model_that_a_run_started_from(init_from, source, only_sinks, tmp_path):
+    checkpoint = tmp_path / "checkpoints" / "step-200"
+    make_checkpoint(checkpoint / "model")
+    state = {"data_fingerprint": "", "world_size": 1, "zero_stage": 1, "precision": "fp32"}
+    (checkpoint / "state.json").write_text(CheckpointState(step=200, positions=819_200, **state).to_json())
+    settings = [f"model.init_from={init_from}", f"train.only_sinks={only_sinks}", "deepspeed.zero_stage=0"]
+    settings += ["optimizer.weight_decay=0.0"]
+    (checkpoint / "config.yaml").write_text(config_yaml(load_config("quickstart", settings)))
+    seal(checkpoint)
+    export_model(checkpoint, tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert f"| Started from the weights of | {source} |" in card
+    assert ("| Trained | the embeddings of the sink tokens alone |" in card) == only_sinks
+    assert ("| Trained | all weights |" in card) != only_sinks
+
+
 @given(st.integers(0, 50))
 def test_sinks_have_different_names(num_sinks):
     assert len(set(sink_names(num_sinks))) == num_sinks
@@ -325,7 +345,7 @@ def test_the_model_card_has_the_facts_of_the_run(tmp_path, capsys):
     for fact in (
         "# my-model",
         "| Steps | 200 of 300 |",
-        "| Positions seen | 819,200 (4,096 a step) |",
+        "| Positions seen, in this run | 819,200 (4,096 a step) |",
         "| Training loss | 3.5000",
         "| Validation loss | 3.2500",
         "1,000 tokens: Books 75.0%, Code 25.0%",
@@ -335,6 +355,7 @@ def test_the_model_card_has_the_facts_of_the_run(tmp_path, capsys):
     ):
         assert fact in card
     assert str(tmp_path) not in card  # a published card must not contain local paths
+    assert "Started from" not in card
     said = "".join(capsys.readouterr().out.split())  # without the line breaks of rich
     assert "my-modelisaplainGPTNeoXForCausalLM" in said
     for name in ("config.yaml", "state.json"):

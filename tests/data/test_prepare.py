@@ -628,4 +628,4 @@ def test_the_table_has_a_line_for_each_set(corpus: list[str], tmp_path: Path, to
     documents = {name: int(rows[name][0]) for name in ("A", "B", "C", "texts", "all")}
     assert documents["all"] == 75 == sum(documents.values()) - 75
     assert int(rows["all"][-1]) == manifest.splits["validation"].total.documents
-    assert "Skipped 1 empty text files." in lines
+    assert "Skipped 1 empty text file." in lines

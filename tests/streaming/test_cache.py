@@ -194,6 +194,8 @@ def test_reset_begins_a_new_stream(model):
 
 def test_crop_removes_tokens_until_one_has_left_the_cache(model):
     cache, ids = for_model(model), tiny.random_ids(9)
+    with pytest.raises(ValueError, match="has read no token"):
+        cache.crop(-1)
     expected = run(model, ids, for_model(model))
     run(model, ids[:, :5], cache)
     run(model, tiny.random_ids(4, seed=9), cache)
