@@ -12,6 +12,8 @@ from ..console import Console
 from .options import Quiet, Seed, examples
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from ..data.recall import RecallRecord
 
 
@@ -57,25 +59,26 @@ def recall(
         raise ValueError("pass exactly one of --num-documents and --num-tokens")
     if num_tokens is not None and tokenizer is None:
         raise ValueError("--num-tokens requires --tokenizer, which counts them")
+    if num_documents is not None and tokenizer is not None:
+        raise ValueError("--tokenizer counts the tokens of --num-tokens: remove it, or replace --num-documents")
     from ..data.recall import records, write_records
+    from ..data.tokenizer import load_tokenizer_file
 
     console = Console(is_quiet=quiet)
     documents = records(seed, shortest, longest)
     if num_documents is not None:
         documents = islice(documents, num_documents)
     else:
-        documents = _until(documents, num_tokens or 0, tokenizer or "")
+        documents = _until(documents, num_tokens or 0, load_tokenizer_file(tokenizer or ""))
     num_written, num_questions = write_records(output, documents)
     console.print(f"{output}: {num_written:,} documents, {num_questions:,} questions", soft_wrap=True)
 
 
-def _until(documents: "Iterator[RecallRecord]", num_tokens: int, tokenizer: str) -> "Iterator[RecallRecord]":
+def _until(documents: "Iterator[RecallRecord]", num_tokens: int, tokenizer: "Tokenizer") -> "Iterator[RecallRecord]":
     """Yield documents until they have ``num_tokens`` tokens, end-of-document tokens included."""
-    from ..data.tokenizer import load_tokenizer_file
-
-    loaded, num_found = load_tokenizer_file(tokenizer), 0
+    num_found = 0
     while batch := list(islice(documents, BATCH_DOCUMENTS)):
-        encodings = loaded.encode_batch([document.text for document in batch], add_special_tokens=False)
+        encodings = tokenizer.encode_batch([document.text for document in batch], add_special_tokens=False)
         for document, encoding in zip(batch, encodings, strict=True):
             yield document
             num_found += len(encoding) + 1

@@ -75,6 +75,11 @@ class Resume:
         """Whether `restore` converts the checkpoint; the engine then needs ``load_universal``."""
         return bool(self.mismatches) and self.step > 0
 
+    @property
+    def needs_initial_weights(self) -> bool:
+        """Whether the run begins with its initial weights: a step 0 that has nothing to convert."""
+        return bool(self.mismatches) and not self.is_converted
+
     def restore(self, engine: "DeepSpeedEngine", plan: Plan, world: World, *, scratch: Path) -> None:
         """Load the checkpoint into a new engine. Every rank calls it.
 
@@ -84,8 +89,8 @@ class Resume:
         Raises:
             SameOnAllRanks: a file cannot be read, or contains code and is not trusted.
         """
-        if self.mismatches and not self.is_converted:
-            return  # at step 0 there is nothing to convert, and the engine already has these weights
+        if self.needs_initial_weights:
+            return
         if world.is_main:
             for leftover in scratch.glob(f"step-*{CONVERTED}"):  # of a conversion that was killed
                 shutil.rmtree(leftover)

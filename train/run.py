@@ -207,7 +207,8 @@ def _ready_engine(plan: Plan, world: World, resume: Resume | None, progress: Run
         progress.say(f"{'drawing' if config.model.init_from is None else 'reading'} the initial weights …")
     world.mark("making the model")
     with world.all_or_none():
-        model = _build_model(plan, world.device)
+        reads_initial = resume is None or resume.needs_initial_weights
+        model = _build_model(plan, world.device, config.model.init_from if reads_initial else None)
     progress.say("setting up DeepSpeed …")
     world.mark("setting up DeepSpeed")
     is_converted = resume is not None and resume.is_converted
@@ -245,11 +246,11 @@ def _open_store(config: TrainingConfig, world: World) -> TokenSource:
     return store
 
 
-def _build_model(plan: Plan, device: torch.device) -> SinkGPTNeoXForCausalLM:
-    """Create the model in float32 with its initial weights."""
+def _build_model(plan: Plan, device: torch.device, init_from: str | None) -> SinkGPTNeoXForCausalLM:
+    """Create the model in float32 with the weights of another one, or random ones."""
     torch.manual_seed(plan.config.train.seed)
-    if plan.config.model.init_from is not None:
-        return load_weights(plan.config.model.init_from, plan.model_config)
+    if init_from is not None:
+        return load_weights(init_from, plan.model_config)
     with _drawing_device(count_parameters(plan.model_config), device):
         return SinkGPTNeoXForCausalLM(plan.model_config)
 

@@ -97,7 +97,7 @@ def named_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        named = OSError(f"cannot write {path}: {error.strerror}")
+        named = OSError(f"cannot write {path}: {error.strerror or error}")
         named.errno = error.errno
         raise named from error
 

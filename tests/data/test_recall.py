@@ -181,10 +181,12 @@ def test_the_file_has_the_form_of_the_pile(tmp_path):
         ([], "pass exactly one of --num-documents and --num-tokens"),
         (["--num-documents", "1", "--num-tokens", "1"], "pass exactly one of"),
         (["--num-tokens", "1"], "--num-tokens requires --tokenizer"),
+        (["--num-documents", "1", "--tokenizer", "x"], "--tokenizer counts the tokens of --num-tokens: remove it"),
+        (["--num-tokens", "1", "--tokenizer", "./none"], r"^tokenizer \./none: no such folder; check the path"),
     ],
 )
 def test_mistakes_are_named(tmp_path, arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         CliRunner().invoke(
             app, ["data", "generate", "recall", "-o", str(tmp_path / "x.jsonl"), *arguments], catch_exceptions=False
         )

@@ -13,7 +13,8 @@ from hypothesis import given
 from lm_eval.tasks import TaskManager
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
+from tokenizers.normalizers import Strip
+from tokenizers.pre_tokenizers import Metaspace, Split
 from transformers import PreTrainedTokenizerFast
 
 from sinklm.cli.evaluate import stream_eval
@@ -57,6 +58,17 @@ def test_pieces_are_the_ids_of_the_whole_text(line, seed):
         whole = f"{record_text(record, 21)}Query: The REGISTER_CONTENT in line {line} is <{record[line]}>"
         assert TOKENIZER.decode(ids) == whole
         assert ids == TOKENIZER(whole)["input_ids"]
+
+
+def test_a_tokenizer_that_drops_the_end_of_a_part_is_named():
+    record, backend = make_records(1, 21, seed=0)[0], Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    backend.pre_tokenizer = Metaspace()
+    TOKENS.check_parts(record, 10)
+    RecordTokens(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")).check_parts(record, 10)
+    backend.normalizer = Strip()
+    tokens = RecordTokens(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
+    with pytest.raises(ValueError, match="support this tokenizer: a text in parts has other tokens than the whole"):
+        tokens.check_parts(record, 10)
 
 
 @pytest.mark.parametrize(

@@ -68,15 +68,16 @@ def test_the_norm_is_that_of_the_sinks_gradient(run, plan):
     assert first["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
-def test_a_resumed_run_is_the_same(recipe, settings, run, tmp_path):
+def test_a_resumed_run_is_the_same_without_the_model_that_it_started_from(recipe, settings, run, tmp_path):
     copy_checkpoint(run, 4, tmp_path)
-    train(recipe, [*settings, f"train.run_dir={tmp_path}"])
+    train(recipe, [*settings, f"train.run_dir={tmp_path}", "model.init_from=/nowhere"])
     assert_same_weights(weights(tmp_path, 8), weights(run, 8))
 
 
 def test_a_run_goes_on_in_another_precision(recipe, settings, run, plan, tmp_path):
     copy_checkpoint(run, 4, tmp_path)
-    train(recipe, [*settings, f"train.run_dir={tmp_path}", "train.precision=bf16"])  # converts the checkpoint
+    others = ["train.precision=bf16", "model.init_from=/nowhere"]  # converts the checkpoint
+    train(recipe, [*settings, f"train.run_dir={tmp_path}", *others])
     assert_only_the_sinks_changed(weights(tmp_path, 8), saved_names(started(plan)))
     torch.testing.assert_close(weights(tmp_path, 8)[EMBEDDING], weights(run, 8)[EMBEDDING], atol=0.02, rtol=0)
 

@@ -268,6 +268,12 @@ def test_a_finished_run_is_not_trained_again(recipe, whole_run, tmp_path, capsys
     assert "raise train.num_steps to train further, or set another train.run_dir to train anew" in said
 
 
+def test_a_resumed_run_does_not_read_the_model_that_it_started_from(recipe, whole_run, tmp_path):
+    copy_checkpoint(whole_run, 4, tmp_path)
+    train(recipe, [f"train.run_dir={tmp_path}", "model.init_from=/nowhere"])
+    assert_same_weights(weights(tmp_path, 8), weights(whole_run, 8))
+
+
 def test_other_data_is_refused(recipe, stopped_run, tmp_path):
     other = make_store(tmp_path / "other", seed=1)
     with pytest.raises(ValueError, match=r"data\.path .* contains different data"):

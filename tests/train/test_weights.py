@@ -49,7 +49,9 @@ def test_a_recipe_with_weights_reads_sets_in_their_order(recipe, sets):
     names = [windows.place_of(i)[0] for i in order(np.arange(4096)).tolist()]
     assert names.count("code") == 3072
     num_code = windows.num_windows["code"]
-    assert epochs(plan, windows).startswith(f"samples of code 0.75 ({64 * 0.75 / num_code:.3g} epochs), web (en) 0.25")
+    assert epochs(plan, windows).startswith(
+        f"0.75 of the samples from code ({64 * 0.75 / num_code:.3g} epochs), 0.25 of the"
+    )
     plain = plan_of(recipe, sets)
     windows, _ = open_windows(TokenStore(sets), plain)
     assert isinstance(windows, TokenWindows)
