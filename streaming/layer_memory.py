@@ -1,13 +1,17 @@
 """The memory of one layer: it stores blocks, chooses among them and attends to the chosen ones."""
 
 from collections.abc import Iterable, Iterator
+from itertools import count
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 from torch.nn import functional as F
 
 from ..models.sink_column import SinkColumn, merge_column
+from . import kernels
 from .buffers import StaticBuffers, StreamingLayer, gather_columns, select_rows, static_zeros, zeros_like_heads
 from .encodings import Rotary
 from .memory_blocks import HostBlocks, index_parts
@@ -17,6 +21,8 @@ if TYPE_CHECKING:
     from .memory import MemoryOptions
     from .steps import ChunkStep, DecodeStep, Softmax, Step
 
+NUMBERS = count()
+MEMORIES: "WeakValueDictionary[int, LayerMemory]" = WeakValueDictionary()
 NEWER = 2.0**-20  # by which a block weighs more than the one before it
 NUM_BYTES = 2**26  # of scores and chosen blocks of a chunk that are on the device at a time
 
@@ -63,6 +69,9 @@ class LayerMemory(StaticBuffers):
         num_chosen: ``()``, the number of chosen blocks.
         queries: ``(B, H, interval + 1, D)``, the last ones times the factor of the scores; that of
             token t is in row ``t % (interval + 1)``. A step that fails overwrites no needed one.
+        chooses: ``()`` on the host, whether a pass over one token begins an interval. It is
+            shared by all layers.
+        number: of this memory in `MEMORIES`.
     """
 
     BUFFERS = ("keys", "values", "num_chosen", "queries")
@@ -76,8 +85,22 @@ class LayerMemory(StaticBuffers):
         super().__init__()
         self.options, self.shape, self.encoding = options, shape, encoding
         self.blocks = HostBlocks(options.representative_size)
+        self.chooses = torch.tensor(False)
+        self.kernel: kernels.Recall | None = None  # if kernels can choose the blocks
+        self.number = next(NUMBERS)
+        MEMORIES[self.number] = self
 
     # -- Attention -------------------------------------------------------------------------------
+
+    def recall(self, step: "DecodeStep", layer: StreamingLayer, query: Tensor, scaling: float) -> None:
+        """Choose the blocks of an interval that begins with the token of a pass.
+
+        Args:
+            query: ``(B, H, 1, D)``.
+        """
+        where = layer.kept_keys, step.num_seen, step.base, self.chooses
+        states = self.queries, self.keys, self.values, self.num_chosen
+        recall_blocks(query, *where, *states, scaling, layer.has_positions, self.number)
 
     def add_to_token(self, softmax: "Softmax", step: "DecodeStep", layer: StreamingLayer, query: Tensor) -> "Softmax":
         """Return the softmax of a pass over one token with the memory in its column.
@@ -107,7 +130,8 @@ class LayerMemory(StaticBuffers):
             return softmax
         kept = torch.cat((layer.kept_keys[:, :, :first], key[:, :, :num_kept]), dim=2)[:, :, :num_kept]
         outs, lses = zip(
-            *self.attend_intervals(query, recent, self.turned_kept(kept, layer), first, softmax), strict=True
+            *self.attend_intervals(query, recent, self.turned_kept(kept, layer.has_positions), first, softmax),
+            strict=True,
         )
         return with_column(softmax, torch.cat(outs, dim=2), torch.cat(lses, dim=2))
 
@@ -143,8 +167,8 @@ class LayerMemory(StaticBuffers):
                 yield self.attend_chosen(part, softmax)  # none
                 continue
             padded = F.pad(part, (0, 0, 0, -part.shape[2] % interval))
-            queries = recent[:, :, start : start + padded.shape[2]].unflatten(2, (-1, interval))
-            index = index_parts([self.blocks], self.num_evicted(begins[-1]), query.device)
+            queries = recent[:, :, start + 1 : start + 1 + padded.shape[2]].unflatten(2, (-1, interval))
+            index = index_parts(self.blocks, self.num_evicted(begins[-1]), query.device)
             chosen, num_chosen = self.choose(queries, kept, begins, index)
             keys, values = self.blocks.gather(chosen)
             self.keep(keys[:, :, -1], values[:, :, -1], num_chosen[-1])
@@ -197,10 +221,11 @@ class LayerMemory(StaticBuffers):
     # -- Choosing --------------------------------------------------------------------------------
 
     def choose(self, queries: Tensor, kept: Tensor, begins: range, index: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-        """Choose the blocks of N intervals. Rows may be those of several layers.
+        """Choose the blocks of N intervals.
 
         Args:
-            queries: the ones before each interval, ``(B, H, N, interval, D)``, see `queries`.
+            queries: the last ones of the first token of each interval, ``(B, H, N, interval, D)``,
+                see `queries`.
             kept: the kept keys ``(B, G, S, D)`` in the frame of the memory.
             begins: first token of each interval.
             index: of the blocks that the last interval sees, see `index_parts`.
@@ -237,9 +262,58 @@ class LayerMemory(StaticBuffers):
         weights *= 1 + NEWER * torch.arange(weights.shape[-1], device=weights.device)
         return weights.masked_fill(is_hidden[:, num_kept:], -1)
 
-    def turned_kept(self, kept: Tensor, layer: StreamingLayer) -> Tensor:
+    def prepare_choice(self) -> None:
+        """Tell the kernels where the blocks are, if kernels can choose them."""
+        device, is_rotary = self.keys.device, self.encoding.start == 0 and self.keys.shape == self.values.shape
+        if not (kernels.is_available and device.type == "cuda" and is_rotary) or self.keys.dtype == torch.float64:
+            return
+        buffers = [self.blocks.whole_from(name, device) for name in self.blocks.BUFFERS]
+        if not all(buffer.is_cuda for buffer in buffers):
+            return
+        if self.kernel is None:
+            num_rows, num_queries = self.keys.shape[:2].numel() * self.options.num_blocks, self.queries.shape[1]
+            self.kernel = kernels.Recall(self.keys, self.values, num_rows, num_queries * self.options.interval)
+        if not self.kernel.reads(buffers):
+            self.kernel.read_from(*buffers)
+
+    def choose_for_token(
+        self, query: Tensor, kept_keys: Tensor, num_seen: Tensor, base: Tensor, scaling: float, has_positions: bool
+    ) -> None:
+        """Choose the blocks of the interval that begins with a token, and copy them to the device.
+
+        Args:
+            query: ``(B, H, 1, D)``.
+        """
+        shape, options = self.shape, self.options
+        if self.kernel is not None:
+            inv_freq = self.encoding.inv_freq().to(query.device, torch.float32)
+            inv_freq = inv_freq if has_positions else torch.zeros_like(inv_freq)
+            self.kernel(
+                query[:, :, 0],
+                *(self.queries, kept_keys, self.num_chosen, num_seen, base, inv_freq),
+                num_kept=shape.num_kept,
+                window=shape.window,
+                block_size=options.block_size,
+                representative_size=options.representative_size,
+                interleaved=self.encoding.interleaved,
+                scaling=scaling,
+                newer=NEWER,
+            )
+            return
+        if has_positions:
+            steps = (shape.window + options.block_size - (num_seen - base))[:, None]
+            query = self.encoding.turn(query, self.encoding.phases(steps, like=query))
+        token = int(num_seen[0])
+        queries = torch.cat((self.queries_before(token)[:, :, 1:], query * scaling), dim=2)[:, :, None]
+        kept = self.turned_kept(kept_keys[:, :, : shape.num_kept], has_positions)
+        index = index_parts(self.blocks, self.num_evicted(token), query.device)
+        chosen, num_chosen = self.choose(queries, kept, range(token, token + 1), index)
+        keys, values = self.blocks.gather(chosen)
+        self.keep(keys[:, :, 0], values[:, :, 0], num_chosen[0])
+
+    def turned_kept(self, kept: Tensor, has_positions: bool) -> Tensor:
         """Turn kept keys ``(B, G, S, D)`` of a layer to the frame of the memory."""
-        if kept.shape[2] == 0 or not layer.has_positions:
+        if kept.shape[2] == 0 or not has_positions:
             return kept
         # A query, which has the phase W + block_size, sees kept key i at the distance S + W - i.
         shift = torch.full((1, 1), self.options.block_size - self.shape.num_kept, device=kept.device)
@@ -327,6 +401,7 @@ class LayerMemory(StaticBuffers):
             self.is_allocated = True
         elif self.queries.device != query.device:
             self.set_buffers({name: buffer.to(query.device) for name, buffer in self.buffers.items()})
+            self.kernel = None
 
     @property
     def num_bytes(self) -> int:
@@ -335,6 +410,7 @@ class LayerMemory(StaticBuffers):
 
     def free(self) -> None:
         super().free()
+        self.kernel = None
         self.blocks = HostBlocks(self.options.representative_size)
 
     def map_rows(self, rows: Tensor) -> None:
@@ -342,6 +418,7 @@ class LayerMemory(StaticBuffers):
         if self.is_allocated and rows.tolist() == list(range(len(self.queries))):
             return
         self.blocks.map_rows(rows)
+        self.kernel = None
         for name, buffer in self.buffers.items():
             if name != "num_chosen":
                 setattr(self, name, select_rows(buffer, rows))
@@ -352,3 +429,36 @@ class LayerMemory(StaticBuffers):
             twin.set_buffers(self.buffers)
             twin.blocks = self.blocks.shared()
         return twin
+
+
+@custom_op("sinklm::recall_blocks", mutates_args=("queries", "keys", "values", "num_chosen"))
+def recall_blocks(
+    query: Tensor,
+    kept_keys: Tensor,
+    num_seen: Tensor,
+    base: Tensor,
+    chooses: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    num_chosen: Tensor,
+    scaling: float,
+    has_positions: bool,
+    number: int,
+) -> None:
+    """Choose the blocks of a memory if it ``chooses``.
+
+    This is one operator of a graph, since the shapes of its states depend on the stream's length.
+
+    Args:
+        query: ``(B, H, 1, D)``.
+        queries, keys, values, num_chosen: of the memory, which change.
+        number: of the memory.
+    """
+    if chooses:
+        MEMORIES[number].choose_for_token(query, kept_keys, num_seen, base, scaling, has_positions)
+
+
+@recall_blocks.register_fake
+def _(*args: object) -> None:
+    return None

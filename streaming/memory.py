@@ -1,14 +1,14 @@
 """Memory beyond the window: blocks of evicted tokens that come back when queries look for them.
 
 The tokens of a stream are divided into blocks. When a block is complete, its keys and values are
-copied to host memory, and a few representative keys to an index. At the start of every interval,
-each head of keys chooses the blocks to which the last queries attend most, and these are copied
-back. The queries of the interval see them in addition to the cache. (InfLLM, Xiao et al. 2024,
-arXiv 2402.04617, is the idea.)
+copied to host memory, and a few representative keys to an index. At the first token of every
+interval, each head of keys chooses the blocks to which the last queries attend most, its own
+included, and these are copied back. The queries of the interval see them in addition to the cache.
+(InfLLM, Xiao et al. 2024, arXiv 2402.04617, is the idea.)
 
 Every chosen block stands immediately before the window: its tokens have the distances
 ``W + 1 … W + block_size`` to each query. So distances never exceed that, or ``S + W``, however long
-the stream is. A choice depends on earlier tokens only, so passes of any length have the same
+the stream is. A choice depends on no later token, so passes of any length have the same
 result.
 """
 
@@ -23,7 +23,7 @@ from .buffers import StreamingLayer, gather_columns
 from .encodings import Rotary
 from .layer_memory import LayerMemory
 from .layers import LayerPlan
-from .memory_blocks import append_to, copy_blocks, index_parts, rows_of
+from .memory_blocks import append_to
 from .rule import StreamShape, whole_number
 
 if TYPE_CHECKING:
@@ -85,12 +85,16 @@ class StreamMemory:
 
     Attributes:
         num_seen: tokens that were seen, None if only the counters on the device know.
+        chooses: see `LayerMemory`.
     """
 
     def __init__(self, options: MemoryOptions, layers: Sequence[StreamingLayer]):
         self.options = options
         self.layers = [(layer, layer.memory) for layer in layers if layer.memory is not None]
         self.num_seen: int | None = None
+        self.chooses = torch.tensor(False)
+        for _, memory in self.layers:
+            memory.chooses = self.chooses
 
     @classmethod
     def of(
@@ -130,22 +134,23 @@ class StreamMemory:
 
     @torch.no_grad()
     def before_pass(self, counters: "StreamCounters | None", num_inputs: int) -> None:
-        """Store complete blocks, and choose those for a single token that starts an interval."""
+        """Store complete blocks, and say whether a pass over one token begins an interval."""
         if counters is None:
             self.num_seen = num_inputs
             return
         first = int(counters.num_seen[0]) if self.num_seen is None else self.num_seen
         self.num_seen = None  # if this is interrupted
-        chooses = num_inputs == 1 and first % self.options.interval == 0 and self.layers[0][1].num_evicted(first)
-        if chooses or any(memory.num_complete(first) for _, memory in self.layers):
+        self.chooses.fill_(first % self.options.interval == 0 and self.layers[0][1].num_evicted(first) > 0)
+        if any(memory.num_complete(first) for _, memory in self.layers):
             for layers in self.alike():
                 self.store_complete(layers, first, counters.base)
-                if chooses:
-                    self.recall_before(layers, first)
+        if self.chooses:
+            for _, memory in self.layers:
+                memory.prepare_choice()
         self.num_seen = first + num_inputs
 
     def alike(self) -> Iterator[list[tuple[StreamingLayer, LayerMemory]]]:
-        """Yield layers whose blocks are stored and chosen together: their states have one form."""
+        """Yield layers whose blocks are stored together: their states have one form."""
         groups: dict[Any, list[tuple[StreamingLayer, LayerMemory]]] = {}
         for layer, memory in self.layers:
             states = (memory.queries, memory.keys, memory.values)
@@ -169,25 +174,10 @@ class StreamMemory:
             blocks = memory.as_blocks(layer, keys, values, tokens, base)
             append_to([memory.blocks for _, memory in layers], *blocks)
 
-    def recall_before(self, layers: list[tuple[StreamingLayer, LayerMemory]], token: int) -> None:
-        """Choose the blocks of the interval that begins with a token, and copy them to the device.
-
-        Args:
-            layers: from `alike`.
-        """
-        (layer, memory), num_blocks = layers[0], layers[0][1].num_evicted(token)
-        num_heads = memory.queries.shape[0] * memory.queries.shape[1]
-        size, last = memory.num_intervals(num_heads, num_blocks), memory.rows_before(token)
-        for part in (layers[start : start + size] for start in range(0, len(layers), size)):
-            queries = torch.cat([memory.queries for _, memory in part])[:, :, None, last]
-            kept = torch.cat([layer.kept_keys[:, :, : memory.shape.num_kept] for layer, _ in part])
-            index = index_parts([memory.blocks for _, memory in part], num_blocks, queries.device)
-            begins = range(token, token + 1)
-            chosen, num_chosen = memory.choose(queries, memory.turned_kept(kept, layer), begins, index)
-            rows, stores = rows_of(chosen, len(part)), [memory.blocks for _, memory in part]
-            for name in ("keys", "values"):
-                copy_blocks(stores, name, rows, [getattr(memory, name) for _, memory in part])
-            torch._foreach_copy_([memory.num_chosen for _, memory in part], [num_chosen[0]] * len(part))
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether a CUDA graph can include the next pass: only kernels choose without the host."""
+        return not self.chooses or all(memory.kernel is not None for _, memory in self.layers)
 
     def crop(self, num_seen: int) -> None:
         """Remove the blocks that are not complete after ``num_seen`` tokens."""

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import kernels
-
 NUM_INDEX_BYTES = 2**26  # of the index, that are on the device at a time
 
 
@@ -111,11 +109,15 @@ class HostBlocks:
 
     def seen_from(self, name: str, device: torch.device) -> Tensor:
         """Return the used part of a buffer, as a tensor on a GPU that can read it."""
+        return self.whole_from(name, device)[: self.num_blocks]
+
+    def whole_from(self, name: str, device: torch.device) -> Tensor:
+        """Return a buffer, as a tensor on a GPU that can read it, the same one until it grows."""
         if self.is_pinned and device.type == "cuda":
             if (name, device) not in self.seen:
                 self.seen[name, device] = readable_from(device, getattr(self, name))
-            return self.seen[name, device][: self.num_blocks]
-        return getattr(self, name)[: self.num_blocks]
+            return self.seen[name, device]
+        return getattr(self, name)
 
     def gather(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values ``(B, G, N, K * block_size, D)`` of blocks ``(B, G, N, K)``."""
@@ -172,29 +174,13 @@ def append_to(stores: Sequence[HostBlocks], keys: Tensor, values: Tensor) -> Non
         store.num_blocks, store.is_shared = store.num_blocks + keys.shape[2], False
 
 
-def copy_blocks(stores: Sequence[HostBlocks], name: str, rows: Tensor, targets: Sequence[Tensor]) -> None:
-    """Copy blocks of L layers, keys or values, to the device of ``rows``.
+def rows_of(chosen: Tensor) -> Tensor:
+    """Return the rows of blocks ``(B, G, N, K)`` in the flattened buffers.
 
-    Args:
-        rows: of all layers, see `rows_of`.
-        targets: of each layer, ``(B, G, K * block_size, D)``.
+    All N * K rows of a head are consecutive.
     """
-    sources = [store.seen_from(name, rows.device) for store in stores]
-    if kernels.is_available and rows.is_cuda and all(source.is_cuda for source in sources):
-        kernels.copy_blocks(sources, targets, rows)
-        return
-    for source, target, own in zip(sources, targets, rows.chunk(len(stores)), strict=True):
-        target.copy_(select(source, own).view_as(target))
-
-
-def rows_of(chosen: Tensor, num_layers: int = 1) -> Tensor:
-    """Return the rows of blocks ``(L * B, G, N, K)`` in the flattened buffers of their layers.
-
-    All N * K rows of a head are consecutive, and so are all rows of a layer.
-    """
-    num_heads = chosen.shape[0] // num_layers * chosen.shape[1]
-    heads = torch.arange(num_heads, device=chosen.device).repeat(num_layers)
-    return (chosen * num_heads + heads.view(*chosen.shape[:2], 1, 1)).flatten()
+    heads = torch.arange(chosen.shape[:2].numel(), device=chosen.device)
+    return (chosen * len(heads) + heads.view(*chosen.shape[:2], 1, 1)).flatten()
 
 
 def select(states: Tensor, rows: Tensor) -> Tensor:
@@ -208,13 +194,12 @@ def select(states: Tensor, rows: Tensor) -> Tensor:
     return flat.index_select(0, rows.to(flat.device)).unflatten(1, states.shape[3:]).to(rows.device)
 
 
-def index_parts(stores: Sequence[HostBlocks], num_blocks: int, device: torch.device) -> Iterator[Tensor]:
-    """Yield the index of the first blocks of L layers in parts, on a device.
+def index_parts(blocks: HostBlocks, num_blocks: int, device: torch.device) -> Iterator[Tensor]:
+    """Yield the index of the first blocks in parts, on a device.
 
-    Each is ``(L * B, G, blocks, num_representatives, D)``.
+    Each is ``(B, G, blocks, num_representatives, D)``.
     """
-    size = max(1, NUM_INDEX_BYTES // sum(blocks.index[0].nbytes for blocks in stores))
+    size = max(1, NUM_INDEX_BYTES // blocks.index[0].nbytes)
     for start in range(0, num_blocks, size):
         end = min(start + size, num_blocks)
-        parts = [blocks.seen_from("index", device)[start:end] for blocks in stores]
-        yield torch.stack(parts, dim=1).to(device).flatten(1, 2).movedim(0, 2)
+        yield blocks.seen_from("index", device)[start:end].to(device).movedim(0, 2)

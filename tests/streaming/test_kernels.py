@@ -1,5 +1,7 @@
 """The kernels of the decoding step, compared with plain PyTorch."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -256,17 +258,52 @@ def test_a_token_also_sees_the_chosen_blocks_of_a_memory(case, dtype, monkeypatc
         assert not fused.num_arrived.any()
 
 
-@pytest.mark.parametrize("size", [1, 7, 48, 5000])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_rows_of_several_layers_are_copied_without_waiting(dtype, size):
-    sources = [random_states(num_rows, size, dtype=dtype) for num_rows in (40, 3, 90)]
-    rows = torch.stack([torch.randint(len(source), (11,), device="cuda") for source in sources])
-    for mode in ("default", "error"):  # the first time, the kernel is compiled
-        targets = [torch.full((11, size), torch.nan, device="cuda", dtype=dtype) for _ in sources]
-        torch.cuda.set_sync_debug_mode(mode)
-        try:
-            kernels.copy_blocks(sources, targets, rows.flatten())
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        for source, target, own in zip(sources, targets, rows, strict=True):
-            assert torch.equal(target, source[own])
+@pytest.mark.parametrize("sizes", [(4, 1, 1), (64, 4, 8), (48, 4, 3)], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_kernel_chooses_blocks_without_waiting(case, dtype, sizes):
+    """They have the largest weights of a plain choice, except for rounding."""
+    num_kept, window, num_heads, num_groups, head_dim, *_ = case
+    block_size, representative_size, interval = sizes
+    shape, encoding = StreamShape(num_kept, window), rotary(case)
+    options = MemoryOptions(block_size, 5, interval, representative_size)
+    query, key = (random_states(2, num, 1, head_dim, dtype=dtype) for num in (num_heads, num_groups))
+    memory = LayerMemory(options, shape, encoding)
+    memory.allocate(query, key, key)
+    memory.queries.copy_(random_states(*memory.queries.shape, dtype=dtype))
+    for num_blocks in (1, 4, 35, 150):
+        new = 2, num_groups, num_blocks - len(memory.blocks), block_size, head_dim
+        numbers = torch.arange(len(memory.blocks), num_blocks, device=query.device).to(dtype)
+        memory.blocks.append(random_states(*new, dtype=dtype), numbers[:, None, None].expand(new))
+        token = shape.num_cached + num_blocks * block_size
+        num_seen, base = (torch.full((2,), value, device=query.device) for value in (token, token - 7))
+        kept_keys = random_states(2, num_groups, num_kept + 1, head_dim, dtype=dtype)
+        memory.prepare_choice()
+        assert memory.kernel is not None
+        plain = copy.deepcopy(memory)
+        for mode in ("default", "error"):  # the first time, the kernels are compiled
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                memory.choose_for_token(query, kept_keys, num_seen, base, 3 / head_dim, True)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        weights = plain_weights(plain, query, kept_keys, token, base, 3 / head_dim)
+        chosen, most = memory.values[:, :, ::block_size, 0].long(), min(num_blocks, 5)
+        assert memory.num_chosen == most
+        assert all(len(set(row)) == most for row in chosen[:, :, :most].flatten(0, 1).tolist())
+        found = weights.gather(2, chosen[:, :, :most]).sum(2)
+        largest = weights.topk(most, dim=2).values.sum(2)
+        torch.testing.assert_close(found, largest, rtol=1e-5 if dtype == torch.float32 else 0.03, atol=0)
+        stored, _ = memory.blocks.gather(chosen[:, :, None])
+        assert torch.equal(memory.keys, stored[:, :, 0])
+
+
+def plain_weights(memory, query, kept_keys, token, base, scaling):
+    """Return the weights ``(B, G, blocks)`` by which a plain choice of a token is made."""
+    steps = (memory.shape.window + memory.options.block_size - (token - base))[:, None]
+    turned = memory.encoding.turn(query, memory.encoding.phases(steps, like=query)) * scaling
+    queries = torch.cat((memory.queries_before(token)[:, :, 1:], turned), dim=2)[:, :, None]
+    kept = memory.turned_kept(kept_keys[:, :, : memory.shape.num_kept], True)
+    num_evicted = torch.tensor([memory.num_evicted(token)], device=query.device)
+    index = [memory.blocks.seen_from("index", query.device).movedim(0, 2)]
+    return memory.weights(queries, kept, num_evicted, index)[:, :, 0]
