@@ -483,13 +483,18 @@ def test_a_gpu_reads_the_blocks_in_host_memory():
 
 
 @pytest.mark.gpu
-def test_the_captured_step_has_the_same_result_on_a_gpu():
-    model, ids = tiny.build(tiny.config("llama"), dtype=torch.float32), tiny.random_ids(80)
-    expected = read(model, new_cache(model), ids, [80])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("options", [OPTIONS, SMALLEST, UNALIGNED], ids=str)
+def test_the_captured_step_has_the_same_result_on_a_gpu(options, dtype):
+    """Steps that choose and steps that do not are two graphs. No kernel chooses in float64."""
+    model, ids = tiny.build(tiny.config("llama"), dtype=dtype), tiny.random_ids(80)
+    expected = read(model, new_cache(model, options), ids, [80])
     model = model.cuda()
-    decoder = StreamingDecoder(model, new_cache(model))
+    torch._dynamo.reset()
+    decoder = StreamingDecoder(model, new_cache(model, options))
     logits = [decoder.prefill(ids[:, :5].cuda())]
     logits += [decoder(ids[:, i : i + 1].cuda()).clone() for i in range(5, 80)]
+    assert set(decoder.captured) == ({False, True} if dtype == torch.float32 else {False})
     torch.testing.assert_close(torch.cat(logits, dim=1).cpu(), expected[:, 4:], rtol=0, atol=1e-3)
 
 
