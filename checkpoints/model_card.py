@@ -74,6 +74,7 @@ WINDOW_NOTES = (
     "The model was trained with {windows}. Plain GPT-NeoX has none, so this copy has full attention in all layers: "
     "{cost}."
 )
+OWN_FOLDERS = ("runs", "imported", "exports", "models", "checkpoints")  # no owner's name on the Hub
 SAME_STREAM = " With the cache below, every layer computes what it was trained with."
 
 
@@ -161,9 +162,14 @@ def _origin_facts(init_from: str | None, only_sinks: bool) -> dict[str, str]:
     """Return the model that a run started from, without a local path, and what was trained."""
     if init_from is None:
         return {}
-    is_on_hub = fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", init_from)
+    path, is_name = Path(init_from), fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", init_from)
+    if is_name and path.parts[0] not in OWN_FOLDERS and not path.exists():
+        source = init_from
+    else:
+        parts = [part for part in path.absolute().parts if not fullmatch(r"checkpoints|step-\d+|model|\.\.", part)]
+        source = f"a model in the folder {parts[-1]}"
     trained = "the embeddings of the sink tokens alone" if only_sinks else "all weights"
-    return {"Started from the weights of": init_from if is_on_hub else Path(init_from).name, "Trained": trained}
+    return {"Started from the weights of": source, "Trained": trained}
 
 
 def _loss_facts(metrics: Path, num_steps: int) -> dict[str, str]:

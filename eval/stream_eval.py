@@ -54,15 +54,13 @@ class RecordTokens:
             answers.append(self._until_closed(ids[len(question) :]))
         return [question] * len(records), answers
 
-    def check_parts(self, record: Sequence[int], lines_per_question: int) -> None:
+    def check_parts(self, record: Sequence[int], num_lines: int) -> None:
         """Raise a ValueError if two parts of a record have other tokens than both at once."""
-        end, last = lines_per_question, 2 * lines_per_question
-        if last < len(record):
-            (beginning,), (both,) = self.beginnings([record], end + 1), self.beginnings([record], last + 1)
-            if beginning + self.lines([record], end + 1, last)[0] != both:
-                raise ValueError(
-                    "StreamEval does not support this tokenizer: a text in parts has other tokens than the whole text"
-                )
+        (first,), (whole,) = self.beginnings([record], 1), self.beginnings([record], num_lines)
+        if first + self.lines([record], 1, num_lines - 1)[0] != whole:
+            raise ValueError(
+                "StreamEval does not support this tokenizer: a text in parts has other tokens than the whole text"
+            )
 
     def _until_closed(self, answer: list[int]) -> list[int]:
         """Return an answer up to the first token with ``>``."""
@@ -176,7 +174,7 @@ def ask(
     num_lines = len(records[0])
     check_distances(distances, num_lines, lines_per_question)
     tokens = RecordTokens(tokenizer)
-    tokens.check_parts(records[0], lines_per_question)
+    tokens.check_parts(records[0], lines_per_question + 1)
     batch_size = batch_size if memory is None else 1  # rows of different lengths would need padding
     for start in range(0, len(records), batch_size):
         batch = records[start : start + batch_size]

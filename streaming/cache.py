@@ -338,8 +338,12 @@ class StreamingCache(Cache):
 
     @property
     def num_bytes(self) -> int:
-        """Memory of keys and values in bytes, constant after the first forward pass."""
-        return sum(layer.num_bytes for layer in self.streams.layers)
+        """Memory on the devices in bytes, constant after the first forward pass.
+
+        With a memory, the scores of its blocks grow with the stream.
+        """
+        own = 0 if self.memory is None else self.memory.num_bytes
+        return own + sum(layer.num_bytes for layer in self.streams.layers)
 
     @property
     def num_host_bytes(self) -> int:

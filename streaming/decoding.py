@@ -41,7 +41,7 @@ class StreamingDecoder:
         self.compile_options = {"fullgraph": True, "dynamic": False, **(compile or {})}
         self.steps: dict[int, Callable[[Tensor], Tensor]] = {}  # by batch size, compiled
         self.compiled_for: Tensor | None = None  # `num_seen`; a new tensor whenever the buffers change
-        self.captured: dict[bool, CapturedStep] = {}  # by whether a memory chooses blocks
+        self.captured: dict[bool, CapturedStep | None] = {}  # by whether a memory chooses blocks; None: warmed up
         # accelerate's hooks move weights and states between the layers
         self.is_dispatched = any(hasattr(module, "_hf_hook") for module in model.modules())
 
@@ -105,22 +105,24 @@ class StreamingDecoder:
 
     def _run(self, step: Callable[[Tensor], Tensor], token_ids: Tensor, num_seen: Tensor) -> Tensor:
         """Run a step as a graph, which is compiled and captured first if necessary."""
+        memory = self.cache.memory
+        chooses = memory is not None and bool(memory.chooses)
         with self.cache.steering.in_graph(self.cache):
             if self.compiled_for is not num_seen:  # the first step compiles and warms up for the capture
-                self.captured = {}
+                self.captured = {chooses: None}
                 # A dead cache that is collected during tracing would change the model and break the
                 # trace, so collect it now.
                 gc.collect()
                 logits = step(token_ids)
                 self.compiled_for = num_seen
                 return logits
-            memory = self.cache.memory
             if not token_ids.is_cuda or not (memory is None or memory.can_be_captured):
                 return step(token_ids)
-            chooses = memory is not None and bool(memory.chooses)
             if chooses not in self.captured:
-                self.captured[chooses] = CapturedStep(step, token_ids)
-        return self.captured[chooses](token_ids)
+                self.captured[chooses] = None
+                return step(token_ids)
+            captured = self.captured[chooses] = self.captured[chooses] or CapturedStep(step, token_ids)
+        return captured(token_ids)
 
 
 def _check_type(token_ids: Any, device: torch.device | None) -> None:

@@ -29,6 +29,11 @@ NUM_BYTES = 2**26  # of scores and chosen blocks of a chunk that are on the devi
 States = tuple[Tensor, Tensor, Tensor]
 
 
+def host_number(dtype: torch.dtype, value: int = 0) -> Tensor:
+    """Return a number ``()`` on the host, which a compiled graph reads each time."""
+    return static_zeros((), dtype, torch.device("cpu")).fill_(value)
+
+
 def grouped_scores(queries: Tensor, keys: Tensor) -> Tensor:
     """Return unscaled scores of N intervals, in float32 or float64, also under autocast.
 
@@ -85,22 +90,25 @@ class LayerMemory(StaticBuffers):
         super().__init__()
         self.options, self.shape, self.encoding = options, shape, encoding
         self.blocks = HostBlocks(options.representative_size)
-        self.chooses = torch.tensor(False)
-        self.kernel: kernels.Recall | None = None  # if kernels can choose the blocks
-        self.number = next(NUMBERS)
-        MEMORIES[self.number] = self
+        self.chooses = host_number(torch.bool)
+        self.choice: kernels.BlockChoice | None = None  # if kernels can choose the blocks
+        self.number = host_number(torch.int64, next(NUMBERS))
+        MEMORIES[int(self.number)] = self
 
     # -- Attention -------------------------------------------------------------------------------
 
-    def recall(self, step: "DecodeStep", layer: StreamingLayer, query: Tensor, scaling: float) -> None:
-        """Choose the blocks of an interval that begins with the token of a pass.
+    def choose_in(self, step: "DecodeStep", layer: StreamingLayer, query: Tensor, scaling: float) -> None:
+        """Choose the blocks of an interval if it begins with the token of a pass.
 
         Args:
             query: ``(B, H, 1, D)``.
         """
-        where = layer.kept_keys, step.num_seen, step.base, self.chooses
         states = self.queries, self.keys, self.values, self.num_chosen
-        recall_blocks(query, *where, *states, scaling, layer.has_positions, self.number)
+        where = query, layer.kept_keys, step.num_seen, step.base
+        if torch.compiler.is_compiling():
+            choose_blocks(*where, *states, self.chooses, self.number, scaling, layer.has_positions)
+        elif self.chooses:
+            self.choose_for_token(*where, *states, scaling, layer.has_positions)
 
     def add_to_token(self, softmax: "Softmax", step: "DecodeStep", layer: StreamingLayer, query: Tensor) -> "Softmax":
         """Return the softmax of a pass over one token with the memory in its column.
@@ -262,35 +270,58 @@ class LayerMemory(StaticBuffers):
         weights *= 1 + NEWER * torch.arange(weights.shape[-1], device=weights.device)
         return weights.masked_fill(is_hidden[:, num_kept:], -1)
 
-    def prepare_choice(self) -> None:
-        """Tell the kernels where the blocks are, if kernels can choose them."""
-        device, is_rotary = self.keys.device, self.encoding.start == 0 and self.keys.shape == self.values.shape
-        if not (kernels.is_available and device.type == "cuda" and is_rotary) or self.keys.dtype == torch.float64:
-            return
+    def readable_blocks(self) -> list[Tensor]:
+        """Return keys, values and index of all blocks if kernels can choose, else nothing."""
+        device = self.keys.device
+        if not kernels.is_available or device.type != "cuda" or self.encoding.start or self.keys.shape[2] == 0:
+            return []
         buffers = [self.blocks.whole_from(name, device) for name in self.blocks.BUFFERS]
-        if not all(buffer.is_cuda for buffer in buffers):
-            return
-        if self.kernel is None:
-            num_rows, num_queries = self.keys.shape[:2].numel() * self.options.num_blocks, self.queries.shape[1]
-            self.kernel = kernels.Recall(self.keys, self.values, num_rows, num_queries * self.options.interval)
-        if not self.kernel.reads(buffers):
-            self.kernel.read_from(*buffers)
+        states = self.queries, self.keys, self.values, *buffers
+        has_one_type = {each.dtype for each in states} == {self.queries.dtype} != {torch.float64}
+        is_readable = all(each.is_cuda for each in states) and self.keys.shape == self.values.shape
+        return buffers if has_one_type and is_readable else []
+
+    def num_scores(self, buffers: list[Tensor]) -> int:
+        """Return how many numbers the kernels need to choose from `readable_blocks`."""
+        return kernels.BlockChoice.num_scores(buffers[0], self.queries.shape[1] * self.options.interval)
+
+    def choose_from(self, buffers: list[Tensor], scores: Tensor) -> None:
+        """Let kernels choose from `readable_blocks`.
+
+        Args:
+            scores: `num_scores` numbers or more.
+        """
+        if self.choice is None:
+            num_rows = self.keys.shape[:2].numel() * self.options.num_blocks
+            self.choice = kernels.BlockChoice(num_rows, self.keys.device)
+        self.choice.read_from(buffers, scores)
 
     def choose_for_token(
-        self, query: Tensor, kept_keys: Tensor, num_seen: Tensor, base: Tensor, scaling: float, has_positions: bool
+        self,
+        query: Tensor,
+        kept_keys: Tensor,
+        num_seen: Tensor,
+        base: Tensor,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        num_chosen: Tensor,
+        scaling: float,
+        has_positions: bool,
     ) -> None:
         """Choose the blocks of the interval that begins with a token, and copy them to the device.
 
         Args:
             query: ``(B, H, 1, D)``.
+            queries, keys, values, num_chosen: those of this memory, or the copies that a compiled
+                graph has in their place.
         """
         shape, options = self.shape, self.options
-        if self.kernel is not None:
+        if self.choice is not None:
             inv_freq = self.encoding.inv_freq().to(query.device, torch.float32)
-            inv_freq = inv_freq if has_positions else torch.zeros_like(inv_freq)
-            self.kernel(
-                query[:, :, 0],
-                *(self.queries, kept_keys, self.num_chosen, num_seen, base, inv_freq),
+            self.choice(
+                *(query[:, :, 0], kept_keys, queries, keys, values, num_chosen, num_seen, base),
+                inv_freq if has_positions else torch.zeros_like(inv_freq),
                 num_kept=shape.num_kept,
                 window=shape.window,
                 block_size=options.block_size,
@@ -304,12 +335,13 @@ class LayerMemory(StaticBuffers):
             steps = (shape.window + options.block_size - (num_seen - base))[:, None]
             query = self.encoding.turn(query, self.encoding.phases(steps, like=query))
         token = int(num_seen[0])
-        queries = torch.cat((self.queries_before(token)[:, :, 1:], query * scaling), dim=2)[:, :, None]
+        last = torch.cat((queries[:, :, self.rows_before(token)[1:]], query * scaling), dim=2)[:, :, None]
         kept = self.turned_kept(kept_keys[:, :, : shape.num_kept], has_positions)
         index = index_parts(self.blocks, self.num_evicted(token), query.device)
-        chosen, num_chosen = self.choose(queries, kept, range(token, token + 1), index)
-        keys, values = self.blocks.gather(chosen)
-        self.keep(keys[:, :, 0], values[:, :, 0], num_chosen[0])
+        chosen, num_visible = self.choose(last, kept, range(token, token + 1), index)
+        new_keys, new_values = self.blocks.gather(chosen)
+        for state, new in ((keys, new_keys[:, :, 0]), (values, new_values[:, :, 0]), (num_chosen, num_visible[0])):
+            state.copy_(new)
 
     def turned_kept(self, kept: Tensor, has_positions: bool) -> Tensor:
         """Turn kept keys ``(B, G, S, D)`` of a layer to the frame of the memory."""
@@ -401,7 +433,7 @@ class LayerMemory(StaticBuffers):
             self.is_allocated = True
         elif self.queries.device != query.device:
             self.set_buffers({name: buffer.to(query.device) for name, buffer in self.buffers.items()})
-            self.kernel = None
+            self.choice = None
 
     @property
     def num_bytes(self) -> int:
@@ -410,7 +442,7 @@ class LayerMemory(StaticBuffers):
 
     def free(self) -> None:
         super().free()
-        self.kernel = None
+        self.choice = None
         self.blocks = HostBlocks(self.options.representative_size)
 
     def map_rows(self, rows: Tensor) -> None:
@@ -418,7 +450,8 @@ class LayerMemory(StaticBuffers):
         if self.is_allocated and rows.tolist() == list(range(len(self.queries))):
             return
         self.blocks.map_rows(rows)
-        self.kernel = None
+        if self.is_allocated and len(rows) != len(self.queries):
+            self.choice = None  # a captured graph needs that of as many rows
         for name, buffer in self.buffers.items():
             if name != "num_chosen":
                 setattr(self, name, select_rows(buffer, rows))
@@ -431,34 +464,33 @@ class LayerMemory(StaticBuffers):
         return twin
 
 
-@custom_op("sinklm::recall_blocks", mutates_args=("queries", "keys", "values", "num_chosen"))
-def recall_blocks(
+@custom_op("sinklm::choose_blocks", mutates_args=("queries", "keys", "values", "num_chosen"))
+def choose_blocks(
     query: Tensor,
     kept_keys: Tensor,
     num_seen: Tensor,
     base: Tensor,
-    chooses: Tensor,
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
     num_chosen: Tensor,
+    chooses: Tensor,
+    number: Tensor,
     scaling: float,
     has_positions: bool,
-    number: int,
 ) -> None:
-    """Choose the blocks of a memory if it ``chooses``.
+    """Let a memory choose its blocks if it ``chooses``: see `LayerMemory.choose_for_token`.
 
     This is one operator of a graph, since the shapes of its states depend on the stream's length.
 
     Args:
-        query: ``(B, H, 1, D)``.
-        queries, keys, values, num_chosen: of the memory, which change.
-        number: of the memory.
+        number: of the memory. As a tensor, it is no constant of the graph.
     """
     if chooses:
-        MEMORIES[number].choose_for_token(query, kept_keys, num_seen, base, scaling, has_positions)
+        states = query, kept_keys, num_seen, base, queries, keys, values, num_chosen
+        MEMORIES[int(number)].choose_for_token(*states, scaling, has_positions)
 
 
-@recall_blocks.register_fake
+@choose_blocks.register_fake
 def _(*args: object) -> None:
     return None

@@ -2,9 +2,9 @@
 
 The tokens of a stream are divided into blocks. When a block is complete, its keys and values are
 copied to host memory, and a few representative keys to an index. At the first token of every
-interval, each head of keys chooses the blocks to which the last queries attend most, its own
-included, and these are copied back. The queries of the interval see them in addition to the cache.
-(InfLLM, Xiao et al. 2024, arXiv 2402.04617, is the idea.)
+interval, each head of keys chooses the blocks to which the last queries attend most, that of this
+token included, and these are copied back. The queries of the interval see them in addition to the
+cache. (InfLLM, Xiao et al. 2024, arXiv 2402.04617, is the idea.)
 
 Every chosen block stands immediately before the window: its tokens have the distances
 ``W + 1 … W + block_size`` to each query. So distances never exceed that, or ``S + W``, however long
@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .buffers import StreamingLayer, gather_columns
+from .buffers import StreamingLayer, gather_columns, static_zeros
 from .encodings import Rotary
-from .layer_memory import LayerMemory
+from .layer_memory import LayerMemory, host_number
 from .layers import LayerPlan
 from .memory_blocks import append_to
 from .rule import StreamShape, whole_number
@@ -92,7 +92,8 @@ class StreamMemory:
         self.options = options
         self.layers = [(layer, layer.memory) for layer in layers if layer.memory is not None]
         self.num_seen: int | None = None
-        self.chooses = torch.tensor(False)
+        self.chooses = host_number(torch.bool)
+        self.scores: dict[torch.device, Tensor] = {}  # of the kernels that choose; all layers use them
         for _, memory in self.layers:
             memory.chooses = self.chooses
 
@@ -135,19 +136,29 @@ class StreamMemory:
     @torch.no_grad()
     def before_pass(self, counters: "StreamCounters | None", num_inputs: int) -> None:
         """Store complete blocks, and say whether a pass over one token begins an interval."""
+        self.chooses.fill_(False)
         if counters is None:
             self.num_seen = num_inputs
             return
         first = int(counters.num_seen[0]) if self.num_seen is None else self.num_seen
         self.num_seen = None  # if this is interrupted
-        self.chooses.fill_(first % self.options.interval == 0 and self.layers[0][1].num_evicted(first) > 0)
         if any(memory.num_complete(first) for _, memory in self.layers):
             for layers in self.alike():
                 self.store_complete(layers, first, counters.base)
-        if self.chooses:
-            for _, memory in self.layers:
-                memory.prepare_choice()
+        if num_inputs == 1 and first % self.options.interval == 0 and self.layers[0][1].num_evicted(first):
+            self.prepare_kernels()
+            self.chooses.fill_(True)
         self.num_seen = first + num_inputs
+
+    def prepare_kernels(self) -> None:
+        """Tell the kernels that choose where the blocks are, and where there is room for scores."""
+        readable = [(memory, buffers) for _, memory in self.layers if (buffers := memory.readable_blocks())]
+        for memory, buffers in readable:
+            device, size = memory.keys.device, memory.num_scores(buffers)
+            if device not in self.scores or len(self.scores[device]) < size:
+                self.scores[device] = static_zeros((size,), torch.float32, device)
+        for memory, buffers in readable:
+            memory.choose_from(buffers, self.scores[memory.keys.device])
 
     def alike(self) -> Iterator[list[tuple[StreamingLayer, LayerMemory]]]:
         """Yield layers whose blocks are stored together: their states have one form."""
@@ -177,7 +188,12 @@ class StreamMemory:
     @property
     def can_be_captured(self) -> bool:
         """Whether a CUDA graph can include the next pass: only kernels choose without the host."""
-        return not self.chooses or all(memory.kernel is not None for _, memory in self.layers)
+        return not self.chooses or all(memory.choice is not None for _, memory in self.layers)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory on the devices for scores, which grows with the stream."""
+        return sum(scores.nbytes for scores in self.scores.values())
 
     def crop(self, num_seen: int) -> None:
         """Remove the blocks that are not complete after ``num_seen`` tokens."""

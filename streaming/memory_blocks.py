@@ -78,7 +78,7 @@ class HostBlocks:
         """Write ``(N, B, G, …, D)`` after the used part of a buffer, which grows if it must."""
         self.is_pinned |= states.is_cuda
         end, buffer = self.num_blocks + len(states), getattr(self, name, None)
-        if buffer is None or len(buffer) < end or self.is_shared:
+        if buffer is None or len(buffer) < end or self.is_shared or (states.is_cuda and not buffer.is_pinned()):
             buffer = self.grown(buffer, states, end)
             self.set_buffer(name, buffer)
         buffer[self.num_blocks : end].copy_(states, non_blocking=states.is_cuda)
@@ -98,7 +98,8 @@ class HostBlocks:
         size = 0 if buffer is None else len(buffer)
         size = max(num_needed, size if num_needed <= size else 2 * size, 16)
         with torch.inference_mode(False):
-            grown = torch.empty((size, *states.shape[1:]), dtype=states.dtype, pin_memory=self.is_pinned)
+            shape = size, *states.shape[1:]
+            grown = torch.empty(shape, dtype=states.dtype, pin_memory=self.is_pinned, device="cpu")
         if buffer is not None:
             grown[: self.num_blocks] = buffer[: self.num_blocks]
         return grown

@@ -189,7 +189,7 @@ class DecodeStep(Step):
     def _attend(self, layer, query, key, value, softmax):
         encoding, has_kernel = self.encoding, kernels.is_available and softmax.softcap is None
         if layer.memory is not None:
-            layer.memory.recall(self, layer, query, softmax.scaling)
+            layer.memory.choose_in(self, layer, query, softmax.scaling)
         if has_kernel and isinstance(encoding, Rotary) and kernels.can_fuse(encoding, layer, query):
             where = (self.shape, encoding, layer, self.num_seen, self.base)
             out, lse = kernels.decode_attention(*where, query, key, value, softmax.scaling)

@@ -290,7 +290,13 @@ def test_a_tokenizer_of_another_model_is_an_error(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("init_from", "source"), [("EleutherAI/pythia-160m", "EleutherAI/pythia-160m"), ("/home/ada/vanilla", "vanilla")]
+    ("init_from", "source"),
+    [
+        ("EleutherAI/pythia-160m", "EleutherAI/pythia-160m"),
+        ("/home/ada/vanilla", "a model in the folder vanilla"),
+        ("runs/vanilla", "a model in the folder vanilla"),
+        ("/home/ada/run/checkpoints/step-5", "a model in the folder run"),
+    ],
 )
 @pytest.mark.parametrize("only_sinks", [False, True])
 def test_the_model_card_names_the_model_that_a_run_started_from(init_from, source, only_sinks, tmp_path):

@@ -61,14 +61,14 @@ def test_pieces_are_the_ids_of_the_whole_text(line, seed):
 
 
 def test_a_tokenizer_that_drops_the_end_of_a_part_is_named():
-    record, backend = make_records(1, 21, seed=0)[0], Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    record, backend = make_records(1, 3, seed=0)[0], Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
     backend.pre_tokenizer = Metaspace()
-    TOKENS.check_parts(record, 10)
-    RecordTokens(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")).check_parts(record, 10)
+    TOKENS.check_parts(record, 3)
+    RecordTokens(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")).check_parts(record, 3)
     backend.normalizer = Strip()
     tokens = RecordTokens(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
     with pytest.raises(ValueError, match="support this tokenizer: a text in parts has other tokens than the whole"):
-        tokens.check_parts(record, 10)
+        tokens.check_parts(record, 3)
 
 
 @pytest.mark.parametrize(

@@ -258,13 +258,14 @@ def test_a_token_also_sees_the_chosen_blocks_of_a_memory(case, dtype, monkeypatc
         assert not fused.num_arrived.any()
 
 
-@pytest.mark.parametrize("sizes", [(4, 1, 1), (64, 4, 8), (48, 4, 3)], ids=str)
+@pytest.mark.parametrize("sizes", [(4, 1, 1), (64, 4, 8), (48, 4, 3), (128, 1, 2)], ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_kernel_chooses_blocks_without_waiting(case, dtype, sizes):
     """They have the largest weights of a plain choice, except for rounding."""
     num_kept, window, num_heads, num_groups, head_dim, *_ = case
     block_size, representative_size, interval = sizes
+    has_positions = interval < 8
     shape, encoding = StreamShape(num_kept, window), rotary(case)
     options = MemoryOptions(block_size, 5, interval, representative_size)
     query, key = (random_states(2, num, 1, head_dim, dtype=dtype) for num in (num_heads, num_groups))
@@ -276,18 +277,23 @@ def test_a_kernel_chooses_blocks_without_waiting(case, dtype, sizes):
         numbers = torch.arange(len(memory.blocks), num_blocks, device=query.device).to(dtype)
         memory.blocks.append(random_states(*new, dtype=dtype), numbers[:, None, None].expand(new))
         token = shape.num_cached + num_blocks * block_size
-        num_seen, base = (torch.full((2,), value, device=query.device) for value in (token, token - 7))
+        num_seen, base = (
+            torch.full((2,), token, device=query.device),
+            torch.tensor([token - 7, token - 2], device=query.device),
+        )
         kept_keys = random_states(2, num_groups, num_kept + 1, head_dim, dtype=dtype)
-        memory.prepare_choice()
-        assert memory.kernel is not None
+        prepare(memory)
         plain = copy.deepcopy(memory)
+        states = memory.queries, memory.keys, memory.values, memory.num_chosen
         for mode in ("default", "error"):  # the first time, the kernels are compiled
             torch.cuda.set_sync_debug_mode(mode)
             try:
-                memory.choose_for_token(query, kept_keys, num_seen, base, 3 / head_dim, True)
+                memory.choose_for_token(query, kept_keys, num_seen, base, *states, 3 / head_dim, has_positions)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        weights = plain_weights(plain, query, kept_keys, token, base, 3 / head_dim)
+        turned, weights = plain_weights(plain, query, kept_keys, num_seen, base, 3 / head_dim, has_positions)
+        own = memory.queries[:, :, token % memory.queries.shape[2]]
+        torch.testing.assert_close(own.float(), turned.float(), rtol=1e-5, atol=TOLERANCES[dtype])
         chosen, most = memory.values[:, :, ::block_size, 0].long(), min(num_blocks, 5)
         assert memory.num_chosen == most
         assert all(len(set(row)) == most for row in chosen[:, :, :most].flatten(0, 1).tolist())
@@ -298,12 +304,18 @@ def test_a_kernel_chooses_blocks_without_waiting(case, dtype, sizes):
         assert torch.equal(memory.keys, stored[:, :, 0])
 
 
-def plain_weights(memory, query, kept_keys, token, base, scaling):
-    """Return the weights ``(B, G, blocks)`` by which a plain choice of a token is made."""
-    steps = (memory.shape.window + memory.options.block_size - (token - base))[:, None]
-    turned = memory.encoding.turn(query, memory.encoding.phases(steps, like=query)) * scaling
-    queries = torch.cat((memory.queries_before(token)[:, :, 1:], turned), dim=2)[:, :, None]
-    kept = memory.turned_kept(kept_keys[:, :, : memory.shape.num_kept], True)
+def prepare(memory):
+    memory.choose_from(memory.readable_blocks(), random_states(memory.num_scores(memory.readable_blocks())))
+
+
+def plain_weights(memory, query, kept_keys, num_seen, base, scaling, has_positions):
+    """Return the new query in the memory, and the weights ``(B, G, blocks)`` of a plain choice."""
+    if has_positions:
+        steps = (memory.shape.window + memory.options.block_size - (num_seen - base))[:, None]
+        query = memory.encoding.turn(query, memory.encoding.phases(steps, like=query))
+    token, query = int(num_seen[0]), query * scaling
+    queries = torch.cat((memory.queries_before(token)[:, :, 1:], query), dim=2)[:, :, None]
+    kept = memory.turned_kept(kept_keys[:, :, : memory.shape.num_kept], has_positions)
     num_evicted = torch.tensor([memory.num_evicted(token)], device=query.device)
     index = [memory.blocks.seen_from("index", query.device).movedim(0, 2)]
-    return memory.weights(queries, kept, num_evicted, index)[:, :, 0]
+    return query[:, :, 0], memory.weights(queries, kept, num_evicted, index)[:, :, 0]

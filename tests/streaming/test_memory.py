@@ -216,12 +216,14 @@ def test_half_precision_is_close():
         assert error.median() < 0.02 * expected.std()
 
 
-def test_the_compiled_step_has_the_same_result():
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_the_compiled_step_has_the_same_result(backend):
+    """The second backend copies what an operator changes, and copies it back."""
     model, ids = llama(), tiny.random_ids(60)
     expected = read(model, new_cache(model), ids, [60])
     torch._dynamo.reset()
-    decoder = StreamingDecoder(model, new_cache(model), compile={"backend": "eager"})
-    logits = [decoder.prefill(ids[:, :5])] + [decoder(ids[:, i : i + 1]) for i in range(5, 60)]
+    decoder = StreamingDecoder(model, new_cache(model), compile={"backend": backend})
+    logits = [decoder.prefill(ids[:, :5])] + [decoder(ids[:, i : i + 1]).clone() for i in range(5, 60)]
     torch.testing.assert_close(torch.cat(logits, dim=1), expected[:, 4:], rtol=0, atol=1e-9)
 
 
@@ -316,6 +318,23 @@ def test_a_reset_cache_is_like_a_new_one():
     cache.reset()
     assert cache.num_host_bytes == 0
     assert torch.equal(read(model, cache, ids, [60]), expected)
+
+
+def test_a_new_stream_may_begin_with_one_token_after_a_choice():
+    model, ids = llama(), tiny.random_ids(30)
+    expected, cache = read(model, new_cache(model, SMALLEST), ids, [30]), new_cache(model, SMALLEST)
+    for _ in range(2):
+        found = read(model, cache, ids, [1] * 30)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+        cache.reset()
+
+
+def test_a_cache_of_inference_mode_and_another_default_device_can_be_used_outside():
+    model, ids = llama(), tiny.random_ids(40)
+    expected = read(model, new_cache(model), ids, [40])
+    with torch.inference_mode(), torch.device("meta"):
+        cache = new_cache(model)
+    torch.testing.assert_close(read(model, cache, ids, [1] * 40), expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])
@@ -495,6 +514,23 @@ def test_the_captured_step_has_the_same_result_on_a_gpu(options, dtype):
     logits = [decoder.prefill(ids[:, :5].cuda())]
     logits += [decoder(ids[:, i : i + 1].cuda()).clone() for i in range(5, 80)]
     assert set(decoder.captured) == ({False, True} if dtype == torch.float32 else {False})
+    torch.testing.assert_close(torch.cat(logits, dim=1).cpu(), expected[:, 4:], rtol=0, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_captured_graphs_go_on_after_rows_are_reordered():
+    model, ids, rows = tiny.build(tiny.config("llama"), dtype=torch.float32), tiny.random_ids(90, batch_size=2), [1, 0]
+    expected = read(model, new_cache(model), ids, [90])
+    model = model.cuda()
+    torch._dynamo.reset()
+    decoder = StreamingDecoder(model, cache := new_cache(model))
+    logits = [decoder.prefill(ids[:, :5].cuda())]
+    for i in range(5, 90):
+        if i == 50:
+            assert set(decoder.captured) == {False, True}
+            cache.reorder_cache(torch.tensor(rows, device="cuda"))
+        new = decoder((ids if i < 50 else ids[rows])[:, i : i + 1].cuda())
+        logits.append((new if i < 50 else new[rows]).clone())
     torch.testing.assert_close(torch.cat(logits, dim=1).cpu(), expected[:, 4:], rtol=0, atol=1e-3)
 
 
