@@ -174,7 +174,6 @@ def test_the_page_of_the_memory_has_the_numbers_of_its_json():
     }
     names = {"no memory": "cache 4+508", "8 blocks at random": "random 4+508, 8x64"}
     names |= {"8 blocks of 64 tokens, chosen by the memory": "memory 4+508, 8x64"}
-    names |= {"the same, by means of 16 keys instead of 4 |": "memory 4+508, 8x64 representative_size=16"}
     for row, size in names.items():
         assert f"| {row} | {' | '.join(recall[size])} |" in page
     assert f"and the last ones | {' | '.join(recall['oracle 4+508, 8x64'])} |" in page

@@ -220,7 +220,7 @@ def test_the_models_of_recall_differ_by_their_sink_and_are_small_enough_to_ship(
     assert sink == vanilla
     assert sink["data"]["weights"] == {"recall": 1, "text": 1}
     drawn = load_config("recall/drawn").model_dump()
-    assert drawn["model"]["attention"].pop("window") == [32, 1023]
+    assert drawn["model"]["attention"].pop("window") == [256, 1023]
     assert drawn["model"]["attention"]["pattern"] == "window"
     assert all(drawn[section] == sink[section] for section in ("data", "optimizer", "validation"))
     plan = plan_of("recall/learnable-sink", tokenizer_size=4095)

@@ -121,5 +121,7 @@ def test_the_command_reports_each_set(tmp_path, checkpoints, store, capsys):
 def test_sets_that_are_not_apart_are_refused(checkpoints, store):
     with pytest.raises(ValueError, match="--split-sets"):
         sets_of(open_store(store.parent / "mixed"))
-    with pytest.raises(ValueError, match=r"no split 'validation', only train; prepare it with a larger --validation-f"):
+    with pytest.raises(
+        ValueError, match=r"no split 'validation', only train; prepare another folder with a larger --v"
+    ):
         sets_of(open_store(store.parent / "whole"))
