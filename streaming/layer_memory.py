@@ -273,7 +273,7 @@ class LayerMemory(StaticBuffers):
     def readable_blocks(self) -> list[Tensor]:
         """Return keys, values and index of all blocks if kernels can choose, else nothing."""
         device = self.keys.device
-        if not kernels.is_available or device.type != "cuda" or self.encoding.start or self.keys.shape[2] == 0:
+        if not kernels.is_available or device.type != "cuda" or self.encoding.start:
             return []
         buffers = [self.blocks.whole_from(name, device) for name in self.blocks.BUFFERS]
         states = self.queries, self.keys, self.values, *buffers
@@ -318,15 +318,13 @@ class LayerMemory(StaticBuffers):
         """
         shape, options = self.shape, self.options
         if self.choice is not None:
-            inv_freq = self.encoding.inv_freq().to(query.device, torch.float32)
             self.choice(
                 *(query[:, :, 0], kept_keys, queries, keys, values, num_chosen, num_seen, base),
-                inv_freq if has_positions else torch.zeros_like(inv_freq),
-                num_kept=shape.num_kept,
-                window=shape.window,
+                shape=shape,
+                encoding=self.encoding,
                 block_size=options.block_size,
                 representative_size=options.representative_size,
-                interleaved=self.encoding.interleaved,
+                has_positions=has_positions,
                 scaling=scaling,
                 newer=NEWER,
             )

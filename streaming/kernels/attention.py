@@ -11,7 +11,7 @@ from ..encodings import Rotary
 from ..quantized import QuantizedLayer
 from ..rule import LARGEST, StreamShape
 from .memory import _attend_memory
-from .parts import LOG2E, MIN_TILE, Launch, _attend_band, _attend_new, _finish, block_of_dims, with_strides
+from .parts import LOG2E, MIN_TILE, Launch, _attend_band, _attend_new, _finish, block_of_dims, frequencies, with_strides
 from .quantized_attention import decode_quantized_attention
 
 BLOCK_BYTES = 8192  # keys that a program processes at a time, in bytes
@@ -54,9 +54,7 @@ def decode_attention(
     Returns:
         The output ``(B, H, 1, D)`` and the log-sum-exp of the scores ``(B, H, 1)`` in float32.
     """
-    inv_freq = encoding.inv_freq().to(query.device, torch.float32)
-    if not layer.has_positions:
-        inv_freq = torch.zeros_like(inv_freq)
+    inv_freq = frequencies(encoding, query, layer.has_positions)
     states = query[:, :, 0], key[:, :, 0], value[:, :, 0]
     stream = (num_seen, base, inv_freq, shape.num_kept, shape.window, encoding.interleaved, scaling)
     if isinstance(layer, QuantizedLayer):

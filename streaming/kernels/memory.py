@@ -10,7 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..buffers import static_zeros
-from .parts import LOG2E, MIN_TILE, _attend_band, _turned, block_of_dims
+from ..encodings import Rotary
+from ..rule import StreamShape
+from .parts import LOG2E, MIN_TILE, _attend_band, _turned, block_of_dims, frequencies
 
 WORD = torch.int64
 COPIED = 1024  # words that a program copies
@@ -66,13 +68,12 @@ class BlockChoice:
         num_chosen: Tensor,
         num_seen: Tensor,
         base: Tensor,
-        inv_freq: Tensor,
         *,
-        num_kept: int,
-        window: int,
+        shape: StreamShape,
+        encoding: Rotary,
         block_size: int,
         representative_size: int,
-        interleaved: bool,
+        has_positions: bool,
         scaling: float,
         newer: float,
     ) -> None:
@@ -90,10 +91,10 @@ class BlockChoice:
         tile = max(MIN_TILE, min(MAX_TILE, TILE_BYTES // (query.element_size() * block_of_dims(head_dim))))
         block_queries = min(tile, max(MIN_TILE, triton.next_power_of_2(num_queries)))
         block_representatives = min(tile, triton.next_power_of_2(num_representatives))
-        num_parts = triton.cdiv(num_queries, block_queries)
+        num_parts, inv_freq = triton.cdiv(num_queries, block_queries), frequencies(encoding, query, has_positions)
         constants: dict[str, Any] = {
-            "NUM_KEPT": num_kept,
-            "WINDOW": window,
+            "NUM_KEPT": shape.num_kept,
+            "WINDOW": shape.window,
             "BLOCK_SIZE": block_size,
             "INTERVAL": interval,
             "NUM_QUERIES": num_queries,
@@ -101,7 +102,7 @@ class BlockChoice:
             "DIM": head_dim,
             "BLOCK_DIM": block_of_dims(head_dim),
             "HALF_ROTARY": inv_freq.shape[0],
-            "INTERLEAVED": interleaved,
+            "INTERLEAVED": encoding.interleaved,
             "NUM_GROUPS": num_groups,
             "num_warps": 4,
         }

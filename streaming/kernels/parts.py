@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..encodings import Rotary
+
 PROGRAMS_PER_PROCESSOR = 2  # enough to saturate the memory bandwidth
 MAX_SPLITS = 32  # a power of 2, all loaded at once by the merging program
 MIN_TILE = 16  # minimum size of a matrix product on tensor cores
@@ -64,6 +66,12 @@ class Launch:
             "NUM_SPLITS": num_splits,
             "BLOCK_SPLITS": triton.next_power_of_2(num_splits),
         }
+
+
+def frequencies(encoding: Rotary, like: Tensor, has_positions: bool) -> Tensor:
+    """Return a layer's frequencies on the device of its states; zeros if it has no positions."""
+    inv_freq = encoding.inv_freq().to(like.device, torch.float32)
+    return inv_freq if has_positions else torch.zeros_like(inv_freq)
 
 
 def block_of_dims(head_dim: int) -> int:
