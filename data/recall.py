@@ -54,6 +54,37 @@ INTRODUCTIONS = (
     "Read these {value}s. You will be asked about them.\n",
     "Log of {thing} {value}s:\n",
 )
+# … or sentences without a meaning, so that a model finds the first line after any introduction.
+SENTENCES_SHARE = 0.5
+MOST_SENTENCES = 3
+WORDS_PER_SENTENCE = (3, 14)
+COMMON_WORDS = (
+    *("the", "a", "of", "and", "to", "is", "that", "for", "it", "was", "with", "as", "his", "on", "be", "at", "by"),
+    *(
+        "I",
+        "had",
+        "not",
+        "are",
+        "but",
+        "from",
+        "or",
+        "have",
+        "they",
+        "which",
+        "one",
+        "you",
+        "were",
+        "all",
+        "her",
+        "she",
+    ),
+    *("there", "would", "their", "we", "him", "been", "has", "when", "who", "will", "no", "more", "if", "out", "so"),
+    *("below", "above", "here", "some", "many", "each", "every", "please", "read", "keep", "know", "need", "list"),
+    *("table", "data", "text", "words", "first", "next", "later", "again", "only", "these", "those", "this"),
+)
+COMMON_SHARE = 0.8  # of the words; the others are those of records or invented
+SENTENCE_ENDS = (".", ".", ":", "!", ",", "")
+SENTENCE_BREAKS = (" ", " ", "\n", "\n\n")
 # What stands before and after the value of a line.
 STATEMENTS = (
     ("The {value} of {thing} {key} is ", "."),
@@ -154,7 +185,8 @@ class Phrasing:
             question = (_word(rng, PROMPTS).capitalize() + rng.choice(SEPARATORS) + statement[0], statement[1])
         else:
             question = rng.choice(ASKING)
-        return Phrasing(words, statement, question, rng.choice(INTRODUCTIONS), rng.choice(BRACKETS))
+        introduction = _sentences(rng) if rng.random() < SENTENCES_SHARE else rng.choice(INTRODUCTIONS)
+        return Phrasing(words, statement, question, introduction, rng.choice(BRACKETS))
 
     def filled(self, template: str, key: str = "") -> str:
         return template.format(key=key, **self.words)
@@ -169,6 +201,18 @@ def _word(rng: random.Random, known: Sequence[str]) -> str:
     return "".join(
         rng.choice(CONSONANTS) + rng.choice(VOWELS) + rng.choice(CONSONANTS) for _ in range(rng.randint(1, 3))
     )
+
+
+def _sentences(rng: random.Random) -> str:
+    """Return an introduction of random words."""
+    text = ""
+    for _ in range(rng.randint(1, MOST_SENTENCES)):
+        words = [
+            rng.choice(COMMON_WORDS) if rng.random() < COMMON_SHARE else _word(rng, THINGS + VALUES)
+            for _ in range(rng.randint(*WORDS_PER_SENTENCE))
+        ]
+        text += " ".join(words).capitalize() + rng.choice(SENTENCE_ENDS) + rng.choice(SENTENCE_BREAKS)
+    return f"{text.rstrip()}\n"
 
 
 def _composed(rng: random.Random) -> tuple[str, str]:

@@ -16,7 +16,9 @@ from sinklm.cli.main import app
 from sinklm.data import find_inputs
 from sinklm.data.recall import (
     ASKING,
+    COMMON_WORDS,
     COMPOSED_SHARE,
+    INTRODUCTIONS,
     INVENTED_SHARE,
     KINDS_OF_KEYS,
     LARGEST_FIRST_KEY,
@@ -26,6 +28,7 @@ from sinklm.data.recall import (
     PLACES,
     PROMPTS,
     REPEATING_SHARE,
+    SENTENCES_SHARE,
     SPELLED_SHARE,
     STATEMENTS,
     THINGS,
@@ -118,6 +121,11 @@ def test_shares_of_phrasings():
     assert len(invented) / len(words) == pytest.approx(INVENTED_SHARE, abs=0.03)
     assert len(spelled) / len(invented) == pytest.approx(SPELLED_SHARE, abs=0.05)  # few have syllables by chance
     assert sum(composed) / len(composed) == pytest.approx(COMPOSED_SHARE, abs=0.03)
+    sentences = [each.introduction for each in drawn if each.introduction not in INTRODUCTIONS]
+    assert len(sentences) / len(drawn) == pytest.approx(SENTENCES_SHARE, abs=0.03)
+    assert len(set(sentences)) == len(sentences)
+    assert all(text.endswith("\n") and text.strip() for text in sentences)
+    assert {word.lower() for word in COMMON_WORDS} <= set(re.findall(r"\w+", " ".join(sentences).lower()))
 
 
 def test_consecutive_keys_start_anywhere():
