@@ -225,11 +225,12 @@ def picture(models: dict[str, Results]) -> Figure:
     kept = [pair[1] for results in models.values() for pair in sizes_of(results).values()]
     shown = [lines for result in kept if (lines := set(held(result)) & set(along_stream(result)))]
     distance = max(set.intersection(*shown), default=0) if shown else 0
+    sizes = sorted({size_of(result) for result in kept})
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(1.6 + 2.8 * len(models), 3.2), layout="constrained")
         panels = figure.subplots(1, len(models), sharex=True, sharey=True, squeeze=False)[0]
         for axes, (name, results) in zip(panels, models.items(), strict=True):
-            draw(axes, results, distance)
+            draw(axes, results, distance, sizes)
             axes.set_title(name, fontsize=9)
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(lambda value, _: short_number(value))
@@ -237,14 +238,15 @@ def picture(models: dict[str, Results]) -> Figure:
             axes.grid(axis="y", linewidth=0.4, alpha=0.5)
         panels[0].set_ylabel(f"Exact match, {distance} lines back (%)")
         panels[0].set_ylim(-3, 103)
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
+        most = max(panels, key=lambda axes: len(axes.lines))
+        figure.legend(*most.get_legend_handles_labels(), loc="outside right upper")
     return figure
 
 
-def draw(axes: Axes, results: Results, distance: int) -> None:
-    """Draw the curves of a model: a colour for each size, dashed without kept tokens."""
-    for i, (size, (without, kept)) in enumerate(sizes_of(results).items()):
-        # Later curves are drawn over earlier ones, and are narrower.
+def draw(axes: Axes, results: Results, distance: int, sizes: list[int]) -> None:
+    """Draw the curves of a model: a colour for each of all sizes, dashed without kept tokens."""
+    for size, (without, kept) in sizes_of(results).items():
+        i = sizes.index(size)  # later curves are drawn over earlier ones, and are narrower
         colour = COLOURS[1 + i % (len(COLOURS) - 1)]
         style = {"color": colour, "linewidth": max(1.0, 3.0 - 0.8 * i)}
         plot(axes, kept, distance, label=f"S+W, {size:,} tokens", **style)

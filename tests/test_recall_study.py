@@ -149,6 +149,14 @@ def test_the_picture_has_a_panel_for_each_model_at_a_distance_that_all_caches_ho
     assert report.picture(models).axes[0].get_ylabel() == "Exact match, 5 lines back (%)"
 
 
+def test_a_size_has_one_colour_in_all_panels_and_the_legend_has_all_curves(report, models):
+    models = {"drawn": {"1+299": result(1, 299, {5: [1.0] * 5})}, "vanilla": models["vanilla"]}
+    figure = report.picture(models)
+    (drawn,), vanilla = figure.axes[0].lines, {line.get_label(): line for line in figure.axes[1].lines}
+    assert drawn.get_color() == vanilla["S+W, 300 tokens"].get_color() != vanilla["S+W, 100 tokens"].get_color()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(vanilla)
+
+
 def test_each_model_has_its_caches_and_one_with_windows_no_dense_attention(tmp_path):
     study = importlib.import_module("recall_study")
     train_tokenizer(["a line of a record is 12345"], 300).save(str(tmp_path / "tokenizer.json"))
