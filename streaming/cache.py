@@ -232,7 +232,9 @@ class StreamingCache(Cache):
         was_empty = self.streams.is_empty
         try:
             yield
+            self.streams.has_failed = False
         except BaseException:
+            self.streams.has_failed = True
             self.is_damaged |= num_inputs > 1
             if self.memory is not None:
                 self.memory.num_seen = None

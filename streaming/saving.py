@@ -54,6 +54,7 @@ def save_cache(cache: "StreamingCache", path: Path, notes: dict[str, Any] | None
             "memory": None if cache.memory is None else asdict(cache.memory.options),
             "num_since_rebase": streams.num_since_rebase,
             "is_ragged": streams.is_ragged,
+            "has_failed": streams.has_failed,
             "knows_text": streams.record is None or streams.record.is_known,
             "dtype": str(cache.decoder.dtype),
             "config": relevant_config(cache.decoder),
@@ -78,6 +79,7 @@ def load_cache(path: Path, model: PreTrainedModel) -> tuple["StreamingCache", di
     cache = StreamingCache(model, shape, state["chunk_size"], state["kv_dtype"], memory)
     streams = cache.streams
     streams.num_since_rebase, streams.is_ragged = state["num_since_rebase"], state["is_ragged"]
+    streams.has_failed = state.get("has_failed", False)  # not in older files
     if not tensors:
         return cache, state["notes"]
     device = cache.decoder.device

@@ -24,6 +24,7 @@ class Streams:
         record: what was read, None before the first pass.
         num_since_rebase: inputs since the last `rebase`.
         is_ragged: whether rows have seen different numbers of tokens.
+        has_failed: whether the last pass failed. Its token may be in a slot.
     """
 
     def __init__(self, plan: LayerPlan, layers: list[StreamingLayer]):
@@ -35,7 +36,7 @@ class Streams:
         self.counters: StreamCounters | None = None
         self.record: TextRecord | None = None
         self.num_since_rebase = 0
-        self.is_ragged = False
+        self.is_ragged = self.has_failed = False
         for layer in self.layers:
             layer.free()
 
@@ -55,8 +56,10 @@ class Streams:
 
     @property
     def has_evicted(self) -> bool:
-        """Whether a token of any row has left a layer."""
-        return self.counters is not None and int(self.counters.num_seen.max()) > self.plan.num_slots_of_smallest
+        """Whether a token of any row has left a layer, also for one whose pass failed."""
+        if self.counters is None:
+            return False
+        return int(self.counters.num_seen.max()) + self.has_failed > self.plan.num_slots_of_smallest
 
     # -- A pass ----------------------------------------------------------------------------------
 

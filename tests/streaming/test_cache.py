@@ -211,6 +211,43 @@ def test_crop_removes_tokens_until_one_has_left_the_cache(model):
         cache.crop(-1)
 
 
+@pytest.mark.parametrize("is_saved", [False, True])
+@pytest.mark.parametrize("num_tokens", [8, 9])
+def test_crop_after_a_failed_token(model, monkeypatch, tmp_path, num_tokens, is_saved):
+    """The token is in a slot of its own, or in that of a token that `crop` would bring back."""
+    ids, cache = tiny.random_ids(num_tokens + 3), for_model(model)
+    run(model, ids[:, :num_tokens], cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.gpt_neox.layers[-1]), "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, ids[:, num_tokens : num_tokens + 1], cache)
+    if is_saved:
+        cache.save(tmp_path / "cache")
+        cache = StreamingCache.load(tmp_path / "cache", model)
+    if num_tokens == 9:  # as many as the cache has slots
+        assert not cache.is_croppable
+        with pytest.raises(ValueError, match="have left the cache"):
+            cache.crop(-4)
+    else:
+        cache.crop(-4)
+    rest = ids[:, cache.get_seq_length() :]
+    expected = run(model, ids, for_model(model))[:, -rest.shape[1] :]
+    torch.testing.assert_close(run(model, rest, cache), expected, rtol=0, atol=1e-5)
+
+
+def test_a_repeated_token_ends_a_failure(model, monkeypatch):
+    ids, cache = tiny.random_ids(9), for_model(model)
+    run(model, ids[:, :8], cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.gpt_neox.layers[-1]), "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, ids[:, 8:], cache)
+    run(model, ids[:, 8:], cache)
+    assert cache.is_croppable
+    cache.crop(-1)
+    torch.testing.assert_close(run(model, ids[:, 8:], cache), run(model, ids, for_model(model))[:, 8:])
+
+
 def test_crop_is_an_error_after_padding(model):
     """Of the last two inputs, one row would lose two tokens and the other only one."""
     cache, ids = for_model(model), tiny.random_ids(5, batch_size=2)
