@@ -162,7 +162,8 @@ def evaluate(args: argparse.Namespace) -> bool:
             output = report_path(args, name, cache, what).parent
             command = (*SINKLM, "eval", "stream-eval", run_folder(args, name), *arguments, "-o", output, "--quiet")
             jobs.append(Job(f"{name} {cache} {what}", tuple(map(str, command)), output / "evaluation.log"))
-    jobs.sort(key=lambda job: BY_DISTANCE in job.name)  # long ones first
+    # Long ones first. Those of dense attention need most memory, and so begin on different GPUs.
+    jobs.sort(key=lambda job: ("dense" not in job.name, BY_DISTANCE in job.name))
     return study_jobs.run(jobs, study_jobs.Deadline(args.minutes), args.per_gpu) and not untrained
 
 
