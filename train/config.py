@@ -278,6 +278,7 @@ FLOAT8_WIDTH = 2048  # smallest `model.hidden_size` with float8: the narrower, t
 # Switches of `zero_optimization` with which DeepSpeed moves the optimizer's state (`cpu_offload` is
 # the old name of `offload_optimizer`), or partitions or loads it in another way.
 NOT_WITH_MUON = ("cpu_offload", "elastic_checkpoint", "parameter_alignment")
+LOWEST_STAGE = {"offload_optimizer": 1, "offload_param": 3}  # in which DeepSpeed offloads
 OFF = ("none", "false", "0", "no", "off")  # what DeepSpeed reads as off, and no device
 
 
@@ -326,6 +327,7 @@ class TrainingConfig(Section):
         if self.train.precision == "fp8":
             self._check_float8()
         self._check_muon()
+        self._check_offload()
         if self.train.only_sinks:
             self._check_only_sinks()
         if self.train.deterministic and self.deepspeed.zero_stage == 3:
@@ -424,6 +426,16 @@ class TrainingConfig(Section):
         for key, is_set in others.items():
             if self.optimizer.name == "muon" and is_set:
                 raise ValueError(f"optimizer.name=muon does not work with deepspeed.{key}: change one of them")
+
+    def _check_offload(self) -> None:
+        """Refuse to offload what DeepSpeed only offloads in a higher stage."""
+        zero, stage = _section(self.deepspeed.extra_keys, "zero_optimization"), self.deepspeed.zero_stage
+        for key, lowest in LOWEST_STAGE.items():
+            if stage < lowest and _is_on(_section(zero, key).get("device")):
+                raise ValueError(
+                    f"deepspeed.zero_optimization.{key} has no effect with deepspeed.zero_stage={stage}: set {lowest} "
+                    f"or more, or remove {key}"
+                )
 
 
 def _section(values: dict[str, Any], key: str) -> dict[str, Any]:

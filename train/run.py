@@ -81,6 +81,8 @@ def train(
     rank, local_rank = own_rank(os.environ)
     try:
         config = load_config(recipe, overrides)
+        if trust_checkpoint and config.checkpoint.resume == "never":
+            raise ValueError("--trust-checkpoint has no effect with checkpoint.resume=never: leave out one of them")
         if only_describe:
             dry_run(config)
             return

@@ -132,6 +132,23 @@ def test_weights_of_sets_are_replaced_as_a_whole(tmp_path):
         (["deepspeed.zero_optimisation.overlap_comm=true"], "zero_optimisation: did you mean zero_optimization?"),
         (["deepspeed.zero_stages=2"], "unknown key zero_stages: did you mean zero_stage?"),
         (
+            ["deepspeed.offload_optimizer={device: cpu}"],
+            "offload_optimizer has no effect here: set deepspeed.zero_optimization.offload_optimizer",
+        ),
+        (["deepspeed.stage=2"], "stage has no effect here: set deepspeed.zero_stage"),
+        (
+            ["deepspeed.activation_checkpointing={partition_activations: true}"],
+            "activation_checkpointing is derived: set train.activation_checkpointing",
+        ),
+        (
+            ["deepspeed.zero_stage=0", "deepspeed.zero_optimization.offload_optimizer={device: cpu}"],
+            "zero_optimization.offload_optimizer has no effect with deepspeed.zero_stage=0: set 1 or more",
+        ),
+        (
+            ["deepspeed.zero_stage=2", "deepspeed.zero_optimization.offload_param={device: cpu}"],
+            "zero_optimization.offload_param has no effect with deepspeed.zero_stage=2: set 3 or more",
+        ),
+        (
             ["deepspeed.zero_optimization.round_robin_gradients=true"],
             "round_robin_gradients is derived: remove this key",
         ),
