@@ -121,7 +121,7 @@ def as_lm(
 
     Args:
         batch_size: requests per batch. ``"auto"`` finds the largest that fits the memory of a GPU;
-            on a CPU it is 8.
+            on a CPU it is 8. Both are at most the option ``max_batch_size``.
         max_length: positions of a request; None: the trained length. lm-eval truncates contexts
             only: an answer longer than this raises a ValueError.
         options: those of lm-eval's ``HFLM`` in `LM_ARGUMENTS`.
@@ -132,8 +132,10 @@ def as_lm(
     _check_options(options)
     sink_ids = sink_config(model.config).sink_token_ids
     num_positions: Any = max_length or getattr(model.config, "max_position_embeddings", None)
+    if batch_size != "auto" and "max_batch_size" in options:
+        raise ValueError(f"--model-args: max_batch_size has no effect with --batch-size {batch_size}: leave out one")
     if batch_size == "auto" and model.device.type == "cpu":
-        batch_size = CPU_BATCH
+        batch_size = min(CPU_BATCH, options.get("max_batch_size", CPU_BATCH))
     common: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": batch_size, "trust_remote_code": False}
     if sink_ids:
         num_sinks = len(sink_ids)
@@ -166,6 +168,9 @@ def parse_options(text: str | None) -> dict[str, Any]:
         return {}
     if not all("=" in part for part in text.split(",")):
         raise ValueError(f"--model-args is {text[:80]!r}: write KEY=VALUE, separated by commas")
+    names = [part.partition("=")[0] for part in text.split(",")]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"--model-args has {twice[0]} twice: keep one")
     options = simple_parse_args_string(text)
     _check_options(options)
     return options

@@ -23,7 +23,7 @@ from ..parsing import parse_json
 from ..text import near_hint
 from ..versions import warn_if_untested
 from .lm import as_lm, num_processes
-from .local_data import use_local_data
+from .local_data import definition_of, leaves, use_local_data
 from .report import ReportFile
 
 warn_if_untested("lm-eval")
@@ -70,12 +70,28 @@ def find_tasks(
         num_fewshot: examples in the prompt; None: each task's default.
 
     Raises:
-        ValueError: a task does not exist, or its local data cannot be used.
+        ValueError: a task does not exist, its local data cannot be used, or ``data_dir`` or
+            ``num_fewshot`` has no effect.
         FileNotFoundError: ``include_path``, ``data_dir`` or a data set in it does not exist.
     """
     manager = task_manager(names, include_path)
     files = use_local_data(manager, names, data_dir, num_fewshot) if data_dir else {}
+    if data_dir and not files:
+        raise ValueError(
+            f"--data-dir has no effect, because no data of {', '.join(names)} is from the Hub: leave it out"
+        )
+    if num_fewshot and (fixed := _without_fewshot(manager, names)):
+        raise ValueError(
+            f"--num-fewshot has no effect on {', '.join(fixed)}, whose file sets it to 0: leave out the option or "
+            "these tasks"
+        )
     return Tasks(list(names), manager, num_fewshot, files)
+
+
+def _without_fewshot(manager: TaskManager, names: Sequence[str]) -> list[str]:
+    """Return the tasks whose file sets ``num_fewshot`` to 0, which lm-eval never changes."""
+    known = [name for name in leaves(manager, names) if name in manager.task_index]
+    return [name for name in known if definition_of(manager, name).get("num_fewshot") == 0]
 
 
 def evaluate(
@@ -112,6 +128,12 @@ def evaluate(
     """
     if apply_chat_template and not tokenizer.chat_template:
         raise ValueError("--apply-chat-template: the tokenizer has no chat template; use a chat model")
+    of_template = {"chat_template_args", "enable_thinking"} & set(model_args or ())
+    if of_template and not apply_chat_template:
+        raise ValueError(
+            f"--model-args: {', '.join(sorted(of_template))} without --apply-chat-template has no effect: add this "
+            "option, or leave out the argument"
+        )
     lm = as_lm(model, tokenizer, batch_size=batch_size, max_length=max_length, **(model_args or {}))
     with checked_passes(model), _named_data(tasks):
         output = simple_evaluate(

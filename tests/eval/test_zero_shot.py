@@ -229,6 +229,23 @@ def test_model_arguments_reach_lm_eval(checkpoints):
         as_lm(model, tokenizer, max_length=2)
     with pytest.raises(ValueError, match="no effect on a model with sink tokens"):
         as_lm(model, tokenizer, add_bos_token=True)
+    with pytest.raises(ValueError, match="max_batch_size has no effect with --batch-size 4: leave out one"):
+        as_lm(model, tokenizer, batch_size=4, max_batch_size=2)
+
+
+def test_options_of_tasks_without_effect_are_refused(checkpoints, task_folder, tmp_path):
+    task = (task_folder / "rooms.yaml").read_text()
+    (tmp_path / "fixed.yaml").write_text(task.replace("task: rooms", "task: fixed\nnum_fewshot: 0"))
+    (tmp_path / "pair.yaml").write_text("group: pair\ntask: [fixed]")
+    find_tasks(["pair"], include_path=tmp_path, num_fewshot=0)
+    find_tasks(["rooms", str(task_folder / "rooms.yaml")], include_path=task_folder, num_fewshot=2)
+    with pytest.raises(ValueError, match="--num-fewshot has no effect on fixed, whose file sets it to 0: leave out"):
+        find_tasks(["pair"], include_path=tmp_path, num_fewshot=2)
+    options = {"include_path": task_folder, "model_args": "enable_thinking=False", "output": tmp_path}
+    with pytest.raises(
+        ValueError, match="enable_thinking without --apply-chat-template has no effect: add this option"
+    ):
+        zero_shot(str(checkpoints[1]), "rooms", **options)
 
 
 @pytest.mark.parametrize("num_sinks", [0, 1])
@@ -249,7 +266,8 @@ def test_the_batch_size_is_found_by_itself(checkpoints, monkeypatch):
     model, tokenizer = load_model(checkpoints[1]), load_tokenizer(checkpoints[1])
     expected = as_lm(model, tokenizer, batch_size=1).loglikelihood(requests("loglikelihood", REQUESTS), True)
     lm = as_lm(model, tokenizer, max_batch_size=7)
-    assert lm.batch_size == 8  # not searched on a CPU
+    assert lm.batch_size == 7  # not searched on a CPU
+    assert as_lm(model, tokenizer).batch_size == 8
     lm.batch_size_per_gpu = "auto"
     call, sizes = lm._model_call, []
 
