@@ -143,6 +143,9 @@ class Chat:
     Args:
         system: instructions before the first message. The cache keeps their first tokens.
         max_new_tokens: maximum length of a reply. The conversation continues after a cut reply.
+
+    Raises:
+        ValueError: the chat template leaves out ``system``.
     """
 
     def __init__(
@@ -156,6 +159,11 @@ class Chat:
         self.tokenizer, self.generator = tokenizer, generator
         self.system, self.max_new_tokens = system, max_new_tokens
         self.turns = TemplateTurns(tokenizer) if tokenizer.chat_template else PlainTurns(tokenizer)
+        if system and self.turns.first("?", system) == self.turns.first("?", None):
+            raise ValueError(
+                "this tokenizer's chat template leaves out the system prompt: write it into the first message, or use "
+                "another template"
+            )
         self.has_begun = False
         self.end_of_reply = ""
         self.history: list[dict[str, str]] = []  # all messages, as in a chat template

@@ -41,6 +41,15 @@ def read_ids(chat: Chat) -> list[int]:
     return seen
 
 
+def test_a_template_that_leaves_out_the_system_prompt_is_named():
+    model, users = small_model(0), "{% for m in messages if m.role != 'system' %}{{ m.content }}\n{% endfor %}"
+    start(model, tokenizer(users))
+    for template in (None, TEMPLATE):
+        start(model, tokenizer(template), system="Be brief.")
+    with pytest.raises(ValueError, match="chat template leaves out the system prompt: write it into the first message"):
+        start(model, tokenizer(users), system="Be brief.")
+
+
 @pytest.mark.parametrize("num_sinks", [0, 1])
 def test_each_reply_equals_that_after_reading_the_whole_conversation_again(num_sinks, monkeypatch):
     sampled: list[int] = []
