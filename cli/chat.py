@@ -33,7 +33,7 @@ from .options import (
     TopK,
     TopP,
     check_memory,
-    check_temperature,
+    check_sampling,
     examples,
     note_windows,
     parse_cache,
@@ -95,7 +95,7 @@ def chat(
     """
     shape, size = None if cache is None else parse_cache(cache), parse_memory(memory)
     check_memory(size, [] if shape is None else [shape])
-    check_temperature(temperature)
+    check_sampling(temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     template = None if chat_template is None else _read_template(chat_template)
     console = Console(is_quiet=quiet)
     with nullcontext() if session is None else _held(session):

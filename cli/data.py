@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import examples
+from .options import examples, refuse_unused
 
 if TYPE_CHECKING:
     from ..console import Console
@@ -73,10 +73,17 @@ def inspect(
 
     if recipe is None and (sample is not None or step is not None or overrides):
         raise ValueError("samples and steps depend on the recipe: pass --recipe with its name or path")
+    refuse_unused(
+        {"--split": split != "train" and document is None},
+        "without --document, because samples are of the training split: add it, or leave out --split",
+    )
+    for key, _, path in (override.partition("=") for override in overrides or ()):
+        refuse_unused(
+            {key: key == "data.path" and Path(path).resolve() != store.resolve()},
+            f"on the STORE that is read, {store}: leave it out",
+        )
     console = Console(highlight=False, soft_wrap=True)
     opened = open_store(store, verify="sha256" if verify else "size")
-    if split != "train":
-        opened.split(split)  # an error if it does not exist
     tokenizer = load_tokenizer_file(opened.tokenizer_path)
 
     def text(ids: Iterable[int]) -> str:

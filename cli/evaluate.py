@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,6 +36,7 @@ from .options import (
     placement,
     print_results,
     progress_bars,
+    refuse_unused,
 )
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from ..streaming import MemoryOptions
 
 METHODS = ("dense", "window", "streaming", "recompute")  # as in `eval.perplexity`, which imports torch
+METHODS_OF_CACHES = ("window", "streaming")  # by default those of --caches
 MOST_LINES = 100_000_000
 
 
@@ -173,6 +175,7 @@ def streaming(
     given, size = None if caches is None else parse_caches(caches), parse_memory(memory)
     check_memory(size, given or [])
     wanted = None if methods is None else parse_names(methods, "--methods", METHODS)
+    _check_methods(wanted or METHODS_OF_CACHES, given or [], size, recompute_every)
     check_texts(text)
     console = Console(is_quiet=quiet)
     console.note(f"loading {model} …")
@@ -316,6 +319,27 @@ def _ask_all(
                 progress=lambda num_lines, bar=bar: bars.advance(bar, num_lines),
             )
             yield summarize(list(answers), num_kept, window, time.perf_counter() - started, memory)
+
+
+def _check_methods(
+    methods: Sequence[str], caches: list[tuple[int, int]], memory: tuple[int, int] | None, recompute_every: int
+) -> None:
+    """Raise a ValueError for an option, or a cache of ``--caches``, that no method uses."""
+    is_used = {method: method in methods for method in METHODS}
+    refuse_unused(
+        {"--recompute-every": recompute_every > 1 and not is_used["recompute"]},
+        "without recompute in --methods: add this method, or leave the option out",
+    )
+    refuse_unused(
+        {"--memory": memory is not None and not (is_used["window"] or is_used["streaming"])},
+        "without window or streaming in --methods: add one of them, or leave the option out",
+    )
+    for num_kept, window in caches:
+        method = "streaming" if num_kept else "window"
+        refuse_unused(
+            {f"--caches {num_kept}+{window}": not (is_used[method] or is_used["recompute"])},
+            f"without {method} or recompute in --methods: add one of them, or remove this cache",
+        )
 
 
 def _measure_all(

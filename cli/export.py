@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..console import Console
-from .options import DtypeName, Quiet, examples
+from .options import DtypeName, Quiet, examples, refuse_unused
 
 if TYPE_CHECKING:
     from ..checkpoints.hub import Publication
@@ -70,14 +70,19 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Export a checkpoint for transformers, for llama.cpp, or to the Hugging Face Hub."""
-    if to != Form.GGUF and dtype != DtypeName.AUTO:
-        raise ValueError("--dtype is an option of --to gguf: the other forms have the data type of the checkpoint")
     if to == Form.HF and output.lower().endswith(".gguf"):
         raise ValueError(f"{output} would be a folder for transformers: did you mean --to gguf?")
-    if to != Form.HUB and (private or dry_run):
-        raise ValueError(f"{'--private' if private else '--dry-run'} is an option of --to hub")
-    if text is not None and not full_attention:
-        raise ValueError("--text is an option of --full-attention")
+    refuse_unused(
+        {"--dtype": to != Form.GGUF and dtype != DtypeName.AUTO},
+        "without --to gguf, because the other forms have the data type of the checkpoint: leave it out",
+    )
+    refuse_unused(
+        {"--private": to != Form.HUB and private, "--dry-run": to != Form.HUB and dry_run},
+        "without --to hub: add --to hub, or leave it out",
+    )
+    refuse_unused(
+        {"--text": text is not None and not full_attention}, "without --full-attention: add it, or remove --text"
+    )
     console = Console(is_quiet=quiet)
     windows: dict[str, Any] = {"full_attention": full_attention, "text": None if text is None else _read(text)}
     console.print(_export(console, checkpoint, output, to, str(dtype), private, dry_run, windows), soft_wrap=True)

@@ -29,7 +29,7 @@ from .options import (
     TopK,
     TopP,
     check_memory,
-    check_temperature,
+    check_sampling,
     examples,
     memory_options,
     note_windows,
@@ -116,7 +116,7 @@ def generate(
     """
     shape, size = None if cache is None else parse_cache(cache), parse_memory(memory)
     check_memory(size, [] if shape is None else [shape])
-    check_temperature(temperature)
+    check_sampling(temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     texts = read_prompts(prompts or [], prompts_file)
     if stream and max_new_tokens is None and len(texts) > 1:
         raise ValueError(f"--stream never ends the first of {len(texts)} prompts: set --max-new-tokens")

@@ -9,7 +9,7 @@ import typer
 import yaml
 
 from ..console import Console
-from .options import DtypeName, Quiet, Seed, examples
+from .options import DtypeName, Quiet, Seed, examples, refuse_unused
 
 if TYPE_CHECKING:
     from ..checkpoints.importing import Imported
@@ -60,6 +60,9 @@ def import_(
     quiet: Quiet = False,
 ) -> None:
     """Import a released GPT-NeoX model, such as Pythia, and add a sink: to evaluate or train it."""
+    refuse_unused(
+        {"--seed": seed != 0 and sink_row != "random"}, "without --sink-row random: add it, or leave out --seed"
+    )
     console = Console(is_quiet=quiet)
     console.note(f"reading {model}{f' at {revision}' if revision else ''} …")
     from ..checkpoints.importing import import_model

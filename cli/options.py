@@ -226,9 +226,27 @@ def check_folder(path: Path | None, option: str) -> None:
         raise FileNotFoundError(f"the folder {path} does not exist: {remedy}")
 
 
-def check_temperature(temperature: float) -> None:
+def refuse_unused(options: dict[str, bool], why: str) -> None:
+    """Raise a ValueError if the user passed options that have no effect.
+
+    Args:
+        options: for each name, whether its value is another than the default, and has no effect.
+        why: the reason and the remedy.
+    """
+    if unused := [name for name, is_unused in options.items() if is_unused]:
+        raise ValueError(f"{' and '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect {why}")
+
+
+def check_sampling(temperature: float, *, top_k: int | None, top_p: float, min_p: float, seed: int) -> None:
+    """Raise a ValueError for an infinite temperature, or for options of sampling with 0."""
     if not math.isfinite(temperature):
         raise ValueError(f"--temperature is {temperature}: it must be a finite number of at least 0")
+    if temperature == 0:
+        passed = {"--top-k": top_k not in (None, 1), "--top-p": top_p < 1, "--min-p": min_p > 0, "--seed": seed != 0}
+        refuse_unused(
+            passed,
+            "with --temperature 0, which always chooses the most likely token: leave it out, or raise --temperature",
+        )
 
 
 def placement(device: str | None, dtype: str) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from .options import (
     placement,
     print_results,
     progress_bars,
+    refuse_unused,
 )
 
 if TYPE_CHECKING:
@@ -66,6 +67,10 @@ def stream_qa(
     shapes = None if caches is None else parse_caches(caches)
     names = parse_names(tasks, "--tasks", ("arc_easy", "arc_challenge"))
     ways = parse_names(methods, "--methods", METHODS)
+    refuse_unused(
+        {"--caches": shapes is not None and "stream" not in ways},
+        "without stream in --methods: add this method, or leave the option out",
+    )
     check_folder(data_dir, "--data-dir")
     console = Console(is_quiet=quiet)
     console.note(f"loading {model} …")

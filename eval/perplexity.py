@@ -233,8 +233,6 @@ def configurations(
                 f"--methods contains {method}, but --caches has no cache for it: add one such as {example}"
             )
         chosen += found
-    if memory is not None and all(configuration.memory is None for configuration in chosen):
-        raise ValueError(f"--memory has no effect with --methods {','.join(methods)}: add streaming or window")
     refuse_small_caches([(c.num_kept, c.window) for c in chosen if c.method != "dense"], num_sinks)
     return list(dict.fromkeys(chosen))
 

@@ -509,7 +509,6 @@ OPTIONS = [
         r"out\.gguf would be .*: did you mean --to gguf\?",
     ),
     Case("a name of the Hub without owner", "export {model} mine --to hub --dry-run", ".*: write owner/name"),
-    Case("an option of another form", "export {model} out --private", "--private is an option of --to hub"),
     Case(
         "a text that is none",
         "export {model} out --full-attention --text mine.yaml",
@@ -517,7 +516,6 @@ OPTIONS = [
         recipe("é".encode("latin-1")),
     ),
     Case("a device as text", "export {model} out --full-attention --text /dev/zero", ".* is not a file: pass a text.*"),
-    Case("a text for nothing", "export {model} out --text text.txt", "--text is an option of --full-attention"),
     Case("an output that cannot be made", "export {model} /proc/a/b", r"cannot write /proc/a/b: .*"),
     Case(
         "an output that is a file",
@@ -572,6 +570,40 @@ OPTIONS = [
         r"--caches: '0' is not a cache: write kept tokens \+ window, such as 4\+1020; .*",
     ),
 ]
+UNUSED = [  # options without effect are refused before a model is loaded: the folder ./no/where does not exist
+    Case(f"without effect: {command}", command, message)
+    for command, message in {
+        "eval streaming ./no/where --text text.txt --caches 0+256,1+255 --methods streaming": r"--caches 0\+256 has no "
+        r"effect without window or recompute in --methods: add one of them, or remove this cache",
+        "eval streaming ./no/where --text text.txt --caches 1+255 --methods dense,window": r"--caches 1\+255 has no "
+        r"effect without streaming or recompute in --methods: add one of them, or remove this cache",
+        "eval streaming ./no/where --text text.txt --recompute-every 4": r"--recompute-every has no effect without "
+        r"recompute in --methods: add this method, or leave the option out",
+        "eval streaming ./no/where --text text.txt --memory 8x64 --methods dense,recompute": r"--memory has no effect "
+        r"without window or streaming in --methods: add one of them, or leave the option out",
+        "eval stream-qa ./no/where --caches 4+60 --methods one-shot,dense": r"--caches has no effect without stream in "
+        r"--methods: add this method, or leave the option out",
+        "generate ./no/where hi --temperature 0 --top-k 5 --min-p 0.1": r"--top-k and --min-p have no effect with "
+        r"--temperature 0, which .*: leave it out, or raise --temperature",
+        "generate ./no/where hi --temperature 0 --seed 3": r"--seed has no effect with --temperature 0, .*",
+        "chat ./no/where --temperature 0 --top-p 0.9": r"--top-p has no effect with --temperature 0, .*",
+        "export ./no/where out --dtype float16": r"--dtype has no effect without --to gguf, .*: leave it out",
+        "export ./no/where out --private": r"--private has no effect without --to hub: add --to hub, or leave it out",
+        "export ./no/where out --dry-run": r"--dry-run has no effect without --to hub: add --to hub, or leave it out",
+        "export ./no/where out --text text.txt": r"--text has no effect without --full-attention: add it, or remove .*",
+        "import ./no/where --seed 3": r"--seed has no effect without --sink-row random: add it, or leave out --seed",
+        "import ./no/where --seed 3 --sink-row mean": r"--seed has no effect without --sink-row random: .*",
+        "data inspect ./no/where --split validation": r"--split has no effect without --document, .*: add it, or .*",
+        "data inspect ./no/where --recipe quickstart data.path=other": r"data\.path has no effect on the STORE that is "
+        r"read, no/where: leave it out",
+        "eval zero-shot ./no/where --model-args logits_cache=False,logits_cache=True": r"--model-args has logits_cache "
+        r"twice: keep one",
+        "eval zero-shot ./no/where --tasks stream_eval --data-dir .": r"--data-dir has no effect, because no data "
+        r"of stream_eval is from the Hub: leave it out",
+        "train pythia-14m --trust-checkpoint checkpoint.resume=never": r"--trust-checkpoint has no effect with "
+        r"checkpoint\.resume=never: leave out one of them",
+    }.items()
+]
 ENVIRONMENTS = [
     Case(
         "a rank that is no number",
@@ -594,4 +626,4 @@ ENVIRONMENTS = [
 ]
 
 
-CASES = [*MODELS, *NOT_FINITE, *OVERFLOW, *RECIPES, *OPTIONS, *ENVIRONMENTS]
+CASES = [*MODELS, *NOT_FINITE, *OVERFLOW, *RECIPES, *OPTIONS, *UNUSED, *ENVIRONMENTS]

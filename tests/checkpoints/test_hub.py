@@ -120,9 +120,12 @@ def test_a_dry_run_shows_files_sizes_repository_and_card_without_the_hub(checkpo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"to": Form.HF, "dry_run": True}, "--dry-run is an option of --to hub"),
-        ({"to": Form.GGUF, "private": True}, "--private is an option of --to hub"),
-        ({"to": Form.HUB, "dtype": "float16"}, "--dtype is an option of --to gguf"),
+        ({"to": Form.HF, "dry_run": True}, "--dry-run has no effect without --to hub"),
+        (
+            {"to": Form.GGUF, "private": True, "dry_run": True},
+            "--private and --dry-run have no effect without --to hub",
+        ),
+        ({"to": Form.HUB, "dtype": "float16"}, "--dtype has no effect without --to gguf"),
     ],
 )
 def test_options_of_another_form_are_refused(checkpoint, tmp_path, options, message):

@@ -78,7 +78,8 @@ def test_samples_and_steps_are_those_of_training(store: Path) -> None:
             name = f"[{windows.place_of(number)[0]}] " if weights else ""
             text = tokenizer.decode(windows[number].tolist(), skip_special_tokens=False)
             assert line == f"{position}  {number}  {name}{text[:60]!r}"
-        said = inspect(store, "--recipe", "quickstart", "--sample", int(numbers[0]), *SIZES, *weights)
+        path = f"data.path={store}"  # of the command that trains
+        said = inspect(store, "--recipe", "quickstart", "--sample", int(numbers[0]), path, *SIZES, *weights)
         assert tokenizer.decode(windows[numbers[0]].tolist(), skip_special_tokens=False) in said
         with pytest.raises(ValueError, match=rf"--sample {len(windows)}: there are {len(windows)} samples"):
             inspect(store, "--recipe", "quickstart", "--sample", len(windows), *SIZES, *weights)
@@ -117,7 +118,7 @@ def test_there_is_no_step_0(store: Path) -> None:
 
 def test_a_split_that_does_not_exist_is_an_error(store: Path) -> None:
     with pytest.raises(ValueError, match=r"has no split 'test', only train, validation"):
-        inspect(store, "--split", "test")
+        inspect(store, "--split", "test", "--document", 0)
 
 
 @pytest.mark.parametrize("kind", ["rows", "order"])

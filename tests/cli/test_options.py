@@ -13,6 +13,7 @@ from sinklm.cli.chat import chat
 from sinklm.cli.generate import generate
 from sinklm.cli.options import (
     check_memory,
+    check_sampling,
     memory_options,
     parse_cache,
     parse_caches,
@@ -46,6 +47,15 @@ def test_memories_are_blocks_x_tokens():
     for wrong in ("", "8", "0x64", "8x0", "8x12", "8x64x2", "-1x8", "8+64"):
         with pytest.raises(ValueError, match=r"--memory: .* is not a memory: write blocks x tokens of a block"):
             parse_memory(wrong)
+
+
+def test_options_of_sampling_have_an_effect_or_the_value_that_has_none():
+    check_sampling(0.8, top_k=5, top_p=0.9, min_p=0.1, seed=3)
+    check_sampling(0.0, top_k=1, top_p=1.0, min_p=0.0, seed=0)  # what greedy decoding does anyway
+    unused = {"top_k": 5, "top_p": 0.9, "min_p": 0.1, "seed": 3}
+    names = "--top-k and --top-p and --min-p and --seed"
+    with pytest.raises(ValueError, match=f"{names} have no effect with --temperature 0, .*: leave it out, or raise"):
+        check_sampling(0.0, **unused)
 
 
 def test_auto_is_the_dtype_that_load_model_chooses():

@@ -135,8 +135,6 @@ def test_methods_choose_among_the_caches():
         "1+7, memory 2x4 interval=4 representative_size=2",
         "recompute 8",
     ]
-    with pytest.raises(ValueError, match="--memory has no effect with --methods dense,recompute: add streaming"):
-        configurations(["dense", "recompute"], caches, num_sinks=1, memory=MEMORY)
     with pytest.raises(ValueError, match="dens"):
         configurations(["dens"], caches, num_sinks=1)
     with pytest.raises(ValueError, match="such as 0\\+1024"):

@@ -205,4 +205,4 @@ def test_a_first_question_longer_than_dense_attention_reads_leaves_the_caches(tm
     assert "arc_easy: dense attention answers no question" in shown
     assert len(shown.split()) == len(shown.strip().splitlines()[0].split())  # no bars of datasets with --quiet
     with pytest.raises(ValueError, match="use --methods stream"):
-        stream_qa(str(checkpoints[0]), methods="dense", **options)
+        stream_qa(str(checkpoints[0]), methods="dense", **options | {"caches": None})
