@@ -186,6 +186,20 @@ def test_the_page_of_the_memory_has_the_numbers_of_its_json():
     assert f"1,024 | {slow['prefill tokens/s']:.0f} | {slower['prefill tokens/s']:.0f} |" in page
     assert f"{slow['bytes on device'] / 1e6:.1f} MB | {slower['bytes on device'] / 1e6:.1f} MB |" in page
     assert f"| host memory | | {slower['bytes on host'] / 1e6:.0f} MB |" in page
+    lines = {row["size"]: row for row in parts["lines"]}
+    names = {
+        "no memory": "cache 1+255",
+        "8 blocks at random, chosen at each token": "random 1+255, 8x64 interval=1",
+        "chosen by the memory every 8 tokens": "memory 1+255, 8x64",
+        "every 2 tokens": "memory 1+255, 8x64 interval=2",
+        "every 2 tokens, with each key in the index": "memory 1+255, 8x64 interval=2 representative_size=1",
+        "at each token": "memory 1+255, 8x64 interval=1",
+        "at each token, with each key in the index": "memory 1+255, 8x64 interval=1 representative_size=1",
+    }
+    for row, size in names.items():
+        found = [f"{lines[size][f'{distance} lines']:.0f}" for distance in (5, 20, 60, 120)]
+        assert f"| {row} | {' | '.join(found)} |" in page
+    assert lines.keys() == {*names.values(), "oracle 1+255, 8x64 interval=1"}
     first, *others = json.loads((folder / "stream-memory-gpu.json").read_text())["parts"]["speed"]
     times = [f"{row['ms per token']:.2f} ({row['ms per token'] / first['ms per token']:.2f} ×)" for row in others]
     assert f"| ms per token | {first['ms per token']:.2f} | {' | '.join(times)} |" in page
