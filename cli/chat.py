@@ -24,6 +24,7 @@ from .options import (
     Dtype,
     DtypeName,
     Memory,
+    MemorySize,
     MinP,
     Model,
     Quiet,
@@ -176,7 +177,7 @@ def _check_same(
     session: Path,
     conversation: "Chat",
     shape: tuple[int, int] | None,
-    memory: tuple[int, int] | None,
+    memory: MemorySize | None,
     system: str | None,
 ) -> None:
     """Raise a ValueError if options differ from those that a conversation began with."""
@@ -187,9 +188,9 @@ def _check_same(
             f"--cache is {shape[0]}+{shape[1]}, but the conversation in {session} has a cache "
             f"{saved.num_kept}+{saved.window}: leave out --cache, or choose another --session"
         )
-    if memory is not None and (saved_memory is None or memory != (saved_memory.num_blocks, saved_memory.block_size)):
+    if memory is not None and any(getattr(saved_memory, name, None) != value for name, value in memory.given().items()):
         raise ValueError(
-            f"--memory is {memory[0]}x{memory[1]}, but the conversation in {session} has "
+            f"--memory is {memory}, but the conversation in {session} has "
             f"{'no memory' if saved_memory is None else f'a memory {saved_memory}'}: leave out --memory, or choose "
             "another --session"
         )

@@ -17,6 +17,7 @@ from .options import (
     Dtype,
     DtypeName,
     Memory,
+    MemorySize,
     Model,
     Output,
     Quiet,
@@ -322,7 +323,7 @@ def _ask_all(
 
 
 def _check_methods(
-    methods: Sequence[str], caches: list[tuple[int, int]], memory: tuple[int, int] | None, recompute_every: int
+    methods: Sequence[str], caches: list[tuple[int, int]], memory: MemorySize | None, recompute_every: int
 ) -> None:
     """Raise a ValueError for an option, or a cache of ``--caches``, that no method uses."""
     is_used = {method: method in methods for method in METHODS}

@@ -20,6 +20,7 @@ from .options import (
     Dtype,
     DtypeName,
     Memory,
+    MemorySize,
     MinP,
     Model,
     Quiet,
@@ -176,7 +177,7 @@ def make_generator(
     console: Console,
     model: "PreTrainedModel",
     shape: tuple[int, int] | None,
-    memory: tuple[int, int] | None,
+    memory: MemorySize | None,
     sampling: "Sampling",
     *,
     compile: bool = True,
@@ -188,7 +189,7 @@ def make_generator(
     """
     from ..streaming import Generator, StreamingCache, default_cache
 
-    num_kept, window = shape or default_cache(model, block_size=memory[1] if memory else 0)
+    num_kept, window = shape or default_cache(model, block_size=memory.block_size if memory else 0)
     cache = StreamingCache.for_model(model, num_kept=num_kept, window=window, memory=memory_options(memory))
     generator = Generator(model, cache, compile=compile, **asdict(sampling))
     if generator.is_compiled:

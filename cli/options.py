@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
 import typer
 
@@ -87,9 +87,10 @@ Caches = Annotated[
 Memory = Annotated[
     str | None,
     typer.Option(
-        metavar="NUMxSIZE",
+        metavar="NUMxSIZE[/EVERY]",
         help="Let the model also see NUM blocks of SIZE tokens that have left the window, e.g. 8x64: those to which "
-        "the last tokens attend most. They are kept in host memory. SIZE is a multiple of 8.",
+        "the last tokens attend most. They are kept in host memory. SIZE is a multiple of 8. 8x64/1 chooses the blocks "
+        "for each token, which is slower and finds more, and 8x64 for every 8.",
         show_default="none",
     ),
 ]
@@ -142,39 +143,59 @@ def parse_cache(text: str, option: str = "--cache") -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def parse_memory(text: str | None) -> tuple[int, int] | None:
-    """Parse ``"8x64"`` into ``(8, 64)``: number of blocks and tokens of a block.
+class MemorySize(NamedTuple):
+    """A memory: blocks, tokens of a block, and tokens between choices (None: the default)."""
+
+    num_blocks: int
+    block_size: int
+    interval: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.num_blocks}x{self.block_size}{f'/{self.interval}' if self.interval else ''}"
+
+    def given(self) -> dict[str, int]:
+        """Return the values without defaults, by the names of `MemoryOptions`."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+
+def parse_memory(text: str | None) -> MemorySize | None:
+    """Parse ``"8x64"`` or ``"8x64/2"``.
 
     Raises:
-        ValueError: the text is not ``NUMxSIZE`` with a number of at least 1 and a size that is a
-            multiple of 8.
+        ValueError: the text is not ``NUMxSIZE`` or ``NUMxSIZE/EVERY`` with a number of at least 1,
+            a size that is a multiple of 8, and an interval from 1 to the size.
     """
     if text is None:
         return None
-    match = re.fullmatch(r"\s*(\d{1,6})x(\d{1,6})\s*", text, re.ASCII)
+    match = re.fullmatch(r"\s*(\d{1,6})x(\d{1,6})(?:/(\d{1,6}))?\s*", text, re.ASCII)
     if not match or int(match[1]) < 1 or int(match[2]) < 1 or int(match[2]) % 8:
         raise ValueError(
             f"--memory: {text[:80]!r} is not a memory: write blocks x tokens of a block, such as 8x64; there must be "
             "at least 1 block, and its tokens a multiple of 8"
         )
-    return int(match[1]), int(match[2])
+    size = MemorySize(int(match[1]), int(match[2]), int(match[3]) if match[3] else None)
+    if size.interval is not None and not 1 <= size.interval <= size.block_size:
+        raise ValueError(
+            f"--memory: {text[:80]!r} chooses blocks every {size.interval} tokens: write 1 to {size.block_size}"
+        )
+    return size
 
 
-def check_memory(size: tuple[int, int] | None, shapes: Iterable[tuple[int, int]]) -> None:
+def check_memory(size: MemorySize | None, shapes: Iterable[tuple[int, int]]) -> None:
     """Raise a ValueError if the blocks of a memory are longer than the window of a cache."""
     for num_kept, window in shapes:
-        if size is not None and size[1] > window:
+        if size is not None and size.block_size > window:
             raise ValueError(
-                f"--memory {size[0]}x{size[1]}: blocks of {size[1]} tokens are longer than the window of the cache "
+                f"--memory {size}: blocks of {size.block_size} tokens are longer than the window of the cache "
                 f"{num_kept}+{window}: use smaller blocks or a larger window"
             )
 
 
-def memory_options(size: tuple[int, int] | None) -> "MemoryOptions | None":
+def memory_options(size: MemorySize | None) -> "MemoryOptions | None":
     """Return the options of a memory of `parse_memory`."""
     from ..streaming import MemoryOptions
 
-    return None if size is None else MemoryOptions(num_blocks=size[0], block_size=size[1])
+    return None if size is None else MemoryOptions(**size.given())
 
 
 def parse_caches(text: str, option: str = "--caches") -> list[tuple[int, int]]:

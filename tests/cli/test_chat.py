@@ -57,6 +57,7 @@ def test_a_session_goes_on_after_a_restart(tmp_path, capfd, monkeypatch):
     for wrong, message in (
         ({"cache": "1+30"}, "--cache is 1\\+30"),
         ({"memory": "3x8"}, "--memory is 3x8, but .* has a memory 2x8: leave out --memory"),
+        ({"memory": "2x8/1"}, "--memory is 2x8/1, but .* has a memory 2x8: leave out --memory"),
         ({"system": "Shout."}, "--system differs"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -12,6 +12,7 @@ from sinklm.cli import evaluate
 from sinklm.cli.chat import chat
 from sinklm.cli.generate import generate
 from sinklm.cli.options import (
+    MemorySize,
     check_memory,
     check_sampling,
     memory_options,
@@ -23,6 +24,7 @@ from sinklm.cli.options import (
 )
 from sinklm.console import Console
 from sinklm.eval import perplexity
+from sinklm.streaming import MemoryOptions
 
 from ..eval.checkpoints import small_model, write_checkpoint
 
@@ -36,17 +38,23 @@ def test_caches_are_read_and_refused():
 
 
 def test_memories_are_blocks_x_tokens():
-    assert parse_memory(" 8x64") == (8, 64)
+    assert parse_memory(" 8x64") == MemorySize(8, 64)
     assert parse_memory(None) is memory_options(None) is None
-    options = memory_options((2, 16))
-    assert (options.num_blocks, options.block_size, str(options)) == (2, 16, "2x16")
-    check_memory((2, 16), [(0, 16), (4, 100)])
+    assert memory_options(parse_memory("2x16")) == MemoryOptions(num_blocks=2, block_size=16)
+    assert memory_options(parse_memory("2x16/16 ")) == MemoryOptions(num_blocks=2, block_size=16, interval=16)
+    assert str(parse_memory("8x64/2")) == "8x64/2"
+    check_memory(MemorySize(2, 16), [(0, 16), (4, 100)])
     check_memory(None, [(0, 1)])
     with pytest.raises(ValueError, match=r"--memory 2x16: blocks of 16 tokens are longer than the window .* 4\+15:"):
-        check_memory((2, 16), [(0, 16), (4, 15)])
-    for wrong in ("", "8", "0x64", "8x0", "8x12", "8x64x2", "-1x8", "8+64"):
+        check_memory(MemorySize(2, 16), [(0, 16), (4, 15)])
+    for wrong in ("", "8", "0x64", "8x0", "8x12", "8x64x2", "-1x8", "8+64", "8x64/", "8x64/-1"):
         with pytest.raises(ValueError, match=r"--memory: .* is not a memory: write blocks x tokens of a block"):
             parse_memory(wrong)
+    for interval in (0, 65):
+        with pytest.raises(
+            ValueError, match=f"--memory: '8x64/{interval}' chooses blocks every {interval} tokens: .* 64$"
+        ):
+            parse_memory(f"8x64/{interval}")
 
 
 def test_options_of_sampling_have_an_effect_or_the_value_that_has_none():
