@@ -36,6 +36,7 @@ from .options import (
     check_memory,
     check_sampling,
     examples,
+    memory_options,
     note_windows,
     parse_cache,
     parse_memory,
@@ -188,10 +189,11 @@ def _check_same(
             f"--cache is {shape[0]}+{shape[1]}, but the conversation in {session} has a cache "
             f"{saved.num_kept}+{saved.window}: leave out --cache, or choose another --session"
         )
-    if memory is not None and any(getattr(saved_memory, name, None) != value for name, value in memory.given().items()):
+    saved_size = None if saved_memory is None else MemorySize.of(saved_memory)
+    if (wanted := memory_options(memory)) is not None and MemorySize.of(wanted) != saved_size:
         raise ValueError(
             f"--memory is {memory}, but the conversation in {session} has "
-            f"{'no memory' if saved_memory is None else f'a memory {saved_memory}'}: leave out --memory, or choose "
+            f"{'no memory' if saved_size is None else f'a memory {saved_size}'}: leave out --memory, or choose "
             "another --session"
         )
     if system is not None and system != conversation.system:

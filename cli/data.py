@@ -77,11 +77,6 @@ def inspect(
         {"--split": split != "train" and document is None},
         "without --document, because samples are of the training split: add it, or leave out --split",
     )
-    for key, _, path in (override.partition("=") for override in overrides or ()):
-        refuse_unused(
-            {key: key == "data.path" and Path(path).resolve() != store.resolve()},
-            f"on the STORE that is read, {store}: leave it out",
-        )
     console = Console(highlight=False, soft_wrap=True)
     opened = open_store(store, verify="sha256" if verify else "size")
     tokenizer = load_tokenizer_file(opened.tokenizer_path)

@@ -153,9 +153,10 @@ class MemorySize(NamedTuple):
     def __str__(self) -> str:
         return f"{self.num_blocks}x{self.block_size}{f'/{self.interval}' if self.interval else ''}"
 
-    def given(self) -> dict[str, int]:
-        """Return the values without defaults, by the names of `MemoryOptions`."""
-        return {name: value for name, value in self._asdict().items() if value is not None}
+    @classmethod
+    def of(cls, options: "MemoryOptions") -> "MemorySize":
+        """Return the size of a memory, with its interval."""
+        return cls(options.num_blocks, options.block_size, options.interval)
 
 
 def parse_memory(text: str | None) -> MemorySize | None:
@@ -170,8 +171,8 @@ def parse_memory(text: str | None) -> MemorySize | None:
     match = re.fullmatch(r"\s*(\d{1,6})x(\d{1,6})(?:/(\d{1,6}))?\s*", text, re.ASCII)
     if not match or int(match[1]) < 1 or int(match[2]) < 1 or int(match[2]) % 8:
         raise ValueError(
-            f"--memory: {text[:80]!r} is not a memory: write blocks x tokens of a block, such as 8x64; there must be "
-            "at least 1 block, and its tokens a multiple of 8"
+            f"--memory: {text[:80]!r} is not a memory: write blocks x tokens of a block, such as 8x64 or 8x64/1; there "
+            "must be at least 1 block, and its tokens a multiple of 8"
         )
     size = MemorySize(int(match[1]), int(match[2]), int(match[3]) if match[3] else None)
     if size.interval is not None and not 1 <= size.interval <= size.block_size:
@@ -195,7 +196,9 @@ def memory_options(size: MemorySize | None) -> "MemoryOptions | None":
     """Return the options of a memory of `parse_memory`."""
     from ..streaming import MemoryOptions
 
-    return None if size is None else MemoryOptions(**size.given())
+    if size is None:
+        return None
+    return MemoryOptions(**{name: value for name, value in size._asdict().items() if value is not None})
 
 
 def parse_caches(text: str, option: str = "--caches") -> list[tuple[int, int]]:

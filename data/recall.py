@@ -5,9 +5,9 @@ the value of a line some distance back, each followed by its answer. Every key h
 value or key occurs twice, so an answer is right and unique.
 
 Each document has a phrasing of its own, of known and invented words, so that a model learns to
-recall and not the phrasings. They have none of the words of the StreamEval test, which such models
-are tested with, but some have its form: its line ``The REGISTER_CONTENT in line 7 is <123>`` is
-near to ``The BOX_CODE at slot 7 is <123>``.
+recall and not the phrasings. They have none of the phrases of the StreamEval test, which such
+models are tested with, but some have its form: its line ``The REGISTER_CONTENT in line 7 is <123>``
+is near to ``The BOX_CODE at slot 7 is <123>``.
 """
 
 import io
@@ -60,27 +60,10 @@ MOST_SENTENCES = 3
 WORDS_PER_SENTENCE = (3, 14)
 COMMON_WORDS = (
     *("the", "a", "of", "and", "to", "is", "that", "for", "it", "was", "with", "as", "his", "on", "be", "at", "by"),
-    *(
-        "I",
-        "had",
-        "not",
-        "are",
-        "but",
-        "from",
-        "or",
-        "have",
-        "they",
-        "which",
-        "one",
-        "you",
-        "were",
-        "all",
-        "her",
-        "she",
-    ),
-    *("there", "would", "their", "we", "him", "been", "has", "when", "who", "will", "no", "more", "if", "out", "so"),
-    *("below", "above", "here", "some", "many", "each", "every", "please", "read", "keep", "know", "need", "list"),
-    *("table", "data", "text", "words", "first", "next", "later", "again", "only", "these", "those", "this"),
+    *("I", "had", "not", "are", "but", "from", "or", "have", "they", "which", "one", "you", "were", "all", "her"),
+    *("she", "there", "would", "their", "we", "him", "been", "has", "when", "who", "will", "no", "more", "if", "out"),
+    *("so", "below", "above", "here", "some", "many", "each", "every", "please", "read", "keep", "know", "need"),
+    *("list", "table", "data", "text", "words", "first", "next", "later", "again", "only", "these", "those", "this"),
 )
 COMMON_SHARE = 0.8  # of the words; the others are those of records or invented
 SENTENCE_ENDS = (".", ".", ":", "!", ",", "")
@@ -211,7 +194,8 @@ def _sentences(rng: random.Random) -> str:
             rng.choice(COMMON_WORDS) if rng.random() < COMMON_SHARE else _word(rng, THINGS + VALUES)
             for _ in range(rng.randint(*WORDS_PER_SENTENCE))
         ]
-        text += " ".join(words).capitalize() + rng.choice(SENTENCE_ENDS) + rng.choice(SENTENCE_BREAKS)
+        sentence = " ".join(words)
+        text += sentence[0].upper() + sentence[1:] + rng.choice(SENTENCE_ENDS) + rng.choice(SENTENCE_BREAKS)
     return f"{text.rstrip()}\n"
 
 

@@ -85,11 +85,9 @@ def use_local_data(manager: TaskManager, names: Iterable[str], folder: Path, num
     if not folder.is_dir():
         raise FileNotFoundError(f"the folder {folder} does not exist: check --data-dir")
     used: Files = {}
-    for name in dict.fromkeys(leaves(manager, names)):
-        entry = manager.task_index.get(name)
-        if entry is None:
-            raise ValueError(f"--data-dir does not support the task file {name}: use --include-path for it")
-        definition = definition_of(manager, name)
+    for name in dict.fromkeys(_leaves(manager, names)):
+        entry = manager.task_index[name]
+        definition = _definition_of(manager, name)
         if definition.get("custom_dataset") or definition.get("dataset_path") in PACKAGED_BUILDERS:
             continue
         source = Source.of(name, definition, num_fewshot)
@@ -118,15 +116,14 @@ def load_rows(task: str, folder: Path | None) -> list[dict[str, Any]]:
     manager = task_manager([task])
     if folder is not None:
         use_local_data(manager, [task], folder)
-    definition = definition_of(manager, task)
+    definition = _definition_of(manager, task)
     options = definition.get("dataset_kwargs") or {}
     name = definition.get("dataset_name")
     split = _evaluated_split(definition)
     return list(datasets.load_dataset(definition["dataset_path"], name, split=split, **options))
 
 
-def definition_of(manager: TaskManager, task: str) -> dict[str, Any]:
-    """Return the keys of the file of a task."""
+def _definition_of(manager: TaskManager, task: str) -> dict[str, Any]:
     entry = manager.task_index[task]
     return load_yaml(entry.yaml_path, resolve_func=True) if entry.yaml_path else dict(entry.cfg or {})
 
@@ -300,16 +297,16 @@ def _overrides(definition: dict[str, Any], files: Files) -> dict[str, Any]:
     }
 
 
-def leaves(manager: TaskManager, names: Iterable[Any]) -> Iterator[str]:
-    """Yield the names of tasks, including those in groups and tags. Others are yielded as text."""
+def _leaves(manager: TaskManager, names: Iterable[Any]) -> Iterator[str]:
+    """Yield the names of the tasks of groups and tags."""
     for name in names:
         entry = manager.task_index.get(name) if isinstance(name, str) else None
         if entry is None:
-            yield str(name)
-        elif entry.kind.name == "TAG":
-            yield from leaves(manager, sorted(entry.tags))
+            raise ValueError(f"--data-dir does not support the task file {name}: use --include-path for it")
+        if entry.kind.name == "TAG":
+            yield from _leaves(manager, sorted(entry.tags))
         elif entry.kind.name == "GROUP":
-            yield from leaves(manager, (entry.cfg or {}).get("task", []))
+            yield from _leaves(manager, (entry.cfg or {}).get("task", []))
         else:
             yield name
 

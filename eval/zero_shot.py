@@ -13,6 +13,7 @@ import lm_eval.tasks
 from jinja2 import UndefinedError
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import handle_non_serializable
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,7 +24,7 @@ from ..parsing import parse_json
 from ..text import near_hint
 from ..versions import warn_if_untested
 from .lm import as_lm, num_processes
-from .local_data import definition_of, leaves, use_local_data
+from .local_data import use_local_data
 from .report import ReportFile
 
 warn_if_untested("lm-eval")
@@ -71,7 +72,7 @@ def find_tasks(
 
     Raises:
         ValueError: a task does not exist, its local data cannot be used, or ``data_dir`` or
-            ``num_fewshot`` has no effect.
+            ``num_fewshot`` has no effect; tasks of groups are not checked for the latter.
         FileNotFoundError: ``include_path``, ``data_dir`` or a data set in it does not exist.
     """
     manager = task_manager(names, include_path)
@@ -80,7 +81,7 @@ def find_tasks(
         raise ValueError(
             f"--data-dir has no effect, because no data of {', '.join(names)} is from the Hub: leave it out"
         )
-    if num_fewshot and (fixed := _without_fewshot(manager, names)):
+    if num_fewshot and (fixed := [name for name in names if _is_without_examples(manager, name)]):
         raise ValueError(
             f"--num-fewshot has no effect on {', '.join(fixed)}, whose file sets it to 0: leave out the option or "
             "these tasks"
@@ -88,10 +89,15 @@ def find_tasks(
     return Tasks(list(names), manager, num_fewshot, files)
 
 
-def _without_fewshot(manager: TaskManager, names: Sequence[str]) -> list[str]:
-    """Return the tasks whose file sets ``num_fewshot`` to 0, which lm-eval never changes."""
-    known = [name for name in leaves(manager, names) if name in manager.task_index]
-    return [name for name in known if definition_of(manager, name).get("num_fewshot") == 0]
+def _is_without_examples(manager: TaskManager, name: str) -> bool:
+    """Whether the file of a task sets ``num_fewshot`` to 0, which lm-eval never changes.
+
+    False for groups, whose other tasks may have examples.
+    """
+    entry = manager.task_index.get(name)
+    if entry is None or entry.yaml_path is None or entry.kind.name in ("GROUP", "TAG"):
+        return False
+    return load_yaml(entry.yaml_path, resolve_func=False).get("num_fewshot") == 0
 
 
 def evaluate(

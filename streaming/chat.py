@@ -159,7 +159,7 @@ class Chat:
         self.tokenizer, self.generator = tokenizer, generator
         self.system, self.max_new_tokens = system, max_new_tokens
         self.turns = TemplateTurns(tokenizer) if tokenizer.chat_template else PlainTurns(tokenizer)
-        if system and self.turns.first("?", system) == self.turns.first("?", None):
+        if system and self.turns.first("?", system) == self.turns.first("?", f"{system}?"):
             raise ValueError(
                 "this tokenizer's chat template leaves out the system prompt: write it into the first message, or use "
                 "another template"
@@ -213,8 +213,8 @@ class Chat:
         generator = Generator(model, cache, **sampling)
         generator.unread = conversation["unread"]
         generator.recent.extend(conversation["recent"])
-        chat = cls(tokenizer, generator, system=conversation["system"], max_new_tokens=max_new_tokens)
-        for name in ("has_begun", "end_of_reply", "history"):
+        chat = cls(tokenizer, generator, max_new_tokens=max_new_tokens)
+        for name in ("system", "has_begun", "end_of_reply", "history"):
             setattr(chat, name, conversation[name])
         return chat
 

@@ -594,8 +594,6 @@ UNUSED = [  # options without effect are refused before a model is loaded: the f
         "import ./no/where --seed 3": r"--seed has no effect without --sink-row random: add it, or leave out --seed",
         "import ./no/where --seed 3 --sink-row mean": r"--seed has no effect without --sink-row random: .*",
         "data inspect ./no/where --split validation": r"--split has no effect without --document, .*: add it, or .*",
-        "data inspect ./no/where --recipe quickstart data.path=other": r"data\.path has no effect on the STORE that is "
-        r"read, no/where: leave it out",
         "eval zero-shot ./no/where --model-args logits_cache=False,logits_cache=True": r"--model-args has logits_cache "
         r"twice: keep one",
         "eval zero-shot ./no/where --tasks stream_eval --data-dir .": r"--data-dir has no effect, because no data "

@@ -278,7 +278,8 @@ FLOAT8_WIDTH = 2048  # smallest `model.hidden_size` with float8: the narrower, t
 # Switches of `zero_optimization` with which DeepSpeed moves the optimizer's state (`cpu_offload` is
 # the old name of `offload_optimizer`), or partitions or loads it in another way.
 NOT_WITH_MUON = ("cpu_offload", "elastic_checkpoint", "parameter_alignment")
-LOWEST_STAGE = {"offload_optimizer": 1, "offload_param": 3}  # in which DeepSpeed offloads
+# ZeRO stages from which on DeepSpeed offloads. Keys with `cpu_` are the old names.
+LOWEST_STAGE = {"offload_optimizer": 1, "cpu_offload": 1, "offload_param": 3, "cpu_offload_param": 3}
 OFF = ("none", "false", "0", "no", "off")  # what DeepSpeed reads as off, and no device
 
 
@@ -431,7 +432,8 @@ class TrainingConfig(Section):
         """Refuse to offload what DeepSpeed only offloads in a higher stage."""
         zero, stage = _section(self.deepspeed.extra_keys, "zero_optimization"), self.deepspeed.zero_stage
         for key, lowest in LOWEST_STAGE.items():
-            if stage < lowest and _is_on(_section(zero, key).get("device")):
+            value = _section(zero, key).get("device") if key.startswith("offload") else zero.get(key)
+            if stage < lowest and _is_on(value):
                 raise ValueError(
                     f"deepspeed.zero_optimization.{key} has no effect with deepspeed.zero_stage={stage}: set {lowest} "
                     f"or more, or remove {key}"

@@ -24,13 +24,16 @@ DERIVED_DEEPSPEED_KEYS = {
     "zero_optimization.stage": "set deepspeed.zero_stage",
     "zero_optimization.round_robin_gradients": "remove this key; with it DeepSpeed cannot resume on another rank count",
     "checkpoint.load_universal": "remove this key; it is detected automatically",
-    "activation_checkpointing": "set train.activation_checkpointing",
+    "activation_checkpointing": "remove this key, and set train.activation_checkpointing",
 }
 
 # Keys of the section zero_optimization that DeepSpeed would ignore outside of it.
 ZERO_KEYS = (
     *("allgather_bucket_size", "allgather_partitions", "contiguous_gradients", "cpu_offload", "offload_optimizer"),
     *("offload_param", "overlap_comm", "reduce_bucket_size", "reduce_scatter", "stage", "sub_group_size", "zenflow"),
+    *("cpu_offload_param", "elastic_checkpoint", "ignore_unused_parameters", "legacy_stage1", "load_from_fp32_weights"),
+    *("mics_shard_size", "prefetch_bucket_size", "round_robin_gradients", "zero_hpz_partition_size"),
+    *("zero_quantized_gradients", "zero_quantized_weights"),
 )
 
 # Switches and sections of DeepSpeed's configuration. DeepSpeed ignores unknown keys silently, so
@@ -85,8 +88,8 @@ class DeepSpeedSection(BaseModel):
 
     @model_validator(mode="after")
     def _no_misspelt_keys(self) -> "DeepSpeedSection":
-        for key in self.extra_keys:
-            if key in ZERO_KEYS:
+        for key, value in self.extra_keys.items():
+            if value is not None and (key in ZERO_KEYS or key.startswith("stage3_")):
                 place = "zero_stage" if key == "stage" else f"zero_optimization.{key}"
                 raise ValueError(f"{key} has no effect here: set deepspeed.{place}")
             near = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=3, cutoff=0.8)

@@ -56,8 +56,8 @@ def test_a_session_goes_on_after_a_restart(tmp_path, capfd, monkeypatch):
     assert re.search(r"cache 1\+20, .*; memory 2x8, .* MB in host memory", second.err)
     for wrong, message in (
         ({"cache": "1+30"}, "--cache is 1\\+30"),
-        ({"memory": "3x8"}, "--memory is 3x8, but .* has a memory 2x8: leave out --memory"),
-        ({"memory": "2x8/1"}, "--memory is 2x8/1, but .* has a memory 2x8: leave out --memory"),
+        ({"memory": "3x8"}, "--memory is 3x8, but .* has a memory 2x8/8: leave out --memory"),
+        ({"memory": "2x8/1"}, "--memory is 2x8/1, but .* has a memory 2x8/8: leave out --memory"),
         ({"system": "Shout."}, "--system differs"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -237,10 +237,11 @@ def test_options_of_tasks_without_effect_are_refused(checkpoints, task_folder, t
     task = (task_folder / "rooms.yaml").read_text()
     (tmp_path / "fixed.yaml").write_text(task.replace("task: rooms", "task: fixed\nnum_fewshot: 0"))
     (tmp_path / "pair.yaml").write_text("group: pair\ntask: [fixed]")
-    find_tasks(["pair"], include_path=tmp_path, num_fewshot=0)
+    find_tasks(["fixed"], include_path=tmp_path, num_fewshot=0)
+    find_tasks(["pair"], include_path=tmp_path, num_fewshot=2)  # other tasks of a group may have examples
     find_tasks(["rooms", str(task_folder / "rooms.yaml")], include_path=task_folder, num_fewshot=2)
     with pytest.raises(ValueError, match="--num-fewshot has no effect on fixed, whose file sets it to 0: leave out"):
-        find_tasks(["pair"], include_path=tmp_path, num_fewshot=2)
+        find_tasks(["fixed"], include_path=tmp_path, num_fewshot=2)
     options = {"include_path": task_folder, "model_args": "enable_thinking=False", "output": tmp_path}
     with pytest.raises(
         ValueError, match="enable_thinking without --apply-chat-template has no effect: add this option"

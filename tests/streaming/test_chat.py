@@ -50,6 +50,19 @@ def test_a_template_that_leaves_out_the_system_prompt_is_named():
         start(model, tokenizer(users), system="Be brief.")
 
 
+def test_the_default_prompt_of_a_template_is_no_prompt_that_is_left_out():
+    default = "{% if messages[0].role != 'system' %}Be brief.\n{% endif %}" + TEMPLATE
+    start(small_model(0), tokenizer(default), system="Be brief.")
+
+
+def test_a_saved_conversation_goes_on_although_its_template_leaves_out_the_system_prompt(tmp_path):
+    model, users = small_model(0), "{% for m in messages if m.role != 'system' %}{{ m.content }}\n{% endfor %}"
+    chat = start(model, tokenizer(users))
+    chat.system = "Be brief."  # as in earlier versions
+    chat.save(tmp_path / "chat")
+    assert Chat.load(tmp_path / "chat", tokenizer(users), model).system == "Be brief."
+
+
 @pytest.mark.parametrize("num_sinks", [0, 1])
 def test_each_reply_equals_that_after_reading_the_whole_conversation_again(num_sinks, monkeypatch):
     sampled: list[int] = []

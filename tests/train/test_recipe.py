@@ -137,8 +137,16 @@ def test_weights_of_sets_are_replaced_as_a_whole(tmp_path):
         ),
         (["deepspeed.stage=2"], "stage has no effect here: set deepspeed.zero_stage"),
         (
+            ["deepspeed.stage3_max_live_parameters=9"],
+            "has no effect here: set deepspeed.zero_optimization.stage3_max_live_parameters",
+        ),
+        (
+            ["deepspeed.zero_stage=2", "deepspeed.zero_optimization.cpu_offload_param=true"],
+            "zero_optimization.cpu_offload_param has no effect with deepspeed.zero_stage=2: set 3 or more",
+        ),
+        (
             ["deepspeed.activation_checkpointing={partition_activations: true}"],
-            "activation_checkpointing is derived: set train.activation_checkpointing",
+            "activation_checkpointing is derived: remove this key, and set train.activation_checkpointing",
         ),
         (
             ["deepspeed.zero_stage=0", "deepspeed.zero_optimization.offload_optimizer={device: cpu}"],
