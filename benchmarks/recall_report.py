@@ -59,7 +59,12 @@ def tables(found: dict[str, Any]) -> dict[str, str]:
 
 
 def score(accuracy: float, num_questions: int) -> Score:
-    return Score(accuracy, accuracy * (1 - accuracy) / num_questions)
+    """Return a score with the variance for one more right and one more wrong answer.
+
+    Otherwise the error of 100 right answers of 100 would be 0.
+    """
+    share = (accuracy * num_questions + 1) / (num_questions + 2)
+    return Score(accuracy, share * (1 - share) / num_questions)
 
 
 def mean_of(scores: Iterable[Score]) -> Score | None:
@@ -138,15 +143,18 @@ def answer(models: dict[str, Results]) -> str:
             lines = held(kept)
             if lines:
                 along = max(set(lines) & set(along_stream(kept)), default=None)
-                dropped = without and along is not None and score_of(without, [along], start=2 * size_of(kept))
+                later = [
+                    result and along is not None and score_of(result, [along], start=2 * size_of(kept))
+                    for result in (kept, without)
+                ]
                 overall = mean_of(found for distance, found in by_distance(kept).items() if distance in lines)
                 cells = [f"{min(lines)} to {max(lines)}", overall]
                 cells += ["", ""] if along is None else [f"{along}", change(kept, [along])]
-                cells.append(dropped)
+                cells += later
                 rows.append([f"{name}, {kept['configuration']}", *(str(cell or "") for cell in cells)])
     headers = ["", "lines back", "accuracy", "lines back, along the stream"]
     changed = f"change from the first {FIRST_OCTAVE:,} tokens to the last octave"
-    return table([*headers, changed, "0+N there, after 2N tokens"], rows)
+    return table([*headers, changed, "S+W, after 2N tokens", "0+N, after 2N tokens"], rows)
 
 
 def change(result: Result, lines: list[int]) -> str:

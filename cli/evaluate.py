@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from ..streaming import MemoryOptions
 
 METHODS = ("dense", "window", "streaming", "recompute")  # as in `eval.perplexity`, which imports torch
-METHODS_OF_CACHES = ("window", "streaming")  # by default those of --caches
+METHODS_OF_CACHES = ("window", "streaming")  # without --methods, those that --caches needs
 MOST_LINES = 100_000_000
 
 

@@ -209,8 +209,8 @@ def configurations(
     """Return the configurations of some methods and caches.
 
     ``dense`` is run once, ``window`` for caches without and ``streaming`` for caches with kept
-    tokens, and ``recompute`` for each cache size. With a ``memory``, these caches are run without
-    and with it.
+    tokens, and ``recompute`` for each cache size. With a ``memory``, the caches of ``window`` and
+    ``streaming`` are run without and with it. A cache that no method has is left out.
 
     Raises:
         ValueError: a method is unknown or has no cache, or a cache is smaller than the model's

@@ -69,7 +69,13 @@ def rows_of(table: str) -> dict[str, list[str]]:
 
 def stderr(*shares: tuple[float, int]) -> str:
     """Format the standard error of the mean of binomial shares, in percent."""
-    return f"{100 * sqrt(sum(p * (1 - p) / n for p, n in shares)) / len(shares):.2f}"
+    return f"{100 * sqrt(sum(variance(*share) for share in shares)) / len(shares):.2f}"
+
+
+def variance(share: float, number: int) -> float:
+    """Return the variance of a share of right answers, with one more right and one more wrong."""
+    share = (share * number + 1) / (number + 2)
+    return share * (1 - share) / number
 
 
 def test_distances_that_a_cache_holds_are_bold(report, models):
@@ -79,7 +85,7 @@ def test_distances_that_a_cache_holds_are_bold(report, models):
     assert found["vanilla, 4+96"] == ["**92.1**", "0.0", ""]
     assert found["vanilla, 4+296"] == ["**100.0**", "**77.4**", "0.0"]
     assert found["drawn, 1+99"] == ["**100.0**", "", ""]
-    largest = 100 * sqrt(20.9 / 27 * 6.1 / 27 / 270)  # of 20 lines back with 4+296
+    largest = 100 * sqrt(variance(20.9 / 27, 270))  # of 20 lines back with 4+296
     assert report.distances(models).endswith(f"Standard errors are at most {largest:.1f} points.")
 
 
@@ -105,19 +111,22 @@ def test_the_answer_is_over_the_distances_that_a_cache_holds(report, models):
     found = rows_of(report.answer(models))
     small, large = found["vanilla, 4+96"], found["vanilla, 4+296"]
     assert small[:3] == ["5 to 5", f"92.1 ± {stderr((25.8 / 28, 280))}", "5"]
-    assert small[3] == f"−5.0 ± {100 * sqrt(0.95 * 0.05 / 40 + 0.9 * 0.1 / 200):.2f}"
+    assert small[3] == f"−5.0 ± {100 * sqrt(variance(0.95, 40) + variance(0.9, 200)):.2f}"
     assert large[:3] == ["5 to 20", f"88.7 ± {stderr((1.0, 280), (20.9 / 27, 270))}", "20"]
-    assert large[3] == f"−15.0 ± {100 * sqrt(0.9 * 0.1 / 30 + 0.75 * 0.25 / 200):.2f}"
-    assert small[4] == f"15.7 ± {stderr((4.4 / 28, 280))}"
-    assert large[4] == f"14.4 ± {stderr((3.9 / 27, 270))}"  # without the part that ends at 2N
-    assert found["drawn, 1+99"] == ["5 to 5", "100.0 ± 0.00", "5", "+0.0 ± 0.00", ""]  # 0+100 was not measured
+    assert large[3] == f"−15.0 ± {100 * sqrt(variance(0.9, 30) + variance(0.75, 200)):.2f}"
+    assert small[4:] == [f"92.1 ± {stderr((25.8 / 28, 280))}", f"15.7 ± {stderr((4.4 / 28, 280))}"]
+    # Without the part that ends at 2N.
+    assert large[4:] == [f"77.4 ± {stderr((20.9 / 27, 270))}", f"14.4 ± {stderr((3.9 / 27, 270))}"]
+    right = f"100.0 ± {stderr((1.0, 280))}"
+    changed = f"+0.0 ± {100 * sqrt(variance(1.0, 40) + variance(1.0, 200)):.2f}"
+    assert found["drawn, 1+99"] == ["5 to 5", right, "5", changed, right, ""]  # 0+100 was not measured
 
 
 def test_along_the_stream_only_some_distances_are_known(report, models):
     for part in models["vanilla"]["4+296"]["parts"]:
         part["accuracy"].pop("20", None)
     large = rows_of(report.answer(models))["vanilla, 4+296"]
-    assert large[:4] == ["5 to 20", f"88.7 ± {stderr((1.0, 280), (20.9 / 27, 270))}", "5", "+0.0 ± 0.00"]
+    assert large[:3] == ["5 to 20", f"88.7 ± {stderr((1.0, 280), (20.9 / 27, 270))}", "5"]
 
 
 def test_a_stream_of_one_octave_has_no_change(report, models):
