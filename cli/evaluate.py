@@ -326,19 +326,19 @@ def _check_methods(
     methods: Sequence[str], caches: list[tuple[int, int]], memory: MemorySize | None, recompute_every: int
 ) -> None:
     """Raise a ValueError for an option, or a cache of ``--caches``, that no method uses."""
-    is_used = {method: method in methods for method in METHODS}
+    used = set(methods)
     refuse_unused(
-        {"--recompute-every": recompute_every > 1 and not is_used["recompute"]},
+        {"--recompute-every": recompute_every > 1 and "recompute" not in used},
         "without recompute in --methods: add this method, or leave the option out",
     )
     refuse_unused(
-        {"--memory": memory is not None and not (is_used["window"] or is_used["streaming"])},
+        {"--memory": memory is not None and used.isdisjoint(METHODS_OF_CACHES)},
         "without window or streaming in --methods: add one of them, or leave the option out",
     )
     for num_kept, window in caches:
         method = "streaming" if num_kept else "window"
         refuse_unused(
-            {f"--caches {num_kept}+{window}": not (is_used[method] or is_used["recompute"])},
+            {f"--caches {num_kept}+{window}": used.isdisjoint({method, "recompute"})},
             f"without {method} or recompute in --methods: add one of them, or remove this cache",
         )
 

@@ -87,7 +87,7 @@ def use_local_data(manager: TaskManager, names: Iterable[str], folder: Path, num
     used: Files = {}
     for name in dict.fromkeys(_leaves(manager, names)):
         entry = manager.task_index[name]
-        definition = _definition_of(manager, name)
+        definition = definition_of(manager, name)
         if definition.get("custom_dataset") or definition.get("dataset_path") in PACKAGED_BUILDERS:
             continue
         source = Source.of(name, definition, num_fewshot)
@@ -116,16 +116,17 @@ def load_rows(task: str, folder: Path | None) -> list[dict[str, Any]]:
     manager = task_manager([task])
     if folder is not None:
         use_local_data(manager, [task], folder)
-    definition = _definition_of(manager, task)
+    definition = definition_of(manager, task)
     options = definition.get("dataset_kwargs") or {}
     name = definition.get("dataset_name")
     split = _evaluated_split(definition)
     return list(datasets.load_dataset(definition["dataset_path"], name, split=split, **options))
 
 
-def _definition_of(manager: TaskManager, task: str) -> dict[str, Any]:
+def definition_of(manager: TaskManager, task: str, *, resolve_func: bool = True) -> dict[str, Any]:
+    """Return the keys of a task's file; ``resolve_func`` imports its Python functions."""
     entry = manager.task_index[task]
-    return load_yaml(entry.yaml_path, resolve_func=True) if entry.yaml_path else dict(entry.cfg or {})
+    return load_yaml(entry.yaml_path, resolve_func=resolve_func) if entry.yaml_path else dict(entry.cfg or {})
 
 
 def _evaluated_split(definition: dict[str, Any]) -> str | None:

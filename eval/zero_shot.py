@@ -13,7 +13,6 @@ import lm_eval.tasks
 from jinja2 import UndefinedError
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import handle_non_serializable
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,7 +23,7 @@ from ..parsing import parse_json
 from ..text import near_hint
 from ..versions import warn_if_untested
 from .lm import as_lm, num_processes
-from .local_data import use_local_data
+from .local_data import definition_of, use_local_data
 from .report import ReportFile
 
 warn_if_untested("lm-eval")
@@ -95,9 +94,9 @@ def _is_without_examples(manager: TaskManager, name: str) -> bool:
     False for groups, whose other tasks may have examples.
     """
     entry = manager.task_index.get(name)
-    if entry is None or entry.yaml_path is None or entry.kind.name in ("GROUP", "TAG"):
+    if entry is None or entry.kind.name in ("GROUP", "TAG"):
         return False
-    return load_yaml(entry.yaml_path, resolve_func=False).get("num_fewshot") == 0
+    return definition_of(manager, name, resolve_func=False).get("num_fewshot") == 0
 
 
 def evaluate(

@@ -277,7 +277,7 @@ FLOAT8_WIDTH = 2048  # smallest `model.hidden_size` with float8: the narrower, t
 
 # Switches of `zero_optimization` with which DeepSpeed moves the optimizer's state (`cpu_offload` is
 # the old name of `offload_optimizer`), or partitions or loads it in another way.
-NOT_WITH_MUON = ("cpu_offload", "elastic_checkpoint", "parameter_alignment")
+NOT_WITH_MUON = ("offload_optimizer", "cpu_offload", "elastic_checkpoint", "parameter_alignment")
 # ZeRO stages from which on DeepSpeed offloads. Keys with `cpu_` are the old names.
 LOWEST_STAGE = {"offload_optimizer": 1, "cpu_offload": 1, "offload_param": 3, "cpu_offload_param": 3}
 OFF = ("none", "false", "0", "no", "off")  # what DeepSpeed reads as off, and no device
@@ -392,7 +392,7 @@ class TrainingConfig(Section):
         others = {
             "zenflow": zero.get("zenflow") is not None,
             "offload_optimizer.super_offload": _is_on(offload.get("super_offload")),
-            "offload_optimizer.ratio": _is_on(offload.get("device")) and offload.get("ratio", 1) != 1,
+            "offload_optimizer.ratio": _is_on(offload) and offload.get("ratio", 1) != 1,
         }
         for key, is_set in others.items():
             if self.train.on_spike == "skip" and is_set:
@@ -420,7 +420,6 @@ class TrainingConfig(Section):
             "zero_allow_untested_optimizer=false": not self.deepspeed.extra_keys.get(
                 "zero_allow_untested_optimizer", True
             ),
-            "zero_optimization.offload_optimizer": _is_on(_section(zero, "offload_optimizer").get("device")),
             "zero_optimization.zenflow": zero.get("zenflow") is not None,
             **{f"zero_optimization.{key}": _is_on(zero.get(key)) for key in NOT_WITH_MUON},
         }
@@ -432,8 +431,7 @@ class TrainingConfig(Section):
         """Refuse to offload what DeepSpeed only offloads in a higher stage."""
         zero, stage = _section(self.deepspeed.extra_keys, "zero_optimization"), self.deepspeed.zero_stage
         for key, lowest in LOWEST_STAGE.items():
-            value = _section(zero, key).get("device") if key.startswith("offload") else zero.get(key)
-            if stage < lowest and _is_on(value):
+            if stage < lowest and _is_on(zero.get(key)):
                 raise ValueError(
                     f"deepspeed.zero_optimization.{key} has no effect with deepspeed.zero_stage={stage}: set {lowest} "
                     f"or more, or remove {key}"
@@ -447,5 +445,7 @@ def _section(values: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _is_on(value: object) -> bool:
-    """Whether a switch or a device of DeepSpeed's configuration is set to something."""
+    """Whether a switch, a device or the section of a device in DeepSpeed's configuration is set."""
+    if isinstance(value, dict):
+        value = value.get("device")
     return str(value).lower() not in OFF

@@ -90,8 +90,9 @@ class DeepSpeedSection(BaseModel):
     def _no_misspelt_keys(self) -> "DeepSpeedSection":
         for key, value in self.extra_keys.items():
             if value is not None and (key in ZERO_KEYS or key.startswith("stage3_")):
-                place = "zero_stage" if key == "stage" else f"zero_optimization.{key}"
-                raise ValueError(f"{key} has no effect here: set deepspeed.{place}")
+                there = f"zero_optimization.{key}"
+                remedy = DERIVED_DEEPSPEED_KEYS.get(there, f"set deepspeed.{there}")
+                raise ValueError(f"{key} has no effect here: {remedy}")
             near = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=3, cutoff=0.8)
             if near and key not in DEEPSPEED_KEYS:
                 raise ValueError(f"unknown key {key}: {near_hint('', (), others=near)}")

@@ -136,6 +136,7 @@ def test_weights_of_sets_are_replaced_as_a_whole(tmp_path):
             "offload_optimizer has no effect here: set deepspeed.zero_optimization.offload_optimizer",
         ),
         (["deepspeed.stage=2"], "stage has no effect here: set deepspeed.zero_stage"),
+        (["deepspeed.round_robin_gradients=true"], "round_robin_gradients has no effect here: remove this key; with"),
         (
             ["deepspeed.stage3_max_live_parameters=9"],
             "has no effect here: set deepspeed.zero_optimization.stage3_max_live_parameters",
