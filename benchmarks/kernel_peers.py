@@ -133,34 +133,59 @@ def loss(name: str, size: Size) -> dict:
 # -- Between the matrix products ----------------------------------------------------------------
 
 
-def gelu_of_sinklm(states: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+# Forward and backward pass are compiled separately, since other work is between them in training.
+
+
+def gelu_of_sinklm(states: Tensor) -> tuple[Tensor, ...]:
     from sinklm.models import layer_kernels
 
-    out = layer_kernels.gelu(states)[0]
+    return (layer_kernels.gelu(states)[0],)
+
+
+def gelu_backward_of_sinklm(grad: Tensor, states: Tensor) -> tuple[Tensor, ...]:
+    from sinklm.models import layer_kernels
+
     grad_states, sums, _ = layer_kernels.gelu_backward(grad, states)
-    return out, grad_states, sums.sum(0)
+    return grad_states, sums.sum(0)
 
 
-def gelu_of_torch(states: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def gelu_of_torch(states: Tensor) -> tuple[Tensor, ...]:
+    return (F.gelu(states),)
+
+
+def gelu_backward_of_torch(grad: Tensor, states: Tensor) -> tuple[Tensor, ...]:
     grad_states = torch.ops.aten.gelu_backward(grad, states)
-    return F.gelu(states), grad_states, grad_states.sum(0, dtype=torch.float32)
+    return grad_states, grad_states.sum(0, dtype=torch.float32)
 
 
-GELUS = {"sinklm": torch.compile(gelu_of_sinklm), "torch.compile": torch.compile(gelu_of_torch)}
+GELUS = {
+    "sinklm": (torch.compile(gelu_of_sinklm), torch.compile(gelu_backward_of_sinklm)),
+    "torch.compile": (torch.compile(gelu_of_torch), torch.compile(gelu_backward_of_torch)),
+}
 
 
 def gelu(name: str, size: Size) -> dict:
     states, grad = (random_states(size.tokens, 4 * size.width) for _ in range(2))
-    error = difference(GELUS[name](states, grad), gelu_of_torch(states.float(), grad.float()))
-    return with_bandwidth(lambda: GELUS[name](states, grad), 5 * states.nbytes) | {"error": error}
+    forward, backward = GELUS[name]
+
+    def both() -> tuple[Tensor, ...]:
+        return *forward(states), *backward(grad, states)
+
+    exact = *gelu_of_torch(states.float()), *gelu_backward_of_torch(grad.float(), states.float())
+    return with_bandwidth(both, 5 * states.nbytes) | {"error": difference(both(), exact)}
 
 
-def rotary_of_sinklm(heads: Tensor, cos: Tensor, sin: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+def rotary_of_sinklm(heads: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
     from sinklm.models import layer_kernels
 
-    query, key = layer_kernels.rotate_heads(heads, cos, sin)
+    return layer_kernels.rotate_heads(heads, cos, sin)
+
+
+def rotary_backward_of_sinklm(cos: Tensor, sin: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+    from sinklm.models import layer_kernels
+
     grad_heads, sums, _ = layer_kernels.rotate_heads_backward(*grads, cos, sin)
-    return query, key, grad_heads, sums.sum(0)
+    return grad_heads, sums.sum(0)
 
 
 def turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -171,13 +196,20 @@ def turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((rotated.to(states.dtype), rest), dim=-1)
 
 
-def rotary_of_torch(heads: Tensor, cos: Tensor, sin: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+def rotary_of_torch(heads: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
     query, key, _ = heads.chunk(3, dim=-1)
+    return turned(query, cos, sin), turned(key, cos, sin)
+
+
+def rotary_backward_of_torch(cos: Tensor, sin: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
     grad_heads = torch.cat((turned(grads[0], cos, -sin), turned(grads[1], cos, -sin), grads[2]), dim=-1)
-    return turned(query, cos, sin), turned(key, cos, sin), grad_heads, grad_heads.sum((0, 1), dtype=torch.float32)
+    return grad_heads, grad_heads.sum((0, 1), dtype=torch.float32)
 
 
-ROTARIES = {"sinklm": torch.compile(rotary_of_sinklm), "torch.compile": torch.compile(rotary_of_torch)}
+ROTARIES = {
+    "sinklm": (torch.compile(rotary_of_sinklm), torch.compile(rotary_backward_of_sinklm)),
+    "torch.compile": (torch.compile(rotary_of_torch), torch.compile(rotary_backward_of_torch)),
+}
 
 
 def rotary(name: str, size: Size) -> dict:
@@ -188,9 +220,14 @@ def rotary(name: str, size: Size) -> dict:
         0, 1, head_size // 8, device=DEVICE
     )
     cos, sin = (torch.cat((part, part), dim=-1) for part in (angles.cos(), angles.sin()))
-    exact = rotary_of_torch(heads.float(), cos, sin, *(grad.float() for grad in grads))
-    error = difference(ROTARIES[name](heads, cos, sin, *grads), exact)
-    return with_bandwidth(lambda: ROTARIES[name](heads, cos, sin, *grads), heads.nbytes * 10 // 3) | {"error": error}
+    forward, backward = ROTARIES[name]
+
+    def both() -> tuple[Tensor, ...]:
+        return *forward(heads, cos, sin), *backward(cos, sin, *grads)
+
+    exact_grads = (grad.float() for grad in grads)
+    exact = *rotary_of_torch(heads.float(), cos, sin), *rotary_backward_of_torch(cos, sin, *exact_grads)
+    return with_bandwidth(both, heads.nbytes * 10 // 3) | {"error": difference(both(), exact)}
 
 
 def difference(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:

@@ -45,6 +45,7 @@ DISTANCES = (0, 5, 10, 20, 30, 40, 60, 80)  # in lines
 BY_DISTANCE, ALONG = "by-distance", "along-the-stream"
 ALONG_DISTANCES = (5, 20)  # 20 is that of the paper's Figure 9
 DENSE_LENGTHS = 8  # of dense attention and of all distances, in trained lengths
+QUESTIONS_AT_ONCE = 4  # of each stream; all would take twice the memory
 PARTS_PER_OCTAVE = 4  # of the tokens read, in the accuracy along a stream
 SETTINGS = {  # that change what a part makes; the others can differ between its calls
     "prepare": ("text", "num_tokens", "vocab_size", "longest_distance"),
@@ -116,7 +117,7 @@ def evaluations(args: argparse.Namespace) -> dict[tuple[str, str], dict[str, lis
         for size in args.cache_sizes:
             for kept in (0, num_kept):
                 cache = f"{kept}+{size - kept}"
-                own = ["--caches", cache, "--batch-size", args.num_samples * len(DISTANCES)]
+                own = ["--caches", cache, "--batch-size", QUESTIONS_AT_ONCE * args.num_samples]
                 found[name, cache] = {BY_DISTANCE: [*by_distance, *own], ALONG: [*along, *own]}
     return found
 
@@ -162,8 +163,8 @@ def evaluate(args: argparse.Namespace) -> bool:
             output = report_path(args, name, cache, what).parent
             command = (*SINKLM, "eval", "stream-eval", run_folder(args, name), *arguments, "-o", output, "--quiet")
             jobs.append(Job(f"{name} {cache} {what}", tuple(map(str, command)), output / "evaluation.log"))
-    # Long ones first. Those of dense attention need most memory, and so begin on different GPUs.
-    jobs.sort(key=lambda job: ("dense" not in job.name, BY_DISTANCE in job.name))
+    # Those of dense attention need most memory, and so begin on different GPUs. Then short ones first.
+    jobs.sort(key=lambda job: ("dense" not in job.name, ALONG in job.name))
     return study_jobs.run(jobs, study_jobs.Deadline(args.minutes), args.per_gpu) and not untrained
 
 

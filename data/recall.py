@@ -22,6 +22,7 @@ from typing import Any
 import zstandard
 
 from ..files import atomic_file, check_new, named_errors
+from .recall_words import COMMON_WORDS, NOUNS
 
 SET_NAME = "recall"
 SUFFIXES = (".jsonl", ".jsonl.zst")
@@ -33,14 +34,6 @@ LINES_PER_QUESTION = (1, 6)  # before lines are added for long distances
 MOST_QUESTIONS = 3  # in a row, on average over a document
 NUM_TRIES = 8
 
-THINGS = (
-    *("item", "box", "room", "locker", "shelf", "page", "slot", "node", "account", "parcel", "ticket", "seat"),
-    *("station", "patient", "order", "sensor", "drawer", "player", "folder", "channel", "tank", "gate", "row"),
-)
-VALUES = (
-    *("value", "code", "number", "weight", "price", "content", "key", "total", "length", "count", "score", "label"),
-    *("reading", "balance", "amount", "password", "reference", "result", "size", "id"),
-)
 CONSONANTS, VOWELS, LETTERS = "bcdfghjklmnprstvwz", "aeiou", "abcdefghijklmnopqrstuvwxyz"
 INVENTED_SHARE = 0.5  # of the words
 SPELLED_SHARE = 0.5  # of the invented words: any letters; the others have syllables
@@ -58,13 +51,6 @@ INTRODUCTIONS = (
 SENTENCES_SHARE = 0.5
 MOST_SENTENCES = 3
 WORDS_PER_SENTENCE = (3, 14)
-COMMON_WORDS = (
-    *("the", "a", "of", "and", "to", "is", "that", "for", "it", "was", "with", "as", "his", "on", "be", "at", "by"),
-    *("I", "had", "not", "are", "but", "from", "or", "have", "they", "which", "one", "you", "were", "all", "her"),
-    *("she", "there", "would", "their", "we", "him", "been", "has", "when", "who", "will", "no", "more", "if", "out"),
-    *("so", "below", "above", "here", "some", "many", "each", "every", "please", "read", "keep", "know", "need"),
-    *("list", "table", "data", "text", "words", "first", "next", "later", "again", "only", "these", "those", "this"),
-)
 COMMON_SHARE = 0.8  # of the words; the others are those of records or invented
 SENTENCE_ENDS = (".", ".", ":", "!", ",", "")
 SENTENCE_BREAKS = (" ", " ", "\n", "\n\n")
@@ -160,8 +146,8 @@ class Phrasing:
     @staticmethod
     def draw(rng: random.Random) -> "Phrasing":
         words: dict[str, str] = {}
-        for name, known in (("thing", THINGS), ("value", VALUES), ("place", THINGS)):
-            word = _word(rng, known)
+        for name in ("thing", "value", "place"):
+            word = _word(rng, NOUNS)
             words |= {name: word, name.capitalize(): word.capitalize(), name.upper(): word.upper()}
         statement = _composed(rng) if rng.random() < COMPOSED_SHARE else rng.choice(STATEMENTS)
         if rng.random() < REPEATING_SHARE:
@@ -191,7 +177,7 @@ def _sentences(rng: random.Random) -> str:
     text = ""
     for _ in range(rng.randint(1, MOST_SENTENCES)):
         words = [
-            rng.choice(COMMON_WORDS) if rng.random() < COMMON_SHARE else _word(rng, THINGS + VALUES)
+            rng.choice(COMMON_WORDS) if rng.random() < COMMON_SHARE else _word(rng, NOUNS)
             for _ in range(rng.randint(*WORDS_PER_SENTENCE))
         ]
         sentence = " ".join(words)
