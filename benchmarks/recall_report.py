@@ -1,6 +1,6 @@
 """Write the tables and the picture of docs/results/recall.md from the results of recall_study.py.
 
-    python benchmarks/recall_report.py recall-study   # take its recall.json, and draw
+    python benchmarks/recall_report.py recall-study   # take its recall.json and recall-words.json
     python benchmarks/recall_report.py                # draw again from docs/results/recall.json
 
 Accuracy is exact match in percent, ± one standard error over questions. The accuracy over several
@@ -24,7 +24,7 @@ from windows_results import TRAINING_HEADERS, training_cells, windows_of
 from sinklm.eval.plots import COLOURS, DASHES, STYLE, save_figure, short_number
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
-from pages import make_page
+from pages import make_page, read, rounded
 from seed_tables import table
 
 PAPER_DISTANCE = 20  # in lines, of the paper's Figure 9
@@ -46,13 +46,21 @@ class Score(NamedTuple):
 
 
 def main() -> None:
-    found, folder = make_page("recall", __doc__, tables)
+    found, folder = make_page("recall", __doc__, tables, collect)
     save_figure(picture(found["models"]), folder / "recall.png")
+
+
+def collect(folder: Path) -> dict[str, Any]:
+    """Return the results of recall_study.py, and of recall_words.py if it has run."""
+    found = read(folder / "recall.json", "run recall_study.py", parse_float=rounded)
+    if (of_words := folder / "recall-words.json").exists():
+        found["words"] = read(of_words, "run recall_words.py again")
+    return found
 
 
 def tables(found: dict[str, Any]) -> dict[str, str]:
     made = {make.__name__: make(found["models"]) for make in (answer, distances, stream)}
-    return made | {"training": training(found["runs"])}
+    return made | {"words": words(found.get("words", {})), "training": training(found["runs"])}
 
 
 # -- What was measured --------------------------------------------------------------------------
@@ -107,9 +115,10 @@ def score_of(result: Result, wanted: Iterable[int], start: float = 0, end: float
     scores = []
     for distance in map(str, wanted):
         parts = [part for part in parts_between(result, start, end) if distance in part["accuracy"]]
-        if places := sum(part["num_places"] for part in parts):
-            mean = sum(part["accuracy"][distance] * part["num_places"] for part in parts) / places
-            scores.append(score(mean, places * result["num_samples"]))
+        counts = [part["num_places"] * part["num_streams"] for part in parts]  # of questions
+        if counts:
+            rights = sum(part["accuracy"][distance] * count for part, count in zip(parts, counts, strict=True))
+            scores.append(score(rights / sum(counts), sum(counts)))
     return mean_of(scores)
 
 
@@ -210,6 +219,16 @@ def stream(models: dict[str, Results]) -> str:
         found = [score_of(result, [distance], *edge) for edge in pairwise(edges)]
         rows.append([name, *(str(each or "") for each in found)])
     return table([f"{distance} lines back, tokens read", *(f"to {edge:,}" for edge in edges[1:])], rows)
+
+
+def words(found: dict[str, Any]) -> str:
+    """Accuracy in records like those of StreamEval, in its words and in others."""
+    rows = [
+        [f"{name}, {changed}", *(f"{share:.0f}" for share in shares.values())]
+        for name, variants in found.get("models", {}).items()
+        for changed, shares in variants.items()
+    ]
+    return table(["lines back", *found["distances"]], map(list, rows)) if rows else ""
 
 
 def training(runs: dict[str, dict[str, Any]]) -> str:

@@ -163,7 +163,7 @@ def evaluate(args: argparse.Namespace) -> bool:
             output = report_path(args, name, cache, what).parent
             command = (*SINKLM, "eval", "stream-eval", run_folder(args, name), *arguments, "-o", output, "--quiet")
             jobs.append(Job(f"{name} {cache} {what}", tuple(map(str, command)), output / "evaluation.log"))
-    # Those of dense attention need most memory, and so begin on different GPUs. Then short ones first.
+    # Those of dense attention need most memory, and so begin on different GPUs. Then short ones.
     jobs.sort(key=lambda job: ("dense" not in job.name, ALONG in job.name))
     return study_jobs.run(jobs, study_jobs.Deadline(args.minutes), args.per_gpu) and not untrained
 
@@ -213,7 +213,8 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
         part = list(group)
         asked = [place["accuracy"] for place in part]
         accuracy = {d: round(fmean(found[d] for found in asked if d in found), 6) for d in asked[-1]}
-        parts.append({"num_tokens": part[-1]["mean_num_tokens"], "num_places": len(part), "accuracy": accuracy})
+        counts = {"num_places": len(part), "num_streams": report["num_samples"]}
+        parts.append({"num_tokens": part[-1]["mean_num_tokens"], **counts, "accuracy": accuracy})
     return report | result | {"parts": parts}
 
 

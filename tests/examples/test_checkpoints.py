@@ -1,4 +1,4 @@
-"""The trained models in examples/checkpoints load, and show the effect of a sink token."""
+"""The trained models in examples/checkpoints load, and show what their cards say."""
 
 from pathlib import Path
 
@@ -7,6 +7,9 @@ from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
 
 from sinklm.checkpoints import load_model, load_tokenizer
 from sinklm.eval.perplexity import configurations, measure, read_text_files
+from sinklm.eval.stream_eval import ask
+from sinklm.eval.tasks.stream_eval.records import make_records
+from sinklm.streaming import MemoryOptions
 
 CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
 NUM_TOKENS = 2000
@@ -20,7 +23,7 @@ def perplexities(name: str) -> list[float]:
     return [measure(model, tokenized, configuration).perplexity for configuration in chosen]
 
 
-@pytest.mark.parametrize("name", ["vanilla", "learnable-sink"])
+@pytest.mark.parametrize("name", ["vanilla", "learnable-sink", "recall"])
 def test_plain_transformers_loads_it(name):
     model, info = AutoModelForCausalLM.from_pretrained(CHECKPOINTS / name, output_loading_info=True)
     assert type(model) is GPTNeoXForCausalLM
@@ -32,6 +35,24 @@ def test_the_token_model_degrades_without_its_sink_and_needs_only_the_sink():
     without, sink_alone, four = perplexities("learnable-sink")
     assert without > 1.2 * sink_alone
     assert sink_alone == pytest.approx(four, rel=0.01)
+
+
+def shares_of_right_answers(num_records: int, memory: MemoryOptions | None) -> dict[int, float]:
+    """Answers of the recall model in StreamEval with a cache of 1+255, by distance in lines."""
+    model, tokenizer = load_model(CHECKPOINTS / "recall", device="cpu"), load_tokenizer(CHECKPOINTS / "recall")
+    records, shape = make_records(num_records, 51, seed=0), {"num_kept": 1, "window": 255}
+    answers = list(ask(model.float(), tokenizer, records, **shape, memory=memory, distances=(0, 5, 20, 40)))
+    found = {distance: [a.is_right for a in answers if a.distance == distance] for distance in (0, 5, 20, 40)}
+    return {distance: sum(rights) / len(rights) for distance, rights in found.items()}
+
+
+def test_the_recall_model_finds_all_lines_in_its_cache_and_no_others():
+    assert shares_of_right_answers(4, None) == {0: 1, 5: 1, 20: 0, 40: 0}
+
+
+def test_with_a_memory_the_recall_model_finds_lines_that_have_left_its_cache():
+    shares = shares_of_right_answers(1, MemoryOptions(interval=1))
+    assert min(shares[20], shares[40]) > 0.5
 
 
 def test_the_plain_model_loses_little():
