@@ -282,7 +282,7 @@ PARTS: dict[str, tuple[Callable[[str, Size], dict], tuple[str, ...]]] = {
     "loss": (loss, tuple(LOSSES)),
     "gelu": (gelu, tuple(GELUS)),
     "rotary": (rotary, tuple(ROTARIES)),
-    "adamw": (adamw, ("sinklm", "torch, fused", "torchao, 8 bit state")),
+    "adamw": (adamw, ("sinklm", "torch, fused", "torchao, 8 bit moments")),
 }
 
 
@@ -299,6 +299,7 @@ def main() -> None:
     for part in args.parts:
         measure, names = PARTS[part]
         for size in args.sizes:
+            torch._dynamo.reset()  # else the second size is compiled for any size
             for name in names:
                 label = f"{size}, {name}"
                 report.add(part, lambda: [{"size": label, **measure(name, SIZES[size])}], label)  # noqa: B023

@@ -55,6 +55,8 @@ def collect(folder: Path) -> dict[str, Any]:
     found = read(folder / "recall.json", "run recall_study.py", parse_float=rounded)
     if (of_words := folder / "recall-words.json").exists():
         found["words"] = read(of_words, "run recall_words.py again")
+    else:
+        print(f"{of_words} does not exist: run recall_words.py for the table of words")
     return found
 
 
@@ -228,7 +230,7 @@ def words(found: dict[str, Any]) -> str:
         for name, variants in found.get("models", {}).items()
         for changed, shares in variants.items()
     ]
-    return table(["lines back", *found["distances"]], map(list, rows)) if rows else ""
+    return table(["lines back", *found["distances"]], rows) if rows else ""
 
 
 def training(runs: dict[str, dict[str, Any]]) -> str:

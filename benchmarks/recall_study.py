@@ -230,7 +230,7 @@ def trainings(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("prepare", "train", "evaluate", "collect"))
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of both recipes")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of all recipes")
     parser.add_argument("--folder", type=Path, default=Path("recall-study"))
     parser.add_argument("--text", action="append", default=[], help="text to train on; repeat for more")
     parser.add_argument("--num-tokens", type=int, default=262_000_000, help="of the records")

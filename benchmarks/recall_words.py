@@ -1,6 +1,8 @@
 """Which words of StreamEval keep a model from finding its lines.
 
-    python benchmarks/recall_words.py RUN … -o recall-words.json
+    python benchmarks/recall_words.py NAME=RUN … -o FOLDER/recall-words.json
+
+FOLDER is that of recall_study.py, so that recall_report.py makes a table of the results.
 
 Asks each model for lines of StreamEval's records, and of the same records in other words. Records
 are short, so there is no streaming cache. Prints the share of right answers in percent.
@@ -54,19 +56,22 @@ def accuracies(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="RUN", help="a run, checkpoint or export")
+    parser.add_argument("models", nargs="+", metavar="NAME=RUN", help="a run, checkpoint or export, and its name")
     parser.add_argument("--num-records", type=int, default=20)
     parser.add_argument("--num-lines", type=int, default=31)
     parser.add_argument("-o", "--output", type=Path, default=Path("recall-words.json"))
     args = parser.parse_args()
+    names = [given.partition("=")[0] for given in args.models if "=" in given]
+    if len(set(names)) < len(args.models):
+        parser.error("write NAME=RUN for each model, with different names")
     found: dict[str, Any] = {"num_records": args.num_records, "num_lines": args.num_lines, "models": {}}
     found |= {"distances": [str(distance) for distance in DISTANCES], "versions": library_versions()}
-    for path in args.models:
+    for model_name, _, path in (given.partition("=") for given in args.models):
         model, tokenizer = load_model(path), load_tokenizer(path)
-        rows = found["models"][Path(path).name] = {}
+        rows = found["models"][model_name] = {}
         for name, replaced in REPLACEMENTS.items():
             rows[name] = accuracies(model, tokenizer, replaced, args)
-            print(Path(path).name, name, rows[name], flush=True)
+            print(model_name, name, rows[name], flush=True)
         write_json(args.output, found)
 
 

@@ -1,7 +1,7 @@
 """Words of generated records (`recall.py`).
 
-Nouns are many, so that a model learns to recall with any words, those that no record has included.
-With a few dozen of them, models failed in a test with other words.
+There are many nouns, so that a model also recalls lines with words that no record has. A model that
+was trained with 43 of them failed in a test with other words.
 """
 
 NOUNS = """

@@ -1,4 +1,4 @@
-"""The trained models in examples/checkpoints load, and show what their cards say."""
+"""The trained models in examples/checkpoints load, and do what their cards say."""
 
 from pathlib import Path
 
