@@ -37,22 +37,21 @@ def test_the_token_model_degrades_without_its_sink_and_needs_only_the_sink():
     assert sink_alone == pytest.approx(four, rel=0.01)
 
 
-def shares_of_right_answers(num_records: int, memory: MemoryOptions | None) -> dict[int, float]:
+def shares_of_right_answers(distances: tuple[int, ...], memory: MemoryOptions | None = None) -> dict[int, float]:
     """Answers of the recall model in StreamEval with a cache of 1+255, by distance in lines."""
-    model, tokenizer = load_model(CHECKPOINTS / "recall", device="cpu"), load_tokenizer(CHECKPOINTS / "recall")
-    records, shape = make_records(num_records, 51, seed=0), {"num_kept": 1, "window": 255}
-    answers = list(ask(model.float(), tokenizer, records, **shape, memory=memory, distances=(0, 5, 20, 40)))
-    found = {distance: [a.is_right for a in answers if a.distance == distance] for distance in (0, 5, 20, 40)}
+    model, tokenizer = load_model(CHECKPOINTS / "recall", device="cpu").float(), load_tokenizer(CHECKPOINTS / "recall")
+    records = make_records(2 if memory is None else 1, 41, seed=0)
+    answers = list(ask(model, tokenizer, records, num_kept=1, window=255, memory=memory, distances=distances))
+    found = {distance: [a.is_right for a in answers if a.distance == distance] for distance in distances}
     return {distance: sum(rights) / len(rights) for distance, rights in found.items()}
 
 
 def test_the_recall_model_finds_all_lines_in_its_cache_and_no_others():
-    assert shares_of_right_answers(4, None) == {0: 1, 5: 1, 20: 0, 40: 0}
+    assert shares_of_right_answers((0, 5, 20)) == {0: 1, 5: 1, 20: 0}
 
 
 def test_with_a_memory_the_recall_model_finds_lines_that_have_left_its_cache():
-    shares = shares_of_right_answers(1, MemoryOptions(interval=1))
-    assert min(shares[20], shares[40]) > 0.5
+    assert shares_of_right_answers((20,), MemoryOptions(interval=1))[20] > 0.5
 
 
 def test_the_plain_model_loses_little():
