@@ -117,10 +117,9 @@ def score_of(result: Result, wanted: Iterable[int], start: float = 0, end: float
     scores = []
     for distance in map(str, wanted):
         parts = [part for part in parts_between(result, start, end) if distance in part["accuracy"]]
-        counts = [part["num_places"] * part["num_streams"] for part in parts]  # of questions
-        if counts:
-            rights = sum(part["accuracy"][distance] * count for part, count in zip(parts, counts, strict=True))
-            scores.append(score(rights / sum(counts), sum(counts)))
+        if places := sum(part["num_places"] for part in parts):
+            mean = sum(part["accuracy"][distance] * part["num_places"] for part in parts) / places
+            scores.append(score(mean, places * result["num_samples"]))
     return mean_of(scores)
 
 

@@ -213,8 +213,7 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
         part = list(group)
         asked = [place["accuracy"] for place in part]
         accuracy = {d: round(fmean(found[d] for found in asked if d in found), 6) for d in asked[-1]}
-        counts = {"num_places": len(part), "num_streams": report["num_samples"]}
-        parts.append({"num_tokens": part[-1]["mean_num_tokens"], **counts, "accuracy": accuracy})
+        parts.append({"num_tokens": part[-1]["mean_num_tokens"], "num_places": len(part), "accuracy": accuracy})
     return report | result | {"parts": parts}
 
 

@@ -33,8 +33,7 @@ def result(num_kept: int, window: int, by_distance: dict[int, list[float]]) -> d
 
     Shorter lists are of the last parts: a distance is asked when there are enough lines.
     """
-    counts = zip(ENDS, PLACES, strict=True)
-    parts = [{"num_tokens": float(end), "num_places": n, "num_streams": 10, "accuracy": {}} for end, n in counts]
+    parts = [{"num_tokens": float(end), "num_places": n, "accuracy": {}} for end, n in zip(ENDS, PLACES, strict=True)]
     distances = []
     for distance, accuracies in by_distance.items():
         asked = parts[-len(accuracies) :]
@@ -208,7 +207,6 @@ def test_parts_of_a_stream_are_quarters_of_octaves():
     places[3]["accuracy"]["20"] = places[4]["accuracy"]["20"] = 1 / 3
     found = summary({"num_samples": 10, "results": [{"configuration": "0+9", "places": places}]})
     assert (found["num_samples"], found["configuration"]) == (10, "0+9")
-    assert {part["num_streams"] for part in found["parts"]} == {10}
     assert [(part["num_tokens"], part["num_places"]) for part in found["parts"]] == [
         (200.0, 1),
         (400.0, 1),
