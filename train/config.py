@@ -278,8 +278,13 @@ FLOAT8_WIDTH = 2048  # smallest `model.hidden_size` with float8: the narrower, t
 # Switches of `zero_optimization` with which DeepSpeed moves the optimizer's state (`cpu_offload` is
 # the old name of `offload_optimizer`), or partitions or loads it in another way.
 NOT_WITH_MUON = ("offload_optimizer", "cpu_offload", "elastic_checkpoint", "parameter_alignment")
-# ZeRO stages from which on DeepSpeed offloads. Keys with `cpu_` are the old names.
-LOWEST_STAGE = {"offload_optimizer": 1, "cpu_offload": 1, "offload_param": 3, "cpu_offload_param": 3}
+# ZeRO stages from which on keys of `zero_optimization` have an effect. Keys with `cpu_` are old names.
+OF_STAGE_3 = (
+    *("offload_param", "cpu_offload_param", "sub_group_size", "prefetch_bucket_size", "zero_hpz_partition_size"),
+    *("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"),
+    *("memory_efficient_linear", "override_module_apply"),
+)
+LOWEST_STAGE = {"offload_optimizer": 1, "cpu_offload": 1, **dict.fromkeys(OF_STAGE_3, 3)}
 OFF = ("none", "false", "0", "no", "off")  # what DeepSpeed reads as off, and no device
 
 
@@ -328,7 +333,7 @@ class TrainingConfig(Section):
         if self.train.precision == "fp8":
             self._check_float8()
         self._check_muon()
-        self._check_offload()
+        self._check_stages()
         if self.train.only_sinks:
             self._check_only_sinks()
         if self.train.deterministic and self.deepspeed.zero_stage == 3:
@@ -427,11 +432,12 @@ class TrainingConfig(Section):
             if self.optimizer.name == "muon" and is_set:
                 raise ValueError(f"optimizer.name=muon does not work with deepspeed.{key}: change one of them")
 
-    def _check_offload(self) -> None:
-        """Refuse to offload what DeepSpeed only offloads in a higher stage."""
+    def _check_stages(self) -> None:
+        """Refuse keys that DeepSpeed only reads in a higher stage, such as those that offload."""
         zero, stage = _section(self.deepspeed.extra_keys, "zero_optimization"), self.deepspeed.zero_stage
-        for key, lowest in LOWEST_STAGE.items():
-            if stage < lowest and _is_on(zero.get(key)):
+        for key, value in zero.items():
+            lowest = LOWEST_STAGE.get(key, 3 if key.startswith("stage3_") else 0)
+            if stage < lowest and _is_on(value):
                 raise ValueError(
                     f"deepspeed.zero_optimization.{key} has no effect with deepspeed.zero_stage={stage}: set {lowest} "
                     f"or more, or remove {key}"

@@ -158,6 +158,14 @@ def test_weights_of_sets_are_replaced_as_a_whole(tmp_path):
             "zero_optimization.offload_param has no effect with deepspeed.zero_stage=2: set 3 or more",
         ),
         (
+            ["deepspeed.zero_stage=2", "deepspeed.zero_optimization.stage3_max_live_parameters=1000"],
+            "zero_optimization.stage3_max_live_parameters has no effect with deepspeed.zero_stage=2: set 3 or more",
+        ),
+        (
+            ["deepspeed.zero_optimization.sub_group_size=1000"],
+            "zero_optimization.sub_group_size has no effect with deepspeed.zero_stage=1: set 3 or more",
+        ),
+        (
             ["deepspeed.zero_optimization.round_robin_gradients=true"],
             "round_robin_gradients is derived: remove this key",
         ),
