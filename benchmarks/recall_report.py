@@ -29,7 +29,7 @@ from seed_tables import table
 
 PAPER_DISTANCE = 20  # in lines, of the paper's Figure 9
 DENSE = "dense"
-FIRST_OCTAVE = 1024  # tokens read, in the first column along a stream
+FIRST_OCTAVE = 1024  # tokens read, the end of the first column along a stream
 
 Result = dict[str, Any]  # of a model with a cache
 Results = dict[str, Result]  # by the name of the cache: `dense`, 0+N, S+W
@@ -163,19 +163,19 @@ def answer(models: dict[str, Results]) -> str:
                 cells += later
                 rows.append([f"{name}, {kept['configuration']}", *(str(cell or "") for cell in cells)])
     headers = ["", "lines back", "accuracy", "lines back, along the stream"]
-    changed = f"change from the first {FIRST_OCTAVE:,} tokens to the last octave"
+    changed = "change from the first octave to the last"
     return table([*headers, changed, "S+W, after 2N tokens", "0+N, after 2N tokens"], rows)
 
 
 def change(result: Result, lines: list[int]) -> str:
     """Format the difference of the last octave of a stream and the first; empty if it has one."""
-    edges = octaves([result])
-    if len(edges) == 1:
+    found = [score_of(result, lines, *edges) for edges in pairwise([0, *octaves([result])])]
+    asked = [each for each in found if each is not None]
+    if len(asked) < 2:
         return ""
-    first, last = score_of(result, lines, end=edges[0]), score_of(result, lines, start=edges[-2])
-    if first is None or last is None:
-        return ""
-    text = f"{100 * (last.accuracy - first.accuracy):+.1f} ± {100 * sqrt(last.variance + first.variance):.2f}"
+    first, last = asked[0], asked[-1]
+    points = round(100 * (last.accuracy - first.accuracy), 1) + 0.0  # without the sign of -0.0
+    text = f"{points:+.1f} ± {100 * sqrt(last.variance + first.variance):.2f}"
     return text.replace("-", "\N{MINUS SIGN}")
 
 
