@@ -28,7 +28,7 @@ def compare(
     ),
     quiet: Quiet = False,
 ) -> None:
-    """Compare the results of several models: zero-shot, streaming, question answering, sinks.
+    """Compare several models: zero-shot, perplexity, streaming, StreamEval, questions, sinks.
 
     Writes compare.md, compare.csv, compare.json and compare.png.
     """

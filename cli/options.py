@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..streaming import MemoryOptions
 
 LARGEST_SEED = 2**32 - 1
+LARGEST_PENALTY = 1000  # as in `streaming.sampling`, which imports torch
 MOST_NEW_TOKENS = 10**12
 
 
@@ -123,7 +124,12 @@ MinP = Annotated[
     typer.Option(min=0.0, max=1.0, help="Sample from tokens whose probability is at least P times the highest."),
 ]
 RepetitionPenalty = Annotated[
-    float, typer.Option(min=0.0, help="A value above 1 makes tokens that are in the text already less likely.")
+    float,
+    typer.Option(
+        min=1 / LARGEST_PENALTY,
+        max=LARGEST_PENALTY,
+        help="A value above 1 makes tokens that are in the text already less likely.",
+    ),
 ]
 MAX_NEW_TOKENS_HELP = "Maximum number of tokens to generate for each prompt or message."
 
@@ -262,9 +268,11 @@ def refuse_unused(options: dict[str, bool], why: str) -> None:
 
 
 def check_sampling(temperature: float, *, top_k: int | None, top_p: float, min_p: float, seed: int) -> None:
-    """Raise a ValueError for an infinite temperature, or for options of sampling with 0."""
+    """Raise a ValueError for impossible values, or options of sampling with temperature 0."""
     if not math.isfinite(temperature):
         raise ValueError(f"--temperature is {temperature}: it must be a finite number of at least 0")
+    if top_p == 0:
+        raise ValueError("--top-p is 0: it must be above 0; 1 samples from all tokens")
     if temperature == 0:
         passed = {"--top-k": top_k not in (None, 1), "--top-p": top_p < 1, "--min-p": min_p > 0, "--seed": seed != 0}
         refuse_unused(

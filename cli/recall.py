@@ -51,7 +51,7 @@ def recall(
 ) -> None:
     """Generate records of lines, with questions about earlier lines and their answers.
 
-    Keys, values, lengths and phrasings differ from document to document, and are never those of
+    Keys, values, lengths and phrasings differ from document to document. No phrasing is that of
     `sinklm eval stream-eval`. The file has the form of the Pile, with the set name recall.
     """
     shortest, longest = _parse_distances(distances)

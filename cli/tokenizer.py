@@ -9,6 +9,7 @@ import typer
 from ..console import Console
 from .options import Quiet, examples
 
+SMALLEST_VOCABULARY = 258  # the bytes and two special tokens
 LARGEST_VOCABULARY = 2**21  # tokenizers allocates memory for all tokens at the start
 
 
@@ -23,7 +24,11 @@ def train(
     ],
     vocab_size: Annotated[
         int,
-        typer.Option(max=LARGEST_VOCABULARY, help="Number of tokens, including special tokens and the 256 bytes."),
+        typer.Option(
+            min=SMALLEST_VOCABULARY,
+            max=LARGEST_VOCABULARY,
+            help="Number of tokens, including special tokens and the 256 bytes.",
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("tokenizer.json"),
     quiet: Quiet = False,

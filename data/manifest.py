@@ -160,12 +160,12 @@ def read_manifest(store: Path) -> Manifest:
     """
     path = store / MANIFEST_NAME
     if not path.exists():
-        near = "" if store.exists() else near_path_hint(str(store))
-        if near:
-            raise FileNotFoundError(f"{store}: no such folder; {near}")
-        raise FileNotFoundError(
-            f"{store}: not a token store (no {MANIFEST_NAME}); make one with `sinklm prepare … --output {store}`"
-        )
+        if store.exists():
+            raise FileNotFoundError(
+                f"{store}: not a token store (no {MANIFEST_NAME}); pass a folder made by `sinklm prepare`"
+            )
+        hint = near_path_hint(str(store)) or f"make it with `sinklm prepare … --output {store}`"
+        raise FileNotFoundError(f"{store}: no such folder; {hint}")
     try:
         return Manifest.model_validate_json(path.read_bytes())
     except ValidationError as error:

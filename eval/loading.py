@@ -53,5 +53,8 @@ def open_store_of(path: Path, tokenizer: PreTrainedTokenizerBase) -> TokenSource
     ids = Tokenizer.from_file(str(store.tokenizer_path)).get_vocab()
     known = tokenizer.get_vocab()
     if any(known.get(token) != i for token, i in ids.items()):
-        raise ValueError(f"{path} was made with a different tokenizer than the model's: use a text file instead")
+        raise ValueError(
+            f"{path} was made with a different tokenizer than the model's: prepare the text again with the model's, "
+            "`sinklm prepare … --tokenizer TOKENIZER`"
+        )
     return store

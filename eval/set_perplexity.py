@@ -100,7 +100,10 @@ def measure(
     prefix = torch.tensor(text_prefix(tokenizer), dtype=torch.long)
     room = trained_length(model.config) - len(prefix) - num_prepended_sinks(model.config)
     if room < 1:
-        raise ValueError("the model's trained length leaves no room for text")
+        raise ValueError(
+            f"the model's trained length of {trained_length(model.config)} tokens leaves no room for text: use a model "
+            "with a longer one"
+        )
     nats, counter = 0.0, ByteCounter(tokenizer)
     for inputs, targets in _batches(tokens, num_scored, room):
         ids = torch.cat([prefix.expand(len(inputs), -1), inputs], dim=1)

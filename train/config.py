@@ -81,12 +81,14 @@ class ModelSection(Section):
     def _heads_fit(self) -> "ModelSection":
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}: "
+                "change one of them"
             )
         rotated = int(self.hidden_size // self.num_attention_heads * self.rotary_pct)
         if rotated % 2:
             raise ValueError(
-                f"rotary_pct {self.rotary_pct} rotates {rotated} dimensions of a head, which must be an even number"
+                f"rotary_pct {self.rotary_pct} rotates {rotated} dimensions of a head, which must be an even number: "
+                "choose another rotary_pct"
             )
         return self
 
@@ -153,7 +155,7 @@ class TrainSection(Section):
     precision: Literal["bf16", "fp16", "fp32", "fp8"] = Field(
         default="bf16",
         description="data type of the forward and backward pass; fp32 is the fastest on most CPUs; fp8: bf16 with the "
-        "layers' matrix products in float8, for widths of at least 2048 on H100, H200 and newer (speed not measured)",
+        "layers' matrix products in float8, for widths of at least 2048 on H100, H200 and newer",
     )
     activation_checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass: less memory, about a third more time"
@@ -192,8 +194,10 @@ class TrainSection(Section):
     @model_validator(mode="after")
     def _whole_samples(self) -> "TrainSection":
         if self.batch_size_tokens % self.seq_length:
+            nearest = max(round(self.batch_size_tokens / self.seq_length), 1) * self.seq_length
             raise ValueError(
-                f"batch_size_tokens {self.batch_size_tokens} is not a multiple of seq_length {self.seq_length}"
+                f"batch_size_tokens {self.batch_size_tokens} is not a multiple of seq_length {self.seq_length}: set it "
+                f"to {nearest}, or change seq_length"
             )
         if self.segment_length is not None and self.seq_length % self.segment_length:
             raise ValueError(
@@ -278,7 +282,8 @@ FLOAT8_WIDTH = 2048  # smallest `model.hidden_size` with float8: the narrower, t
 # Switches of `zero_optimization` with which DeepSpeed moves the optimizer's state (`cpu_offload` is
 # the old name of `offload_optimizer`), or partitions or loads it in another way.
 NOT_WITH_MUON = ("offload_optimizer", "cpu_offload", "elastic_checkpoint", "parameter_alignment")
-# ZeRO stages from which on keys of `zero_optimization` have an effect. Keys with `cpu_` are old names.
+# ZeRO stages from which on keys of `zero_optimization` have an effect. Those with `cpu_` are old
+# names.
 OF_STAGE_3 = (
     *("offload_param", "cpu_offload_param", "sub_group_size", "prefetch_bucket_size", "zero_hpz_partition_size"),
     *("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"),
@@ -374,7 +379,9 @@ class TrainingConfig(Section):
                 f"train.precision=fp8 does not work with deepspeed.zero_stage={self.deepspeed.zero_stage}: set 1 or 2"
             )
         if self.train.segment_length not in (None, self.train.seq_length):
-            raise ValueError("train.precision=fp8 does not support train.segment_length: set bf16, or null")
+            raise ValueError(
+                "train.precision=fp8 does not support segments: set train.precision=bf16 or train.segment_length=null"
+            )
         width = self.model.hidden_size
         if width < FLOAT8_WIDTH:
             raise ValueError(
@@ -388,7 +395,10 @@ class TrainingConfig(Section):
         }
         for key, size in sizes.items():
             if size % FLOAT8_MULTIPLE:
-                raise ValueError(f"train.precision=fp8 requires multiples of {FLOAT8_MULTIPLE}, but {key} is {size}")
+                raise ValueError(
+                    f"train.precision=fp8 requires multiples of {FLOAT8_MULTIPLE}, but {key} is {size}: change it, or "
+                    "set train.precision=bf16"
+                )
 
     def _check_skipping(self) -> None:
         """Refuse `skip` where DeepSpeed updates weights outside of torch's AdamW."""

@@ -222,7 +222,9 @@ def _explain(recipe: str, error: ValidationError) -> list[str]:
         key = key if key.isprintable() else repr(key)  # a key of YAML may have several lines
         value = mistake["input"]
         message = mistake["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        if mistake["type"] == "extra_forbidden":
+        if value is None and ":" in key:  # YAML reads {a:1} as the key `a:1`
+            lines.append(f"{key} has no value: write a space after the colon")
+        elif mistake["type"] == "extra_forbidden":
             lines.append(f"unknown key {key}: {_nearest(key)}")
         elif mistake["type"] == "missing":
             lines.append(f"{key} is not set: set it in recipe {recipe} or on the command line")

@@ -238,7 +238,7 @@ def _load_deepspeed(engine: "DeepSpeedEngine", folder: Path, tag: str) -> None:
     with silent_stdout():
         path, _ = engine.load_checkpoint(folder, tag=tag, load_lr_scheduler_states=False)
     if path is None:
-        raise OSError(f"DeepSpeed found no checkpoint in {folder / tag}")
+        raise OSError(f"DeepSpeed found no checkpoint in {folder / tag}: set checkpoint.resume to another one")
 
 
 def _named_checkpoint(choice: str, run_dir: Path) -> Path | None:

@@ -129,7 +129,7 @@ def locked_run(run_dir: Path) -> Iterator[None]:
             run_dir.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(run_dir / LOCK_FILE, busy))
         except OSError as error:
-            raise OSError(f"cannot write to {run_dir}: {error}") from error
+            raise OSError(f"cannot write to {run_dir}: {error}; set another train.run_dir") from error
         yield
 
 

@@ -12,6 +12,7 @@ from sinklm.cli import evaluate
 from sinklm.cli.chat import chat
 from sinklm.cli.generate import generate
 from sinklm.cli.options import (
+    LARGEST_PENALTY,
     MemorySize,
     check_memory,
     check_sampling,
@@ -24,7 +25,7 @@ from sinklm.cli.options import (
 )
 from sinklm.console import Console
 from sinklm.eval import perplexity
-from sinklm.streaming import MemoryOptions
+from sinklm.streaming import MemoryOptions, sampling
 
 from ..eval.checkpoints import small_model, write_checkpoint
 
@@ -58,6 +59,7 @@ def test_memories_are_blocks_x_tokens():
 
 
 def test_options_of_sampling_have_an_effect_or_the_value_that_has_none():
+    assert LARGEST_PENALTY == sampling.MAX_PENALTY
     check_sampling(0.8, top_k=5, top_p=0.9, min_p=0.1, seed=3)
     check_sampling(0.0, top_k=1, top_p=1.0, min_p=0.0, seed=0)  # what greedy decoding does anyway
     unused = {"top_k": 5, "top_p": 0.9, "min_p": 0.1, "seed": 3}

@@ -258,8 +258,10 @@ def test_a_sequence_of_many_files_has_few_open(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_a_store_is_refused(store: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere: not a token store.*sinklm prepare"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder; make it with `sinklm prepare.*nowhere`"):
         TokenStore(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"not a token store \(no manifest\.json\); pass a folder made by"):
+        TokenStore(tmp_path)
     with pytest.raises(FileNotFoundError, match=rf"no such folder; did you mean .*{store.name}\?"):
         TokenStore(store.with_name(store.name + "s"))
     with pytest.raises(ValueError, match="has no split 'test', only train, validation"):
@@ -316,5 +318,5 @@ def test_rows_that_cannot_be_used_are_refused(tmp_path: Path, rows: np.ndarray) 
 
 def test_open_store_opens_a_token_store(store: Path) -> None:
     assert isinstance(open_store(store), TokenStore)
-    with pytest.raises(FileNotFoundError, match="not a token store"):
+    with pytest.raises(FileNotFoundError, match="nothing: no such folder"):
         open_store(store / "nothing")

@@ -60,7 +60,7 @@ def test_weights_of_sets_are_replaced_as_a_whole(tmp_path):
         ),
         (
             [*WIDE, *WINDOW, "train.segment_length=512"],
-            "fp8 does not support train.segment_length: set bf16, or null",
+            "fp8 does not support segments: set train.precision=bf16 or train.segment_length=null",
         ),
         ([*WIDE, "train.segment_length=2048", "model.intermediate_size=8200"], "model.intermediate_size is 8200"),
         ([*WIDE, "model.intermediate_size=8200"], "multiples of 16, but model.intermediate_size is 8200"),
@@ -114,13 +114,13 @@ def test_weights_of_sets_are_replaced_as_a_whole(tmp_path):
         ),
         ([*WINDOW, "train.segment_length=1"], "model.sink.num_tokens 1 leaves no room for text in train.segment_len"),
         (["model.sink.kind=magic"], "model.sink.kind is 'magic': it must be one of none, token"),
-        (["model.num_attention_heads=5"], "hidden_size 128 is not a multiple of num_attention_heads 5"),
+        (["model.num_attention_heads=5"], "128 is not a multiple of num_attention_heads 5: change one of them"),
         (["model.rotary_pct=0.1"], "rotary_pct 0.1 rotates 3 dimensions"),
         (
             ["train.seq_length=4096", "model.max_position_embeddings=2048"],
             "train.seq_length 4096 is longer than model.max_position_embeddings 2048",
         ),
-        (["train.batch_size_tokens=1000"], "batch_size_tokens 1000 is not a multiple of seq_length 2048"),
+        (["train.batch_size_tokens=1000"], "1000 is not a multiple of seq_length 2048: set it to 2048"),
         (["train.compile=true", "deepspeed.zero_stage=3"], "train.compile=true does not work with deepspeed"),
         (
             ["model.sink.kind=zero", "model.sink.num_tokens=2"],
@@ -169,6 +169,8 @@ def test_weights_of_sets_are_replaced_as_a_whole(tmp_path):
             ["deepspeed.zero_optimization.round_robin_gradients=true"],
             "round_robin_gradients is derived: remove this key",
         ),
+        (["data.weights={a:0}"], "data.weights.a:0 has no value: write a space after the colon"),
+        (["optimizer={lr:1}"], "optimizer.lr:1 has no value: write a space after the colon"),
         (["deepspeed.bf16.enabled=false"], "bf16.enabled is derived: set train.precision"),
         (["deepspeed.zero_stage=4"], "deepspeed.zero_stage is 4: it should be 0, 1, 2 or 3"),
         (["train.num_steps"], "'train.num_steps' is not an override: write section.key=value"),

@@ -301,7 +301,7 @@ def test_going_back_in_time_does_not_mix_two_runs(recipe, whole_run):
     ("overrides", "message"),
     [
         (["data.path=null"], "data.path is not set"),
-        (["data.path=/nowhere"], "/nowhere: not a token store"),
+        (["data.path=/nowhere"], "/nowhere: no such folder"),
         (["checkpoint.resume=/nowhere"], "checkpoint.resume=/nowhere: no such folder"),
         (["model.vocab_size=200"], "model.vocab_size 200 is too small for a tokenizer"),
         (["model.init_from=/nowhere"], "/nowhere: no such folder"),
