@@ -128,7 +128,7 @@ def _show_samples(
     from ..train.plan import Plan
     from ..train.recipe import load_config
 
-    config = load_config(recipe, [*overrides, f"data.path={store.path}"])
+    config = load_config(recipe, overrides)
     config = config.model_copy(update={"validation": ValidationSection(every_steps=None)})  # its split is not needed
     plan = Plan(config, 1, store.tokenizer_size, store.eod_id)
     windows, _ = open_windows(store, plan)

@@ -77,7 +77,11 @@ def find_hang(states: list[RankState], limit: float) -> list[RankState]:
 
 
 def describe_hang(behind: list[RankState], num_ranks: int, limit: float) -> str:
-    """Return the message for the result of `find_hang`."""
+    """Return the message for the result of `find_hang`.
+
+    Args:
+        limit: ``train.hang_timeout_minutes`` in seconds. It is longer where a step was slow.
+    """
     first = behind[0]
     end = "All ranks have ended"
     if first.silent > min(limit, UNANSWERED):
@@ -87,7 +91,7 @@ def describe_hang(behind: list[RankState], num_ranks: int, limit: float) -> str:
         )
         end = "All others have ended. End it if it still runs"
     else:
-        limit_text = f"{limit / 60:.3g} minutes (train.hang_timeout_minutes)"
+        limit_text = f"{max(first.idle, limit) / 60:.3g} minutes (train.hang_timeout_minutes is {limit / 60:.3g})"
         if 1 < num_ranks == len(behind):
             reason = f"no rank has made progress for {limit_text}, and none is behind. {first} was {first.place}. "
         else:

@@ -85,7 +85,7 @@ class World:
             if isinstance(error, (SameOnAllRanks, torch.OutOfMemoryError)):
                 raise  # out of memory in a collective, the others do not come here: the watchdog ends them
             caught = error
-        messages = self.gather(None if caught is None else str(caught))
+        messages = self.gather(None if caught is None else str(caught) or type(caught).__name__)
         if any(messages):
             if len(set(messages)) > 1:
                 messages = [f"rank {rank}: {message}" for rank, message in enumerate(messages) if message]

@@ -1,6 +1,7 @@
 """The loop over steps: train, record, validate, save, stop."""
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
@@ -159,6 +160,7 @@ class TrainingLoop:
         """Run update ``step``, and validate and save if due. Returns why to stop, or 0."""
         num_done = step + 1
         is_first, is_last = num_done == self._first_step + 1, num_done == self._num_steps
+        validates = is_every(num_done, self._plan.config.validation.every_steps) or is_last
         queued = train_step(
             self._engine,
             self._batches,
@@ -166,12 +168,11 @@ class TrainingLoop:
             self._world,
             step=num_done,
             lr=learning_rate(step, self._num_steps, self._plan.config.optimizer),
-            stop_code=SAVE_FAILED if self._writer.has_failed else stop.code or self._time_code(),
+            stop_code=SAVE_FAILED if self._writer.has_failed else stop.code or self._time_code(validates),
             before_update=self._writer.before_update,
         )
         code = self._read_pending()  # the previous step, while the device computes this one
         self._pending = queued
-        validates = is_every(num_done, self._plan.config.validation.every_steps) or is_last
         saves = self._saves_after(num_done)
         if code or is_first or validates or saves or not self._runs_ahead:
             code = self._read_pending() or code
@@ -192,9 +193,10 @@ class TrainingLoop:
             self._speed.start()
         return 0 if is_last else code
 
-    def _time_code(self) -> int:
+    def _time_code(self, validates: bool) -> int:
         """Return `TIME_IS_UP` if the run must end. Rank 0 decides for all ranks."""
-        is_up = self._world.is_main and self._time_limit.is_up(process_age(), self._speed.seconds_per_step)
+        seconds = self._speed.seconds_per_step
+        is_up = self._world.is_main and self._time_limit.is_up(process_age(), seconds, validates=validates)
         return TIME_IS_UP if is_up else 0
 
     def _read_pending(self) -> int:
@@ -256,10 +258,12 @@ class TrainingLoop:
     def _validate(self, step: int) -> None:
         if self._validation_windows is None or self._probes is None:
             return
+        started = time.perf_counter()
         loss, num_samples = self._validation_loss(self._validation_windows)
         by_set = {name: self._validation_loss(windows)[0] for name, windows in self._set_windows.items()}
         with self._world.all_or_none():
             others = self._probes.measure(self._engine)
+        self._time_limit.measure_validation(time.perf_counter() - started)
         if self._world.is_main:
             others |= {"validation_loss_by_set": by_set} if by_set else {}
             self._write({"step": step, "validation_loss": loss, "num_validation_samples": num_samples, **others})

@@ -109,7 +109,7 @@ def _start_wandb(config: TrainingConfig, run_dir: Path, on_failure: Callable[[Ex
     if mode == "online" and not is_logged_in():
         raise ValueError("wandb.mode=online, but you are not logged in: run `wandb login`, or set wandb.mode=offline")
     if mode == "auto":
-        mode = "online" if is_logged_in() else "offline"
+        mode = os.environ.get("WANDB_MODE") or ("online" if is_logged_in() else "offline")
     try:
         return wandb.init(
             project=config.wandb.project,

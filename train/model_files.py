@@ -1,10 +1,11 @@
 """The model folder with weights, configuration and tokenizer, read by evaluation and export."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from ..checkpoints.model_tokenizer import write_tokenizer
 from ..models import SinkGPTNeoXForCausalLM
@@ -28,19 +29,23 @@ def gather_weights(
 ) -> dict[str, torch.Tensor]:
     """Return copies of all weights on rank 0, and an empty dictionary on the others.
 
-    With ZeRO-3 they are gathered one at a time. Small ones, which DeepSpeed keeps on every rank,
-    are not: gathering would partition them afterwards, and the next forward pass would fail.
-
     Args:
         copy: copies a weight to the host.
+    """
+    return {name: copy(weight) for name, weight, _ in whole_weights(engine.module) if world.is_main}
+
+
+def whole_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    """Yield the name of each weight, the whole weight, and whether ZeRO-3 has partitioned it.
+
+    Partitioned weights are gathered one at a time, so each is valid until the next one. Small ones,
+    which DeepSpeed keeps on every rank, are not gathered: that would partition them afterwards, and
+    the next forward pass would fail.
     """
     import deepspeed
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    weights = {}
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in model.named_parameters():
         is_partitioned = getattr(parameter, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE
         with deepspeed.zero.GatheredParameters([parameter], enabled=is_partitioned):
-            if world.is_main:
-                weights[name] = copy(parameter.detach())
-    return weights
+            yield name, parameter.detach(), is_partitioned

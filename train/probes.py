@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from ..data import TokenWindows
 from ..data.store import TokenSource
@@ -85,13 +84,18 @@ class Probes:
         return {"sample_prompt": begin, "sample": whole.removeprefix(begin)}
 
     def _sinks(self, model: SinkGPTNeoXForCausalLM) -> dict[str, Any]:
+        from ..streaming.attention_mass import attention_mass, visible_keys
+        from ..streaming.layers import own_rules
+
         self._world.mark("measuring attention sinks")
         num_sinks, num_sequences = self._plan.num_sinks, min(SINK_SEQUENCES, len(self._windows))
         num_text = min(SINK_POSITIONS, self._plan.config.train.seq_length) - num_sinks
         ids = torch.stack([torch.from_numpy(self._windows[i][:num_text]) for i in range(num_sequences)])
         model.set_attn_implementation("eager")
         maps = model(ids.to(model.device), output_attentions=True, use_cache=False, logits_to_keep=1).attentions
-        mass = torch.stack([attention_mass(attention) for attention in maps])  # (L, B, H, T + 1)
+        visible = [visible_keys(maps[0].shape[-1], rule, model.device) for rule in own_rules(model.config)]
+        masses = [attention_mass(layer.float(), seen) for layer, seen in zip(maps, visible, strict=True)]
+        mass = torch.stack(masses)  # (L, B, H, T + 1)
         places = {"first_text_token": num_sinks, "no_token": -1}
         if num_sinks:
             places = {"sink_token": 0, **places}
@@ -115,14 +119,3 @@ def describe_probes(values: dict[str, Any]) -> list[str]:
     if "sample" in values:
         lines.append(f"sample: {values['sample_prompt']!r} … {values['sample']!r}")
     return lines
-
-
-def attention_mass(attention: Tensor) -> Tensor:
-    """Return the mean attention to each of T tokens, and to none: ``(…, T, T)`` to ``(…, T + 1)``.
-
-    The mean is over the queries that can attend to the token, as in `sinklm eval sinks`.
-    """
-    attention = attention.float()
-    num_queries = torch.arange(attention.shape[-1], 0, -1, device=attention.device)
-    to_none = (1 - attention.sum(-1)).mean(-1, keepdim=True)
-    return torch.cat([attention.sum(-2) / num_queries, to_none], dim=-1)

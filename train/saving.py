@@ -235,9 +235,13 @@ class CheckpointWriter:
 
 
 def free_memory() -> int:
-    """Return how many bytes this process could still use, of the host and of its cgroup."""
+    """Return how many bytes this process could still use, of the host and of its cgroup.
+
+    Files in the page cache that were not read lately count as free: the kernel drops them first.
+    """
     free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):  # no cgroup, or without a limit
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no cgroup, or without a limit
         limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        free = min(free, max(limit - used, 0))
+        statistics = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        free = min(free, max(limit - used + int(statistics["inactive_file"]), 0))
     return free

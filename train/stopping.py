@@ -106,32 +106,42 @@ class TimeLimit:
     Args:
         max_minutes: time from the start of the process; None: no limit.
         save_seconds: estimated time of a save, until one was measured.
+        validation_seconds: the same for a validation.
     """
 
     MARGIN = 10.0  # seconds
     SAVES = 2.5  # a save that is under way, the last one, and a margin
     LARGEST_ESTIMATE = 0.1  # of the time in all
 
-    def __init__(self, max_minutes: float | None, save_seconds: float):
-        self._max_minutes, self._save_seconds = max_minutes, save_seconds
-        self._is_measured = False
+    def __init__(self, max_minutes: float | None, save_seconds: float, validation_seconds: float = 60.0):
+        self._max_minutes = max_minutes
+        self._estimated = {"save": save_seconds, "validation": validation_seconds}
+        self._measured: dict[str, float] = {}
 
     def measure_save(self, seconds: float) -> None:
         """Record how long a save took. The longest counts."""
-        self._save_seconds = max(self._save_seconds, seconds) if self._is_measured else seconds
-        self._is_measured = True
+        self._measured["save"] = max(self._measured.get("save", 0.0), seconds)
 
-    def is_up(self, age: float, step_seconds: float) -> bool:
+    def measure_validation(self, seconds: float) -> None:
+        """Record how long a validation took. The longest counts; the first one may compile."""
+        self._measured["validation"] = max(self._measured.get("validation", 0.0), seconds)
+
+    def is_up(self, age: float, step_seconds: float, *, validates: bool = False) -> bool:
         """Whether to stop after the next step.
 
         Args:
             age: seconds since the process started.
             step_seconds: duration of a step; NaN if not known yet.
+            validates: a validation follows the next step.
         """
         if self._max_minutes is None:
             return False
-        step_seconds = 0.0 if math.isnan(step_seconds) else step_seconds
-        limit, save_seconds = 60 * self._max_minutes, self._save_seconds
-        if not self._is_measured:
-            save_seconds = min(save_seconds, self.LARGEST_ESTIMATE * limit)
-        return age + 2 * step_seconds + self.SAVES * save_seconds + self.MARGIN > limit
+        limit = 60 * self._max_minutes
+        needed = self.SAVES * self._seconds("save", limit) + validates * self._seconds("validation", limit)
+        if not math.isnan(step_seconds):
+            needed += 2 * step_seconds
+        return age + needed + self.MARGIN > limit
+
+    def _seconds(self, what: str, limit: float) -> float:
+        """Return the time of a save or a validation: as measured, or estimated."""
+        return self._measured.get(what, min(self._estimated[what], self.LARGEST_ESTIMATE * limit))

@@ -4,9 +4,9 @@ import copy
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from ..models import SinkGPTNeoXForCausalLM
+from .model_files import whole_weights
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -23,24 +23,9 @@ def evaluation_twin(engine: "DeepSpeedEngine", plan: Plan) -> SinkGPTNeoXForCaus
     """
     with torch.device("meta"):
         twin = SinkGPTNeoXForCausalLM(copy.deepcopy(plan.model_config))
-    twin.load_state_dict(_whole_weights(engine.module), assign=True)
+    whole = {name: w.clone() if is_partitioned else w for name, w, is_partitioned in whole_weights(engine.module)}
+    twin.load_state_dict(whole, assign=True)
     for name, buffer in engine.module.named_buffers():
         owner, _, leaf = name.rpartition(".")
         twin.get_submodule(owner).register_buffer(leaf, buffer.clone(), persistent=False)
     return twin.eval().requires_grad_(False)
-
-
-def _whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return all weights by name; those that ZeRO-3 partitioned are gathered into copies.
-
-    Small ones, which ZeRO-3 keeps on every rank, are not gathered: see `model_files`.
-    """
-    import deepspeed
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-    weights = {}
-    for name, parameter in model.named_parameters():
-        is_partitioned = getattr(parameter, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE
-        with deepspeed.zero.GatheredParameters([parameter], enabled=is_partitioned):
-            weights[name] = parameter.detach().clone() if is_partitioned else parameter.detach()
-    return weights

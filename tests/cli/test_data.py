@@ -85,6 +85,13 @@ def test_samples_and_steps_are_those_of_training(store: Path) -> None:
             inspect(store, "--recipe", "quickstart", "--sample", len(windows), *SIZES, *weights)
 
 
+def test_a_store_may_have_any_name(store: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("2024", "{a}", "a: b"):
+        Path(name).symlink_to(store)
+        assert "sample 0 of" in inspect(Path(name), "--recipe", "quickstart", "--sample", 0, *SIZES)
+
+
 @pytest.mark.parametrize("weights", [(), ("data.weights={A: 1, B: 3}",)])
 def test_a_step_has_the_number_and_samples_of_the_runs_metrics(store: Path, tmp_path: Path, weights) -> None:
     (tmp_path / "tiny.yaml").write_text(f"{RECIPE}\ndata: {{path: {store}}}\n")

@@ -14,6 +14,7 @@ from sinklm.eval.sinks import Layer, measure, observe, statistics
 from sinklm.eval.sinks.plots import heads_figure
 from sinklm.eval.sinks.tables import as_json, massive_table, named_positions, positions_table, shown_positions
 from sinklm.models.cache_argument import CACHE
+from sinklm.streaming.attention_mass import attention_mass, visible_keys
 from sinklm.streaming.rule import StreamShape
 from sinklm.streaming.testing import random_model
 
@@ -227,7 +228,7 @@ def seen_keys(size: int, rule: StreamShape | None) -> list[list[bool]]:
 def test_masses_add_up_to_the_attention(attention_and_rule):
     attention, rule = attention_and_rule
     size = attention.shape[-1]
-    mass = statistics.attention_mass(attention, statistics.visible_keys(size, rule, attention.device))
+    mass = attention_mass(attention, visible_keys(size, rule, attention.device))
     assert mass.shape == (2, size + 1)
     assert ((mass > -1e-12) & (mass < 1 + 1e-12)).all()
     num_queries = torch.tensor([*map(sum, zip(*seen_keys(size, rule), strict=True)), size])  # to none: all
@@ -380,8 +381,8 @@ def test_sums_in_bfloat16_are_taken_in_float32():
     layer = observe(model, ids)[0]
     found = statistics.of_layer(layer, EPSILON)
     assert found["mass"].dtype == torch.float32
-    is_visible = statistics.visible_keys(21, None, ids.device)
-    torch.testing.assert_close(found["mass"], statistics.attention_mass(layer.attention.float(), is_visible))
+    is_visible = visible_keys(21, None, ids.device)
+    torch.testing.assert_close(found["mass"], attention_mass(layer.attention.float(), is_visible))
 
 
 WINDOWED = {

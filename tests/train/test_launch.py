@@ -3,6 +3,7 @@
 import threading
 
 import pytest
+import torch
 
 from sinklm.train import launch
 from sinklm.train.launch import SameOnAllRanks, World, fill_environment, first_host
@@ -100,6 +101,12 @@ def test_an_error_of_all_ranks_is_reported_once():
 
     with pytest.raises(SameOnAllRanks, match=r"^wrong key$"), World3(1, 3, 0, None).all_or_none():
         raise ValueError("wrong key")
+
+
+def test_an_error_without_a_text_is_named_by_its_type():
+    world = World(0, 1, 0, torch.device("cpu"))
+    with pytest.raises(SameOnAllRanks, match=r"^cannot save: TimeoutError$"), world.all_or_none("cannot save: "):
+        raise TimeoutError
 
 
 def test_ranks_that_cannot_connect_are_told_what_to_set():

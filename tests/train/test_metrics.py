@@ -125,6 +125,14 @@ def test_wandb_is_offline_unless_logged_in(wandb_asked, tmp_path, monkeypatch):
     assert wandb_asked[0]["id"] == wandb_asked[1]["id"]  # a resumed run continues the same wandb run
 
 
+def test_the_mode_of_the_environment_counts_with_auto(wandb_asked, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb_run(tmp_path, "auto")
+    wandb_run(tmp_path, "online")  # as the recipe says
+    assert [options["mode"] for options in wandb_asked] == ["offline", "online"]
+
+
 def test_wandb_online_requires_a_login(wandb_asked, tmp_path):
     with pytest.raises(ValueError, match=r"not logged in: run `wandb login`, or set wandb\.mode=offline"):
         wandb_run(tmp_path, "online")

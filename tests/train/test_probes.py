@@ -76,9 +76,10 @@ def probes_of(store: Path, plan: Plan) -> tuple[Probes, TokenWindows]:
     return Probes(plan, SimpleNamespace(mark=lambda _: None), opened, windows), windows  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("more", [(), ("model.attention.pattern=1:1", "model.attention.window=7")])
 @pytest.mark.parametrize("kind", SINK_KINDS)
-def test_sinks_are_those_of_the_evaluation(store, kind):
-    plan = small_plan(store, kind)
+def test_sinks_are_those_of_the_evaluation(store, kind, more):
+    plan = small_plan(store, kind, *more)
     torch.manual_seed(3)
     model = SinkGPTNeoXForCausalLM(plan.model_config).eval()
     with torch.no_grad():

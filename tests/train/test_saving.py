@@ -121,6 +121,16 @@ def test_a_snapshot_is_an_equal_copy_with_storages_of_its_own(state, num_bytes):
         assert not left.numel() or left.data_ptr() != right.data_ptr()
 
 
+def test_files_in_the_page_cache_do_not_count_as_used(tmp_path, monkeypatch):
+    contents = {"max": "64000", "current": "62000\n", "stat": "anon 4000\nfile 58000\ninactive_file 50000\n"}
+    for name, content in contents.items():
+        (tmp_path / f"memory.{name}").write_text(content)
+    monkeypatch.setattr(saving, "CGROUP", tmp_path)
+    assert saving.free_memory() == 52_000
+    (tmp_path / "memory.max").write_text("max\n")  # no limit
+    assert saving.free_memory() > 52_000
+
+
 def test_a_snapshot_reuses_the_memory_of_the_one_before():
     memory = HostMemory(CPU, 4096)
     state = {"weights": torch.randn(7, 3), "steps": [torch.tensor(1.0)], "view": torch.arange(10)[2:5]}

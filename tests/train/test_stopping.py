@@ -108,12 +108,24 @@ def test_a_run_whose_time_is_up_saves_and_asks_to_be_run_again(recipe, tmp_path,
     assert list(losses(tmp_path)) == [1, 2, 3]
 
 
-@given(st.floats(0.01, 1e4), st.floats(0, 1e3), st.floats(0, 1e3), st.floats(0, 1e5))
-def test_the_time_limit_leaves_time_for_a_step_and_a_save(max_minutes, save, step, age):
+SECONDS = st.floats(0, 1e3)
+
+
+@given(st.floats(0.01, 1e4), SECONDS, SECONDS, SECONDS, st.floats(0, 1e5))
+def test_the_time_limit_leaves_time_for_a_step_a_validation_and_a_save(max_minutes, save, validation, step, age):
     limit = TimeLimit(max_minutes, save_seconds=1e9)
     limit.measure_save(save)
+    limit.measure_validation(validation)
     if not limit.is_up(age, step):
         assert age + 2 * step + 2 * save <= 60 * max_minutes
+    if not limit.is_up(age, step, validates=True):
+        assert age + 2 * step + validation + 2 * save <= 60 * max_minutes
+
+
+def test_time_is_left_for_a_validation_that_was_never_measured():
+    limit = TimeLimit(60, save_seconds=2)
+    assert not limit.is_up(3560, 1)
+    assert limit.is_up(3560, 1, validates=True)
 
 
 @pytest.mark.parametrize("num_bytes", [2e9, 20e9, 190e9])

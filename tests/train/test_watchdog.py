@@ -74,8 +74,8 @@ def test_a_rank_that_has_left_is_not_behind():
         (
             RankState(Address(3, "gpu7", "", 42), Mark(5, 120, "reading samples"), 601.0, 0.0, "  a frame\n"),
             8,
-            "rank 3 (host gpu7, process 42) has made no progress for 10 minutes (train.hang_timeout_minutes). It was "
-            "reading samples (step 120). Its Python stack:\n  a frame\nAll ranks have ended; run the same command "
+            "rank 3 (host gpu7, process 42) has made no progress for 10 minutes (train.hang_timeout_minutes is 10). It "
+            "was reading samples (step 120). Its Python stack:\n  a frame\nAll ranks have ended; run the same command "
             "again",
         ),
         (
@@ -88,6 +88,11 @@ def test_a_rank_that_has_left_is_not_behind():
 )
 def test_the_message_names_the_rank(state, num_ranks, message):
     assert describe_hang([state], num_ranks, LIMIT).startswith(message)
+
+
+def test_the_message_has_the_time_without_progress_where_steps_are_slow():
+    state = RankState(Address(0, "gpu1", "", 7), Mark(5, 2, "computing a step"), idle=4000.0)
+    assert "made no progress for 66.7 minutes (train.hang_timeout_minutes is 10)" in describe_hang([state], 1, LIMIT)
 
 
 @pytest.fixture
@@ -241,8 +246,8 @@ def test_a_hanging_rank_is_named_with_its_stack_and_all_end(recipe, tmp_path):
     assert (status, other_status) == (1, 1)
     (error,) = re.findall(r"^error: .*", output, re.MULTILINE)
     assert re.match(
-        r"error: rank 1 \(host \S+, process \d+\) has made no progress for 0.05 minutes "
-        r"\(train.hang_timeout_minutes\). It was reading samples \(step 4\). Its Python stack:",
+        r"error: rank 1 \(host \S+, process \d+\) has made no progress for 0\.\d+ minutes "
+        r"\(train.hang_timeout_minutes is 0.05\). It was reading samples \(step 4\). Its Python stack:",
         error,
     )
     assert "in hanging\n" in output
