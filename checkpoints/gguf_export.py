@@ -51,7 +51,8 @@ def export_gguf(
             ``model.gguf``. It replaces nothing.
         dtype: of the matrices: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"auto"``, which is
             that of the checkpoint. Vectors (biases and norms) are always float32.
-        full_attention, text: as for `export_model`.
+        full_attention: as for `export_model`.
+        text: the same.
 
     Returns:
         The path of the file.

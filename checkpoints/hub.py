@@ -70,7 +70,8 @@ def publish(
         repository: ``owner/name``. It is created if it does not exist.
         private: create a private repository. Without it, the setting of the account decides, which
             is normally public.
-        full_attention, text: as for `export_model`.
+        full_attention: as for `export_model`.
+        text: the same.
 
     Returns:
         The address of the commit.

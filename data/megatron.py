@@ -141,7 +141,8 @@ class MegatronWriter:
     Args:
         prefix: common path of the two files without suffix; its folder must exist.
         dtype: dtype of the tokens, see :func:`token_dtype`.
-        num_documents, num_tokens: counts that an earlier writer committed; later data is dropped.
+        num_documents: as committed by an earlier writer; later data is dropped.
+        num_tokens: the same.
 
     Raises:
         ValueError: the partial files contain less than ``num_documents`` and ``num_tokens``.

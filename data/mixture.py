@@ -42,7 +42,8 @@ class SetWindows:
             ``sinklm prepare --split-sets``.
         split: "train" or "validation".
         set_names: the sets.
-        tokens_per_sample, stride: as for `TokenWindows`.
+        tokens_per_sample: as for `TokenWindows`.
+        stride: the same.
 
     Attributes:
         num_windows: number of windows of each set.

@@ -51,7 +51,8 @@ def measure_decoding(
       bandwidth.
 
     Args:
-        num_kept, window: numbers of first and of recent tokens in the cache.
+        num_kept: first tokens in the cache.
+        window: recent tokens in the cache.
         batch_size: number of streams.
         num_steps: timed steps; of re-computation, a `RECOMPUTE_SHARE`-th and at least 3.
         bandwidth: bytes per second, see `copy_bandwidth`.

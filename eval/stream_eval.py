@@ -160,7 +160,8 @@ def ask(
 
     Args:
         records: records of equal length, from `make_records`.
-        num_kept, window: size of the cache; the model's own sink tokens are the first kept tokens.
+        num_kept: first tokens that the cache keeps, with the model's own sink tokens.
+        window: recent tokens in the cache.
         memory: of the cache. With a memory, a batch has one stream.
         distances: distances in lines, from the last line read to the queried line.
         lines_per_question: lines from one place to the next, which are read in one pass.

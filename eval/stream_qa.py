@@ -147,7 +147,8 @@ def ask_in_stream(
     which is what greedy decoding would write; so one pass over the text is enough.
 
     Args:
-        num_kept, window: the cache; None for both is dense attention. It stops after
+        num_kept: first tokens in the cache.
+        window: recent tokens in the cache; None for both is dense attention. It stops after
             `DENSE_LENGTHS` trained lengths of text, after the last position embedding or when its
             cache fills the memory, and the replies with it.
     """

@@ -116,7 +116,8 @@ def evaluate(
     Args:
         tasks: from `find_tasks`.
         limit: score only this many examples of each task.
-        batch_size, max_length: see :func:`sinklm.eval.lm.as_lm`.
+        batch_size: see :func:`sinklm.eval.lm.as_lm`.
+        max_length: the same.
         apply_chat_template: format prompts with the tokenizer's chat template.
         log_samples: also return each example with its requests, outputs and metrics.
         model_args: further options of :func:`sinklm.eval.lm.as_lm`.

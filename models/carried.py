@@ -20,7 +20,7 @@ from .config import SinkGPTNeoXConfig
 class CarriedKeys(NamedTuple):
     """Keys and values of the tokens before a segment; ``CarriedKeys()`` for the first segment.
 
-    Args:
+    Attributes:
         num_tokens: number of tokens in the segments before, without sinks: a 0-dimensional int64
             tensor on the CPU, so that a new value does not recompile; None for the first segment.
         layers: rotated keys and values of each layer, ``(B, C, H, D)``. C is the layer's window, or

@@ -223,7 +223,8 @@ class SinkGPTNeoXForCausalLM(CheckedLoading, PythiaInitialisation, GPTNeoXForCau
             input_ids: ``(B, T)`` text without sinks. Alternatively ``inputs_embeds`` ``(B, T, D)``.
             attention_mask: ``(B, T)``, or ``(B, tokens seen + T)`` with a cache; 0 is padding.
             position_ids: ``(B, T)``, counted from the first text token, without the sinks.
-            past_key_values, cache: two names of one argument. If it is empty, sinks are prepended.
+            past_key_values: the cache. If it is empty, sinks are prepended.
+            cache: another name of this argument.
             labels: ``(B, T)`` as in transformers, or ``(B, T + 1)``, where the last label is the
                 target of the last token. With sinks, label 0 is a target of the last sink.
             skip_logits: return only the loss; logits are computed for one chunk at a time.

@@ -82,7 +82,8 @@ class Alibi:
         exceeds the difference between positions.
 
         Args:
-            key_positions, visible: ``(B, T, K)``.
+            key_positions: ``(B, T, K)``.
+            visible: ``(B, T, K)``.
         """
         last = self.table.shape[1] - 1
         table = self.table.to(like.device, torch.promote_types(like.dtype, torch.float32))

@@ -31,7 +31,8 @@ def stream_logits(
 
     Args:
         token_ids: on any device or memory-mapped, without the model's own sinks.
-        num_kept, window: as in `StreamingCache.for_model`; ``num_kept=0`` is window attention.
+        num_kept: as in `StreamingCache.for_model`; 0 is window attention.
+        window: as in `StreamingCache.for_model`.
         chunk_size: tokens per pass; memory depends on it and on the size of the cache.
         kv_dtype: as in `StreamingCache.for_model`. Tokens of one pass see each other in full
             precision, in addition to the last 32 before it. Only ``chunk_size=1`` thus gives
