@@ -199,7 +199,9 @@ def test_the_page_of_the_memory_has_the_numbers_of_its_json():
     for row, size in names.items():
         found = [f"{lines[size][f'{distance} lines']:.0f}" for distance in (5, 20, 60, 120)]
         assert f"| {row} | {' | '.join(found)} |" in page
-    assert lines.keys() == {*names.values(), "oracle 1+255, 8x64 interval=1"}
+    found = [f"{lines['oracle 1+255, 8x64'][f'{distance} lines']:.0f}" for distance in (5, 20, 60, 120)]
+    assert f"and the last ones | {' | '.join(found)} |" in page
+    assert lines.keys() == {*names.values(), "oracle 1+255, 8x64"}
     first, *others = json.loads((folder / "stream-memory-gpu.json").read_text())["parts"]["speed"]
     times = [f"{row['ms per token']:.2f} ({row['ms per token'] / first['ms per token']:.2f} ×)" for row in others]
     assert f"| ms per token | {first['ms per token']:.2f} | {' | '.join(times)} |" in page
