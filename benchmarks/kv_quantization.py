@@ -4,8 +4,9 @@
 
 MODEL is a transformers folder, a run or checkpoint of sinklm, or a GGUF file; TEXT is a text file,
 or token ids as a .npy file. The defaults are in this repository. Each part is measured on its own:
-one that fails is reported, the others go on. Parts that the output file already has are not
-measured again, so a command that ended early (--seconds) can be repeated.
+one that fails is reported, the others go on. Parts that the output file has of the same model,
+text, sizes and versions are not measured again, so a command that ended early (--seconds) can be
+repeated. Those of others are measured again, and replaced.
 
 - perplexity: TEXT in --rows streams. On a GPU it is decoded token by token with
   `StreamingDecoder`. On a CPU, passes have 16 tokens: up to 47 of the keys of a
@@ -22,11 +23,9 @@ The dtype is bfloat16 on a GPU and float32 on a CPU.
 
 import argparse
 import gc
-import json
 import math
 import statistics
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -34,7 +33,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from part_report import SPREAD, with_spread
+from part_report import SPREAD, PartReport, with_spread
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -57,8 +56,7 @@ TOKENS_PER_PASS = 16  # on a CPU
 NUM_EAGER_STEPS = 50
 NUM_WARMUP = 5
 NUM_REBASES = 3
-
-Results = dict[str, dict[str, Any]]
+SETTINGS = ("model", "text", "num_tokens", "rows", "num_kept", "window", "num_steps")  # that change results
 
 
 # -- Perplexity ---------------------------------------------------------------------------------
@@ -197,51 +195,49 @@ def decode(
 # -- All parts ----------------------------------------------------------------------------------
 
 
-def parts_of(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+def parts_of(args: argparse.Namespace) -> Iterator[tuple[str, str, Callable[[], dict[str, Any]]]]:
+    """Yield parts with the name of one measurement of it."""
     for name in args.kv_dtypes if "perplexity" in args.parts else []:
-        yield f"perplexity {name}", partial(perplexity, args, KV_DTYPES[name])
+        yield "perplexity", name, partial(perplexity, args, KV_DTYPES[name])
     for name in args.kv_dtypes if "step" in args.parts else []:
-        yield f"step {name}", partial(eager_step, args, KV_DTYPES[name])
+        yield "step", name, partial(eager_step, args, KV_DTYPES[name])
     for batch_size in args.batch_sizes if "decode" in args.parts else []:
         for size in args.sizes:
             for cache_size in args.caches:
                 for name in args.kv_dtypes:
                     values = size, cache_size, batch_size, args.num_kept, KV_DTYPES[name], args.num_steps
-                    yield f"decode {size} {cache_size} {batch_size} {name}", partial(decode, *values)
+                    yield "decode", f"{size} {cache_size} {batch_size} {name}", partial(decode, *values)
 
 
-def measure(args: argparse.Namespace, results: Results) -> None:
-    start = time.perf_counter()
-    for name, part in parts_of(args):
-        if "error" not in results.get(name, {"error": None}):
-            continue
-        if time.perf_counter() - start > args.seconds:
-            print(f"{name}: not measured, {args.seconds} seconds are over", flush=True)
-            continue
-        try:
-            results[name] = part()
-        except Exception as error:
-            traceback.print_exc()
-            results[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
-        print(f"{time.perf_counter() - start:5.0f} s  {name}: {json.dumps(results[name])}", flush=True)
-        hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        content = {"hardware": hardware, "versions": library_versions(), "arguments": vars(args), "results": results}
-        args.output.write_text(json.dumps(content, indent=2, default=str))
+def measure(args: argparse.Namespace, report: PartReport) -> None:
+    """Measure the parts that the report does not have yet."""
+    for part, name, call in parts_of(args):
+        if name not in measured(report, part):
+            report.add(part, partial(rows_of, name, call), name)
 
 
-def print_tables(results: Results) -> None:
+def rows_of(name: str, call: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"size": name, **call()}]
+
+
+def measured(report: PartReport, part: str) -> dict[str, dict[str, Any]]:
+    return {row["size"]: row for row in report.rows(part) if "error" not in row}
+
+
+def print_tables(report: PartReport) -> None:
     """Print values without quantization, of int8 and int4, and the ratios to the first."""
     for part, quantities in {"perplexity": ["perplexity"], "step": ["bytes", "ms"]}.items():
+        found = measured(report, part)
         for quantity in quantities:
-            rows = [results.get(f"{part} {name}", {}) for name in KV_DTYPES]
+            rows = [found.get(name, {}) for name in KV_DTYPES]
             print(f"{part} of the model, {quantity}: {side_by_side(rows, quantity)}")
     print("decode: recipe, cache, batch; ms per step, then MB")
-    settings = dict.fromkeys(name.rsplit(" ", 1)[0] for name in results if name.startswith("decode"))
-    for setting in settings:
-        rows = [results.get(f"{setting} {name}", {}) for name in KV_DTYPES]
+    found = measured(report, "decode")
+    for setting in dict.fromkeys(name.rsplit(" ", 1)[0] for name in found):
+        rows = [found.get(f"{setting} {name}", {}) for name in KV_DTYPES]
         rows = [row | ({"MB": row["bytes"] / 1e6} if "bytes" in row else {}) for row in rows]
         cells = (side_by_side(rows, quantity) for quantity in ("ms_per_step", "MB"))
-        print(f"{setting.removeprefix('decode '):>24} {' '.join(cells)}")
+        print(f"{setting:>24} {' '.join(cells)}")
 
 
 def side_by_side(rows: list[dict[str, Any]], quantity: str) -> str:
@@ -274,9 +270,10 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    results = json.loads(args.output.read_text())["results"] if args.output.exists() else {}
-    measure(args, results)
-    print_tables(results)
+    settings = {name: str(getattr(args, name)) for name in SETTINGS}
+    report = PartReport(args.output, settings | {"versions": library_versions()}, args.seconds / 60)
+    measure(args, report)
+    print_tables(report)
 
 
 if __name__ == "__main__":

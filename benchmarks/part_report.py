@@ -36,13 +36,18 @@ class PartReport:
         self.content: dict[str, Any] = {**here, "settings": {}, "parts": {}}
         if path.exists():
             self.content = json.loads(path.read_text(encoding="utf-8"))
-            if other := [key for key in here if self.content[key] != here[key]]:
+            theirs = {key: self.content.get(key) for key in here}
+            if other := [key for key in here if theirs[key] != here[key]]:
                 raise SystemExit(
-                    f"{path} has results of {other[0]} {self.content[other[0]]}, not {here[other[0]]}: pass another "
-                    "--output"
+                    f"{path} has results of {other[0]} {theirs[other[0]]}, not {here[other[0]]}: pass another --output"
                 )
         path.parent.mkdir(parents=True, exist_ok=True)
         print(device, torch.__version__, flush=True)
+
+    def rows(self, part: str) -> list[dict]:
+        """Return the results of the sizes of a part that have the settings of this call."""
+        found, settings = self.content["parts"].get(part, []), self.content["settings"]
+        return [row for row in found if settings.get(f"{part} {row['size']}") == self._settings]
 
     def add(self, part: str, measure: Callable[[], list[dict]], size: str = "") -> None:
         """Measure a part, or a size of it, in place of older results of the same."""

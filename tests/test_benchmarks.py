@@ -69,6 +69,29 @@ def test_calls_for_other_parts_and_sizes_add_to_a_report(tmp_path):
         PartReport(path, {}, minutes=1.0)
 
 
+def test_results_of_other_settings_are_not_used_for_quantized_caches(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(train.__file__).parent))
+    from benchmarks import kv_quantization
+
+    output, calls = tmp_path / "kv.json", []
+
+    def perplexity(args, kv_dtype) -> dict:
+        calls.append((args.window, kv_dtype))
+        return {"perplexity": float(args.window)}
+
+    monkeypatch.setattr(kv_quantization, "perplexity", perplexity)
+    for window, kv_dtypes in ((60, "none int8"), (60, "none int8"), (30, "int8")):
+        arguments = f"--parts perplexity --window {window} --kv-dtypes {kv_dtypes} -o {output}"
+        monkeypatch.setattr(sys, "argv", ["kv_quantization.py", *arguments.split()])
+        kv_quantization.main()
+    assert calls == [(60, None), (60, "int8"), (30, "int8")]  # the second call has all results
+    content = json.loads(output.read_text())
+    windows = {name: settings["window"] for name, settings in content["settings"].items()}
+    assert windows == {"perplexity none": "60", "perplexity int8": "30"}
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("perplexity of the model")]
+    assert ["60.0000" in line for line in shown] == [True, True, False]
+
+
 @pytest.mark.parametrize(
     ("script", "first", "same", "other", "named"),
     [
