@@ -108,18 +108,17 @@ class Runs:
     def start(
         self, run_dir: Path, stage: int, precision: str, ranks: int, settings: Sequence[str] = ()
     ) -> list[BaseProcess]:
-        """Start all ranks of a run."""
+        """Start all ranks of a run. Each process has the name of its log."""
         overrides = [f"train.run_dir={run_dir}", f"deepspeed.zero_stage={stage}", f"train.precision={precision}"]
         overrides += settings
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        processes = [
-            self.context.Process(
-                target=rank_main, args=(rank, ranks, port, self.recipe, overrides, f"{run_dir}-rank-{rank}.log")
-            )
-            for rank in range(ranks)
-        ]
+        processes: list[BaseProcess] = []
+        for rank in range(ranks):
+            log = f"{run_dir}-rank-{rank}.log"
+            arguments = rank, ranks, port, self.recipe, overrides, log
+            processes.append(self.context.Process(target=rank_main, args=arguments, name=log))
         for process in processes:
             process.start()
         return processes
@@ -155,10 +154,7 @@ def disturb(runs: Runs, run_dir: Path, whole: Path, outcome: Outcome, min_kills:
             for process in processes:
                 process.kill()
                 process.join()
-        has_ended = all(process.exitcode == 0 for process in processes)
-        if is_last and not has_ended:
-            raise RuntimeError(f"{run_dir}: exit status {[p.exitcode for p in processes]}, see {run_dir}-rank-0.log")
-        if has_ended:
+        if all(process.exitcode == 0 for process in processes):
             outcome.runs += 1
             outcome.equal_runs += are_equal(whole, run_dir)
             shutil.rmtree(run_dir)
@@ -186,22 +182,42 @@ def kill_at_random(processes: list[BaseProcess], run_dir: Path, outcome: Outcome
     victims = [chance.choice(processes)] if is_one else processes
     for process in victims:
         process.kill()
-    wait(processes, SURVIVOR_TIMEOUT)
+    wait(processes, SURVIVOR_TIMEOUT, may_fail=True)
     if is_one:
         outcome.slowest_end = max(outcome.slowest_end, time.monotonic() - began)
 
 
-def wait(processes: list[BaseProcess], seconds: float) -> None:
-    """Wait until all processes have ended.
+def wait(processes: list[BaseProcess], seconds: float, *, may_fail: bool = False) -> None:
+    """Wait until all processes have ended, and kill those that have not after the time.
+
+    Args:
+        may_fail: whether another exit status than 0 is no error, as after a kill.
 
     Raises:
-        TimeoutError: a process is still alive.
+        TimeoutError: a process was still alive.
+        RuntimeError: a process has failed.
     """
     deadline = time.monotonic() + seconds
-    for process in processes:
-        process.join(max(deadline - time.monotonic(), 0.0))
-        if process.is_alive():
-            raise TimeoutError(f"process {process.pid} has not ended after {seconds:g} s")
+    try:
+        for process in processes:
+            process.join(max(deadline - time.monotonic(), 0.0))
+        hung = [process for process in processes if process.is_alive()]
+    finally:
+        for process in processes:  # Python waits for those that are left when it exits
+            process.kill()
+            process.join()
+    if hung:
+        raise TimeoutError(described(hung[0], f"has not ended after {seconds:g} s"))
+    failed = [process for process in processes if process.exitcode != 0]
+    if failed and not may_fail:
+        raise RuntimeError(described(failed[0], f"ended with status {failed[0].exitcode}"))
+
+
+def described(process: BaseProcess, problem: str) -> str:
+    """Return a message with the end of the log, which is deleted with its temporary folder."""
+    log = Path(process.name)
+    end = f"; its last lines:\n{log.read_text(errors='replace')[-2000:]}" if log.exists() else ""
+    return f"{log}: the process {problem}{end}"
 
 
 def read_metrics(run_dir: Path) -> list[dict]:

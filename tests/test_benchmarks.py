@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import multiprocessing
 import sys
 from pathlib import Path
 from statistics import median
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import train, windows
+from benchmarks.fault_injection import wait
 from benchmarks.part_report import PartReport, table, with_spread
 
 ROW = {"size": "14m", "contestant": "sinklm", "ranks": 1, "micro_batch_size": 1, "tokens_per_second": 8.0}
@@ -90,6 +92,33 @@ def test_results_of_other_settings_are_not_used_for_quantized_caches(tmp_path, m
     assert windows == {"perplexity none": "60", "perplexity int8": "30"}
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("perplexity of the model")]
     assert ["60.0000" in line for line in shown] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "message"),
+    [
+        ("import time; time.sleep(600)", TimeoutError, "has not ended after 1 s"),
+        ("raise SystemExit(3)", RuntimeError, "ended with status 3"),
+    ],
+)
+def test_a_rank_that_hangs_or_fails_ends_the_benchmark_with_its_log(code, error, message, tmp_path):
+    log = tmp_path / "run-rank-1.log"
+    log.write_text("error: no data\n")
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=exec, args=(text,), name=str(log)) for text in (code, "")]
+    for rank in ranks:
+        rank.start()
+    ranks[1].join()
+    with pytest.raises(error, match=rf"run-rank-1\.log: the process {message}; its last lines:\nerror: no data"):
+        wait(ranks, 1.0 if error is TimeoutError else 60.0)
+    assert not any(rank.is_alive() for rank in ranks)
+
+
+def test_a_rank_may_fail_after_a_kill():
+    rank = multiprocessing.get_context("spawn").Process(target=exec, args=("raise SystemExit(1)",))
+    rank.start()
+    wait([rank], 60.0, may_fail=True)
+    assert rank.exitcode == 1
 
 
 @pytest.mark.parametrize(
