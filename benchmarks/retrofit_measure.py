@@ -16,7 +16,6 @@ are deleted, because a study has hundreds.
 import argparse
 import json
 import math
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from sinklm.eval.loading import open_store_of
 from sinklm.eval.perplexity import read_text_files
 from sinklm.eval.set_perplexity import measure, sets_of
 from sinklm.files import write_json
+from sinklm.train.checkpoint import delete_checkpoints
 from sinklm.train.recipe import load_config
 from sinklm.train.schedule import saves_after
 
@@ -53,9 +53,7 @@ def main() -> None:
             print(step, json.dumps(found["checkpoints"][str(step)]), flush=True)
     existing = list_checkpoints(arguments.run)
     if max_of(existing) == max_of(checkpoints):  # else the run goes on from a later one
-        for path in existing.values():
-            if path != max_of(checkpoints):
-                shutil.rmtree(path)
+        delete_checkpoints([path for path in existing.values() if path != max_of(checkpoints)])
 
 
 def parse() -> argparse.Namespace:

@@ -13,10 +13,11 @@ import torch
 from tokenizers import Tokenizer
 
 from benchmarks import train
+from sinklm.checkpoints.folders import list_checkpoints
 from sinklm.checkpoints.warm_start import load_weights
 from sinklm.models import SinkGPTNeoXForCausalLM
 from sinklm.train.plan import Plan
-from sinklm.train.recipe import load_config
+from sinklm.train.recipe import config_yaml, load_config
 
 from .checkpoints.pythia import write_pythia
 from .train.tiny import make_store
@@ -250,6 +251,29 @@ def test_runs_start_from_a_folder_of_pythias_form(load, tmp_path, num_rows):
     assert torch.equal(rows["endoftext"], embedding[0])
     torch.testing.assert_close(rows["mean"], embedding.mean(0))
     assert not torch.equal(started("random", False, "1e-3", "2").gpt_neox.embed_in.weight[300], rows["random"])
+
+
+def test_a_measured_checkpoint_that_is_half_deleted_counts_as_incomplete(load, tmp_path, monkeypatch):
+    module, run = load("retrofit_measure"), tmp_path / "run"
+    facts = {"data_fingerprint": "d", "world_size": 1, "zero_stage": 1, "precision": "fp32", "format_version": 1}
+    for step in (1, 2):
+        folder = run / "checkpoints" / f"step-{step}"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(json.dumps({"step": step, "positions": 8 * step, **facts}))
+        (folder / "COMPLETE").touch()
+    (run / "environment.json").write_text("{}")
+    (run / "config.yaml").write_text(config_yaml(load_config("study/vanilla", ["train.num_steps=2"])))
+
+    def interrupted(*arguments, **options) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "measured", lambda *arguments: {})
+    monkeypatch.setattr("shutil.rmtree", interrupted)
+    arguments = f"{run} --store s --text a.txt --window 4 -o {tmp_path / 'out.json'}"
+    monkeypatch.setattr(sys, "argv", ["retrofit_measure", *arguments.split()])
+    with pytest.raises(KeyboardInterrupt):
+        module.main()
+    assert list(list_checkpoints(run)) == [2]
 
 
 @pytest.mark.parametrize(
