@@ -27,7 +27,6 @@ from typing import Any
 import study_jobs
 from study_settings import keep_settings
 from transformers import PreTrainedTokenizerFast
-from windows_study import of_training
 
 from sinklm.checkpoints.folders import list_checkpoints
 from sinklm.data import TokenStore
@@ -38,6 +37,7 @@ from sinklm.train.recipe import load_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
 from jobs import SINKLM, Job
+from results import of_training
 
 MODELS = {"vanilla": 4, "learnable-sink": 1, "drawn": 1}  # recipes, and the tokens that their caches keep
 CACHE_SIZES = (256, 512, 1000)

@@ -23,7 +23,6 @@ Measured, each on as many texts as are given, in one batch:
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -45,8 +44,9 @@ from sinklm.streaming import stream_losses
 from sinklm.train.recipe import load_config
 from sinklm.train.stopping import REQUEUE_STATUS
 
-NUM_LOSS_POINTS = 200  # points of the curve of training losses
-NUM_SPEED_STEPS = 500  # last steps, over which speed and memory are taken
+sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
+from results import of_training
+
 SINK_SEQUENCES, SINK_POSITIONS, SINK_EPSILON = 16, 512, 0.3
 
 
@@ -125,37 +125,6 @@ def train(name: str, run: Path, arguments: argparse.Namespace) -> None:
     status = subprocess.run([sys.executable, "-m", "sinklm.train", f"windows/{name}", *settings]).returncode
     if status not in (0, REQUEUE_STATUS):
         raise RuntimeError(f"training ended with status {status}")
-
-
-def of_training(run: Path) -> dict[str, Any]:
-    """Return settings, losses and speed of a run."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    steps = [record for record in records if "loss" in record]
-    last, positions = steps[-NUM_SPEED_STEPS:], steps[-1]["positions"]
-    size = -(-len(steps) // NUM_LOSS_POINTS)
-    config = load_config(str(run)).model_dump()
-    for section, key in (("data", "path"), ("train", "run_dir")):
-        config[section].pop(key)
-    state = json.loads((max_checkpoint(run) / "state.json").read_text(encoding="utf-8"))
-    return {
-        "config": config,
-        "environment": json.loads((run / "environment.json").read_text(encoding="utf-8")),
-        "data_fingerprint": state["data_fingerprint"],
-        "tokens": positions,
-        "is_finished": steps[-1]["step"] == config["train"]["num_steps"],
-        "tokens_per_second": statistics.median(record["tokens_per_second"] for record in last),
-        "mfu": statistics.median(record.get("mfu", 0.0) for record in last) or None,
-        "memory_gib": max(record["memory_gib"] for record in last),
-        "loss": [
-            [part[-1]["positions"], statistics.fmean(record["loss"] for record in part)]
-            for part in (steps[i : i + size] for i in range(0, len(steps), size))
-        ],
-        "validation_loss": [
-            [record["step"] * positions // steps[-1]["step"], record["validation_loss"]]
-            for record in records
-            if "validation_loss" in record
-        ],
-    }
 
 
 def max_checkpoint(run: Path) -> Path:

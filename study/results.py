@@ -8,8 +8,10 @@ from typing import Any
 
 import yaml
 
+from sinklm.checkpoints.folders import list_checkpoints
+
 NUM_LOSS_POINTS = 200  # points of a curve of training losses
-NUM_SPEED_STEPS = 1000  # last steps, over which the speed is taken
+NUM_SPEED_STEPS = 1000  # last steps, over which speed and memory are taken
 
 
 def collect(folder: Path) -> dict[str, Any]:
@@ -20,19 +22,22 @@ def collect(folder: Path) -> dict[str, Any]:
     return {"runs": {run.name: collect_run(run, folder / "results" / run.name) for run in runs}}
 
 
-def collect_run(run: Path, results: Path) -> dict[str, Any]:
-    """Return one run's settings, curves and results; missing results are omitted."""
+def of_training(run: Path) -> dict[str, Any]:
+    """Return settings without paths, losses and speed of a run, and whether it is finished."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [record for record in records if "loss" in record]
-    tokens_per_step = steps[-1]["positions"] // steps[-1]["step"]
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    for section, place in (("data", "path"), ("train", "run_dir")):  # paths are not of interest
+    last, tokens_per_step = steps[-NUM_SPEED_STEPS:], steps[-1]["positions"] // steps[-1]["step"]
+    config = _config(run)
+    for section, place in (("data", "path"), ("train", "run_dir")):
         config.get(section, {}).pop(place, None)
     found: dict[str, Any] = {
         "config": config,
         "environment": _read(run / "environment.json"),
         "tokens": steps[-1]["positions"],
-        "tokens_per_second": median(record["tokens_per_second"] for record in steps[-NUM_SPEED_STEPS:]),
+        "is_finished": is_finished(run),
+        "tokens_per_second": median(record["tokens_per_second"] for record in last),
+        "mfu": median(record.get("mfu", 0.0) for record in last) or None,
+        "memory_gib": max(record["memory_gib"] for record in last),
         "loss": _thinned(steps),
         "validation_loss": [
             [record["step"] * tokens_per_step, record["validation_loss"]]
@@ -40,8 +45,19 @@ def collect_run(run: Path, results: Path) -> dict[str, Any]:
             if "validation_loss" in record
         ],
     }
-    for complete in list((run / "checkpoints").glob("step-*/COMPLETE"))[:1]:  # all have the same data
-        found["data_fingerprint"] = _read(complete.with_name("state.json"))["data_fingerprint"]
+    for checkpoint in list(list_checkpoints(run).values())[:1]:  # all have the same data
+        found["data_fingerprint"] = _read(checkpoint / "state.json")["data_fingerprint"]
+    return found
+
+
+def is_finished(run: Path) -> bool:
+    """Whether the last checkpoint of a run is that of its last step."""
+    return max(list_checkpoints(run), default=0) >= _config(run)["train"]["num_steps"]
+
+
+def collect_run(run: Path, results: Path) -> dict[str, Any]:
+    """Return one run's settings, curves and results; missing results are omitted."""
+    found = of_training(run)
     readers = {
         "streaming": (results / "streaming.json", _streaming),
         "cache_sizes": (results / "cache-sizes" / "streaming.json", _perplexity),
@@ -143,6 +159,10 @@ def _forming(report: dict) -> dict[str, Any]:
 
 def _zero_shot(report: dict) -> dict[str, Any]:
     return {key: report[key] for key in ("tasks", "num_samples")}
+
+
+def _config(run: Path) -> dict[str, Any]:
+    return yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
 
 
 def _read(path: Path) -> dict[str, Any]:

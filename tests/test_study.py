@@ -69,7 +69,7 @@ def write_run(folder: Path, name: str, losses: list[float], perplexities: list[f
     run.mkdir(parents=True)
     results.mkdir(parents=True)
     records = [
-        {"step": i + 1, "loss": loss, "positions": 512 * (i + 1), "tokens_per_second": 100.0 * (i + 1)}
+        {"step": i + 1, "loss": loss, "positions": 512 * (i + 1), "tokens_per_second": 100.0 * (i + 1), "memory_gib": i}
         for i, loss in enumerate(losses)
     ]
     records.append({"step": len(losses), "validation_loss": losses[-1] + 0.5})
@@ -288,9 +288,9 @@ def test_local_paths_are_not_collected(tmp_path):
     from results import collect
 
     write_run(tmp_path, "vanilla", [4.0], [1.0, 1.0, 1.0])
-    config = {"data": {"path": "here"}, "train": {"run_dir": "there", "seed": 1}}
+    config = {"data": {"path": "here"}, "train": {"run_dir": "there", "num_steps": 1}}
     (tmp_path / "runs" / "vanilla" / "config.yaml").write_text(yaml.safe_dump(config))
-    assert collect(tmp_path)["runs"]["vanilla"]["config"] == {"data": {}, "train": {"seed": 1}}
+    assert collect(tmp_path)["runs"]["vanilla"]["config"] == {"data": {}, "train": {"num_steps": 1}}
 
 
 def test_the_data_fingerprint_of_a_run_is_collected(tmp_path):
@@ -314,6 +314,15 @@ def test_a_loss_curve_consists_of_means_over_intervals(tmp_path):
     run = collect(tmp_path)["runs"]["vanilla"]
     assert run["loss"] == [[1024 * (i + 1), 2.0] for i in range(NUM_LOSS_POINTS)]
     assert run["validation_loss"] == [[512 * len(losses), 3.5]]
+
+
+def test_speed_and_memory_are_those_of_the_last_steps(tmp_path, monkeypatch):
+    from results import collect
+
+    monkeypatch.setattr("results.NUM_SPEED_STEPS", 3)
+    write_run(tmp_path, "vanilla", [4.0] * 5, [1.0, 1.0, 1.0])
+    run = collect(tmp_path)["runs"]["vanilla"]
+    assert (run["tokens_per_second"], run["memory_gib"], run["mfu"]) == (400.0, 4, None)
 
 
 @pytest.mark.parametrize(
