@@ -37,7 +37,7 @@ from sinklm.train.recipe import load_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
 from jobs import SINKLM, Job
-from results import of_training
+from results import of_training, read_report
 
 MODELS = {"vanilla": 4, "learnable-sink": 1, "drawn": 1}  # recipes, and the tokens that their caches keep
 CACHE_SIZES = (256, 512, 1000)
@@ -177,7 +177,8 @@ def collect(args: argparse.Namespace) -> bool:
     for (name, cache), measured in evaluations(args).items():
         paths = {what: report_path(args, name, cache, what) for what in measured}
         if all(path.exists() for path in paths.values()):
-            reports = {what: summary(read_report(path, run_folder(args, name))) for what, path in paths.items()}
+            run = run_folder(args, name)
+            reports = {what: summary(read_report(path, run, path.parent)) for what, path in paths.items()}
             along = reports.get(ALONG, reports[BY_DISTANCE])
             found.setdefault(name, {})[cache] = reports[BY_DISTANCE] | {"parts": along["parts"]}
         else:
@@ -186,26 +187,11 @@ def collect(args: argparse.Namespace) -> bool:
     return is_done
 
 
-def read_report(path: Path, run: Path) -> dict[str, Any]:
-    """Return a report of the last checkpoint of a run, without the paths of the model.
-
-    Raises:
-        ValueError: it is one of an earlier checkpoint.
-    """
-    report = json.loads(path.read_text(encoding="utf-8"))
-    measured = Path(report["model"].pop("folder")).parent.name
-    last = next(reversed(list_checkpoints(run).values()), None)
-    if last is not None and last.name != measured:
-        raise ValueError(f"{path} is of {measured}, and {run} has {last.name}: delete {path.parent} and evaluate again")
-    del report["model"]["name_or_path"]
-    return report
-
-
 def summary(report: dict[str, Any]) -> dict[str, Any]:
     """Return a report of one cache, with the accuracy by place as means of parts of the stream.
 
     Parts have equal lengths on a logarithmic scale, and end at powers of two among others. Those
-    without a place are left out.
+    without a place are left out, and so are the paths of the model.
     """
     (result,) = report.pop("results")
     parts = []
@@ -214,7 +200,8 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
         asked = [place["accuracy"] for place in part]
         accuracy = {d: round(fmean(found[d] for found in asked if d in found), 6) for d in asked[-1]}
         parts.append({"num_tokens": part[-1]["mean_num_tokens"], "num_places": len(part), "accuracy": accuracy})
-    return report | result | {"parts": parts}
+    model = {key: value for key, value in report["model"].items() if key not in ("folder", "name_or_path")}
+    return report | result | {"model": model, "parts": parts}
 
 
 def part_of(num_tokens: float) -> int:

@@ -4,8 +4,8 @@
     python study/evaluate.py runs/study --text book.txt --only vanilla --kinds zero-shot \\
         --data-dir benchmarks/
 
-Results are written to FOLDER/results; existing results are not measured again. `zero-shot` needs
-network access or --data-dir.
+Results are written to FOLDER/results; existing results are not measured again. Runs that are not
+finished are skipped. `zero-shot` needs network access or --data-dir.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from jobs import SINKLM, Job, JobQueue
+from results import is_finished
 
 KINDS = ("streaming", "cache-sizes", "sinks", "forming", "zero-shot")
 CACHE_SIZES = (16, 32, 64, 128, 256, 384, 512, 1024)  # up to four times the trained length
@@ -41,8 +42,12 @@ def main() -> None:
         sys.exit(f"error: {arguments.folder / 'runs'} contains no such run with checkpoints: train it with train.py")
     if unknown := set(arguments.kinds.split(",")) - set(KINDS):
         sys.exit(f"error: --kinds contains {', '.join(sorted(unknown))}: use only {', '.join(KINDS)}")
-    jobs = [job(kind, run, arguments) for kind in arguments.kinds.split(",") for run in runs]
-    sys.exit(not JobQueue(jobs, per_gpu=arguments.per_gpu, minutes=arguments.minutes).run())
+    finished = [run for run in runs if is_finished(run)]
+    jobs = [job(kind, run, arguments) for kind in arguments.kinds.split(",") for run in finished]
+    is_done = JobQueue(jobs, per_gpu=arguments.per_gpu, minutes=arguments.minutes).run()
+    if unfinished := [run.name for run in runs if run not in finished]:
+        print(f"not evaluated, because their training is not finished: {', '.join(unfinished)}; run train.py again")
+    sys.exit(not is_done or bool(unfinished))
 
 
 def job(kind: str, run: Path, arguments: argparse.Namespace) -> Job:

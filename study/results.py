@@ -67,8 +67,25 @@ def collect_run(run: Path, results: Path) -> dict[str, Any]:
     }
     for name, (path, read) in readers.items():
         if path.exists():
-            found[name] = read(_read(path))
+            found[name] = read(read_report(path, run, results))
     return found
+
+
+def read_report(path: Path, run: Path, folder: Path) -> dict[str, Any]:
+    """Return a report of `sinklm eval` on the last checkpoint of a run.
+
+    Args:
+        folder: of all reports and logs to delete if it is one of an earlier checkpoint.
+
+    Raises:
+        ValueError: it is one of an earlier checkpoint.
+    """
+    report = _read(path)
+    measured = Path(report["model"]["folder"]).parent.name
+    last = next(reversed(list_checkpoints(run).values()), None)
+    if last is not None and last.name != measured:
+        raise ValueError(f"{path} is of {measured}, and {run} has {last.name}: delete {folder} and evaluate again")
+    return report
 
 
 def arm_of(name: str) -> str:

@@ -185,19 +185,19 @@ def test_each_model_has_its_caches_and_one_with_windows_no_dense_attention(tmp_p
         assert sizes[0] <= num_tokens < sizes[1]
 
 
-def test_reports_are_of_the_last_checkpoint_and_name_no_path(tmp_path):
+def test_reports_are_of_the_last_checkpoint(tmp_path):
     read_report = importlib.import_module("recall_study").read_report
     path, run = tmp_path / "results" / "dense" / "stream_eval.json", tmp_path / "runs" / "drawn"
     checkpoints = [run / "checkpoints" / f"step-{step}" for step in (3, 12)]
     path.parent.mkdir(parents=True)
-    model = {"name_or_path": str(run), "folder": str(checkpoints[0] / "model"), "dtype": "torch.float32"}
-    path.write_text(json.dumps({"model": model, "num_samples": 2}))
+    report = {"model": {"folder": str(checkpoints[0] / "model")}, "num_samples": 2}
+    path.write_text(json.dumps(report))
     for checkpoint in checkpoints:
-        assert read_report(path, run) == {"model": {"dtype": "torch.float32"}, "num_samples": 2}
+        assert read_report(path, run, path.parent) == report
         checkpoint.mkdir(parents=True)
         (checkpoint / "COMPLETE").touch()
     with pytest.raises(ValueError, match=rf"is of step-3, and .*drawn has step-12: delete {path.parent} and evaluate"):
-        read_report(path, run)
+        read_report(path, run, path.parent)
 
 
 def test_parts_of_a_stream_are_quarters_of_octaves():
@@ -205,8 +205,10 @@ def test_parts_of_a_stream_are_quarters_of_octaves():
     read = [200.0, 400.0, 861.0, 862.0, 1024.0, 1025.0, 2048.0]  # 1024 / 2^(1/4) = 861.08
     places = [{"line": 10 * i, "mean_num_tokens": n, "accuracy": {"0": i / 10}} for i, n in enumerate(read)]
     places[3]["accuracy"]["20"] = places[4]["accuracy"]["20"] = 1 / 3
-    found = summary({"num_samples": 10, "results": [{"configuration": "0+9", "places": places}]})
-    assert (found["num_samples"], found["configuration"]) == (10, "0+9")
+    model = {"name_or_path": "run", "folder": "run/checkpoints/step-3/model", "dtype": "float32"}
+    report = {"model": model, "num_samples": 10, "results": [{"configuration": "0+9", "places": places}]}
+    found = summary(report)
+    assert (found["num_samples"], found["configuration"], found["model"]) == (10, "0+9", {"dtype": "float32"})
     assert [(part["num_tokens"], part["num_places"]) for part in found["parts"]] == [
         (200.0, 1),
         (400.0, 1),

@@ -81,7 +81,8 @@ def write_run(folder: Path, name: str, losses: list[float], perplexities: list[f
         {"configuration": cache, "perplexity": value, "binned_losses": [1.0]}
         for cache, value in zip(("dense", "0+32", "1+31", "4+28"), [99.0, *perplexities], strict=True)
     ]
-    report = {"model": {"num_parameters": 7}, "text": {"sha256": "", "num_tokens": 64}, "bin_edges": [0, 64]}
+    model = {"num_parameters": 7, "folder": str(run / "checkpoints" / f"step-{len(losses)}" / "model")}
+    report = {"model": model, "text": {"sha256": "", "num_tokens": 64}, "bin_edges": [0, 64]}
     (results / "streaming.json").write_text(json.dumps({**report, "results": measured}))
 
 
@@ -147,7 +148,7 @@ def test_perplexities_by_the_size_of_the_cache_are_measured_beside_the_others(tm
     for name in ("gate", "vanilla"):
         write_run(tmp_path, name, [4.0, 3.5], [12.0, 11.0, 10.0])
     found = {"0+1024": 2000.0, "0+16": 9.0, "1+15": 8.0, "4+1020": 7.0}
-    report = {"text": {"sha256": "ab12", "num_tokens": 64}}
+    report = {"model": {"folder": "step-2/model"}, "text": {"sha256": "ab12", "num_tokens": 64}}
     report["results"] = [{"configuration": cache, "perplexity": value} for cache, value in found.items()]
     Path(outputs[1]).mkdir()
     (Path(outputs[1]) / "streaming.json").write_text(json.dumps(report))
@@ -298,11 +299,11 @@ def test_the_data_fingerprint_of_a_run_is_collected(tmp_path):
 
     write_run(tmp_path, "vanilla", [4.0], [1.0, 1.0, 1.0])
     assert "data_fingerprint" not in collect(tmp_path)["runs"]["vanilla"]
-    checkpoint = tmp_path / "runs" / "vanilla" / "checkpoints" / "step-1"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "state.json").write_text('{"data_fingerprint": "ab12"}')
+    write_checkpoint(tmp_path / "runs" / "vanilla", 1)
+    complete = tmp_path / "runs" / "vanilla" / "checkpoints" / "step-1" / "COMPLETE"
+    complete.unlink()
     assert "data_fingerprint" not in collect(tmp_path)["runs"]["vanilla"]  # the checkpoint is not complete
-    (checkpoint / "COMPLETE").touch()
+    complete.touch()
     assert collect(tmp_path)["runs"]["vanilla"]["data_fingerprint"] == "ab12"
 
 
@@ -314,6 +315,51 @@ def test_a_loss_curve_consists_of_means_over_intervals(tmp_path):
     run = collect(tmp_path)["runs"]["vanilla"]
     assert run["loss"] == [[1024 * (i + 1), 2.0] for i in range(NUM_LOSS_POINTS)]
     assert run["validation_loss"] == [[512 * len(losses), 3.5]]
+
+
+def write_checkpoint(run: Path, step: int) -> None:
+    checkpoint = run / "checkpoints" / f"step-{step}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text('{"data_fingerprint": "ab12"}')
+    (checkpoint / "COMPLETE").touch()
+
+
+@pytest.mark.parametrize("name", ["streaming.json", "zero_shot.json"])
+def test_results_of_an_earlier_checkpoint_are_refused(name, tmp_path):
+    from results import collect
+
+    write_run(tmp_path, "vanilla", [4.0, 3.5], [1.0, 1.0, 1.0])
+    run, results = tmp_path / "runs" / "vanilla", tmp_path / "results" / "vanilla"
+    write_checkpoint(run, 2)
+    collect(tmp_path)
+    report = json.loads((results / "streaming.json").read_text()) | {"tasks": {}, "num_samples": {}}
+    report["model"]["folder"] = str(run / "checkpoints" / "step-1" / "model")
+    (results / name).write_text(json.dumps(report))
+    with pytest.raises(ValueError, match=rf"{name} is of step-1, and .* has step-2: delete {results} and evaluate"):
+        collect(tmp_path)
+
+
+def test_only_finished_runs_are_evaluated(tmp_path, monkeypatch, capsys):
+    import evaluate
+
+    for name, step in (("vanilla", 2), ("gate", 1)):
+        write_run(tmp_path, name, [4.0, 3.5], [1.0, 1.0, 1.0])
+        write_checkpoint(tmp_path / "runs" / name, step)
+    started = []
+
+    class Queue:
+        def __init__(self, jobs, **options):
+            started.extend(job.name for job in jobs)
+
+        def run(self) -> bool:
+            return True
+
+    monkeypatch.setattr(evaluate, "JobQueue", Queue)
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(tmp_path), "--text", "book.txt", "--kinds", "sinks"])
+    with pytest.raises(SystemExit, match="True"):
+        evaluate.main()
+    assert started == ["vanilla sinks"]
+    assert "not evaluated, because their training is not finished: gate; run train.py" in capsys.readouterr().out
 
 
 def test_speed_and_memory_are_those_of_the_last_steps(tmp_path, monkeypatch):
