@@ -42,8 +42,9 @@ from typing import Any
 import torch
 from part_report import PartReport, with_spread
 from torch import Tensor, nn
-from training_profile import TOKENIZER_SIZE, Steps, group_of, kernels_of
+from training_profile import Steps, group_of, kernels_of
 
+from sinklm.eval.decode_speed import synchronize
 from sinklm.models import SinkGPTNeoXConfig, attention, float8, layer
 from sinklm.models.cost import flops_per_token, peak_flops
 from sinklm.models.modeling import SinkGPTNeoXModel
@@ -52,6 +53,7 @@ from sinklm.train import engine, run
 from sinklm.train.launch import connected
 from sinklm.train.plan import Plan
 from sinklm.train.recipe import load_config
+from sinklm.train.summary import PYTHIA_TOKENIZER_SIZE
 
 PARTS = ("products", "casts", "layers", "steps", "kernels", "curve")
 SIZES = "160m,410m,1b,1.4b"
@@ -78,7 +80,7 @@ def settings_of(size: str, args: argparse.Namespace, *more: str) -> list[str]:
 
 
 def plan_of(size: str, args: argparse.Namespace, *more: str) -> Plan:
-    return Plan(load_config(f"pythia-{size}", settings_of(size, args, *more)), 1, TOKENIZER_SIZE)
+    return Plan(load_config(f"pythia-{size}", settings_of(size, args, *more)), 1, PYTHIA_TOKENIZER_SIZE)
 
 
 def milliseconds(call: Callable[[], Any], args: argparse.Namespace) -> list[float]:
@@ -87,18 +89,13 @@ def milliseconds(call: Callable[[], Any], args: argparse.Namespace) -> list[floa
         call()
     times = []
     for _ in range(args.repeats):
-        wait()
+        synchronize()
         started = time.perf_counter()
         for _ in range(args.calls):
             call()
-        wait()
+        synchronize()
         times.append((time.perf_counter() - started) / args.calls * 1e3)
     return times
-
-
-def wait() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def free() -> None:
@@ -311,10 +308,10 @@ def measure_steps(size: str, args: argparse.Namespace) -> list[dict]:
             if DEVICE.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             steps.take(1)
-            wait()
+            synchronize()
             rows[precision] = {"size": size, "precision": precision, "first step, s": time.perf_counter() - started}
             steps.take(args.warmup)
-            wait()
+            synchronize()
             if DEVICE.type == "cuda":
                 rows[precision]["GiB"] = (torch.cuda.max_memory_allocated() - before) / 2**30
             runs[precision] = plan, steps
@@ -338,8 +335,7 @@ def speed_of(plan: Plan, seconds: list[float], of_bf16: list[float]) -> dict:
     operations = flops_per_token(plan.model_config, plan.config.train.seq_length) * positions
     ratios = [before / after for before, after in zip(of_bf16, seconds, strict=True)]
     return {
-        "ms": 1e3 * mean,
-        "± ms": 1e3 * statistics.stdev(seconds) if len(seconds) > 1 else None,
+        **with_spread("ms", [1e3 * each for each in seconds]),
         "tokens/s": positions / mean,
         "MFU of bf16": operations / mean / peak if peak else None,
         "× bf16": statistics.mean(ratios),

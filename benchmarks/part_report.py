@@ -101,4 +101,4 @@ def table(rows: list[dict]) -> str:
 def cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
-    return "" if value is None else str(value)
+    return "" if value is None else " ".join(str(value).replace("|", r"\|").splitlines())

@@ -44,6 +44,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import part_report
 import psutil
 import torch
 import transformers
@@ -53,18 +54,18 @@ from sinklm.models.cost import flops_per_token, peak_flops
 from sinklm.train.config import TrainingConfig
 from sinklm.train.plan import Plan
 from sinklm.train.recipe import load_config
+from sinklm.train.summary import PYTHIA_TOKENIZER_SIZE
 
 CONTESTANTS = "sinklm,sinklm-none,transformers,litgpt,nanogpt"
-TOKENIZER_SIZE = 50277  # Pythia's
 ROW_LENGTH = 2049  # length of pre-shuffled rows, which need no preparation
 
 
 def write_random_store(folder: Path, num_rows: int = 2048) -> Path:
     """Write random tokens as pre-shuffled rows, and a tokenizer with as many ids as Pythia's."""
     folder.mkdir()
-    tokens = np.random.default_rng(0).integers(0, TOKENIZER_SIZE, num_rows * ROW_LENGTH, dtype=np.uint16)
+    tokens = np.random.default_rng(0).integers(0, PYTHIA_TOKENIZER_SIZE, num_rows * ROW_LENGTH, dtype=np.uint16)
     tokens.tofile(folder / "rows.bin")
-    words = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, TOKENIZER_SIZE)}
+    words = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, PYTHIA_TOKENIZER_SIZE)}
     Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>")).save(str(folder / "tokenizer.json"))
     return folder
 
@@ -108,7 +109,7 @@ def run_sinklm(contestant: str, ranks: int, recipe: str, store: Path, folder: Pa
     seconds = [line["seconds"] for line in steady]
     return {
         "seconds_per_step": statistics.fmean(seconds),
-        "stdev": statistics.stdev(seconds) if len(seconds) > 1 else None,
+        "stdev": part_report.spread(seconds),
         "memory_gib": steady[-1]["memory_gib"],
         "start": first_step_at - started,
     }
@@ -195,36 +196,36 @@ def measure(contestant: str, ranks: int, size: str, store: Path, args: Settings)
     row |= {"micro_batch_size": config.train.micro_batch_size}
     row["tokens_per_second"] = ranks * row["micro_batch_size"] * args.seq_length / row["seconds_per_step"]
     if torch.cuda.is_available() and (peak := peak_flops(torch.device("cuda", 0), "bf16")):
-        operations = flops_per_token(Plan(config, 1, TOKENIZER_SIZE).model_config, args.seq_length)
+        operations = flops_per_token(Plan(config, 1, PYTHIA_TOKENIZER_SIZE).model_config, args.seq_length)
         row["mfu"] = row["tokens_per_second"] * operations / (ranks * peak)
     return row
 
 
 def table(rows: list[dict]) -> str:
     """Return a Markdown table; speeds are relative to the first row of a size and ranks."""
-    lines = [
-        "| size | contestant | ranks | micro-batch | ms/step | tokens/s | MFU | memory, GiB | start, s "
-        "| first is faster by | of linear |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
     first: dict[tuple, float] = {}
     fewest: dict[tuple, dict] = {}
+    cells = []
     for row in rows:
-        begin = f"| {row['size']} | {row['contestant']} | {row['ranks']} "
+        cells.append({key: row[key] for key in ("size", "contestant", "ranks")})
         if "error" in row:
-            lines.append(f"{begin}| | {row['error']} | | | | | | |")
+            cells[-1]["error"] = row["error"]
             continue
         speed = row["tokens_per_second"]
         first.setdefault((row["size"], row["ranks"]), speed)
         base = fewest.setdefault((row["size"], row["contestant"]), row)
         linear = base["tokens_per_second"] * row["ranks"] / base["ranks"]
-        mfu = f"{row['mfu']:.1%}" if "mfu" in row else ""
-        lines.append(
-            f"{begin}| {row['micro_batch_size']} | {milliseconds(row)} | {speed:,.0f} | {mfu} "
-            f"| {row['memory_gib']:.1f} | {row['start']:.0f} | {first[row['size'], row['ranks']] / speed:.2f} × "
-            f"| {f'{speed / linear:.1%}' if row['ranks'] > base['ranks'] else ''} |"
-        )
-    return "\n".join(lines) + "\n"
+        cells[-1] |= {
+            "micro-batch": row["micro_batch_size"],
+            "ms/step": milliseconds(row),
+            "tokens/s": f"{speed:,.0f}",
+            "MFU": f"{row['mfu']:.1%}" if "mfu" in row else "",
+            "memory, GiB": f"{row['memory_gib']:.1f}",
+            "start, s": f"{row['start']:.0f}",
+            "first is faster by": f"{first[row['size'], row['ranks']] / speed:.2f} ×",
+            "of linear": f"{speed / linear:.1%}" if row["ranks"] > base["ranks"] else "",
+        }
+    return part_report.table(cells) + "\n"
 
 
 def milliseconds(row: dict) -> str:

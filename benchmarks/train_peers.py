@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from part_report import spread
 from torch import nn
 from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -35,6 +36,7 @@ from sinklm.models import SinkGPTNeoXConfig
 from sinklm.train.plan import Plan
 from sinklm.train.progress import peak_memory_gib
 from sinklm.train.recipe import load_config
+from sinklm.train.summary import PYTHIA_TOKENIZER_SIZE
 
 Loss = Callable[[torch.Tensor], torch.Tensor]  # takes samples (B, T + 1)
 
@@ -239,7 +241,7 @@ def read_batches(store: Path, micro_batch_size: int, seq_length: int) -> Iterato
 
 def main() -> None:
     task = json.loads(sys.argv[1])
-    plan = Plan(load_config(task["recipe"]), 1, 50277)
+    plan = Plan(load_config(task["recipe"]), 1, PYTHIA_TOKENIZER_SIZE)
     name, _, suffix = task["contestant"].partition("-")
     if "WORLD_SIZE" in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["WORLD_SIZE"])))
@@ -256,7 +258,7 @@ def main() -> None:
             json.dumps(
                 {
                     "seconds_per_step": statistics.fmean(seconds),
-                    "stdev": statistics.stdev(seconds) if len(seconds) > 1 else None,
+                    "stdev": spread(seconds),
                     "first_step_at": clock.first_step_at,
                     "memory_gib": peak_memory_gib(device),
                 }

@@ -37,7 +37,7 @@ from part_report import spread
 from torch.profiler import ProfilerActivity, profile
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXMLP
 
-from sinklm.eval.decode_speed import mark, milliseconds_between
+from sinklm.eval.decode_speed import mark, milliseconds_between, synchronize
 from sinklm.models import SinkGPTNeoXForCausalLM, attention, layer, loss
 from sinklm.models.cost import peak_flops
 from sinklm.train import deepspeed_patches, fused_update
@@ -48,8 +48,8 @@ from sinklm.train.plan import Plan
 from sinklm.train.progress import peak_memory_gib
 from sinklm.train.recipe import load_config
 from sinklm.train.step import PendingStep, train_step
+from sinklm.train.summary import PYTHIA_TOKENIZER_SIZE
 
-TOKENIZER_SIZE = 50277  # Pythia's
 # Ranges that the profiler reports in addition to kernels.
 RANGES = ("ProfilerStep", "Torch-Compiled", "## Call", "nccl:", "Optimizer.", "CompiledFunction", "autograd::")
 # A kernel's group is that of the first matching pattern. Inductor's kernel names list the fused
@@ -97,7 +97,7 @@ def recipe_config(args: argparse.Namespace, num_ranks: int) -> TrainingConfig:
 def random_batches(plan: Plan, device: torch.device) -> Iterator[torch.Tensor]:
     """Yield a few micro-batches repeatedly, from device memory."""
     shape = (4, plan.config.train.micro_batch_size, plan.tokens_per_sample)
-    batches = torch.randint(0, TOKENIZER_SIZE, shape, device=device)
+    batches = torch.randint(0, PYTHIA_TOKENIZER_SIZE, shape, device=device)
     while True:
         yield from batches
 
@@ -137,16 +137,11 @@ class Steps:
 
     def time(self, num_steps: int) -> tuple[list[float], list[float]]:
         """Return the seconds of each step, and those in which the host queued it."""
-        wait_for_device()
+        synchronize()
         marks = [mark()]
         by_host = self.take(num_steps, lambda: marks.append(mark()))
-        wait_for_device()
+        synchronize()
         return [milliseconds_between(*pair) / 1e3 for pair in pairwise(marks)], by_host
-
-
-def wait_for_device() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def kernels_of(steps: Steps, num_steps: int) -> tuple[dict[str, list[float]], float, float]:
@@ -160,7 +155,7 @@ def kernels_of(steps: Steps, num_steps: int) -> tuple[dict[str, list[float]], fl
     activities = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
     with profile(activities=activities, acc_events=True) as profiler:
         steps.take(num_steps)
-        wait_for_device()
+        synchronize()
     kernels: dict[str, list[float]] = {}
     spans = []
     for event in profiler.events():
@@ -186,7 +181,7 @@ def report(args: argparse.Namespace, plan: Plan, world: World) -> dict:
     steps = Steps(plan, world)
     started = time.perf_counter()
     steps.take(1)
-    wait_for_device()
+    synchronize()
     first = time.perf_counter() - started
     steps.take(args.num_warmup_steps)
     times, by_host = steps.time(args.num_steps)
@@ -253,7 +248,7 @@ def main() -> None:
         name, _, value = option.partition("=")
         set_option(torch._inductor.config, name, value)
     with connected() as world:
-        plan = Plan(recipe_config(args, world.size), world.size, TOKENIZER_SIZE)
+        plan = Plan(recipe_config(args, world.size), world.size, PYTHIA_TOKENIZER_SIZE)
         result = report(args, plan, world)
         if world.is_main:
             print(table(result), flush=True)

@@ -29,6 +29,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+import part_report
 import torch
 import transformers
 from torch import Tensor
@@ -43,9 +44,9 @@ from sinklm.models.sink_column import SinkColumn
 from sinklm.models.windows import WindowRule
 from sinklm.train.plan import Plan
 from sinklm.train.recipe import load_config
+from sinklm.train.summary import PYTHIA_TOKENIZER_SIZE
 from sinklm.train.windows import window_of_step
 
-TOKENIZER_SIZE = 50277  # Pythia's
 LAYERS = ("full", "window", "drawn", "3:1", "segments")
 KERNELS = ("cuDNN", "flash", "band", "drawn band", "band + kept", "band + kept + logit")
 Settings = argparse.Namespace
@@ -54,7 +55,7 @@ Settings = argparse.Namespace
 def windowed_config(layers: str, length: int, args: Settings) -> SinkGPTNeoXConfig:
     """Return the configuration of the size, with one sink token and the windows of ``layers``."""
     recipe = load_config(f"pythia-{args.size}", [f"train.seq_length={length}", "model.sink.kind=token"])
-    fields = Plan(recipe, 1, TOKENIZER_SIZE).model_config.to_dict()
+    fields = Plan(recipe, 1, PYTHIA_TOKENIZER_SIZE).model_config.to_dict()
     if layers != "full":
         num_layers = fields["num_hidden_layers"]
         if layers == "drawn":
@@ -73,7 +74,7 @@ def measure_step(layers: str, length: int, args: Settings) -> dict:
     for parameter in model.parameters():  # buffers stay float32, as in DeepSpeed
         parameter.data = parameter.data.to(torch.bfloat16 if args.device == "cuda" else torch.float32)
     forward = torch.compile(model, fullgraph=True, dynamic=False) if args.compile else model
-    samples = torch.randint(0, TOKENIZER_SIZE, (args.tokens // length, length), device=args.device)
+    samples = torch.randint(0, PYTHIA_TOKENIZER_SIZE, (args.tokens // length, length), device=args.device)
     steps = itertools.count(1)
 
     def step() -> None:
@@ -110,7 +111,7 @@ def timed(step: Callable[[], None], args: Settings) -> dict:
     seconds = [time / 1e3 for time in step_times(step, 0, args.num_steps)]
     return {
         "seconds": statistics.fmean(seconds),
-        "stdev": statistics.stdev(seconds) if len(seconds) > 1 else None,
+        "stdev": part_report.spread(seconds),
         "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else 0,
     }
 
@@ -178,27 +179,30 @@ def table(rows: list[dict]) -> str:
     """Return Markdown tables of steps and kernels."""
     done = {(row["kind"], row["name"], row["length"]): row for row in rows if "error" not in row}
     shortest = min(row["length"] for row in rows)
-    lines = [
-        "| layers | positions | ms/step | tokens/s | MFU | memory, GiB | of full | of shortest |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    kernels = ["| attention of a layer | positions | forward, ms | backward, ms | sum, ms |", "|---|---|---|---|---|"]
+    steps: list[dict] = []
+    kernels: list[dict] = []
     for row in rows:
-        begin = f"| {row['name']} | {row['length']:,} |"
-        if "error" in row:
-            (lines if row["kind"] == "step" else kernels).append(f"{begin} {row['error']} |")
-        elif row["kind"] == "kernel":
-            times = (milliseconds(row[key], 3) for key in ("forward", "backward"))
-            kernels.append(f"{begin} {' | '.join(times)} | {1e3 * row['seconds']:.3f} |")
+        if row["kind"] == "step":
+            shown = {"layers": row["name"], "positions": f"{row['length']:,}"}
+            steps.append(shown)
         else:
-            others = (done.get(("step", "full", row["length"])), done.get(("step", row["name"], shortest)))
-            ratios = (f"{other['seconds'] / row['seconds']:.3f}" if other else "" for other in others)
-            mfu = f"{row['mfu']:.1%}" if "mfu" in row else ""
-            lines.append(
-                f"{begin} {milliseconds(row, 1)} | {row['tokens_per_second']:,.0f} | {mfu} "
-                f"| {row['memory_gib']:.2f} | {' | '.join(ratios)} |"
-            )
-    return "\n".join(lines) + "\n\n" + "\n".join(kernels) + "\n"
+            shown = {"attention of a layer": row["name"], "positions": f"{row['length']:,}"}
+            kernels.append(shown)
+        if "error" in row:
+            shown["error"] = row["error"]
+        elif row["kind"] == "kernel":
+            shown |= {f"{part}, ms": milliseconds(row[part], 3) for part in ("forward", "backward")}
+            shown["sum, ms"] = f"{1e3 * row['seconds']:.3f}"
+        else:
+            shown["ms/step"] = milliseconds(row, 1)
+            shown["tokens/s"] = f"{row['tokens_per_second']:,.0f}"
+            shown["MFU"] = f"{row['mfu']:.1%}" if "mfu" in row else ""
+            shown["memory, GiB"] = f"{row['memory_gib']:.2f}"
+            others = {"full": ("full", row["length"]), "shortest": (row["name"], shortest)}
+            for name, key in others.items():
+                other = done.get(("step", *key))
+                shown[f"of {name}"] = f"{other['seconds'] / row['seconds']:.3f}" if other else ""
+    return "\n\n".join(part_report.table(part) for part in (steps, kernels) if part) + "\n"
 
 
 def milliseconds(times: dict, digits: int) -> str:

@@ -10,15 +10,23 @@ from statistics import median
 import pytest
 import torch
 
-from benchmarks import train, windows
 from benchmarks.fault_injection import wait
 from benchmarks.part_report import PartReport, table, with_spread
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ROW = {"size": "14m", "contestant": "sinklm", "ranks": 1, "micro_batch_size": 1, "tokens_per_second": 8.0}
 ROW |= {"seconds_per_step": 0.25, "stdev": 0.0123, "memory_gib": 0.0, "start": 1.0}
 
 
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
+    """The folder of a script is on its path."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
 def test_an_output_with_a_dot_keeps_its_name(tmp_path, monkeypatch, capsys):
+    from benchmarks import train
+
     monkeypatch.setattr(train, "write_random_store", lambda folder: folder)
     monkeypatch.setattr(train, "measure", lambda *arguments: ROW)
     for name in ("E1.4", "E1.5"):
@@ -30,6 +38,8 @@ def test_an_output_with_a_dot_keeps_its_name(tmp_path, monkeypatch, capsys):
 
 
 def test_windows_are_timed_with_their_spread_into_an_output_with_a_dot(tmp_path, monkeypatch, capsys):
+    from benchmarks import windows
+
     sizes = "--size 14m --tokens 64 --window 15 --num-warmup-steps 0 --no-compile --layers full,drawn"
     for name in ("E1.4", "E1.5"):
         arguments = [*sizes.split(), "--lengths", "64", "--num-steps", "3", "--output", str(tmp_path / name)]
@@ -55,6 +65,20 @@ def test_a_table_has_spreads_beside_their_means():
     assert table(rows) == "| size | ms |\n|---|---|\n| 14m | 2 ± 1 |\n|  | 4 |"
 
 
+def test_an_error_with_bars_and_line_breaks_is_one_cell():
+    from benchmarks import train, windows
+
+    failed = {"name": "band", "length": 64, "error": "RuntimeError: a | b\nof c"}
+    assert windows.table([failed | {"kind": "kernel"}]) == (
+        "| attention of a layer | positions | error |\n|---|---|---|\n| band | 64 | RuntimeError: a \\| b of c |\n"
+    )
+    assert windows.table([failed | {"kind": "step"}]).startswith("| layers | positions | error |")
+    failed = {"size": "14m", "contestant": "litgpt", "ranks": 1, "error": "RuntimeError: a | b\nof c"}
+    headers, _, measured, error = train.table([ROW, failed]).splitlines()
+    assert len({line.replace("\\|", "").count("|") for line in (headers, measured, error)}) == 1
+    assert error.endswith("| RuntimeError: a \\| b of c |")
+
+
 def test_calls_for_other_parts_and_sizes_add_to_a_report(tmp_path):
     path = tmp_path / "report.json"
     for number, (part, size) in enumerate([("steps", "1b"), ("steps", "14m"), ("curve", ""), ("steps", "1b")]):
@@ -72,7 +96,6 @@ def test_calls_for_other_parts_and_sizes_add_to_a_report(tmp_path):
 
 
 def test_results_of_other_settings_are_not_used_for_quantized_caches(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(Path(train.__file__).parent))
     from benchmarks import kv_quantization
 
     output, calls = tmp_path / "kv.json", []
@@ -162,7 +185,6 @@ def test_a_rank_may_fail_after_a_kill():
     ],
 )
 def test_other_settings_need_another_folder(script, first, same, other, named, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(train.__file__).parent))
     monkeypatch.chdir(tmp_path)
     Path("a.txt").touch()
     module = importlib.import_module(script)
@@ -179,7 +201,6 @@ def test_other_settings_need_another_folder(script, first, same, other, named, t
 
 
 def test_a_memory_is_measured(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(train.__file__).parent))
     from benchmarks import stream_memory
 
     model, output = Path(__file__).parents[1] / "examples/checkpoints/learnable-sink", tmp_path / "memory.json"
@@ -197,8 +218,7 @@ def test_a_memory_is_measured(tmp_path, monkeypatch):
     assert [row["bytes on host"] > 0 for row in parts["speed"]] == [False, True]
 
 
-def test_an_oracle_chooses_the_blocks_with_the_key(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(train.__file__).parent))
+def test_an_oracle_chooses_the_blocks_with_the_key():
     from benchmarks.stream_memory import oracle_weights
     from sinklm.streaming import MemoryOptions
     from sinklm.streaming.layer_memory import LayerMemory
@@ -265,7 +285,6 @@ def test_the_page_of_the_memory_has_the_numbers_of_its_json():
 
 
 def test_the_kernels_are_compared_with_exact_gradients(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(train.__file__).parent))
     from benchmarks import kernel_peers
 
     torch.manual_seed(0)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from benchmarks import train
 from sinklm.checkpoints.folders import list_checkpoints
 from sinklm.checkpoints.warm_start import load_weights
 from sinklm.models import SinkGPTNeoXForCausalLM
@@ -27,7 +26,7 @@ VANILLA = 20.0  # perplexity of the untouched vanilla model with 4+124
 
 @pytest.fixture
 def load(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(train.__file__).parent))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     return importlib.import_module
 
 
