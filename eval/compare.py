@@ -18,6 +18,7 @@ from typing import Any
 from ..hub import near_path_hint
 from ..parsing import parse_json
 from .report import default_output
+from .tasks.stream_eval.records import LINES_PER_QUESTION
 
 NUM_RUNS = 7  # colours of a picture
 LARGEST = 1e150  # of a number in a report; its square is finite
@@ -368,7 +369,10 @@ def _streaming(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
 
 
 def _stream_eval(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
-    conditions = tuple((name, report[name]) for name in ("num_samples", "num_lines", "seed"))
+    conditions = (
+        *((name, report[name]) for name in ("num_samples", "num_lines", "seed")),
+        ("lines_per_question", report.get("lines_per_question", LINES_PER_QUESTION)),  # not in older reports
+    )
     for result in report["results"]:
         for column in result["distances"]:
             name = f"{result['configuration']}, {column['lines']} lines back"

@@ -204,6 +204,26 @@ def test_streaming_qa_is_paired_by_question(tmp_path):
     assert found.stderr == pytest.approx(statistics.stdev([0, -1, 1, 1]) / 2)
 
 
+def write_stream_eval(path: Path, accuracy: float, **more) -> str:
+    columns = [{"lines": 20, "accuracy": accuracy, "num_questions": 152}]
+    report = {"num_samples": 8, "num_lines": 200, "seed": 0, "tokens_per_line": 20.0, **more}
+    path.write_text(json.dumps(report | {"results": [{"configuration": "4+252", "distances": columns}]}))
+    return str(path)
+
+
+def test_stream_eval_with_other_places_of_questions_has_no_difference(tmp_path):
+    """Reports of older versions, without the number, have a question every ten lines."""
+    key = ("stream-eval", "4+252, 20 lines back", "accuracy")
+    first = write_stream_eval(tmp_path / "a.json", 0.25, lines_per_question=10)
+    older = write_stream_eval(tmp_path / "b.json", 0.5)
+    fewer = write_stream_eval(tmp_path / "c.json", 0.75, lines_per_question=50)
+    comparison = compare([first, older, fewer])
+    _, of_older, of_fewer = row_of(comparison, *key).differences
+    assert (of_older.value, of_fewer) == (0.25, None)
+    (note,) = comparison.notes
+    assert note.endswith("a.json and c.json differ in lines_per_question (10 and 50): no difference")
+
+
 def test_tables_escape_names_and_leave_missing_values_empty(tmp_path):
     first = write_zero_shot(tmp_path / "a|b", [1.0, 0.0])
     second = tmp_path / "c"
