@@ -2,6 +2,7 @@
 
 import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +23,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from ..eval.sinks import Sequences
 
@@ -93,8 +94,7 @@ def quantization(
     place = placement(device, dtype)
     file = ReportFile(output / "quantization.json")
     _check_store(runs, data, num_sequences, seq_length)
-    notes: list[str] = []
-    num_tokens = _check_runs(runs, wanted, place, seq_length, notes if is_default else None)
+    num_tokens, wanted, notes = _check_runs(runs, wanted, place, seq_length, is_default=is_default)
     report: dict[str, Any] = {"formats": wanted, "runs": [], "notes": notes}
     report |= {"num_samples": num_sequences, "num_tokens": num_tokens, "data": str(data)}
     report["versions"] = library_versions("torchao")
@@ -133,46 +133,81 @@ def _check_store(runs: list[str], data: Path, num_samples: int, seq_length: int 
             read_samples(data, load_tokenizer(run), num_samples, seq_length or SHORTEST_SAMPLE)
 
 
+@dataclass(frozen=True)
+class _Facts:
+    """What the checks need to know of a run. They load its model once.
+
+    Attributes:
+        num_tokens: tokens of text that a sample of this run has.
+        num_others: sinks and prefix of the tokenizer before the text.
+        config: of the model's decoder.
+    """
+
+    run: str
+    num_tokens: int
+    num_others: int
+    config: "PreTrainedConfig"
+
+
 def _check_runs(
-    runs: list[str], wanted: list[str], place: dict[str, Any], seq_length: int | None, notes: list[str] | None
-) -> int:
-    """Refuse what cannot be measured before measuring; return the tokens of text in a sample.
+    runs: list[str], wanted: list[str], place: dict[str, Any], seq_length: int | None, *, is_default: bool
+) -> tuple[int, list[str], list[str]]:
+    """Refuse what cannot be measured before measuring.
 
     Args:
-        notes: gets why a cache would quantize nothing, and ``wanted`` loses its format. None makes
-            this an error.
+        is_default: whether ``wanted`` is the default. If so, a format of the cache that would
+            quantize nothing is left out; otherwise it is an error.
+
+    Returns:
+        The tokens of text in a sample, the formats to measure, and why the others were left out.
     """
+    from ..eval.quantization_formats import FORMATS as KNOWN
+
+    facts = [_facts_of(run, wanted, place, seq_length) for run in runs]
+    num_tokens = min(each.num_tokens for each in facts)
+    cached = [name for name in wanted if KNOWN[name].kv_dtype]
+    problem = _why_no_kv(facts, num_tokens) if cached else None
+    if problem is None:
+        return num_tokens, wanted, []
+    if not is_default:
+        raise ValueError(problem)
+    return num_tokens, [name for name in wanted if name not in cached], [f"{', '.join(cached)} was left out. {problem}"]
+
+
+def _facts_of(run: str, wanted: list[str], place: dict[str, Any], seq_length: int | None) -> _Facts:
+    """Load a run and check that its weights fit the formats, and that the samples fit it."""
     from ..eval.perplexity import text_prefix
     from ..eval.quantization import check_format
-    from ..eval.quantization_formats import FORMATS as KNOWN
-    from ..eval.quantization_losses import check_kv, num_text_tokens
+    from ..eval.quantization_losses import num_text_tokens
     from ..models.config import num_prepended_sinks
+    from ..streaming.wrappers import decoder_of
 
-    def checked(run: str, num_tokens: int | None) -> int:
-        model, tokenizer = _load(run, place)
-        num_prefix = len(text_prefix(tokenizer))
+    model, tokenizer = _load(run, place)
+    num_prefix = len(text_prefix(tokenizer))
+    try:
+        for name in wanted:
+            check_format(model, name)
+        num_tokens = num_text_tokens(model, num_prefix, seq_length)
+    except ValueError as error:
+        raise ValueError(f"{run}: {error}") from error
+    return _Facts(run, num_tokens, num_prefix + num_prepended_sinks(model.config), decoder_of(model).config)
+
+
+def _why_no_kv(facts: list[_Facts], num_tokens: int) -> str | None:
+    """Return why the cache of a run would quantize nothing, or None if there is no such run.
+
+    Each run is checked with the length of its own samples first. So the run that is too short is
+    named, and not one for which only ``num_tokens``, the shortest length of all runs, is too short.
+    """
+    from ..eval.quantization_losses import check_kv
+
+    own, shortest = [(each, each.num_tokens) for each in facts], [(each, num_tokens) for each in facts]
+    for each, length in [*own, *shortest]:
         try:
-            for name in wanted:
-                check_format(model, name)
-            found = num_text_tokens(model, num_prefix, num_tokens)
-            cached = [name for name in wanted if KNOWN[name].kv_dtype]
-            try:
-                if cached:
-                    check_kv(model, found + num_prefix + num_prepended_sinks(model.config))
-            except ValueError as error:
-                if notes is None:
-                    raise
-                notes.append(f"{', '.join(cached)} was left out. {run}: {error}")
-                wanted[:] = [name for name in wanted if name not in cached]
-            return found
+            check_kv(each.config, length + each.num_others)
         except ValueError as error:
-            raise ValueError(f"{run}: {error}") from error
-
-    fitting = [checked(run, seq_length) for run in runs]
-    if len(set(fitting)) > 1:
-        for run in runs:
-            checked(run, min(fitting))
-    return min(fitting)
+            return f"{each.run}: {error}"
+    return None
 
 
 def _measure_run(

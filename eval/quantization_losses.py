@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.checked import check_ids, refuse_nonfinite_losses
 from ..models.config import num_prepended_sinks
@@ -98,25 +98,25 @@ def sample_losses(model: PreTrainedModel, samples: Sequences, progress: Progress
     return torch.stack(losses)
 
 
-def num_kept_tokens(model: PreTrainedModel) -> int:
+def num_kept_tokens(config: PreTrainedConfig) -> int:
     """Return how many first tokens the windowed layers keep; 0 without windowed layers."""
-    rules = own_rules(decoder_of(model).config)
-    return max((rule.num_kept for rule in rules if rule is not None), default=0)
+    return max((rule.num_kept for rule in own_rules(config) if rule is not None), default=0)
 
 
-def check_kv(model: PreTrainedModel, num_positions: int) -> None:
+def check_kv(config: PreTrainedConfig, num_positions: int) -> None:
     """Raise a ValueError if no key or value would be quantized in samples of this length.
 
     Args:
+        config: of the model's decoder.
         num_positions: of a sample, with sinks and prefix.
     """
-    widest = max(num_positions if rule is None else rule.window for rule in own_rules(decoder_of(model).config))
+    widest = max(num_positions if rule is None else rule.window for rule in own_rules(config))
     if widest <= NUM_RECENT < num_positions:
         raise ValueError(
             f"kv8 would quantize nothing: the last {NUM_RECENT} tokens are exact, and the windows of this model have "
             f"at most {widest} tokens: leave kv8 out of --formats"
         )
-    longest = min(widest, num_positions - 2 - num_kept_tokens(model))  # distance to a key that is not kept
+    longest = min(widest, num_positions - 2 - num_kept_tokens(config))  # distance to a key that is not kept
     if longest <= NUM_RECENT:
         raise ValueError(
             f"kv8 would quantize nothing: the last {NUM_RECENT} tokens are exact, and in a sample of {num_positions} "
@@ -135,7 +135,8 @@ def cached_losses(
     since tokens of a pass see more than 32 in full precision.
     """
     check_ids(samples.ids, model)
-    num_kept, window = num_kept_tokens(model), samples.ids.shape[1] + num_prepended_sinks(model.config)
+    num_kept = num_kept_tokens(decoder_of(model).config)
+    window = samples.ids.shape[1] + num_prepended_sinks(model.config)
     losses = []
     for rows in samples.ids.split(KV_BATCH):
         chunks = stream_losses(model, rows, num_kept=num_kept, window=window, chunk_size=1, kv_dtype=kv_dtype)
@@ -160,9 +161,9 @@ def measure_increase(
         ValueError: the model does not fit the format, a loss is not finite, or nothing would be
             quantized.
     """
-    kv_dtype = FORMATS[name].kv_dtype
+    kv_dtype, config = FORMATS[name].kv_dtype, decoder_of(model).config
     if kv_dtype:
-        check_kv(model, samples.ids.shape[1] + num_prepended_sinks(model.config))
+        check_kv(config, samples.ids.shape[1] + num_prepended_sinks(model.config))
         found = cached_losses(model, samples, kv_dtype, progress)
     else:
         found = sample_losses(quantized(model, name), samples, progress)
@@ -172,7 +173,7 @@ def measure_increase(
         loss=found.mean().item(),
         increase=math.fsum(differences) / len(differences),
         stderr=stderr_of_mean(differences),
-        arithmetic=arithmetic(name, model.device, num_kept_tokens(model) if kv_dtype else 0),
+        arithmetic=arithmetic(name, model.device, num_kept_tokens(config) if kv_dtype else 0),
     )
 
 

@@ -239,9 +239,9 @@ def test_a_cache_that_is_not_quantized_changes_no_loss(make, samples):
 def test_samples_of_which_nothing_is_quantized_are_refused(make, num_positions):
     """In the shortest samples that are accepted, quantization changes a loss."""
     model = make()
-    check_kv(model, num_positions)
+    check_kv(model.config, num_positions)
     with pytest.raises(ValueError, match=rf"nothing: the last 32 .* of {num_positions - 1} .*at most 32 before its"):
-        check_kv(model, num_positions - 1)
+        check_kv(model.config, num_positions - 1)
     chance = torch.Generator().manual_seed(0)
     ids = torch.randint(1, 400, (2, num_positions - model.config.num_sinks), generator=chance)
     changes = [
@@ -253,7 +253,7 @@ def test_samples_of_which_nothing_is_quantized_are_refused(make, num_positions):
 
 def test_a_window_of_which_nothing_is_quantized_is_refused():
     with pytest.raises(ValueError, match="the windows of this model have at most 32 tokens: leave kv8 out"):
-        check_kv(model_of("token", layer_windows=[32, 8], num_kept=1), 100)
+        check_kv(model_of("token", layer_windows=[32, 8], num_kept=1).config, 100)
 
 
 @torch.inference_mode()
@@ -425,12 +425,24 @@ def test_mistakes_are_named(runs, tmp_path):
 
 
 def test_by_default_a_cache_that_quantizes_nothing_is_left_out_and_a_named_format_is_refused(runs):
-    place, notes, wanted = {"device": "cpu"}, [], ["w8", "kv8"]
-    assert command._check_runs([str(runs / "none")], wanted, place, 34, notes) == 34
-    assert wanted == ["w8"]
-    assert notes[0].startswith("kv8 was left out. ")
+    models, wanted, place = [str(runs / "none")], ["w8", "kv8"], {"device": "cpu"}
+    num_tokens, formats, notes = command._check_runs(models, wanted, place, 34, is_default=True)
+    assert (num_tokens, formats, wanted) == (34, ["w8"], ["w8", "kv8"])
+    assert notes[0].startswith(f"kv8 was left out. {models[0]}: kv8 would quantize nothing")
     with pytest.raises(ValueError, match="kv8 would quantize nothing"):
-        command._check_runs([str(runs / "none")], ["w8", "kv8"], place, 34, None)
+        command._check_runs(models, wanted, place, 34, is_default=False)
+
+
+def test_a_check_loads_each_run_once_and_names_the_one_that_is_too_short(runs, tmp_path, monkeypatch):
+    """With samples of the shorter length, nothing of the other run would be quantized either."""
+    short = write_checkpoint(tmp_path / "short", small_model(0, max_position_embeddings=34))
+    loaded, load = [], command._load
+    monkeypatch.setattr(command, "_load", lambda run, place: (loaded.append(run), load(run, place))[1])
+    names = [str(runs / "none"), str(short)]
+    num_tokens, formats, notes = command._check_runs(names, ["w8", "kv8"], {"device": "cpu"}, None, is_default=True)
+    assert (num_tokens, formats, loaded) == (34, ["w8"], names)
+    (note,) = notes
+    assert note.startswith(f"kv8 was left out. {short}: ")
 
 
 def test_a_folder_that_is_no_store_is_named(runs, tmp_path, monkeypatch):
