@@ -9,9 +9,9 @@ import matplotlib
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from ..console import Console
 from .compare import Comparison, Difference, Row, Value
 from .plots import COLOURS, MARKERS, STYLE, save_figure
+from .tables import fitting_table, markdown_table
 
 UNITS = {"zero-shot": "Accuracy", "perplexity": "Bits per byte", "streaming": "Perplexity (log scale)"}
 UNITS |= {"stream-qa": "Exact match", "stream-eval": "Accuracy", "sinks": "Share"}
@@ -25,7 +25,6 @@ PLOTTED = {
     "stream-eval": ("accuracy",),
     "sinks": ("sink rate", "attention"),
 }
-MOST_COLUMNS = 10_000  # wider than any table
 
 CSV_COLUMNS = (
     *("measurement", "name", "metric", "run", "value", "stderr"),
@@ -35,8 +34,7 @@ CSV_COLUMNS = (
 
 def results_table(comparison: Comparison, title: str, width: int) -> Table:
     """Return a table for a terminal of ``width`` columns: of one line a run if it is too narrow."""
-    table = _wide_table(comparison, title)
-    return table if Console(width=MOST_COLUMNS).measure(table).maximum <= width else _long_table(comparison, title)
+    return fitting_table(_wide_table(comparison, title), _long_table(comparison, title), width)
 
 
 def _wide_table(comparison: Comparison, title: str) -> Table:
@@ -67,8 +65,7 @@ def _long_table(comparison: Comparison, title: str) -> Table:
 def markdown(comparison: Comparison) -> str:
     """Return a table in Markdown, with the notes below it."""
     header, rows = _cells(comparison)
-    lines = [header, ["---"] * 3 + ["---:"] * (len(header) - 3), *rows]
-    text = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    text = markdown_table(header, rows, 3)
     text += "\n\nDifferences are ± one standard error; p: paired, over the same examples.\n"
     return text + "".join(f"\n- {note}" for note in comparison.notes) + ("\n" if comparison.notes else "")
 

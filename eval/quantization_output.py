@@ -10,10 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from ..console import Console
-from .compare_output import MOST_COLUMNS
 from .plots import COLOURS, MARKERS, STYLE, save_figure
 from .quantization_formats import FORMATS
+from .tables import fitting_table, markdown_table
 
 CSV_COLUMNS = (
     *("run", "sink_kind", "largest_activation", "largest_ratio", "num_massive_activations", "loss"),
@@ -24,8 +23,7 @@ LINEAR_BELOW = 1e-3  # nats; the axis is logarithmic above
 
 def results_table(report: dict[str, Any], title: str, width: int) -> Table:
     """Return a table for a terminal of ``width`` columns: a line a format if it is too narrow."""
-    table = _wide_table(report, title)
-    return table if Console(width=MOST_COLUMNS).measure(table).maximum <= width else _long_table(report, title)
+    return fitting_table(_wide_table(report, title), _long_table(report, title), width)
 
 
 def _wide_table(report: dict[str, Any], title: str) -> Table:
@@ -52,9 +50,7 @@ def _long_table(report: dict[str, Any], title: str) -> Table:
 
 def markdown(report: dict[str, Any]) -> str:
     """Return a table in Markdown, with what the columns are below it."""
-    header = _header(report)
-    lines = [header, ["---"] * 2 + ["---:"] * (len(header) - 2), *_rows(report)]
-    text = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    text = markdown_table(_header(report), _rows(report), 2)
     text += "\n\nIncrease of the loss in nats per token, ± one standard error, paired over samples.\n\n"
     text += "".join(f"- `{name}`: {FORMATS[name].description}\n" for name in report["formats"])
     return text + "".join(f"- {note}\n" for note in report["notes"])

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from .text import printable
 
-UNBROKEN = 10_000  # columns of a table in a file or pipe
+UNBROKEN = 10_000  # columns of a table in a file or pipe; wider than any table
 
 
 class Console(rich.console.Console):
