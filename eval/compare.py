@@ -288,18 +288,28 @@ def _zero_shot(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
             conditions.append((name, _hashable([report[key].get(leaf) for leaf in leaves])))
         digests = [report.get("questions_sha256", {}).get(leaf) for leaf in leaves]
         samples = _read_samples(task, report, file, notes)
-        for metric, value in metrics.items():
-            if "_stderr" in metric or not math.isfinite(value):
+        for metric, value, stderr in with_stderr(metrics):
+            if not math.isfinite(value):
                 continue
             name, _, metric_filter = metric.partition(",")
-            stderr = metrics.get(f"{name}_stderr" + (f",{metric_filter}" if metric_filter else ""))
-            if stderr is not None and not math.isfinite(stderr):
-                stderr = None
             examples = _outcomes(samples, name, metric_filter or "none", value)
             if samples and examples is None and name in MEANS:
                 notes.append(f"{task} {metric}: its samples are not averaged to its value, so it is not paired")
             questions = None if None in digests else _hashable(digests)
             yield (task, metric), Value(value, stderr, tuple(conditions), questions, examples)
+
+
+def with_stderr(metrics: dict[str, float]) -> Iterator[tuple[str, float, float | None]]:
+    """Yield each metric of a task with its value and its standard error, None if there is none.
+
+    That of ``acc`` is ``acc_stderr``, and that of ``acc,a filter`` is ``acc_stderr,a filter``.
+    """
+    for metric, value in metrics.items():
+        if "_stderr" in metric:
+            continue
+        name, comma, metric_filter = metric.partition(",")
+        stderr = metrics.get(f"{name}_stderr{comma}{metric_filter}")
+        yield metric, value, stderr if stderr is not None and math.isfinite(stderr) else None
 
 
 def _tasks_of(name: str, report: dict[str, Any]) -> list[str]:

@@ -22,6 +22,7 @@ from ..models.checked import checked_passes
 from ..parsing import parse_json
 from ..text import near_hint
 from ..versions import warn_if_untested
+from .compare import with_stderr
 from .lm import as_lm, num_processes
 from .local_data import definition_of, use_local_data
 from .report import ReportFile
@@ -292,20 +293,12 @@ def results_table(results: dict[str, Any], title: str) -> Table:
         table.add_column(header, justify=justify)  # type: ignore[arg-type]
     table.add_column("± stderr", justify="right", no_wrap=True)
     for name, metrics in (results["tasks"] | results["groups"]).items():
-        for metric, value in metrics.items():
-            if "_stderr" in metric:
-                continue
+        for metric, value, stderr in with_stderr(metrics):
             num_samples = results["num_samples"].get(name, {}).get("effective", "")
-            stderr = metrics.get(_stderr_key(metric), float("nan"))
-            shown = "" if stderr != stderr else _number(stderr)
+            shown = "" if stderr is None else _number(stderr)
             table.add_row(name, str(num_samples), metric, _number(value), shown)
     return table
 
 
 def _number(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.3e}"
-
-
-def _stderr_key(metric: str) -> str:
-    name, _, metric_filter = metric.partition(",")
-    return f"{name}_stderr,{metric_filter}" if metric_filter else f"{name}_stderr"

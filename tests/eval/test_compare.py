@@ -15,7 +15,7 @@ import pytest
 from sinklm.cli.compare import compare as command
 from sinklm.cli.evaluate import streaming, zero_shot
 from sinklm.console import Console
-from sinklm.eval.compare import compare, read_run, short_names
+from sinklm.eval.compare import compare, read_run, short_names, with_stderr
 from sinklm.eval.compare_output import comparison_figure, csv_text, markdown, results_table
 from sinklm.eval.report import ReportFile
 from sinklm.eval.zero_shot import write_results
@@ -74,6 +74,13 @@ def test_without_samples_the_standard_errors_are_added(tmp_path):
     assert (found.value, found.is_paired) == (pytest.approx(0.1), False)
     assert found.stderr == pytest.approx(0.05 * math.sqrt(2))
     assert row_of(compare(names), "zero-shot", "piqa", "perplexity").differences[1].stderr is None
+
+
+def test_each_metric_has_the_standard_error_of_its_filter():
+    metrics = {"acc": 0.5, "acc_stderr": 0.1, "acc,first": 0.75, "acc_stderr,first": 0.25}
+    metrics |= {"f1": 1.0, "mcc": 0.0, "mcc_stderr": math.nan}
+    expected = [("acc", 0.5, 0.1), ("acc,first", 0.75, 0.25), ("f1", 1.0, None), ("mcc", 0.0, None)]
+    assert list(with_stderr(metrics)) == expected
 
 
 def test_samples_of_another_evaluation_are_not_paired(tmp_path):
