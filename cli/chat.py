@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..console import Console
-from ..files import check_writable, locked, named_errors
-from ..text import message_of
+from ..files import check_writable, locked, named_errors, read_text
 from .generate import describe_cache, show
 from .options import (
     CACHE_HELP,
@@ -207,12 +206,7 @@ def _read_template(template: str) -> str:
     """Return a chat template, given itself or its file."""
     if "{{" in template or "{%" in template:
         return template
-    try:
-        return Path(template).read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--chat-template {template} cannot be read: {message_of(error)}; pass a file in UTF-8 or a Jinja template"
-        ) from error
+    return read_text(Path(template), "pass a file in UTF-8 or a Jinja template", option="--chat-template")
 
 
 def _messages() -> Iterator[str]:

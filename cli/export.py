@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..console import Console
+from ..files import read_text
 from .options import DtypeName, Quiet, examples, refuse_unused
 
 if TYPE_CHECKING:
@@ -119,12 +120,10 @@ def _export(
 
 
 def _read(path: Path) -> str:
+    """Read the text of ``--text`` as `sinklm prepare` and the evaluations do."""
     if path.exists() and not path.is_file():
         raise ValueError(f"--text {path} is not a file: pass a text file")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); convert it") from error
+    return read_text(path, "pass a text file", option="--text", newline="")
 
 
 def _describe(publication: "Publication", private: bool) -> str:

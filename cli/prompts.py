@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+from ..files import read_text
 from ..parsing import parse_json
 
 
@@ -42,12 +43,7 @@ def _has_bytes(argument: str) -> bool:
 
 def _of_file(file: Path) -> list[str]:
     """Read a prompt from each line; in JSON lines, a text or an object with the key ``prompt``."""
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise type(error)(f"--prompts-file {file} cannot be read: {error.strerror}; check the path") from error
-    except UnicodeError as error:
-        raise ValueError(f"--prompts-file {file} is not valid UTF-8 ({error}): convert it to UTF-8") from error
+    lines = read_text(file, "check the path", option="--prompts-file").split("\n")
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if file.suffix.lower() != ".jsonl":
         return [line for _, line in numbered]

@@ -13,7 +13,7 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.records import TextFile
+from ..files import read_text
 from ..models.checked import check_ids
 from ..streaming import MemoryOptions, StreamingCache
 from ..streaming.families import num_embedded_positions
@@ -173,12 +173,7 @@ def _read_text(path: Path) -> str:
     """Read a text file as `sinklm prepare` does."""
     if path.is_char_device() or path.is_block_device():
         raise ValueError(f"--text {path} is a device: pass a text file")
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise type(error)(f"--text {path} cannot be read: {error.strerror}; pass a text file") from error
-    document = TextFile(str(path), "", content).document()
-    return document.text if document else ""
+    return read_text(path, "pass a text file", newline="")
 
 
 def default_caches(model: PreTrainedModel) -> list[tuple[int, int]]:

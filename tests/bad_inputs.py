@@ -478,10 +478,10 @@ OPTIONS = [
     Case(
         "a text in latin-1",
         "eval streaming {model} --text mine.yaml",
-        r"mine\.yaml: not UTF-8 .*; convert or remove the file",
+        r"mine\.yaml is not UTF-8 .*: convert it to UTF-8",
         recipe("é".encode("latin-1")),
     ),
-    Case("a binary text", "eval sinks {model} --text mine.yaml", r"mine\.yaml: contains NUL bytes, .*", recipe(b"a\0")),
+    Case("a binary text", "eval sinks {model} --text mine.yaml", r"mine\.yaml contains NUL bytes, .*", recipe(b"a\0")),
     Case(
         "more tokens than text", EVAL + "--tokens 99999999999", r"text\.txt: \d+ tokens, but 99999999999 are needed: .*"
     ),
@@ -513,8 +513,13 @@ OPTIONS = [
     Case(
         "a text that is none",
         "export {model} out --full-attention --text mine.yaml",
-        r"mine\.yaml: not UTF-8 .*; convert it",
+        r"--text mine\.yaml is not UTF-8 .*: convert it to UTF-8",
         recipe("é".encode("latin-1")),
+    ),
+    Case(
+        "a mistyped text of an export",
+        "export {model} out --full-attention --text txt.text",
+        r"--text txt\.text cannot be read: No such file or directory; did you mean text\.txt\?",
     ),
     Case("a device as text", "export {model} out --full-attention --text /dev/zero", ".* is not a file: pass a text.*"),
     Case("an output that cannot be made", "export {model} /proc/a/b", r"cannot write /proc/a/b: .*"),

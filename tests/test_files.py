@@ -13,6 +13,31 @@ from sinklm import files
 needs_full_disk = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which only Linux has")
 
 
+def test_a_text_has_no_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_bytes("\ufefféa\r\nb\n".encode())
+    assert files.read_text(path, "pass a text file") == "éa\nb\n"
+    assert files.read_text(path, "pass a text file", newline="") == "éa\r\nb\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error", "message"),
+    [
+        ("bok.txt", b"", FileNotFoundError, r"cannot be read: No such file or directory; did you mean .*/book\.txt\?"),
+        ("other", b"", FileNotFoundError, "cannot be read: No such file or directory; pass a text file"),
+        ("", b"", IsADirectoryError, "cannot be read: Is a directory; pass a text file"),
+        ("a" * 300, b"", OSError, "cannot be read: File name too long; pass a text file"),
+        ("book.txt", b"ab\xff", ValueError, r"is not UTF-8 \(invalid start byte at byte 2\): convert it to UTF-8"),
+        ("book.txt", b"a\0", ValueError, "contains NUL bytes, so it is not a text file: pass a text file"),
+    ],
+)
+def test_a_text_that_cannot_be_read_is_named_with_its_option(tmp_path, name, content, error, message) -> None:
+    (tmp_path / "book.txt").write_bytes(content)
+    path = tmp_path / name
+    with pytest.raises(error, match=f"^--text {path} {message}$"):
+        files.read_text(path, "pass a text file", option="--text")
+
+
 @needs_full_disk
 def test_a_full_disk_leaves_the_older_file(tmp_path: Path) -> None:
     path = tmp_path / "results.json"

@@ -1,4 +1,4 @@
-"""Safe file writing: atomic files and folders, synced to disk, and lock files."""
+"""Files: texts of users, atomic files and folders synced to disk, and lock files."""
 
 import errno
 import fcntl
@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from .hub import near_path_hint
+
 PARTIAL = ".partial"  # suffix of a file that is being written
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, a quota and a limit on the size of files
 NUM_LOCK_ATTEMPTS = 4  # `is_locked` of another process may have the lock for a moment
@@ -19,6 +21,32 @@ NUM_LOCK_ATTEMPTS = 4  # `is_locked` of another process may have the lock for a 
 def partial_name(name: str) -> str:
     """Return the name of an unfinished file of `atomic_file`, hidden and unlike a user's own."""
     return f".{name.removeprefix('.')}{PARTIAL}"
+
+
+def read_text(path: Path, remedy: str, *, option: str = "", newline: str | None = None) -> str:
+    """Return the text of a user's file in UTF-8, without a byte order mark.
+
+    Args:
+        remedy: what to do if it cannot be read; for a missing file, similar names are better.
+        option: that the file was passed to, for messages.
+        newline: as in `open`; an empty text keeps the line ends of the file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not UTF-8, or has NUL bytes.
+    """
+    named = f"{option} {path}".lstrip()
+    try:
+        with open(path, encoding="utf-8-sig", newline=newline) as file:
+            text = file.read()
+    except OSError as error:
+        hint = near_path_hint(str(path)) if isinstance(error, FileNotFoundError) else ""
+        raise type(error)(f"{named} cannot be read: {error.strerror}; {hint or remedy}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{named} is not UTF-8 ({error.reason} at byte {error.start}): convert it to UTF-8") from error
+    if "\0" in text:
+        raise ValueError(f"{named} contains NUL bytes, so it is not a text file: {remedy}")
+    return text
 
 
 @contextmanager

@@ -34,8 +34,10 @@ def test_reset_starts_a_new_conversation_and_a_template_can_be_given(tmp_path, c
             replies.append(shown.out.splitlines()[-1])
             assert ("no chat template" in shown.err) == (not options)
         assert replies[0] == replies[1]
-    with pytest.raises(ValueError, match=r"--chat-template no\.jinja cannot be read: .*; pass a file"):
+    with pytest.raises(FileNotFoundError, match=r"--chat-template no\.jinja cannot be read: .*; pass a file"):
         chat(checkpoint, chat_template="no.jinja")
+    with pytest.raises(OSError, match=r"--chat-template Be brief.* cannot be read: File name too long; pass a file"):
+        chat(checkpoint, chat_template="Be brief. " * 30)
 
 
 def test_a_session_goes_on_after_a_restart(tmp_path, capfd, monkeypatch):
