@@ -9,7 +9,7 @@ from .config import TrainingConfig
 from .memory import GIB, count_muon_parameters
 from .only_sinks import count_frozen_parameters
 from .plan import Plan
-from .schedule import is_pythia_step, saves_after
+from .schedule import is_pythia_step, num_saved_before, saves_after
 
 RANK_BYTES = 19_400  # the random states of a rank
 FILE_BYTES = 60_000  # descriptions, and the headers of the other files
@@ -67,20 +67,18 @@ def _without_moments(plan: Plan) -> int:
 def checkpoints_kept(config: TrainingConfig) -> tuple[int, int]:
     """Return how many checkpoints a run leaves at its end, and how many exist at once at most.
 
-    An old checkpoint is deleted only when a new one is complete.
+    An old checkpoint is deleted only when a new one is complete, so one more exists until then. The
+    most exist at the last save.
     """
     section, num_steps = config.checkpoint, config.train.num_steps
-    is_saved = saves_after(num_steps, section)
-    permanent = passing = most = 0
-    for step in range(num_steps + 1):
-        if not is_saved(step):
-            continue
-        most = max(most, permanent + passing + 1)
-        if section.pythia_steps and is_pythia_step(step):
-            permanent += 1
-        else:
-            passing = min(passing + 1, section.keep or num_steps + 1)
-    return permanent + passing, most
+    permanent, passing = num_saved_before(num_steps, section)
+    most_passing = section.keep or num_steps
+    most = permanent + min(passing, most_passing) + 1
+    if section.pythia_steps and is_pythia_step(num_steps):
+        permanent += 1
+    else:
+        passing += 1
+    return permanent + min(passing, most_passing), most
 
 
 def check_free_space(folder: Path, needed: int) -> None:

@@ -38,6 +38,23 @@ def saves_after(num_steps: int, checkpoint: CheckpointSection) -> Callable[[int]
     )
 
 
+def num_saved_before(num_steps: int, checkpoint: CheckpointSection) -> tuple[int, int]:
+    """Return how many of the steps ``0 … num_steps - 1`` are saved: Pythia's, and others.
+
+    They are counted without a loop, since a run may have 10^15 steps.
+    """
+    last, every_steps = num_steps - 1, checkpoint.every_steps
+    num_multiples = last // every_steps if every_steps else 0
+    if not checkpoint.pythia_steps:
+        return 0, num_multiples
+    early = [step for step in PYTHIA_EARLY_STEPS if step <= last]
+    num_pythia = len(early) + last // PYTHIA_INTERVAL
+    num_both = sum(is_every(step, every_steps) for step in early)
+    if every_steps:
+        num_both += last // math.lcm(every_steps, PYTHIA_INTERVAL)
+    return num_pythia, num_multiples - num_both
+
+
 def is_every(step: int, every_steps: int | None) -> bool:
     """Whether ``step`` is a positive multiple of ``every_steps``; False if that is None."""
     return every_steps is not None and step > 0 and step % every_steps == 0

@@ -7,16 +7,21 @@ import subprocess
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sinklm.checkpoints.folders import list_checkpoints
 from sinklm.models import SinkGPTNeoXForCausalLM
 from sinklm.train import disk
+from sinklm.train.config import CheckpointSection
 from sinklm.train.disk import checkpoint_bytes, checkpoints_kept, run_bytes
 from sinklm.train.plan import Plan
 from sinklm.train.recipe import load_config
 from sinklm.train.run import train
+from sinklm.train.schedule import is_pythia_step, saves_after
 
 LARGER = ["model.hidden_size=128", "model.num_hidden_layers=4", "model.vocab_size=4096", "validation.every_steps=null"]
 
@@ -89,6 +94,38 @@ def test_the_number_of_checkpoints_is_that_of_a_run(recipe, tmp_path, monkeypatc
     train(recipe, [f"train.run_dir={tmp_path}", *settings])
     assert checkpoints_kept(load_config(recipe, settings)) == kept_and_most
     assert (len(list_checkpoints(tmp_path)), max(counts)) == kept_and_most
+
+
+def kept_step_by_step(section: CheckpointSection, num_steps: int) -> tuple[int, int]:
+    is_saved, saved, most = saves_after(num_steps, section), [], 0
+    for step in range(num_steps + 1):
+        if is_saved(step):
+            saved.append(step)
+            most = max(most, len(saved))
+            passing = [each for each in saved if not (section.pythia_steps and is_pythia_step(each))]
+            if section.keep:
+                saved = [each for each in saved if each not in passing or each in passing[-section.keep :]]
+    return len(saved), most
+
+
+sections = st.builds(
+    CheckpointSection,
+    every_steps=st.none() | st.integers(1, 60) | st.sampled_from([100, 125, 256, 400, 512, 1000, 2000]),
+    keep=st.none() | st.integers(1, 5),
+    pythia_steps=st.booleans(),
+)
+
+
+@given(sections, st.integers(1, 300) | st.sampled_from([511, 512, 513, 999, 1000, 1001, 2999, 3000, 4001]))
+def test_the_number_of_checkpoints_is_that_of_a_loop(section, num_steps):
+    config = SimpleNamespace(checkpoint=section, train=SimpleNamespace(num_steps=num_steps))
+    assert checkpoints_kept(config) == kept_step_by_step(section, num_steps)
+
+
+def test_the_checkpoints_of_the_longest_run_are_counted_at_once(recipe):
+    settings = [f"train.num_steps={10**15}", "checkpoint.every_steps=1500", "checkpoint.pythia_steps=true"]
+    kept_forever = 11 + 10**12  # 0, 1, 2, 4 … 512 and all multiples of 1000
+    assert checkpoints_kept(load_config(recipe, settings)) == (kept_forever + 3, kept_forever + 3)
 
 
 @pytest.fixture
