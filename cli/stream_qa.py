@@ -31,6 +31,11 @@ from .options import (
 if TYPE_CHECKING:
     from ..eval.stream_qa import Question
 
+METHODS = ("one-shot", "dense", "stream")
+FIRST_IS_TOO_LONG = (
+    "dense attention answers no question, because the first is longer than 2 × the trained length or the free memory"
+)
+
 
 @examples(
     "sinklm eval stream-qa runs/quickstart --data-dir benchmarks",
@@ -114,12 +119,6 @@ def stream_qa(
     console.print(measurement.results_table(report["results"], f"Streaming question answering: {display_name(model)}"))
     _explain_stops(console, report["results"])
     print_results(console, [file.path, folder / "stream_qa.png"])
-
-
-METHODS = ("one-shot", "dense", "stream")
-FIRST_IS_TOO_LONG = (
-    "dense attention answers no question, because the first is longer than 2 × the trained length or the free memory"
-)
 
 
 def _explain_stops(console: Console, results: list[dict[str, Any]]) -> None:

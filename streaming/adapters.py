@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .cache import StreamingCache
 
 STEERED = "streaming_cache"  # argument that passes the cache to the layers
+CODEGEN_SHARDS = 4  # of the model-parallel training; each has its own queries, values and keys
 CacheRef = Callable[[], "StreamingCache"]
 
 
@@ -144,7 +145,6 @@ def own_attention(cache_ref: CacheRef, module: nn.Module, *args: Any, **kwargs: 
     return type(module).forward(module, *args, **kwargs | {CACHE: None, STEERED: cache_ref()})
 
 
-CODEGEN_SHARDS = 4  # of the model-parallel training; each has its own queries, values and keys
 BLOOM = Adapter("self_attention", bloom_attention, mask_shape=(1, 1))
 CODEGEN = Adapter("attn", codegen_attention, takes_positions_from_cache=True)
 OWN = Adapter("self_attn", own_attention)

@@ -10,6 +10,7 @@ from ..text import near_hint, near_names
 from .config import TrainingConfig
 from .recipe import dotted_keys
 
+RUN_DIR = "train.run_dir"
 LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 
@@ -84,9 +85,6 @@ def _type(field: dict[str, Any]) -> str:
 
 def _yaml(value: object) -> str:
     return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
-
-
-RUN_DIR = "train.run_dir"
 
 
 def key_hint(option: str, options: list[str], arguments: list[str]) -> str:

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+REMEDY = "start the run with deepspeed, torchrun or srun, or unset the variables for a single process"
+
 
 def read_count(environment: Mapping[str, str], name: str, *, at_least: int = 0) -> int:
     """Return a variable as a number.
@@ -15,9 +17,6 @@ def read_count(environment: Mapping[str, str], name: str, *, at_least: int = 0) 
     if not (text.isascii() and text.strip().isdecimal() and int(text) >= at_least):
         raise ValueError(f"{name} is {text!r}: it must be a whole number of at least {at_least}; {REMEDY}")
     return int(text)
-
-
-REMEDY = "start the run with deepspeed, torchrun or srun, or unset the variables for a single process"
 
 
 def own_rank(environment: Mapping[str, str]) -> tuple[int, int]:
