@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from .cache import StreamingCache
 
 FORMAT = "sinklm-streaming-cache"
-VERSION = 2
+# Versions of sinklm without memory load files of the first version only.
+VERSION_WITHOUT_MEMORY, VERSION_WITH_MEMORY = 1, 2
+NEWEST_VERSION = VERSION_WITH_MEMORY  # that this code loads
 NUM_SAMPLES = 64  # elements of each weight in the fingerprint, besides the sum of all
 # Settings that do not change keys and values, or that the weights and the dtype show.
 IRRELEVANT = {
@@ -46,7 +48,7 @@ def save_cache(cache: "StreamingCache", path: Path, notes: dict[str, Any] | None
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors_of(streams).items()}
     state = json.dumps(
         {
-            "version": 1 if cache.memory is None else VERSION,
+            "version": VERSION_WITHOUT_MEMORY if cache.memory is None else VERSION_WITH_MEMORY,
             "num_kept": cache.shape.num_kept,
             "window": cache.shape.window,
             "chunk_size": cache.chunk_size,
@@ -139,7 +141,7 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if digest(metadata.get("state", ""), tensors) != metadata.get("sha256"):
         raise ValueError(f"{path} is damaged (its checksum is wrong): choose another file and read the text again")
     state = json.loads(metadata["state"])
-    if state["version"] > VERSION:
+    if state["version"] > NEWEST_VERSION:
         raise ValueError(f"{path} was written by a newer version of sinklm: install that version")
     return state, tensors
 

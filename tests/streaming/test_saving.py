@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from sinklm.streaming import Chat, Generator, StreamingCache
+from sinklm.streaming import Chat, Generator, MemoryOptions, StreamingCache, saving
 from sinklm.streaming.saving import fingerprint
 
 from ..eval.checkpoints import small_model
@@ -33,6 +33,17 @@ def masked(num_tokens: int, is_ragged: bool, seed: int):
     if is_ragged:
         mask[1, : (num_tokens + 1) // 2] = 0
     return tiny.random_ids(num_tokens, batch_size=2, seed=seed), mask
+
+
+def test_only_a_file_with_a_memory_needs_a_version_that_knows_it(model, file, monkeypatch):
+    monkeypatch.setattr(saving, "NEWEST_VERSION", saving.VERSION_WITHOUT_MEMORY)  # as before there was a memory
+    StreamingCache.for_model(model, num_kept=1, window=4).save(file)
+    StreamingCache.load(file, model)
+    StreamingCache.for_model(model, num_kept=1, window=8, memory=MemoryOptions(block_size=8)).save(file)
+    with pytest.raises(ValueError, match="was written by a newer version of sinklm: install that version"):
+        StreamingCache.load(file, model)
+    monkeypatch.undo()
+    StreamingCache.load(file, model)
 
 
 @torch.no_grad()
