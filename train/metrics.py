@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from ..files import write_text
@@ -108,8 +108,13 @@ def _start_wandb(config: TrainingConfig, run_dir: Path, on_failure: Callable[[Ex
         raise ValueError("wandb is not installed: `pip install wandb`, or set wandb.mode=disabled") from error
     if mode == "online" and not is_logged_in():
         raise ValueError("wandb.mode=online, but you are not logged in: run `wandb login`, or set wandb.mode=offline")
-    if mode == "auto":
-        mode = os.environ.get("WANDB_MODE") or ("online" if is_logged_in() else "offline")
+    chosen: Literal["online", "offline"] | None
+    if mode != "auto":
+        chosen = mode
+    elif os.environ.get("WANDB_MODE"):
+        chosen = None  # wandb reads the environment
+    else:
+        chosen = "online" if is_logged_in() else "offline"
     try:
         return wandb.init(
             project=config.wandb.project,
@@ -119,7 +124,7 @@ def _start_wandb(config: TrainingConfig, run_dir: Path, on_failure: Callable[[Ex
             tags=config.wandb.tags,
             id=_wandb_id(run_dir),
             resume="allow",
-            mode=mode,
+            mode=chosen,
             dir=run_dir,
             config=saved_values(config),
             settings=wandb.Settings(silent=True),

@@ -130,7 +130,7 @@ def test_the_mode_of_the_environment_counts_with_auto(wandb_asked, tmp_path, mon
     monkeypatch.setenv("WANDB_MODE", "offline")
     wandb_run(tmp_path, "auto")
     wandb_run(tmp_path, "online")  # as the recipe says
-    assert [options["mode"] for options in wandb_asked] == ["offline", "online"]
+    assert [options["mode"] for options in wandb_asked] == [None, "online"]  # None: wandb reads the environment
 
 
 def test_wandb_online_requires_a_login(wandb_asked, tmp_path):
