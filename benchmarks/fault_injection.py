@@ -202,15 +202,15 @@ def wait(processes: list[BaseProcess], seconds: float, *, may_fail: bool = False
         for process in processes:
             process.join(max(deadline - time.monotonic(), 0.0))
         hung = [process for process in processes if process.is_alive()]
+        failed = [process for process in processes if process.exitcode]
     finally:
         for process in processes:  # Python waits for those that are left when it exits
             process.kill()
             process.join()
+    if failed and not may_fail:  # others may have waited for it
+        raise RuntimeError(described(failed[0], f"ended with status {failed[0].exitcode}"))
     if hung:
         raise TimeoutError(described(hung[0], f"has not ended after {seconds:g} s"))
-    failed = [process for process in processes if process.exitcode != 0]
-    if failed and not may_fail:
-        raise RuntimeError(described(failed[0], f"ended with status {failed[0].exitcode}"))
 
 
 def described(process: BaseProcess, problem: str) -> str:

@@ -6,7 +6,8 @@ MODEL is a transformers folder, a run or checkpoint of sinklm, or a GGUF file; T
 or token ids as a .npy file. The defaults are in this repository. Each part is measured on its own:
 one that fails is reported, the others go on. Parts that the output file has of the same model,
 text, sizes and versions are not measured again, so a command that ended early (--seconds) can be
-repeated. Those of others are measured again, and replaced.
+repeated. Those of others are measured again, and replaced. Another device, Python or torch needs
+another --output.
 
 - perplexity: TEXT in --rows streams. On a GPU it is decoded token by token with
   `StreamingDecoder`. On a CPU, passes have 16 tokens: up to 47 of the keys of a

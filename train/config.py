@@ -286,6 +286,9 @@ NOT_WITH_MUON = ("offload_optimizer", "cpu_offload", "elastic_checkpoint", "para
 # names.
 OF_STAGE_3 = (
     *("offload_param", "cpu_offload_param", "sub_group_size", "prefetch_bucket_size", "zero_hpz_partition_size"),
+    *("param_persistence_threshold", "model_persistence_threshold", "max_live_parameters", "max_reuse_distance"),
+    *("gather_16bit_weights_on_model_save", "module_granularity_threshold", "use_all_reduce_for_fetch_params"),
+    *("allgather_sequential", "log_trace_cache_warnings"),
     *("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"),
     *("memory_efficient_linear", "override_module_apply"),
 )
@@ -297,7 +300,7 @@ class WandbSection(Section):
     """Logging to Weights & Biases."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = Field(
-        default="auto", description="`auto`: online if you are logged in, else offline"
+        default="auto", description="`auto`: that of WANDB_MODE, else online if you are logged in, else offline"
     )
     project: Name = Field(default="sinklm", description="project on Weights & Biases")
     entity: Name | None = Field(default=None, description="user or team; null: your default one")

@@ -84,6 +84,8 @@ class DeepSpeedSection(BaseModel):
                 raise ValueError(
                     f"{key} is {value!r}: it is a section of DeepSpeed; set its keys, as deepspeed.{key}.KEY=VALUE"
                 )
+            if isinstance(value, dict) and (wrong := [name for name in value if not isinstance(name, str)]):
+                raise ValueError(f"{key}.{wrong[0]}: no key of DeepSpeed has such a name; correct it")
         return self
 
     @model_validator(mode="after")

@@ -80,7 +80,7 @@ def describe_hang(behind: list[RankState], num_ranks: int, limit: float) -> str:
     """Return the message for the result of `find_hang`.
 
     Args:
-        limit: ``train.hang_timeout_minutes`` in seconds. It is longer where a step was slow.
+        limit: ``train.hang_timeout_minutes`` in seconds. Ranks with slow steps may wait longer.
     """
     first = behind[0]
     end = "All ranks have ended"

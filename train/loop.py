@@ -183,7 +183,7 @@ class TrainingLoop:
         if code:  # before the validation, for which there may be no time
             self._save(num_done)
             self._writer.finish()
-        if validates:
+        if validates and (is_last or code != TIME_IS_UP):
             with self._world.longer(0.0 if self._has_validated else FIRST_STEP_SECONDS):  # it may compile
                 self._validate(num_done)
             self._has_validated = True

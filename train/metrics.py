@@ -106,12 +106,14 @@ def _start_wandb(config: TrainingConfig, run_dir: Path, on_failure: Callable[[Ex
         import wandb
     except ImportError as error:
         raise ValueError("wandb is not installed: `pip install wandb`, or set wandb.mode=disabled") from error
-    if mode == "online" and not is_logged_in():
-        raise ValueError("wandb.mode=online, but you are not logged in: run `wandb login`, or set wandb.mode=offline")
+    in_environment = os.environ.get("WANDB_MODE") if mode == "auto" else None
+    if "online" in (mode, in_environment) and not is_logged_in():
+        setting = "WANDB_MODE" if in_environment else "wandb.mode"
+        raise ValueError(f"{setting}=online, but you are not logged in: run `wandb login`, or set {setting}=offline")
     chosen: Literal["online", "offline"] | None
     if mode != "auto":
         chosen = mode
-    elif os.environ.get("WANDB_MODE"):
+    elif in_environment:
         chosen = None  # wandb reads the environment
     else:
         chosen = "online" if is_logged_in() else "offline"

@@ -222,7 +222,7 @@ def _explain(recipe: str, error: ValidationError) -> list[str]:
         key = key if key.isprintable() else repr(key)  # a key of YAML may have several lines
         value = mistake["input"]
         message = mistake["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        if value is None and ":" in key:  # YAML reads {a:1} as the key `a:1`
+        if value is None and re.search(r":\S", key):  # YAML reads {a:1} as the key `a:1`
             lines.append(f"{key} has no value: write a space after the colon")
         elif mistake["type"] == "extra_forbidden":
             lines.append(f"unknown key {key}: {_nearest(key)}")

@@ -240,8 +240,15 @@ def free_memory() -> int:
     Files in the page cache that were not read lately count as free: the kernel drops them first.
     """
     free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError, KeyError):  # no cgroup, or without a limit
+    with contextlib.suppress(OSError, ValueError):  # no cgroup, or without a limit
         limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        statistics = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-        free = min(free, max(limit - used + int(statistics["inactive_file"]), 0))
+        free = min(free, max(limit - used + _unused_cache(), 0))
     return free
+
+
+def _unused_cache() -> int:
+    """Return the bytes of such files in the cgroup, 0 if they are not known."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        statistics = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        return int(statistics["inactive_file"])
+    return 0

@@ -133,9 +133,12 @@ def test_the_mode_of_the_environment_counts_with_auto(wandb_asked, tmp_path, mon
     assert [options["mode"] for options in wandb_asked] == [None, "online"]  # None: wandb reads the environment
 
 
-def test_wandb_online_requires_a_login(wandb_asked, tmp_path):
+def test_wandb_online_requires_a_login(wandb_asked, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"not logged in: run `wandb login`, or set wandb\.mode=offline"):
         wandb_run(tmp_path, "online")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with pytest.raises(ValueError, match=r"^WANDB_MODE=online, but .* or set WANDB_MODE=offline"):
+        wandb_run(tmp_path, "auto")
 
 
 def test_a_login_is_found_where_wandb_puts_it(wandb_asked, tmp_path):

@@ -5,11 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from sinklm.train.config import TrainingConfig
+from sinklm.train.config import OF_STAGE_3, TrainingConfig
 from sinklm.train.recipe import config_yaml, dotted_keys, load_config
 
 WINDOW = ["model.attention.pattern=window", "model.attention.window=9"]
 WIDE = ["train.precision=fp8", "model.hidden_size=2048"]
+
+
+def test_all_keys_of_zero_3_need_its_stage():
+    zero = pytest.importorskip("deepspeed.runtime.zero.config").DeepSpeedZeroConfig
+    names = {name for name, field in zero.model_fields.items() if str(field.alias).startswith("stage3_")}
+    assert len(names) > 5
+    assert names <= set(OF_STAGE_3)
 
 
 def test_a_resolved_config_is_a_recipe_of_the_same_run(tmp_path):
@@ -169,6 +176,7 @@ def test_weights_of_sets_are_replaced_as_a_whole(tmp_path):
             ["deepspeed.zero_optimization.round_robin_gradients=true"],
             "round_robin_gradients is derived: remove this key",
         ),
+        (["deepspeed.zero_optimization={1: 2}"], "zero_optimization.1: no key of DeepSpeed has such a name"),
         (["data.weights={a:0}"], "data.weights.a:0 has no value: write a space after the colon"),
         (["optimizer={lr:1}"], "optimizer.lr:1 has no value: write a space after the colon"),
         (["deepspeed.bf16.enabled=false"], "bf16.enabled is derived: set train.precision"),

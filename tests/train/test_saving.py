@@ -127,6 +127,8 @@ def test_files_in_the_page_cache_do_not_count_as_used(tmp_path, monkeypatch):
         (tmp_path / f"memory.{name}").write_text(content)
     monkeypatch.setattr(saving, "CGROUP", tmp_path)
     assert saving.free_memory() == 52_000
+    (tmp_path / "memory.stat").unlink()
+    assert saving.free_memory() == 2_000
     (tmp_path / "memory.max").write_text("max\n")  # no limit
     assert saving.free_memory() > 52_000
 

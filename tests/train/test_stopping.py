@@ -3,6 +3,8 @@
 import os
 import signal
 import threading
+from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given
@@ -13,7 +15,7 @@ from sinklm.train.run import train
 from sinklm.train.saving import TYPICAL_DISK
 from sinklm.train.stopping import REQUEUE_STATUS, STOP_SIGNALS, StopRequest, TimeLimit, exit_status, restored_handlers
 
-from .tiny import losses, wait_for_step
+from .tiny import losses, metrics, wait_for_step
 
 
 def test_a_signal_is_recorded_and_handlers_are_restored():
@@ -106,6 +108,22 @@ def test_a_run_whose_time_is_up_saves_and_asks_to_be_run_again(recipe, tmp_path,
         assert "stopped by train.max_minutes; the state is saved" in capsys.readouterr().out
     train(recipe, [*overrides, "train.max_minutes=0.001"])  # the last step needs no further run
     assert list(losses(tmp_path)) == [1, 2, 3]
+
+
+def test_a_validation_for_which_there_is_no_time_is_left_out(recipe, tmp_path):
+    overrides = [f"train.run_dir={tmp_path}", "train.num_steps=4", "validation.every_steps=2"]
+    with patch.object(TimeLimit, "is_up", lambda self, *_, validates: validates), pytest.raises(SystemExit) as ended:
+        train(recipe, overrides)
+    assert ended.value.code == REQUEUE_STATUS
+    assert list(list_checkpoints(tmp_path)) == [2]
+    assert validated(tmp_path) == []
+    train(recipe, overrides)
+    assert validated(tmp_path) == [4]
+
+
+def validated(run_dir: Path) -> list[int]:
+    """Return the steps with a validation loss."""
+    return [record["step"] for record in metrics(run_dir) if "validation_loss" in record]
 
 
 SECONDS = st.floats(0, 1e3)
