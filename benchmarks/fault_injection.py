@@ -151,9 +151,7 @@ def disturb(runs: Runs, run_dir: Path, whole: Path, outcome: Outcome, min_kills:
             else:
                 kill_at_random(processes, run_dir, outcome, chance)
         finally:
-            for process in processes:
-                process.kill()
-                process.join()
+            end(processes)
         if all(process.exitcode == 0 for process in processes):
             outcome.runs += 1
             outcome.equal_runs += are_equal(whole, run_dir)
@@ -204,13 +202,18 @@ def wait(processes: list[BaseProcess], seconds: float, *, may_fail: bool = False
         hung = [process for process in processes if process.is_alive()]
         failed = [process for process in processes if process.exitcode]
     finally:
-        for process in processes:  # Python waits for those that are left when it exits
-            process.kill()
-            process.join()
+        end(processes)
     if failed and not may_fail:  # others may have waited for it
         raise RuntimeError(described(failed[0], f"ended with status {failed[0].exitcode}"))
     if hung:
         raise TimeoutError(described(hung[0], f"has not ended after {seconds:g} s"))
+
+
+def end(processes: list[BaseProcess]) -> None:
+    """Kill processes that are left. Python would wait for them when it exits."""
+    for process in processes:
+        process.kill()
+        process.join()
 
 
 def described(process: BaseProcess, problem: str) -> str:

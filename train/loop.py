@@ -263,7 +263,7 @@ class TrainingLoop:
         by_set = {name: self._validation_loss(windows)[0] for name, windows in self._set_windows.items()}
         with self._world.all_or_none():
             others = self._probes.measure(self._engine)
-        self._time_limit.measure_validation(time.perf_counter() - started)
+        self._time_limit.measure("validation", time.perf_counter() - started)
         if self._world.is_main:
             others |= {"validation_loss_by_set": by_set} if by_set else {}
             self._write({"step": step, "validation_loss": loss, "num_validation_samples": num_samples, **others})
@@ -285,7 +285,7 @@ class TrainingLoop:
         self._writer.save(self._engine, step)
 
     def _report_save(self, path: Path, seconds: float) -> None:
-        self._time_limit.measure_save(seconds)
+        self._time_limit.measure("save", seconds)
         self._progress.say(f"saved {path}")
 
     def _write(self, values: dict[str, Any]) -> None:

@@ -99,24 +99,18 @@ class WandbRun:
 
 def _start_wandb(config: TrainingConfig, run_dir: Path, on_failure: Callable[[Exception], None]) -> Any:
     """Start or resume the wandb run of a folder. Returns None if it is disabled, or failed."""
-    mode = config.wandb.mode
+    mode: Literal["auto", "online", "offline", "disabled"] | None = config.wandb.mode
     if mode == "disabled" or os.environ.get("WANDB_MODE") == "disabled":
         return None
     try:
         import wandb
     except ImportError as error:
         raise ValueError("wandb is not installed: `pip install wandb`, or set wandb.mode=disabled") from error
-    in_environment = os.environ.get("WANDB_MODE") if mode == "auto" else None
-    if "online" in (mode, in_environment) and not is_logged_in():
-        setting = "WANDB_MODE" if in_environment else "wandb.mode"
+    setting, wanted = ("wandb.mode", mode) if mode != "auto" else ("WANDB_MODE", os.environ.get("WANDB_MODE"))
+    if wanted == "online" and not is_logged_in():
         raise ValueError(f"{setting}=online, but you are not logged in: run `wandb login`, or set {setting}=offline")
-    chosen: Literal["online", "offline"] | None
-    if mode != "auto":
-        chosen = mode
-    elif in_environment:
-        chosen = None  # wandb reads the environment
-    else:
-        chosen = "online" if is_logged_in() else "offline"
+    if mode == "auto":  # wandb reads the environment itself
+        mode = None if wanted else "online" if is_logged_in() else "offline"
     try:
         return wandb.init(
             project=config.wandb.project,
@@ -126,7 +120,7 @@ def _start_wandb(config: TrainingConfig, run_dir: Path, on_failure: Callable[[Ex
             tags=config.wandb.tags,
             id=_wandb_id(run_dir),
             resume="allow",
-            mode=chosen,
+            mode=mode,
             dir=run_dir,
             config=saved_values(config),
             settings=wandb.Settings(silent=True),

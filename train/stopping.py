@@ -8,6 +8,7 @@ import time
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 SECOND_INTERRUPT_AFTER = 3.0  # seconds; launchers send several signals for one Ctrl-C
 # Stop codes besides the numbers of signals:
@@ -118,13 +119,9 @@ class TimeLimit:
         self._estimated = {"save": save_seconds, "validation": validation_seconds}
         self._measured: dict[str, float] = {}
 
-    def measure_save(self, seconds: float) -> None:
-        """Record how long a save took. The longest counts."""
-        self._measured["save"] = max(self._measured.get("save", 0.0), seconds)
-
-    def measure_validation(self, seconds: float) -> None:
-        """Record how long a validation took. The longest counts; the first one may compile."""
-        self._measured["validation"] = max(self._measured.get("validation", 0.0), seconds)
+    def measure(self, what: Literal["save", "validation"], seconds: float) -> None:
+        """Record how long a save or a validation took. The longest counts."""
+        self._measured[what] = max(self._measured.get(what, 0.0), seconds)
 
     def is_up(self, age: float, step_seconds: float, *, validates: bool = False) -> bool:
         """Whether to stop after the next step.

@@ -132,8 +132,8 @@ SECONDS = st.floats(0, 1e3)
 @given(st.floats(0.01, 1e4), SECONDS, SECONDS, SECONDS, st.floats(0, 1e5))
 def test_the_time_limit_leaves_time_for_a_step_a_validation_and_a_save(max_minutes, save, validation, step, age):
     limit = TimeLimit(max_minutes, save_seconds=1e9)
-    limit.measure_save(save)
-    limit.measure_validation(validation)
+    limit.measure("save", save)
+    limit.measure("validation", validation)
     if not limit.is_up(age, step):
         assert age + 2 * step + 2 * save <= 60 * max_minutes
     if not limit.is_up(age, step, validates=True):
