@@ -11,13 +11,15 @@ transformers). A contestant that is not installed, runs out of memory or fails o
 and skipped.
 
 All train the same shape on the same random tokens with the same micro-batch on every rank, one run
-each:
+each. A step is --micro-batches micro-batches and an update. Recipes have many (160M: 32 on one
+GPU); with the default of 1, a run is shorter and the update is a larger part of the time.
+
+The contestants:
 
 - ``sinklm``: `sinklm train` with default settings (DeepSpeed ZeRO-1, bf16 on a GPU, float32 on a
   CPU) and one sink token; ``sinklm-none`` without, and likewise for each ``sink.kind``;
   ``sinklm-muon`` with Muon. The time is the mean of the steps recorded in `metrics.jsonl`, with
-  their standard deviation. A step is one micro-batch and an update; recipes have an update for many
-  micro-batches.
+  their standard deviation.
 - ``transformers``, ``litgpt``, ``nanogpt``: plain loops, see `train_peers.py`; with the suffix
   ``-bf16`` they have bfloat16 weights.
 - ``trainer``: transformers' Trainer.
@@ -87,7 +89,7 @@ def run_sinklm(contestant: str, ranks: int, recipe: str, store: Path, folder: Pa
         f"data.path={store}",
         f"train.run_dir={run_dir}",
         f"train.seq_length={args.seq_length}",
-        f"train.batch_size_tokens={ranks * config.train.micro_batch_size * args.seq_length}",
+        f"train.batch_size_tokens={tokens_per_step(ranks, config, args)}",
         f"train.micro_batch_size={config.train.micro_batch_size}",
         "train.num_steps=100000",
         f"train.precision={'bf16' if torch.cuda.is_available() else 'fp32'}",
@@ -150,6 +152,7 @@ def run_peer(contestant: str, ranks: int, recipe: str, store: Path, folder: Path
         "store": str(store),
         "seq_length": args.seq_length,
         "micro_batch_size": config_of(contestant, recipe, args).train.micro_batch_size,
+        "num_micro_batches": args.micro_batches,
         "num_warmup_steps": args.num_warmup_steps,
         "num_steps": args.num_steps,
     }
@@ -160,7 +163,8 @@ def run_peer(contestant: str, ranks: int, recipe: str, store: Path, folder: Path
     if process.returncode:
         raise RuntimeError(last_words(stderr))
     result = json.loads(stdout.splitlines()[-1])
-    return {**result, "start": result.pop("first_step_at") - started}
+    start = result.pop("first_step_at") - started
+    return {**result, "start": start}
 
 
 def last_words(output: str) -> str:
@@ -175,6 +179,10 @@ def own_settings(contestant: str) -> list[str]:
     if name != "sinklm" or not kind:
         return []
     return ["optimizer.name=muon"] if kind == "muon" else [f"model.sink.kind={kind}"]
+
+
+def tokens_per_step(ranks: int, config: TrainingConfig, args: Settings) -> int:
+    return ranks * args.micro_batches * config.train.micro_batch_size * args.seq_length
 
 
 def config_of(contestant: str, recipe: str, args: Settings) -> TrainingConfig:
@@ -193,8 +201,8 @@ def measure(contestant: str, ranks: int, size: str, store: Path, args: Settings)
             config = config_of(contestant, recipe, args)
         except Exception as error:  # the other contestants are still measured
             return row | {"error": f"{type(error).__name__}: {error}"[:400]}
-    row |= {"micro_batch_size": config.train.micro_batch_size}
-    row["tokens_per_second"] = ranks * row["micro_batch_size"] * args.seq_length / row["seconds_per_step"]
+    row |= {"micro_batch_size": config.train.micro_batch_size, "num_micro_batches": args.micro_batches}
+    row["tokens_per_second"] = tokens_per_step(ranks, config, args) / row["seconds_per_step"]
     if torch.cuda.is_available() and (peak := peak_flops(torch.device("cuda", 0), "bf16")):
         operations = flops_per_token(Plan(config, 1, PYTHIA_TOKENIZER_SIZE).model_config, args.seq_length)
         row["mfu"] = row["tokens_per_second"] * operations / (ranks * peak)
@@ -216,7 +224,7 @@ def table(rows: list[dict]) -> str:
         base = fewest.setdefault((row["size"], row["contestant"]), row)
         linear = base["tokens_per_second"] * row["ranks"] / base["ranks"]
         cells[-1] |= {
-            "micro-batch": row["micro_batch_size"],
+            "micro-batch": f"{row['num_micro_batches']} × {row['micro_batch_size']}",
             "ms/step": milliseconds(row),
             "tokens/s": f"{speed:,.0f}",
             "MFU": f"{row['mfu']:.1%}" if "mfu" in row else "",
@@ -252,6 +260,7 @@ def main() -> None:
     parser.add_argument("--contestants", default=CONTESTANTS)
     parser.add_argument("--seq-length", type=int, default=2048)
     parser.add_argument("--micro-batch-size", type=int, help="default: the recipe's value")
+    parser.add_argument("--micro-batches", type=int, default=1, help="micro-batches of an update, on each rank")
     parser.add_argument("--num-warmup-steps", type=int, default=10)
     parser.add_argument("--num-steps", type=int, default=30)
     parser.add_argument("--ranks", default="1", help="numbers of ranks, separated by commas")

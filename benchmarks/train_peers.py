@@ -2,12 +2,13 @@
 
     python benchmarks/train_peers.py '{"contestant": "litgpt", "recipe": "pythia-160m", …}'
 
-Every loop clips to 1.0 and updates with fused AdamW, on batches that are already on the device. On
-a GPU, models and losses are compiled (except litgpt's loss, as in its own pretraining), attention
-is SDPA, and the weights are float32 with bfloat16 autocast, as in `transformers.Trainer(bf16=True)`
-and `litgpt pretrain` by default. With the suffix ``-bf16``, weights and moments are bfloat16
-without a float32 copy, which is faster and less exact. On a CPU everything is float32 and eager.
-With torchrun, the model is wrapped in DistributedDataParallel.
+Every loop accumulates the gradients of some micro-batches, clips to 1.0 and updates with fused
+AdamW, on batches that are already on the device. On a GPU, models and losses are compiled (except
+litgpt's loss, as in its own pretraining), attention is SDPA, and the weights are float32 with
+bfloat16 autocast, as in `transformers.Trainer(bf16=True)` and `litgpt pretrain` by default. With
+the suffix ``-bf16``, weights and moments are bfloat16 without a float32 copy, which is faster and
+less exact. On a CPU everything is float32 and eager. With torchrun, the model is wrapped in
+DistributedDataParallel.
 """
 
 import json
@@ -28,6 +29,7 @@ import torch.distributed as dist
 from part_report import spread
 from torch import nn
 from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
+from torch.nn.parallel import DistributedDataParallel
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from sinklm.data import open_store
@@ -39,6 +41,7 @@ from sinklm.train.recipe import load_config
 from sinklm.train.summary import PYTHIA_TOKENIZER_SIZE
 
 Loss = Callable[[torch.Tensor], torch.Tensor]  # takes samples (B, T + 1)
+Task = dict[str, Any]  # from the command line
 
 
 class Clock:
@@ -65,16 +68,20 @@ class Clock:
         return [milliseconds_between(*marks) / 1e3 for marks in pairwise(self._marks)]
 
 
-def plain_loop(model: nn.Module, loss_of: Loss, batches: Iterator[torch.Tensor], clock: Clock, num_steps: int) -> None:
-    """Train: forward, backward, clip, update."""
+def plain_loop(model: nn.Module, loss_of: Loss, batches: Iterator[torch.Tensor], clock: Clock, task: Task) -> None:
+    """Train: forward and backward for each micro-batch, clip, update."""
+    num_micro_batches = task["num_micro_batches"]
     parameters = list(model.parameters())
     has_float32_weights = parameters[0].dtype == torch.float32
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     is_mixed = parameters[0].is_cuda and has_float32_weights
-    for _ in range(num_steps):
-        with torch.autocast("cuda", torch.bfloat16) if is_mixed else nullcontext():
-            loss = loss_of(next(batches))
-        loss.backward()
+    for _ in range(num_steps(task)):
+        for left in reversed(range(num_micro_batches)):
+            # The last micro-batch starts the all-reduce.
+            with model.no_sync() if left and isinstance(model, DistributedDataParallel) else nullcontext():
+                with torch.autocast("cuda", torch.bfloat16) if is_mixed else nullcontext():
+                    loss = loss_of(next(batches)) / num_micro_batches
+                loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -86,10 +93,18 @@ def prepared(model: nn.Module, *, is_bf16: bool) -> nn.Module:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device, torch.bfloat16 if is_bf16 else torch.float32).train()
     if dist.is_initialized():
-        model = nn.parallel.DistributedDataParallel(model)
+        model = DistributedDataParallel(model)
     if device.type == "cuda":
         model.compile()
     return model
+
+
+def is_bf16(task: Task) -> bool:
+    return task["contestant"].endswith("-bf16")
+
+
+def num_steps(task: Task) -> int:
+    return task["num_warmup_steps"] + task["num_steps"]
 
 
 def transformers_model(config: SinkGPTNeoXConfig) -> GPTNeoXForCausalLM:
@@ -97,12 +112,12 @@ def transformers_model(config: SinkGPTNeoXConfig) -> GPTNeoXForCausalLM:
     return GPTNeoXForCausalLM(GPTNeoXConfig(**settings | {"use_cache": False}, attn_implementation="sdpa"))
 
 
-def train_transformers(config: SinkGPTNeoXConfig, batches: Iterator, clock: Clock, num_steps: int, bf16: bool) -> None:
-    model = prepared(transformers_model(config), is_bf16=bf16)
-    plain_loop(model, lambda samples: model(samples[:, :-1], labels=samples[:, :-1]).loss, batches, clock, num_steps)
+def train_transformers(config: SinkGPTNeoXConfig, batches: Iterator, clock: Clock, task: Task) -> None:
+    model = prepared(transformers_model(config), is_bf16=is_bf16(task))
+    plain_loop(model, lambda samples: model(samples[:, :-1], labels=samples[:, :-1]).loss, batches, clock, task)
 
 
-def train_litgpt(config: SinkGPTNeoXConfig, batches: Iterator, clock: Clock, num_steps: int, bf16: bool) -> None:
+def train_litgpt(config: SinkGPTNeoXConfig, batches: Iterator, clock: Clock, task: Task) -> None:
     """Train litgpt's model with its loss, as in its `pretrain.py`."""
     from litgpt.config import Config
     from litgpt.model import GPT
@@ -118,12 +133,12 @@ def train_litgpt(config: SinkGPTNeoXConfig, batches: Iterator, clock: Clock, num
         rotary_percentage=config.rope_parameters["partial_rotary_factor"],
         parallel_residual=config.use_parallel_residual,
     )
-    model = prepared(GPT(shape), is_bf16=bf16)
+    model = prepared(GPT(shape), is_bf16=is_bf16(task))
 
     def loss_of(samples: torch.Tensor) -> torch.Tensor:
         return chunked_cross_entropy(model(samples[:, :-1].contiguous()), samples[:, 1:].contiguous())
 
-    plain_loop(model, loss_of, batches, clock, num_steps)
+    plain_loop(model, loss_of, batches, clock, task)
 
 
 class NanoLayer(nn.Module):
@@ -183,12 +198,12 @@ class NanoGPT(nn.Module):
         return cross_entropy(self.head(self.norm(x)).flatten(0, 1).float(), targets.flatten())
 
 
-def train_nanogpt(config: SinkGPTNeoXConfig, batches: Iterator, clock: Clock, num_steps: int, bf16: bool) -> None:
-    model = prepared(NanoGPT(config), is_bf16=bf16)
-    plain_loop(model, model, batches, clock, num_steps)
+def train_nanogpt(config: SinkGPTNeoXConfig, batches: Iterator, clock: Clock, task: Task) -> None:
+    model = prepared(NanoGPT(config), is_bf16=is_bf16(task))
+    plain_loop(model, model, batches, clock, task)
 
 
-def train_trainer(config: SinkGPTNeoXConfig, batches: Iterator, clock: Clock, num_steps: int, bf16: bool) -> None:
+def train_trainer(config: SinkGPTNeoXConfig, batches: Iterator, clock: Clock, task: Task) -> None:
     """Train with transformers' Trainer, which distributes the batch itself."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -197,15 +212,17 @@ def train_trainer(config: SinkGPTNeoXConfig, batches: Iterator, clock: Clock, nu
             clock.tick()
 
     first = next(batches).cpu()
-    samples = [{"input_ids": row[:-1], "labels": row[:-1]} for _ in range(num_steps) for row in first]
+    num_batches = num_steps(task) * task["num_micro_batches"]
+    samples = [{"input_ids": row[:-1], "labels": row[:-1]} for _ in range(num_batches) for row in first]
     if dist.is_initialized():
         samples = samples * dist.get_world_size()
     on_gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
-            max_steps=num_steps,
+            max_steps=num_steps(task),
             per_device_train_batch_size=len(first),
+            gradient_accumulation_steps=task["num_micro_batches"],
             optim="adamw_torch_fused",
             bf16=on_gpu,
             torch_compile=on_gpu,
@@ -242,15 +259,13 @@ def read_batches(store: Path, micro_batch_size: int, seq_length: int) -> Iterato
 def main() -> None:
     task = json.loads(sys.argv[1])
     plan = Plan(load_config(task["recipe"]), 1, PYTHIA_TOKENIZER_SIZE)
-    name, _, suffix = task["contestant"].partition("-")
     if "WORLD_SIZE" in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["WORLD_SIZE"])))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     torch.manual_seed(0)
     clock = Clock(task["num_warmup_steps"])
     batches = read_batches(Path(task["store"]), task["micro_batch_size"], task["seq_length"])
-    num_steps = task["num_warmup_steps"] + task["num_steps"]
-    PEERS[name](plan.model_config, batches, clock, num_steps, suffix == "bf16")
+    PEERS[task["contestant"].removesuffix("-bf16")](plan.model_config, batches, clock, task)
     seconds = clock.seconds()
     if int(os.environ.get("RANK", 0)) == 0:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -15,7 +15,7 @@ from benchmarks.part_report import PartReport, table, with_spread
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ROW = {"size": "14m", "contestant": "sinklm", "ranks": 1, "micro_batch_size": 1, "tokens_per_second": 8.0}
-ROW |= {"seconds_per_step": 0.25, "stdev": 0.0123, "memory_gib": 0.0, "start": 1.0}
+ROW |= {"num_micro_batches": 1, "seconds_per_step": 0.25, "stdev": 0.0123, "memory_gib": 0.0, "start": 1.0}
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +35,22 @@ def test_an_output_with_a_dot_keeps_its_name(tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["E1.4.json", "E1.4.md", "E1.5.json", "E1.5.md"]
     assert json.loads((tmp_path / "E1.4.json").read_text())["rows"] == [ROW]
     assert "| 250.0 ± 12.3 |" in capsys.readouterr().out
+
+
+def test_the_loop_of_the_peers_accumulates_the_gradient_of_the_whole_batch():
+    from benchmarks import train_peers
+
+    samples, found = torch.randn(4, 3), []
+    for batches in ([samples], [samples[:2], samples[2:]]):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 1)
+        task = {"num_warmup_steps": 0, "num_steps": 1, "num_micro_batches": len(batches)}
+        loss_of = lambda batch, model=model: model(batch).square().mean()  # noqa: E731
+        train_peers.plain_loop(model, loss_of, iter(batches), train_peers.Clock(0), task)
+        found.append(model.weight)
+    torch.testing.assert_close(*found)
+    torch.manual_seed(0)
+    assert not torch.equal(found[0], torch.nn.Linear(3, 1).weight)
 
 
 def test_windows_are_timed_with_their_spread_into_an_output_with_a_dot(tmp_path, monkeypatch, capsys):

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 REPORTS = {  # scripts by the page that they write
     "paper": "report",
+    "training-speed": "training_report",
     "windows": "windows_report",
     "recall": "recall_report",
     "quantization": "quantization_report",

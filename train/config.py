@@ -277,7 +277,7 @@ class CheckpointSection(Section):
 
 
 FLOAT8_MULTIPLE = 16  # of the sizes of a product in float8
-FLOAT8_WIDTH = 2048  # smallest `model.hidden_size` with float8: the narrower, the larger the share of the casts
+FLOAT8_WIDTH = 768  # smallest `model.hidden_size` with float8: the narrower, the larger the share of the casts
 
 # Switches of `zero_optimization` with which DeepSpeed moves the optimizer's state (`cpu_offload` is
 # the old name of `offload_optimizer`), or partitions or loads it in another way.

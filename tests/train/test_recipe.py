@@ -63,7 +63,7 @@ def test_weights_of_sets_are_replaced_as_a_whole(tmp_path):
         (["train.precision=fp8", "deepspeed.zero_stage=0"], "fp8 does not work with deepspeed.zero_stage=0: set 1"),
         (
             ["train.precision=fp8"],
-            "fp8 requires model.hidden_size of at least 2048, but it is 128: set train.precision",
+            "fp8 requires model.hidden_size of at least 768, but it is 128: set train.precision",
         ),
         (
             [*WIDE, *WINDOW, "train.segment_length=512"],
