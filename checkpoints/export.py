@@ -29,6 +29,7 @@ from .folders import resolve_model_folder
 from .full_attention import check_windows, measured_cost
 from .loading import let_everyone_read, load_model, load_tokenizer
 from .model_card import model_card
+from .weight_types import DTYPES, cast, name_of
 
 EXPORTABLE_KINDS = ("none", "token")
 # GPT-NeoX refuses `token_type_ids`, a default of transformers 4; generation needs left padding.
@@ -42,6 +43,7 @@ def export_model(
     output: str | Path,
     *,
     name: str | None = None,
+    dtype: str = "auto",
     full_attention: bool = False,
     text: str | None = None,
 ) -> Path:
@@ -55,6 +57,8 @@ def export_model(
         checkpoint: a run, a checkpoint or the folder of a sinklm model, as for `load_model`.
         output: the folder to create. It may exist if it is empty.
         name: of the model in its card; default: that of the folder.
+        dtype: of the weights: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"auto"``, which is
+            that of the checkpoint.
         full_attention: export a model with windowed layers, which plain GPT-NeoX does not have,
             with full attention in all layers. What that changes is measured by
             `full_attention_cost`, and stated in the card.
@@ -65,7 +69,7 @@ def export_model(
 
     Raises:
         ValueError: plain GPT-NeoX does not support the model, its tokenizer does not match its
-            sinks, or ``checkpoint`` is an export.
+            sinks, ``checkpoint`` is an export, or a value is too large for float16.
         FileExistsError: ``output`` exists and is not empty.
         OSError: writing failed. No partial files remain.
 
@@ -82,6 +86,8 @@ def export_model(
     check_windows(config, checkpoint, full_attention)
     tokenizer = exported_tokenizer(checkpoint, config)
     cost = measured_cost(checkpoint, full_attention, text)
+    if dtype != "auto":
+        _cast(model, DTYPES[dtype])
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -130,6 +136,17 @@ def _exportable_config(model: PreTrainedModel, checkpoint: str | Path) -> SinkGP
     return model.config
 
 
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Change the data type of all weights, and of the configuration.
+
+    Raises:
+        ValueError: a value is too large for it.
+    """
+    for key, weight in model.named_parameters():
+        weight.data = cast(weight, key, dtype)
+    model.config.dtype = dtype
+
+
 def _write_model(model: PreTrainedModel, config: SinkGPTNeoXConfig, folder: Path) -> None:
     """Write the weights (safetensors), ``config.json`` and ``generation_config.json``."""
     plain_config = _plain_config(config)
@@ -173,7 +190,7 @@ def _older_keys(config: GPTNeoXConfig) -> dict[str, Any]:
     keys = {
         "rotary_emb_base": rope.pop("rope_theta"),
         "rotary_pct": rope.pop("partial_rotary_factor", 1.0),
-        "torch_dtype": str(config.dtype).removeprefix("torch."),
+        "torch_dtype": name_of(config.dtype),
     }
     return keys if rope.get("rope_type") == "default" else keys | {"rope_scaling": rope}
 

@@ -24,11 +24,11 @@ from ..models.config import sink_config, trained_windows
 from .export import EXPORTABLE_KINDS, ExportedTokenizer, exported_tokenizer
 from .full_attention import check_windows, measured_cost
 from .loading import load_model
+from .weight_types import DTYPES, cast
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # llama.cpp has only the tanh approximation
 UNUSED_DTYPE = torch.empty(0).numpy().dtype  # of numpy; `gguf` uses it only without `raw_dtype`
 NEVER_IN_UTF8 = {chr(byte) for byte in (0xC0, 0xC1, *range(0xF5, 0x100))}  # Pythia's tokenizer lacks these bytes
@@ -308,10 +308,7 @@ def _stored(weight: torch.Tensor, key: str, config: PreTrainedConfig, dtype: tor
     """
     if ".attn_qkv." in key:
         weight = sorted_by_part(weight, config.num_attention_heads)
-    stored = weight.detach().to(_stored_dtype(weight, dtype)).contiguous()
-    if not stored.isfinite().all():
-        raise ValueError(f"{key} has values too large for {str(dtype).removeprefix('torch.')}: use --dtype bfloat16")
-    return stored
+    return cast(weight, key, _stored_dtype(weight, dtype)).contiguous()
 
 
 def sorted_by_part(weight: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -44,13 +44,18 @@ class Publication:
 
 
 def describe_publication(
-    checkpoint: str | Path, repository: str, *, full_attention: bool = False, text: str | None = None
+    checkpoint: str | Path,
+    repository: str,
+    *,
+    dtype: str = "auto",
+    full_attention: bool = False,
+    text: str | None = None,
 ) -> Publication:
     """Export a checkpoint to a temporary folder and say what `publish` would upload.
 
     The Hub is not asked. Arguments and errors are those of `publish`.
     """
-    with _staged(checkpoint, repository, full_attention, text) as folder:
+    with _staged(checkpoint, repository, dtype, full_attention, text) as folder:
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
         return Publication(repository, files, (folder / "README.md").read_text(encoding="utf-8"))
 
@@ -60,6 +65,7 @@ def publish(
     repository: str,
     *,
     private: bool = False,
+    dtype: str = "auto",
     full_attention: bool = False,
     text: str | None = None,
 ) -> str:
@@ -70,6 +76,7 @@ def publish(
         repository: ``owner/name``. It is created if it does not exist.
         private: create a private repository. Without it, the setting of the account decides, which
             is normally public.
+        dtype: as for `export_model`; an export is uploaded as it is.
         full_attention: as for `export_model`.
         text: the same.
 
@@ -78,7 +85,8 @@ def publish(
 
     Raises:
         ValueError: the name is not ``owner/name``, nobody is logged in, the repository is public
-            although ``private`` is set, or the model cannot be exported.
+            although ``private`` is set, the model cannot be exported, or ``dtype`` is set for an
+            export.
         FileExistsError: the repository has files, and they are not an export.
         OSError: the Hub cannot be reached or refuses the upload.
     """
@@ -88,7 +96,7 @@ def publish(
     api = HfApi()
     with _named_errors(repository):
         _check_repository(api, repository, private)
-    with _staged(checkpoint, repository, full_attention, text) as folder, _named_errors(repository):
+    with _staged(checkpoint, repository, dtype, full_attention, text) as folder, _named_errors(repository):
         api.create_repo(repository, private=private or None, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repository,
@@ -143,17 +151,23 @@ def _named_errors(repository: str) -> Iterator[None]:
 
 
 @contextmanager
-def _staged(checkpoint: str | Path, repository: str, full_attention: bool, text: str | None) -> Iterator[Path]:
+def _staged(
+    checkpoint: str | Path, repository: str, dtype: str, full_attention: bool, text: str | None
+) -> Iterator[Path]:
     """Write an export, whose card names the repository, to a temporary folder."""
     _check_name(repository)
     with tempfile.TemporaryDirectory(prefix="sinklm-export-") as parent:
         folder, source = Path(parent) / "export", Path(resolve_model_folder(checkpoint))
         if is_export(source):
+            if dtype != "auto":
+                raise ValueError(
+                    f"{checkpoint} is an export, which is uploaded as it is: leave out --dtype, or pass the checkpoint"
+                )
             measured_cost(checkpoint, full_attention, text)
             verify_model_folder(str(source))
             _copy_export(source, folder, repository)
         else:
-            export_model(checkpoint, folder, name=repository, full_attention=full_attention, text=text)
+            export_model(checkpoint, folder, name=repository, dtype=dtype, full_attention=full_attention, text=text)
         yield folder
 
 

@@ -13,6 +13,7 @@ from ..parsing import named_damage, parse_json, parse_yaml
 from .checksums import verify_description
 from .folders import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, STATE_FILE, read_state
 from .full_attention import AttentionCost
+from .weight_types import name_of
 
 TEMPLATE = """\
 ---
@@ -131,7 +132,7 @@ def architecture_facts(model: PreTrainedModel) -> dict[str, str]:
         "Longest sequence": f"{config.max_position_embeddings:,} positions, sinks included",
         "Vocabulary": f"{config.vocab_size:,} rows",
         "Sink token ids": ", ".join(map(str, config.sink_token_ids)) or "none",
-        "Weights": str(model.dtype).removeprefix("torch."),
+        "Weights": name_of(model.dtype),
     }
 
 

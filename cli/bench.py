@@ -112,6 +112,7 @@ def _load(name: str, **options: Any) -> tuple["PreTrainedModel", dict[str, Any]]
         options: device and dtype as in `load_model`.
     """
     from ..checkpoints import load_model
+    from ..checkpoints.weight_types import name_of
     from ..eval.report import describe_model
     from ..streaming.layers import describe_rules
 
@@ -124,7 +125,7 @@ def _load(name: str, **options: Any) -> tuple["PreTrainedModel", dict[str, Any]]
         "recipe": name,
         "num_parameters": num_parameters,
         "windows": describe_rules(loaded.config),
-        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "dtype": name_of(loaded.dtype),
     }
 
 

@@ -25,6 +25,7 @@ class Form(StrEnum):
 @examples(
     "sinklm export runs/quickstart exports/quickstart",
     "sinklm export runs/quickstart/checkpoints/step-20 exports/step-20",
+    "sinklm export runs/quickstart exports/small --dtype bfloat16",
     "sinklm export runs/quickstart exports/quickstart.gguf --to gguf",
     "sinklm export runs/quickstart me/quickstart --to hub --private --dry-run",
 )
@@ -51,7 +52,8 @@ def export(
         ),
     ] = Form.HF,
     dtype: Annotated[
-        DtypeName, typer.Option(help="Data type of the matrices in a GGUF file; auto: that of the checkpoint.")
+        DtypeName,
+        typer.Option(help="Data type of the weights, in a GGUF file of the matrices; auto: that of the checkpoint."),
     ] = DtypeName.AUTO,
     private: Annotated[bool, typer.Option("--private", help="Create a private repository on the Hub.")] = False,
     dry_run: Annotated[
@@ -74,10 +76,6 @@ def export(
     if to == Form.HF and output.lower().endswith(".gguf"):
         raise ValueError(f"{output} would be a folder for transformers: did you mean --to gguf?")
     refuse_unused(
-        {"--dtype": to != Form.GGUF and dtype != DtypeName.AUTO},
-        "without --to gguf, because the other forms have the data type of the checkpoint: leave it out",
-    )
-    refuse_unused(
         {"--private": to != Form.HUB and private, "--dry-run": to != Form.HUB and dry_run},
         "without --to hub: add --to hub, or leave it out",
     )
@@ -85,8 +83,9 @@ def export(
         {"--text": text is not None and not full_attention}, "without --full-attention: add it, or remove --text"
     )
     console = Console(is_quiet=quiet)
-    windows: dict[str, Any] = {"full_attention": full_attention, "text": None if text is None else _read(text)}
-    console.print(_export(console, checkpoint, output, to, str(dtype), private, dry_run, windows), soft_wrap=True)
+    options: dict[str, Any] = {"dtype": str(dtype), "full_attention": full_attention}
+    options["text"] = None if text is None else _read(text)
+    console.print(_export(console, checkpoint, output, to, private, dry_run, options), soft_wrap=True)
 
 
 def _export(
@@ -94,29 +93,28 @@ def _export(
     checkpoint: str,
     output: str,
     to: Form,
-    dtype: str,
     private: bool,
     dry_run: bool,
-    windows: dict[str, Any],
+    options: dict[str, Any],
 ) -> str:
-    """Write the export, with ``windows`` as further arguments. Returns what to tell the user."""
-    measuring = " and measuring the loss with and without windows" * windows["full_attention"]
+    """Write the export, with ``options`` as further arguments. Returns what to tell the user."""
+    measuring = " and measuring the loss with and without windows" * options["full_attention"]
     console.note(f"loading {checkpoint}{measuring} …")
     if to == Form.GGUF:
         from ..checkpoints.gguf_export import export_gguf
 
-        file = export_gguf(checkpoint, output, dtype=dtype, **windows)
+        file = export_gguf(checkpoint, output, **options)
         return f"{file} is a GGUF file for llama.cpp."
     if to == Form.HF:
         from ..checkpoints.export import export_model
 
-        folder = export_model(checkpoint, Path(output), **windows)
+        folder = export_model(checkpoint, Path(output), **options)
         return f"{folder} is a plain GPTNeoXForCausalLM. Its README.md shows how to load it with transformers."
     from ..checkpoints.hub import describe_publication, publish
 
     if dry_run:
-        return _describe(describe_publication(checkpoint, output, **windows), private)
-    return f"Uploaded: {publish(checkpoint, output, private=private, **windows)}"
+        return _describe(describe_publication(checkpoint, output, **options), private)
+    return f"Uploaded: {publish(checkpoint, output, private=private, **options)}"
 
 
 def _read(path: Path) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..checkpoints.folders import CHECKPOINTS_FOLDER, resolve_model_folder
+from ..checkpoints.weight_types import name_of
 from ..files import check_writable, named_errors, write_json
 from ..models import SinkGPTNeoXConfig
 from ..models.config import sink_config
@@ -44,7 +45,7 @@ def describe_model(model: PreTrainedModel, name_or_path: str | Path) -> dict[str
         "windows": describe_rules(decoder_of(model).config),
         "trained_windows": describe_former_rules(decoder_of(model).config),
         "max_position_embeddings": getattr(model.config, "max_position_embeddings", None),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": name_of(model.dtype),
         "device": str(model.device),
     }
 

@@ -593,7 +593,6 @@ UNUSED = [  # options without effect are refused before a model is loaded: the f
         r"--temperature 0, which .*: leave it out, or raise --temperature",
         "generate ./no/where hi --temperature 0 --seed 3": r"--seed has no effect with --temperature 0, .*",
         "chat ./no/where --temperature 0 --top-p 0.9": r"--top-p has no effect with --temperature 0, .*",
-        "export ./no/where out --dtype float16": r"--dtype has no effect without --to gguf, .*: leave it out",
         "export ./no/where out --private": r"--private has no effect without --to hub: add --to hub, or leave it out",
         "export ./no/where out --dry-run": r"--dry-run has no effect without --to hub: add --to hub, or leave it out",
         "export ./no/where out --text text.txt": r"--text has no effect without --full-attention: add it, or remove .*",

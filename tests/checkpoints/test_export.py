@@ -14,7 +14,7 @@ import torch
 import yaml
 from hypothesis import given
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, GPTNeoXForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
 
 from sinklm.checkpoints import full_attention as module_of_windows
 from sinklm.checkpoints import load_model, load_tokenizer
@@ -63,6 +63,30 @@ def test_weights_keep_names_values_and_type(tmp_path, num_sinks, dtype):
     for name, weight in trained.items():
         assert exported[name].dtype == dtype
         assert torch.equal(exported[name], weight)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_weights_are_written_in_another_type(tmp_path, dtype):
+    checkpoint = make_checkpoint(tmp_path / "checkpoint")
+    folder = export_model(checkpoint, tmp_path / "export", dtype=dtype)
+    trained, exported = load_file(checkpoint / "model.safetensors"), load_file(folder / "model.safetensors")
+    for name, weight in trained.items():
+        assert torch.equal(exported[name], weight.to(getattr(torch, dtype)))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == dtype
+    assert AutoModelForCausalLM.from_pretrained(folder).dtype == getattr(torch, dtype)
+    assert f"| Weights | {dtype} |" in (folder / "README.md").read_text()
+
+
+def test_a_value_too_large_for_float16_is_an_error_that_leaves_nothing(tmp_path):
+    model = small_model(1)
+    model.gpt_neox.layers[0].mlp.dense_h_to_4h.weight.data[0, 0] = 1e5
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", model)
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.mlp\.dense_h_to_4h\.weight has values too large for float16: use"
+    ):
+        export_model(checkpoint, tmp_path / "export", dtype="float16")
+    assert [item.name for item in tmp_path.iterdir()] == ["checkpoint"]
 
 
 @pytest.mark.parametrize("num_sinks", [0, 1, 2])

@@ -117,6 +117,14 @@ def test_a_dry_run_shows_files_sizes_repository_and_card_without_the_hub(checkpo
     assert all(name in said for name in publication.files)
 
 
+def test_another_data_type_is_published(checkpoint, tmp_path):
+    publication = describe_publication(checkpoint, NAME, dtype="bfloat16")
+    export_folder = export_model(checkpoint, tmp_path / "export", name=NAME, dtype="bfloat16")
+    assert publication.files == {name: len(data) for name, data in contents(export_folder).items()}
+    with pytest.raises(ValueError, match="is an export, which is uploaded as it is: leave out --dtype, or pass"):
+        describe_publication(export_folder, NAME, dtype="float16")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -125,7 +133,6 @@ def test_a_dry_run_shows_files_sizes_repository_and_card_without_the_hub(checkpo
             {"to": Form.GGUF, "private": True, "dry_run": True},
             "--private and --dry-run have no effect without --to hub",
         ),
-        ({"to": Form.HUB, "dtype": "float16"}, "--dtype has no effect without --to gguf"),
     ],
 )
 def test_options_of_another_form_are_refused(checkpoint, tmp_path, options, message):
