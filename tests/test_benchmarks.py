@@ -168,7 +168,7 @@ def test_a_rank_may_fail_after_a_kill():
             ["F", "--text", "a.txt", "data.path=s", "--minutes", "1e-9"],
             ["F", "--text", "a.txt", "data.path=s", "--minutes", "1e-8", "--seeds", "3"],
             ["F", "--text", "a.txt", "data.path=s", "--base", "paper"],
-            "--base study, not paper",
+            "base study, not paper",
         ),
         (
             "recall_study",

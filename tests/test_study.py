@@ -415,30 +415,39 @@ def test_the_plans_that_scripts_use_exist():
             assert (FOLDER.parent / plan).exists()
 
 
-# -- benchmarks/muon_study.py ----------------------------------------------------------------------
+# -- benchmarks/muon_report.py ---------------------------------------------------------------------
 
 
 def test_muon_is_compared_at_equal_tokens_and_at_equal_time(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER.parent / "benchmarks"))
-    from muon_study import loss_at, table
+    from muon_report import loss_at, tables
 
     models = [
         {
-            "name": f"{optimizer}-sink-seed-1",
+            "name": f"{optimizer}-sink-seed-{seed}",
             "optimizer": optimizer,
             "sink": "sink",
-            "seed": 1,
+            "seed": seed,
             "tokens": 100,
             "tokens_per_second": speed,
             "validation_loss": [[50, 4.0], [100, last]],
             "sink_rate": {"sink token": 0.5, "first text token": 0.25},
+            "perplexity": {"0+8": 12.0, "1+7": 11.0},
+            "massive_activations": [],
+            "largest_over_median": 7.0,
         }
-        for optimizer, speed, last in (("adamw", 10.0, 3.5), ("muon", 9.0, 3.0))
+        for seed in (1, 2)
+        for optimizer, speed, last in (("adamw", 10.0, 3.5), ("muon", 9.0, 3.0 + 0.1 * seed))
     ]
-    models[0] |= {"perplexity": {"0+8": 12.0, "1+7": 11.0}, "massive_activations": [], "largest_over_median": 7.0}
-    adamw, muon = table(models).splitlines()[2:]
-    assert adamw == "| adamw-sink-seed-1 | 3.5000 | 3.5000 | 10 | 50.0% | 25.0% | 0 | 7 | 12.00 | 11.00 |"
-    assert muon == "| muon-sink-seed-1 | 3.0000 | 3.2000 | 9 | 50.0% | 25.0% |  |  |  |  |"  # after 90 tokens
-    assert "| 3.1000 |" in table(models, speed=0.95).splitlines()[3]
+    found = tables({"models": models, "speed": None})
+    adamw, muon = found["models"].splitlines()[2:4]
+    rest = "| 50.0 | 25.0 | 0 | 7 | 12.00 | 11.00 |"
+    assert adamw == f"| adamw-sink-seed-1 | 3.5000 | 3.5000 | 10 {rest}"
+    assert muon == f"| muon-sink-seed-1 | 3.1000 | 3.2800 | 9 {rest}"  # after 90 tokens
+    assert "| 3.1900 |" in tables({"models": models, "speed": 0.95})["models"].splitlines()[3]
+    same = "| 50.0 ± 0.0 | 50.0 ± 0.0 | 7.0 ± 0.0 | 7.0 ± 0.0 |"
+    minus = "\N{MINUS SIGN}"
+    (row,) = found["differences"].splitlines()[2:]
+    assert row == f"| sink | 2 | {minus}0.3500 ± 0.0500 | {minus}0.1800 ± 0.0400 {same}"
     assert loss_at(10, models[0]["validation_loss"]) == 4.0
     assert loss_at(110, models[0]["validation_loss"]) == 3.5
