@@ -22,7 +22,7 @@ from ..chat_templates import template_with_sinks
 from ..files import check_new, write_json
 from ..models.config import TRAINED_WINDOWS, WINDOW_FIELDS, SinkGPTNeoXConfig, sink_config, trained_windows
 from ..parsing import parse_json
-from ..special_tokens import padding_token, without_template
+from ..special_tokens import padding_token, sink_names, without_template
 from .checks import read_tokenizer
 from .checksums import write_sums
 from .folders import resolve_model_folder
@@ -109,11 +109,6 @@ def export_model(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return output
-
-
-def sink_names(num_sinks: int) -> list[str]:
-    """Return the names of the sinks in an exported tokenizer: ``<|sink|>``, ``<|sink2|>``, …"""
-    return ["<|sink|>", *(f"<|sink{i}|>" for i in range(2, num_sinks + 1))][:num_sinks]
 
 
 def is_export(folder: Path) -> bool:
@@ -282,17 +277,26 @@ def name_sinks(backend: Tokenizer, token_ids: list[int], path: str | Path) -> li
 
     Raises:
         ValueError: the tokenizer's next free ids are not ``token_ids``, or it has a token with the
-            name of a sink and another id.
+            name of a sink and another id. `tokenizers` gives a new token the number of tokens as
+            its id, which is not free if lower ids are unused.
     """
     names = sink_names(len(token_ids))
     for name, token_id in zip(names, token_ids, strict=True):
         if backend.token_to_id(name) not in (None, token_id):
             raise ValueError(
                 f"{path} already has the token {name} with the id {backend.token_to_id(name)}, but the model's sink "
-                f"has the id {token_id}: use a tokenizer without this token"
+                f"has the id {token_id}: use a tokenizer without this token, or prepare the data again with one that "
+                "has it as its last token, which `sinklm prepare` leaves out"
             )
+    ids = set(backend.get_vocab(with_added_tokens=True).values())
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     given = [backend.token_to_id(name) for name in names]
+    if given != token_ids and (unused := set(range(token_ids[0])) - ids):
+        raise ValueError(
+            f"{path} has no token with the id {min(unused)}, but with higher ids, so the library tokenizers would give "
+            f"a sink token the id {given[0]}: add tokens for the unused ids to the file, such as <|unused1|>, and "
+            "prepare the data again, or train without sink tokens (model.sink.kind)"
+        )
     if given != token_ids:
         raise ValueError(
             f"{path}: the tokenizer's next free ids are {given}, but the model's sinks have the ids {token_ids}: this "

@@ -16,7 +16,7 @@ from .evaluate import stream_eval, streaming, zero_shot
 from .export import export
 from .generate import generate
 from .importing import import_
-from .mistakes import Group, explain
+from .mistakes import Command, Group, explain
 from .options import examples_text
 from .perplexity import perplexity
 from .prepare import prepare
@@ -114,9 +114,8 @@ for _parent, _name, _command in (
     (app, "generate", generate),
     (app, "chat", chat),
 ):
-    _parent.command(_name, epilog=examples_text(getattr(_command, "examples", ())), context_settings=HELP_OPTIONS)(
-        _command
-    )
+    _epilog = examples_text(getattr(_command, "examples", ()))
+    _parent.command(_name, cls=Command, epilog=_epilog, context_settings=HELP_OPTIONS)(_command)
 
 
 def main() -> None:

@@ -1,7 +1,9 @@
-"""Explains wrong arguments, and names all near commands, options and keys."""
+"""Parses arguments: explains wrong ones, and names all near commands, options and keys."""
 
+import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -19,6 +21,28 @@ class Group(typer.core.TyperGroup):
         if self.get_command(ctx, name) is None:
             ctx.fail(f"no such command {name!r}{_sentence(near_hint(name, _paths(self)))}")
         return super().resolve_command(ctx, args)
+
+
+class Command(typer.core.TyperCommand):
+    """A command whose options accept ``~`` for the home folder.
+
+    A shell replaces it in ``--output ~/store``, but not in ``--output=~/store``.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        for param in self.params:
+            if param.param_type_name == "option" and param.name in ctx.params:
+                ctx.params[param.name] = _at_home(ctx.params[param.name])
+        return rest
+
+
+def _at_home(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(map(_at_home, value))
+    if isinstance(value, Path):
+        return value.expanduser()
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def explain(error: Any) -> str:

@@ -79,7 +79,7 @@ def prepare(
         names = ", ".join(unchecked[:3]) + ", …" * (len(unchecked) > 3)
         console.note(f"no checksums, so damage may go unnoticed, in {len(unchecked)} of the inputs: {names}")
     for what in training_tokenizer(tokenizer).removed:
-        console.note(f"the store's tokenizer is without {what}, which training does not use")
+        console.note(f"the store's tokenizer is without {what}, which training does not use or adds itself")
     going_on = f"Resuming the interrupted work in {output}." if was_begun else None
     with ProgressDisplay(console.stderr_console, opening=going_on) as display:
         manifest = prepare_store(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from ..hub import UnreachableError, find_on_hub, near_path_hint
-from ..special_tokens import PADDING_TOKENS, drop_template, without_template
+from ..special_tokens import PADDING_TOKENS, drop_sinks, drop_template, without_template
 
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"  # Pythia's
 EOD_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
@@ -74,7 +74,9 @@ def training_tokenizer(name_or_path: str | os.PathLike) -> TrainingTokenizer:
     """Read a tokenizer (see :func:`find_tokenizer_file`) without truncation, padding and template.
 
     A template adds special tokens to each text, such as a begin-of-text token. Training does not
-    use them, so a tokenizer that added them would not fit the trained model.
+    use them, so a tokenizer that added them would not fit the trained model. The sink tokens of a
+    tokenizer from a checkpoint or an export are left out too: training adds its own, with the same
+    ids.
 
     Raises:
         ValueError: the file is not a tokenizer.
@@ -93,6 +95,9 @@ def training_tokenizer(name_or_path: str | os.PathLike) -> TrainingTokenizer:
     state["post_processor"], names = drop_template(state.get("post_processor"))
     if names:
         removed.append(f"the template that adds {' and '.join(names)}")
+    state, sinks = drop_sinks(state)
+    if sinks:
+        removed.append(f"the token{'s' * (len(sinks) > 1)} {' and '.join(sinks)}")
     if removed:
         content = (json.dumps(state, ensure_ascii=False, indent=2) + "\n").encode()
     try:

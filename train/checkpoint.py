@@ -27,7 +27,7 @@ from ..files import sync_folder
 from .config import CheckpointSection
 from .disk import check_free_space
 from .launch import World
-from .memory import GIB
+from .memory import size_text
 from .model_files import write_model
 from .plan import Plan
 from .recipe import config_yaml
@@ -107,8 +107,14 @@ def unneeded_checkpoints(run_dir: Path, section: CheckpointSection) -> list[Path
 
 
 def delete_checkpoints(checkpoints: list[Path]) -> None:
-    """Delete checkpoints. One whose deletion is interrupted counts as incomplete."""
+    """Delete checkpoints. One whose deletion is interrupted counts as incomplete.
+
+    Of a link, only the link is deleted.
+    """
     for checkpoint in checkpoints:
+        if checkpoint.is_symlink():
+            checkpoint.unlink()
+            continue
         (checkpoint / COMPLETE_MARKER).unlink(missing_ok=True)
         sync_folder(checkpoint)
         shutil.rmtree(checkpoint)
@@ -122,5 +128,5 @@ def _disk_errors(folder: Path) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and not re.search(r"inline_container|PytorchStreamWriter", str(error)):
             raise
-        free = shutil.disk_usage(folder).free / GIB
-        raise OSError(f"writing failed with {free:.2f} GiB free on its disk ({error})") from error
+        free = size_text(shutil.disk_usage(folder).free)
+        raise OSError(f"writing failed with {free} free on its disk ({error})") from error

@@ -11,7 +11,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from ..models.config import SINK_KINDS
 from .attention_section import AttentionSection
 from .deepspeed_section import DeepSpeedSection
-from .section import Count, LargeCount, Name, Ratio, Section
+from .section import Count, LargeCount, Name, PathName, Ratio, Section
 from .windows import layer_kinds
 
 
@@ -56,7 +56,7 @@ class ModelSection(Section):
     max_position_embeddings: Count | None = Field(
         default=None, description="maximum sequence length, sink tokens included; null: `train.seq_length`"
     )
-    init_from: Name | None = Field(
+    init_from: PathName | None = Field(
         default=None,
         description="initial weights: a run, checkpoint or transformers folder, or a Hub name; null: random",
     )
@@ -113,7 +113,7 @@ class ModelSection(Section):
 class DataSection(Section):
     """The token store and its sets."""
 
-    path: Name | None = Field(default=None, description="the token store, a folder made by `sinklm prepare`")
+    path: PathName | None = Field(default=None, description="the token store, a folder made by `sinklm prepare`")
     weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = Field(
         default=None,
         description="share of each set in the samples, in any unit; every set must be named, 0 leaves it out; null: "
@@ -136,7 +136,7 @@ def weights_precision(precision: str) -> str:
 class TrainSection(Section):
     """Steps, batch, precision and the run's folder."""
 
-    run_dir: Name | None = Field(default=None, description="folder of the run; null: `runs/<recipe name>`")
+    run_dir: PathName | None = Field(default=None, description="folder of the run; null: `runs/<recipe name>`")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         default=1234, description="random seed of the initial weights and the data order"
     )
@@ -270,7 +270,7 @@ class CheckpointSection(Section):
         description="write checkpoints from a copy in host memory while training goes on, if the memory is free; "
         "null: yes on a GPU, no on a CPU",
     )
-    resume: Name = Field(
+    resume: PathName = Field(
         default="auto",
         description="`auto`: the run's newest complete checkpoint, if any; `never`; or a checkpoint folder",
     )
@@ -302,11 +302,13 @@ class WandbSection(Section):
     mode: Literal["auto", "online", "offline", "disabled"] = Field(
         default="auto", description="`auto`: that of WANDB_MODE, else online if you are logged in, else offline"
     )
-    project: Name = Field(default="sinklm", description="project on Weights & Biases")
-    entity: Name | None = Field(default=None, description="user or team; null: your default one")
-    name: Name | None = Field(default=None, description="name of the run; null: that of its folder")
-    group: Name | None = Field(default=None, description="group in which wandb shows the run")
-    tags: list[Name] = Field(default=[], description="tags of the run")
+    project: Name | None = Field(
+        default=None, description="project on Weights & Biases; null: WANDB_PROJECT, or `sinklm`"
+    )
+    entity: Name | None = Field(default=None, description="user or team; null: WANDB_ENTITY, or your default one")
+    name: Name | None = Field(default=None, description="name of the run; null: WANDB_NAME, or that of its folder")
+    group: Name | None = Field(default=None, description="group in which wandb shows the run; null: WANDB_RUN_GROUP")
+    tags: list[Name] = Field(default=[], description="tags of the run; none: WANDB_TAGS")
 
 
 class TrainingConfig(Section):

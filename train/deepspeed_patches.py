@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 NEWEST_TESTED = TESTED["deepspeed"][1]
+# Keys that say how gradients are reduced.
+REDUCTION_KEYS = ("communication_data_type", "gradient_allreduce_op", "gradient_predivide_factor", "prescale_gradients")
 _has_made_engine = False
 
 
@@ -72,9 +74,14 @@ def support_optimizer(optimizer: type[torch.optim.Optimizer]) -> None:
 
 
 def fused_update(engine: "DeepSpeedEngine", config: TrainingConfig) -> FusedUpdate | None:
-    """Replace the update of an engine's `BF16_Optimizer`, if it has one, with `FusedUpdate`."""
+    """Replace the update of an engine's `BF16_Optimizer`, if it has one, with `FusedUpdate`.
+
+    With one of `REDUCTION_KEYS`, which it would ignore, DeepSpeed's own is used.
+    """
     is_bf16 = weights_precision(config.train.precision) == "bf16"
     if not config.deepspeed.patches or config.deepspeed.zero_stage != 1 or not is_bf16:
+        return None
+    if config.deepspeed.extra_keys.keys() & REDUCTION_KEYS:
         return None
     cost, is_main = "Its own update is used, and a small model's steps take 5 to 10 % longer", engine.global_rank == 0
     if not _is_tested(cost, is_main):

@@ -36,19 +36,28 @@ ZERO_KEYS = (
     *("zero_quantized_gradients", "zero_quantized_weights"),
 )
 
+# Keys that DeepSpeed no longer has, or that need parts of it that sinklm does not use.
+UNSUPPORTED_KEYS = {
+    **dict.fromkeys(("amp", "compression_training", "elasticity", "sparse_gradients"), "DeepSpeed has removed it"),
+    **dict.fromkeys(("curriculum_learning", "progressive_layer_drop", "sparse_attention"), "DeepSpeed has removed it"),
+    **dict.fromkeys(("data_efficiency", "dataloader_drop_last"), "sinklm reads the data itself"),
+    **dict.fromkeys(("sequence_parallel_size", "tensor_parallel", "pipeline"), "sinklm has data parallelism only"),
+    "autotuning": "it needs DeepSpeed's own launcher and loop",
+    "hybrid_engine": "it is for reinforcement learning",
+}
+
 # Switches and sections of DeepSpeed's configuration. DeepSpeed ignores unknown keys silently, so
-# typos are checked here.
+# they are refused here.
 DEEPSPEED_SECTIONS = (
-    *("activation_checkpointing", "aio", "amp", "autotuning", "bf16", "checkpoint", "comet", "comms_logger"),
-    *("compile", "compression_training", "csv_monitor", "curriculum_learning", "data_efficiency", "data_types"),
-    *("elasticity", "flops_profiler", "fp16", "tensor_parallel", "tensorboard", "wandb", "zero_optimization"),
+    *("activation_checkpointing", "aio", "bf16", "checkpoint", "comet", "comms_logger", "compile", "csv_monitor"),
+    *("data_types", "flops_profiler", "fp16", "tensorboard", "wandb", "zero_optimization"),
 )
 DEEPSPEED_KEYS = (
     *DEEPSPEED_SECTIONS,
-    *("communication_data_type", "dataloader_drop_last", "disable_allgather", "dump_state"),
-    *("gradient_predivide_factor", "memory_breakdown", "prescale_gradients", "sequence_parallel_size"),
-    *("sparse_gradients", "steps_per_print", "use_node_local_storage", "wall_clock_breakdown"),
-    *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
+    *("communication_data_type", "disable_allgather", "disable_python_gc", "dump_state", "gradient_allreduce_op"),
+    *("gradient_predivide_factor", "log_level", "memory_breakdown", "prescale_gradients", "steps_per_print"),
+    *("use_node_local_storage", "wall_clock_breakdown", "zero_allow_untested_optimizer"),
+    *("zero_force_ds_cpu_optimizer",),
     *("patches", "zero_stage"),  # our own keys
 )
 
@@ -89,13 +98,16 @@ class DeepSpeedSection(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _no_misspelt_keys(self) -> "DeepSpeedSection":
+    def _no_unknown_keys(self) -> "DeepSpeedSection":
         for key, value in self.extra_keys.items():
+            if key in UNSUPPORTED_KEYS:
+                raise ValueError(f"{key} is not supported ({UNSUPPORTED_KEYS[key]}): remove this key")
             if value is not None and (key in ZERO_KEYS or key.startswith("stage3_")):
                 there = f"zero_optimization.{key}"
                 remedy = DERIVED_DEEPSPEED_KEYS.get(there, f"set deepspeed.{there}")
                 raise ValueError(f"{key} has no effect here: {remedy}")
-            near = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=3, cutoff=0.8)
-            if near and key not in DEEPSPEED_KEYS:
-                raise ValueError(f"unknown key {key}: {near_hint('', (), others=near)}")
+            if key not in DEEPSPEED_KEYS:
+                near = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=3, cutoff=0.8)
+                hint = near_hint("", (), others=near) or "DeepSpeed would ignore it; remove this key"
+                raise ValueError(f"unknown key {key}: {hint}")
         return self

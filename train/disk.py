@@ -6,7 +6,7 @@ from pathlib import Path
 from ..checkpoints.folders import list_checkpoints
 from ..models.cost import count_parameters
 from .config import TrainingConfig
-from .memory import GIB, count_muon_parameters
+from .memory import count_muon_parameters, size_text
 from .only_sinks import count_frozen_parameters
 from .plan import Plan
 from .schedule import is_pythia_step, num_saved_before, saves_after
@@ -86,7 +86,7 @@ def check_free_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
-            f"it takes {needed / GIB:.2f} GiB, but {free / GIB:.2f} GiB are free on its disk: delete files, or set "
+            f"it takes {size_text(needed)}, but {size_text(free)} are free on its disk: delete files, or set "
             "checkpoint.keep lower"
         )
 
@@ -99,6 +99,6 @@ def space_warning(plan: Plan, run_dir: Path, tokenizer_path: Path) -> str | None
     if free >= needed:
         return None
     return (
-        f"warning: {free / GIB:.2f} GiB are free on the disk of {run_dir}, but the checkpoints still to be written "
-        f"take up to {needed / GIB:.2f} GiB ({missing} at once): free space, or set checkpoint.keep lower"
+        f"warning: {size_text(free)} are free on the disk of {run_dir}, but the checkpoints still to be written "
+        f"take up to {size_text(needed)} ({missing} at once): free space, or set checkpoint.keep lower"
     )

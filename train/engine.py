@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM
 from ..models.float8 import use_float8
+from ..text import one_line
 from . import deepspeed_patches
 from .config import OptimizerSection, TrainingConfig, weights_precision
 from .launch import silent_stdout
@@ -157,6 +158,7 @@ def make_engine(
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.config import DeepSpeedConfigError
 
     deepspeed_patches.reset_process()
     config = plan.config
@@ -184,6 +186,11 @@ def make_engine(
         reasons = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ValueError(
             f"DeepSpeed rejects keys of the section deepspeed ({error.title}); fix or remove them: {reasons}"
+        ) from error
+    except (DeepSpeedConfigError, ImportError) as error:
+        raise ValueError(
+            f"DeepSpeed cannot use the section deepspeed ({one_line(error)}): correct or remove its keys, or install "
+            "what they need"
         ) from error
     if isinstance(optimizer, Muon):
         optimizer.check_partition()

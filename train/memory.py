@@ -12,6 +12,11 @@ from .only_sinks import count_frozen_parameters
 GIB = 2**30
 
 
+def size_text(num_bytes: float) -> str:
+    """Return a number of bytes in GiB, or in MiB if it is small."""
+    return f"{num_bytes / GIB:,.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:,.2f} MiB"
+
+
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes per GPU: ``states`` (weights, gradients, optimizer) and ``activations``."""

@@ -16,6 +16,8 @@ from ..text import one_line
 from .config import TrainingConfig
 from .recipe import saved_values
 
+DEFAULT_PROJECT = "sinklm"  # on Weights & Biases
+
 
 class MetricsFile:
     """``metrics.jsonl``: one JSON object with key ``step`` per line, flushed after each line.
@@ -113,11 +115,12 @@ def _start_wandb(config: TrainingConfig, run_dir: Path, on_failure: Callable[[Ex
         mode = None if wanted else "online" if is_logged_in() else "offline"
     try:
         return wandb.init(
-            project=config.wandb.project,
+            # Of what is None, wandb reads a variable of its own, such as WANDB_ENTITY.
+            project=config.wandb.project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT,
             entity=config.wandb.entity,
-            name=config.wandb.name or run_dir.name,
+            name=config.wandb.name or os.environ.get("WANDB_NAME") or run_dir.name,
             group=config.wandb.group,
-            tags=config.wandb.tags,
+            tags=config.wandb.tags or None,
             id=_wandb_id(run_dir),
             resume="allow",
             mode=mode,

@@ -158,6 +158,7 @@ def process_age() -> float:
 
 def human(number: float) -> str:
     """Format a number with three digits and a unit: 512K, 1.23M."""
+    number = float(f"{number:.3g}")  # 999,700 is 1M, not 1e+03K
     for unit in ("", "K", "M", "B", "T"):
         if abs(number) < 1000:
             return f"{number:.3g}{unit}"

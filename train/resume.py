@@ -1,5 +1,6 @@
 """Finds the checkpoint to resume from, checks that it matches the run, and loads it."""
 
+import glob
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,8 @@ FREE_MODEL_KEYS = ("model.max_position_embeddings",)  # positions are rotary: no
 INIT_KEY = "model.init_from"  # may also change, except at step 0, where weights may be initialized again
 # Paths, logging and similar keys; their changes are not reported.
 SILENT_KEYS = ("data.path", "train.run_dir", "checkpoint", "wandb", "validation", "deepspeed", "train.micro_batch_size")
+# Settings that change no step: a run with all steps may have others.
+UNUSED_WHEN_DONE = ("train.num_steps:", "train.max_minutes:", "train.hang_timeout_minutes:")
 CONVERTED = "-universal"  # suffix of a temporary converted copy
 
 
@@ -149,8 +152,8 @@ class Resume:
         except Exception as error:
             reason = (str(error).splitlines() or [""])[0]
             raise OSError(
-                f"cannot load {self.path} ({type(error).__name__}: {reason}): rename or delete it to resume from an "
-                "older one"
+                f"cannot load {self.path} ({type(error).__name__}: {reason}): move it to another folder to resume "
+                "from an older one"
             ) from error
 
 
@@ -186,14 +189,29 @@ def find_resume(plan: Plan, fingerprint: str, world: World, *, is_trusted: bool 
     with world.all_or_none():
         _refuse_earlier(state.step, run_dir)
         changes = _compare(path, state, config, fingerprint)
+        _refuse_finished(state.step, changes, config)
         return Resume(path, state, changes, _mismatches(state, plan), is_trusted)
 
 
 def check_run_dir(run_dir: Path) -> None:
-    """Raise a ValueError for the folder of a model: it would be read in place of the run's."""
+    """Check the name and the content of a run's folder.
+
+    Raises:
+        ValueError: DeepSpeed could not read checkpoints there, because it takes paths for patterns;
+            or it is the folder of a model, which would be read in place of the run's.
+    """
+    _check_path("train.run_dir", run_dir)
     if (run_dir / "config.json").exists():
         raise ValueError(
             f"train.run_dir={run_dir} is the folder of a model (it has a config.json): set another train.run_dir"
+        )
+
+
+def _check_path(key: str, path: Path) -> None:
+    if glob.has_magic(str(path.absolute())):
+        raise ValueError(
+            f"{key}={path} has one of the characters * ? [ in its absolute path, where DeepSpeed cannot read a "
+            "checkpoint: rename the folder, or choose another"
         )
 
 
@@ -220,7 +238,9 @@ def preview_resume(config: TrainingConfig, fingerprint: str | None) -> tuple[Pat
                 raise
             continue
         _refuse_earlier(state.step, run_dir)
-        return path, _compare(path, state, config, fingerprint)
+        changes = _compare(path, state, config, fingerprint)
+        _refuse_finished(state.step, changes, config)
+        return path, changes
     return None
 
 
@@ -231,6 +251,16 @@ def _refuse_earlier(step: int, run_dir: Path) -> None:
         raise ValueError(
             f"{run_dir} contains a checkpoint at step {newest}, which is later than the one to resume from "
             f"(step {step}): delete it, or set another train.run_dir"
+        )
+
+
+def _refuse_finished(step: int, changes: list[str], config: TrainingConfig) -> None:
+    """Raise a ValueError if settings have changed, but no step is left that would use them."""
+    used = [change for change in changes if not change.startswith(UNUSED_WHEN_DONE)]
+    if step >= config.train.num_steps and used:
+        raise ValueError(
+            f"train.run_dir={config.train.run_dir} has all {step:,} steps, trained with other settings "
+            f"({'; '.join(used)}): set another train.run_dir to train with these, or raise train.num_steps"
         )
 
 
@@ -253,6 +283,7 @@ def _named_checkpoint(choice: str, run_dir: Path) -> Path | None:
             )
         return None
     path = Path(choice)
+    _check_path("checkpoint.resume", path)
     if not path.is_dir():
         raise FileNotFoundError(f"checkpoint.resume={path}: no such folder (use a folder, auto or never)")
     if existing := list_checkpoints(path):  # a run's folder

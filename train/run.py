@@ -24,7 +24,7 @@ from ..checkpoints.warm_start import load_weights
 from ..console import Console
 from ..data import open_store
 from ..data.store import TokenSource
-from ..files import locked, write_json
+from ..files import locked, write_json, write_text
 from ..models import SinkGPTNeoXForCausalLM
 from ..models.cost import count_parameters
 from .batches import open_windows
@@ -271,7 +271,7 @@ def _drawing_device(num_parameters: int, device: torch.device) -> torch.device:
 
 
 def _write_run_files(run_dir: Path, config: TrainingConfig) -> None:
-    (run_dir / CONFIG_FILE).write_text(config_yaml(config), encoding="utf-8")
+    write_text(run_dir / CONFIG_FILE, config_yaml(config))
     environment = {
         "python": platform.python_version(),
         "sinklm": {"version": importlib.metadata.version("sinklm"), "commit": _commit()},

@@ -1,15 +1,19 @@
-"""The model from whose weights a run starts (``model.init_from``)."""
+"""Checks before a run starts: the tokenizer, and the model of ``model.init_from``."""
 
 from dataclasses import replace
 from pathlib import Path
 
+from ..checkpoints.checks import read_tokenizer
+from ..checkpoints.export import name_sinks
 from ..checkpoints.warm_start import check_source, check_tokenizer, describe_change
 from .plan import Plan
 from .recipe import saved_values
 
 
 def check_start(plan: Plan, tokenizer_path: Path | None) -> list[str]:
-    """Check that a run can start from ``model.init_from``, without reading its weights.
+    """Check that the tokenizer can get the sinks, and that the run can start from its model.
+
+    Weights are not read.
 
     Args:
         tokenizer_path: the ``tokenizer.json`` of the data; None: unknown.
@@ -18,9 +22,12 @@ def check_start(plan: Plan, tokenizer_path: Path | None) -> list[str]:
         Lines that say what is taken from the model; none if the initial weights are random.
 
     Raises:
-        ValueError: its tokenizer, architecture, sink or weights do not fit the run.
+        ValueError: the tokenizer of the data cannot get the sinks; or the tokenizer, architecture,
+            sink or weights of the model do not fit the run.
         FileNotFoundError: no model was found.
     """
+    if tokenizer_path is not None:
+        name_sinks(read_tokenizer(tokenizer_path), plan.model_config.sink_token_ids, tokenizer_path)
     name = plan.config.model.init_from
     if name is None:
         return []

@@ -21,7 +21,7 @@ from .batches import Windows, open_windows
 from .config import TrainingConfig
 from .disk import checkpoint_bytes, checkpoints_kept, run_bytes
 from .engine import check_precision
-from .memory import GIB, count_muon_parameters, estimate_memory
+from .memory import GIB, count_muon_parameters, estimate_memory, size_text
 from .plan import Plan
 from .progress import human
 from .recipe import config_yaml, saved_values
@@ -155,7 +155,7 @@ def dry_run(config: TrainingConfig) -> None:
     resumed = preview_resume(config, store.fingerprint if store else None)
     missing = [missing_float8(config)]
     try:
-        tokenizer_size = store.tokenizer_size if store else _assumed_tokenizer_size(config, resumed is not None)
+        tokenizer_size = store.tokenizer_size if store else _assumed_tokenizersize_text(config, resumed is not None)
         plan = Plan(config, 1, tokenizer_size)
         start = check_start(plan, store.tokenizer_path if store else None) if resumed is None else []
     except UnreachableError as error:
@@ -176,7 +176,7 @@ def dry_run(config: TrainingConfig) -> None:
         console.print(line)
 
 
-def _assumed_tokenizer_size(config: TrainingConfig, is_resumed: bool) -> int:
+def _assumed_tokenizersize_text(config: TrainingConfig, is_resumed: bool) -> int:
     """Return the ids of the tokenizer of data that are not set: those of ``model.init_from``."""
     name = None if is_resumed else config.model.init_from
     found = None if name is None else count_tokens(name, config.model.num_sinks)
@@ -212,9 +212,9 @@ def _facts(
     tokenizer_path = store.tokenizer_path if store else None
     kept, most = checkpoints_kept(plan.config)
     facts["on disk"] = (
-        f"{_size(checkpoint_bytes(plan, tokenizer_path))} for a checkpoint, "
-        f"{_size(run_bytes(plan, kept, tokenizer_path))} for the {kept:,} that {'is' if kept == 1 else 'are'} kept, "
-        f"up to {_size(run_bytes(plan, most, tokenizer_path))} while saving"
+        f"{size_text(checkpoint_bytes(plan, tokenizer_path))} for a checkpoint, "
+        f"{size_text(run_bytes(plan, kept, tokenizer_path))} for the {kept:,} that {'is' if kept == 1 else 'are'} "
+        f"kept, up to {size_text(run_bytes(plan, most, tokenizer_path))} while saving"
     )
     if start:
         facts["start"] = "\n".join(start)
@@ -232,10 +232,6 @@ def _facts(
         windows, _ = open_windows(store, plan)
         facts["data"] = f"{_count(len(windows), 'sample')} in {store.path}, {epochs(plan, windows)}"
     return facts
-
-
-def _size(number: float) -> str:
-    return f"{number / GIB:,.2f} GiB" if number >= GIB / 10 else f"{number / 2**20:,.2f} MiB"
 
 
 def _memory_table(plan: Plan) -> Table:

@@ -1,4 +1,4 @@
-"""Special tokens of a tokenizer: those that its template adds, and the one for padding."""
+"""Special tokens of a tokenizer: those that its template adds, sinks, and the one for padding."""
 
 import json
 from typing import Any
@@ -6,6 +6,29 @@ from typing import Any
 from tokenizers import Tokenizer
 
 PADDING_TOKENS = ("<|padding|>", "<pad>", "<|pad|>", "[PAD]", "<PAD>", "<|finetune_right_pad_id|>", "<|PAD_TOKEN|>")
+
+
+def sink_names(num_sinks: int) -> list[str]:
+    """Return the names of the sinks in a tokenizer: ``<|sink|>``, ``<|sink2|>``, …"""
+    return ["<|sink|>", *(f"<|sink{i}|>" for i in range(2, num_sinks + 1))][:num_sinks]
+
+
+def drop_sinks(state: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Remove the sinks that sinklm has added to a tokenizer, if they have the last ids.
+
+    Args:
+        state: the content of a ``tokenizer.json``.
+
+    Returns:
+        The rest of it, and the names of the sinks that it no longer has.
+    """
+    added = sorted(state.get("added_tokens") or [], key=lambda token: token["id"])
+    for number in range(len(added), 0, -1):
+        sinks, others = added[-number:], added[:-number]
+        names = [token["content"] for token in sinks]
+        if names == sink_names(number) and not state["model"].get("vocab", {}).keys() & set(names):
+            return {**state, "added_tokens": others}, names
+    return state, []
 
 
 def drop_template(processor: dict[str, Any] | None) -> tuple[dict[str, Any] | None, list[str]]:

@@ -18,13 +18,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
 
 from sinklm.checkpoints import full_attention as module_of_windows
 from sinklm.checkpoints import load_model, load_tokenizer
-from sinklm.checkpoints.export import export_model, is_export, sink_names
+from sinklm.checkpoints.export import export_model, is_export
 from sinklm.checkpoints.folders import CheckpointState
 from sinklm.checkpoints.full_attention import full_attention_cost, use_full_attention
 from sinklm.checkpoints.gguf_export import export_gguf
 from sinklm.cli.export import export
 from sinklm.cli.main import main
 from sinklm.models.arms import ARMS
+from sinklm.special_tokens import sink_names
 from sinklm.train.recipe import config_yaml, load_config
 
 from ..eval.checkpoints import END_OF_TEXT, small_model, small_tokenizer, write_checkpoint

@@ -2,13 +2,14 @@
 
 import ast
 import io
+import sys
 from pathlib import Path
 
 import pytest
 
 from sinklm import cli
 from sinklm.checkpoints.export import export_model
-from sinklm.cli import evaluate
+from sinklm.cli import evaluate, main
 from sinklm.cli.chat import chat
 from sinklm.cli.generate import generate
 from sinklm.cli.options import (
@@ -36,6 +37,18 @@ def test_caches_are_read_and_refused():
     for wrong in ("1024", "4+", "4+0", "4+1020,", "-1+5", "", "1" * 20 + "+1", "٤+1"):
         with pytest.raises(ValueError, match=r"--caches: .* is not a cache: write kept tokens"):
             parse_caches(wrong)
+
+
+def test_the_home_folder_of_an_option_is_found(tmp_path, monkeypatch):
+    """A shell replaces `~` in `--output ~/x`, but not in `--output=~/x`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    (tmp_path / "a.txt").write_text("text")
+    monkeypatch.setattr(sys, "argv", ["sinklm", "prepare", "a.txt", "--tokenizer=~/tokenizer.json", "--output=~/store"])
+    with pytest.raises(SystemExit, match=f"error: {tmp_path}/tokenizer.json: not a tokenizer.json"):
+        main.main()
+    assert not (tmp_path / "~").exists()
 
 
 def test_memories_are_blocks_x_tokens():

@@ -1,5 +1,6 @@
 """The patches of DeepSpeed: which are disabled automatically, and which raise an error."""
 
+import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,6 +52,17 @@ def test_an_untested_version_is_named_and_trains_without_the_optional_patches(re
     assert "1 to 2 s longer" in messages[1]
     assert "5 to 10 % longer" in messages[2]
     assert list(losses(tmp_path)) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_keys_that_say_how_gradients_are_reduced_have_an_effect(recipe):
+    assert fused_update_of(recipe) is not None
+    assert fused_update_of(recipe, "deepspeed.communication_data_type=fp32") is None
+
+
+def test_a_section_that_deepspeed_cannot_use_is_one_error(recipe, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # as if it were not installed
+    with pytest.raises(ValueError, match=r"DeepSpeed cannot use the section deepspeed \(.*tensorboard.*\): correct or"):
+        fused_update_of(recipe, "deepspeed.tensorboard.enabled=true")
 
 
 def test_another_rank_does_not_repeat_the_warning(untested):

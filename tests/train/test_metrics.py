@@ -80,7 +80,10 @@ def test_progress_outlives_its_terminal(monkeypatch):
             progress.say("saved")
 
 
-@pytest.mark.parametrize(("number", "text"), [(0, "0"), (999, "999"), (1234, "1.23K"), (299_892_736_000, "300B")])
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (999, "999"), (999.6, "1K"), (1234, "1.23K"), (999_700, "1M"), (299_892_736_000, "300B")],
+)
 def test_human_numbers(number, text):
     assert human(number) == text
 
@@ -123,6 +126,18 @@ def test_wandb_is_offline_unless_logged_in(wandb_asked, tmp_path, monkeypatch):
     wandb_run(tmp_path, "disabled")
     assert [options["mode"] for options in wandb_asked] == ["offline", "online"]
     assert wandb_asked[0]["id"] == wandb_asked[1]["id"]  # a resumed run continues the same wandb run
+
+
+def test_the_names_of_the_environment_count_unless_a_recipe_has_its_own(wandb_asked, tmp_path, monkeypatch):
+    wandb_run(tmp_path, "auto")
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    monkeypatch.setenv("WANDB_NAME", "this")
+    wandb_run(tmp_path, "auto")
+    config = load_config("quickstart", ["wandb.mode=auto", "wandb.project=ours", "wandb.name=that", "wandb.tags=[a]"])
+    WandbRun(config, tmp_path, print)
+    assert [options["project"] for options in wandb_asked] == ["sinklm", "theirs", "ours"]
+    assert [options["name"] for options in wandb_asked] == [tmp_path.name, "this", "that"]
+    assert [options["tags"] for options in wandb_asked] == [None, None, ["a"]]  # None: wandb reads WANDB_TAGS
 
 
 def test_the_mode_of_the_environment_counts_with_auto(wandb_asked, tmp_path, monkeypatch):

@@ -137,6 +137,16 @@ def test_weights_of_sets_are_replaced_as_a_whole(tmp_path):
         (["deepspeed.gradient_clipping=1"], "gradient_clipping is derived: set optimizer.clip"),
         (["deepspeed.zero_optimization.stage=2"], "zero_optimization.stage is derived: set deepspeed.zero_stage"),
         (["deepspeed.zero_optimisation.overlap_comm=true"], "zero_optimisation: did you mean zero_optimization?"),
+        (["deepspeed.foo=1"], "unknown key foo: DeepSpeed would ignore it; remove this key"),
+        (["deepspeed.elasticity.enabled=true"], "elasticity is not supported (DeepSpeed has removed it): remove"),
+        (
+            ["deepspeed.sequence_parallel_size=2"],
+            "not supported (sinklm has data parallelism only): remove this key",
+        ),
+        (
+            ["deepspeed.data_efficiency.enabled=true"],
+            "data_efficiency is not supported (sinklm reads the data itself",
+        ),
         (["deepspeed.zero_stages=2"], "unknown key zero_stages: did you mean zero_stage?"),
         (
             ["deepspeed.offload_optimizer={device: cpu}"],

@@ -205,6 +205,17 @@ def test_a_full_disk_leaves_the_older_checkpoint(recipe, whole_run, tmp_path):
 # -- kept checkpoints ------------------------------------------------------------------------------
 
 
+def test_of_a_linked_checkpoint_only_the_link_is_deleted(recipe, whole_run, tmp_path):
+    archive, run = tmp_path / "archive", tmp_path / "run"
+    copy_checkpoint(whole_run, 4, archive)
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "step-4").symlink_to(archive / "checkpoints" / "step-4")
+    train(recipe, [f"train.run_dir={run}", "checkpoint.keep=1"])
+    assert list(list_checkpoints(run)) == [8]
+    assert list(list_checkpoints(archive)) == [4]
+    assert not (run / "checkpoints" / "step-4").is_symlink()
+
+
 def test_the_newest_checkpoints_are_kept_and_pythias_always(recipe, tmp_path):
     often = ["checkpoint.every_steps=1", "checkpoint.keep=2", "validation.every_steps=null", "train.num_steps=6"]
     train(recipe, [f"train.run_dir={tmp_path / 'a'}", *often])
@@ -258,14 +269,6 @@ def test_a_named_checkpoint_of_another_run_can_be_begun_from(recipe, whole_run, 
     )
     with pytest.raises(ValueError, match=rf"^train\.seed is 8, but {path} was trained with 7: {remedy}"):
         train(recipe, [f"train.run_dir={tmp_path}", f"checkpoint.resume={whole_run}", "train.seed=8"])
-
-
-def test_a_finished_run_is_not_trained_again(recipe, whole_run, tmp_path, capsys):
-    copy_checkpoint(whole_run, 8, tmp_path)
-    train(recipe, [f"train.run_dir={tmp_path}", "model.init_from=/nowhere", "optimizer.lr=0.5"])
-    said = capsys.readouterr().out
-    assert "model.init_from: None → /nowhere (not read: set another train.run_dir to start from it)" in said
-    assert "raise train.num_steps to train further, or set another train.run_dir to train anew" in said
 
 
 def test_a_resumed_run_does_not_read_the_model_that_it_started_from(recipe, whole_run, tmp_path):

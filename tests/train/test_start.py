@@ -1,5 +1,6 @@
 """What a run takes from ``model.init_from``: checked and said by a dry run, and at the start."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -9,12 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from sinklm.checkpoints import warm_start
+from sinklm.checkpoints import load_tokenizer, warm_start
+from sinklm.checkpoints.export import export_model
 from sinklm.checkpoints.warm_start import Source
 from sinklm.models import SinkGPTNeoXConfig
+from sinklm.train.recipe import load_config
 from sinklm.train.run import train
 
 from ..checkpoints.pythia import write_pythia
+from .tiny import copy_checkpoint, prepare_here
 
 MODEL = ["model.hidden_size=64", "model.num_attention_heads=4", "model.vocab_size=384"]
 WEIGHTS = "model.safetensors"
@@ -163,6 +167,7 @@ def test_a_dry_run_says_what_a_run_in_its_folder_goes_on_from(whole_run, dry_run
         "model.num_attention_heads=2",
         "model.vocab_size=null",
         f"train.run_dir={whole_run}",
+        "train.num_steps=16",
     ]
     shutil.rmtree(copy)  # not read any more
     said = dry_run(copy, *sizes, "optimizer.lr=0.5")
@@ -173,6 +178,75 @@ def test_a_dry_run_says_what_a_run_in_its_folder_goes_on_from(whole_run, dry_run
     assert f"run ${{oc.env:HOME}}/none, resumes from step-8 of {whole_run} changed:" in said
     with pytest.raises(ValueError, match=r"^model\.num_hidden_layers is 3, but .*step-8 was trained with 2: restore"):
         dry_run(copy, *sizes, "model.num_hidden_layers=3")
+
+
+def test_a_finished_run_does_not_pass_for_one_with_other_settings(recipe, whole_run, tmp_path):
+    """A sweep without a folder for each run would seem to succeed."""
+    copy_checkpoint(whole_run, 8, tmp_path)
+    before = (tmp_path / "config.yaml").read_bytes() if (tmp_path / "config.yaml").exists() else None
+    settings = [f"train.run_dir={tmp_path}", "optimizer.lr=0.5"]
+    message = (
+        r"has all 8 steps, trained with other settings \(optimizer\.lr: 0\.01 → 0\.5\): set another train\.run_dir"
+    )
+    for only_describe in (True, False):
+        with pytest.raises(ValueError, match=message):
+            train(recipe, settings, only_describe=only_describe)
+    assert before == ((tmp_path / "config.yaml").read_bytes() if before else None)
+    train(recipe, [f"train.run_dir={tmp_path}", "train.max_minutes=5"])
+
+
+@pytest.mark.parametrize("only_describe", [True, False])
+def test_folders_that_deepspeed_takes_for_patterns_are_refused(recipe, whole_run, tmp_path, only_describe):
+    """DeepSpeed would save there, and not find what it has saved."""
+    inner = Path(shutil.copytree(whole_run, tmp_path / "lr[1e-3]" / "run"))
+    message = r"=.*lr\[1e-3\].* has one of the characters \* \? \[ in its absolute path, .*: rename the folder, or"
+    for setting in ("train.run_dir", "checkpoint.resume"):
+        with pytest.raises(ValueError, match=setting + message):
+            train(recipe, [f"{setting}={inner}"], only_describe=only_describe)
+    spaced = Path(shutil.copytree(whole_run, tmp_path / "größe 1" / "run"))
+    train(recipe, [f"train.run_dir={spaced}"], only_describe=only_describe)
+
+
+def test_the_home_folder_of_a_path_is_found(recipe, whole_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    overrides = [f"{key}=~/x" for key in ("train.run_dir", "data.path", "model.init_from", "checkpoint.resume")]
+    config = load_config(recipe, overrides)
+    found = {config.train.run_dir, config.data.path, config.model.init_from, config.checkpoint.resume}
+    assert found == {str(tmp_path / "x")}
+    assert load_config(recipe, ["wandb.name=~/x"]).wandb.name == "~/x"
+
+
+@pytest.mark.parametrize("only_describe", [True, False])
+def test_a_tokenizer_that_cannot_have_the_sinks_is_refused_before_training(recipe, store, tmp_path, only_describe):
+    """Otherwise the first save fails."""
+    tokenizer = Tokenizer.from_file(str(store / "tokenizer.json"))
+    state = json.loads(tokenizer.to_str())
+    size = tokenizer.get_vocab_size()
+    state["model"]["vocab"]["unreachable"] = size + 4
+    (tmp_path / "gap.json").write_text(json.dumps(state))
+    gap = prepare_here(store.parent / "corpus.jsonl", tmp_path / "gap", tokenizer=str(tmp_path / "gap.json"))
+    message = rf"no token with the id {size}, but with higher ids, .* a sink token the id {size + 1}: add tokens for"
+    with pytest.raises(ValueError, match=message):
+        train(recipe, [f"data.path={gap}", f"train.run_dir={tmp_path / 'run'}"], only_describe=only_describe)
+    plain = [f"data.path={gap}", f"train.run_dir={tmp_path / 'plain'}", "model.sink.kind=none", "train.num_steps=2"]
+    train(recipe, plain, only_describe=only_describe)
+    tokenizer.add_special_tokens(["<|sink|>", "<|new|>"])
+    tokenizer.save(str(tmp_path / "other.json"))
+    other = prepare_here(store.parent / "corpus.jsonl", tmp_path / "other", tokenizer=str(tmp_path / "other.json"))
+    with pytest.raises(ValueError, match=rf"already has the token <\|sink\|> with the id {size}, but the model's sink"):
+        train(recipe, [f"data.path={other}", f"train.run_dir={tmp_path / 'run'}"], only_describe=only_describe)
+
+
+def test_a_run_goes_on_with_data_prepared_with_the_tokenizer_of_a_run_or_export(recipe, whole_run, store, tmp_path):
+    export = export_model(whole_run, tmp_path / "exported")
+    model = next((whole_run / "checkpoints").glob("step-8")) / "model"
+    for source in (export, model):
+        name = source.name
+        data = prepare_here(store.parent / "corpus.jsonl", tmp_path / f"store-{name}", tokenizer=str(source))
+        assert Tokenizer.from_file(str(data / "tokenizer.json")).token_to_id("<|sink|>") is None
+        run = [f"data.path={data}", f"model.init_from={source}", f"train.run_dir={tmp_path / f'run-{name}'}"]
+        train(recipe, [*run, "train.num_steps=2"])
+        assert load_tokenizer(tmp_path / f"run-{name}")("a")["input_ids"] == load_tokenizer(whole_run)("a")["input_ids"]
 
 
 def test_a_run_is_not_written_into_the_folder_of_a_model(recipe, copy, dry_run):
