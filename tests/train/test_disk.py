@@ -143,7 +143,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
 def test_a_disk_that_is_too_small_is_noticed_before_saving(recipe, small_disk, capsys):
     with pytest.raises(
         ValueError,
-        match=r"cannot save .*step-8 \(earlier checkpoints are intact\): it takes 0\.00 GiB, but 0\.00 GiB are free",
+        match=r"cannot save .*step-8 \(earlier checkpoints are intact\): it takes 1\.\d\d MiB, but 0\.\d\d MiB are free",
     ):
         train(recipe, [f"train.run_dir={small_disk}", "checkpoint.keep=1"])
     output = capsys.readouterr().out
@@ -156,7 +156,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_saving(recipe, small_disk, c
 def test_a_disk_that_fills_while_saving_costs_nothing(recipe, small_disk, monkeypatch):
     """Another program writes to it after the check."""
     monkeypatch.setattr("sinklm.train.checkpoint.check_free_space", lambda folder, needed: None)
-    with pytest.raises(ValueError, match=r"cannot save .*step-8 \(earlier .*: writing failed with 0\.00 GiB free"):
+    with pytest.raises(ValueError, match=r"cannot save .*step-8 \(earlier .*: writing failed with 0\.00 MiB free"):
         train(recipe, [f"train.run_dir={small_disk}", "checkpoint.keep=1"])
     assert list(list_checkpoints(small_disk)) == [4]
     monkeypatch.undo()
