@@ -97,15 +97,21 @@ def from_pretrained(loader: Any, folder: str, **options: Any) -> tuple[Any, dict
 
 
 @contextmanager
-def quiet_loading(*, is_local: bool) -> Iterator[None]:
-    """Hide transformers' report on the loaded keys, and its progress bars for local files."""
+def only_errors() -> Iterator[None]:
+    """Hide warnings that transformers logs."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        with no_progress_bars() if is_local else nullcontext():
-            yield
+        yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def quiet_loading(*, is_local: bool) -> Iterator[None]:
+    """Hide transformers' report on the loaded keys, and its progress bars for local files."""
+    with only_errors(), no_progress_bars() if is_local else nullcontext():
+        yield
 
 
 # CPU instructions for 16-bit matrix products on x86 and ARM, as in `torch.cpu.get_capabilities`.

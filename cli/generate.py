@@ -144,7 +144,7 @@ def generate(
         torch.manual_seed(seed)
         write("\n" * bool(i))
         if generator is None:
-            done = _continue_dense(language_model, tokenizer, text, ids, limit or 0, sampling, end_ids, write)
+            done = _continue_dense(console, language_model, tokenizer, text, ids, limit or 0, sampling, end_ids, write)
         else:
             generator.reset()
             done = _continue_stream(console, tokenizer, generator, text, ids, limit, end_ids, write)
@@ -205,6 +205,7 @@ def end_of_text_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBas
 
 
 def _continue_dense(
+    console: Console,
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     prompt: str,
@@ -218,6 +219,7 @@ def _continue_dense(
     import torch
     from transformers import TextStreamer
 
+    from ..checkpoints.loading import only_errors
     from ..models.checked import checked_passes
     from ..streaming.families import num_embedded_positions
 
@@ -231,8 +233,15 @@ def _continue_dense(
             f"the prompt has {len(prompt_ids)} tokens; {max_new_tokens} new tokens exceed the {num_positions} "
             "positions of this model: lower --max-new-tokens or shorten the prompt"
         )
+    trained_length = getattr(model.config, "max_position_embeddings", None)
+    if trained_length and len(prompt_ids) + max_new_tokens > trained_length:
+        console.note(
+            f"the prompt has {len(prompt_ids):,} tokens, and with {max_new_tokens:,} new ones it is longer than the "
+            f"{trained_length:,} that the model was trained on, where text gets worse: use --stream --max-new-tokens "
+            f"{max_new_tokens}"
+        )
     ids = torch.tensor([prompt_ids], device=model.device)
-    with checked_passes(model):
+    with checked_passes(model), only_errors():
         written = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),

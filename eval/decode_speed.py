@@ -218,7 +218,7 @@ def results_table(results: list[dict[str, Any]], title: str) -> Table:
     eager = [method for method in METHODS if any(row["method"] == method and row.get("is_eager") for row in results)]
     caption = f"mean ± standard deviation of the steps; eager: {', '.join(eager) or 'none'}"
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
-    for header in ("Cache", "Batch", *METHODS, "speed-up"):
+    for header in ("Cache", "Batch", *METHODS, "over re-computation"):
         table.add_column(header, justify="right", no_wrap=True)
     rows: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
     for row in results:

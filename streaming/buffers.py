@@ -72,10 +72,18 @@ class StreamingLayer(StaticBuffers):
         """Allocate the buffers for states like these ``(B, G, T, D)`` if they do not exist yet.
 
         If the layer has moved to another device since, they move there.
+
+        Raises:
+            ValueError: the states have another data type than those in the buffers.
         """
         if not self.is_allocated:
             self._allocate(key, value)
             self.is_allocated = True
+        elif self.kept_keys.dtype != key.dtype:
+            raise ValueError(
+                f"the cache has states in {self.kept_keys.dtype}, and the model now computes in {key.dtype}: call "
+                "reset(), or change the model (or autocast) back"
+            )
         elif self.kept_keys.device != key.device:
             self.set_buffers({name: buffer.to(key.device) for name, buffer in self.buffers.items()})
 

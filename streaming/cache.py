@@ -208,9 +208,11 @@ class StreamingCache(Cache):
         self.check_whole()
         batch_size, num_inputs = inputs.shape[:2]
         if not self.streams.is_empty and self.batch_size != batch_size:
+            times, rest = divmod(batch_size, self.batch_size)
+            repeat = "" if rest else f"batch_repeat_interleave({times}) to continue each stream in {times} rows, "
             raise ValueError(
-                f"this StreamingCache has {self.batch_size} streams, but the batch has {batch_size} rows: call reset() "
-                "or create a new cache"
+                f"this StreamingCache has {self.batch_size} streams, but the batch has {batch_size} rows: call "
+                f"{repeat}reset() for new texts, or create a new cache"
             )
         is_token = None if mask is None else which_are_tokens(mask, batch_size, num_inputs)
         if is_token is None:

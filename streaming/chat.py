@@ -145,6 +145,7 @@ class Chat:
         max_new_tokens: maximum length of a reply. The conversation continues after a cut reply.
 
     Raises:
+        TypeError: ``generator`` is no `Generator`.
         ValueError: the chat template leaves out ``system``.
     """
 
@@ -156,6 +157,8 @@ class Chat:
         system: str | None = None,
         max_new_tokens: int = 512,
     ):
+        if not isinstance(generator, Generator):
+            raise TypeError(f"generator is a {type(generator).__name__}: use Chat(tokenizer, Generator(model, cache))")
         self.tokenizer, self.generator = tokenizer, generator
         self.system, self.max_new_tokens = system, max_new_tokens
         self.turns = TemplateTurns(tokenizer) if tokenizer.chat_template else PlainTurns(tokenizer)
@@ -227,7 +230,7 @@ class Chat:
         if self.generator.cache.is_damaged:
             self.reset()
         if self.has_begun:
-            prompt = self.generator.unread + self.turns.next(message, self.end_of_reply)
+            prompt = self.turns.next(message, self.end_of_reply)
         else:
             prompt = self.turns.first(message, self.system)
         self.has_begun, self.end_of_reply = True, ""

@@ -91,8 +91,9 @@ class Generator:
         """Read a prompt of at least one token and yield tokens indefinitely.
 
         The model reads a token only when the next one is requested, so the last token that was
-        yielded is not in the cache yet. After a call with another prompt, this iterator raises an
-        error, because both texts would share one cache.
+        yielded is not in the cache yet. The next call reads it before its own prompt, which
+        continues the text; set `unread` to ``[]`` to leave it out. After that call, this iterator
+        raises an error, because both texts would share one cache.
 
         Raises:
             TypeError: the prompt is no list of integers.
@@ -107,7 +108,7 @@ class Generator:
         if not prompt_ids:
             raise ValueError("the prompt is empty: pass at least one token")
         self.turn = turn = self.turn + 1
-        prompt = torch.tensor([prompt_ids])
+        prompt = torch.tensor([[*self.unread, *prompt_ids]])
         check_ids(prompt, unwrapped(self.decoder.model))
         logits = self.decoder.prefill(prompt.to(self.device))
         self.unread = []

@@ -73,5 +73,10 @@ def which_are_tokens(mask: Tensor, batch_size: int, num_inputs: int) -> Tensor |
 
 def check_padding(is_token: Tensor) -> None:
     """Raise a ValueError if a row ``(B, T)`` has a token, and padding on the right."""
-    if (is_token.any(-1) & ~is_token[:, -1]).any():  # a row may consist of padding only
-        raise ValueError("the batch is padded on the right: pad it on the left (padding_side='left' in the tokenizer)")
+    ends_in_padding = is_token.any(-1) & ~is_token[:, -1]  # a row may consist of padding only
+    if ends_in_padding.any():
+        raise ValueError(
+            f"row {int(ends_in_padding.nonzero()[0])} of the batch has padding on the right: pad on the left "
+            "(padding_side='left' in the tokenizer). The last generated token, which a used cache reads first, also "
+            "comes after the padding"
+        )

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..models.cache_argument import CACHE
+from ..models.checked import check_ids
 from .cache import StreamingCache
 from .memory import MemoryOptions
 from .wrappers import unwrapped
@@ -40,18 +41,24 @@ def stream_logits(
         memory: as in `StreamingCache.for_model`.
 
     Raises:
-        ValueError: ``token_ids`` is no tensor ``(B, T)``; or as `StreamingCache.for_model`.
+        ValueError: ``token_ids`` is no tensor ``(B, T)`` of integers, is empty, or has ids that the
+            model does not have; or as `StreamingCache.for_model`.
     """
     if not isinstance(token_ids, Tensor) or token_ids.ndim != 2:
         given = (
             f"of shape {tuple(token_ids.shape)}" if isinstance(token_ids, Tensor) else f"a {type(token_ids).__name__}"
         )
         raise ValueError(f"token_ids is {given}: pass a tensor of shape (streams, tokens)")
+    if token_ids.is_floating_point() or token_ids.is_complex() or not token_ids.shape[1]:
+        raise ValueError(
+            f"token_ids has {token_ids.shape[1]} values of {token_ids.dtype}: pass at least one integer id"
+        )
     cache = StreamingCache.for_model(
         model, num_kept=num_kept, window=window, chunk_size=chunk_size, kv_dtype=kv_dtype, memory=memory
     )
     device = unwrapped(model).device
     for chunk in token_ids.split(chunk_size, dim=1):
+        check_ids(chunk, unwrapped(model))
         with torch.inference_mode():
             yield model(chunk.to(device, torch.long), use_cache=True, **{CACHE: cache}).logits
 
@@ -69,8 +76,10 @@ def stream_losses(
     """Yield negative log-likelihoods of the tokens 1 … T - 1 in nats, chunk by chunk.
 
     Each chunk is float32 ``(B, c)`` on the model's device. Arguments are those of `stream_logits`.
-    Token 0 is not scored, because without a sink it has no context.
+    Token 0 is not scored, because without a sink it has no context, so at least two are required.
     """
+    if isinstance(token_ids, Tensor) and token_ids.ndim == 2 and token_ids.shape[1] == 1:
+        raise ValueError("token_ids has one token: pass at least two, because the first one is not scored")
     end = 0
     chunks = stream_logits(
         model,

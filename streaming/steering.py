@@ -9,6 +9,7 @@ own method.
 
 import copy
 import inspect
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -33,6 +34,7 @@ HARMLESS = {  # arguments of attention functions that do not change a streaming 
     *("dropout", "sliding_window", "position_ids", "cache_position", "num_items_in_batch", "logits_to_keep"),
     *("position_embeddings", "token_type_ids", "mm_token_type_ids", *NAMES),
     *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "output_router_logits"),
+    *("tokenizer", "assistant_tokenizer"),  # of `generate`, which passes them on
 }
 NEEDED_PARAMETERS = ("input_ids", "inputs_embeds", "attention_mask")
 
@@ -97,6 +99,8 @@ class SteeredForward:
     A deep copy of the decoder gets its own, without caches; a pickled decoder gets the original
     method. A shallow copy, and a replica of ``torch.nn.DataParallel``, would run this decoder:
     delete the caches first.
+
+    A pass with a cache changes the decoder until it ends, so passes of several threads take turns.
     """
 
     def __init__(self, decoder: PreTrainedModel):
@@ -105,6 +109,7 @@ class SteeredForward:
         self.parameters = list(inspect.signature(type(decoder).forward).parameters)[1:]
         self.num_caches = 0
         self.is_routed = False
+        self.lock = threading.RLock()
         if missing := set(NEEDED_PARAMETERS) - set(self.parameters):
             raise ValueError(
                 f"streaming does not support {type(decoder).__name__} of transformers {transformers.__version__}: its "
@@ -145,7 +150,10 @@ class SteeredForward:
         """Run the decoder's forward pass."""
         cache, named = self.cache_in(args, kwargs)
         if cache is None:
-            return self.call_decoder(*args, **kwargs)
+            if torch.compiler.is_compiling():  # a lock cannot be traced
+                return self.call_decoder(*args, **kwargs)
+            with self.lock:
+                return self.call_decoder(*args, **kwargs)
         if self.is_routed:
             return self.step_in_graph(cache, named)
         return self.stream(cache, named)
@@ -169,7 +177,7 @@ class SteeredForward:
     def stream(self, cache: "StreamingCache", named: dict) -> Any:
         """Run the new inputs through the decoder in chunks. A failure midway damages the cache."""
         name, inputs = inputs_of(named)
-        check_call(inputs, named, cache.decoder.config)
+        check_call(inputs, named, cache)
         is_token = cache.check_inputs(inputs, text_mask(named.get("attention_mask"), inputs.shape[1]))
         outputs = []
         with self.routed(cache), cache.damaged_by_failure(inputs.shape[1]):
@@ -196,8 +204,9 @@ class SteeredForward:
     def routed(self, cache: "StreamingCache") -> Iterator[None]:
         """Route the decoder's attention to a cache."""
         config = cache.decoder.config
-        users_choice = config._attn_implementation
         with ExitStack() as stack:
+            stack.enter_context(self.lock)
+            users_choice = config._attn_implementation
             for module, substitute in cache.substitutes:
                 stack.enter_context(replaced_forward(module, substitute))
             stack.callback(setattr, config, "_attn_implementation", users_choice)
@@ -245,8 +254,13 @@ def steered(cache: "StreamingCache", named: dict, position_ids: Tensor) -> dict:
     return {**named, "attention_mask": mask, "position_ids": position_ids, STEERED: cache}
 
 
-def check_call(inputs: Tensor | None, named: dict, config: PreTrainedConfig) -> None:
+def check_call(inputs: Tensor | None, named: dict, cache: "StreamingCache") -> None:
     """Raise a ValueError if a streaming pass does not support the arguments."""
+    config: PreTrainedConfig = cache.decoder.config
+    if inputs is not None and inputs.ndim < 2:
+        raise ValueError(f"the inputs have shape {tuple(inputs.shape)}: pass ids of shape (batch, tokens)")
+    if cache.streams.is_empty and (inputs is None or inputs.shape[1] == 0):
+        raise ValueError("the input is empty: pass at least one token")
     if inputs is None or inputs.shape[1] == 0:
         raise ValueError(
             "no new tokens for this StreamingCache: pass `generate` the full sequence, that is the tokens that are "

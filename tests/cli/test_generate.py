@@ -36,6 +36,17 @@ def test_a_stream_is_text_on_stdout_and_speed_on_stderr(checkpoint, capfd):
     assert "tokens/s; cache 1+9" in shown.err
 
 
+def test_a_text_beyond_the_trained_length_is_named_before_it(checkpoint, capfd):
+    length = load_model(checkpoint).config.max_position_embeddings
+    generate(checkpoint, ["import os"], max_new_tokens=length, temperature=0)
+    shown = capfd.readouterr()
+    assert f"it is longer than the {length:,} that the model was trained on" in " ".join(shown.err.split())
+    assert f"use --stream --max-new-tokens {length}" in " ".join(shown.err.split())
+    assert "friendly reminder" not in shown.err
+    generate(checkpoint, ["import os"], max_new_tokens=5)
+    assert "trained on" not in capfd.readouterr().err
+
+
 def test_text_that_fits_the_cache_equals_that_of_dense_attention(checkpoint, capfd):
     for options in ({}, {"stream": True}, {"cache": "1+100"}):
         generate(checkpoint, ["import os"], max_new_tokens=25, temperature=0, **options)

@@ -112,7 +112,7 @@ def test_a_row_may_begin_in_a_later_pass(num_sinks):
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (torch.tensor([[1, 1, 1, 0]]), "padded on the right"),
+        (torch.tensor([[1, 1, 1, 0]]), "row 0 of the batch has padding on the right"),
         (torch.tensor([[0.0, 0.0, -1e9, 0.0]]), "values other than 0 "),
         (torch.full((1, 4), 2), "values other than 0 "),
         (torch.ones(1, 3), "attention_mask"),

@@ -159,12 +159,37 @@ def test_a_cache_of_another_model_is_an_error(model, family, num_tokens):
 
 def test_right_padding_and_other_masks_are_an_error(model):
     ids = tiny.random_ids(4, batch_size=2)
-    with pytest.raises(ValueError, match="padded on the right"):
+    with pytest.raises(ValueError, match="row 1 of the batch has padding on the right: pad on the left"):
         run(model, ids, for_model(model), attention_mask=torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]))
     with pytest.raises(ValueError, match="attention_mask has shape"):
         run(model, ids, for_model(model), attention_mask=torch.ones(2, 1, 4, 4))
     with pytest.raises(ValueError, match="attention_mask has shape"):
         run(model, ids, for_model(model), attention_mask=torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_a_model_in_another_data_type_is_an_error_with_a_used_cache(model, kv_dtype):
+    model = copy.deepcopy(model).float()
+    cache = StreamingCache.for_model(model, num_kept=1, window=64, kv_dtype=kv_dtype)
+    run(model, tiny.random_ids(4), cache)
+    model.to(torch.bfloat16)
+    for num_tokens in (1, 3):
+        with pytest.raises(ValueError, match=r"has states in torch\.float32, and the model now computes in torch\.bf"):
+            run(model, tiny.random_ids(num_tokens), cache)
+    cache.reset()
+    run(model, tiny.random_ids(3), cache)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.zeros(1, 0, dtype=torch.long), "the input is empty: pass at least one token"),
+        (torch.zeros(3, dtype=torch.long), r"the inputs have shape \(3,\): pass ids of shape \(batch, tokens\)"),
+    ],
+)
+def test_inputs_that_are_no_text_are_an_error(model, ids, message):
+    with pytest.raises(ValueError, match=message):
+        run(model, ids, for_model(model))
 
 
 def test_generating_without_use_cache_is_an_error():
@@ -177,8 +202,10 @@ def test_generating_without_use_cache_is_an_error():
 def test_another_batch_size_is_an_error_until_reset(model):
     cache = for_model(model)
     run(model, tiny.random_ids(4, batch_size=2), cache)
-    with pytest.raises(ValueError, match="has 2 streams, but the batch has 3 rows"):
+    with pytest.raises(ValueError, match=r"has 2 streams, but the batch has 3 rows: call reset\(\) for new texts, or"):
         run(model, tiny.random_ids(1, batch_size=3), cache)
+    with pytest.raises(ValueError, match=r"call batch_repeat_interleave\(2\) to continue each stream in 2 rows, reset"):
+        run(model, tiny.random_ids(1, batch_size=4), cache)
     cache.reset()
     run(model, tiny.random_ids(1, batch_size=3), cache)
     assert cache.batch_size == 3

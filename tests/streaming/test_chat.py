@@ -41,6 +41,11 @@ def read_ids(chat: Chat) -> list[int]:
     return seen
 
 
+def test_a_chat_with_its_arguments_in_the_other_order_is_named():
+    with pytest.raises(TypeError, match=r"generator is a .*: use Chat\(tokenizer, Generator\(model, cache\)\)"):
+        Chat(None, "tokenizer")
+
+
 def test_a_template_that_leaves_out_the_system_prompt_is_named():
     model, users = small_model(0), "{% for m in messages if m.role != 'system' %}{{ m.content }}\n{% endfor %}"
     start(model, tokenizer(users))

@@ -101,3 +101,18 @@ def test_a_text_without_a_dimension_of_streams_is_an_error(ids):
         ValueError, match=r"token_ids is (of shape \(9,\)|a list): pass a tensor of shape \(streams, to"
     ):
         next(stream_losses(model, ids, num_kept=1, window=4))
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.zeros(1, 0, dtype=torch.long), r"has 0 values of torch\.int64: pass at least one integer id"),
+        (torch.zeros(1, 9), r"has 9 values of torch\.float32: pass at least one integer id"),
+        (torch.zeros(1, 1, dtype=torch.long), "has one token: pass at least two, because the first one is not scored"),
+        (torch.full((1, 9), 99_999), "token id 99999 is outside of the model's vocabulary"),
+    ],
+)
+def test_ids_that_cannot_be_scored_are_an_error(ids, message):
+    model = tiny.build(tiny.config("llama"))
+    with pytest.raises(ValueError, match=message):
+        next(stream_losses(model, ids, num_kept=1, window=4))

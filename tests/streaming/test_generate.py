@@ -1,10 +1,14 @@
 """`generate(past_key_values=cache)` writes the oracle's greedy tokens."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
+from sinklm.checkpoints import load_model, load_tokenizer
 from sinklm.streaming import StreamingCache
 
+from ..eval.checkpoints import small_model, write_checkpoint
 from ..models.tiny import plain_twin, sinks, tiny_model
 from . import oracle, tiny
 
@@ -46,6 +50,41 @@ def test_a_chat_keeps_one_cache_through_its_turns():
         conversation = model.generate(conversation, past_key_values=cache, max_new_tokens=6, **SETTINGS)
         assert_greedy(model, conversation[0], 6, 2, 8)
     assert cache.get_seq_length() == conversation.shape[1] - 1  # the last token has not been read yet
+
+
+def test_a_text_ends_at_a_stop_string(tmp_path):
+    """`generate` passes the tokenizer on to the attention function."""
+    checkpoint = write_checkpoint(tmp_path, small_model(1))
+    model, tokenizer = load_model(checkpoint, device="cpu"), load_tokenizer(checkpoint)
+    prompt = tokenizer("import os", return_tensors="pt")
+    options = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0}
+    whole = model.generate(**prompt, **options)[0].tolist()
+    stop = tokenizer.decode(whole[-6])
+    options |= {"stop_strings": [stop], "tokenizer": tokenizer}
+    cache = StreamingCache.for_model(model, num_kept=1, window=100)
+    text = model.generate(**prompt, past_key_values=cache, **options)[0].tolist()
+    assert text == model.generate(**prompt, **options)[0].tolist() == whole[: len(text)]
+    assert len(text) < len(whole)
+
+
+def test_threads_share_a_model():
+    """Each has its own cache; one has none."""
+    model = tiny.build(tiny.config("llama"))
+    attention = model.config._attn_implementation
+    prompts = [tiny.random_ids(5, seed=i) for i in range(3)]
+
+    def write(i: int) -> list[int]:
+        cache = StreamingCache.for_model(model, num_kept=2, window=8) if i else None
+        options = SETTINGS | {"max_new_tokens": 30}
+        return model.generate(prompts[i], past_key_values=cache, **options)[0].tolist()
+
+    alone = [write(i) for i in range(3)]
+    keeper = StreamingCache.for_model(model, num_kept=2, window=8)  # the model has a cache all the time
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(5):
+            assert list(pool.map(write, range(3))) == alone
+    assert model.config._attn_implementation == attention
+    del keeper
 
 
 def test_beams_find_the_same_text_as_without_eviction():

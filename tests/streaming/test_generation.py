@@ -139,6 +139,18 @@ def test_the_next_prompt_ends_the_iterator_before():
     assert written + list(islice(newer, 19)) == expected  # the error did not affect the newer text
 
 
+def test_the_next_prompt_continues_the_whole_text():
+    """The last token of the turn before is read first, which the iterator had not done."""
+    first, second = (text(seed, seed)[0].tolist() for seed in (7, 4))
+    turns = generator(MODEL)
+    one, two = list(islice(turns(first), 6)), list(islice(turns(second), 6))
+    assert list(islice(generator(MODEL)(first + one + second), 6)) == two
+    turns.reset()
+    again = list(islice(turns(first), 6))
+    turns.unread = []
+    assert list(islice(turns(second), 6)) == list(islice(generator(MODEL)(first + again[:-1] + second), 6))
+
+
 def test_the_default_cache_fits_the_model():
     assert default_cache(tiny_model(0, max_position_embeddings=2048)) == (4, 1020)
     assert default_cache(tiny_model(1, max_position_embeddings=2048)) == (1, 1023)
