@@ -10,6 +10,7 @@ from ..console import Console
 from .options import Quiet, examples
 
 if TYPE_CHECKING:
+    from ..data.inputs import Inputs
     from ..data.manifest import Manifest
     from ..data.prepare import PrepareProgress
 
@@ -72,9 +73,7 @@ def prepare(
 
     was_complete, was_begun = (output / MANIFEST_NAME).exists(), has_saved_work(output)
     found = find_inputs(inputs, text_key=text_key)
-    if found.num_ignored:
-        kinds = ", ".join(f"{count} × {kind}" for kind, count in found.num_ignored.most_common(8))
-        console.note(f"ignored files in folders: {kinds}")
+    note_ignored(console, found)
     if unchecked := found.without_checksum():
         names = ", ".join(unchecked[:3]) + ", …" * (len(unchecked) > 3)
         console.note(f"no checksums, so damage may go unnoticed, in {len(unchecked)} of the inputs: {names}")
@@ -95,6 +94,13 @@ def prepare(
     if was_complete:
         console.print(f"{output} is already complete; nothing to do.", soft_wrap=True)
     print_summary(console, manifest, output)
+
+
+def note_ignored(console: Console, found: "Inputs") -> None:
+    """Print how many files of folders and patterns are no inputs, by the reason."""
+    if found.num_ignored:
+        kinds = ", ".join(f"{count} × {kind}" for kind, count in found.num_ignored.most_common(8))
+        console.note(f"ignored files in folders: {kinds}")
 
 
 class ProgressDisplay:

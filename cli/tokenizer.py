@@ -38,14 +38,17 @@ def train(
     from ..data.manifest import Counts
     from ..data.tokenizer import train_tokenizer
     from ..files import check_writable, write_text
+    from .prepare import note_ignored
 
     console, counts = Console(is_quiet=quiet), Counts()
     if output.is_dir():
         raise ValueError(f"--output {output} is a folder: pass the name of a file, such as {output / 'tokenizer.json'}")
     check_writable(output)
+    found = find_inputs(inputs)
+    note_ignored(console, found)
 
     def texts() -> Iterator[str]:
-        for document in read_documents(find_inputs(inputs).shards):
+        for document in read_documents(found.shards):
             counts.add(Counts(documents=1, bytes=len(document.text.encode())))
             yield document.text
 

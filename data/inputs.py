@@ -1,11 +1,12 @@
 """Finds the inputs named on a command line: files, folders, patterns and Hub data sets."""
 
 import glob
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from ..hub import find_on_hub, near_path_hint
 from .compression import has_checksum
@@ -48,18 +49,21 @@ def find_inputs(names: list[str], *, text_key: str = TEXT_KEY) -> Inputs:
 
     A name is a file, a folder (its files of known types, at any depth), a pattern (``src/**/*.c``;
     quote it) or a Hub data set (``EleutherAI/the_pile_deduplicated`` or ``owner/name:config``).
-    Inputs keep their order; the files of a folder or pattern are sorted by path. A file of an
-    unknown type is read as text. Consecutive text files form one shard; every other file is one
-    shard. ``text_key`` is the key or column of the text in JSON lines, parquet files and data sets.
-    Suffixes may be in upper case.
+    Inputs keep their order; the files of a folder or pattern are sorted by path. Links are
+    followed, and hidden files of a folder are left out. A file of an unknown type is read as text.
+    Consecutive text files form one shard; every other file is one shard. ``text_key`` is the key or
+    column of the text in JSON lines, parquet files and data sets. Suffixes may be in upper case.
 
     Raises:
         FileNotFoundError: a name is none of these.
-        ValueError: a folder or pattern has no usable file, a file is named twice, or a file is of a
-            type that contains no plain text, such as an archive.
+        PermissionError: a folder in a folder cannot be read.
+        ValueError: a folder or pattern has no usable file, a file is named twice, also once
+            compressed and once not, or a file is of a type that contains no plain text, such as an
+            archive.
     """
     shards: list[Shard] = []
     seen: set[Path] = set()
+    unpacked: dict[Path, Path] = {}
     num_ignored: Counter[str] = Counter()
 
     def add(files: list[Path], set_name: str) -> None:
@@ -67,6 +71,11 @@ def find_inputs(names: list[str], *, text_key: str = TEXT_KEY) -> Inputs:
             if file.resolve() in seen:
                 raise ValueError(f"{file}: given twice as input, so its documents would be duplicated; name it once")
             seen.add(file.resolve())
+            if (other := unpacked.setdefault(_without_compression(file), file)) != file:
+                raise ValueError(
+                    f"{file}: by its name it is {other} in another compression, so its documents would be "
+                    "duplicated; use one of the two, or rename one if they differ"
+                )
             _add_file(shards, file, set_name, text_key)
 
     for name in names:
@@ -86,7 +95,7 @@ def find_inputs(names: list[str], *, text_key: str = TEXT_KEY) -> Inputs:
 
 def _files_of_folder(folder: Path, num_ignored: Counter[str]) -> list[Path]:
     files = []
-    for file in _without_double_links(folder.rglob("*"), num_ignored):
+    for file in _existing(_walk(folder, num_ignored), num_ignored):
         name = file.name.lower()
         if name.endswith(FOLDER_SUFFIXES) and not _is_refused(name):
             files.append(file)
@@ -97,24 +106,67 @@ def _files_of_folder(folder: Path, num_ignored: Counter[str]) -> list[Path]:
             f"{folder}: contains no file that ends in {' '.join(FOLDER_SUFFIXES)}; "
             "use a pattern to select files of other types"
         )
-    return files
+    return _each_once(files, num_ignored)
+
+
+def _walk(folder: Path, num_ignored: Counter[str]) -> Iterator[Path]:
+    """Yield the paths in a folder at any depth, except hidden ones. Links to folders are followed.
+
+    Each real folder is read once, under its own name rather than that of a link to it.
+    """
+    entered: set[str] = set()
+    waiting = [str(folder)]  # linked folders come last
+    for start in waiting:
+        for parent, folders, files in os.walk(start, onerror=_raise):
+            if (real := os.path.realpath(parent)) in entered:
+                folders.clear()
+                continue
+            entered.add(real)
+            if hidden := [name for name in [*folders, *files] if name.startswith(".")]:
+                num_ignored["hidden"] += len(hidden)
+            folders[:] = sorted(set(folders).difference(hidden))
+            waiting += [path for name in folders if os.path.islink(path := os.path.join(parent, name))]
+            yield from (Path(parent, name) for name in set(files).difference(hidden))
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 def _files_of_pattern(pattern: str, num_ignored: Counter[str]) -> list[Path]:
-    files = _without_double_links(map(Path, glob.iglob(pattern, recursive=True)), num_ignored)
-    if not files:
+    files = _existing(map(Path, glob.iglob(pattern, recursive=True)), num_ignored)
+    if not (chosen := _each_once(files, num_ignored)):
         raise ValueError(f"{pattern}: no file matches this pattern; check the path and quote the pattern")
-    return files
-
-
-def _without_double_links(paths: Iterable[Path], num_ignored: Counter[str]) -> list[Path]:
-    """Return the sorted files of ``paths``, without symbolic links to other files among them."""
-    files = sorted(path for path in paths if path.is_file())
-    originals = {file.resolve() for file in files if not file.is_symlink()}
-    chosen = [file for file in files if not (file.is_symlink() and file.resolve() in originals)]
-    if len(chosen) < len(files):
-        num_ignored["link to another input file"] += len(files) - len(chosen)
     return chosen
+
+
+def _existing(paths: Iterable[Path], num_ignored: Counter[str]) -> Iterator[Path]:
+    """Yield the files among ``paths``, and count the links to nothing."""
+    for path in paths:
+        if path.is_file():
+            yield path
+        elif not path.exists():
+            num_ignored["broken link"] += 1
+
+
+def _each_once(files: Iterable[Path], num_ignored: Counter[str]) -> list[Path]:
+    """Return the files, sorted, each under the path with the fewest links."""
+    paths: dict[Path, list[Path]] = {}
+    for file in files:
+        paths.setdefault(file.resolve(), []).append(file)
+    chosen = sorted(min(same, key=lambda path: (_num_links(path), path)) for same in paths.values())
+    if num_others := sum(map(len, paths.values())) - len(chosen):
+        num_ignored["link to another input file"] += num_others
+    return chosen
+
+
+def _num_links(path: Path) -> int:
+    return sum(part.is_symlink() for part in (path, *path.parents))
+
+
+def _without_compression(file: Path) -> Path:
+    is_packed = file.suffix.lower() in (".gz", ".zst")
+    return file.parent.resolve() / (file.stem if is_packed else file.name)
 
 
 def _add_file(shards: list[Shard], file: Path, set_name: str, text_key: str) -> None:

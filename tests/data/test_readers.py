@@ -1,5 +1,8 @@
+import errno
 import gzip
 import json
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -210,6 +213,78 @@ def test_inputs_keep_their_order_and_what_they_hold_is_sorted(tmp_path: Path) ->
     texts = [[path.name for path, _ in shard.files] for shard in found.shards if hasattr(shard, "files")]
     assert texts == [["p.c", "q.c"], ["y.txt", "z.txt"]]
     assert found.num_ignored == {".png": 1, ".c": 2, "link to another input file": 1}
+
+
+def test_links_in_a_folder_are_followed_and_hidden_names_left_out(tmp_path: Path) -> None:
+    corpus, other = tmp_path / "corpus", tmp_path / "other"
+    for path in (corpus / "z/own.txt", corpus / ".hidden/a.txt", corpus / ".b.txt", other / "deep/c.txt", other / "d"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(path.name)
+    (corpus / "z/linked").symlink_to(other)
+    (corpus / "again").symlink_to(other / "deep")  # read once, under the first link
+    (corpus / "a").symlink_to(corpus / "z")  # a folder keeps its own name
+    (corpus / "e.txt").symlink_to(other / "d")
+    (other / "deep" / "loop").symlink_to(corpus)
+    (corpus / "broken.txt").symlink_to("nothing")
+    (corpus / "circle.txt").symlink_to("circle.txt")
+    found = find_inputs([str(corpus)])
+    (shard,) = found.shards
+    assert [str(path.relative_to(corpus)) for path, _ in shard.files] == ["again/c.txt", "e.txt", "z/own.txt"]
+    assert found.num_ignored == {"hidden": 2, "broken link": 2, "no suffix": 1}
+    found = find_inputs([f"{corpus}/*/*.txt"])
+    (shard,) = found.shards
+    assert [str(path.relative_to(corpus)) for path, _ in shard.files] == ["again/c.txt", "z/own.txt"]
+    assert found.num_ignored == {"link to another input file": 1}
+
+
+@given(st.tuples(*[st.integers(0, number - 1) for number in (2, 3, 4)]), st.sets(st.tuples(*[st.integers(0, 4)] * 2)))
+def test_every_file_that_links_lead_to_is_read_once(places: tuple[int, ...], links: set[tuple[int, int]]) -> None:
+    """Folder 0 is the input, 1 is elsewhere, and the others are in one of those before them."""
+    with tempfile.TemporaryDirectory() as root:
+        folders = [Path(root, "0"), Path(root, "1")]
+        for number, place in enumerate(places, start=2):
+            folders.append(folders[place] / str(number))
+        for folder in folders:
+            folder.mkdir()
+            (folder / "x.txt").write_text(folder.name)
+        for source, target in links:
+            (folders[source] / f"to-{target}").symlink_to(folders[target])
+        inside = {(place, i) for i, place in enumerate(places, start=2)}
+        reached = {0}
+        while more := {target for source, target in inside | links if source in reached} - reached:
+            reached |= more
+        (shard,) = find_inputs([str(folders[0])]).shards
+        files = [path for path, _ in shard.files]
+        assert sorted(path.read_text() for path in files) == sorted(map(str, reached))
+        assert files == sorted(files)
+        assert set(folders[0].rglob("x.txt")) <= set(files)
+
+
+def test_a_compressed_copy_beside_its_original_is_an_error(tmp_path: Path) -> None:
+    for folder, names in {"a": ("x.jsonl", "x.jsonl.zst"), "b": ("X.JSONL.GZ", "X.JSONL.zst")}.items():
+        (tmp_path / folder).mkdir()
+        both = [str(write_json_lines(tmp_path / folder / name, ROWS)) for name in names]
+        for inputs in ([str(tmp_path / folder)], [str(tmp_path / folder / "*")], both):
+            message = rf"{both[1]}: by its name it is {both[0]} in another compression, .*; use one of the two"
+            with pytest.raises(ValueError, match=message):
+                find_inputs(inputs)
+    write_json_lines(tmp_path / "a" / "x.jsonl.gz", ROWS).rename(tmp_path / "x.jsonl.gz")
+    assert len(find_inputs([both[0], str(tmp_path / "x.jsonl.gz")]).shards) == 2  # in different folders
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if path.endswith("closed"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match=r"Permission denied: .*closed"):
+        find_inputs([str(tmp_path)])
 
 
 def test_a_text_file_named_by_itself_is_its_own_set(tmp_path: Path) -> None:
