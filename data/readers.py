@@ -52,7 +52,7 @@ class Shard(ABC):
 
 @dataclass
 class JsonLinesShard(Shard):
-    """A file of one of ``JSON_LINES_SUFFIXES``. Blank lines are skipped."""
+    """A file of one of ``JSON_LINES_SUFFIXES``. Blank lines and a byte order mark are skipped."""
 
     path: Path
     text_key: str = TEXT_KEY
@@ -65,6 +65,8 @@ class JsonLinesShard(Shard):
     def read(self, skip: int = 0) -> Iterator[JsonLine]:
         set_name = stem(self.path)
         for number, line in enumerate(lines(self._chunks(), self.path), start=1):
+            if number == 1:
+                line = line.removeprefix(BOM_UTF8)
             if not line or line.isspace():
                 continue
             if skip:

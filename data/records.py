@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import orjson
 
+from ..text import UTF_16, not_utf8
+
 # The largest line, text file or text of a row. Reading and tokenizing one of this size needs about
 # 1.3 GB in all processes together.
 MAX_DOCUMENT_BYTES = 2**27
@@ -34,6 +36,10 @@ class JsonLine(NamedTuple):
         try:
             row = orjson.loads(self.line)
         except orjson.JSONDecodeError as error:
+            if reason := not_utf8(self.line):
+                raise ValueError(
+                    f"{self.place}: not UTF-8 ({reason}); convert the file to UTF-8, or remove this line"
+                ) from None
             raise ValueError(
                 f"{self.place}: not valid JSON ({error}); fix or remove this line, each must be one record"
             ) from None
@@ -73,13 +79,13 @@ class TextFile(NamedTuple):
         return len(self.content)
 
     def document(self) -> Document | None:
-        if b"\0" in self.content:
+        if b"\0" in self.content and not self.content.startswith(UTF_16):
             raise ValueError(f"{self.place}: contains NUL bytes, so it is not a text file; remove it from the inputs")
         try:
             text = self.content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"{self.place}: not UTF-8 ({error.reason} at byte {error.start}); convert or remove the file"
+                f"{self.place}: not UTF-8 ({error.reason} at byte {error.start}); convert it to UTF-8, or remove it"
             ) from None
         return Document(text, self.set_name) if text else None
 

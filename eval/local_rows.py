@@ -12,7 +12,7 @@ import datasets
 from datasets.exceptions import DatasetGenerationError
 
 from ..parsing import parse_json
-from ..text import one_line
+from ..text import UTF_16, not_utf8, one_line
 
 Row = dict[str, Any]
 FIELDS = {  # that lm-eval reads of the paper's data sets; the last one is the right answer, if any
@@ -49,13 +49,13 @@ def read_rows(builder: str, data_files: dict[str, list[str]]) -> datasets.Datase
     Raises:
         ValueError: a file is damaged or has no rows.
     """
+    paths = [Path(path) for files in data_files.values() for path in files]
     logger = logging.getLogger("datasets")  # it would print the error too
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        return datasets.load_dataset(builder, data_files=data_files)
+        rows = datasets.load_dataset(builder, data_files=data_files)
     except (DatasetGenerationError, ValueError, OSError, EOFError, TypeError) as error:
-        paths = [Path(path) for files in data_files.values() for path in files]
         for path in paths if builder == "json" else []:
             if damage := _damage(path):
                 raise ValueError(f"{path} {damage}: correct it, or download it again") from error
@@ -66,16 +66,28 @@ def read_rows(builder: str, data_files: dict[str, list[str]]) -> datasets.Datase
         raise ValueError(f"{named}: cannot be read ({one_line(reason)}); download it again") from error
     finally:
         logger.setLevel(level)
+    for path in paths if builder == "json" else []:  # datasets reads any bytes as text, and fails when it is used
+        if reason := not_utf8(_content(path)):
+            raise ValueError(f"{path} is not UTF-8 ({reason}): convert it to UTF-8, or download it again")
+    return rows
+
+
+def _content(path: Path) -> bytes:
+    """Return the bytes of a file that may be compressed; none of a zstd file."""
+    if path.suffix.lower() == ".zst":
+        return b""
+    with OPENERS.get(path.suffix.lower(), open)(path, "rb") as file:
+        return file.read()
 
 
 def _damage(path: Path) -> str:
     """Return what is wrong with a file of JSON or JSON lines, and the line; empty if nothing is."""
-    if path.suffix.lower() == ".zst":
-        return ""  # datasets names the error
     number = 0
     try:
-        with OPENERS.get(path.suffix.lower(), open)(path, "rb") as file:
-            content = file.read()
+        if not (content := _content(path)):
+            return ""  # datasets names the error
+        if content.startswith(UTF_16):
+            return "is UTF-16 and not UTF-8"
         try:
             if isinstance(parse_json(content), dict | list):
                 return ""  # one value, or a single line

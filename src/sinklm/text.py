@@ -1,10 +1,12 @@
 """Text from outside in messages: file names, error texts of libraries, generated text."""
 
 import difflib
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable
 
 LONGEST = 400  # characters of a quoted error text
 MOST_NAMES = 5  # in a hint
+UTF_16 = (BOM_UTF16_LE, BOM_UTF16_BE)  # how files in UTF-16 begin
 
 # Control characters except tab and line end, and the characters that reorder text: in a terminal
 # they move the cursor, change colours and titles, or show a name other than the real one.
@@ -32,6 +34,15 @@ def one_line(error: object) -> str:
 def message_of(error: BaseException) -> str:
     """Return the message of an error in one line without its type, or the type if it is empty."""
     return one_line(str(error).strip() or type(error).__name__)
+
+
+def not_utf8(content: bytes) -> str:
+    """Return why bytes are not text in UTF-8, or an empty text if they are."""
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        return f"{error.reason} at byte {error.start}"
+    return "it has NUL bytes, as UTF-16 has" if b"\0" in content else ""
 
 
 def near_names(name: str, names: Iterable[str]) -> list[str]:

@@ -164,6 +164,27 @@ def test_a_bad_record_is_one_error_that_names_file_and_line(tmp_path: Path, line
         read(path)
 
 
+@pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
+def test_a_byte_order_mark_is_no_part_of_json_lines(tmp_path: Path, packed: str) -> None:
+    path, mark = tmp_path / f"x.jsonl{packed}", b"\xef\xbb\xbf"
+    compress = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[packed]
+    for content in (b'{"text": "a"}\n{"text": "b"}\n', b'\n{"text": "a"}\n{"text": "b"}'):
+        path.write_bytes(compress(mark + content))
+        assert read(path) == [("a", "x"), ("b", "x")]
+    path.write_bytes(compress(b'{"text": "a"}\n' + mark + b'{"text": "b"}\n'))
+    with pytest.raises(ValueError, match="line 2: not valid JSON"):
+        read(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1", "shift-jis"])
+def test_json_lines_in_another_encoding_are_to_be_converted(tmp_path: Path, encoding: str) -> None:
+    text = "日本" if encoding == "shift-jis" else "naïve"
+    (tmp_path / "x.jsonl").write_text(f'{{"text": "{text}"}}\n', encoding=encoding)
+    message = r"x\.jsonl, line 1: not UTF-8 \(.*\); convert the file to UTF-8, or remove this line"
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / "x.jsonl")
+
+
 def test_a_parquet_file_must_have_texts(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"content": ["a"]}), tmp_path / "x.parquet")
     with pytest.raises(ValueError, match=r'x\.parquet: has no column "text", only content'):
@@ -197,6 +218,9 @@ def test_files_that_are_not_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("na\xefve".encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin\.txt: not UTF-8 .*at byte 2"):
         read(tmp_path / "latin.txt")
+    (tmp_path / "wide.txt").write_text("naïve", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"wide\.txt: not UTF-8 .*at byte 0\); convert it to UTF-8"):
+        read(tmp_path / "wide.txt")
     (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
     with pytest.raises(ValueError, match=r"image\.png: contains NUL bytes"):
         read(tmp_path / "image.png")

@@ -144,6 +144,8 @@ def test_missing_and_ambiguous_files_are_named(tmp_path, files, error, message):
         (b"\x00\xff\x17 garbage", "is damaged in line 1"),
         (LINE + b"3\n", "has no JSON object in line 2"),
         (LINE + b"[" * 100_000, "is damaged in line 2"),
+        (LINE.decode().encode("utf-16"), "is UTF-16 and not UTF-8"),
+        (LINE.replace(b"?", b"\xef"), r"is not UTF-8 \(invalid continuation byte at byte \d+\): convert it"),
     ],
 )
 def test_files_without_data_are_named(tmp_path, content, message, caplog):
@@ -151,6 +153,14 @@ def test_files_without_data_are_named(tmp_path, content, message, caplog):
     with pytest.raises(ValueError, match=rf"arc_easy_test\.jsonl.* {message}"):
         load_rows("arc_easy", tmp_path)
     assert not caplog.records  # the error is not printed twice
+
+
+def test_a_byte_order_mark_is_no_part_of_the_rows(tmp_path):
+    write_rows(tmp_path / "arc_easy_test.jsonl", ARC)
+    expected = load_rows("arc_easy", tmp_path)
+    content = (tmp_path / "arc_easy_test.jsonl").read_bytes()
+    (tmp_path / "arc_easy_test.jsonl").write_bytes(b"\xef\xbb\xbf" + content)
+    assert load_rows("arc_easy", tmp_path) == expected
 
 
 @pytest.mark.parametrize(
