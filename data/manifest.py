@@ -14,6 +14,7 @@ from ..hub import near_path_hint
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
+NOTES_NAME = ".prepare"  # folder for unfinished work, inside the output folder
 SPLITS = ("train", "validation")
 Natural = Annotated[int, Field(ge=0)]
 
@@ -155,15 +156,13 @@ def read_manifest(store: Path) -> Manifest:
     """Read ``store/manifest.json``.
 
     Raises:
-        FileNotFoundError: the file does not exist.
+        FileNotFoundError: the file does not exist; the message says what the folder is instead.
         ValueError: the file is damaged or of another version.
     """
     path = store / MANIFEST_NAME
     if not path.exists():
         if store.exists():
-            raise FileNotFoundError(
-                f"{store}: not a token store (no {MANIFEST_NAME}); pass a folder made by `sinklm prepare`"
-            )
+            raise FileNotFoundError(f"{store}: {_what_it_is(store)}")
         hint = near_path_hint(str(store)) or f"make it with `sinklm prepare … --output {store}`"
         raise FileNotFoundError(f"{store}: no such folder; {hint}")
     try:
@@ -174,6 +173,20 @@ def read_manifest(store: Path) -> Manifest:
         raise ValueError(
             f"{path}: damaged, or written by another version ({where}: {first['msg']}); copy or prepare the store again"
         ) from None
+
+
+def _what_it_is(path: Path) -> str:
+    """Return what a file or folder is that is not a token store, and what to do."""
+    if whole := next((parent for parent in path.absolute().parents[:2] if (parent / MANIFEST_NAME).exists()), None):
+        return f"a part of the token store {whole}; pass that folder"
+    if (path / NOTES_NAME).exists():
+        return "not finished; run the same `sinklm prepare` again to resume"
+    if path.is_dir() and any(path.glob("*.idx")):
+        return (
+            "pairs of Megatron (.bin and .idx) without an order of samples; prepare their text with `sinklm prepare`, "
+            "or add the order that GPT-NeoX cached for one pair (*_doc_idx.npy, *_sample_idx.npy, *_shuffle_idx.npy)"
+        )
+    return f"not a token store (no {MANIFEST_NAME}); pass a folder made by `sinklm prepare`"
 
 
 def sha256_of(path: str | os.PathLike) -> str:

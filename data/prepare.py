@@ -25,6 +25,7 @@ from ..files import FULL_DISK, atomic_file, locked, write_json
 from .job import ShardJob
 from .manifest import (
     MANIFEST_NAME,
+    NOTES_NAME,
     SPLITS,
     TOKENIZER_NAME,
     Counts,
@@ -41,7 +42,6 @@ from .store import TokenStore, note_verified
 from .tokenizer import DEFAULT_TOKENIZER, eod_id, tokenizer_size, training_tokenizer
 from .tokenizing import TokenizedBatch, put_records, start_process, take_result, tokenize
 
-NOTES_NAME = ".prepare"  # folder for unfinished work, inside the output folder
 BATCH_BYTES = 2**18
 COMMIT_SECONDS = 10.0
 

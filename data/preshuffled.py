@@ -14,6 +14,7 @@ import numpy as np
 
 from .fixed_order import NUM_PROBES, FixedOrderStore
 from .manifest import MANIFEST_NAME
+from .megatron import read_index_header
 from .megatron_order import MegatronOrderStore
 from .sequence import TokenSequence
 from .store import TokenStore, Verify
@@ -65,11 +66,26 @@ def open_store(
     """Open a folder of training data: a token store, pre-shuffled rows or an order of Megatron.
 
     ``verify`` and ``on_read`` are those of a `TokenStore`.
+
+    Raises:
+        FileNotFoundError: it is none of these.
+        ValueError: its files are damaged, or are not what their names say.
     """
     folder = Path(path)
     if not (folder / MANIFEST_NAME).exists():
         if any(folder.glob("*_idx.npy")):
             return MegatronOrderStore(folder)
-        if any(folder.glob("*.bin")):
+        files = list(folder.glob("*.bin"))
+        if files and not any(map(_has_documents, files)):
             return PreshuffledStore(folder)
     return TokenStore(folder, verify=verify, on_read=on_read)
+
+
+def _has_documents(file: Path) -> bool:
+    """Whether a file has an index of documents. (Pythia's has one of rows, which is not used.)"""
+    index = file.with_suffix(".idx")
+    try:
+        header = read_index_header(index)
+    except (FileNotFoundError, ValueError):
+        return False
+    return header.num_sequences * ROW_LENGTH * header.dtype.itemsize != file.stat().st_size

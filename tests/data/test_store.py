@@ -316,6 +316,45 @@ def test_rows_that_cannot_be_used_are_refused(tmp_path: Path, rows: np.ndarray) 
         open_store(tmp_path)
 
 
+def test_rows_may_have_an_index(tmp_path: Path, rows: np.ndarray) -> None:
+    for file in tmp_path.glob("*.bin"):
+        file.unlink()
+    writer = MegatronWriter(tmp_path / "document", rows.dtype)
+    writer.add(rows.reshape(-1), [2049] * 7)
+    writer.finish()
+    assert np.array_equal(open_store(tmp_path).split("train").read(0, rows.size), rows.reshape(-1))
+    (tmp_path / "document.idx").write_bytes(b"damaged")  # it is not used
+    assert isinstance(open_store(tmp_path), PreshuffledStore)
+
+
+def test_parts_of_a_store_name_the_store(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in ("manifest.json", "tokenizer.json", "train", "validation", "train/00000.bin", "train/00000.idx"):
+        with pytest.raises(FileNotFoundError, match=f"{part}: a part of the token store {store}; pass that folder"):
+            open_store(store / part)
+    monkeypatch.chdir(store / "train")
+    with pytest.raises(FileNotFoundError, match=f"a part of the token store {store}; pass that folder"):
+        open_store(".")
+    shutil.copyfile(store / "tokenizer.json", store / "train/tokenizer.json")
+    with pytest.raises(FileNotFoundError, match=f"a part of the token store {store}; pass that folder"):
+        open_store(store / "train")
+
+
+def test_folders_that_are_no_store_say_what_they_are(tmp_path: Path) -> None:
+    writer = MegatronWriter(tmp_path / "documents", np.dtype(np.uint16))
+    writer.add(np.arange(300))
+    writer.finish()
+    with pytest.raises(FileNotFoundError, match=r"pairs of Megatron \(\.bin and \.idx\) without an order of samples; "):
+        open_store(tmp_path)
+    (tmp_path / "documents.bin").unlink()
+    (tmp_path / "documents.idx").unlink()
+    (tmp_path / ".prepare").mkdir()
+    with pytest.raises(FileNotFoundError, match="not finished; run the same `sinklm prepare` again"):
+        open_store(tmp_path)
+    (tmp_path / ".prepare").rmdir()
+    with pytest.raises(FileNotFoundError, match=r"not a token store \(no manifest\.json\); pass a folder made by"):
+        open_store(tmp_path)
+
+
 def test_open_store_opens_a_token_store(store: Path) -> None:
     assert isinstance(open_store(store), TokenStore)
     with pytest.raises(FileNotFoundError, match="nothing: no such folder"):
