@@ -69,7 +69,7 @@ def prepare(
     from ..data.inputs import find_inputs
     from ..data.manifest import MANIFEST_NAME
     from ..data.prepare import has_saved_work, prepare_store
-    from ..data.tokenizer import training_tokenizer
+    from ..data.tokenizer import drops_text, training_tokenizer
 
     was_complete, was_begun = (output / MANIFEST_NAME).exists(), has_saved_work(output)
     found = find_inputs(inputs, text_key=text_key)
@@ -77,8 +77,14 @@ def prepare(
     if unchecked := found.without_checksum():
         names = ", ".join(unchecked[:3]) + ", …" * (len(unchecked) > 3)
         console.note(f"no checksums, so damage may go unnoticed, in {len(unchecked)} of the inputs: {names}")
-    for what in training_tokenizer(tokenizer).removed:
+    encoder = training_tokenizer(tokenizer)
+    for what in encoder.removed:
         console.note(f"the store's tokenizer is without {what}, which training does not use or adds itself")
+    if drops_text(encoder.tokenizer):
+        console.warn(
+            f"{tokenizer} has no unknown token and not all bytes, so characters that are not in its vocabulary are "
+            "lost without a trace; to keep all text, use a byte-level tokenizer"
+        )
     going_on = f"Resuming the interrupted work in {output}." if was_begun else None
     with ProgressDisplay(console.stderr_console, opening=going_on) as display:
         manifest = prepare_store(
@@ -209,6 +215,13 @@ def print_summary(console: Console, manifest: "Manifest", output: Path) -> None:
         console.print(f"{name}: {split.total.tokens:,} tokens", highlight=False)
     if num_empty := sum(source.num_empty_files for source in manifest.sources):
         console.print(f"Skipped {num_empty} empty text file{'s' * (num_empty != 1)}.")
+    if num_unknown := sum(source.num_unknown for source in manifest.sources):
+        console.print(
+            f"{num_unknown:,} of {total.tokens:,} tokens ({num_unknown / total.tokens:.3%}) are the unknown token, for "
+            "text that the tokenizer cannot represent; to keep it, use another one, such as a byte-level tokenizer.",
+            style="yellow",
+            soft_wrap=True,
+        )
     nothing = [name for name in sorted(sets) if not held_out.sets.get(name, Counts()).documents]
     if manifest.split_sets and manifest.validation_fraction and nothing and held_out.total.documents:
         console.print(

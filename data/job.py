@@ -30,6 +30,7 @@ class JobState(BaseModel):
     bytes: int | None
     num_records: int = 0
     num_empty_files: int = 0
+    num_unknown: int = 0
     sets: dict[str, dict[str, Counts]] = {split: {} for split in SPLITS}
     files: dict[str, FileInfo] | None = None
 
@@ -110,6 +111,7 @@ class ShardJob:
                 self.state.sets[key.split].setdefault(name, Counts()).add(counts)
         self.state.num_records += batch.num_records
         self.state.num_empty_files += batch.num_empty_files
+        self.state.num_unknown += batch.num_unknown
 
     def _writer(self, part: Part) -> MegatronWriter:
         if not self._writers:  # nothing was added since the note was read, so its totals match the files

@@ -5,10 +5,18 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from ..hub import near_path_hint
 
@@ -80,11 +88,19 @@ class TokenizerInfo(_Strict):
 
 
 class Source(_Strict):
-    """One input shard: its name, its size if known, and the number of empty text files in it."""
+    """One input shard: its name, its size if known, the number of empty text files in it, and the
+    number of unknown tokens, which stand for text that the vocabulary cannot represent.
+    """
 
     name: str
     bytes: int | None
     num_empty_files: int = 0
+    num_unknown: Natural = 0
+
+    @model_serializer(mode="wrap")
+    def _without_zero(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out ``num_unknown`` if it is 0: older versions do not know it."""
+        return {key: value for key, value in dump(self).items() if value or key != "num_unknown"}
 
 
 class FileInfo(_Strict):

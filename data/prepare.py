@@ -354,7 +354,7 @@ def _manifest(store: Path, info: TokenizerInfo, dtype: np.dtype, settings: Setti
         validation_fraction=settings.validation_fraction,
         text_key=settings.text_key,
         split_sets=settings.split_sets,
-        sources=[Source(**job.state.model_dump(include={"name", "bytes", "num_empty_files"})) for job in jobs],
+        sources=[Source(**job.state.model_dump(include=set(Source.model_fields))) for job in jobs],
         splits={name: split for name, split in splits.items() if split.shards},
         files=files,
     )

@@ -135,6 +135,31 @@ def eod_id(tokenizer: Tokenizer, token: str | None = None) -> int:
     )
 
 
+def unknown_id(tokenizer: Tokenizer) -> int | None:
+    """Return the id that stands for text outside of the vocabulary; None if there is none."""
+    model = tokenizer.model
+    if isinstance(model, models.Unigram):
+        return json.loads(tokenizer.to_str())["model"]["unk_id"]
+    return tokenizer.token_to_id(model.unk_token) if model.unk_token else None
+
+
+def drops_text(tokenizer: Tokenizer) -> bool:
+    """Whether characters outside of the vocabulary give no ids at all, and no error.
+
+    This is the case with a BPE without unknown token that does not have all 256 bytes as tokens.
+    """
+    if not isinstance(tokenizer.model, models.BPE) or tokenizer.model.unk_token is not None:
+        return False
+    state = json.loads(tokenizer.to_str())
+    if state["model"]["byte_fallback"]:
+        needed = [f"<0x{byte:02X}>" for byte in range(256)]
+    elif '"ByteLevel"' in json.dumps([state["normalizer"], state["pre_tokenizer"]]):
+        needed = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        return True
+    return any(tokenizer.token_to_id(token) is None for token in needed)
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE like GPT-NeoX's: ``<|endoftext|>`` is id 0, ``<|padding|>`` id 1.
 

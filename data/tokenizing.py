@@ -17,7 +17,7 @@ from ..rust import is_panic, silent_stderr
 from ..text import one_line
 from .manifest import Counts
 from .records import Record
-from .tokenizer import cut_text, cuts_at_spaces, load_tokenizer_file
+from .tokenizer import cut_text, cuts_at_spaces, load_tokenizer_file, unknown_id
 
 PIECE_LENGTH = 2**17  # characters; tokenizers needs about 130 bytes for each of them while encoding
 MAX_PIECE_LENGTH = 2**24  # characters of a text without a place to cut; 2 GB
@@ -44,6 +44,7 @@ class TokenizedBatch(NamedTuple):
     parts: dict[Part, SplitPart]
     num_records: int
     num_empty_files: int
+    num_unknown: int
 
 
 @dataclass
@@ -64,8 +65,10 @@ class DocumentTokenizer:
     validation_fraction: float
     split_sets: bool = False
     piece_length: int | None = field(init=False)
+    unknown_id: int | None = field(init=False)
 
     def __post_init__(self):
+        self.unknown_id = unknown_id(self.tokenizer)
         self.piece_length = PIECE_LENGTH if cuts_at_spaces(self.tokenizer) else None
 
     def __call__(self, records: list[Record]) -> TokenizedBatch:
@@ -88,7 +91,14 @@ class DocumentTokenizer:
             part.sets.setdefault(document.set_name, Counts()).add(counts)
         for key, part in parts.items():
             part.tokens = np.concatenate(tokens[key])
-        return TokenizedBatch(parts, len(records), num_empty_files)
+        num_unknown = sum(map(self._num_unknown, parts.values()))
+        return TokenizedBatch(parts, len(records), num_empty_files, num_unknown)
+
+    def _num_unknown(self, part: SplitPart) -> int:
+        if self.unknown_id is None:
+            return 0
+        num_ends = len(part.lengths) if self.unknown_id == self.eod_id else 0
+        return int(np.count_nonzero(part.tokens == self.unknown_id)) - num_ends
 
     def encode(self, text: str, place: str) -> np.ndarray:
         """Return the ids of a document and the end-of-document id, ``(num_tokens + 1,)``.

@@ -34,7 +34,7 @@ def test_a_bad_input_is_one_line(case: Case, valid_model, tmp_path, monkeypatch,
         main()
     said = capfd.readouterr().err + (end.value.code if isinstance(end.value.code, str) else "")
     assert end.value.code not in (0, None)
-    is_note = re.compile(r"\[|Warning|(loading|reading) .* …$")
+    is_note = re.compile(r"\[|[Ww]arning|(loading|reading) .* …$")
     (line,) = (line for line in said.splitlines() if line and not is_note.match(line))  # rich 13 ends with a blank one
     assert re.fullmatch(f"error: {case.message}", line), line
     remedies = re.findall(r"\b(?:check|copy|correct|pass|remove|restore|run|set|use) \w+ \w+", line)

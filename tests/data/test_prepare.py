@@ -23,6 +23,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from tokenizers import Tokenizer
+from tokenizers.models import BPE, Unigram, WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
 from sinklm.cli.prepare import describe, print_summary
@@ -184,6 +186,47 @@ def test_the_command_points_out_what_is_lost_or_unprotected(
     assert "no checksums, so damage may go unnoticed, in 2 of the inputs: a.zst, b.zst" in said
     for what in ("truncation", "the template that adds <|padding|>"):
         assert f"the store's tokenizer is without {what}, which training does not use" in said
+
+
+WORDS = {"<unk>": 0, "</s>": 1, "a": 2, "b": 3}
+WORD_LEVEL = Tokenizer(WordLevel(WORDS, unk_token="<unk>"))
+WORD_LEVEL_ENDS = Tokenizer(WordLevel(WORDS, unk_token="</s>"))
+WORD_UNIGRAM = Tokenizer(Unigram([(word, -1.0) for word in WORDS], 0))
+for words in (WORD_LEVEL, WORD_LEVEL_ENDS, WORD_UNIGRAM):
+    words.pre_tokenizer = WhitespaceSplit()
+
+
+@given(st.lists(st.lists(st.sampled_from(["a", "b", "x", "漢"]), min_size=1).map(" ".join), max_size=5))
+@pytest.mark.parametrize("tokenizer", [WORD_LEVEL, WORD_LEVEL_ENDS, WORD_UNIGRAM])
+def test_unknown_tokens_are_counted(tokenizer: Tokenizer, texts: list[str]) -> None:
+    lines = [JsonLine("here", "set", json.dumps({"text": text}).encode()) for text in texts]
+    work = DocumentTokenizer(tokenizer, 1, np.dtype(np.uint16), 0.5)
+    assert work(lines).num_unknown == sum(text.count("x") + text.count("漢") for text in texts)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_text_that_the_tokenizer_cannot_represent_is_pointed_out(
+    tmp_path: Path, tokenizer_file: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = [str(write_json_lines(tmp_path / f"{name}.jsonl", [{"text": f"a {name} x b"}] * 50)) for name in "aby"]
+    WORD_LEVEL.save(str(tmp_path / "words.json"))
+    lossy = Tokenizer(BPE(vocab={"</s>": 0, "a": 1, "b": 2}, merges=[]))
+    lossy.save(str(tmp_path / "lossy.json"))
+    said = {}
+    for name, tokenizer in {
+        "words": tmp_path / "words.json",
+        "lossy": tmp_path / "lossy.json",
+        "x": tokenizer_file,
+    }.items():
+        prepare_command(corpus, tmp_path / name, tokenizer=str(tokenizer), eod_token=None, text_key="text", processes=1)
+        said[name] = "".join(capsys.readouterr())
+    assert "200 of 750 tokens (26.667%) are the unknown token" in said["words"]
+    assert "lossy.json has no unknown token and not all bytes, so characters" in said["lossy"]
+    assert ["unknown token" in said[name] for name in ("words", "lossy", "x")] == [True, True, False]
+    sources = json.loads((tmp_path / "words" / "manifest.json").read_text())["sources"]
+    assert [source.get("num_unknown") for source in sources] == [50, 50, 100]
+    assert [source.num_unknown for source in TokenStore(tmp_path / "words").manifest.sources] == [50, 50, 100]
+    assert "num_unknown" not in (tmp_path / "x" / "manifest.json").read_text()  # older versions read it
 
 
 class Crash(BaseException):

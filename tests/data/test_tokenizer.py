@@ -1,6 +1,7 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -13,6 +14,7 @@ from sinklm.data.tokenizer import (
     SAFE_CUT,
     cut_text,
     cuts_at_spaces,
+    drops_text,
     eod_id,
     find_tokenizer_file,
     load_tokenizer_file,
@@ -160,3 +162,36 @@ def test_an_error_in_the_text_is_the_command_s_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2: not valid JSON"):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert not (tmp_path / "t.json").exists()
+
+
+def bpe(alphabet: list[str], **options: Any) -> Tokenizer:
+    vocab = {token: id_ for id_, token in enumerate(["<unk>", *alphabet])}
+    return Tokenizer(models.BPE(vocab=vocab, merges=[], **options))
+
+
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "pre_tokenizer", "is_lost"),
+    [
+        (bpe(["a", "b"]), None, True),
+        (bpe(["a", "b"]), pre_tokenizers.Whitespace(), True),
+        (bpe(["a", "b"], unk_token="<unk>"), None, False),
+        (bpe(["a", *BYTES], byte_fallback=True), None, False),
+        (bpe(["a", *BYTES[:-60]], byte_fallback=True), None, True),
+        (bpe(pre_tokenizers.ByteLevel.alphabet()), pre_tokenizers.ByteLevel(), False),
+        (bpe(["a", "b"]), pre_tokenizers.ByteLevel(), True),
+        (Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>")), None, False),
+        (Tokenizer(models.Unigram([("<unk>", 0.0)], 0)), None, False),
+    ],
+)
+def test_it_is_known_whether_a_tokenizer_loses_text(
+    tokenizer: Tokenizer, pre_tokenizer: Any, is_lost: bool, tmp_path: Path
+) -> None:
+    if pre_tokenizer is not None:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    assert drops_text(tokenizer) == is_lost
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert drops_text(load_tokenizer_file(tmp_path)) == is_lost
+    assert (tokenizer.encode("日ÿ").ids == []) == (is_lost and tokenizer.token_to_id("<0x00>") is None)
