@@ -230,9 +230,16 @@ def print_summary(console: Console, manifest: "Manifest", output: Path) -> None:
             style="yellow",
             soft_wrap=True,
         )
+    remedy = "Prepare another folder with a {} --validation-fraction, or divide long texts into documents."
+    if total.documents == 1:
+        remedy = "A single document is not divided: divide the text into several files, or into lines of JSON."
     if manifest.validation_fraction and not held_out.total.documents:
         console.print(
             "No document was held out for validation, which training requires unless validation.every_steps=null. "
-            "Prepare another folder with a larger --validation-fraction, or divide long texts into documents.",
+            + remedy.format("larger"),
             style="yellow",
+        )
+    if held_out.total.documents == total.documents:
+        console.print(
+            f"All documents were held out, so no text is left to train on. {remedy.format('smaller')}", style="yellow"
         )

@@ -99,7 +99,10 @@ class TokenStore:
     def split(self, name: str) -> TokenSequence:
         """Return the tokens of a split ("train" or "validation"), in manifest order."""
         if name not in self.manifest.splits:
-            remedy = "; prepare another folder with a larger --validation-fraction" if name == "validation" else ""
+            remedy, size = "", {"validation": "larger", "train": "smaller"}.get(name)
+            if size is not None:
+                divided = "or with the text divided into more documents"
+                remedy = f"; prepare another folder with a {size} --validation-fraction, {divided}"
             raise ValueError(f"{self.path}: has no split {name!r}, only {', '.join(self.manifest.splits)}{remedy}")
         return self._sequence(self.manifest.splits[name].shards)
 

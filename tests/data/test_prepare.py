@@ -29,7 +29,7 @@ from tokenizers.processors import TemplateProcessing
 
 from sinklm.cli.prepare import describe, print_summary
 from sinklm.cli.prepare import prepare as prepare_command
-from sinklm.data import TokenStore, find_inputs, prepare_store, tokenizing
+from sinklm.data import TokenStore, find_inputs, open_store, prepare_store, tokenizing
 from sinklm.data import prepare as prepare_module
 from sinklm.data.inputs import read_documents
 from sinklm.data.job import ShardJob
@@ -659,6 +659,25 @@ def test_the_progress_line_says_amounts_speeds_and_time_left() -> None:
     text = describe(later, first, seconds=10.0)
     assert text == "300 documents (20/s) · 12.0 MB (0.80 MB/s) · 3.0 M tokens · 0:30 left"
     assert describe(first, first, seconds=0.0) == "100 documents · 4.0 MB · 1.0 M tokens"
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize(
+    ("fraction", "left"), [(1e-9, "No document was held out for validation"), (0.999999, "All documents were held out")]
+)
+def test_one_document_is_not_divided(tmp_path: Path, tokenizer_file: Path, fraction: float, left: str) -> None:
+    (tmp_path / "book.txt").write_text("one long text")
+    manifest = prepare([str(tmp_path / "book.txt")], tmp_path / "store", tokenizer_file, validation_fraction=fraction)
+    console = Console(record=True, width=200)
+    print_summary(console, manifest, tmp_path / "store")
+    said = " ".join(console.export_text().split())
+    assert left in said
+    assert "A single document is not divided: divide the text into several files, or into lines of JSON." in said
+    other = {"No": ("validation", "larger"), "All": ("train", "smaller")}[left.split()[0]]
+    with pytest.raises(
+        ValueError, match=rf"has no split '{other[0]}'.*with a {other[1]} --validation-fraction, or with"
+    ):
+        open_store(tmp_path / "store").split(other[0])
 
 
 @pytest.mark.usefixtures("in_process")
