@@ -235,7 +235,7 @@ def _continue_dense(
         )
     trained_length = getattr(model.config, "max_position_embeddings", None)
     if trained_length and len(prompt_ids) + max_new_tokens > trained_length:
-        console.note(
+        console.warn(
             f"the prompt has {len(prompt_ids):,} tokens, and with {max_new_tokens:,} new ones it is longer than the "
             f"{trained_length:,} that the model was trained on, where text gets worse: use --stream --max-new-tokens "
             f"{max_new_tokens}"
