@@ -56,7 +56,7 @@ def all_models(models: list[Model], speed: float | None) -> str:
         cells = [model["name"], f"{model['validation_loss'][-1][1]:.4f}"]
         cells.append(f"{loss_in_time(model, adamw, speed):.4f}" if adamw else "")
         cells.append(f"{model['tokens_per_second']:,.0f}")
-        cells += [f"{100 * rate:.1f}" for rate in (rate_at(model, "sink"), rate_at(model, "first"))]
+        cells += [rate_at(model, "sink"), rate_at(model, "first")]
         cells += [str(len(model["massive_activations"])), f"{model['largest_over_median']:,.0f}"]
         rows.append([*cells, *(f"{model['perplexity'][cache]:.2f}" for cache in caches)])
     headers = ["model", "loss, equal tokens", "loss, equal time", "tokens/s", "heads with a sink on the sink token, %"]
@@ -94,9 +94,10 @@ def value(model: Model, name: str) -> float:
     return 100 * max(model["sink_rate"].values()) if name == "sink_rate" else model[name]
 
 
-def rate_at(model: Model, place: str) -> float:
-    """Return the share of heads with a sink at a position whose name begins so; 0 without it."""
-    return next((rate for name, rate in model["sink_rate"].items() if name.startswith(place)), 0.0)
+def rate_at(model: Model, place: str) -> str:
+    """Return the cell of heads with a sink at a position whose name begins like this."""
+    found = [rate for name, rate in model["sink_rate"].items() if name.startswith(place)]
+    return f"{100 * found[0]:.1f}" if found else ""
 
 
 if __name__ == "__main__":

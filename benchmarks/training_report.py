@@ -34,14 +34,17 @@ def collect(folder: Path) -> dict[str, Any]:
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     found: dict[str, Any] = {"calls": [], "float8": []}
     for report in reports:
+        steps = report.get("parts", {}).get("steps", [])
+        rows = [row for row in report.get("rows", []) if "error" not in row]
+        if not (rows or steps):  # of another benchmark, or all failed
+            continue
         here = {key: report.get(key) for key in ("device", "python", "torch")}
         if different := [key for key, value in here.items() if found.setdefault(key, value) != value]:
             raise ValueError(f"{folder} has results of {different[0]} {found[different[0]]} and {here[different[0]]}")
-        if "rows" in report:
+        found["float8"] += [row for row in steps if "error" not in row]
+        if rows:
             settings = {key: value for key, value in report["settings"].items() if key != "output"}
-            found["calls"].append({"settings": settings, "rows": report["rows"]})
-        else:
-            found["float8"] += report["parts"].get("steps", [])
+            found["calls"].append({"settings": settings, "rows": rows})
     found["float8"].sort(key=lambda row: parameters(row["size"]))
     found["calls"].sort(key=lambda call: (parameters(call["rows"][0]["size"]), call["rows"][-1]["ranks"], stage(call)))
     return found
@@ -72,7 +75,8 @@ def one_gpu(calls: list[dict[str, Any]]) -> str:
     for call in calls:
         by_name = {row["contestant"]: row for row in call["rows"] if row["ranks"] == 1}
         if by_name.keys() & PEERS.keys():
-            ours = by_name["sinklm"]
+            if (ours := by_name.get("sinklm")) is None:
+                continue
             cells = [size_of(ours), batch_of(ours), *speed_of(ours)]
             rows.append([*cells, *(over(ours, by_name.get(peer)) for peer in PEERS)])
     headers = ["size", "micro-batches", "tokens/s", "MFU", "memory, GiB"]
@@ -86,8 +90,9 @@ def two_gpus(calls: list[dict[str, Any]]) -> str:
         bases |= {row["size"]: row for row in call["rows"] if call["rows"][-1]["ranks"] == 2 and row["ranks"] == 1}
         for row in call["rows"]:
             if row["ranks"] == 2:
-                linear = row["tokens_per_second"] / bases[row["size"]]["tokens_per_second"] / 2
-                rows.append([size_of(row), f"ZeRO-{stage(call)}", *speed_of(row), percent(linear)])
+                one = bases.get(row["size"])
+                linear = percent(row["tokens_per_second"] / one["tokens_per_second"] / 2) if one else ""
+                rows.append([size_of(row), f"ZeRO-{stage(call)}", *speed_of(row), linear])
     return table(["size", "stage", "tokens/s", "MFU", "GiB on each GPU", "of twice one GPU"], rows)
 
 

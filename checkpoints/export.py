@@ -29,7 +29,7 @@ from .folders import resolve_model_folder
 from .full_attention import check_windows, measured_cost
 from .loading import let_everyone_read, load_model, load_tokenizer
 from .model_card import model_card
-from .weight_types import DTYPES, cast, name_of
+from .weight_types import DTYPES, cast, check_dtype, name_of
 
 EXPORTABLE_KINDS = ("none", "token")
 # GPT-NeoX refuses `token_type_ids`, a default of transformers 4; generation needs left padding.
@@ -69,7 +69,8 @@ def export_model(
 
     Raises:
         ValueError: plain GPT-NeoX does not support the model, its tokenizer does not match its
-            sinks, ``checkpoint`` is an export, or a value is too large for float16.
+            sinks, ``checkpoint`` is an export, ``dtype`` is unknown, or a
+            value is too large for float16.
         FileExistsError: ``output`` exists and is not empty.
         OSError: writing failed. No partial files remain.
 
@@ -77,6 +78,7 @@ def export_model(
         UserWarning: says the cost of full attention; or the chat template does not begin with the
             sinks.
     """
+    check_dtype(dtype)
     output = Path(output)
     folder = check_new(output, "folder")
     if is_export(Path(resolve_model_folder(checkpoint))):

@@ -24,7 +24,7 @@ from ..models.config import sink_config, trained_windows
 from .export import EXPORTABLE_KINDS, ExportedTokenizer, exported_tokenizer
 from .full_attention import check_windows, measured_cost
 from .loading import load_model
-from .weight_types import DTYPES, cast
+from .weight_types import DTYPES, cast, check_dtype
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -68,6 +68,7 @@ def export_gguf(
         UserWarning: the tokenizer normalizes, which llama.cpp does not do; or as `export_model`.
     """
     require_extra("gguf")
+    check_dtype(dtype)
     output = Path(output)
     path = output if output.suffix == ".gguf" else output / "model.gguf"
     target = check_new(path, "file")

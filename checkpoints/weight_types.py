@@ -6,6 +6,12 @@ from torch import Tensor
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def check_dtype(name: str) -> None:
+    """Raise a ValueError for what is neither a name in `DTYPES` nor ``auto``."""
+    if name not in ("auto", *DTYPES):
+        raise ValueError(f"dtype is {name!r}: choose from auto, {', '.join(DTYPES)}")
+
+
 def name_of(dtype: torch.dtype) -> str:
     """Return the name of a data type, such as ``float16``."""
     return str(dtype).removeprefix("torch.")
@@ -22,5 +28,5 @@ def cast(weight: Tensor, key: str, dtype: torch.dtype) -> Tensor:
     """
     stored = weight.detach().to(dtype)
     if not stored.isfinite().all():
-        raise ValueError(f"{key} has values too large for {name_of(dtype)}: use --dtype bfloat16")
+        raise ValueError(f"{key} has values too large for {name_of(dtype)}: use bfloat16")
     return stored

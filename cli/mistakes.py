@@ -24,7 +24,7 @@ class Group(typer.core.TyperGroup):
 
 
 class Command(typer.core.TyperCommand):
-    """A command whose options accept ``~`` for the home folder.
+    """A command whose options with a path accept ``~`` for the home folder.
 
     A shell replaces it in ``--output ~/store``, but not in ``--output=~/store``.
     """
@@ -40,9 +40,7 @@ class Command(typer.core.TyperCommand):
 def _at_home(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(map(_at_home, value))
-    if isinstance(value, Path):
-        return value.expanduser()
-    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+    return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
 
 
 def explain(error: Any) -> str:

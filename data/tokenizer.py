@@ -23,6 +23,7 @@ def find_tokenizer_file(name_or_path: str | os.PathLike) -> Path:
         FileNotFoundError: there is no such file.
         OSError: the Hub cannot be reached.
     """
+    name_or_path = os.path.expanduser(name_or_path)
     path = Path(name_or_path)
     if path.is_dir():
         if not (path / "tokenizer.json").is_file():

@@ -108,6 +108,9 @@ class Generator:
         if not prompt_ids:
             raise ValueError("the prompt is empty: pass at least one token")
         self.turn = turn = self.turn + 1
+        if not self.cache.is_initialized:  # also after `cache.reset()`
+            self.unread = []
+            self.recent.clear()
         prompt = torch.tensor([[*self.unread, *prompt_ids]])
         check_ids(prompt, unwrapped(self.decoder.model))
         logits = self.decoder.prefill(prompt.to(self.device))

@@ -101,6 +101,8 @@ class SteeredForward:
     delete the caches first.
 
     A pass with a cache changes the decoder until it ends, so passes of several threads take turns.
+    Passes that began before the first cache are not protected, nor is what `generate` does between
+    passes.
     """
 
     def __init__(self, decoder: PreTrainedModel):
@@ -148,12 +150,16 @@ class SteeredForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the decoder's forward pass."""
+        if torch.compiler.is_compiling():  # a lock cannot be traced
+            return self.run(args, kwargs)
+        with self.lock:
+            return self.run(args, kwargs)
+
+    def run(self, args: tuple, kwargs: dict) -> Any:
+        """Run the decoder's forward pass with the cache among the arguments, or without one."""
         cache, named = self.cache_in(args, kwargs)
         if cache is None:
-            if torch.compiler.is_compiling():  # a lock cannot be traced
-                return self.call_decoder(*args, **kwargs)
-            with self.lock:
-                return self.call_decoder(*args, **kwargs)
+            return self.call_decoder(*args, **kwargs)
         if self.is_routed:
             return self.step_in_graph(cache, named)
         return self.stream(cache, named)

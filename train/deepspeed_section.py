@@ -38,26 +38,26 @@ ZERO_KEYS = (
 
 # Keys that DeepSpeed no longer has, or that need parts of it that sinklm does not use.
 UNSUPPORTED_KEYS = {
-    **dict.fromkeys(("amp", "compression_training", "elasticity", "sparse_gradients"), "DeepSpeed has removed it"),
-    **dict.fromkeys(("curriculum_learning", "progressive_layer_drop", "sparse_attention"), "DeepSpeed has removed it"),
+    **dict.fromkeys(("amp", "compression_training", "curriculum_learning", "eigenvalue"), "DeepSpeed has removed it"),
+    **dict.fromkeys(("elasticity", "graph_harvesting", "nebula", "progressive_layer_drop"), "DeepSpeed has removed it"),
+    **dict.fromkeys(("quantize_training", "sparse_attention", "sparse_gradients"), "DeepSpeed has removed it"),
     **dict.fromkeys(("data_efficiency", "dataloader_drop_last"), "sinklm reads the data itself"),
     **dict.fromkeys(("sequence_parallel_size", "tensor_parallel", "pipeline"), "sinklm has data parallelism only"),
     "autotuning": "it needs DeepSpeed's own launcher and loop",
     "hybrid_engine": "it is for reinforcement learning",
 }
 
-# Switches and sections of DeepSpeed's configuration. DeepSpeed ignores unknown keys silently, so
-# they are refused here.
+# Switches and sections of DeepSpeed's configuration. DeepSpeed ignores unknown ones silently, so
+# they are refused here. Keys within sections are not compared.
 DEEPSPEED_SECTIONS = (
     *("activation_checkpointing", "aio", "bf16", "checkpoint", "comet", "comms_logger", "compile", "csv_monitor"),
-    *("data_types", "flops_profiler", "fp16", "tensorboard", "wandb", "zero_optimization"),
+    *("data_types", "flops_profiler", "fp16", "tensorboard", "timers", "wandb", "zero_optimization"),
 )
 DEEPSPEED_KEYS = (
     *DEEPSPEED_SECTIONS,
-    *("communication_data_type", "disable_allgather", "disable_python_gc", "dump_state", "gradient_allreduce_op"),
+    *("communication_data_type", "disable_python_gc", "dump_state", "gradient_allreduce_op"),
     *("gradient_predivide_factor", "log_level", "memory_breakdown", "prescale_gradients", "steps_per_print"),
-    *("use_node_local_storage", "wall_clock_breakdown", "zero_allow_untested_optimizer"),
-    *("zero_force_ds_cpu_optimizer",),
+    *("wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
     *("patches", "zero_stage"),  # our own keys
 )
 
@@ -108,6 +108,9 @@ class DeepSpeedSection(BaseModel):
                 raise ValueError(f"{key} has no effect here: {remedy}")
             if key not in DEEPSPEED_KEYS:
                 near = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=3, cutoff=0.8)
-                hint = near_hint("", (), others=near) or "DeepSpeed would ignore it; remove this key"
+                hint = (
+                    near_hint("", (), others=near)
+                    or "DeepSpeed has none of this name that a run of sinklm uses; remove it"
+                )
                 raise ValueError(f"unknown key {key}: {hint}")
         return self

@@ -46,7 +46,7 @@ FREE_MODEL_KEYS = ("model.max_position_embeddings",)  # positions are rotary: no
 INIT_KEY = "model.init_from"  # may also change, except at step 0, where weights may be initialized again
 # Paths, logging and similar keys; their changes are not reported.
 SILENT_KEYS = ("data.path", "train.run_dir", "checkpoint", "wandb", "validation", "deepspeed", "train.micro_batch_size")
-# Settings that change no step: a run with all steps may have others.
+# Settings that change no step, or are compared in another way: a finished run may have others.
 UNUSED_WHEN_DONE = ("train.num_steps:", "train.max_minutes:", "train.hang_timeout_minutes:")
 CONVERTED = "-universal"  # suffix of a temporary converted copy
 
@@ -189,7 +189,7 @@ def find_resume(plan: Plan, fingerprint: str, world: World, *, is_trusted: bool 
     with world.all_or_none():
         _refuse_earlier(state.step, run_dir)
         changes = _compare(path, state, config, fingerprint)
-        _refuse_finished(state.step, changes, config)
+        _refuse_finished(path, state.step, changes, config)
         return Resume(path, state, changes, _mismatches(state, plan), is_trusted)
 
 
@@ -239,7 +239,7 @@ def preview_resume(config: TrainingConfig, fingerprint: str | None) -> tuple[Pat
             continue
         _refuse_earlier(state.step, run_dir)
         changes = _compare(path, state, config, fingerprint)
-        _refuse_finished(state.step, changes, config)
+        _refuse_finished(path, state.step, changes, config)
         return path, changes
     return None
 
@@ -254,13 +254,16 @@ def _refuse_earlier(step: int, run_dir: Path) -> None:
         )
 
 
-def _refuse_finished(step: int, changes: list[str], config: TrainingConfig) -> None:
+def _refuse_finished(path: Path, step: int, changes: list[str], config: TrainingConfig) -> None:
     """Raise a ValueError if settings have changed, but no step is left that would use them."""
+    if step < config.train.num_steps:
+        return
     used = [change for change in changes if not change.startswith(UNUSED_WHEN_DONE)]
-    if step >= config.train.num_steps and used:
+    if step > config.train.num_steps or used:
+        others = f", trained with other settings ({'; '.join(used)})" if used else ""
         raise ValueError(
-            f"train.run_dir={config.train.run_dir} has all {step:,} steps, trained with other settings "
-            f"({'; '.join(used)}): set another train.run_dir to train with these, or raise train.num_steps"
+            f"{path} has {step:,} steps, and train.num_steps is {config.train.num_steps:,}{others}: raise "
+            f"train.num_steps to train further, or {_new_run(path, config)}"
         )
 
 

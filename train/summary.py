@@ -155,7 +155,7 @@ def dry_run(config: TrainingConfig) -> None:
     resumed = preview_resume(config, store.fingerprint if store else None)
     missing = [missing_float8(config)]
     try:
-        tokenizer_size = store.tokenizer_size if store else _assumed_tokenizersize_text(config, resumed is not None)
+        tokenizer_size = store.tokenizer_size if store else _assumed_tokenizer_size(config, resumed is not None)
         plan = Plan(config, 1, tokenizer_size)
         start = check_start(plan, store.tokenizer_path if store else None) if resumed is None else []
     except UnreachableError as error:
@@ -176,7 +176,7 @@ def dry_run(config: TrainingConfig) -> None:
         console.print(line)
 
 
-def _assumed_tokenizersize_text(config: TrainingConfig, is_resumed: bool) -> int:
+def _assumed_tokenizer_size(config: TrainingConfig, is_resumed: bool) -> int:
     """Return the ids of the tokenizer of data that are not set: those of ``model.init_from``."""
     name = None if is_resumed else config.model.init_from
     found = None if name is None else count_tokens(name, config.model.num_sinks)

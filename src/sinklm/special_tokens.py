@@ -23,10 +23,14 @@ def drop_sinks(state: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         The rest of it, and the names of the sinks that it no longer has.
     """
     added = sorted(state.get("added_tokens") or [], key=lambda token: token["id"])
+    vocabulary = state["model"].get("vocab") or {}
+    if isinstance(vocabulary, list):  # pairs of a token and its score (Unigram)
+        vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
     for number in range(len(added), 0, -1):
         sinks, others = added[-number:], added[:-number]
         names = [token["content"] for token in sinks]
-        if names == sink_names(number) and not state["model"].get("vocab", {}).keys() & set(names):
+        other_ids = [*vocabulary.values(), *(token["id"] for token in others)]
+        if names == sink_names(number) and sinks[0]["id"] > max(other_ids, default=-1):
             return {**state, "added_tokens": others}, names
     return state, []
 

@@ -20,7 +20,9 @@ from sinklm.data.tokenizer import (
     load_tokenizer_file,
     tokenizer_size,
     train_tokenizer,
+    training_tokenizer,
 )
+from sinklm.special_tokens import drop_sinks, sink_names
 
 from .corpora import random_text
 
@@ -94,6 +96,34 @@ def test_truncation_and_padding_of_a_file_are_switched_off(tmp_path: Path) -> No
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     text = "the sink token"
     assert load_tokenizer_file(tmp_path).encode(text).ids == TOKENIZER.encode(text).ids
+
+
+@pytest.mark.parametrize("num_sinks", [1, 2, 11])
+def test_sinks_of_a_tokenizer_are_left_out(tmp_path: Path, num_sinks: int) -> None:
+    """Those of a model that sinklm has trained. Training adds its own, with the same ids."""
+    pieces = [("<unk>", 0.0), *((letter, -1.0) for letter in "abc")]
+    unigram = Tokenizer(models.Unigram(pieces, unk_id=0))
+    for original in (TOKENIZER, unigram):
+        tokenizer = Tokenizer.from_str(original.to_str())
+        tokenizer.add_special_tokens(sink_names(num_sinks))
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        found = training_tokenizer(tmp_path)
+        assert found.tokenizer.get_vocab() == Tokenizer.from_buffer(found.content).get_vocab() == original.get_vocab()
+        assert found.removed == [f"the token{'s' * (num_sinks > 1)} {' and '.join(sink_names(num_sinks))}"]
+
+
+@pytest.mark.parametrize("added", [["<|sink|>", "<|new|>"], ["<|sink2|>"], ["<|sink|>", "<|sink3|>"]])
+def test_tokens_that_are_not_the_last_ones_are_kept(tmp_path: Path, added: list[str]) -> None:
+    tokenizer = Tokenizer.from_str(TOKENIZER.to_str())
+    tokenizer.add_special_tokens(added)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert training_tokenizer(tmp_path).removed == []
+    state = json.loads(TOKENIZER.to_str())
+    last = max(state["model"]["vocab"], key=state["model"]["vocab"].get)
+    state["model"]["vocab"][last] += 1
+    sink = {"id": state["model"]["vocab"][last] - 1, "content": "<|sink|>"}
+    state["added_tokens"].append({**state["added_tokens"][0], **sink})
+    assert drop_sinks(state) == (state, [])
 
 
 def test_a_tokenizer_is_found_by_file_folder_or_not_at_all(tmp_path: Path) -> None:

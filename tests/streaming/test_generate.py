@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sinklm.checkpoints import load_model, load_tokenizer
-from sinklm.streaming import StreamingCache
+from sinklm.streaming import StreamingCache, StreamingDecoder
 
 from ..eval.checkpoints import small_model, write_checkpoint
 from ..models.tiny import plain_twin, sinks, tiny_model
@@ -68,23 +68,29 @@ def test_a_text_ends_at_a_stop_string(tmp_path):
 
 
 def test_threads_share_a_model():
-    """Each has its own cache; one has none."""
+    """Each has its own cache. The last one steps in the graph of a `StreamingDecoder`."""
     model = tiny.build(tiny.config("llama"))
     attention = model.config._attn_implementation
     prompts = [tiny.random_ids(5, seed=i) for i in range(3)]
 
     def write(i: int) -> list[int]:
-        cache = StreamingCache.for_model(model, num_kept=2, window=8) if i else None
-        options = SETTINGS | {"max_new_tokens": 30}
-        return model.generate(prompts[i], past_key_values=cache, **options)[0].tolist()
+        cache = StreamingCache.for_model(model, num_kept=2, window=8)
+        if i < 2:
+            options = SETTINGS | {"max_new_tokens": 30}
+            return model.generate(prompts[i], past_key_values=cache, **options)[0].tolist()
+        decoder = StreamingDecoder(model, cache, compile={"backend": "eager"})
+        tokens = [decoder.prefill(prompts[i])[:, -1:].argmax(-1)]
+        for _ in range(29):
+            tokens.append(decoder(tokens[-1])[:, -1:].argmax(-1))
+        return torch.cat(tokens, dim=1)[0].tolist()
 
+    keeper = StreamingCache.for_model(model, num_kept=2, window=8)  # the first one, made before the threads
     alone = [write(i) for i in range(3)]
-    keeper = StreamingCache.for_model(model, num_kept=2, window=8)  # the model has a cache all the time
     with ThreadPoolExecutor(3) as pool:
-        for _ in range(5):
+        for _ in range(2):
             assert list(pool.map(write, range(3))) == alone
-    assert model.config._attn_implementation == attention
     del keeper
+    assert model.config._attn_implementation == attention
 
 
 def test_beams_find_the_same_text_as_without_eviction():

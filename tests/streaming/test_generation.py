@@ -145,6 +145,8 @@ def test_the_next_prompt_continues_the_whole_text():
     turns = generator(MODEL)
     one, two = list(islice(turns(first), 6)), list(islice(turns(second), 6))
     assert list(islice(generator(MODEL)(first + one + second), 6)) == two
+    turns.cache.reset()  # a new text, also without `turns.reset()`
+    assert list(islice(turns(second), 6)) == list(islice(generator(MODEL)(second), 6))
     turns.reset()
     again = list(islice(turns(first), 6))
     turns.unread = []

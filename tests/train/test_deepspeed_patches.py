@@ -54,7 +54,7 @@ def test_an_untested_version_is_named_and_trains_without_the_optional_patches(re
     assert list(losses(tmp_path)) == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-def test_keys_that_say_how_gradients_are_reduced_have_an_effect(recipe):
+def test_deepspeed_reduces_gradients_itself_if_a_key_says_how(recipe):
     assert fused_update_of(recipe) is not None
     assert fused_update_of(recipe, "deepspeed.communication_data_type=fp32") is None
 

@@ -137,7 +137,8 @@ def test_weights_of_sets_are_replaced_as_a_whole(tmp_path):
         (["deepspeed.gradient_clipping=1"], "gradient_clipping is derived: set optimizer.clip"),
         (["deepspeed.zero_optimization.stage=2"], "zero_optimization.stage is derived: set deepspeed.zero_stage"),
         (["deepspeed.zero_optimisation.overlap_comm=true"], "zero_optimisation: did you mean zero_optimization?"),
-        (["deepspeed.foo=1"], "unknown key foo: DeepSpeed would ignore it; remove this key"),
+        (["deepspeed.foo=1"], "unknown key foo: DeepSpeed has none of this name that a run of sinklm uses; remove it"),
+        (["deepspeed.nebula.enabled=true"], "nebula is not supported (DeepSpeed has removed it): remove this key"),
         (["deepspeed.elasticity.enabled=true"], "elasticity is not supported (DeepSpeed has removed it): remove"),
         (
             ["deepspeed.sequence_parallel_size=2"],

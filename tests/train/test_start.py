@@ -180,19 +180,28 @@ def test_a_dry_run_says_what_a_run_in_its_folder_goes_on_from(whole_run, dry_run
         dry_run(copy, *sizes, "model.num_hidden_layers=3")
 
 
-def test_a_finished_run_does_not_pass_for_one_with_other_settings(recipe, whole_run, tmp_path):
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("optimizer.lr=0.5", r"8, trained with other settings \(optimizer\.lr: 0\.01 → 0\.5\): raise train\.num_steps"),
+        ("train.num_steps=6", r"6: raise train\.num_steps to train further"),
+    ],
+)
+def test_a_finished_run_does_not_pass_for_one_with_other_settings(recipe, whole_run, tmp_path, capsys, setting, reason):
     """A sweep without a folder for each run would seem to succeed."""
-    copy_checkpoint(whole_run, 8, tmp_path)
-    before = (tmp_path / "config.yaml").read_bytes() if (tmp_path / "config.yaml").exists() else None
-    settings = [f"train.run_dir={tmp_path}", "optimizer.lr=0.5"]
-    message = (
-        r"has all 8 steps, trained with other settings \(optimizer\.lr: 0\.01 → 0\.5\): set another train\.run_dir"
-    )
+    run, other = tmp_path / "run", tmp_path / "other"
+    copy_checkpoint(whole_run, 8, run)
+    train(recipe, [f"train.run_dir={run}", "train.max_minutes=5"])
+    assert "all 8 steps are done: raise train.num_steps to train further" in capsys.readouterr().out
+    before = (run / "config.yaml").read_bytes()
+    message = rf"step-8 has 8 steps, and train\.num_steps is {reason}"
     for only_describe in (True, False):
-        with pytest.raises(ValueError, match=message):
-            train(recipe, settings, only_describe=only_describe)
-    assert before == ((tmp_path / "config.yaml").read_bytes() if before else None)
-    train(recipe, [f"train.run_dir={tmp_path}", "train.max_minutes=5"])
+        with pytest.raises(ValueError, match=rf"{message}.*or start a new run with another train\.run_dir$"):
+            train(recipe, [f"train.run_dir={run}", setting], only_describe=only_describe)
+        resume = [f"train.run_dir={other}", f"checkpoint.resume={run}"]
+        with pytest.raises(ValueError, match=rf"{message}.*or set checkpoint\.resume=auto and model\.init_from="):
+            train(recipe, [*resume, setting], only_describe=only_describe)
+    assert (run / "config.yaml").read_bytes() == before
 
 
 @pytest.mark.parametrize("only_describe", [True, False])
