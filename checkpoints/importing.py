@@ -37,7 +37,7 @@ CARD = """\
 {source}{commit}, imported by sinklm with `sink.kind` {kind}.
 {sink}
 
-The weights are those of the source{but}, and so is their licence. `sinklm eval` evaluates this
+The weights are those of the source{but}, and so is their licence.{rows} `sinklm eval` evaluates this
 folder, and `sinklm train RECIPE model.init_from=FOLDER` trains on from it.
 """
 
@@ -248,7 +248,7 @@ def _grow(model: SinkGPTNeoXForCausalLM) -> int:
 
 
 def _card(source: str | Path, revision: str | None, imported: Imported, sink_row: SinkRow) -> str:
-    config = imported.config
+    config, added = imported.config, imported.num_new_rows
     row = f"The embedding of the sink token {', '.join(map(str, config.sink_token_ids))} is {ROWS[SinkRow(sink_row)]}."
     return CARD.format(
         name=imported.folder.absolute().name,
@@ -257,4 +257,5 @@ def _card(source: str | Path, revision: str | None, imported: Imported, sink_row
         kind=config.sink_kind,
         sink=row if config.num_sinks else "It has no sink token.",
         but=" except this row" if config.num_sinks else "",
+        rows=f" Embedding and head have {added} unused rows more, with the mean of the others." if added else "",
     )

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..data.manifest import MANIFEST_NAME, read_manifest
+from ..data.mixture import shares_of
 from ..models.config import SinkGPTNeoXConfig, default_num_kept, describe_windows, trained_windows
 from ..parsing import named_damage, parse_json, parse_yaml
 from .checksums import verify_description
@@ -154,8 +156,9 @@ def run_facts(folder: Path) -> dict[str, str]:
             "Precision": state.precision,
             "Seed": str(train["seed"]),
         }
-        store = Path(config["data"]["path"] or "")
-    facts |= _loss_facts(run / METRICS_FILE, state.step) | _data_facts(store)
+        store, weights = Path(config["data"]["path"] or ""), config["data"].get("weights")
+    facts |= _loss_facts(run / METRICS_FILE, state.step)
+    facts |= _data_facts(store, state.data_fingerprint, weights)
     return facts | _version_facts(run / ENVIRONMENT_FILE)
 
 
@@ -195,17 +198,25 @@ def _read_line(line: str) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _data_facts(store: Path) -> dict[str, str]:
-    """Return the sets of the run's token store with their shares of the training tokens."""
-    manifest = store / "manifest.json"
-    if not manifest.exists():
+def _data_facts(store: Path, fingerprint: str, weights: dict[str, float] | None) -> dict[str, str]:
+    """Return the sets of the run's token store with their shares of the samples.
+
+    Args:
+        fingerprint: of the data that was trained on. If the folder has other data now, none are
+            returned.
+        weights: of the sets, ``data.weights``; None: every token is read equally often.
+    """
+    if not (store / MANIFEST_NAME).exists():
         return {}
-    with named_damage(manifest):
-        train = parse_json(manifest.read_bytes())["splits"]["train"]
-        total = train["total"]["tokens"]
-        largest_first = sorted(train["sets"].items(), key=lambda item: -item[1]["tokens"])
-    sets = ", ".join(f"{name} {counts['tokens'] / max(total, 1):.1%}" for name, counts in largest_first)
-    return {"Training data": f"{total:,} tokens: {sets}"}
+    manifest = read_manifest(store)
+    if manifest.fingerprint != fingerprint:
+        return {}
+    train = manifest.splits["train"]
+    shares = {name: counts.tokens / max(train.total.tokens, 1) for name, counts in train.sets.items()}
+    if weights is not None:
+        shares = {name: float(share) for name, share in shares_of(weights).items()}
+    sets = ", ".join(f"{name} {share:.1%}" for name, share in sorted(shares.items(), key=lambda item: -item[1]))
+    return {"Training data": f"{train.total.tokens:,} tokens{', read by weight' if weights else ''}: {sets}"}
 
 
 def _version_facts(environment: Path) -> dict[str, str]:

@@ -103,6 +103,9 @@ def test_an_embedding_without_an_unused_row_grows(tmp_path):
     source = write_pythia(tmp_path / "source", vocab_size=size)
     imported = import_model(source, tmp_path / "imported")
     assert imported.num_new_rows == padded(size + 1) - size
+    assert f"have {imported.num_new_rows} unused rows more" in " ".join(
+        (imported.folder / "README.md").read_text().split()
+    )
     ours = load_model(imported.folder, dtype=torch.float32, device="cpu")
     theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     for name, weight in theirs.state_dict().items():

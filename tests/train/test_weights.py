@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from sinklm.checkpoints import load_model
+from sinklm.checkpoints.export import export_model
 from sinklm.cli.prepare import print_summary
 from sinklm.console import Console
 from sinklm.data import SampleOrder, SetWindows, TokenStore, TokenWindows, WeightedOrder
@@ -129,3 +131,14 @@ def test_sets_without_held_out_text_are_named(recipe, store, tmp_path, capsys):
 def mixed(sets: Path, folder: Path) -> Path:
     """A store of the same documents whose sets are not held apart."""
     return prepare_here(sets.parent / "corpus.jsonl", folder / "mixed", tokenizer=str(sets / "tokenizer.json"))
+
+
+def test_the_model_card_states_the_weights_and_no_other_data(recipe, sets, store, tmp_path):
+    data = Path(shutil.copytree(sets, tmp_path / "store"))
+    weights = "data.weights={code: 3, web (en): 1}"
+    train(recipe, [f"data.path={data}", weights, f"train.run_dir={tmp_path / 'run'}", "train.num_steps=1"])
+    card = (export_model(tmp_path / "run", tmp_path / "export") / "README.md").read_text()
+    assert "tokens, read by weight: code 75.0%, web (en) 25.0% |" in card
+    shutil.rmtree(data)
+    shutil.copytree(store, data)  # another store in its place
+    assert "Training data" not in (export_model(tmp_path / "run", tmp_path / "again") / "README.md").read_text()
