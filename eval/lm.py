@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..models import SinkGPTNeoXConfig
 from ..models.checked import check_ids, refuse_nonfinite_logits
 from ..models.config import sink_config
+from ..streaming.families import num_embedded_positions
 
 CPU_BATCH = 8  # larger batches are not faster there
 # Arguments of HFLM that have an effect on a model that is loaded already.
@@ -127,13 +128,16 @@ def as_lm(
         options: those of lm-eval's ``HFLM`` in `LM_ARGUMENTS`.
 
     Raises:
-        ValueError: an option is unknown, has a wrong value or no effect here.
+        ValueError: an option is unknown, has a wrong value or no effect here, or the model has fewer
+            positions than ``max_length``.
     """
     _check_options(options)
     sink_ids = sink_config(model.config).sink_token_ids
     num_positions: Any = max_length or getattr(model.config, "max_position_embeddings", None)
     if batch_size != "auto" and "max_batch_size" in options:
         raise ValueError(f"--model-args: max_batch_size has no effect with --batch-size {batch_size}: leave out one")
+    if max_length and (limit := num_embedded_positions(model.config)) and max_length > limit:
+        raise ValueError(f"--max-length is {max_length}, but the model has only {limit} positions: lower it")
     if batch_size == "auto" and model.device.type == "cpu":
         batch_size = min(CPU_BATCH, options.get("max_batch_size", CPU_BATCH))
     common: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": batch_size, "trust_remote_code": False}

@@ -268,6 +268,12 @@ def refuse_unmeasurable(model: PreTrainedModel, tokenized: TokenizedText, chosen
             f"the model has only {num_positions} positions for dense attention: lower --tokens or remove dense from "
             "--methods"
         )
+    for configuration in chosen:
+        if num_positions and configuration.method == "recompute" and configuration.cache_size > num_positions:
+            raise ValueError(
+                f"the model has only {num_positions} positions, too few for re-computation with the cache "
+                f"{configuration.cache}: use a smaller one"
+            )
 
 
 def measure(

@@ -291,6 +291,8 @@ def test_a_model_that_cannot_stream_is_refused_before_the_work(tmp_path, book, m
         streaming(str(folder), [book], tokens=100, output=tmp_path)
     with pytest.raises(ValueError, match="has only 64 positions for dense attention: lower --tokens"):
         streaming(str(folder), [book], tokens=100, methods="dense", output=tmp_path)
+    with pytest.raises(ValueError, match="has only 64 positions, too few for re-computation with the cache 65: use a"):
+        streaming(str(folder), [book], tokens=60, methods="recompute", caches="0+64,0+65", output=tmp_path)
 
 
 def test_a_model_that_is_not_causal_is_refused(tmp_path, book):

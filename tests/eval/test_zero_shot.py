@@ -10,6 +10,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from sinklm.checkpoints import load_model, load_tokenizer
 from sinklm.checkpoints.export import export_model
@@ -227,6 +228,10 @@ def test_model_arguments_reach_lm_eval(checkpoints):
     assert lm.logits_cache is False
     with pytest.raises(ValueError, match=r"--max-length is 2: .* at least 3"):
         as_lm(model, tokenizer, max_length=2)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=500, n_embd=16, n_layer=1, n_head=1, n_positions=64))
+    assert as_lm(gpt2, tokenizer, max_length=64).max_length == 64
+    with pytest.raises(ValueError, match="--max-length is 65, but the model has only 64 positions: lower it"):
+        as_lm(gpt2, tokenizer, max_length=65)
     with pytest.raises(ValueError, match="no effect on a model with sink tokens"):
         as_lm(model, tokenizer, add_bos_token=True)
     with pytest.raises(ValueError, match="max_batch_size has no effect with --batch-size 4: leave out one"):
