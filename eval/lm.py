@@ -128,8 +128,8 @@ def as_lm(
         options: those of lm-eval's ``HFLM`` in `LM_ARGUMENTS`.
 
     Raises:
-        ValueError: an option is unknown, has a wrong value or no effect here, or the model has fewer
-            positions than ``max_length``.
+        ValueError: an option is unknown, has a wrong value or no effect here, or the model has too
+            few positions for ``max_length``.
     """
     _check_options(options)
     sink_ids = sink_config(model.config).sink_token_ids
