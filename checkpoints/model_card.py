@@ -8,8 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..data.manifest import MANIFEST_NAME, read_manifest
-from ..data.mixture import shares_of
+from ..files import fingerprint_of
 from ..models.config import SinkGPTNeoXConfig, default_num_kept, describe_windows, trained_windows
 from ..parsing import named_damage, parse_json, parse_yaml
 from .checksums import verify_description
@@ -206,17 +205,19 @@ def _data_facts(store: Path, fingerprint: str, weights: dict[str, float] | None)
             returned.
         weights: of the sets, ``data.weights``; None: every token is read equally often.
     """
-    if not (store / MANIFEST_NAME).exists():
+    path = store / "manifest.json"
+    if not path.exists():
         return {}
-    manifest = read_manifest(store)
-    if manifest.fingerprint != fingerprint:
-        return {}
-    train = manifest.splits["train"]
-    shares = {name: counts.tokens / max(train.total.tokens, 1) for name, counts in train.sets.items()}
-    if weights is not None:
-        shares = {name: float(share) for name, share in shares_of(weights).items()}
+    with named_damage(path):
+        manifest = parse_json(path.read_bytes())
+        if fingerprint_of({name: file["sha256"] for name, file in manifest["files"].items()}) != fingerprint:
+            return {}
+        train = manifest["splits"]["train"]
+        total = train["total"]["tokens"]
+        parts = weights or {name: counts["tokens"] for name, counts in train["sets"].items()}
+        shares = {name: part / max(sum(parts.values()), 1e-300) for name, part in parts.items() if part}
     sets = ", ".join(f"{name} {share:.1%}" for name, share in sorted(shares.items(), key=lambda item: -item[1]))
-    return {"Training data": f"{train.total.tokens:,} tokens{', read by weight' if weights else ''}: {sets}"}
+    return {"Training data": f"{total:,} tokens{', read by weight' if weights else ''}: {sets}"}
 
 
 def _version_facts(environment: Path) -> dict[str, str]:

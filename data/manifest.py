@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from ..files import fingerprint_of
 from ..hub import near_path_hint
 
 MANIFEST_NAME = "manifest.json"
@@ -164,8 +165,7 @@ class Manifest(_Strict):
     @property
     def fingerprint(self) -> str:
         """sha256 over the relative paths and checksums of all files."""
-        lines = "".join(f"{name} {info.sha256}\n" for name, info in sorted(self.files.items()))
-        return hashlib.sha256(lines.encode()).hexdigest()
+        return fingerprint_of({name: info.sha256 for name, info in self.files.items()})
 
 
 def read_manifest(store: Path) -> Manifest:

@@ -2,11 +2,12 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -83,6 +84,12 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any, **options: Any) -> None:
     """Write ``value`` as indented JSON with `write_text`; ``options`` are those of `json.dumps`."""
     write_text(path, json.dumps(value, indent=2, **options) + "\n")
+
+
+def fingerprint_of(checksums: Mapping[str, str]) -> str:
+    """Return the sha256 of the names of files and their sha256, in any order."""
+    lines = "".join(f"{name} {checksum}\n" for name, checksum in sorted(checksums.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def check_writable(path: Path) -> None:
