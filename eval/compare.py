@@ -7,6 +7,7 @@ differences, which is smaller than that of two independent samples.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -120,7 +121,8 @@ def compare(names: Sequence[str]) -> Comparison:
 
     Raises:
         FileNotFoundError: there are no reports.
-        ValueError: a file is not a report, or there are too few or too many runs.
+        ValueError: a file is not a report, the reports of a folder are of several models, or there
+            are too few or too many runs.
     """
     if not 2 <= len(names) <= NUM_RUNS:
         raise ValueError(f"{len(names)} run{'s' * (len(names) != 1)}: compare at least 2 and at most {NUM_RUNS}")
@@ -219,8 +221,9 @@ def read_run(name: str, label: str) -> Run:
             f"--output; looked for {', '.join(READERS)} in {', '.join(map(str, folders))}"
         )
     run = Run(label, files)
-    for file in files:
-        report = _read_json(file)
+    reports = {file: _read_json(file) for file in files}
+    _check_same_model(reports)
+    for file, report in reports.items():
         kind = _kind_of(file, report)
         measurement, read = READERS[kind]
         try:
@@ -233,6 +236,31 @@ def read_run(name: str, label: str) -> Run:
                 f"{file} is not a complete report of sinklm ({error!r}): run the evaluation again"
             ) from error
     return run
+
+
+def _check_same_model(reports: dict[Path, dict[str, Any]]) -> None:
+    """Raise a ValueError if the reports of a folder name several models.
+
+    A path may be absolute in one report and relative in another one.
+    """
+    named = {file: model for file, report in reports.items() if (model := _model_of(report))}
+    for (first, ours), (file, theirs) in itertools.combinations(named.items(), 2):
+        short, long = sorted((_parts(ours), _parts(theirs)), key=len)
+        if short != long[len(long) - len(short) :]:
+            raise ValueError(
+                f"{first} is of the model {ours}, but {file} of {theirs}: evaluate each model, or checkpoint, into a "
+                "folder of its own (--output)"
+            )
+
+
+def _model_of(report: dict[str, Any]) -> str:
+    """Return the folder or the Hub's name of a report's model, empty if it has none."""
+    model = report.get("model")
+    return str(model.get("folder") or model.get("name_or_path") or "") if isinstance(model, dict) else ""
+
+
+def _parts(path: str) -> list[str]:
+    return [part for part in Path(os.path.normpath(path)).parts if part not in ("..", os.sep)]
 
 
 def _check_numbers(what: str, metric: str, value: Value) -> None:

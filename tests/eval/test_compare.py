@@ -6,7 +6,6 @@ import json
 import math
 import random
 import re
-import shutil
 import statistics
 from pathlib import Path
 
@@ -114,6 +113,29 @@ def test_samples_that_are_not_averaged_to_the_value_are_not_paired(tmp_path):
     assert comparison.notes == ["b: piqa acc: its samples are not averaged to its value, so it is not paired"]
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "is_same"),
+    [
+        ("runs/a", "/home/me/runs/a", True),
+        ("./runs/a/", "../x/runs/a", True),
+        ("EleutherAI/pythia-70m", "EleutherAI/pythia-70m", True),
+        ("", "runs/a", True),  # of a report without a name
+        ("runs/a", "runs/b", False),
+        ("runs/a/checkpoints/step-1/model", "runs/a/checkpoints/step-2/model", False),
+    ],
+)
+def test_the_reports_of_a_folder_are_of_one_model(tmp_path, ours, theirs, is_same):
+    folder = write_zero_shot(tmp_path, [1.0, 0.0], model={"folder": ours})
+    report = json.loads(streamed())
+    report["model"]["folder"] = theirs
+    (folder / "streaming.json").write_text(json.dumps(report))
+    if is_same:
+        assert len(read_run(str(folder), "a").files) == 2
+        return
+    with pytest.raises(ValueError, match=rf"zero_shot.json is of the model {ours}, but .*streaming.json of {theirs}: "):
+        read_run(str(folder), "a")
+
+
 def test_a_group_with_other_questions_in_one_of_its_tasks_has_no_difference(tmp_path):
     group = {"groups": {"all": {"acc": 0.5}}, "group_tasks": {"all": ["some"], "some": ["piqa"]}}
     names = [
@@ -147,6 +169,10 @@ def test_results_of_other_settings_have_no_difference(tmp_path, change, name):
     assert f"zero-shot piqa acc: a and b differ in {name}: no difference" in comparison.notes
 
 
+def folder_of_model(report: Path) -> str:
+    return json.loads(report.read_text())["model"]["folder"]
+
+
 METHODS = "dense,window,streaming,recompute"
 
 
@@ -160,7 +186,9 @@ def test_the_reports_of_all_commands_are_read(tmp_path, checkpoints, task_folder
         zero_shot(model, "rooms", include_path=task_folder, log_samples=True, output=folder)
         streaming(model, [text], caches="0+16,2+14", methods=METHODS, recompute_every=50, output=folder)
         name = ("vanilla", "learnable-sink")[num_sinks]
-        shutil.copy(RESULTS / f"sinks-{name}.json", folder / "sinks.json")
+        sinks = json.loads((RESULTS / f"sinks-{name}.json").read_text())
+        sinks["model"]["folder"] = folder_of_model(folder / "zero_shot.json")
+        (folder / "sinks.json").write_text(json.dumps(sinks))
         folders.append(str(folder))
     capsys.readouterr()
 
