@@ -33,7 +33,8 @@ class Value:
     Attributes:
         value, stderr: the number and its standard error, None if there is none.
         conditions: settings that must be equal for a difference.
-        questions: sha256 of the questions, which must be equal if both values have it.
+        if_known: the same, such as the sha256 of the questions, but None in older reports, which
+            are compared all the same.
         examples: the outcome of each example by its identity, if they were kept.
         scores_first: whether the value includes the first token of a text, for which only models
             with sinks, or with a token before a text, have a context.
@@ -43,7 +44,7 @@ class Value:
     value: float
     stderr: float | None = None
     conditions: tuple = ()
-    questions: str | None = None
+    if_known: tuple = ()
     examples: dict[str, float] | None = None
     scores_first: bool = False
     after_first: float | None = None
@@ -157,8 +158,12 @@ def difference(first: Value | None, second: Value | None) -> tuple[Difference | 
         for name in {**ours, **theirs}
         if ours.get(name) != theirs.get(name)
     ]
-    if first.questions and second.questions and first.questions != second.questions:
-        unlike.append("questions")
+    ours, theirs = dict(first.if_known), dict(second.if_known)
+    unlike += [
+        name + _both(ours[name], theirs.get(name))
+        for name in ours
+        if None not in (ours[name], theirs.get(name)) and ours[name] != theirs[name]
+    ]
     if unlike:
         return None, ", ".join(unlike)
     change = second.value - first.value
@@ -314,7 +319,10 @@ def _zero_shot(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
             ("number of examples", "num_samples"),
         ):
             conditions.append((name, _hashable([report[key].get(leaf) for leaf in leaves])))
-        digests = [report.get("questions_sha256", {}).get(leaf) for leaf in leaves]
+        questions = _digests(report, "questions_sha256", leaves)
+        # a chat template is that of the model, so its prompts differ
+        prompts = None if report.get("apply_chat_template") else _digests(report, "prompts_sha256", leaves)
+        if_known = (("questions", questions), ("prompts", prompts))
         samples = _read_samples(task, report, file, notes)
         for metric, value, stderr in with_stderr(metrics):
             if not math.isfinite(value):
@@ -323,8 +331,13 @@ def _zero_shot(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
             examples = _outcomes(samples, name, metric_filter or "none", value)
             if samples and examples is None and name in MEANS:
                 notes.append(f"{task} {metric}: its samples are not averaged to its value, so it is not paired")
-            questions = None if None in digests else _hashable(digests)
-            yield (task, metric), Value(value, stderr, tuple(conditions), questions, examples)
+            yield (task, metric), Value(value, stderr, tuple(conditions), if_known, examples)
+
+
+def _digests(report: dict[str, Any], key: str, leaves: list[str]) -> str | None:
+    """Return the hashes of several tasks, None if an older version did not write one."""
+    digests = [report.get(key, {}).get(leaf) for leaf in leaves]
+    return None if None in digests else _hashable(digests)
 
 
 def with_stderr(metrics: dict[str, float]) -> Iterator[tuple[str, float, float | None]]:

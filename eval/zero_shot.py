@@ -125,8 +125,9 @@ def evaluate(
 
     Returns:
         ``{"tasks": {name: {metric: value, metric_stderr: …}}, "groups": …, "num_samples": …,
-        "task_versions": …, "questions_sha256": …}``; with ``log_samples`` also ``"samples"``: lists
-        of lm-eval's records by task. None in all processes but the first of several.
+        "task_versions": …, "questions_sha256": …, "prompts_sha256": …}``; with ``log_samples``
+        also ``"samples"``: lists of lm-eval's records by task. None in all processes but the first
+        of several.
 
     Raises:
         ValueError: the data of a task has the wrong fields, the tokenizer has no chat template, or
@@ -161,17 +162,18 @@ def evaluate(
         "max_length": max_length,
         "model_args": model_args or {},
         "data_files": {task: list(map(str, paths)) for task, paths in tasks.files.items()},
-        "questions_sha256": {task: _fingerprint(records) for task, records in output["samples"].items()},
+        "questions_sha256": {task: _fingerprint(rows, "doc_hash") for task, rows in output["samples"].items()},
+        "prompts_sha256": {task: _fingerprint(rows, "prompt_hash") for task, rows in output["samples"].items()},
         "num_processes": num_processes(),
         "seed": SEED,
     }
     return results | ({"samples": output["samples"]} if log_samples else {})
 
 
-def _fingerprint(records: list[dict[str, Any]]) -> str:
-    """Return a sha256 of the questions of a task; their order does not change it."""
-    hashes = sorted({(record["doc_hash"], record["doc_id"]) for record in records})  # a record for each filter
-    return hashlib.sha256("".join(f"{doc_hash}\n" for doc_hash, _ in hashes).encode()).hexdigest()
+def _fingerprint(records: list[dict[str, Any]], key: str) -> str:
+    """Return a sha256 of the hashes ``key`` of examples; their order does not change it."""
+    hashes = sorted({(record[key], record["doc_id"]) for record in records})  # a record for each filter
+    return hashlib.sha256("".join(f"{one}\n" for one, _ in hashes).encode()).hexdigest()
 
 
 def _scores(output: dict[str, Any]) -> dict[str, Any]:

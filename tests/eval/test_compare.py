@@ -36,6 +36,7 @@ def write_zero_shot(folder: Path, outcomes: list[float] | None, *, acc: float | 
         "num_fewshot": {"piqa": 0},
         "task_versions": {"piqa": 1.0},
         "questions_sha256": {"piqa": "q"},
+        "prompts_sha256": {"piqa": "p"},
         "limit": None,
         "apply_chat_template": False,
     }
@@ -156,6 +157,7 @@ def test_a_group_with_other_questions_in_one_of_its_tasks_has_no_difference(tmp_
         ({"num_fewshot": {"piqa": 5}}, "num_fewshot"),
         ({"task_versions": {"piqa": 2.0}}, "task_versions"),
         ({"questions_sha256": {"piqa": "other"}}, "questions"),
+        ({"prompts_sha256": {"piqa": "other"}}, "prompts"),
         ({"num_samples": {"piqa": {"original": 100, "effective": 7}}}, "number of examples"),
     ],
 )
@@ -171,6 +173,17 @@ def test_results_of_other_settings_have_no_difference(tmp_path, change, name):
 
 def folder_of_model(report: Path) -> str:
     return json.loads(report.read_text())["model"]["folder"]
+
+
+@pytest.mark.parametrize("template", [False, True])
+def test_prompts_may_differ_by_chat_template_and_are_not_in_older_reports(tmp_path, template):
+    names = [
+        str(write_zero_shot(tmp_path / name, [1.0, 0.0], apply_chat_template=template, prompts_sha256=prompts))
+        for name, prompts in (("a", {"piqa": "p"}), ("b", {"piqa": "other"} if template else {}))
+    ]
+    comparison = compare(names)
+    assert row_of(comparison, "zero-shot", "piqa", "acc").differences[1].is_paired
+    assert comparison.notes == []
 
 
 METHODS = "dense,window,streaming,recompute"
@@ -200,7 +213,8 @@ def test_the_reports_of_all_commands_are_read(tmp_path, checkpoints, task_folder
     by_key = {(row["measurement"], row["name"], row["metric"]): row for row in report["rows"]}
     first, second = (json.loads((Path(folder) / "zero_shot.json").read_text()) for folder in folders)
     assert first["questions_sha256"] == second["questions_sha256"]
-    assert len(first["questions_sha256"]["rooms"]) == 64
+    assert first["prompts_sha256"] == second["prompts_sha256"]
+    assert len(first["questions_sha256"]["rooms"]) == len(first["prompts_sha256"]["rooms"]) == 64
     acc = by_key["zero-shot", "rooms", "acc"]
     assert [run["value"] for run in acc["runs"]] == [first["tasks"]["rooms"]["acc"], second["tasks"]["rooms"]["acc"]]
     assert acc["differences"][0]["paired"] is True

@@ -144,6 +144,21 @@ def test_the_command_writes_metrics_model_and_versions(tmp_path, checkpoints, ta
     assert f"Results in {tmp_path}: zero_shot.json" in shown.replace("\n", "")
 
 
+def test_the_prompts_and_the_questions_are_hashed_apart(checkpoints, task_folder, tmp_path):
+    """Other few-shot examples, or another wording, change the prompts but not the questions."""
+    task = (task_folder / "rooms.yaml").read_text()
+    (tmp_path / "rooms.yaml").write_text(task.replace("Question:", "Query:"))
+    model, tokenizer = load_model(checkpoints[1]), load_tokenizer(checkpoints[1])
+    one, same, other = (
+        evaluate(model, tokenizer, find_tasks(["rooms"], include_path=folder), limit=2)
+        for folder in (task_folder, task_folder, tmp_path)
+    )
+    for key in ("questions_sha256", "prompts_sha256"):
+        assert one[key] == same[key]
+    assert one["questions_sha256"] == other["questions_sha256"]
+    assert one["prompts_sha256"] != other["prompts_sha256"]
+
+
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory, checkpoints) -> dict[int, Path]:
     folder = tmp_path_factory.mktemp("exports")
