@@ -42,7 +42,7 @@ def perplexity(
     from ..checkpoints import load_tokenizer
     from ..eval.loading import load_causal_model, open_store_of
     from ..eval.report import ReportFile, default_output, display_name, new_report
-    from ..eval.set_perplexity import SPLIT, measure, results_table, sets_of, total
+    from ..eval.set_perplexity import SPLIT, measure, results_table, sets_of, total, trained_length
 
     tokenizer = load_tokenizer(model)
     opened = open_store_of(store, tokenizer)
@@ -50,7 +50,7 @@ def perplexity(
     loaded = load_causal_model(model, **placement(device, dtype))
     file = ReportFile((output or default_output(model)) / "perplexity.json")
     facts = {"store": str(store), "store_fingerprint": opened.fingerprint, "split": SPLIT, "max_tokens": max_tokens}
-    report = new_report(loaded, model, **facts)
+    report = new_report(loaded, model, **facts, length=trained_length(loaded.config))
     note_windows(console, loaded, model, has_cache=False)
     results = []
     with progress_bars(console) as bars:

@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class Value:
         conditions: settings that must be equal for a difference.
         if_known: the same, such as the sha256 of the questions, but None in older reports, which
             are compared all the same.
+        noted: settings that may change a number, but are no reason against a difference; the same
+            in all values of a measurement.
         examples: the outcome of each example by its identity, if they were kept.
         scores_first: whether the value includes the first token of a text, for which only models
             with sinks, or with a token before a text, have a context.
@@ -45,6 +47,7 @@ class Value:
     stderr: float | None = None
     conditions: tuple = ()
     if_known: tuple = ()
+    noted: tuple = ()
     examples: dict[str, float] | None = None
     scores_first: bool = False
     after_first: float | None = None
@@ -139,8 +142,12 @@ def compare(names: Sequence[str]) -> Comparison:
         for run, value in zip(runs[1:], values[1:], strict=True):
             found, unlike = difference(values[0], value)
             differences.append(found)
+            pair = f"{runs[0].name} and {run.name}"
             if unlike:
-                notes.append(f"{' '.join(key)}: {runs[0].name} and {run.name} differ in {unlike}: no difference")
+                notes.append(f"{' '.join(key)}: {pair} differ in {unlike}: no difference")
+            elif values[0] and value and (others := _unlike(values[0].noted, value.noted)):
+                named = ", ".join(f"{name} ({ours} and {theirs})" for name, (ours, theirs) in others.items())
+                notes.append(f"{key[0]}: {pair} differ in {named}, which may be a part of the differences")
         rows.append(Row(key, values, differences))
     return Comparison(runs, rows, list(dict.fromkeys(notes)))
 
@@ -158,12 +165,7 @@ def difference(first: Value | None, second: Value | None) -> tuple[Difference | 
         for name in {**ours, **theirs}
         if ours.get(name) != theirs.get(name)
     ]
-    ours, theirs = dict(first.if_known), dict(second.if_known)
-    unlike += [
-        name + _both(ours[name], theirs.get(name))
-        for name in ours
-        if None not in (ours[name], theirs.get(name)) and ours[name] != theirs[name]
-    ]
+    unlike += [name + _both(*both) for name, both in _unlike(first.if_known, second.if_known).items()]
     if unlike:
         return None, ", ".join(unlike)
     change = second.value - first.value
@@ -176,6 +178,13 @@ def difference(first: Value | None, second: Value | None) -> tuple[Difference | 
     if first.stderr is not None and second.stderr is not None:
         stderr = math.hypot(first.stderr, second.stderr)
     return Difference(change, stderr, False), ""
+
+
+def _unlike(first: tuple, second: tuple) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that are known of both and differ, with both values."""
+    theirs = dict(second)
+    both = {name: (value, theirs.get(name)) for name, value in first}
+    return {name: values for name, values in both.items() if None not in values and values[0] != values[1]}
 
 
 def _both(ours: object, theirs: object) -> str:
@@ -234,7 +243,8 @@ def read_run(name: str, label: str) -> Run:
         try:
             for (what, metric), value in read(report, file, run.notes):
                 _check_numbers(what, metric, value)
-                run.values[measurement, what, metric] = value
+                noted = (("dtype", _model(report).get("dtype")), *value.noted)
+                run.values[measurement, what, metric] = replace(value, noted=noted)
         except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
             # RecursionError: a group that contains itself
             raise ValueError(
@@ -248,7 +258,7 @@ def _check_same_model(reports: dict[Path, dict[str, Any]]) -> None:
 
     A path may be absolute in one report and relative in another one.
     """
-    named = {file: model for file, report in reports.items() if (model := _model_of(report))}
+    named = {file: model for file, report in reports.items() if (model := _name_of_model(report))}
     for (first, ours), (file, theirs) in itertools.combinations(named.items(), 2):
         short, long = sorted((_parts(ours), _parts(theirs)), key=len)
         if short != long[len(long) - len(short) :]:
@@ -258,10 +268,20 @@ def _check_same_model(reports: dict[Path, dict[str, Any]]) -> None:
             )
 
 
-def _model_of(report: dict[str, Any]) -> str:
+def _name_of_model(report: dict[str, Any]) -> str:
     """Return the folder or the Hub's name of a report's model, empty if it has none."""
+    model = _model(report)
+    return str(model.get("folder") or model.get("name_or_path") or "")
+
+
+def _model(report: dict[str, Any]) -> dict[str, Any]:
     model = report.get("model")
-    return str(model.get("folder") or model.get("name_or_path") or "") if isinstance(model, dict) else ""
+    return model if isinstance(model, dict) else {}
+
+
+def _length(report: dict[str, Any]) -> int | None:
+    """Return the length of requests or windows, sinks included; older reports have it elsewhere."""
+    return report.get("length") or report.get("max_length") or _model(report).get("max_position_embeddings")
 
 
 def _parts(path: str) -> list[str]:
@@ -331,7 +351,8 @@ def _zero_shot(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
             examples = _outcomes(samples, name, metric_filter or "none", value)
             if samples and examples is None and name in MEANS:
                 notes.append(f"{task} {metric}: its samples are not averaged to its value, so it is not paired")
-            yield (task, metric), Value(value, stderr, tuple(conditions), if_known, examples)
+            noted = (("length", _length(report)),)
+            yield (task, metric), Value(value, stderr, tuple(conditions), if_known, noted, examples)
 
 
 def _digests(report: dict[str, Any], key: str, leaves: list[str]) -> str | None:
@@ -389,9 +410,10 @@ def _outcomes(samples: list[dict[str, Any]], metric: str, metric_filter: str, me
 def _set_perplexity(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
     for result in report["results"]:
         conditions = (("store", report["store_fingerprint"]), ("number of tokens", result["num_tokens"]))
-        yield (result["set"], "perplexity"), Value(result["perplexity"], None, conditions)
+        if_known = (("length of a window", _length(report)),)
+        yield (result["set"], "perplexity"), Value(result["perplexity"], None, conditions, if_known)
         if result["bits_per_byte"] is not None:
-            yield (result["set"], "bits per byte"), Value(result["bits_per_byte"], None, conditions)
+            yield (result["set"], "bits per byte"), Value(result["bits_per_byte"], None, conditions, if_known)
 
 
 def _streaming(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:

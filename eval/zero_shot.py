@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..files import write_text
 from ..models.checked import checked_passes
+from ..models.config import sink_config
 from ..parsing import parse_json
 from ..text import near_hint
 from ..versions import warn_if_untested
@@ -160,6 +161,7 @@ def evaluate(
         "limit": limit,
         "apply_chat_template": apply_chat_template,
         "max_length": max_length,
+        "length": lm.max_length + sink_config(model.config).num_sinks,
         "model_args": model_args or {},
         "data_files": {task: list(map(str, paths)) for task, paths in tasks.files.items()},
         "questions_sha256": {task: _fingerprint(rows, "doc_hash") for task, rows in output["samples"].items()},

@@ -186,6 +186,64 @@ def test_prompts_may_differ_by_chat_template_and_are_not_in_older_reports(tmp_pa
     assert comparison.notes == []
 
 
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [
+        ({"length": 512}, "length (256 and 512)"),
+        ({"model": {"dtype": "bfloat16"}}, "dtype (float32 and bfloat16)"),
+        ({"length": None}, ""),  # of an older version
+    ],
+)
+def test_other_lengths_and_data_types_of_models_are_noted(tmp_path, change, note):
+    common = {"model": {"dtype": "float32"}, "length": 256}
+    names = [
+        str(write_zero_shot(tmp_path / name, [1.0, 0.0], **more))
+        for name, more in (("a", common), ("b", common | change))
+    ]
+    comparison = compare(names)
+    assert row_of(comparison, "zero-shot", "piqa", "acc").differences[1].is_paired
+    noted = f"zero-shot: a and b differ in {note}, which may be a part of the differences"
+    assert comparison.notes == ([noted] if note else [])
+
+
+def write_perplexity(path: Path, sets: dict[str, float], **changes) -> str:
+    """A report of `sinklm eval perplexity`; the last set is the total."""
+    rows = [{"set": name, "perplexity": value, "bits_per_byte": None, "num_tokens": 9} for name, value in sets.items()]
+    report = {"model": {"dtype": "float32"}, "store_fingerprint": "f", "length": 256, "results": rows}
+    path.write_text(json.dumps(report | changes))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "note", "has_difference"),
+    [
+        ({}, "", True),
+        (
+            {"length": 512},
+            "perplexity Books perplexity: a.json and b.json differ in length of a window (256 and 512): no",
+            False,
+        ),
+        ({"length": None, "model": {"max_position_embeddings": 512}}, "(256 and 512): no difference", False),  # older
+        ({"length": None, "model": {}}, "", True),
+        (
+            {"model": {"dtype": "bfloat16"}},
+            "perplexity: a.json and b.json differ in dtype (float32 and bfloat16), which",
+            True,
+        ),
+    ],
+)
+def test_perplexity_by_set_is_compared_in_windows_of_the_same_length(tmp_path, change, note, has_difference):
+    names = [
+        write_perplexity(tmp_path / "a.json", {"Books": 10.0, "all": 12.0}),
+        write_perplexity(tmp_path / "b.json", {"Books": 9.0, "all": 12.0}, **change),
+    ]
+    comparison = compare(names)
+    found = row_of(comparison, "perplexity", "Books", "perplexity").differences[1]
+    assert (found is not None) == has_difference
+    assert note in "".join(comparison.notes[:1])
+    assert bool(note) == bool(comparison.notes)
+
+
 METHODS = "dense,window,streaming,recompute"
 
 

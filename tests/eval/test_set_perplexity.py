@@ -114,6 +114,7 @@ def test_the_command_reports_each_set(tmp_path, checkpoints, store, capsys):
     report = json.loads((tmp_path / "perplexity.json").read_text())
     assert [row["set"] for row in report["results"]] == ["Books", "Näme", "all"]
     assert report["results"][2]["num_tokens"] == 80
+    assert report["length"] == load_model(checkpoints[1]).config.max_position_embeddings
     assert report["store_fingerprint"] == open_store(store).fingerprint
     assert f"{report['results'][1]['perplexity']:,.2f}" in capsys.readouterr().out
 

@@ -138,6 +138,7 @@ def test_the_command_writes_metrics_model_and_versions(tmp_path, checkpoints, ta
     assert report["num_samples"]["rooms"]["effective"] == 7
     assert report["model"]["num_sinks"] == 1
     assert report["limit"] is None
+    assert report["length"] == load_model(checkpoints[1]).config.max_position_embeddings
     assert report["versions"]["lm-eval"]
     shown = capsys.readouterr().out
     assert f"{report['tasks']['rooms']['brier_score']:.4f}" in shown
