@@ -55,7 +55,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Difference:
-    """``value`` of a run minus that of the first run, on the tokens that both have scored."""
+    """``value`` of a run minus that of the first run."""
 
     value: float
     stderr: float | None
@@ -137,7 +137,9 @@ def compare(names: Sequence[str]) -> Comparison:
     notes = [f"{run.name}: {note}" for run in runs for note in run.notes]
     rows = []
     for key in keys:
-        values = [run.values.get(key) for run in runs]
+        values, is_without_first = without_first([run.values.get(key) for run in runs])
+        if is_without_first:
+            notes.append(f"{key[0]}: without the first token of the text, which only some of these models score")
         differences: list[Difference | None] = [None]
         for run, value in zip(runs[1:], values[1:], strict=True):
             found, unlike = difference(values[0], value)
@@ -150,6 +152,21 @@ def compare(names: Sequence[str]) -> Comparison:
                 notes.append(f"{key[0]}: {pair} differ in {named}, which may be a part of the differences")
         rows.append(Row(key, values, differences))
     return Comparison(runs, rows, list(dict.fromkeys(notes)))
+
+
+def without_first(values: list[Value | None]) -> tuple[list[Value | None], bool]:
+    """Leave out the first token of a text where only some values include it.
+
+    Returns:
+        the values, and whether any has changed.
+    """
+    if len({value.scores_first for value in values if value}) < 2:
+        return values, False
+    rest = [
+        value if value is None or value.after_first is None else replace(value, value=value.after_first)
+        for value in values
+    ]
+    return rest, rest != values
 
 
 def difference(first: Value | None, second: Value | None) -> tuple[Difference | None, str]:
@@ -169,8 +186,6 @@ def difference(first: Value | None, second: Value | None) -> tuple[Difference | 
     if unlike:
         return None, ", ".join(unlike)
     change = second.value - first.value
-    if first.scores_first != second.scores_first and first.after_first is not None and second.after_first is not None:
-        change = second.after_first - first.after_first
     if first.examples and second.examples and first.examples.keys() == second.examples.keys():
         changes = [second.examples[key] - value for key, value in first.examples.items()]
         return Difference(change, stderr_of_mean(changes), True), ""

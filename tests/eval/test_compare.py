@@ -279,17 +279,19 @@ def test_the_reports_of_all_commands_are_read(tmp_path, checkpoints, task_folder
     stream = json.loads((Path(folders[1]) / "streaming.json").read_text())
     (kept,) = (result for result in stream["results"] if result["configuration"] == "2+14")
     for metric in ("perplexity", "bits per byte"):
-        assert by_key["streaming", "2+14", metric]["runs"][1]["value"] == kept[metric.replace(" ", "_")]
+        assert by_key["streaming", "2+14", metric]["runs"][1]["value"] == kept["after_first"][metric.replace(" ", "_")]
     assert by_key["sinks", "first text token", "sink rate"]["differences"][0]["value"] == pytest.approx(
         -0.3908, abs=1e-4
     )
-    # the model with sinks also scores the first token of the text, and is compared all the same
+    # the model with sinks also scores the first token of the text, which is left out here
     dense = stream["results"][0]
     assert dense["num_scored"] < stream["text"]["num_tokens"]
     for configuration in ("dense", "0+16", "2+14", "recompute 16"):
         for metric in ("perplexity", "bits per byte"):
             assert len(by_key["streaming", configuration, metric]["differences"]) == 1
-    assert report["notes"] == []
+    (note,) = report["notes"]
+    assert note.startswith("streaming: without the first token")
+    assert f"- {note}\n" in (tmp_path / "out" / "compare.md").read_text()
 
     rows = list(csv.DictReader(io.StringIO((tmp_path / "out" / "compare.csv").read_text())))
     chosen = [row for row in rows if (row["name"], row["metric"]) == ("rooms", "acc")]
@@ -447,20 +449,26 @@ def test_perplexities_of_the_same_tokens_are_compared(tmp_path, change, unlike, 
     for metric in ("perplexity", "bits per byte"):
         found = row_of(comparison, "streaming", "dense", metric).differences[1]
         assert (found is None) == (metric in without)
-    assert all(unlike in note for note in comparison.notes)
-    assert len(comparison.notes) == len(without)
+    notes = [note for note in comparison.notes if "without the first token" not in note]
+    assert all(unlike in note for note in notes)
+    assert len(notes) == len(without)
 
 
-def test_a_difference_leaves_out_the_first_token_if_one_model_cannot_score_it(tmp_path):
+def test_values_and_differences_leave_out_the_first_token_if_one_model_cannot_score_it(tmp_path):
     plain, sink, better = (
         write_streamed(tmp_path / f"{name}.json", num_sinks, perplexity=perplexity)
         for name, num_sinks, perplexity in (("a", 0, 10.0), ("b", 1, 9.5), ("c", 1, 9.0))
     )
     comparison = compare([plain, sink])
     row = row_of(comparison, "streaming", "dense", "perplexity")
-    assert [value.value for value in row.values] == [10.0, 10.5]
+    assert [value.value for value in row.values] == [10.0, 9.5]
     assert row.differences[1].value == -0.5
-    assert row_of(compare([sink, better]), "streaming", "dense", "perplexity").differences[1].value == -0.5
+    assert comparison.notes == ["streaming: without the first token of the text, which only some of these models score"]
+    comparison = compare([sink, better])
+    row = row_of(comparison, "streaming", "dense", "perplexity")
+    assert [value.value for value in row.values] == [10.5, 10.0]
+    assert row.differences[1].value == -0.5
+    assert comparison.notes == []
 
 
 def test_how_many_tokens_were_scored_is_in_the_note(tmp_path):
