@@ -23,6 +23,7 @@ from .tasks.stream_eval.records import LINES_PER_QUESTION
 
 NUM_RUNS = 7  # colours of a picture
 LARGEST = 1e150  # of a number in a report; its square is finite
+ALL_SETS = "all sets"  # in tables; a set may have the name "all"
 MEANS = ("acc", "acc_norm", "exact_match")  # metrics that are means over examples
 
 
@@ -423,12 +424,15 @@ def _outcomes(samples: list[dict[str, Any]], metric: str, metric_filter: str, me
 
 
 def _set_perplexity(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
-    for result in report["results"]:
+    results = report["results"]
+    for result in results:
+        is_last = result is results[-1] and result["set"] == "all"  # the total of older reports
+        name = ALL_SETS if result.get("is_total", is_last) else result["set"]
         conditions = (("store", report["store_fingerprint"]), ("number of tokens", result["num_tokens"]))
         if_known = (("length of a window", _length(report)),)
-        yield (result["set"], "perplexity"), Value(result["perplexity"], None, conditions, if_known)
+        yield (name, "perplexity"), Value(result["perplexity"], None, conditions, if_known)
         if result["bits_per_byte"] is not None:
-            yield (result["set"], "bits per byte"), Value(result["bits_per_byte"], None, conditions, if_known)
+            yield (name, "bits per byte"), Value(result["bits_per_byte"], None, conditions, if_known)
 
 
 def _streaming(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:

@@ -17,6 +17,7 @@ from ..models.cache_argument import CACHE
 from ..models.checked import check_ids, refuse_nonfinite_losses
 from ..models.config import num_prepended_sinks
 from ..streaming.generation import REPLACEMENT
+from .compare import ALL_SETS
 from .perplexity import text_prefix
 
 SPLIT = "validation"
@@ -27,13 +28,17 @@ LOGIT_BYTES = 2**30  # per pass, in float32
 
 @dataclass(frozen=True)
 class SetLoss:
-    """The loss of a set: its sum in nats over ``num_tokens`` tokens of ``num_bytes`` bytes."""
+    """The loss of a set: its sum in nats over ``num_tokens`` tokens of ``num_bytes`` bytes.
+
+    ``is_total`` if it is that of all sets, since a set may have the name ``all`` too.
+    """
 
     name: str
     nats: float
     num_tokens: int
     num_bytes: int
     seconds: float
+    is_total: bool = False
 
     @property
     def loss(self) -> float:
@@ -50,6 +55,7 @@ class SetLoss:
     def as_json(self) -> dict[str, Any]:
         return {
             "set": self.name,
+            "is_total": self.is_total,
             "loss": self.loss,
             "perplexity": self.perplexity,
             "bits_per_byte": self.bits_per_byte,
@@ -191,7 +197,7 @@ def total(sets: Sequence[SetLoss]) -> SetLoss:
     """Return the loss over all tokens of several sets, named ``all``."""
     sums = [[s.nats, s.num_tokens, s.num_bytes, s.seconds] for s in sets]
     nats, num_tokens, num_bytes, seconds = (sum(column) for column in zip(*sums, strict=True))
-    return SetLoss("all", nats, int(num_tokens), int(num_bytes), seconds)
+    return SetLoss("all", nats, int(num_tokens), int(num_bytes), seconds, is_total=True)
 
 
 def results_table(sets: Sequence[SetLoss], title: str) -> Table:
@@ -201,5 +207,6 @@ def results_table(sets: Sequence[SetLoss], title: str) -> Table:
         table.add_column(header, justify="right", no_wrap=True)
     for row in [*sets, *([total(sets)] if len(sets) > 1 else [])]:
         bits = "" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}"
-        table.add_row(row.name, f"{row.perplexity:,.2f}", f"{row.loss:.4f}", bits, f"{row.num_tokens:,}")
+        name = ALL_SETS if row.is_total else row.name
+        table.add_row(name, f"{row.perplexity:,.2f}", f"{row.loss:.4f}", bits, f"{row.num_tokens:,}")
     return table

@@ -244,6 +244,20 @@ def test_perplexity_by_set_is_compared_in_windows_of_the_same_length(tmp_path, c
     assert bool(note) == bool(comparison.notes)
 
 
+def test_a_set_named_all_is_not_the_total(tmp_path):
+    """Older reports do not mark the total, but it is always the last one."""
+    old = write_perplexity(tmp_path / "a.json", {"Books": 8.0, "all": 12.0})
+    new = write_perplexity(tmp_path / "b.json", {"Books": 9.0})
+    report = json.loads(Path(new).read_text())
+    (row,) = report["results"]
+    marks = (("Books", 9.0, False), ("all", 10.0, False), ("all", 11.0, True))
+    rows = [row | {"set": name, "perplexity": value, "is_total": is_total} for name, value, is_total in marks]
+    Path(new).write_text(json.dumps(report | {"results": rows}))
+    comparison = compare([old, new])
+    found = {row.key[1]: [value and value.value for value in row.values] for row in comparison.rows}
+    assert found == {"Books": [8.0, 9.0], "all": [None, 10.0], "all sets": [12.0, 11.0]}
+
+
 METHODS = "dense,window,streaming,recompute"
 
 

@@ -15,7 +15,7 @@ from sinklm.data import open_store, prepare_store
 from sinklm.data.inputs import find_inputs
 from sinklm.eval import set_perplexity
 from sinklm.eval.loading import open_store_of
-from sinklm.eval.set_perplexity import DEFAULT_LENGTH, ByteCounter, SetLoss, measure, sets_of, total
+from sinklm.eval.set_perplexity import DEFAULT_LENGTH, ByteCounter, SetLoss, measure, results_table, sets_of, total
 
 from .checkpoints import END_OF_TEXT, small_tokenizer
 
@@ -107,12 +107,19 @@ def test_the_total_is_over_all_tokens():
     both = total([SetLoss("a", 10.0, 4, 8, 1.0), SetLoss("b", 2.0, 8, 4, 1.0)])
     assert (both.loss, both.num_tokens, both.num_bytes) == (1.0, 12, 12)
     assert both.bits_per_byte == pytest.approx(1 / math.log(2))
+    assert both.is_total
+
+
+def test_a_set_named_all_is_not_the_total():
+    table = results_table([SetLoss("all", 10.0, 4, 8, 1.0), SetLoss("b", 2.0, 8, 4, 1.0)], "title")
+    assert list(table.columns[0].cells) == ["all", "b", "all sets"]
 
 
 def test_the_command_reports_each_set(tmp_path, checkpoints, store, capsys):
     perplexity(str(checkpoints[1]), store, max_tokens=40, output=tmp_path)
     report = json.loads((tmp_path / "perplexity.json").read_text())
     assert [row["set"] for row in report["results"]] == ["Books", "Näme", "all"]
+    assert [row["is_total"] for row in report["results"]] == [False, False, True]
     assert report["results"][2]["num_tokens"] == 80
     assert report["length"] == load_model(checkpoints[1]).config.max_position_embeddings
     assert report["store_fingerprint"] == open_store(store).fingerprint
