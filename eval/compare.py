@@ -236,12 +236,10 @@ def short_names(names: Sequence[str]) -> list[str]:
 def read_run(name: str, label: str) -> Run:
     """Read the reports of one run; see `compare`."""
     path = Path(name)
-    folders = [path, path / "results", default_output(name)]
-    if path.is_file():
-        files = [path]
-    else:
-        found = [[folder / file for file in READERS if (folder / file).is_file()] for folder in folders]
-        files = next((paths for paths in found if paths), [])
+    folders = list({os.path.realpath(one): one for one in (path, path / "results", default_output(name))}.values())
+    found = {folder: [folder / file for file in READERS if (folder / file).is_file()] for folder in folders}
+    used, *unused = [folder for folder in folders if found[folder]] or [path]
+    files = [path] if path.is_file() else found[used]
     if not files and not path.exists() and path.parent.is_dir():
         raise FileNotFoundError(f"{name}: no such file or folder; {near_path_hint(name) or 'check the path'}")
     if not files:
@@ -251,6 +249,8 @@ def read_run(name: str, label: str) -> Run:
             f"--output; looked for {', '.join(READERS)} in {', '.join(map(str, folders))}"
         )
     run = Run(label, files)
+    if unused:
+        run.notes.append(f"results of {used}; not used: {', '.join(map(str, unused))}")
     reports = {file: _read_json(file) for file in files}
     _check_same_model(reports)
     for file, report in reports.items():

@@ -387,6 +387,17 @@ def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
             compare(["runs/a"] * num)
 
 
+def test_folders_that_are_not_used_are_noted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("runs/a/results", "results/runs-a"):
+        write_zero_shot(tmp_path / folder, [1.0, 0.0])
+    run = read_run("runs/a", "a")
+    assert run.files == [Path("runs/a/results/zero_shot.json")]
+    assert run.notes == ["results of runs/a/results; not used: results/runs-a"]
+    assert read_run("runs/a/results", "a").notes == []
+    assert read_run("runs/a/results/zero_shot.json", "a").notes == []
+
+
 STREAMED = {"configuration": "4+60", "method": "streaming", "num_scored": 9, "perplexity": 9.5, "bits_per_byte": None}
 STREAMED_TEXT = {"sha256": "x", "num_tokens": 100, "num_prefix_tokens": 0, "num_bytes": 300}
 ANSWERED = {"task": "arc_easy", "configuration": "4+60", "num_questions": 1, "right": "1", "stderr": None}
