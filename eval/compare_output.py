@@ -140,11 +140,16 @@ def comparison_figure(comparison: Comparison) -> Figure | None:
 
 
 def plot_comparison(comparison: Comparison, path: Path) -> bool:
-    """Save `comparison_figure` as a PNG; return whether there was anything to plot."""
+    """Save `comparison_figure` as a PNG; return whether there was anything to plot.
+
+    If there was not, the picture of an earlier comparison is deleted.
+    """
     figure = comparison_figure(comparison)
-    if figure is not None:
-        save_figure(figure, path)
-    return figure is not None
+    if figure is None:
+        path.unlink(missing_ok=True)
+        return False
+    save_figure(figure, path)
+    return True
 
 
 def _draw_panel(axes: Any, comparison: Comparison, measurement: str, rows: list[Row]) -> None:

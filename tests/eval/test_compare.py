@@ -364,6 +364,16 @@ def test_tables_escape_names_and_leave_missing_values_empty(tmp_path):
     assert comparison_figure(comparison) is not None
 
 
+def test_the_picture_of_an_earlier_comparison_is_deleted(tmp_path, capsys):
+    plotted = [str(write_zero_shot(tmp_path / name, [1.0, 0.0])) for name in "ab"]
+    command(plotted, output=tmp_path / "out")
+    assert (tmp_path / "out" / "compare.png").exists()
+    unplotted = [write_perplexity(tmp_path / f"{name}.json", {"Books": 9.0}) for name in "cd"]
+    command(unplotted, output=tmp_path / "out")
+    assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [".csv", ".json", ".md"]
+    assert "png" not in capsys.readouterr().out.rpartition("Results in")[2]
+
+
 def test_names_are_as_short_as_possible():
     assert short_names(["runs/vanilla", "runs/sink"]) == ["vanilla", "sink"]
     assert short_names(["a/x/zero_shot.json", "b/x/zero_shot.json"]) == ["a/x", "b/x"]
