@@ -22,7 +22,8 @@ from .report import default_output
 from .tasks.stream_eval.records import LINES_PER_QUESTION
 
 NUM_RUNS = 7  # colours of a picture
-LARGEST = 1e150  # of a number in a report; its square is finite
+MOST_NATS = 700.0  # a perplexity is at most e to the power of this
+LARGEST = math.exp(MOST_NATS)  # of a number in a report
 ALL_SETS = "all sets"  # in tables; a set may have the name "all"
 MEANS = ("acc", "acc_norm", "exact_match")  # metrics that are means over examples
 
@@ -214,7 +215,7 @@ def stderr_of_mean(values: Sequence[float]) -> float | None:
     if num < 2:
         return None
     mean = math.fsum(values) / num
-    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (num - 1) / num)
+    return math.hypot(*(value - mean for value in values)) / math.sqrt((num - 1) * num)  # squares may be infinite
 
 
 def short_names(names: Sequence[str]) -> list[str]:
@@ -306,7 +307,7 @@ def _parts(path: str) -> list[str]:
 
 def _check_numbers(what: str, metric: str, value: Value) -> None:
     for number in (value.value, *(one for one in (value.stderr, value.after_first) if one is not None)):
-        if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) < LARGEST:
+        if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) <= LARGEST:
             raise TypeError(f"{what} {metric} is {str(number)[:40]!r} and not a number")
     if not isinstance(what, str):
         raise TypeError(f"a name is {str(what)[:40]!r} and not a text")

@@ -25,6 +25,7 @@ PLOTTED = {
     "stream-eval": ("accuracy",),
     "sinks": ("sink rate", "attention"),
 }
+LARGEST_DRAWN = 1e200  # the ticks of larger values would be infinite
 
 CSV_COLUMNS = (
     *("measurement", "name", "metric", "run", "value", "stderr"),
@@ -111,6 +112,8 @@ def _difference(found: Difference | None) -> str:
 
 
 def _number(value: float) -> str:
+    if abs(value) >= 1e12:
+        return f"{value:.3e}"
     if value == int(value) and abs(value) >= 1:
         return f"{value:,.0f}"
     return f"{value:.4f}" if abs(value) < 10 else f"{value:,.2f}"
@@ -161,7 +164,7 @@ def _draw_panel(axes: Any, comparison: Comparison, measurement: str, rows: list[
         shift = 0.5 * ((i + 0.5) / num_runs - 0.5)  # equal values stay visible
         errors = [value.stderr or 0 for _, value in points]
         axes.errorbar(
-            [value.value for _, value in points],
+            [min(value.value, LARGEST_DRAWN) for _, value in points],
             [y + shift for y, _ in points],
             xerr=errors if any(errors) else None,
             linestyle="none",
@@ -177,12 +180,16 @@ def _draw_panel(axes: Any, comparison: Comparison, measurement: str, rows: list[
     axes.set_ylim(len(rows) - 0.5, -0.5)
     if measurement == "streaming":
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
-        axes.xaxis.set_minor_formatter(lambda value, _: f"{value:,.0f}" if f"{value:g}"[0] in "25" else "")
+        axes.xaxis.set_major_formatter(lambda value, _: _tick(value))
+        axes.xaxis.set_minor_formatter(lambda value, _: _tick(value) if f"{value:g}"[0] in "25" else "")
         axes.tick_params(axis="x", which="both", length=3, pad=3.5)
     axes.set_xlabel(UNITS[measurement])
     axes.set_title(TITLES[measurement], loc="left", fontsize=9)
     axes.grid(axis="x", linewidth=0.4, alpha=0.5)
+
+
+def _tick(value: float) -> str:
+    return f"{value:,.0f}" if 1 <= value < 1e12 else f"{value:g}"
 
 
 def _legend(grid: Any, comparison: Comparison) -> tuple[list[Any], list[str]]:

@@ -17,7 +17,7 @@ from ..models.cache_argument import CACHE
 from ..models.checked import check_ids, refuse_nonfinite_losses
 from ..models.config import num_prepended_sinks
 from ..streaming.generation import REPLACEMENT
-from .compare import ALL_SETS
+from .compare import ALL_SETS, MOST_NATS
 from .perplexity import text_prefix
 
 SPLIT = "validation"
@@ -46,7 +46,7 @@ class SetLoss:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
+        return math.exp(min(self.loss, MOST_NATS))
 
     @property
     def bits_per_byte(self) -> float | None:

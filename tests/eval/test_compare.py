@@ -506,6 +506,22 @@ def test_values_and_differences_leave_out_the_first_token_if_one_model_cannot_sc
     assert comparison.notes == []
 
 
+def test_the_largest_perplexities_are_compared(tmp_path):
+    """Those that the commands write, in all outputs."""
+    names = [
+        write_streamed(tmp_path / f"{i}.json", 0, perplexity=value) for i, value in enumerate((9.5, math.exp(700)))
+    ]
+    command(names, output=tmp_path / "out")
+    row = row_of(compare(names), "streaming", "dense", "perplexity")
+    assert row.differences[1].value == pytest.approx(math.exp(700))
+    assert "| 9.5000 | 1.014e+304 | +1.014e+304 |" in (tmp_path / "out" / "compare.md").read_text()
+    low, high = comparison_figure(compare(names)).axes[0].get_xlim()
+    assert low < 9.5 < 1e200 < high < math.inf
+    too_large = write_streamed(tmp_path / "x.json", 0, perplexity=1e305)
+    with pytest.raises(ValueError, match=r"perplexity is '1e\+305' and not a number"):
+        read_run(too_large, "x")
+
+
 def test_how_many_tokens_were_scored_is_in_the_note(tmp_path):
     names = [write_streamed(tmp_path / f"{num}.json", 0, num_scored=num) for num in (99, 50)]
     assert "differ in number of tokens scored (99 and 50): no difference" in compare(names).notes[0]
