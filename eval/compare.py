@@ -362,7 +362,7 @@ def _zero_shot(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
         if_known = (("questions", questions), ("prompts", prompts))
         samples = _read_samples(task, report, file, notes)
         for metric, value, stderr in with_stderr(metrics):
-            if not math.isfinite(value):
+            if value is None or not math.isfinite(value):
                 continue
             name, _, metric_filter = metric.partition(",")
             examples = _outcomes(samples, name, metric_filter or "none", value)
@@ -378,7 +378,7 @@ def _digests(report: dict[str, Any], key: str, leaves: list[str]) -> str | None:
     return None if None in digests else _hashable(digests)
 
 
-def with_stderr(metrics: dict[str, float]) -> Iterator[tuple[str, float, float | None]]:
+def with_stderr(metrics: dict[str, float | None]) -> Iterator[tuple[str, float | None, float | None]]:
     """Yield each metric of a task with its value and its standard error, None if there is none.
 
     That of ``acc`` is ``acc_stderr``, and that of ``acc,a filter`` is ``acc_stderr,a filter``.

@@ -19,6 +19,7 @@ from ..streaming import MemoryOptions, StreamingCache
 from ..streaming.families import num_embedded_positions
 from ..streaming.layers import former_shape
 from ..streaming.wrappers import decoder_of
+from .compare import MOST_NATS
 from .losses import ReportTokens, dense_losses, recompute_losses, streaming_losses
 
 METHODS = ("dense", "window", "streaming", "recompute")
@@ -88,7 +89,7 @@ class Result:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(float(self.losses.nanmean()), 700.0))
+        return math.exp(min(float(self.losses.nanmean()), MOST_NATS))
 
     def after_first(self) -> "Result":
         """Return the result without the first token, which not all models score."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -244,10 +245,15 @@ def _covers(manager: TaskManager, name: str) -> bool:
 
 
 def write_samples(samples: dict[str, list[dict[str, Any]]], folder: Path) -> list[Path]:
-    """Write ``samples_<task>.jsonl``, one line for each example, and return the paths."""
-    paths = []
+    """Write ``samples_<task>.jsonl``, one line for each example, and return the paths.
+
+    A second task whose name gives the same file gets a number.
+    """
+    paths: list[Path] = []
     for task, records in samples.items():
-        paths.append(folder / f"samples_{re.sub(r'[^A-Za-z0-9_.-]+', '-', task)}.jsonl")
+        stem = "samples_" + re.sub(r"[^\w.-]+", "-", task)
+        names = (f"{stem}{number}.jsonl" for number in ("", *(f"_{i}" for i in range(2, len(samples) + 1))))
+        paths.append(next(path for path in map(folder.joinpath, names) if path not in paths))
         ordered = sorted(records, key=lambda record: record["doc_id"])
         lines = (json.dumps(record, default=handle_non_serializable, ensure_ascii=False) for record in ordered)
         write_text(paths[-1], "".join(f"{line}\n" for line in lines))
@@ -283,9 +289,13 @@ def sample_files(report: Path) -> list[Path]:
         return []
 
 
-def _metrics(row: dict[str, Any]) -> dict[str, float]:
-    """Turn ``{"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": …}`` into ``{"acc": 0.5, …}``."""
-    named = {key.removesuffix(",none"): value for key, value in row.items() if isinstance(value, int | float)}
+def _metrics(row: dict[str, Any]) -> dict[str, float | None]:
+    """Turn ``{"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": …}`` into ``{"acc": 0.5, …}``.
+
+    NaN and infinities, which JSON does not have, become None.
+    """
+    numbers = {key.removesuffix(",none"): value for key, value in row.items() if isinstance(value, int | float)}
+    named = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
     named.pop("sample_len", None)  # is in num_samples
     return named
 
@@ -304,5 +314,7 @@ def results_table(results: dict[str, Any], title: str) -> Table:
     return table
 
 
-def _number(value: float) -> str:
+def _number(value: float | None) -> str:
+    if value is None:
+        return "not a number"
     return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.3e}"

@@ -15,9 +15,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from sinklm.checkpoints import load_model, load_tokenizer
 from sinklm.checkpoints.export import export_model
 from sinklm.cli.evaluate import zero_shot
+from sinklm.eval import zero_shot as module
+from sinklm.eval.compare import compare
 from sinklm.eval.lm import as_lm, parse_options
 from sinklm.eval.report import describe_model
-from sinklm.eval.zero_shot import TASK_FOLDER, evaluate, find_tasks, results_table, task_manager
+from sinklm.eval.zero_shot import TASK_FOLDER, evaluate, find_tasks, results_table, task_manager, write_samples
 from sinklm.models.arms import ARMS
 
 from ..models.tiny import plain_twin
@@ -109,6 +111,35 @@ def test_rolling_loglikelihood_scores_each_token_once_in_windows_with_sinks(chec
         context = [token for token in context if token is not None]  # the first token follows the sinks
         expected += by_hand(model, [*context, *ids[start:end]], end - start)
     assert measured == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_metric_that_is_not_a_number_does_not_lose_the_others(
+    tmp_path, checkpoints, task_folder, monkeypatch, capsys
+):
+    """JSON has no NaN. The metric is null in the report, and eval compare leaves it out."""
+    original = module.simple_evaluate
+
+    def with_nan(*arguments, **options):
+        output = original(*arguments, **options)
+        output["results"]["rooms"] |= {"odd,none": float("nan"), "odd_stderr,none": float("inf")}
+        return output
+
+    monkeypatch.setattr(module, "simple_evaluate", with_nan)
+    zero_shot(str(checkpoints[1]), "rooms", include_path=task_folder, output=tmp_path, quiet=True)
+    assert "not a number" in capsys.readouterr().out
+    report = json.loads((tmp_path / "zero_shot.json").read_text())
+    assert report["tasks"]["rooms"]["odd"] is report["tasks"]["rooms"]["odd_stderr"] is None
+    assert 0 <= report["tasks"]["rooms"]["acc"] <= 1
+    measured = compare([tmp_path, tmp_path])
+    assert not any("odd" in str(row) for row in measured.rows)
+
+
+def test_samples_of_tasks_with_names_alike_are_separate_files(tmp_path):
+    names = ["日本", "中国", "a b", "a-b", "a/b"]
+    paths = write_samples({name: [{"doc_id": 0, "task": name}] for name in names}, tmp_path)
+    assert [json.loads(path.read_text())["task"] for path in paths] == names
+    expected = ["日本", "中国", "a-b", "a-b_2", "a-b_3"]
+    assert [path.name for path in paths] == [f"samples_{name}.jsonl" for name in expected]
 
 
 def test_the_papers_tasks_are_one_group(tmp_path, checkpoints, task_folder):
