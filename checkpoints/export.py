@@ -69,8 +69,8 @@ def export_model(
 
     Raises:
         ValueError: plain GPT-NeoX does not support the model, its tokenizer does not match its
-            sinks, ``checkpoint`` is an export, ``dtype`` is unknown, or a
-            value is too large for float16.
+            sinks, ``checkpoint`` is an export, ``dtype`` is unknown, or a value is too large for
+            float16.
         FileExistsError: ``output`` exists and is not empty.
         OSError: writing failed. No partial files remain.
 

@@ -215,7 +215,7 @@ def _data_facts(store: Path, fingerprint: str, weights: dict[str, float] | None)
         train = manifest["splits"]["train"]
         total = train["total"]["tokens"]
         parts = weights or {name: counts["tokens"] for name, counts in train["sets"].items()}
-        shares = {name: part / max(sum(parts.values()), 1e-300) for name, part in parts.items() if part}
+        shares = {name: part / sum(parts.values()) for name, part in parts.items() if part}
     sets = ", ".join(f"{name} {share:.1%}" for name, share in sorted(shares.items(), key=lambda item: -item[1]))
     return {"Training data": f"{total:,} tokens{', read by weight' if weights else ''}: {sets}"}
 

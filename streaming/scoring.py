@@ -57,8 +57,8 @@ def stream_logits(
         model, num_kept=num_kept, window=window, chunk_size=chunk_size, kv_dtype=kv_dtype, memory=memory
     )
     device = unwrapped(model).device
+    check_ids(token_ids, unwrapped(model))  # at once: a check of each chunk would wait for a GPU
     for chunk in token_ids.split(chunk_size, dim=1):
-        check_ids(chunk, unwrapped(model))
         with torch.inference_mode():
             yield model(chunk.to(device, torch.long), use_cache=True, **{CACHE: cache}).logits
 
@@ -78,8 +78,6 @@ def stream_losses(
     Each chunk is float32 ``(B, c)`` on the model's device. Arguments are those of `stream_logits`.
     Token 0 is not scored, because without a sink it has no context, so at least two are required.
     """
-    if isinstance(token_ids, Tensor) and token_ids.ndim == 2 and token_ids.shape[1] == 1:
-        raise ValueError("token_ids has one token: pass at least two, because the first one is not scored")
     end = 0
     chunks = stream_logits(
         model,
@@ -98,3 +96,5 @@ def stream_losses(
                 # Keep the vocabulary in the last dimension: CPU kernels sum others less accurately.
                 scores = logits[:, : targets.shape[1]].flatten(0, 1).float()
                 yield F.cross_entropy(scores, targets.flatten(), reduction="none").view_as(targets)
+        elif end == 1:
+            raise ValueError("token_ids has one token: pass at least two, because the first one is not scored")

@@ -189,7 +189,6 @@ def find_resume(plan: Plan, fingerprint: str, world: World, *, is_trusted: bool 
     with world.all_or_none():
         _refuse_earlier(state.step, run_dir)
         changes = _compare(path, state, config, fingerprint)
-        _refuse_finished(path, state.step, changes, config)
         return Resume(path, state, changes, _mismatches(state, plan), is_trusted)
 
 
@@ -238,9 +237,7 @@ def preview_resume(config: TrainingConfig, fingerprint: str | None) -> tuple[Pat
                 raise
             continue
         _refuse_earlier(state.step, run_dir)
-        changes = _compare(path, state, config, fingerprint)
-        _refuse_finished(path, state.step, changes, config)
-        return path, changes
+        return path, _compare(path, state, config, fingerprint)
     return None
 
 
@@ -301,7 +298,11 @@ def _named_checkpoint(choice: str, run_dir: Path) -> Path | None:
 
 
 def _compare(path: Path, state: CheckpointState, config: TrainingConfig, fingerprint: str | None) -> list[str]:
-    """Return the changed settings. Raises a ValueError for settings that must not change."""
+    """Return the changed settings.
+
+    Raises:
+        ValueError: settings have changed that must not, or for which no step is left.
+    """
     if fingerprint not in (None, state.data_fingerprint):
         raise ValueError(
             f"data.path {config.data.path} contains different data than {path} was trained on (fingerprint "
@@ -327,6 +328,7 @@ def _compare(path: Path, state: CheckpointState, config: TrainingConfig, fingerp
             changes.append(f"{key}: {before} → {now_saved.get(key)}{unread}")
     if fixed:
         raise _other_run(path, config, {key: values for key, values in fixed.items() if key not in unchanged} or fixed)
+    _refuse_finished(path, state.step, changes, config)
     return changes
 
 

@@ -29,9 +29,10 @@ def drop_sinks(state: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     for number in range(len(added), 0, -1):
         sinks, others = added[-number:], added[:-number]
         names = [token["content"] for token in sinks]
-        other_ids = [*vocabulary.values(), *(token["id"] for token in others)]
-        if names == sink_names(number) and sinks[0]["id"] > max(other_ids, default=-1):
-            return {**state, "added_tokens": others}, names
+        if names == sink_names(number):
+            other_ids = [*vocabulary.values(), *(token["id"] for token in others)]
+            if sinks[0]["id"] > max(other_ids, default=-1):
+                return {**state, "added_tokens": others}, names
     return state, []
 
 
