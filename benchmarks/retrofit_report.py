@@ -6,7 +6,8 @@
 A sink token "streams as well" at a number of tokens if the mean over seeds of its perplexity in the
 cache 1+N, relative to that of the vanilla model in the cache 4+N, is at most 1 % higher there and
 at all later checkpoints. Two vanilla models are compared with: the untouched one, and the one that
-was continued with the same learning rate and seed. Frozen weights are those of the untouched one.
+was continued with the same learning rate, seed and data. Frozen weights are those of the untouched
+one.
 """
 
 import json
@@ -74,30 +75,33 @@ class Configuration:
 
 
 def configurations(found: dict[str, Any]) -> list[Configuration]:
-    """Compare the runs with a sink with vanilla.
+    """Compare the runs with a sink with the vanilla models that were trained on the same data.
+
+    Runs of whose data there is no vanilla model yet are left out.
 
     Raises:
-        ValueError: runs were trained on other data or measured on other texts.
+        ValueError: runs were measured on other texts.
     """
     runs = found["runs"]
-    for key in ("data_fingerprint", "text"):
-        if len({json.dumps(run[key]) for run in runs}) > 1:
-            raise ValueError(f"the runs differ in {key}, so they cannot be compared: use another folder")
-    plain = {(run["lr"], run["seed"]): run["checkpoints"] for run in runs if run["row"] == "plain"}
+    if len({json.dumps(run["text"]) for run in runs}) > 1:
+        raise ValueError("the runs differ in text, so they cannot be compared: use another folder")
+    plain = [run for run in runs if run["row"] == "plain"]
+    data = {run["data_fingerprint"] for run in plain}
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for run in runs:
-        if run["row"] != "plain":
+        if run["row"] != "plain" and run["data_fingerprint"] in data:
             groups.setdefault((run["row"], run["is_frozen"], run["lr"]), []).append(run)
-    return [compared(group, plain, found["settings"]["window"]) for group in groups.values() if plain]
+    return [compared(group, plain, found["settings"]["window"]) for group in groups.values()]
 
 
-def compared(group: list[dict[str, Any]], plain: dict, window: int) -> Configuration:
+def compared(group: list[dict[str, Any]], plain: list[dict[str, Any]], window: int) -> Configuration:
     """Compare the seeds of a configuration with the vanilla models that there are of each."""
     row, is_frozen, lr = (group[0][key] for key in ("row", "is_frozen", "lr"))
     steps = sorted(set.intersection(*(set(run["checkpoints"]) for run in group)), key=int)
-    untouched = next(iter(plain.values()))["0"]
-    references: dict[str, list[dict[str, Any]]] = {UNTOUCHED: [dict.fromkeys(steps, untouched)] * len(group)}
-    continued = [plain.get((lr, run["seed"])) for run in group]
+    untouched = {run["data_fingerprint"]: run["checkpoints"]["0"] for run in plain}
+    references = {UNTOUCHED: [dict.fromkeys(steps, untouched[run["data_fingerprint"]]) for run in group]}
+    trained = {(run["data_fingerprint"], run["lr"], run["seed"]): run["checkpoints"] for run in plain}
+    continued = [trained.get((run["data_fingerprint"], lr, run["seed"])) for run in group]
     if not is_frozen and all(each is not None and set(steps) <= each.keys() for each in continued):
         references[CONTINUED] = continued  # type: ignore[assignment]
     excess, cost = {}, {}

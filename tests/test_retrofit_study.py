@@ -134,10 +134,22 @@ def test_the_picture_has_a_panel_for_each_reference_and_a_curve_for_each_configu
     assert mean.get_color() != random.get_color()
 
 
-@pytest.mark.parametrize("key", ["data_fingerprint", "text"])
-def test_retrofits_on_other_data_or_texts_are_not_compared(load, key):
-    with pytest.raises(ValueError, match=f"the runs differ in {key}, so they cannot be compared"):
-        compared(load, plain(1, 20.0), result("mean", 1, [30.0], **{key: "other"}))
+def test_retrofits_are_compared_with_the_vanilla_models_of_their_own_data(load):
+    other = {"data_fingerprint": "other"}
+    runs = [plain(1, 16.0), result("mean", 1, [20.0, 18.0]), result("mean", 2, [20.0, 18.0], **other)]
+    (alone,) = compared(load, *runs)  # nothing to compare the second run with yet
+    assert alone.excess["continued"][1] == pytest.approx([12.5])
+    second = result("plain", 2, [10.0, 9.0], **other)
+    second["checkpoints"]["0"]["loss"] = 2.0
+    (found,) = compared(load, *runs, second)
+    assert found.excess["untouched"][0] == pytest.approx([0.0, 100.0])
+    assert found.excess["continued"][1] == pytest.approx([12.5, 100.0])
+    assert found.cost["untouched"][0] == pytest.approx([0.0, 1.0])
+
+
+def test_retrofits_measured_on_other_texts_are_not_compared(load):
+    with pytest.raises(ValueError, match="the runs differ in text, so they cannot be compared"):
+        compared(load, plain(1, 20.0), result("mean", 1, [30.0], text="other"))
 
 
 def test_a_mean_has_the_standard_error_over_seeds(load):
