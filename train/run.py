@@ -21,6 +21,7 @@ from ..checkpoints.folders import (
     interrupted_checkpoints,
 )
 from ..checkpoints.warm_start import load_weights
+from ..compilers import compile_failure
 from ..console import Console
 from ..data import open_store
 from ..data.store import TokenSource
@@ -146,6 +147,10 @@ def _train_rank(config: TrainingConfig, world: World, trust_checkpoint: bool) ->
             f"rank {world.rank} is out of GPU memory: lower train.micro_batch_size{less}, or raise "
             f"deepspeed.zero_stage with more GPUs or an offloaded optimizer ({error})"
         ) from error
+    except Exception as error:
+        if (failure := compile_failure(error)) is None:
+            raise
+        raise ValueError(f"rank {world.rank}: {failure}; train.compile=false trains without torch.compile") from error
 
 
 def _set_up(config: TrainingConfig, world: World, held: ExitStack, trust_checkpoint: bool) -> TrainingLoop | None:

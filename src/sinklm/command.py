@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 
+from .compilers import compile_failure
 from .extras import MissingExtraError
 from .files import FULL_DISK
 from .rust import is_panic
@@ -73,6 +74,8 @@ def _message(error: BaseException) -> str | None:
         return one_line(error) if is_library else str(error)
     if _is_lack_of_memory(error):
         return f"out of memory; reduce the cache, batch size or number of processes: {error}"
+    if failure := compile_failure(error):
+        return failure
     if is_panic(error):
         return f"the tokenizer failed ({error}): its tokenizer.json is damaged or not made for this text"
     return None

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor import config as inductor
+from torch._inductor.utils import fresh_cache
 
 from sinklm.models import SinkGPTNeoXForCausalLM
 from sinklm.models.config import SINK_KINDS
@@ -226,3 +228,11 @@ def test_precision_by_stage(recipe, precision, stage, key):
     theirs = deepspeed_config(plan_of(recipe, f"train.precision={precision}", f"deepspeed.zero_stage={stage}"))
     assert theirs[key]["enabled"] is True
     assert {"bf16", "fp16", "torch_autocast"} & theirs.keys() == {key}
+
+
+def test_a_compiler_that_is_missing_ends_the_run_with_the_remedy(recipe, tmp_path):
+    told = r"^rank 0: torch.compile and Triton found no C or C\+\+ compiler: .*; train.compile=false trains without"
+    without = inductor.patch({"cpp.cxx": (None, "/nonexistent/g++")})
+    with fresh_cache(), without, pytest.raises(ValueError, match=told):
+        train(recipe, ["train.compile=true", f"train.run_dir={tmp_path}"])
+    torch._dynamo.reset()

@@ -1,0 +1,39 @@
+"""Failures of the compilers that torch.compile and Triton run."""
+
+import subprocess
+from collections.abc import Iterator
+
+from .text import one_line
+
+# From torch._inductor.exc.InvalidCxxCompiler, and from triton/runtime/build.py.
+NOT_FOUND = ("No working C++ compiler found", "Failed to find C compiler", "Failed to find C++ compiler")
+
+
+def compile_failure(error: BaseException) -> str | None:
+    """Return why torch.compile or Triton failed, with a remedy, in one line; None: another error.
+
+    The error and those that caused it are searched, without importing torch. Lack of memory while
+    compiling is another error.
+    """
+    errors = list(_chain(error))
+    texts = [str(each) for each in errors]
+    if any("out of memory" in text for text in texts):
+        return None
+    if any(sign in text for sign in NOT_FOUND for text in texts):
+        return "torch.compile and Triton found no C or C++ compiler: install gcc and g++, or set CC and CXX"
+    if any(isinstance(each, subprocess.CalledProcessError) and "-shared" in each.cmd for each in errors):
+        return (
+            "Triton's C compiler failed for the reason above: if Python.h is missing, install Python's headers "
+            "(python3-dev)"
+        )
+    if any(cls.__name__ == "BackendCompilerFailed" for cls in type(error).__mro__):
+        first_line = texts[0].strip().partition("\n")[0]
+        return f"torch.compile failed ({one_line(first_line)}): SINKLM_DEBUG=1 shows the whole error"
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, the one that caused it, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,68 @@
+"""What a user is told when torch.compile or Triton cannot compile."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._inductor import config
+from torch._inductor.utils import fresh_cache
+
+from sinklm.compilers import compile_failure
+
+INSTALL = "torch.compile and Triton found no C or C++ compiler: install gcc and g++, or set CC and CXX"
+
+
+@pytest.fixture
+def failing_compiler(tmp_path):
+    """A C++ compiler that can say its version but not compile."""
+    path = tmp_path / "g++"
+    path.write_text('#!/bin/sh\n[ "$1" = --version ] && exec g++ --version\necho "a bug" >&2\nexit 1\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def error_of(compiler: str) -> BaseException:
+    """Return the error of torch.compile with this C++ compiler."""
+    torch._dynamo.reset()
+    with fresh_cache(), config.patch({"cpp.cxx": (None, compiler)}), pytest.raises(RuntimeError) as caught:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
+    torch._dynamo.reset()
+    return caught.value
+
+
+def test_a_missing_compiler_is_named():
+    assert compile_failure(error_of("/nonexistent/g++")) == INSTALL
+
+
+def test_a_failing_compiler_is_one_line_with_the_way_to_the_whole_error(failing_compiler):
+    found = compile_failure(error_of(failing_compiler))
+    assert found == "torch.compile failed (CppCompileError: C++ compile error): SINKLM_DEBUG=1 shows the whole error"
+
+
+@pytest.mark.parametrize("language", ["C", "C++"])
+def test_triton_without_a_compiler_is_told_also_within_other_errors(language):
+    inner = RuntimeError(
+        f"Failed to find {language} compiler. Please specify via CC environment variable or set triton"
+    )
+    outer = RuntimeError("a kernel")
+    outer.__cause__ = inner
+    assert compile_failure(inner) == compile_failure(outer) == INSTALL
+
+
+def test_a_failing_compiler_of_triton_is_told(tmp_path):
+    command = [sys.executable, "-c", "raise SystemExit(1)", "-shared"]  # as triton/runtime/build.py calls gcc
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        subprocess.check_call(command, stdout=subprocess.DEVNULL)
+    assert "install Python's headers (python3-dev)" in compile_failure(caught.value)
+
+
+def test_other_errors_are_none():
+    failed = subprocess.CalledProcessError(1, ["git", "describe"])
+    assert [compile_failure(error) for error in (ValueError("compiler"), failed, KeyboardInterrupt())] == [None] * 3
+
+
+def test_lack_of_memory_while_compiling_is_told_as_such():
+    error = error_of("/nonexistent/g++")
+    error.__cause__ = RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+    assert compile_failure(error) is None
