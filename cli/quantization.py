@@ -86,9 +86,9 @@ def quantization(
     console.note(f"loading {', '.join(runs)} …")
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    from ..eval.compare import short_names
     from ..eval.quantization_output import csv_text, markdown, plot_quantization, results_table
     from ..eval.report import ReportFile, library_versions
+    from ..eval.saved_reports import short_names
     from ..files import write_text
 
     place = placement(device, dtype)

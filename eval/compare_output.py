@@ -9,8 +9,9 @@ import matplotlib
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from .compare import Comparison, Difference, Row, Value
+from .compare import Comparison, Difference, Row
 from .plots import COLOURS, MARKERS, STYLE, save_figure
+from .saved_reports import Value
 from .tables import fitting_table, markdown_table
 
 UNITS = {"zero-shot": "Accuracy", "perplexity": "Bits per byte", "streaming": "Perplexity (log scale)"}

@@ -19,8 +19,8 @@ from ..streaming import MemoryOptions, StreamingCache
 from ..streaming.families import num_embedded_positions
 from ..streaming.layers import former_shape
 from ..streaming.wrappers import decoder_of
-from .compare import MOST_NATS
 from .losses import ReportTokens, dense_losses, recompute_losses, streaming_losses
+from .saved_reports import MOST_NATS
 
 METHODS = ("dense", "window", "streaming", "recompute")
 KEPT_TOKENS = (0, 1, 2, 4)  # the columns of Table 3

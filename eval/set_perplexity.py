@@ -17,8 +17,8 @@ from ..models.cache_argument import CACHE
 from ..models.checked import check_ids, refuse_nonfinite_losses
 from ..models.config import num_prepended_sinks
 from ..streaming.generation import REPLACEMENT
-from .compare import ALL_SETS, MOST_NATS
 from .perplexity import text_prefix
+from .saved_reports import ALL_SETS, MOST_NATS
 
 SPLIT = "validation"
 DEFAULT_LENGTH = 2048  # tokens of a window, for a model without a trained length

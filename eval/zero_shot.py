@@ -24,10 +24,10 @@ from ..models.config import sink_config
 from ..parsing import parse_json
 from ..text import near_hint
 from ..versions import warn_if_untested
-from .compare import with_stderr
 from .lm import as_lm, num_processes
 from .local_data import definition_of, use_local_data
 from .report import ReportFile
+from .saved_reports import with_stderr
 
 warn_if_untested("lm-eval")
 

@@ -14,39 +14,13 @@ import pytest
 from sinklm.cli.compare import compare as command
 from sinklm.cli.evaluate import streaming, zero_shot
 from sinklm.console import Console
-from sinklm.eval.compare import compare, read_run, short_names, with_stderr
+from sinklm.eval.compare import compare
 from sinklm.eval.compare_output import comparison_figure, csv_text, markdown, results_table
-from sinklm.eval.report import ReportFile
-from sinklm.eval.zero_shot import write_results
+from sinklm.eval.saved_reports import read_run
+
+from .reports import write_perplexity, write_stream_eval, write_streamed, write_zero_shot
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
-
-
-def write_zero_shot(folder: Path, outcomes: list[float] | None, *, acc: float | None = None, **changes) -> Path:
-    """A report of one task as `zero_shot` writes it, and the samples if there are outcomes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    num = len(outcomes or [0] * 50)
-    mean = statistics.fmean(outcomes) if acc is None else acc
-    report = {
-        "model": {},
-        "tasks": {"piqa": {"acc": mean, "acc_stderr": 0.05, "perplexity": 12.5, "perplexity_stderr": None}},
-        "groups": {},
-        "group_tasks": {},
-        "num_samples": {"piqa": {"original": 100, "effective": num}},
-        "num_fewshot": {"piqa": 0},
-        "task_versions": {"piqa": 1.0},
-        "questions_sha256": {"piqa": "q"},
-        "prompts_sha256": {"piqa": "p"},
-        "limit": None,
-        "apply_chat_template": False,
-    }
-    samples = [
-        {"doc_id": i, "doc_hash": f"h{i}", "filter": "none", "acc": value, "text": "a\u2028b"}
-        for i, value in enumerate(outcomes or ())
-    ]
-    file = ReportFile(folder / "zero_shot.json")
-    write_results(file, report | changes, {"piqa": [*reversed(samples)]} if samples else {})
-    return folder
 
 
 def row_of(comparison, *key):
@@ -76,13 +50,6 @@ def test_without_samples_the_standard_errors_are_added(tmp_path):
     assert row_of(compare(names), "zero-shot", "piqa", "perplexity").differences[1].stderr is None
 
 
-def test_each_metric_has_the_standard_error_of_its_filter():
-    metrics = {"acc": 0.5, "acc_stderr": 0.1, "acc,first": 0.75, "acc_stderr,first": 0.25}
-    metrics |= {"f1": 1.0, "mcc": 0.0, "mcc_stderr": math.nan}
-    expected = [("acc", 0.5, 0.1), ("acc,first", 0.75, 0.25), ("f1", 1.0, None), ("mcc", 0.0, None)]
-    assert list(with_stderr(metrics)) == expected
-
-
 def test_samples_of_another_evaluation_are_not_paired(tmp_path):
     """A later evaluation replaced the samples of a renamed report. The means are equal."""
     first = write_zero_shot(tmp_path / "a", [1.0, 0.0, 1.0, 1.0])
@@ -97,44 +64,12 @@ def test_samples_of_another_evaluation_are_not_paired(tmp_path):
     ]
 
 
-def test_a_later_evaluation_without_samples_deletes_those_of_the_one_before(tmp_path):
-    folder = write_zero_shot(tmp_path, [1.0, 0.0])
-    mine = folder / "samples_mine.jsonl"
-    mine.write_text("of no report")
-    assert (folder / "samples_piqa.jsonl").exists()
-    write_zero_shot(tmp_path, None, acc=0.5)
-    assert sorted(path.name for path in folder.iterdir()) == ["samples_mine.jsonl", "zero_shot.json"]
-
-
 def test_samples_that_are_not_averaged_to_the_value_are_not_paired(tmp_path):
     first = write_zero_shot(tmp_path / "a", [1.0, 0.0, 1.0, 1.0])
     second = write_zero_shot(tmp_path / "b", [1.0, 0.0, 0.0, 1.0], acc=0.75)
     comparison = compare([str(first), str(second)])
     assert not row_of(comparison, "zero-shot", "piqa", "acc").differences[1].is_paired
     assert comparison.notes == ["b: piqa acc: its samples are not averaged to its value, so it is not paired"]
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs", "is_same"),
-    [
-        ("runs/a", "/home/me/runs/a", True),
-        ("./runs/a/", "../x/runs/a", True),
-        ("EleutherAI/pythia-70m", "EleutherAI/pythia-70m", True),
-        ("", "runs/a", True),  # of a report without a name
-        ("runs/a", "runs/b", False),
-        ("runs/a/checkpoints/step-1/model", "runs/a/checkpoints/step-2/model", False),
-    ],
-)
-def test_the_reports_of_a_folder_are_of_one_model(tmp_path, ours, theirs, is_same):
-    folder = write_zero_shot(tmp_path, [1.0, 0.0], model={"folder": ours})
-    report = json.loads(streamed())
-    report["model"]["folder"] = theirs
-    (folder / "streaming.json").write_text(json.dumps(report))
-    if is_same:
-        assert len(read_run(str(folder), "a").files) == 2
-        return
-    with pytest.raises(ValueError, match=rf"zero_shot.json is of the model {ours}, but .*streaming.json of {theirs}: "):
-        read_run(str(folder), "a")
 
 
 def test_a_group_with_other_questions_in_one_of_its_tasks_has_no_difference(tmp_path):
@@ -204,14 +139,6 @@ def test_other_lengths_and_data_types_of_models_are_noted(tmp_path, change, note
     assert row_of(comparison, "zero-shot", "piqa", "acc").differences[1].is_paired
     noted = f"zero-shot: a and b differ in {note}, which may be a part of the differences"
     assert comparison.notes == ([noted] if note else [])
-
-
-def write_perplexity(path: Path, sets: dict[str, float], **changes) -> str:
-    """A report of `sinklm eval perplexity`; the last set is the total."""
-    rows = [{"set": name, "perplexity": value, "bits_per_byte": None, "num_tokens": 9} for name, value in sets.items()]
-    report = {"model": {"dtype": "float32"}, "store_fingerprint": "f", "length": 256, "results": rows}
-    path.write_text(json.dumps(report | changes))
-    return str(path)
 
 
 @pytest.mark.parametrize(
@@ -327,13 +254,6 @@ def test_streaming_qa_is_paired_by_question(tmp_path):
     assert found.stderr == pytest.approx(statistics.stdev([0, -1, 1, 1]) / 2)
 
 
-def write_stream_eval(path: Path, accuracy: float, **more) -> str:
-    columns = [{"lines": 20, "accuracy": accuracy, "num_questions": 152}]
-    report = {"num_samples": 8, "num_lines": 200, "seed": 0, "tokens_per_line": 20.0, **more}
-    path.write_text(json.dumps(report | {"results": [{"configuration": "4+252", "distances": columns}]}))
-    return str(path)
-
-
 def test_stream_eval_with_other_places_of_questions_has_no_difference(tmp_path):
     """Reports of older versions, without the number, have a question every ten lines."""
     key = ("stream-eval", "4+252, 20 lines back", "accuracy")
@@ -372,99 +292,6 @@ def test_the_picture_of_an_earlier_comparison_is_deleted(tmp_path, capsys):
     command(unplotted, output=tmp_path / "out")
     assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [".csv", ".json", ".md"]
     assert "png" not in capsys.readouterr().out.rpartition("Results in")[2]
-
-
-def test_names_are_as_short_as_possible():
-    assert short_names(["runs/vanilla", "runs/sink"]) == ["vanilla", "sink"]
-    assert short_names(["a/x/zero_shot.json", "b/x/zero_shot.json"]) == ["a/x", "b/x"]
-    assert short_names(["EleutherAI/pythia-1.4b", "other"]) == ["pythia-1.4b", "other"]
-    assert short_names(["/a/x", "/x"]) == ["a/x", "/x"]
-    assert short_names(["/a/b", "/b", "/"]) == ["a/b", "/b", "/"]
-    for same in ("runs/a", "./runs/a", "runs/b/../a/", "runs/a/zero_shot.json"):
-        assert short_names(["runs/a", same]) == ["a", "a (2)"]
-
-
-def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="runs/a is no file or folder here, and has no results: evaluate"):
-        read_run("runs/a", "a")
-    folder = write_zero_shot(tmp_path / "results" / "runs-a", [1.0, 0.0])
-    assert read_run("runs/a", "a").files == [Path("results/runs-a/zero_shot.json")]
-    (folder / "samples_piqa.jsonl").write_text("{")
-    assert "samples_piqa.jsonl is missing or of another" in read_run("runs/a", "a").notes[0]
-    for num in (1, 8):
-        with pytest.raises(ValueError, match=rf"{num} runs?: compare at least 2 and at most 7"):
-            compare(["runs/a"] * num)
-
-
-def test_folders_that_are_not_used_are_noted(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for folder in ("runs/a/results", "results/runs-a"):
-        write_zero_shot(tmp_path / folder, [1.0, 0.0])
-    run = read_run("runs/a", "a")
-    assert run.files == [Path("runs/a/results/zero_shot.json")]
-    assert run.notes == ["results of runs/a/results; not used: results/runs-a"]
-    assert read_run("runs/a/results", "a").notes == []
-    assert read_run("runs/a/results/zero_shot.json", "a").notes == []
-
-
-STREAMED = {"configuration": "4+60", "method": "streaming", "num_scored": 9, "perplexity": 9.5, "bits_per_byte": None}
-STREAMED_TEXT = {"sha256": "x", "num_tokens": 100, "num_prefix_tokens": 0, "num_bytes": 300}
-ANSWERED = {"task": "arc_easy", "configuration": "4+60", "num_questions": 1, "right": "1", "stderr": None}
-ANSWERED |= {"exact_match": 1.0}
-
-
-def streamed(**changes) -> str:
-    report = {"model": {"num_sinks": 0}, "bin_edges": [], "text": STREAMED_TEXT, "results": [STREAMED | changes]}
-    return json.dumps(report)
-
-
-def answered(**changes) -> str:
-    return json.dumps({"questions_sha256": {"arc_easy": "x"}, "results": [ANSWERED | changes]})
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "is not JSON"),
-        ("[]", "is not a report"),
-        ("{}", "is not a report"),
-        ('{"tasks": ' + "[" * 100_000, "is not JSON: it is nested too deeply"),
-        (json.dumps({"tasks": {"piqa": {"acc": 1.0}}}), "is not a complete report"),
-        (json.dumps({"tasks": {"piqa": {"acc": 10**400}}, "groups": {}}), "is not a complete report"),
-        (streamed(perplexity=None), "is not a complete report .*'None' and not a number"),
-        (streamed(perplexity="3"), "is not a complete report .*'3' and not a number"),
-        (streamed(perplexity=10**400), "is not a complete report"),
-        (streamed(perplexity=math.nan), "is not JSON: NaN is not a number"),
-        (streamed(perplexity=1).replace('": 1,', '": 1e999,'), "is not a complete report .*'inf' and not a number"),
-        (streamed(num_scored="9"), "is not a complete report"),
-        (streamed(configuration=[4, 60]), r"is not a complete report .*'\[4, 60\]' and not a text"),
-        (answered(exact_match=None), "is not a complete report"),
-        (answered(stderr="0.1"), "is not a complete report"),
-        (answered(right=None), "is not a complete report"),
-    ],
-)  # fmt: skip
-def test_a_damaged_report_is_named(tmp_path, content, message):
-    path = tmp_path / "x.json"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=rf"x\.json {message}"):
-        read_run(str(path), "x")
-
-
-def write_streamed(path: Path, num_sinks: int, *, is_old: bool = False, **changes) -> str:
-    """Write a report on 100 tokens. A model with a sink scores the first one too."""
-    text = {"sha256": "x", "ids_sha256": "i", "num_tokens": 100, "num_prefix_tokens": 0, "num_bytes": 300}
-    scores = {"perplexity": 10.0, "bits_per_byte": 1.0, "num_scored": 99, "num_bytes_scored": 297}
-    for values in (scores, text):
-        values |= {key: value for key, value in changes.items() if key in values}
-    result = {"configuration": "dense", "method": "dense", **scores}
-    result["num_scored"] += num_sinks
-    result["num_bytes_scored"] += 3 * num_sinks
-    result["perplexity"] += num_sinks  # of the first token
-    result |= {} if is_old else {"after_first": scores}
-    report = {"model": {"num_sinks": num_sinks}, "bin_edges": [], "text": text, "results": [result]}
-    path.write_text(json.dumps(report))
-    return str(path)
 
 
 @pytest.mark.parametrize(
@@ -525,3 +352,9 @@ def test_the_largest_perplexities_are_compared(tmp_path):
 def test_how_many_tokens_were_scored_is_in_the_note(tmp_path):
     names = [write_streamed(tmp_path / f"{num}.json", 0, num_scored=num) for num in (99, 50)]
     assert "differ in number of tokens scored (99 and 50): no difference" in compare(names).notes[0]
+
+
+def test_two_to_seven_runs_are_compared():
+    for num in (1, 8):
+        with pytest.raises(ValueError, match=rf"{num} runs?: compare at least 2 and at most 7"):
+            compare(["runs/a"] * num)
