@@ -97,7 +97,7 @@ def compare(names: Sequence[str]) -> Comparison:
             pair = f"{runs[0].name} and {run.name}"
             if unlike:
                 notes.append(f"{' '.join(key)}: {pair} differ in {unlike}: no difference")
-            elif values[0] and value and (others := _unlike(values[0].noted, value.noted)):
+            elif values[0] and value and (others := _known(_unlike(values[0].noted, value.noted))):
                 named = ", ".join(f"{name} ({ours} and {theirs})" for name, (ours, theirs) in others.items())
                 notes.append(f"{key[0]}: {pair} differ in {named}, which may be a part of the differences")
         rows.append(Row(key, values, differences))
@@ -126,15 +126,9 @@ def difference(first: Value | None, second: Value | None) -> tuple[Difference | 
     """
     if first is None or second is None:
         return None, ""
-    ours, theirs = dict(first.conditions), dict(second.conditions)
-    unlike = [
-        name + _both(ours.get(name), theirs.get(name))
-        for name in {**ours, **theirs}
-        if ours.get(name) != theirs.get(name)
-    ]
-    unlike += [name + _both(*both) for name, both in _unlike(first.if_known, second.if_known).items()]
+    unlike = _unlike(first.conditions, second.conditions) | _known(_unlike(first.if_known, second.if_known))
     if unlike:
-        return None, ", ".join(unlike)
+        return None, ", ".join(name + _both(*both) for name, both in unlike.items())
     change = second.value - first.value
     if first.examples and second.examples and first.examples.keys() == second.examples.keys():
         changes = [second.examples[key] - value for key, value in first.examples.items()]
@@ -145,11 +139,14 @@ def difference(first: Value | None, second: Value | None) -> tuple[Difference | 
     return Difference(change, stderr, False), ""
 
 
-def _unlike(first: tuple, second: tuple) -> dict[str, tuple[Any, Any]]:
-    """Return the settings that are known of both and differ, with both values."""
-    theirs = dict(second)
-    both = {name: (value, theirs.get(name)) for name, value in first}
-    return {name: values for name, values in both.items() if None not in values and values[0] != values[1]}
+def _unlike(first: dict[str, Any], second: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ, with both values."""
+    both = {name: (first.get(name), second.get(name)) for name in first | second}
+    return {name: (ours, theirs) for name, (ours, theirs) in both.items() if ours != theirs}
+
+
+def _known(unlike: dict[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
+    return {name: both for name, both in unlike.items() if None not in both}
 
 
 def _both(ours: object, theirs: object) -> str:

@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -40,9 +39,9 @@ class Value:
 
     value: float
     stderr: float | None = None
-    conditions: tuple = ()
-    if_known: tuple = ()
-    noted: tuple = ()
+    conditions: dict[str, Any] = field(default_factory=dict)
+    if_known: dict[str, Any] = field(default_factory=dict)
+    noted: dict[str, Any] = field(default_factory=dict)
     examples: dict[str, float] | None = None
     scores_first: bool = False
     after_first: float | None = None
@@ -103,7 +102,7 @@ def read_run(name: str, label: str) -> Run:
         try:
             for (what, metric), value in read(report, file, run.notes):
                 _check_numbers(what, metric, value)
-                noted = (("dtype", _model(report).get("dtype")), *value.noted)
+                noted = {"dtype": _model(report).get("dtype")} | value.noted
                 run.values[measurement, what, metric] = replace(value, noted=noted)
         except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
             # RecursionError: a group that contains itself
@@ -193,16 +192,13 @@ def _zero_shot(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
     for task, metrics in (report["tasks"] | report["groups"]).items():
         leaves = _tasks_of(task, report)
         settings = ("limit", "apply_chat_template", "max_length", "model_args")
-        conditions = [(name, _hashable(report.get(name) or None)) for name in settings]
-        for name, key in (
-            *((key, key) for key in ("num_fewshot", "task_versions")),
-            ("number of examples", "num_samples"),
-        ):
-            conditions.append((name, _hashable([report[key].get(leaf) for leaf in leaves])))
+        conditions = {name: report.get(name) or None for name in settings}
+        of_tasks = {"num_fewshot": "num_fewshot", "task_versions": "task_versions", "number of examples": "num_samples"}
+        conditions |= {name: [report[key].get(leaf) for leaf in leaves] for name, key in of_tasks.items()}
         questions = _digests(report, "questions_sha256", leaves)
         # a chat template is that of the model, so its prompts differ
         prompts = None if report.get("apply_chat_template") else _digests(report, "prompts_sha256", leaves)
-        if_known = (("questions", questions), ("prompts", prompts))
+        if_known = {"questions": questions, "prompts": prompts}
         samples = _read_samples(task, report, file, notes)
         for metric, value, stderr in with_stderr(metrics):
             if value is None or not math.isfinite(value):
@@ -211,14 +207,14 @@ def _zero_shot(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
             examples = _outcomes(samples, name, metric_filter or "none", value)
             if samples and examples is None and name in MEANS:
                 notes.append(f"{task} {metric}: its samples are not averaged to its value, so it is not paired")
-            noted = (("length", _length(report)),)
-            yield (task, metric), Value(value, stderr, tuple(conditions), if_known, noted, examples)
+            noted = {"length": _length(report)}
+            yield (task, metric), Value(value, stderr, conditions, if_known, noted, examples)
 
 
-def _digests(report: dict[str, Any], key: str, leaves: list[str]) -> str | None:
+def _digests(report: dict[str, Any], key: str, leaves: list[str]) -> list[str] | None:
     """Return the hashes of several tasks, None if an older version did not write one."""
     digests = [report.get(key, {}).get(leaf) for leaf in leaves]
-    return None if None in digests else _hashable(digests)
+    return None if None in digests else digests
 
 
 def with_stderr(metrics: dict[str, float | None]) -> Iterator[tuple[str, float | None, float | None]]:
@@ -272,8 +268,8 @@ def _set_perplexity(report: dict[str, Any], file: Path, notes: list[str]) -> Rea
     for result in results:
         is_last = result is results[-1] and result["set"] == "all"  # the total of older reports
         name = ALL_SETS if result.get("is_total", is_last) else result["set"]
-        conditions = (("store", report["store_fingerprint"]), ("number of tokens", result["num_tokens"]))
-        if_known = (("length of a window", _length(report)),)
+        conditions = {"store": report["store_fingerprint"], "number of tokens": result["num_tokens"]}
+        if_known = {"length of a window": _length(report)}
         yield (name, "perplexity"), Value(result["perplexity"], None, conditions, if_known)
         if result["bits_per_byte"] is not None:
             yield (name, "bits per byte"), Value(result["bits_per_byte"], None, conditions, if_known)
@@ -285,30 +281,28 @@ def _streaming(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
     for result in report["results"]:
         rest = result.get("after_first")
         scored = rest or result
-        same: tuple = (("text", text["sha256"]),)
+        same = {"text": text["sha256"]}
         if rest is None:  # of an older version
-            same += (("the first token: evaluate both again", scores_first),)
+            same["the first token: evaluate both again"] = scores_first
         if result["method"] == "recompute":
-            same += (("recompute_every", report.get("recompute_every")),)
+            same["recompute_every"] = report.get("recompute_every")
         num_scored = scored["num_scored"] - (rest is None and scores_first)
-        tokens = (("tokens", text.get("ids_sha256")), ("number of tokens scored", num_scored))
+        tokens = {"tokens": text.get("ids_sha256"), "number of tokens scored": num_scored}
         after_first = rest and rest["perplexity"]
-        value = Value(result["perplexity"], None, same + tokens, scores_first=scores_first, after_first=after_first)
+        value = Value(result["perplexity"], None, same | tokens, scores_first=scores_first, after_first=after_first)
         yield (result["configuration"], "perplexity"), value
         if result.get("bits_per_byte") is not None:  # of other tokenizers too, so the number of tokens may differ
             is_whole = num_scored == text["num_tokens"] - 1
             num_bytes = text["num_bytes"] if is_whole else scored["num_bytes_scored"]
-            same += (("number of bytes scored", num_bytes),)
+            same["number of bytes scored"] = num_bytes
             after_first = rest and rest["bits_per_byte"]
             value = Value(result["bits_per_byte"], None, same, scores_first=scores_first, after_first=after_first)
             yield (result["configuration"], "bits per byte"), value
 
 
 def _stream_eval(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
-    conditions = (
-        *((name, report[name]) for name in ("num_samples", "num_lines", "seed")),
-        ("lines_per_question", report.get("lines_per_question", LINES_PER_QUESTION)),  # not in older reports
-    )
+    conditions = {name: report[name] for name in ("num_samples", "num_lines", "seed")}
+    conditions["lines_per_question"] = report.get("lines_per_question", LINES_PER_QUESTION)  # not in older reports
     for result in report["results"]:
         for column in result["distances"]:
             name = f"{result['configuration']}, {column['lines']} lines back"
@@ -317,10 +311,8 @@ def _stream_eval(report: dict[str, Any], file: Path, notes: list[str]) -> Readin
 
 def _stream_qa(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
     for result in report["results"]:
-        conditions = (
-            ("questions", report["questions_sha256"][result["task"]]),
-            ("number of questions", result["num_questions"]),
-        )
+        questions = report["questions_sha256"][result["task"]]
+        conditions = {"questions": questions, "number of questions": result["num_questions"]}
         examples = {str(i): float(character == "1") for i, character in enumerate(result["right"])}
         name = f"{result['task']}, {result['configuration']}"
         yield (name, "exact match"), Value(result["exact_match"], result["stderr"], conditions, examples=examples)
@@ -329,10 +321,7 @@ def _stream_qa(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
 def _sinks(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
     text = report["text"]
     source = text.get("sha256") or text.get("fingerprint") if isinstance(text, dict) else text
-    conditions = (
-        ("text", _hashable(source)),
-        *((name, report[name]) for name in ("num_sequences", "seq_length", "epsilon")),
-    )
+    conditions = {"text": source, **{name: report[name] for name in ("num_sequences", "seq_length", "epsilon")}}
     for name, rate in report["sink_rate"].items():
         if report["positions"].get(name) == -1 and abs(report["mass"][name]) < 1e-4:
             continue  # of models whose attention maps sum to 1
@@ -340,10 +329,6 @@ def _sinks(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
             yield (name, "sink rate"), Value(rate, None, conditions)
         yield (name, "attention"), Value(report["mass"][name], None, conditions)
     yield ("all positions", "massive activations"), Value(len(report["massive_activations"]), None, conditions)
-
-
-def _hashable(value: Any) -> Any:
-    return json.dumps(value, sort_keys=True, default=str)
 
 
 READERS: dict[str, tuple[str, Callable[[dict[str, Any], Path, list[str]], Reading]]] = {
