@@ -56,11 +56,6 @@ class Speedometer:
         return seconds
 
     @property
-    def num_steps(self) -> int:
-        """Number of steps in the average, at most ``WINDOW``."""
-        return len(self._seconds)
-
-    @property
     def seconds_per_step(self) -> float:
         """Median of the last steps, which is robust against compilation in the first one."""
         return sorted(self._seconds)[len(self._seconds) // 2] if self._seconds else float("nan")
@@ -91,6 +86,7 @@ class RunProgress:
         # Without a thread of its own, which would end with a traceback if the terminal is closed.
         self._live = Live(console=self.console, auto_refresh=False, transient=True) if self._is_live else None
         self._last_line = self._last_refresh = 0.0
+        self._first: tuple[int, float] | None = None  # step of this process, which may compile, and when it was done
 
     @property
     def _is_live(self) -> bool:
@@ -124,8 +120,8 @@ class RunProgress:
 
     def update(self, step: int, values: dict, speed: Speedometer, *, is_kept: bool = False) -> None:
         """Show the values of ``step``; with ``is_kept`` the line remains on screen."""
-        line = self._line(step, values, speed)
         now = time.monotonic()
+        line = self._line(step, values, speed, now)
         if self._live and now - self._last_refresh >= LIVE_INTERVAL:
             with self._unread():
                 self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
@@ -134,7 +130,7 @@ class RunProgress:
             self.say(line)
             self._last_line = now
 
-    def _line(self, step: int, values: dict, speed: Speedometer) -> str:
+    def _line(self, step: int, values: dict, speed: Speedometer, now: float) -> str:
         parts = [
             f"step {step:,}/{self._num_steps:,}",
             f"loss {values['loss']:.4f}",
@@ -145,9 +141,12 @@ class RunProgress:
         if (mfu := speed.mfu()) is not None:
             parts.append(f"MFU {mfu:.1%}")
         parts.append(f"{values['memory_gib']:.1f} GiB")
-        if speed.num_steps > 1:  # the first one may include compilation
-            left = timedelta(seconds=round((self._num_steps - step) * speed.seconds_per_step))
-            parts.append(f"{left} left")
+        if self._first is None:
+            self._first = step, now
+        elif step < self._num_steps:  # a validation and a save follow the last one
+            first_step, started = self._first
+            seconds_per_step = (now - started) / (step - first_step)  # with validations and saves
+            parts.append(f"{timedelta(seconds=round((self._num_steps - step) * seconds_per_step))} left")
         return "  ".join(parts)
 
 

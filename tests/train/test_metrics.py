@@ -37,7 +37,7 @@ def test_speed_and_mfu_by_hand(monkeypatch):
     clock = iter([0.0, 0.0, 2.0, 10.0, 12.0, 20.0, 90.0, 90.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     speed = Speedometer(positions_per_step=1000, flops_per_position=6.0, peak_flops=12_000.0)
-    for expected in (2.0, 2.0, 70.0):  # a step that compiles does not affect the estimate of the time left
+    for expected in (2.0, 2.0, 70.0):  # a step that compiles does not affect the median
         speed.start()
         assert speed.lap() == expected
     assert speed.seconds_per_step == 2.0
@@ -53,16 +53,21 @@ def test_a_step_takes_at_least_the_time_of_the_host():
     assert speed.lap() < 20.0
 
 
-def test_the_progress_line(capsys):
+def test_the_progress_line(capsys, monkeypatch):
+    """The time left counts validations and saves, but not the first step, which may compile."""
     speed = Speedometer(1000, 6.0, 12_000.0)
     speed.start()
     speed.lap()
     speed._seconds.clear()
     speed._seconds.extend([2.0, 2.0])
     values = {"loss": 3.14159, "lr": 6e-4, "grad_norm": 0.5, "memory_gib": 1.25}
-    RunProgress(100, is_silent=False).update(40, values, speed, is_kept=True)
-    expected = "step 40/100  loss 3.1416  lr 6.00e-04  grad 0.50  500 tokens/s  MFU 25.0%  1.2 GiB  0:02:00 left\n"
-    assert capsys.readouterr().out == expected
+    progress = RunProgress(100, is_silent=False)
+    for step, now in ((31, 1000.0), (32, 1002.0), (33, 1042.0), (100, 1200.0)):  # step 32 has a validation
+        monkeypatch.setattr("time.monotonic", lambda now=now: now)
+        progress.update(step, values, speed, is_kept=True)
+    line = "step {}/100  loss 3.1416  lr 6.00e-04  grad 0.50  500 tokens/s  MFU 25.0%  1.2 GiB{}\n"
+    lefts = ((31, ""), (32, "  0:02:16 left"), (33, "  0:23:27 left"), (100, ""))
+    assert capsys.readouterr().out == "".join(line.format(step, left) for step, left in lefts)
     RunProgress(100, is_silent=True).update(40, values, speed, is_kept=True)
     assert capsys.readouterr().out == ""
 
