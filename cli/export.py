@@ -121,7 +121,7 @@ def _read(path: Path) -> str:
     """Read the text of ``--text`` as `sinklm prepare` and the evaluations do."""
     if path.exists() and not path.is_file():
         raise ValueError(f"--text {path} is not a file: pass a text file")
-    return read_text(path, "pass a text file", option="--text", newline="")
+    return read_text(path, "pass a text file", option="--text")
 
 
 def _describe(publication: "Publication", private: bool) -> str:

@@ -43,7 +43,7 @@ def _has_bytes(argument: str) -> bool:
 
 def _of_file(file: Path) -> list[str]:
     """Read a prompt from each line; in JSON lines, a text or an object with the key ``prompt``."""
-    lines = read_text(file, "check the path", option="--prompts-file").split("\n")
+    lines = read_text(file, "check the path", option="--prompts-file").replace("\r\n", "\n").split("\n")
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if file.suffix.lower() != ".jsonl":
         return [line for _, line in numbered]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import orjson
 
-from ..text import UTF_16, not_utf8
+from ..text import decoded, not_utf8
 
 # The largest line, text file or text of a row. Reading and tokenizing one of this size needs about
 # 1.3 GB in all processes together.
@@ -79,14 +79,7 @@ class TextFile(NamedTuple):
         return len(self.content)
 
     def document(self) -> Document | None:
-        if b"\0" in self.content and not self.content.startswith(UTF_16):
-            raise ValueError(f"{self.place}: contains NUL bytes, so it is not a text file; remove it from the inputs")
-        try:
-            text = self.content.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{self.place}: not UTF-8 ({error.reason} at byte {error.start}); convert it to UTF-8, or remove it"
-            ) from None
+        text = decoded(self.content, self.place, "remove it from the inputs")
         return Document(text, self.set_name) if text else None
 
 

@@ -174,7 +174,7 @@ def _read_text(path: Path) -> str:
     """Read a text file as `sinklm prepare` does."""
     if path.is_char_device() or path.is_block_device():
         raise ValueError(f"--text {path} is a device: pass a text file")
-    return read_text(path, "pass a text file", newline="")
+    return read_text(path, "pass a text file")
 
 
 def default_caches(model: PreTrainedModel) -> list[tuple[int, int]]:

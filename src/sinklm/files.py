@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .hub import near_path_hint
+from .text import decoded
 
 PARTIAL = ".partial"  # suffix of a file that is being written
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, a quota and a limit on the size of files
@@ -24,13 +25,12 @@ def partial_name(name: str) -> str:
     return f".{name.removeprefix('.')}{PARTIAL}"
 
 
-def read_text(path: Path, remedy: str, *, option: str = "", newline: str | None = None) -> str:
-    """Return the text of a user's file in UTF-8, without a byte order mark.
+def read_text(path: Path, remedy: str, *, option: str = "") -> str:
+    """Return the text of a user's file in UTF-8, without a byte order mark, with its line ends.
 
     Args:
         remedy: what to do if it cannot be read; for a missing file, similar names are better.
         option: that the file was passed to, for messages.
-        newline: as in `open`; an empty text keeps the line ends of the file.
 
     Raises:
         OSError: it cannot be read.
@@ -38,16 +38,11 @@ def read_text(path: Path, remedy: str, *, option: str = "", newline: str | None 
     """
     named = f"{option} {path}".lstrip()
     try:
-        with open(path, encoding="utf-8-sig", newline=newline) as file:
-            text = file.read()
+        content = path.read_bytes()
     except OSError as error:
         hint = near_path_hint(str(path)) if isinstance(error, FileNotFoundError) else ""
         raise type(error)(f"{named} cannot be read: {error.strerror}; {hint or remedy}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{named} is not UTF-8 ({error.reason} at byte {error.start}): convert it to UTF-8") from error
-    if "\0" in text:
-        raise ValueError(f"{named} contains NUL bytes, so it is not a text file: {remedy}")
-    return text
+    return decoded(content, named, remedy)
 
 
 @contextmanager

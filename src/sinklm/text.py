@@ -36,6 +36,24 @@ def message_of(error: BaseException) -> str:
     return one_line(str(error).strip() or type(error).__name__)
 
 
+def decoded(content: bytes, name: str, remedy: str) -> str:
+    """Return the text of a file in UTF-8, without a byte order mark.
+
+    Args:
+        name: of the file.
+        remedy: what to do if it has NUL bytes, which no encoding explains.
+
+    Raises:
+        ValueError: it is not UTF-8, or has NUL bytes.
+    """
+    if b"\0" in content and not content.startswith(UTF_16):
+        raise ValueError(f"{name} contains NUL bytes, so it is not a text file: {remedy}")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 ({error.reason} at byte {error.start}): convert it to UTF-8") from error
+
+
 def not_utf8(content: bytes) -> str:
     """Return why bytes are not text in UTF-8, or an empty text if they are."""
     try:

@@ -161,9 +161,9 @@ def test_several_prompts_are_lines_of_json_that_do_not_depend_on_each_other(chec
         assert capfd.readouterr().out == "import os" + lines["prompts.txt", cache][1]["text"] + "\n"
 
 
-def test_a_byte_order_mark_is_not_part_of_a_prompt(tmp_path):
+def test_byte_order_marks_and_line_ends_are_not_part_of_a_prompt(tmp_path):
     for name, content in (("a.txt", "one\ntwo\n"), ("a.JSONL", '"one"\n{"prompt": "two"}\n')):
-        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        (tmp_path / name).write_text(content, encoding="utf-8-sig", newline="\r\n")
         assert read_prompts([], tmp_path / name) == ["one", "two"]
 
 
