@@ -12,7 +12,7 @@ from rich.table import Table
 from .compare import Comparison, Difference, Row
 from .plots import COLOURS, MARKERS, STYLE, save_figure
 from .saved_reports import Value
-from .tables import fitting_table, markdown_table
+from .tables import fitting_table, markdown_table, number
 
 UNITS = {"zero-shot": "Accuracy", "perplexity": "Bits per byte", "streaming": "Perplexity (log scale)"}
 UNITS |= {"stream-qa": "Exact match", "stream-eval": "Accuracy", "sinks": "Share"}
@@ -113,11 +113,9 @@ def _difference(found: Difference | None) -> str:
 
 
 def _number(value: float) -> str:
-    if abs(value) >= 1e12:
-        return f"{value:.3e}"
-    if value == int(value) and abs(value) >= 1:
-        return f"{value:,.0f}"
-    return f"{value:.4f}" if abs(value) < 10 else f"{value:,.2f}"
+    if isinstance(value, int):  # a count
+        return f"{value:,}"
+    return number(value, 4 if abs(value) < 10 else 2)
 
 
 def comparison_figure(comparison: Comparison) -> Figure | None:

@@ -21,6 +21,7 @@ from ..streaming.layers import former_shape
 from ..streaming.wrappers import decoder_of
 from .losses import ReportTokens, dense_losses, recompute_losses, streaming_losses
 from .saved_reports import MOST_NATS
+from .tables import number
 
 METHODS = ("dense", "window", "streaming", "recompute")
 KEPT_TOKENS = (0, 1, 2, 4)  # the columns of Table 3
@@ -376,7 +377,7 @@ def results_table(results: Iterable[Result], tokenized: TokenizedText, title: st
         table.add_row(
             result.configuration.method,
             windows if windows and result.configuration.method == "dense" else result.configuration.cache,
-            f"{result.perplexity:,.2f}",
+            number(result.perplexity, 2),
             f"{float(result.losses.nanmean()):.4f}",
             "" if (bits := result.bits_per_byte(tokenized)) is None else f"{bits:.4f}",
             f"{result.num_scored:,}",

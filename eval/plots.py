@@ -9,6 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .tables import number
+
 # Okabe & Ito's palette without yellow, which is too light on white.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 # Later curves are drawn over earlier ones: these leave gaps in which an equal curve is visible.
@@ -202,7 +204,8 @@ def _draw_losses(axes: Axes, report: dict[str, Any]) -> None:
     most = max((result["num_scored"] for result in report["results"]), default=0)
     for i, result in enumerate(report["results"]):
         losses = [float("nan") if loss is None else loss for loss in result["binned_losses"]]
-        label = f"{result['configuration']}: {_perplexity(result['perplexity'])}"
+        value = result["perplexity"]
+        label = f"{result['configuration']}: {number(value, 2 if value < 1000 else 0)}"
         if result["num_scored"] < most:  # not comparable with the others
             label += f"\n({result['num_scored']:,} tokens)"
         axes.plot(centres, losses, label=label, **curve_style(i, len(report["results"])))
@@ -220,10 +223,6 @@ def _mark_positions(axes: Axes, report: dict[str, Any]) -> None:
             text, (position, 1.0), xycoords=("data", "axes fraction"), xytext=(offset, 2), textcoords="offset points",
             ha=alignment, va="bottom", fontsize=7, color="0.4",
         )  # fmt: skip
-
-
-def _perplexity(value: float) -> str:
-    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
 
 
 def short_number(tokens: float) -> str:

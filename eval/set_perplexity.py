@@ -19,6 +19,7 @@ from ..models.config import num_prepended_sinks
 from ..streaming.generation import REPLACEMENT
 from .perplexity import text_prefix
 from .saved_reports import ALL_SETS, MOST_NATS
+from .tables import number
 
 SPLIT = "validation"
 DEFAULT_LENGTH = 2048  # tokens of a window, for a model without a trained length
@@ -208,5 +209,5 @@ def results_table(sets: Sequence[SetLoss], title: str) -> Table:
     for row in [*sets, *([total(sets)] if len(sets) > 1 else [])]:
         bits = "" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}"
         name = ALL_SETS if row.is_total else row.name
-        table.add_row(name, f"{row.perplexity:,.2f}", f"{row.loss:.4f}", bits, f"{row.num_tokens:,}")
+        table.add_row(name, number(row.perplexity, 2), f"{row.loss:.4f}", bits, f"{row.num_tokens:,}")
     return table

@@ -18,5 +18,10 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], num_tex
     return "\n".join(f"| {' | '.join(map(_escaped, line))} |" for line in [header, rule, *rows])
 
 
+def number(value: float, num_decimals: int) -> str:
+    """Format a number with separators, and one of over twelve digits in scientific notation."""
+    return f"{value:,.{num_decimals}f}" if abs(value) < 1e12 else f"{value:.3e}"
+
+
 def _escaped(cell: str) -> str:
     return cell.replace("|", "\\|")

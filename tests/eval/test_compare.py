@@ -284,6 +284,14 @@ def test_tables_escape_names_and_leave_missing_values_empty(tmp_path):
     assert comparison_figure(comparison) is not None
 
 
+def test_counts_have_no_decimals_and_all_other_numbers_have(tmp_path):
+    sinks = [str(RESULTS / f"sinks-{name}.json") for name in ("vanilla", "smollm2")]
+    row = "| sinks | all positions | massive activations | 0 | 24 |"
+    assert row in markdown(compare(sinks))
+    zero_shot = [str(write_zero_shot(tmp_path / name, [1.0, 1.0])) for name in "ab"]
+    assert "| zero-shot | piqa | acc | 1.0000 ± 0.0500 | 1.0000 ± 0.0500 |" in markdown(compare(zero_shot))
+
+
 def test_the_picture_of_an_earlier_comparison_is_deleted(tmp_path, capsys):
     plotted = [str(write_zero_shot(tmp_path / name, [1.0, 0.0])) for name in "ab"]
     command(plotted, output=tmp_path / "out")

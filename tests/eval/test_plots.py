@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from pathlib import Path
 
 import matplotlib
@@ -41,6 +42,7 @@ def test_marked_positions_do_not_overlap_and_other_numbers_of_tokens_are_told(wi
     report = json.loads((RESULTS / FIGURES[streaming_figure]).read_text())
     report["model"]["max_position_embeddings"] = 1050
     report["results"] = [result | {"num_kept": 0, "window": window} for result in report["results"]]
+    report["results"][2]["perplexity"] = math.exp(700)
     with matplotlib.rc_context(STYLE):
         figure = streaming_figure(report, "title")
         renderer = FigureCanvasAgg(figure).get_renderer()
@@ -51,7 +53,7 @@ def test_marked_positions_do_not_overlap_and_other_numbers_of_tokens_are_told(wi
     assert len(boxes) == 3
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels[:2] == ["dense: 1,626\n(65,536 tokens)", "0+1024: 33.38"]
+    assert labels[:3] == ["dense: 1,626\n(65,536 tokens)", "0+1024: 33.38", "1+1023: 1.014e+304"]
 
 
 def test_equal_curves_differ_by_dashes_and_width():

@@ -115,6 +115,11 @@ def test_a_set_named_all_is_not_the_total():
     assert list(table.columns[0].cells) == ["all", "b", "all sets"]
 
 
+def test_the_largest_perplexity_fits_into_the_table():
+    table = results_table([SetLoss("a", 8000.0, 10, 8, 1.0)], "title")
+    assert list(table.columns[1].cells) == ["1.014e+304"]
+
+
 def test_the_command_reports_each_set(tmp_path, checkpoints, store, capsys):
     perplexity(str(checkpoints[1]), store, max_tokens=40, output=tmp_path)
     report = json.loads((tmp_path / "perplexity.json").read_text())
