@@ -208,8 +208,8 @@ def memory_options(size: MemorySize | None) -> "MemoryOptions | None":
 
 
 def parse_caches(text: str, option: str = "--caches") -> list[tuple[int, int]]:
-    """Parse ``"0+1024,4+1020"`` into ``[(0, 1024), (4, 1020)]``; see `parse_cache`."""
-    return [parse_cache(part, option) for part in text.split(",")]
+    """Parse ``"0+1024,4+1020"`` into ``[(0, 1024), (4, 1020)]``, each once; see `parse_cache`."""
+    return list(dict.fromkeys(parse_cache(part, option) for part in text.split(",")))
 
 
 def parse_numbers(text: str, option: str) -> list[int]:

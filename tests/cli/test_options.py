@@ -33,7 +33,7 @@ from ..eval.checkpoints import small_model, write_checkpoint
 
 def test_caches_are_read_and_refused():
     assert parse_cache("4+1020") == (4, 1020)
-    assert parse_caches("0+1024, 4+1020") == [(0, 1024), (4, 1020)]
+    assert parse_caches("0+1024, 4+1020,0+1024") == [(0, 1024), (4, 1020)]
     for wrong in ("1024", "4+", "4+0", "4+1020,", "-1+5", "", "1" * 20 + "+1", "٤+1"):
         with pytest.raises(ValueError, match=r"--caches: .* is not a cache: write kept tokens"):
             parse_caches(wrong)
