@@ -1,7 +1,7 @@
 """`sinklm eval stream-qa`: questions one after another in one stream."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -96,11 +96,13 @@ def stream_qa(
     file = ReportFile(folder / "stream_qa.json")
     report = new_report(loaded, model, limit=limit, questions_sha256={}, results=[])
     note_windows(console, loaded, model)
+    num_questions = {}
     for task in names:
         with quiet_libraries(shows_progress=not console.is_quiet):
             questions = _questions(task, data_dir, limit)
         report["questions_sha256"][task] = measurement.fingerprint(questions)
         tokens = measurement.tokenize(tokenizer, questions)
+        num_questions[task] = len(tokens)
         for way in chosen:
             with progress_bars(console) as bars:
                 name = way if isinstance(way, str) else f"{way[0]}+{way[1]}"
@@ -117,16 +119,10 @@ def stream_qa(
     file.finish(report)
     plot_stream_qa(report, folder / "stream_qa.png", title=display_name(model))
     console.print(measurement.results_table(report["results"], f"Streaming question answering: {display_name(model)}"))
-    _explain_stops(console, report["results"])
-    print_results(console, [file.path, folder / "stream_qa.png"])
-
-
-def _explain_stops(console: Console, results: list[dict[str, Any]]) -> None:
-    """Print after how many questions dense attention stopped."""
-    for row in results:
-        num_asked = max(other["num_questions"] for other in results if other["task"] == row["task"])
-        if row["method"] == "dense" and row["num_questions"] < num_asked:
+    for row in report["results"]:
+        if row["num_questions"] < num_questions[row["task"]]:
             console.print(f"{row['task']}: dense attention stopped after {row['num_questions']} questions.")
+    print_results(console, [file.path, folder / "stream_qa.png"])
 
 
 def _questions(task: str, data_dir: Path | None, limit: int | None) -> "list[Question]":

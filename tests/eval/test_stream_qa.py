@@ -185,7 +185,10 @@ def test_the_command_writes_results_and_a_picture(tmp_path, checkpoints, capsys)
     assert report["results"][3]["right"] == "".join("01"[reply.is_right] for reply in replies)
     assert (tmp_path / "out" / "stream_qa.png").stat().st_size > 10_000
     assert len(stream_qa_figure(report).axes) == 2
-    assert "dense attention stopped after" in capsys.readouterr().out
+    stopped = f"arc_easy: dense attention stopped after {report['results'][1]['num_questions']} questions."
+    assert stopped in capsys.readouterr().out
+    stream_qa(str(checkpoints[1]), data_dir=tmp_path, methods="dense", limit=9, output=tmp_path / "out")
+    assert stopped in capsys.readouterr().out
     with pytest.raises(ValueError, match="--tasks contains 'piqa'"):
         stream_qa(str(checkpoints[1]), data_dir=tmp_path, tasks="piqa")
     with pytest.raises(ValueError, match="--methods contains 'window'"):
