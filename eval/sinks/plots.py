@@ -18,11 +18,16 @@ GREY = "0.6"
 
 
 def plot_sinks(report: dict[str, Any], folder: Path, title: str | None = None) -> list[Path]:
-    """Save all plots of a report (see `tables.as_json`) as PNGs and return their paths."""
+    """Save all plots of a report (see `tables.as_json`) as PNGs and return their paths.
+
+    Without checkpoints in the report, the picture of those of an earlier one is deleted.
+    """
     figures = {"heads": heads_figure(report, title), "maps": maps_figure(report, title)}
     figures["layers"] = layers_figure(report, title)
     if report.get("checkpoints"):
         figures["checkpoints"] = checkpoints_figure(report, title)
+    else:
+        (folder / "sinks-checkpoints.png").unlink(missing_ok=True)
     paths = {name: folder / f"sinks-{name}.png" for name in figures}
     for name, figure in figures.items():
         save_figure(figure, paths[name])

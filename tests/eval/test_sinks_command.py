@@ -118,6 +118,8 @@ def test_the_command_writes_table_json_and_pictures(run, book, tmp_path, capsys)
     assert "sink token" in shown
     assert "no token" not in shown
     assert f"{100 * report['mass']['sink token']:.2f}" in shown
+    sinks(str(run), [book], num_sequences=4, seq_length=20, output=tmp_path / "results")
+    assert not (tmp_path / "results" / "sinks-checkpoints.png").exists()  # of the evaluation before
 
 
 def test_the_pictures_show_the_report(checkpoints, book):
