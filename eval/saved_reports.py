@@ -17,6 +17,7 @@ from .tasks.stream_eval.records import LINES_PER_QUESTION
 MOST_NATS = 700.0  # a perplexity is at most e to the power of this
 LARGEST = math.exp(MOST_NATS)  # of a number in a report
 ALL_SETS = "all sets"  # in tables; a set may have the name "all"
+ROUNDING = 1e-3  # rows of a bfloat16 attention map sum to 1 within this tolerance
 MEANS = ("acc", "acc_norm", "exact_match")  # metrics that are means over examples
 
 
@@ -323,7 +324,7 @@ def _sinks(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
     source = text.get("sha256") or text.get("fingerprint") if isinstance(text, dict) else text
     conditions = {"text": source, **{name: report[name] for name in ("num_sequences", "seq_length", "epsilon")}}
     for name, rate in report["sink_rate"].items():
-        if report["positions"].get(name) == -1 and abs(report["mass"][name]) < 1e-4:
+        if report["positions"].get(name) == -1 and abs(report["mass"][name]) <= ROUNDING:
             continue  # of models whose attention maps sum to 1
         if report["positions"].get(name) != -1:
             yield (name, "sink rate"), Value(rate, None, conditions)

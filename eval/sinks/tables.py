@@ -8,6 +8,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from ..saved_reports import ROUNDING
 from .statistics import Statistics
 
 BY_LAYER = (
@@ -24,7 +25,6 @@ NUM_MAP_LAYERS = 5
 NUM_NEXT_POSITIONS = 3  # rows of the table after the first text token
 NUM_HEADS_SHOWN = 5
 NUM_MASSIVE_SHOWN = 5
-ROUNDING = 1e-3  # rows of a bfloat16 map sum to 1 within this tolerance
 
 
 def named_positions(num_sinks: int, num_prefix: int) -> dict[str, int]:

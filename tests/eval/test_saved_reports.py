@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 from sinklm.eval.saved_reports import read_run, short_names, with_stderr
+from sinklm.eval.sinks.tables import shown_positions
 
 from .reports import answered, streamed, write_zero_shot
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 
 def test_each_metric_has_the_standard_error_of_its_filter():
@@ -107,3 +110,12 @@ def test_a_damaged_report_is_named(tmp_path, content, message):
     path.write_text(content)
     with pytest.raises(ValueError, match=rf"x\.json {message}"):
         read_run(str(path), "x")
+
+
+@pytest.mark.parametrize(("mass", "is_shown"), [(9e-4, False), (0.2, True)])
+def test_attention_to_no_token_is_read_if_it_is_more_than_rounding(tmp_path, mass, is_shown):
+    report = json.loads((RESULTS / "sinks-vanilla.json").read_text())
+    report["mass"]["no token"] = mass
+    (tmp_path / "sinks.json").write_text(json.dumps(report))
+    assert (("sinks", "no token", "attention") in read_run(str(tmp_path), "a").values) == is_shown
+    assert ("no token" in shown_positions(report)) == is_shown
