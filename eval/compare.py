@@ -82,7 +82,7 @@ def compare(names: Sequence[str]) -> Comparison:
         raise ValueError(f"{len(names)} run{'s' * (len(names) != 1)}: compare at least 2 and at most {NUM_RUNS}")
     runs = [read_run(name, label) for name, label in zip(names, short_names(names), strict=True)]
     keys = list(dict.fromkeys(key for run in runs for key in run.values))
-    order = [name for name, _ in READERS.values()]
+    order = [measurement for measurement, *_ in READERS.values()]
     keys.sort(key=lambda key: order.index(key[0]))  # stable: the order of the first report is kept
     notes = [f"{run.name}: {note}" for run in runs for note in run.notes]
     rows = []

@@ -84,7 +84,7 @@ def read_run(name: str, label: str) -> Run:
     found = {folder: [folder / file for file in READERS if (folder / file).is_file()] for folder in folders}
     used, *unused = [folder for folder in folders if found[folder]] or [path]
     files = [path] if path.is_file() else found[used]
-    if not files and not path.exists() and path.parent.is_dir():
+    if not files and not path.exists() and (path.parent.is_dir() or path.suffix == ".json"):
         raise FileNotFoundError(f"{name}: no such file or folder; {near_path_hint(name) or 'check the path'}")
     if not files:
         raise FileNotFoundError(
@@ -96,10 +96,10 @@ def read_run(name: str, label: str) -> Run:
     if unused:
         run.notes.append(f"results of {used}; not used: {', '.join(map(str, unused))}")
     reports = {file: _read_json(file) for file in files}
+    kinds = {file: _kind_of(file, report) for file, report in reports.items()}
     _check_same_model(reports)
     for file, report in reports.items():
-        kind = _kind_of(file, report)
-        measurement, read = READERS[kind]
+        measurement, _, read = READERS[kinds[file]]
         try:
             for (what, metric), value in read(report, file, run.notes):
                 _check_numbers(what, metric, value)
@@ -160,30 +160,19 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> Any:
     try:
-        report = parse_json(file.read_bytes(), parse_constant=_refuse_constant)
+        return parse_json(file.read_bytes(), parse_constant=_refuse_constant)
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(report, dict):
-        raise ValueError(f"{file} is not a report of sinklm eval: use one of {', '.join(READERS)}")
-    return report
 
 
-def _kind_of(file: Path, report: dict[str, Any]) -> str:
+def _kind_of(file: Path, report: Any) -> str:
     """Return the name under which a report is written, from its keys: files may be renamed."""
-    signs = {
-        "zero_shot.json": "tasks",
-        "streaming.json": "bin_edges",
-        "perplexity.json": "store_fingerprint",
-        "stream_eval.json": "tokens_per_line",
-        "stream_qa.json": "questions_sha256",
-        "sinks.json": "sink_rate",
-    }
-    for kind, key in signs.items():
-        if key in report:
+    for kind, (_, key, _) in READERS.items():
+        if isinstance(report, dict) and key in report:
             return kind
-    raise ValueError(f"{file} is not a report of sinklm eval: use one of {', '.join(READERS)}")
+    raise ValueError(f"{file} is not a report that can be compared: use one of {', '.join(READERS)}")
 
 
 Reading = Iterator[tuple[tuple[str, str], Value]]
@@ -332,11 +321,13 @@ def _sinks(report: dict[str, Any], file: Path, notes: list[str]) -> Reading:
     yield ("all positions", "massive activations"), Value(len(report["massive_activations"]), None, conditions)
 
 
-READERS: dict[str, tuple[str, Callable[[dict[str, Any], Path, list[str]], Reading]]] = {
-    "zero_shot.json": ("zero-shot", _zero_shot),
-    "perplexity.json": ("perplexity", _set_perplexity),
-    "streaming.json": ("streaming", _streaming),
-    "stream_qa.json": ("stream-qa", _stream_qa),
-    "stream_eval.json": ("stream-eval", _stream_eval),
-    "sinks.json": ("sinks", _sinks),
+# By the name of a file: the measurement, the key that its reports are known by, and their reader. A
+# report may have several of the keys: the first one counts.
+READERS: dict[str, tuple[str, str, Callable[[dict[str, Any], Path, list[str]], Reading]]] = {
+    "zero_shot.json": ("zero-shot", "tasks", _zero_shot),
+    "perplexity.json": ("perplexity", "store_fingerprint", _set_perplexity),
+    "streaming.json": ("streaming", "bin_edges", _streaming),
+    "stream_qa.json": ("stream-qa", "questions_sha256", _stream_qa),
+    "stream_eval.json": ("stream-eval", "tokens_per_line", _stream_eval),
+    "sinks.json": ("sinks", "sink_rate", _sinks),
 }

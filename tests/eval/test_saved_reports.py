@@ -67,6 +67,8 @@ def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="runs/a is no file or folder here, and has no results: evaluate"):
         read_run("runs/a", "a")
+    with pytest.raises(FileNotFoundError, match=r"^results/a/zero_shot.json: no such file or folder; check the path$"):
+        read_run("results/a/zero_shot.json", "a")
     folder = write_zero_shot(tmp_path / "results" / "runs-a", [1.0, 0.0])
     assert read_run("runs/a", "a").files == [Path("results/runs-a/zero_shot.json")]
     (folder / "samples_piqa.jsonl").write_text("{")
@@ -88,8 +90,8 @@ def test_folders_that_are_not_used_are_noted(tmp_path, monkeypatch):
     ("content", "message"),
     [
         ("{", "is not JSON"),
-        ("[]", "is not a report"),
-        ("{}", "is not a report"),
+        ("[]", "is not a report that can be compared: use one of zero_shot.json, "),
+        ('{"formats": []}', "is not a report that can be compared"),  # of eval quantization
         ('{"tasks": ' + "[" * 100_000, "is not JSON: it is nested too deeply"),
         (json.dumps({"tasks": {"piqa": {"acc": 1.0}}}), "is not a complete report"),
         (json.dumps({"tasks": {"piqa": {"acc": 10**400}}, "groups": {}}), "is not a complete report"),
