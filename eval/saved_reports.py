@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -129,9 +130,14 @@ def _check_same_model(reports: dict[Path, dict[str, Any]]) -> None:
 
 
 def _name_of_model(report: dict[str, Any]) -> str:
-    """Return the folder or the Hub's name of a report's model, empty if it has none."""
+    """Return the folder or the Hub's name of a report's model, empty if it has none.
+
+    A model of the Hub has its folder in the cache if the Hub could not be reached.
+    """
     model = _model(report)
-    return str(model.get("folder") or model.get("name_or_path") or "")
+    folder = str(model.get("folder") or model.get("name_or_path") or "")
+    in_cache = re.search(r"models--(.+?)/snapshots/", folder)
+    return in_cache[1].replace("--", "/") if in_cache else folder
 
 
 def _model(report: dict[str, Any]) -> dict[str, Any]:

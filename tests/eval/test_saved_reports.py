@@ -36,6 +36,7 @@ def test_a_later_evaluation_without_samples_deletes_those_of_the_one_before(tmp_
         ("runs/a", "/home/me/runs/a", True),
         ("./runs/a/", "../x/runs/a", True),
         ("EleutherAI/pythia-70m", "EleutherAI/pythia-70m", True),
+        ("EleutherAI/pythia-70m", "/cache/models--EleutherAI--pythia-70m/snapshots/a39f36b", True),
         ("", "runs/a", True),  # of a report without a name
         ("runs/a", "runs/b", False),
         ("runs/a/checkpoints/step-1/model", "runs/a/checkpoints/step-2/model", False),
