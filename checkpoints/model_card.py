@@ -139,7 +139,7 @@ def architecture_facts(model: PreTrainedModel) -> dict[str, str]:
 
 def run_facts(folder: Path) -> dict[str, str]:
     """Return facts about the training of ``<run>/checkpoints/step-<N>/model`` from its files."""
-    checkpoint, run = folder.absolute().parent, folder.absolute().parents[2]
+    checkpoint = folder.absolute().parent
     if not (checkpoint / STATE_FILE).exists():
         return {"Exported by": f"sinklm {metadata.version('sinklm')}"}
     verify_description(checkpoint)
@@ -156,6 +156,7 @@ def run_facts(folder: Path) -> dict[str, str]:
             "Seed": str(train["seed"]),
         }
         store, weights = Path(config["data"]["path"] or ""), config["data"].get("weights")
+    run = checkpoint.parent.parent
     facts |= _loss_facts(run / METRICS_FILE, state.step)
     facts |= _data_facts(store, state.data_fingerprint, weights)
     return facts | _version_facts(run / ENVIRONMENT_FILE)

@@ -22,6 +22,7 @@ from sinklm.checkpoints.export import export_model, is_export
 from sinklm.checkpoints.folders import CheckpointState
 from sinklm.checkpoints.full_attention import full_attention_cost, use_full_attention
 from sinklm.checkpoints.gguf_export import export_gguf
+from sinklm.checkpoints.model_card import run_facts
 from sinklm.cli.export import export
 from sinklm.cli.main import main
 from sinklm.data.manifest import read_manifest
@@ -409,6 +410,10 @@ def test_the_model_card_has_the_facts_of_the_run(tmp_path, capsys):
             with pytest.raises(ValueError, match=rf"{path}(: damaged.*; copy or| is damaged.*: restore or)"):
                 export_model(tmp_path / "run", tmp_path / "third")
         path.write_text(text)
+
+
+def test_a_folder_of_the_root_is_no_checkpoint_of_a_run():
+    assert list(run_facts(Path("/model"))) == ["Exported by"]
 
 
 def hidden_files(folder: Path) -> list[Path]:
