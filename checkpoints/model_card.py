@@ -177,16 +177,22 @@ def _origin_facts(init_from: str | None, only_sinks: bool) -> dict[str, str]:
 
 
 def _loss_facts(metrics: Path, num_steps: int) -> dict[str, str]:
-    """Return the last training and validation loss logged up to the checkpoint's step."""
+    """Return the last training and validation loss logged up to the checkpoint's step.
+
+    A loss of an earlier step, such as that of the last validation, has this step beside it.
+    """
     if not metrics.exists():
         return {}
-    newest: dict[str, Any] = {}
+    facts: dict[str, str] = {}
     for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         record = _read_line(line)
-        if record.get("step", num_steps + 1) <= num_steps:
-            newest |= record
-    names = {"loss": "Training loss", "validation_loss": "Validation loss"}
-    return {name: f"{newest[key]:.4f} nats per token" for key, name in names.items() if newest.get(key) is not None}
+        step = record.get("step")
+        if not isinstance(step, int) or step > num_steps:
+            continue
+        for key, name in {"loss": "Training loss", "validation_loss": "Validation loss"}.items():
+            if isinstance(loss := record.get(key), int | float):
+                facts[name] = f"{loss:.4f} nats per token" + f" at step {step:,}" * (step < num_steps)
+    return facts
 
 
 def _read_line(line: str) -> dict[str, Any]:

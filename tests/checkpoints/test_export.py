@@ -383,8 +383,8 @@ def test_the_model_card_has_the_facts_of_the_run(tmp_path, capsys):
         "# my-model",
         "| Steps | 200 of 300 |",
         "| Positions seen, in this run | 819,200 (4,096 a step) |",
-        "| Training loss | 3.5000",
-        "| Validation loss | 3.2500",
+        "| Training loss | 3.5000 nats per token at step 190 |",
+        "| Validation loss | 3.2500 nats per token |",
         f"| Training data | {total:,} tokens: {sets} |",
         "torch 2.13.0",
         "with a learnable sink token",
@@ -401,7 +401,8 @@ def test_the_model_card_has_the_facts_of_the_run(tmp_path, capsys):
         with pytest.raises(ValueError, match=rf"step-200 is damaged: {name} has another sha256"):
             export_model(tmp_path / "run", tmp_path / "again")
         (checkpoint / name).write_text(text)
-    (tmp_path / "run" / "metrics.jsonl").write_bytes(b"\xff\n" + b"[" * 100_000)  # only its README needs it
+    wrong = b'{"step": "1"}\n{"step": 1, "loss": "3"}\n\xff\n' + b"[" * 100_000
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(wrong)  # only its README needs it
     export_model(tmp_path / "run", tmp_path / "again")
     for path in (tmp_path / "run" / "environment.json", tmp_path / "store" / "manifest.json"):
         text = path.read_text()
