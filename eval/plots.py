@@ -121,16 +121,18 @@ def plot_stream_qa(report: dict[str, Any], path: Path, title: str | None = None)
 def stream_qa_figure(report: dict[str, Any], title: str | None = None) -> Figure:
     """Plot exact match over the stream, a panel for each task; one-shot is a horizontal line."""
     tasks = list(dict.fromkeys(result["task"] for result in report["results"]))
+    names = list(dict.fromkeys(result["configuration"] for result in report["results"]))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(2.0 + 3.2 * len(tasks), 3.2), layout="constrained")
         for axes, task in zip(figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0], tasks, strict=True):
             rows = [result for result in report["results"] if result["task"] == task]
-            for i, row in enumerate(rows):
+            for row in rows:
+                i = names.index(row["configuration"])  # a task may lack one
                 style = {"color": COLOURS[i % len(COLOURS)], "label": row["configuration"]}
                 if row["method"] == "one-shot":
                     axes.axhline(100 * row["exact_match"], linestyle="--", zorder=0, **style)
                     continue
-                style |= {"marker": MARKERS[i % len(MARKERS)], "markersize": 3 + 4 * (1 - i / len(rows))}
+                style |= {"marker": MARKERS[i % len(MARKERS)], "markersize": 3 + 4 * (1 - i / len(names))}
                 places = row["places"]
                 axes.plot([p["mean_num_tokens"] for p in places], [100 * p["exact_match"] for p in places], **style)
             axes.set_title(task, fontsize=9)
@@ -139,7 +141,10 @@ def stream_qa_figure(report: dict[str, Any], title: str | None = None) -> Figure
             axes.grid(axis="y", linewidth=0.4, alpha=0.5)
         figure.axes[0].set_ylabel("Exact match (%)")
         figure.axes[0].set_ylim(bottom=-3)  # shared, so after all curves
-        figure.axes[-1].legend(title="cache", loc="upper left", bbox_to_anchor=(1.0, 1.0), alignment="left")
+        drawn = (zip(*axes.get_legend_handles_labels(), strict=True) for axes in figure.axes)
+        lines = {label: line for panel in drawn for line, label in panel}
+        place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "alignment": "left"}
+        figure.axes[-1].legend([lines[name] for name in names], names, title="cache", **place)
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     return figure

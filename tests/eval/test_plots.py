@@ -9,7 +9,7 @@ import matplotlib
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from sinklm.eval.plots import MARKERS, STYLE, curve_style, stream_eval_figure, streaming_figure
+from sinklm.eval.plots import MARKERS, STYLE, curve_style, stream_eval_figure, stream_qa_figure, streaming_figure
 from sinklm.eval.report import display_name
 from sinklm.eval.sinks.plots import heads_figure, layers_figure, maps_figure
 
@@ -70,3 +70,15 @@ def test_a_title_is_the_name_of_a_model_and_not_its_path(tmp_path, monkeypatch):
     assert display_name("EleutherAI/pythia-160m") == "EleutherAI/pythia-160m"
     assert display_name(tmp_path / "runs" / "vanilla") == display_name(".") == "vanilla"
     assert display_name(tmp_path / "runs" / "vanilla" / "checkpoints" / "step-4") == "vanilla, step-4"
+
+
+def test_a_cache_has_one_colour_in_all_panels_and_is_in_the_legend():
+    """Dense attention may answer no question of a task, and has no result then."""
+    report = json.loads((RESULTS / "stream-qa.json").read_text())
+    last = report["results"][-1]["task"]
+    names = list(dict.fromkeys(row["configuration"] for row in report["results"]))
+    report["results"] = [row for row in report["results"] if (row["task"], row["method"]) != (last, "dense")]
+    figure = stream_qa_figure(report)
+    first, second = ({line.get_label(): line.get_color() for line in axes.lines} for axes in figure.axes)
+    assert second == {name: colour for name, colour in first.items() if name != "dense"}
+    assert [text.get_text() for text in figure.axes[-1].get_legend().get_texts()] == names
