@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from .compare import Comparison, Difference, Row
-from .plots import COLOURS, MARKERS, STYLE, save_figure
+from .plots import COLOURS, MARKERS, STYLE, log_scale, save_figure
 from .saved_reports import Value
 from .tables import fitting_table, markdown_table, number
 
@@ -178,17 +178,11 @@ def _draw_panel(axes: Any, comparison: Comparison, measurement: str, rows: list[
     axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     if measurement == "streaming":
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: _tick(value))
-        axes.xaxis.set_minor_formatter(lambda value, _: _tick(value) if f"{value:g}"[0] in "25" else "")
+        log_scale(axes, "x")
         axes.tick_params(axis="x", which="both", length=3, pad=3.5)
     axes.set_xlabel(UNITS[measurement])
     axes.set_title(TITLES[measurement], loc="left", fontsize=9)
     axes.grid(axis="x", linewidth=0.4, alpha=0.5)
-
-
-def _tick(value: float) -> str:
-    return f"{value:,.0f}" if 1 <= value < 1e12 else f"{value:g}"
 
 
 def _legend(grid: Any, comparison: Comparison) -> tuple[list[Any], list[str]]:

@@ -2,7 +2,7 @@
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -38,14 +38,15 @@ def curve_style(i: int, num_curves: int) -> dict[str, Any]:
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)], "linewidth": width}
 
 
-def log_scale(axes: Axes) -> None:
-    """Make the y axis logarithmic, after all curves. Labels are plain text: formulas are off."""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    low, high = axes.get_ylim()
+def log_scale(axes: Axes, name: Literal["x", "y"] = "y") -> None:
+    """Make an axis logarithmic, after all curves. Labels are plain text: formulas are off."""
+    axes.set(**{f"{name}scale": "log"})
+    axis = axes.xaxis if name == "x" else axes.yaxis
+    axis.set_major_formatter(lambda value, _: f"{value:,.12g}")
+    low, high = axis.get_view_interval()
     # Otherwise the powers of ten are enough.
     labelled = "23456789" if high < 4 * low else "235" if high < 30 * low else ""
-    axes.yaxis.set_minor_formatter(lambda value, _: text if (text := f"{value:g}")[0] in labelled else "")
+    axis.set_minor_formatter(lambda value, _: text if (text := f"{value:,.12g}")[0] in labelled else "")
 
 
 def plot_streaming(report: dict[str, Any], path: Path, title: str | None = None) -> None:

@@ -357,6 +357,24 @@ def test_the_largest_perplexities_are_compared(tmp_path):
         read_run(too_large, "x")
 
 
+@pytest.mark.parametrize(
+    ("perplexities", "labels"),
+    [
+        ((30.0, 80.0), {"30", "40", "50", "60", "70", "80"}),
+        ((33.1, 33.8), {f"33.{i}" for i in range(1, 9)}),
+        ((30.0, 3_000_000.0), {"100", "1,000", "10,000", "100,000", "1,000,000"}),
+    ],
+)
+def test_the_axis_of_perplexities_has_labels_for_any_range(tmp_path, perplexities, labels):
+    names = [write_streamed(tmp_path / f"{i}.json", 0, perplexity=value) for i, value in enumerate(perplexities)]
+    (axes,) = comparison_figure(compare(names)).axes
+    low, high = axes.get_xlim()
+    shown = zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+    minor = zip(axes.get_xticks(minor=True), axes.get_xticklabels(minor=True), strict=True)
+    found = {text.get_text() for value, text in (*shown, *minor) if low <= value <= high}
+    assert found - {""} == labels
+
+
 def test_how_many_tokens_were_scored_is_in_the_note(tmp_path):
     names = [write_streamed(tmp_path / f"{num}.json", 0, num_scored=num) for num in (99, 50)]
     assert "differ in number of tokens scored (99 and 50): no difference" in compare(names).notes[0]
