@@ -86,6 +86,7 @@ def compare(names: Sequence[str]) -> Comparison:
     keys.sort(key=lambda key: order.index(key[0]))  # stable: the order of the first report is kept
     notes = [f"{run.name}: {note}" for run in runs for note in run.notes]
     rows = []
+    refused: dict[str, list[str]] = {}  # rows without a difference, by the reason
     for key in keys:
         values, is_without_first = without_first([run.values.get(key) for run in runs])
         if is_without_first:
@@ -96,11 +97,12 @@ def compare(names: Sequence[str]) -> Comparison:
             differences.append(found)
             pair = f"{runs[0].name} and {run.name}"
             if unlike:
-                notes.append(f"{' '.join(key)}: {pair} differ in {unlike}: no difference")
+                refused.setdefault(f"{key[0]}: {pair} differ in {unlike}", []).append(" ".join(key[1:]))
             elif values[0] and value and (others := _known(_unlike(values[0].noted, value.noted))):
                 named = ", ".join(f"{name} ({ours} and {theirs})" for name, (ours, theirs) in others.items())
                 notes.append(f"{key[0]}: {pair} differ in {named}, which may be a part of the differences")
         rows.append(Row(key, values, differences))
+    notes += [f"{reason}: no difference in {', '.join(of)}" for reason, of in refused.items()]
     return Comparison(runs, rows, list(dict.fromkeys(notes)))
 
 

@@ -79,7 +79,9 @@ def test_a_group_with_other_questions_in_one_of_its_tasks_has_no_difference(tmp_
     ]
     comparison = compare(names)
     assert row_of(comparison, "zero-shot", "all", "acc").differences == [None, None]
-    assert "zero-shot all acc: a and b differ in questions: no difference" in comparison.notes
+    assert comparison.notes == [
+        "zero-shot: a and b differ in questions: no difference in piqa acc, piqa perplexity, all acc"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +105,7 @@ def test_results_of_other_settings_have_no_difference(tmp_path, change, name):
     row = row_of(comparison, "zero-shot", "piqa", "acc")
     assert row.differences == [None, None]
     assert None not in row.values
-    assert f"zero-shot piqa acc: a and b differ in {name}: no difference" in comparison.notes
+    assert comparison.notes == [f"zero-shot: a and b differ in {name}: no difference in piqa acc, piqa perplexity"]
 
 
 def folder_of_model(report: Path) -> str:
@@ -147,7 +149,7 @@ def test_other_lengths_and_data_types_of_models_are_noted(tmp_path, change, note
         ({}, "", True),
         (
             {"length": 512},
-            "perplexity Books perplexity: a.json and b.json differ in length of a window (256 and 512): no",
+            "perplexity: a.json and b.json differ in length of a window (256 and 512): no difference in Books",
             False,
         ),
         ({"length": None, "model": {"max_position_embeddings": 512}}, "(256 and 512): no difference", False),  # older
@@ -264,7 +266,9 @@ def test_stream_eval_with_other_places_of_questions_has_no_difference(tmp_path):
     _, of_older, of_fewer = row_of(comparison, *key).differences
     assert (of_older.value, of_fewer) == (0.25, None)
     (note,) = comparison.notes
-    assert note.endswith("a.json and c.json differ in lines_per_question (10 and 50): no difference")
+    assert note.endswith(
+        f"a.json and c.json differ in lines_per_question (10 and 50): no difference in {' '.join(key[1:])}"
+    )
 
 
 def test_tables_escape_names_and_leave_missing_values_empty(tmp_path):
@@ -321,7 +325,8 @@ def test_perplexities_of_the_same_tokens_are_compared(tmp_path, change, unlike, 
         assert (found is None) == (metric in without)
     notes = [note for note in comparison.notes if "without the first token" not in note]
     assert all(unlike in note for note in notes)
-    assert len(notes) == len(without)
+    named = ", ".join(note.partition(": no difference in ")[2] for note in notes)
+    assert named == ", ".join(f"dense {metric}" for metric in without)
 
 
 def test_values_and_differences_leave_out_the_first_token_if_one_model_cannot_score_it(tmp_path):
