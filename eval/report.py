@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..checkpoints.folders import CHECKPOINTS_FOLDER, resolve_model_folder
+from ..checkpoints.folders import CHECKPOINTS_FOLDER
 from ..checkpoints.weight_types import name_of
 from ..files import check_writable, named_errors, write_json
 from ..models import SinkGPTNeoXConfig
@@ -25,6 +25,7 @@ LIBRARIES = ("sinklm", "torch", "transformers", "tokenizers", "lm-eval", "datase
 def describe_model(model: PreTrainedModel, name_or_path: str | Path) -> dict[str, Any]:
     """Return a description of an evaluated model, ready for JSON.
 
+    ``folder`` is that of its weights: of the checkpoint that was loaded, if it is a run's.
     ``sink_token_ids`` are the first tokens of every text. ``sinks_added_by`` is ``model``, or
     ``tokenizer`` for an export; None without sink tokens. ``sink_kind`` is None for models that are
     not of sinklm. ``windows`` says which layers have windows of their own, such as "20 of 24 layers
@@ -35,7 +36,7 @@ def describe_model(model: PreTrainedModel, name_or_path: str | Path) -> dict[str
     added_by = "model" if isinstance(model.config, SinkGPTNeoXConfig) else "tokenizer"
     return {
         "name_or_path": str(name_or_path),
-        "folder": resolve_model_folder(name_or_path),
+        "folder": model.name_or_path,
         "class": type(model).__name__,
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "sink_kind": sink.sink_kind if hasattr(model.config, "sink") else None,
