@@ -41,7 +41,7 @@ def decoded(content: bytes, name: str, remedy: str) -> str:
 
     Args:
         name: of the file.
-        remedy: what to do if it has NUL bytes, which no encoding explains.
+        remedy: what to do with a file that has NUL bytes.
 
     Raises:
         ValueError: it is not UTF-8, or has NUL bytes.
