@@ -146,7 +146,8 @@ class RunProgress:
         elif step < self._num_steps:  # a validation and a save follow the last one
             first_step, started = self._first
             seconds_per_step = (now - started) / (step - first_step)  # with validations and saves
-            parts.append(f"{timedelta(seconds=round((self._num_steps - step) * seconds_per_step))} left")
+            left = timedelta(seconds=round((self._num_steps - step) * seconds_per_step))
+            parts.insert(1, f"{left} left")  # where a terminal of 80 columns does not cut it
         return "  ".join(parts)
 
 

@@ -65,7 +65,7 @@ def test_the_progress_line(capsys, monkeypatch):
     for step, now in ((31, 1000.0), (32, 1002.0), (33, 1042.0), (100, 1200.0)):  # step 32 has a validation
         monkeypatch.setattr("time.monotonic", lambda now=now: now)
         progress.update(step, values, speed, is_kept=True)
-    line = "step {}/100  loss 3.1416  lr 6.00e-04  grad 0.50  500 tokens/s  MFU 25.0%  1.2 GiB{}\n"
+    line = "step {}/100{}  loss 3.1416  lr 6.00e-04  grad 0.50  500 tokens/s  MFU 25.0%  1.2 GiB\n"
     lefts = ((31, ""), (32, "  0:02:16 left"), (33, "  0:23:27 left"), (100, ""))
     assert capsys.readouterr().out == "".join(line.format(step, left) for step, left in lefts)
     RunProgress(100, is_silent=True).update(40, values, speed, is_kept=True)
