@@ -43,8 +43,7 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
-    with torch.autocast(device, enabled=False):
-        loss_sum = (_SummedLoss.apply if torch.is_grad_enabled() else _summed_loss)(hidden_states, weight, targets)
+    loss_sum = (_SummedLoss.apply if torch.is_grad_enabled() else _summed_loss)(hidden_states, weight, targets)
     if num_items is None:
         # Float32 on purpose. In a compiled graph, inductor (torch 2.11) may merge an integer scalar
         # here with the unused dropout seed of attention. It then expects that seed on CUDA, but it

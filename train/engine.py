@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 from transformers import PreTrainedModel
 
+from .. import models
 from ..models import SinkGPTNeoXConfig, SinkGPTNeoXForCausalLM
 from ..models.float8 import use_float8
 from ..text import one_line
@@ -198,9 +200,7 @@ def make_engine(
     holds_back = config.train.on_spike == "skip"
     guard_updates(engine, SpikeGuard(device, plan.vocab_size, holds_back=holds_back))
     if compiles(config, device):
-        # Without this, torch does not cache the traced model, because the loss is a custom autograd
-        # function.
-        torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+        cache_traced_models()
         # Each shape is compiled for training and for validation. Beyond the limit, torch would run
         # the model without compiling it.
         from torch._dynamo import config as dynamo
@@ -209,6 +209,18 @@ def make_engine(
         engine.compile(compile_kwargs={"dynamic": False})
     engine.train()
     return engine
+
+
+def cache_traced_models() -> None:
+    """Let torch cache a compiled model by its graph, so that it need not be traced again.
+
+    The graph has custom autograd functions, which are not cached by default. It calls Triton
+    kernels by name, without the Python code that starts them, so the key has a hash of that code.
+    """
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+    code = b"".join(path.read_bytes() for path in sorted(Path(models.__file__).parent.glob("*.py")))
+    tag = torch.compiler.config.cache_key_tag.partition(" sinklm ")[0]  # of the user
+    torch.compiler.config.cache_key_tag = f"{tag} sinklm {hashlib.sha256(code).hexdigest()}"
 
 
 def check_precision(config: TrainingConfig, device: torch.device) -> None:

@@ -74,6 +74,27 @@ def test_compiled_it_is_one_graph_and_the_same():
         torch.testing.assert_close(value, twin, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_torch_can_cache_the_traced_loss(is_autocast):
+    """A context such as `torch.autocast` in the graph would prevent it."""
+    from torch._functorch import config
+    from torch._functorch._aot_autograd.autograd_cache import check_cacheable
+
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+        compiled(*inputs(torch.float32))
+    (graph,) = graphs
+    with config.patch(autograd_cache_allow_custom_autograd_functions=True):
+        check_cacheable(graph)  # an error otherwise
+
+
 def test_without_gradients():
     given = inputs(torch.float64)
     with torch.no_grad():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 from torch._inductor.utils import fresh_cache
 
@@ -236,3 +237,34 @@ def test_a_compiler_that_is_missing_ends_the_run_with_the_remedy(recipe, tmp_pat
     with fresh_cache(), without, pytest.raises(ValueError, match=told):
         train(recipe, ["train.compile=true", f"train.run_dir={tmp_path}"])
     torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_second_run_takes_the_traced_model_from_the_cache(recipe, tmp_path):
+    found = []
+    with fresh_cache():
+        for name in ("cold", "warm"):
+            torch._dynamo.reset()
+            counters.clear()
+            train(recipe, ["train.compile=true", "train.num_steps=1", f"train.run_dir={tmp_path / name}"])
+            found.append(
+                {kind: counters["aot_autograd"][f"autograd_cache_{kind}"] for kind in ("bypass", "miss", "hit")}
+            )
+    torch._dynamo.reset()
+    cold, warm = found
+    assert cold["miss"] == warm["hit"] > 0
+    assert cold["bypass"] == warm["bypass"] == warm["miss"] == 0
+    assert losses(tmp_path / "cold") == losses(tmp_path / "warm")
+
+
+def test_the_cache_of_traced_models_has_a_key_of_their_code(monkeypatch, tmp_path):
+    monkeypatch.setattr(engine_module.models, "__file__", str(tmp_path / "__init__.py"))
+    keys = []
+    with torch.compiler.config.patch(cache_key_tag="a tag of the user"):
+        for code in ("a = 1", "a = 1", "a = 2"):
+            (tmp_path / "__init__.py").write_text(code)
+            engine_module.cache_traced_models()
+            keys.append(torch.compiler.config.cache_key_tag)
+    assert keys[0] == keys[1] != keys[2]
+    assert all(key.startswith("a tag of the user sinklm ") for key in keys)
