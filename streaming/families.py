@@ -23,7 +23,7 @@ from .layers import known_setting, layer_shapes
 from .refusals import ABSOLUTE, REFUSED, refusal
 from .rule import LARGEST, StreamShape
 
-FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "ntk_alpha", "proportional")
+FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
 SWITCHING_ROPE_TYPES = ("dynamic", "longrope")  # fixed up to a length, see `num_equal_positions`
 
 
@@ -177,8 +177,6 @@ FAMILIES: dict[str, Family] = {
     "granitemoe": ROTARY,
     "starcoder2": ROTARY,
     "glm4_moe": ROTARY,
-    "hunyuan_v1_dense": ROTARY,
-    "hunyuan_v1_moe": ROTARY,
     "arcee": ROTARY,
     "apertus": ROTARY,
     "seed_oss": ROTARY,

@@ -5,6 +5,7 @@ from transformers import PreTrainedConfig
 ABSOLUTE = "it adds absolute position embeddings before the first layer, so positions of cached keys cannot be moved"
 RELATIVE = "its attention has relative positions of its own kind, neither rotary nor ALiBi"
 LINEAR = "it has no keys to keep: linear attention and state-space layers store their past in a state of fixed size"
+SCALED = "it multiplies the dimensions of its keys by weights after their rotation, so cached keys cannot be moved"
 CHUNKED = "its layers see chunks of the text and no window, which was not tested with the streaming rule"
 INDEXED = "its layers select the keys that a query sees, with an index of the whole text"
 REFUSED: dict[str, str] = {
@@ -18,6 +19,7 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "qwen3_next", "xlstm"), LINEAR),
     **dict.fromkeys(("jamba", "bamba", "falcon_h1", "zamba", "zamba2", "minimax", "nemotron_h", "zaya"), LINEAR),
     **dict.fromkeys(("granitemoehybrid", "kimi_linear", "olmo_hybrid", "lfm2", "lfm2_moe"), LINEAR),
+    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text"), SCALED),
     **dict.fromkeys(("deepseek_v32", "deepseek_v4", "glm_moe_dsa"), INDEXED),
 }
 KINDS_OF_LAYERS = {  # part of a name in `config.layer_types`

@@ -217,13 +217,16 @@ def stream_rows(
 def random_model(config: PreTrainedConfig, *, std: float = 0.3) -> PreTrainedModel:
     """Return a model with random weights that are large enough for sharp attention.
 
+    No weight has its initial value: a norm whose weights are all 1 commutes with a rotation.
+
     Args:
-        std: standard deviation of all matrices; it suits widths of about 50.
+        std: standard deviation of all matrices, and of the change of all vectors, such as the
+            weights of norms; it suits widths of about 50.
     """
     model = AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            noise = torch.randn(parameter.shape, generator=generator) * std
+            parameter.copy_(noise if parameter.ndim > 1 else parameter + noise)
     return model

@@ -194,15 +194,6 @@ FAMILIES: dict[str, tuple[str, str, dict]] = {
             "moe_layer_start_index": 1,
         },
     ),
-    "hunyuan_v1_dense": (
-        "Hunyuan",
-        "rotary",
-        {
-            "head_dim": 8,
-            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 50.0, "factor": 1.0},
-        },
-    ),
-    "hunyuan_v1_moe": ("Hunyuan-MoE", "rotary", {"head_dim": 8, "num_experts": 4, "moe_topk": 2}),
     "seed_oss": ("Seed-OSS", "rotary", {"head_dim": 8}),
     "arcee": ("Arcee", "rotary", {}),
     "apertus": ("Apertus", "rotary", {}),

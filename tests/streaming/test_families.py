@@ -108,6 +108,13 @@ def test_a_wrong_family_does_not_pass(mistake, registry):
         check_family(random_model(small_families.config(model_type)), shapes=shapes_of(model_type))
 
 
+def test_keys_that_a_norm_changes_after_their_rotation_do_not_pass(registry):
+    """Its weights are 1 before training, where it does not matter."""
+    registry["hunyuan_v1_dense"] = Family(shared_rotary)
+    with pytest.raises(AssertionError, match="logits differ from the streaming rule"):
+        check_family(random_model(AutoConfig.for_model("hunyuan_v1_dense", **small_families.SMALL, head_dim=8)))
+
+
 def test_every_family_with_windows_is_checked_with_a_small_one():
     """A setting that a model ignores would otherwise limit its layers in a stream only."""
     rows = {name: small_families.config(name) for name in small_families.FAMILIES}
@@ -277,6 +284,7 @@ def test_an_encoding_that_returns_something_else_is_an_error(encoding, monkeypat
         ("mvp", "absolute position embeddings"),
         ("xlnet", "neither rotary nor ALiBi"),
         ("t5", "neither rotary nor ALiBi"),
+        ("hunyuan_v1_moe", "after their rotation"),
         ("persimmon", "not tested"),
     ],
 )
