@@ -71,6 +71,16 @@ def rotary_by_layer_type(decoder: Any, shape: StreamShape, *, interleaved: bool 
     return [embeddings[name] for name in types]
 
 
+def rotary_by_layer_base(decoder: Any, shape: StreamShape) -> list[Rotary]:
+    """Return the rotary embedding of each layer, for layers with a base of their own (Granite SWA).
+
+    Layers with base 0 have no positions.
+    """
+    embeddings = {each.config.rope_parameters["rope_theta"]: Rotary(frequencies(each)) for each in decoder.rotary_embs}
+    embeddings[0] = shared_rotary(decoder, shape, layers=())
+    return [embeddings[base] for base in decoder.config.layer_rope_theta]
+
+
 def latent_rotary(decoder: Any, shape: StreamShape, *, interleaved: bool = False) -> Rotary:
     """Return the rotary embedding of multi-head latent attention (DeepSeek): the last dimensions.
 
@@ -151,6 +161,7 @@ INTERLEAVED = Family(partial(shared_rotary, interleaved=True))
 SOME_LAYERS = Family(rotary_in_some_layers)
 LATENT = Family(latent_rotary)
 BY_TYPE = Family(rotary_by_layer_type)
+BY_BASE = Family(rotary_by_layer_base)
 WINDOWED_ROTARY = Family(rotary_in_windowed_layers)
 FAMILIES: dict[str, Family] = {
     "gpt_neox": ROTARY,  # Pythia; only part of each head is rotary
@@ -209,8 +220,8 @@ FAMILIES: dict[str, Family] = {
     "mimo_v2_flash": BY_TYPE,
     "mellum": BY_TYPE,
     "laguna": BY_TYPE,
-    "granite_swa": ROTARY,
-    "granitemoe_swa": ROTARY,
+    "granite_swa": BY_BASE,
+    "granitemoe_swa": BY_BASE,
     "dots1": ROTARY,
     "llama4_text": Family(partial(rotary_in_some_layers, interleaved=True), adapters.OWN),
     "deepseek_v2": Family(partial(latent_rotary, interleaved=True)),

@@ -169,11 +169,15 @@ FAMILIES: dict[str, tuple[str, str, dict]] = {
     "olmoe": ("OLMoE", "rotary", EXPERTS),
     "granite": ("Granite", "rotary", MULTIPLIERS),
     "granitemoe": ("Granite-MoE", "rotary", MULTIPLIERS | {"num_local_experts": 4}),
-    "granite_swa": ("Granite SWA", f"{SOME_WINDOWS}, sink logits", EVERY | MULTIPLIERS),
+    "granite_swa": (
+        "Granite SWA",
+        "rotary, a base for each layer; windows in some layers, sink logits",
+        EVERY | MULTIPLIERS | {"layer_rope_theta": [100.0, 10000.0]},
+    ),
     "granitemoe_swa": (
         "Granite-MoE SWA",
-        f"{SOME_WINDOWS}, sink logits",
-        EVERY | MULTIPLIERS | {"num_local_experts": 4},
+        "rotary, a base for each layer, or none; windows in some layers, sink logits",
+        EVERY | MULTIPLIERS | {"num_local_experts": 4, "layer_rope_theta": [0.0, 100.0]},
     ),
     "starcoder2": ("StarCoder2", "rotary", {"sliding_window": 7}),
     "starcoder2:window": ("", WINDOWS, WINDOW),
