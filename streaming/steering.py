@@ -11,7 +11,7 @@ import copy
 import inspect
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from ..models.attention import register_column_attention, register_window_attention, score_dtype
 from ..models.cache_argument import NAMES
@@ -193,7 +194,7 @@ class SteeredForward:
                 chunk = steered(cache, {**named, name: inputs[:, part]}, position_ids)
                 outputs.append(self.call_decoder(**chunk))
                 cache.end_chunk()
-        return join_outputs(outputs)
+        return join_outputs(outputs, inputs.shape[0])
 
     def step_in_graph(self, cache: "StreamingCache", named: dict) -> Any:
         """Run one token of each stream in the graph of a `StreamingDecoder`.
@@ -282,15 +283,25 @@ def check_call(inputs: Tensor | None, named: dict, cache: "StreamingCache") -> N
         raise ValueError("a StreamingCache does not return attention weights: set output_attentions=False")
 
 
-def join_outputs(outputs: list) -> Any:
-    """Join the outputs of chunks: concatenate along time, take other fields from the last chunk."""
-    if len(outputs) == 1:
-        return outputs[0]
+def join_outputs(outputs: list, batch_size: int) -> Any:
+    """Join the outputs of chunks along time. Other fields, such as the cache, are the last ones."""
     joined = outputs[-1]
-    if isinstance(joined, tuple):
-        return (torch.cat([output[0] for output in outputs], dim=1), *joined[1:])
-    joined.last_hidden_state = torch.cat([output.last_hidden_state for output in outputs], dim=1)
-    if joined.hidden_states is not None:
-        layers = zip(*(output.hidden_states for output in outputs), strict=True)
-        joined.hidden_states = tuple(torch.cat(parts, dim=1) for parts in layers)
+    if len(outputs) == 1:
+        return joined
+    if not isinstance(joined, ModelOutput):
+        return join_values(outputs, batch_size)
+    for name in joined:
+        joined[name] = join_values([output[name] for output in outputs], batch_size)
     return joined
+
+
+def join_values(values: Sequence, batch_size: int) -> Any:
+    """Join states ``(…, T, D)`` and logits of routers ``(B * T, experts)``, or tuples of them."""
+    last = values[-1]
+    if isinstance(last, tuple):
+        return tuple(join_values(parts, batch_size) for parts in zip(*values, strict=True))
+    if not isinstance(last, Tensor):
+        return last
+    if last.ndim == 2:
+        return torch.cat([value.unflatten(0, (batch_size, -1)) for value in values], dim=1).flatten(0, 1)
+    return torch.cat(list(values), dim=-2)

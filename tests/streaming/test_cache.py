@@ -8,10 +8,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from sinklm.models.cache_argument import CACHE
 from sinklm.streaming import Rotary, StreamingCache, default_cache, stream_logits
+from sinklm.streaming.testing import random_model
 
 from ..models.tiny import tiny_model
-from . import tiny
+from . import small_families, tiny
 
 
 @pytest.fixture
@@ -527,13 +529,27 @@ def test_buffers_made_in_inference_mode_can_be_used_outside_of_it(model, change)
     model(ids[:, :1].expand(cache.batch_size, -1), past_key_values=cache)
 
 
-def test_hidden_states_of_a_prompt_in_chunks_are_whole(model):
-    ids = tiny.random_ids(20)
-    with torch.no_grad():
-        whole = model(ids, past_key_values=for_model(model), output_hidden_states=True)
-        parts = model(ids, past_key_values=for_model(model, chunk_size=6), output_hidden_states=True)
-    for a, b in zip(whole.hidden_states, parts.hidden_states, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+@pytest.mark.parametrize("return_dict", [True, False])
+@pytest.mark.parametrize("family", ["gpt_neox", "mixtral", "gemma3n_text"])
+@torch.no_grad()
+def test_all_outputs_of_a_prompt_in_chunks_are_whole(family, return_dict):
+    """Those of routers have no dimension for rows, and states of Gemma 3n have one more."""
+    model, ids = random_model(small_families.config(family)), tiny.random_ids(20, batch_size=2)
+    options = {"output_hidden_states": True, "return_dict": return_dict}
+    if family == "mixtral":
+        options["output_router_logits"] = True
+    for part in (model.get_decoder(), model):
+        whole, parts = (part(ids, **{CACHE: for_model(model, chunk_size=size)}, **options) for size in (20, 5))
+        whole, parts = (tuple(output.values()) if return_dict else output for output in (whole, parts))
+        for a, b in zip(flattened(whole), flattened(parts), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+def flattened(output):
+    """Return all tensors of an output."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    return [tensor for value in output for tensor in flattened(value)] if isinstance(output, tuple) else []
 
 
 def test_the_decoder_can_be_called_by_position(model):
