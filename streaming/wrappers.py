@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 UNSUPPORTED_PEFT = (
     "streaming does not support {} of PEFT, which adds virtual tokens: use a method that changes weights, such as LoRA"
 )
+OF_A_PASS = ("LILY", "SHADOW", "XLORA")  # methods of PEFT that add to a token what depends on its whole pass
 
 
 def unwrapped(model: Any) -> PreTrainedModel:
@@ -23,7 +24,7 @@ def unwrapped(model: Any) -> PreTrainedModel:
     while not isinstance(model, PreTrainedModel):
         name = type(model).__name__
         if hasattr(model, "peft_config"):
-            refuse_prompts(model)
+            refuse_methods(model)
             model = model.get_base_model()
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
             model = model._orig_mod
@@ -36,13 +37,25 @@ def unwrapped(model: Any) -> PreTrainedModel:
             model = model.module
         else:
             raise ValueError(f"{name} is not a model of transformers: pass a PreTrainedModel")
+    if hasattr(model, "peft_config"):  # the model inside of a wrapper of PEFT has it too
+        refuse_methods(model)
     return model
 
 
-def refuse_prompts(model: Any) -> None:
-    """Raise a ValueError for methods of PEFT that add virtual tokens or keys of their own."""
+def refuse_methods(model: Any) -> None:
+    """Raise a ValueError for methods of PEFT that do not only change weights.
+
+    They add virtual tokens or keys of their own, or depend on how a text is divided into passes.
+    """
     for config in model.peft_config.values():
         kind = str(getattr(config.peft_type, "value", config.peft_type))
+        is_activated = bool(getattr(config, "alora_invocation_tokens", None))
+        if is_activated or kind in OF_A_PASS:
+            name = "LORA with alora_invocation_tokens" if is_activated else kind
+            raise ValueError(
+                f"streaming does not support {name} of PEFT, whose result depends on how a text is divided into "
+                "passes: use a method that changes weights, such as LoRA"
+            )
         if getattr(config, "is_prompt_learning", False) or kind == "ADAPTION_PROMPT":
             raise ValueError(UNSUPPORTED_PEFT.format(kind))
 
@@ -54,7 +67,7 @@ def refuse_prompts_of_owner(model: Any) -> None:
     """
     owner = getattr(model.prepare_inputs_for_generation, "__self__", model)
     if owner is not model and hasattr(owner, "peft_config"):
-        refuse_prompts(owner)
+        refuse_methods(owner)
 
 
 def decoder_of(model: Any) -> Any:

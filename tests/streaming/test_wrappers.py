@@ -73,6 +73,20 @@ def test_virtual_tokens_are_an_error(method, settings, model):
         wrapped.generate(input_ids=tiny.random_ids(5), **{CACHE: cache}, max_new_tokens=2)
 
 
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("LilyConfig", {}), ("ShadowConfig", {}), ("LoraConfig", {"alora_invocation_tokens": [5, 6]})],
+)
+def test_adapters_that_depend_on_the_passes_are_an_error(method, settings, model):
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(model, getattr(peft, method)(task_type="CAUSAL_LM", **settings))
+    for each in (wrapped, Engine(wrapped), wrapped.get_base_model()):
+        with pytest.raises(
+            ValueError, match=r"does not support (LILY|SHADOW|LORA with alora_invocation_tokens) of PEFT"
+        ):
+            StreamingCache.for_model(each, num_kept=2, window=6)
+
+
 def test_replicas_are_an_error(model):
     wrapped = torch.nn.DataParallel(model)
     wrapped.device_ids = [0, 1]
