@@ -266,9 +266,10 @@ def check_call(inputs: Tensor | None, named: dict, cache: "StreamingCache") -> N
     config: PreTrainedConfig = cache.decoder.config
     if inputs is not None and inputs.ndim < 2:
         raise ValueError(f"the inputs have shape {tuple(inputs.shape)}: pass ids of shape (batch, tokens)")
-    if cache.streams.is_empty and (inputs is None or inputs.shape[1] == 0):
+    is_empty = inputs is None or 0 in inputs.shape[:2]
+    if cache.streams.is_empty and is_empty:
         raise ValueError("the input is empty: pass at least one token")
-    if inputs is None or inputs.shape[1] == 0:
+    if is_empty:
         raise ValueError(
             "no new tokens for this StreamingCache: pass `generate` the full sequence, that is the tokens that are "
             "already in the cache followed by the new ones"

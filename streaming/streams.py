@@ -130,9 +130,15 @@ class Streams:
     # -- Rows and length -------------------------------------------------------------------------
 
     def map_rows(self, rows: Tensor) -> None:
-        """Let row i continue the stream of row ``rows[i]``; the batch size may change."""
+        """Let row i continue the stream of row ``rows[i]``; the batch size may change.
+
+        Raises:
+            ValueError: there are no rows.
+        """
         if self.counters is None or self.record is None:
             return
+        if not len(rows):
+            raise ValueError("no stream would be left: keep at least one row, or call reset()")
         self.counters.map_rows(rows)
         self.record.map_rows(rows)
         for layer in self.layers:

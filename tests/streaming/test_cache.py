@@ -186,6 +186,7 @@ def test_a_model_in_another_data_type_is_an_error_with_a_used_cache(model, kv_dt
     ("ids", "message"),
     [
         (torch.zeros(1, 0, dtype=torch.long), "the input is empty: pass at least one token"),
+        (torch.zeros(0, 3, dtype=torch.long), "the input is empty: pass at least one token"),
         (torch.zeros(3, dtype=torch.long), r"the inputs have shape \(3,\): pass ids of shape \(batch, tokens\)"),
     ],
 )
@@ -331,6 +332,18 @@ def test_a_backward_pass_is_an_error(model):
     loss = model(ids, labels=ids, past_key_values=for_model(model)).loss
     with pytest.raises(ValueError, match="no gradients"):
         loss.backward()
+
+
+def test_leaving_no_stream_is_an_error(model):
+    cache = for_model(model)
+    run(model, tiny.random_ids(4), cache)
+    for leave_none in (
+        lambda: cache.batch_repeat_interleave(0),
+        lambda: cache.batch_select_indices(torch.tensor([], dtype=torch.long)),
+    ):
+        with pytest.raises(ValueError, match=r"no stream would be left: keep at least one row, or call reset\(\)"):
+            leave_none()
+    run(model, tiny.random_ids(4), cache)
 
 
 def test_repeating_an_empty_cache_does_nothing(model):
