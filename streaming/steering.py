@@ -183,7 +183,7 @@ class SteeredForward:
     @torch.compiler.disable(recursive=False)  # the decoder's own passes are still compiled if the user compiled it
     def stream(self, cache: "StreamingCache", named: dict) -> Any:
         """Run the new inputs through the decoder in chunks. A failure midway damages the cache."""
-        name, inputs = inputs_of(named)
+        _, inputs = inputs_of(named)
         check_call(inputs, named, cache)
         is_token = cache.check_inputs(inputs, text_mask(named.get("attention_mask"), inputs.shape[1]))
         outputs = []
@@ -191,7 +191,7 @@ class SteeredForward:
             for start in range(0, inputs.shape[1], cache.chunk_size):
                 part = slice(start, start + cache.chunk_size)
                 position_ids = cache.begin_chunk(inputs[:, part], None if is_token is None else is_token[:, part])
-                chunk = steered(cache, {**named, name: inputs[:, part]}, position_ids)
+                chunk = steered(cache, part_of(named, inputs, part), position_ids)
                 outputs.append(self.call_decoder(**chunk))
                 cache.end_chunk()
         return join_outputs(outputs, inputs.shape[0])
@@ -248,6 +248,17 @@ def inputs_of(named: dict) -> tuple[str, Any]:
     """Return the name and the value of the argument with the inputs ``(B, T, …)``."""
     name = "inputs_embeds" if named.get("input_ids") is None else "input_ids"
     return name, named.get(name)
+
+
+def part_of(named: dict, inputs: Tensor, part: slice) -> dict:
+    """Return the arguments of a pass over a part of its inputs.
+
+    Cut those with a value for each input, such as ``per_layer_inputs`` of Gemma 3n and 4.
+    """
+    return {
+        name: value[:, part] if isinstance(value, Tensor) and value.shape[:2] == inputs.shape[:2] else value
+        for name, value in named.items()
+    }
 
 
 def steered(cache: "StreamingCache", named: dict, position_ids: Tensor) -> dict:

@@ -40,6 +40,22 @@ def models():
     return model, alone
 
 
+@pytest.mark.parametrize(("family", "argument"), [("gemma3n_text", "per_layer_inputs"), ("gptj", "token_type_ids")])
+@torch.no_grad()
+def test_arguments_with_a_value_for_each_token_are_cut_into_chunks(family, argument):
+    """Gemma 3n with images gets the first one from the model around it."""
+    model, ids = random_model(small_families.config(family)), tiny.random_ids(20)
+    decoder, inputs = model.get_decoder(), {"inputs_embeds": model.get_input_embeddings()(ids)}
+    inputs[argument] = decoder.get_per_layer_inputs(ids) if argument == "per_layer_inputs" else ids.flip(1)
+    whole, parts = (
+        decoder(
+            **inputs, use_cache=True, **{CACHE: StreamingCache.for_model(model, num_kept=1, window=5, chunk_size=n)}
+        )
+        for n in (20, 6)
+    )
+    torch.testing.assert_close(parts.last_hidden_state, whole.last_hidden_state, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @torch.no_grad()
 def test_rows_of_text_stream_as_in_the_text_model(models, implementation):
