@@ -72,6 +72,7 @@ class StreamingCache(Cache):
         self.kv_dtype = kv_dtype
         self.step: Pass | None = None  # the current pass
         self.inputs: tuple[Tensor, Tensor | None] | None = None  # of the current pass, and which are tokens
+        self.next_ids: Tensor | None = None  # of the next pass, as far as `generate` has named them
         self.is_damaged = False  # a pass was interrupted: some layers have read its tokens, some have not
         self.adapter = family.adapter
         modules = family.adapter.modules(decoder) if family.adapter else []
@@ -223,6 +224,16 @@ class StreamingCache(Cache):
         check_padding(is_token[:, num_new_sinks:])  # the model adds its sinks to the mask
         self.streams.is_ragged = True
         return is_token
+
+    def ids_of(self, inputs: Tensor) -> Tensor:
+        """Return the ids of embeddings that a model of text and images made in `generate`.
+
+        All other inputs are returned as they are.
+        """
+        ids, self.next_ids = self.next_ids, None
+        if ids is None or not inputs.is_floating_point() or ids.shape != inputs.shape[:2]:
+            return inputs
+        return ids.to(inputs.device)
 
     @contextmanager
     def damaged_by_failure(self, num_inputs: int) -> Iterator[None]:

@@ -78,8 +78,11 @@ def checked_inputs(original: Callable) -> Callable:
         try:
             inputs = original(model, input_ids, *args, **kwargs)
             for name in NAMES:
-                if is_streaming(kwargs.get(name)) and not any(is_streaming(inputs.get(other)) for other in NAMES):
-                    return GenerationMixin.prepare_inputs_for_generation(model, input_ids, *args, **kwargs)
+                if not is_streaming(kwargs.get(name)):
+                    continue
+                if not any(is_streaming(inputs.get(other)) for other in NAMES):
+                    inputs = GenerationMixin.prepare_inputs_for_generation(model, input_ids, *args, **kwargs)
+                kwargs[name].next_ids = inputs.get("input_ids")
             return inputs
         finally:
             is_checked.reset(token)

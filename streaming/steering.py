@@ -185,12 +185,13 @@ class SteeredForward:
         """Run the new inputs through the decoder in chunks. A failure midway damages the cache."""
         _, inputs = inputs_of(named)
         check_call(inputs, named, cache)
+        ids = cache.ids_of(inputs)
         is_token = cache.check_inputs(inputs, text_mask(named.get("attention_mask"), inputs.shape[1]))
         outputs = []
         with self.routed(cache), cache.damaged_by_failure(inputs.shape[1]):
             for start in range(0, inputs.shape[1], cache.chunk_size):
                 part = slice(start, start + cache.chunk_size)
-                position_ids = cache.begin_chunk(inputs[:, part], None if is_token is None else is_token[:, part])
+                position_ids = cache.begin_chunk(ids[:, part], None if is_token is None else is_token[:, part])
                 chunk = steered(cache, part_of(named, inputs, part), position_ids)
                 outputs.append(self.call_decoder(**chunk))
                 cache.end_chunk()

@@ -71,6 +71,20 @@ def test_rows_of_text_stream_as_in_the_text_model(models, implementation):
         torch.testing.assert_close(row[-len(stream) :], expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
+def test_another_text_is_an_error_although_the_decoder_gets_embeddings(models, tmp_path):
+    model, cache = models[0], StreamingCache.for_model(models[0], num_kept=1, window=5, chunk_size=4)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    streams = [tiny.random_ids(n, seed=n)[0] % 98 for n in (9, 6)]
+    ids, mask = pad_left(streams)
+    text = model.generate(input_ids=ids, attention_mask=mask, **{CACHE: cache}, **options)
+    text, mask = torch.cat((text, ids), dim=1), torch.cat((mask, torch.ones(2, 13, dtype=torch.long)), dim=1)
+    cache.save(tmp_path / "cache")
+    for used in (cache, StreamingCache.load(tmp_path / "cache", model)):
+        with pytest.raises(ValueError, match=r"does not begin with the 12 tokens .*rows \[0, 1\]"):
+            model.generate(input_ids=text.flip(0), attention_mask=mask.flip(0), **{CACHE: used}, **options)
+        model.generate(input_ids=text, attention_mask=mask, **{CACHE: used}, **options)
+
+
 def test_masks_of_other_texts_are_an_error():
     causal = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
     image, padded = causal.clone(), causal.clone()
