@@ -323,7 +323,12 @@ class StreamingCache(Cache):
         return -1
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
+        """The number of keys in a mask, and which is the first.
+
+        Models of text and images make masks, see `masks.text_mask`. These have the new inputs only,
+        so that they do not grow with the stream.
+        """
+        return query_length, self.get_seq_length()
 
     @property
     def is_compileable(self) -> bool:

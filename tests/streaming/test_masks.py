@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3Config
 
 from sinklm.models.cache_argument import CACHE
-from sinklm.streaming import StreamingCache
+from sinklm.streaming import StreamingCache, steering
 from sinklm.streaming.masks import text_mask
 from sinklm.streaming.testing import random_model, reference_logits
 
@@ -58,9 +58,16 @@ def test_arguments_with_a_value_for_each_token_are_cut_into_chunks(family, argum
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @torch.no_grad()
-def test_rows_of_text_stream_as_in_the_text_model(models, implementation):
+def test_rows_of_text_stream_as_in_the_text_model(models, implementation, monkeypatch):
+    """Masks have the new inputs only: they do not grow with the stream."""
     model, alone = models
     model.set_attn_implementation(implementation)
+
+    def checked(masks, num_inputs):
+        assert {mask.shape[2:] for mask in masks.values() if mask is not None} <= {(num_inputs, num_inputs)}
+        return text_mask(masks, num_inputs)
+
+    monkeypatch.setattr(steering, "text_mask", checked)
     streams = [tiny.random_ids(n, seed=n)[0] % 98 for n in (20, 13, 5)]
     (ids, mask), cache = pad_left(streams), StreamingCache.for_model(model, num_kept=1, window=5)
     passes, logits = ids.split([9, 1, 1, 9], dim=1), []
