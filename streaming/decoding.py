@@ -66,6 +66,18 @@ class StreamingDecoder:
 
         Prompts may have any length and may come at any time.
         """
+        if attention_mask is not None:
+            return self._read(input_ids, attention_mask)
+        # Gemma 3 with images would make a mask of T x T values.
+        first, *others = input_ids.split(self.cache.chunk_size, dim=-1)
+        logits = self._read(first)
+        if others:
+            with self.cache.damaged_by_failure(input_ids.shape[1]):
+                for part in others:
+                    logits = self._read(part)
+        return logits
+
+    def _read(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         return self.model(**inputs, use_cache=True, logits_to_keep=1, **{CACHE: self.cache}).logits
 

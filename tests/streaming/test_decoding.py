@@ -73,6 +73,31 @@ def test_quantized_keys_and_values_are_one_graph(kv_dtype):
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("num_tokens", [8, 9, 17])
+def test_a_prompt_is_read_in_parts_and_damages_the_cache_if_one_fails(num_tokens):
+    model, ids, sizes = tiny.build(tiny.config("llama")), tiny.random_ids(num_tokens), []
+    cache = StreamingCache.for_model(model, num_kept=2, window=6, chunk_size=8)
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    decoder = StreamingDecoder(model, cache)
+    whole = StreamingDecoder(model, StreamingCache.for_model(model, num_kept=2, window=6, chunk_size=30)).prefill(ids)
+    torch.testing.assert_close(decoder.prefill(ids), whole, rtol=0, atol=1e-5)
+    assert sizes[0] == num_tokens
+    assert max(sizes[1:]) == 8
+    cache.reset()
+    model.model.layers[1].register_forward_pre_hook(lambda _, args: interrupt_at(cache, num_tokens))
+    with pytest.raises(KeyboardInterrupt):
+        decoder.prefill(ids)
+    assert cache.is_damaged
+
+
+def interrupt_at(cache, num_tokens):
+    """Interrupt the last pass over a prompt."""
+    if cache.get_seq_length() + cache.step.num_inputs == num_tokens:
+        raise KeyboardInterrupt
+
+
 def test_tokens_may_be_views():
     """Another graph, compiled while a CUDA graph is captured, would fail."""
     model, ids = tiny.build(tiny.config("llama", num_hidden_layers=1)), tiny.random_ids(9, batch_size=2)
