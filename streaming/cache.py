@@ -24,7 +24,7 @@ from .memory import MemoryOptions, StreamMemory
 from .quantized import KV_DTYPES, NUM_RECENT, QuantizedLayer, check_head_sizes
 from .rule import StreamShape, whole_number
 from .saving import load_cache, save_cache
-from .steering import SteeredForward
+from .steering import SteeredForward, configs_of
 from .steps import Pass
 from .streams import Streams
 from .wrappers import decoder_of
@@ -78,6 +78,7 @@ class StreamingCache(Cache):
         modules = family.adapter.modules(decoder) if family.adapter else []
         attend = family.adapter.attend if family.adapter else None
         self.substitutes = [(module, partial(attend, weakref.ref(self), module)) for module in modules if attend]
+        self.configs = configs_of(decoder)
         self.steering = SteeredForward.of(self, decoder)
         check_generation(model)
 
@@ -282,6 +283,7 @@ class StreamingCache(Cache):
         step, self.step = self.step, None
         assert step is not None
         assert self.inputs is not None
+        step.check_attended()
         self.streams.end_pass(step, *self.inputs)
         self.inputs = None
 
@@ -307,6 +309,8 @@ class StreamingCache(Cache):
                 "this StreamingCache was made for another model, or the model's forward method was replaced since: "
                 "create a new one with StreamingCache.for_model(model, …)"
             )
+        self.step.check_attended()
+        self.step.waiting = layer_idx
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -211,14 +211,13 @@ class SteeredForward:
     @contextmanager
     def routed(self, cache: "StreamingCache") -> Iterator[None]:
         """Route the decoder's attention to a cache."""
-        config = cache.decoder.config
         with ExitStack() as stack:
             stack.enter_context(self.lock)
-            users_choice = config._attn_implementation
             for module, substitute in cache.substitutes:
                 stack.enter_context(replaced_forward(module, substitute))
-            stack.callback(setattr, config, "_attn_implementation", users_choice)
-            config._attn_implementation = ATTENTION  # also keeps the decoder from building masks
+            for config in cache.configs:
+                stack.callback(setattr, config, "_attn_implementation", config._attn_implementation)
+                config._attn_implementation = ATTENTION  # also keeps the decoder from building masks
             yield
 
     @contextmanager
@@ -243,6 +242,12 @@ def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
         del module.forward
         if before is not None:
             module.forward = before
+
+
+def configs_of(decoder: nn.Module) -> list[PreTrainedConfig]:
+    """Return the configs of a decoder's modules. Copies of layers have their own."""
+    found = (getattr(module, "config", None) for module in decoder.modules())
+    return list({id(config): config for config in found if isinstance(config, PreTrainedConfig)}.values())
 
 
 def inputs_of(named: dict) -> tuple[str, Any]:

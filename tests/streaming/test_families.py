@@ -223,6 +223,26 @@ def test_an_unknown_argument_of_the_attention_is_an_error(monkeypatch):
         model(tiny.random_ids(3), **{CACHE: cache})
 
 
+def test_copied_layers_stream():
+    """They have configs of their own, as those of LoRA with ``layer_replication``."""
+    model = random_model(small_families.config("qwen3"))
+    for index, layer in enumerate(model.model.layers):
+        model.model.layers[index] = copy.deepcopy(layer)
+    assert check_family(model, shapes=[(1, 5)]) < 2e-5
+    assert {layer.self_attn.config._attn_implementation for layer in model.model.layers} == {"sdpa"}
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_a_layer_that_does_not_use_the_attention_of_the_cache_is_an_error(index, num_tokens):
+    model = random_model(small_families.config("llama"))
+    cache = StreamingCache.for_model(model, num_kept=1, window=5)
+    attention = model.model.layers[index].self_attn
+    attention.config = copy.deepcopy(attention.config)
+    with pytest.raises(ValueError, match=f"layer {index} of the model does not use the attention of its StreamingC"):
+        model(tiny.random_ids(num_tokens), use_cache=True, **{CACHE: cache})
+
+
 def test_layers_that_leave_out_queries_get_all_of_them():
     """Gemma 4 computes its last layers for the last tokens of a prompt only."""
     model, ids = random_model(small_families.config("gemma4_text")), tiny.random_ids(14)
