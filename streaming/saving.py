@@ -94,6 +94,8 @@ def load_cache(path: Path, model: PreTrainedModel) -> tuple["StreamingCache", di
     streams.counters = StreamCounters(**groups["counters"]).copy()
     streams.record = TextRecord(**groups["record"], is_known=state["knows_text"]).copy()
     for index, layer in enumerate(streams.layers):
+        if f"layers.{index}" not in groups:
+            continue  # the model has fewer layers than its config says
         layer.set_buffers(groups[f"layers.{index}"])
         if layer.memory is not None:
             layer.memory.set_buffers(groups[f"memories.{index}"])

@@ -130,6 +130,17 @@ def test_another_model_is_an_error(model, file, change, message):
         StreamingCache.load(file, change(copy.deepcopy(model)))
 
 
+def test_a_model_without_its_last_layers_continues(file):
+    """Its config may still count them."""
+    model, ids = tiny.build(tiny.config("llama")), tiny.random_ids(12)
+    model.model.layers = model.model.layers[:1]
+    cache = StreamingCache.for_model(model, num_kept=2, window=6)
+    model(ids, past_key_values=cache)
+    cache.save(file)
+    logits = [model(ids, past_key_values=each).logits for each in (cache, StreamingCache.load(file, model))]
+    torch.testing.assert_close(*logits, rtol=0, atol=0)
+
+
 def test_each_save_reads_the_weights_again(model, file):
     """Changes through ``.data`` are not counted in a tensor's version."""
     model = copy.deepcopy(model)
