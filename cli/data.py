@@ -26,8 +26,8 @@ def merge(
     """Join token stores into one without copying tokens.
 
     Prepare one input file per job, on any number of machines, then join the stores. The new store
-    consists of hard links to their files, so all must be on one file system. The stores remain and
-    can be deleted.
+    has hard links to the files of these stores, so all must be on one file system. You can delete
+    the old stores afterwards.
     """
     from ..console import Console
     from ..data.merge import merge_stores
@@ -62,7 +62,7 @@ def inspect(
     ] = None,
     sample: Annotated[int | None, typer.Option(min=0, help="Print this training sample of the recipe.")] = None,
     step: Annotated[
-        int | None, typer.Option(min=1, help="List the samples of this step, from 1 as in metrics.jsonl.")
+        int | None, typer.Option(min=1, help="List the samples of this step; steps count from 1, as in metrics.jsonl.")
     ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read all files and compare their checksums.")] = False,
 ) -> None:

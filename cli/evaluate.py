@@ -171,7 +171,7 @@ def streaming(
 ) -> None:
     """Measure perplexity on a long text with dense, window and streaming attention (--methods).
 
-    With --memory, each cache is measured without and with it.
+    With --memory, each cache is measured without and with the memory.
     """
     given, size = None if caches is None else parse_caches(caches), parse_memory(memory)
     check_memory(size, given or [])
@@ -236,7 +236,9 @@ def stream_eval(
     ] = "20,40,60,80,100,150,200",
     batch_size: Annotated[
         int,
-        typer.Option(min=1, help="Rows of a pass. If they are more than the streams, questions share a pass."),
+        typer.Option(
+            min=1, help="Rows of a forward pass. With fewer streams than rows, several questions share a pass."
+        ),
     ] = 8,
     seed: Seed = 0,
     output: Output = None,
@@ -246,7 +248,7 @@ def stream_eval(
 ) -> None:
     """Run StreamEval: how well a model recalls a line that it read some lines ago.
 
-    With --memory, each cache is measured without and with it, in batches of one stream.
+    With --memory, each cache is measured without and with the memory, in batches of one stream.
     """
     chosen_distances = parse_numbers(distances, "--distances")
     given, size = None if caches is None else parse_caches(caches), parse_memory(memory)

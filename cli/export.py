@@ -53,7 +53,7 @@ def export(
     ] = Form.HF,
     dtype: Annotated[
         DtypeName,
-        typer.Option(help="Data type of the weights, in a GGUF file of the matrices; auto: that of the checkpoint."),
+        typer.Option(help="Data type of the weights (in a GGUF file: of the matrices). auto: as in the checkpoint."),
     ] = DtypeName.AUTO,
     private: Annotated[bool, typer.Option("--private", help="Create a private repository on the Hub.")] = False,
     dry_run: Annotated[

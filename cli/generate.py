@@ -111,9 +111,8 @@ def generate(
 ) -> None:
     """Continue prompts up to the end-of-text token, or with --stream without a length limit.
 
-    Prompts are continued one after the other, each with the same seed, so that its text does not
-    depend on the others. With --stream, --cache or --memory, memory of the device does not grow
-    with the text.
+    Each prompt is continued separately and with the same seed, so that its text does not depend on
+    the others. With --stream, --cache or --memory, device memory does not grow with the text.
     """
     shape, size = None if cache is None else parse_cache(cache), parse_memory(memory)
     check_memory(size, [] if shape is None else [shape])

@@ -46,8 +46,8 @@ def import_(
         str | None,
         typer.Option(
             metavar="ROW",
-            help="First embedding of the sink token. mean: of all tokens. endoftext: that of the end-of-text token. "
-            "random: as in a new model.",
+            help="Initial embedding of the sink token. mean: the mean over all tokens. endoftext: that of the "
+            "end-of-text token. random: as in a new model.",
             show_default="mean",
         ),
     ] = None,

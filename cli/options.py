@@ -61,13 +61,11 @@ Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", help="Folder for the results.", show_default="results/MODEL"),
 ]
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print results, warnings and errors only: no progress and no notes.")
-]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only results, warnings and errors.")]
 WINDOW_OF_EXPORT = "; for an export of a model with windows, its window"  # ends the default of each cache
 DEFAULT_CACHE = (
-    "1024 tokens, or one less than the trained length if shorter, of which the sinks, or 4 tokens without sinks, are "
-    f"kept{WINDOW_OF_EXPORT}"
+    "the model's sinks, or the first 4 tokens without sinks, and the last tokens: 1024 in total, or one less than the "
+    f"trained length if that is shorter{WINDOW_OF_EXPORT}"
 )
 CACHE_METAVAR = "KEPT+WINDOW"
 CACHE_HELP = (
@@ -89,9 +87,9 @@ Memory = Annotated[
     str | None,
     typer.Option(
         metavar="NUMxSIZE[/EVERY]",
-        help="Let the model also see NUM blocks of SIZE tokens that have left the window, e.g. 8x64: those to which "
-        "the last tokens attend most. They are kept in host memory. SIZE is a multiple of 8. 8x64/1 chooses the blocks "
-        "for each token, which is slower and finds more, and 8x64 for every 8.",
+        help="Also attend to NUM blocks of SIZE tokens that have left the window, e.g. 8x64. The text is kept in host "
+        "memory. Every 8 tokens, the blocks are chosen to which the last tokens attend most. 8x64/1 chooses for each "
+        "token, which is slower and finds more. SIZE is a multiple of 8.",
         show_default="none",
     ),
 ]
@@ -104,7 +102,7 @@ Tokens = Annotated[
 DataDir = Annotated[
     Path | None,
     typer.Option(
-        help="Folder with the data sets: copies of the Hub's (ai2_arc/), its cache, or a file for each task "
+        help="Folder with the data sets: copies from the Hub (ai2_arc/), the Hub's cache, or a file for each task "
         "(arc_easy.jsonl).",
         show_default="the Hub",
     ),
@@ -128,7 +126,7 @@ RepetitionPenalty = Annotated[
     typer.Option(
         min=1 / LARGEST_PENALTY,
         max=LARGEST_PENALTY,
-        help="A value above 1 makes tokens that are in the text already less likely.",
+        help="A value above 1 makes tokens that are already in the text less likely.",
     ),
 ]
 MAX_NEW_TOKENS_HELP = "Maximum number of tokens to generate for each prompt or message."

@@ -41,7 +41,7 @@ def prepare(
         str | None,
         typer.Option(
             help="Token that ends each document.",
-            show_default="the first that the tokenizer has of <|endoftext|>, <|end_of_text|>, </s>, <eos>",
+            show_default="the first of <|endoftext|>, <|end_of_text|>, </s>, <eos> that the tokenizer has",
         ),
     ] = None,
     validation_fraction: Annotated[
@@ -53,7 +53,7 @@ def prepare(
         ),
     ] = 0.01,
     split_sets: Annotated[
-        bool, typer.Option("--split-sets", help="Give each set files of its own, for training with data.weights.")
+        bool, typer.Option("--split-sets", help="Write each set to its own files, for training with data.weights.")
     ] = False,
     processes: Annotated[
         int | None, typer.Option(min=1, max=1024, help="Number of tokenizing processes.", show_default="number of CPUs")

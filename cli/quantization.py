@@ -45,7 +45,7 @@ def quantization(
     ],
     data: Annotated[
         Path,
-        typer.Option(help="UTF-8 text file, or token store, of which the held-out split is read.", show_default=False),
+        typer.Option(help="UTF-8 text file, or token store whose held-out split is read.", show_default=False),
     ],
     formats: Annotated[
         str,
@@ -60,7 +60,7 @@ def quantization(
         typer.Option(
             min=SHORTEST_SAMPLE,
             help="Tokens of text in a sample, the same for all models.",
-            show_default="what fits the shortest trained length, at most 2048",
+            show_default="the most that fits all trained lengths, at most 2048",
         ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the tables and the picture.")] = Path(

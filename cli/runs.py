@@ -29,7 +29,7 @@ def runs(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list instead of a table.")] = False,
 ) -> None:
-    """List training runs: state, step, losses, and the command that resumes a stopped one."""
+    """List training runs: state, step, losses, and the command that resumes a stopped run."""
     from ..checkpoints.runs import find_runs, summarize
 
     paths = [path for folder in folders or [Path("runs")] for path in find_runs(folder)]

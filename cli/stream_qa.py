@@ -68,7 +68,7 @@ def stream_qa(
     dtype: Dtype = DtypeName.AUTO,
     quiet: Quiet = False,
 ) -> None:
-    """Measure question answering in one endless stream of questions, and with each one alone."""
+    """Measure question answering in one endless stream, and with each question alone."""
     shapes = None if caches is None else parse_caches(caches)
     names = parse_names(tasks, "--tasks", ("arc_easy", "arc_challenge"))
     ways = parse_names(methods, "--methods", METHODS)

@@ -72,7 +72,7 @@ def train(
         bool,
         typer.Option(
             "--trust-checkpoint",
-            help="Resume even from a checkpoint that has pickled code, or no checksums (of older versions).",
+            help="Resume even if the checkpoint has pickled code, or no checksums, as those of older versions.",
         ),
     ] = False,
 ) -> None:
