@@ -116,7 +116,7 @@ class DataSection(Section):
     path: PathName | None = Field(default=None, description="the token store, a folder made by `sinklm prepare`")
     weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = Field(
         default=None,
-        description="share of each set in the samples, in any unit; every set must be named, 0 leaves it out; null: "
+        description="share of each set in the samples, in any unit; every set must be named, 0 excludes it; null: "
         "all documents once in an epoch",
     )
 
@@ -155,7 +155,7 @@ class TrainSection(Section):
     precision: Literal["bf16", "fp16", "fp32", "fp8"] = Field(
         default="bf16",
         description="data type of the forward and backward pass; fp32 is the fastest on most CPUs; fp8: bf16 with the "
-        "layers' matrix products in float8, for widths of at least 2048 on H100, H200 and newer",
+        "layers' matrix products in float8, for widths of at least 768 on H100, H200 and newer",
     )
     activation_checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass: less memory, about a third more time"
@@ -173,15 +173,15 @@ class TrainSection(Section):
         default=10.0,
         gt=0,
         allow_inf_nan=False,
-        description="time without progress of any rank after which the run ends; first steps and saves get more; "
+        description="the run ends after this time without progress; the first step and saves get more time; "
         "null: never",
     )
     max_minutes: float | None = Field(
         default=None,
         gt=0,
         allow_inf_nan=False,
-        description="time from the start of the process to its end; the run saves in time and ends with status 75 "
-        "if it is not done; null: no limit",
+        description="time limit, counted from the start of the process; before the limit, an unfinished run saves and "
+        "ends with status 75; null: no limit",
     )
     on_spike: Literal["warn", "skip", "stop"] = Field(
         default="warn",
