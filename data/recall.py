@@ -275,7 +275,7 @@ def check_distances(shortest: int, longest: int) -> None:
 
 
 def _log_uniform(rng: random.Random, low: int, high: int) -> int:
-    """Draw an integer from ``low`` to ``high``; small ones are as likely as large ones."""
+    """Draw an integer from ``low`` to ``high``: each octave is as likely as any other."""
     return min(high, int(math.exp(rng.uniform(math.log(low + 1), math.log(high + 2)))) - 1)
 
 

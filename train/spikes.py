@@ -95,7 +95,7 @@ class Spike:
 
     def __str__(self) -> str:
         if math.isnan(self.mean):
-            return f"{self.value:.4g} is worse than a uniform guess"
+            return f"{self.value:.4g} is more than twice the loss of a uniform guess"
         return (
             f"{self.value:.4g} is a spike (last steps: mean {self.mean:.4g}, standard deviation {self.deviation:.2g})"
         )

@@ -174,7 +174,7 @@ def test_a_loss_that_is_not_finite_is_recorded_with_its_samples(recipe, tmp_path
 
 def test_a_run_that_diverges_at_once_is_noticed_before_there_is_a_window(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(spikes, "MIN_STEPS", MIN_STEPS)
-    with pytest.raises(ValueError, match="is worse than a uniform guess"):
+    with pytest.raises(ValueError, match="is more than twice the loss of a uniform guess"):
         train(recipe, [f"train.run_dir={tmp_path}", "optimizer.lr=10.0", "train.on_spike=stop"])
 
 
