@@ -310,7 +310,7 @@ class StreamingCache(Cache):
                 "create a new one with StreamingCache.for_model(model, …)"
             )
         self.step.check_attended()
-        self.step.waiting = layer_idx
+        self.step.is_waiting = True
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -122,11 +122,12 @@ class Pass:
 
     Attributes:
         position_ids, num_inputs, num_new: as in `Step`.
-        waiting: a layer whose keys the cache got, until its attention is computed.
+        is_waiting: whether the cache got keys of a layer whose attention is not computed yet. The
+            number of the layer would make torch compile the code of each layer anew.
     """
 
     def __init__(self, steps: list[Step], group_of_layer: Sequence[int]):
-        self.waiting: int | None = None
+        self.is_waiting = False
         self.steps, self.group_of_layer = steps, group_of_layer
         self.position_ids, self.num_inputs, self.num_new = steps[0].position_ids, steps[0].num_inputs, steps[0].num_new
 
@@ -136,15 +137,15 @@ class Pass:
 
     def attend(self, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
         """See `Step.attend`."""
-        self.waiting = None
+        self.is_waiting = False
         return self.of(layer_idx).attend(layer_idx, *args, **kwargs)
 
     def check_attended(self) -> None:
         """Raise a ValueError if a layer has not used the attention of the cache."""
-        if self.waiting is not None:
+        if self.is_waiting:
             raise ValueError(
-                f"layer {self.waiting} of the model does not use the attention of its StreamingCache, since its code "
-                "or its config was replaced: create the cache after the change, or use the attention of transformers"
+                "a layer of the model does not use the attention of its StreamingCache, since its code or its config "
+                "was replaced: create the cache after the change, or use the attention of transformers"
             )
 
 

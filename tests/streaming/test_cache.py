@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from sinklm.models.cache_argument import CACHE
@@ -563,6 +564,28 @@ def flattened(output):
     if isinstance(output, torch.Tensor):
         return [output]
     return [tensor for value in output for tensor in flattened(value)] if isinstance(output, tuple) else []
+
+
+def test_torch_compiles_the_code_of_layers_once(model):
+    """After eight times for one code, torch would run it without compiling it."""
+    cache, counter, states = for_model(model), CompileCounter(), torch.ones(1, 4, 1, 8)
+    cache.begin_pass(tiny.random_ids(1), None)
+
+    class Layer(torch.nn.Module):
+        def __init__(self, layer_idx):
+            super().__init__()
+            self.layer_idx = layer_idx
+
+        def forward(self, states):
+            return cache.update(states, states, self.layer_idx)[0] + 1
+
+    for index in range(3):
+        layer = Layer(index)
+        layer.compile(backend=counter)
+        layer(states)
+        assert cache.step.is_waiting
+        cache.step.is_waiting = False
+    assert counter.frame_count == 1
 
 
 def test_the_decoder_can_be_called_by_position(model):
