@@ -302,7 +302,7 @@ def check_call(inputs: Tensor | None, named: dict, cache: "StreamingCache") -> N
 
 
 def join_outputs(outputs: list, batch_size: int) -> Any:
-    """Join the outputs of chunks along time. Other fields, such as the cache, are the last ones."""
+    """Join the outputs of chunks along time, see `join_values`."""
     joined = outputs[-1]
     if len(outputs) == 1:
         return joined
@@ -314,11 +314,14 @@ def join_outputs(outputs: list, batch_size: int) -> Any:
 
 
 def join_values(values: Sequence, batch_size: int) -> Any:
-    """Join states ``(…, T, D)`` and logits of routers ``(B * T, experts)``, or tuples of them."""
+    """Join states ``(…, T, D)`` and logits of routers ``(B * T, experts)``, or tuples of them.
+
+    Other values are the last ones.
+    """
     last = values[-1]
     if isinstance(last, tuple):
         return tuple(join_values(parts, batch_size) for parts in zip(*values, strict=True))
-    if not isinstance(last, Tensor):
+    if not isinstance(last, Tensor) or last.ndim < 2:
         return last
     if last.ndim == 2:
         return torch.cat([value.unflatten(0, (batch_size, -1)) for value in values], dim=1).flatten(0, 1)

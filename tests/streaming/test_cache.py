@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.utils import ModelOutput
 
 from sinklm.models.cache_argument import CACHE
 from sinklm.streaming import Rotary, StreamingCache, default_cache, stream_logits
+from sinklm.streaming.steering import join_outputs
 from sinklm.streaming.testing import random_model
 
 from ..models.tiny import tiny_model
@@ -564,6 +566,16 @@ def flattened(output):
     if isinstance(output, torch.Tensor):
         return [output]
     return [tensor for value in output for tensor in flattened(value)] if isinstance(output, tuple) else []
+
+
+def test_values_without_a_dimension_of_tokens_are_those_of_the_last_chunk():
+    chunks = [
+        ModelOutput(last_hidden_state=torch.full((2, 3, 4), i), loss=torch.tensor(i), counts=torch.full((4,), i))
+        for i in (1, 2)
+    ]
+    joined = join_outputs(chunks, batch_size=2)
+    assert joined.last_hidden_state.shape == (2, 6, 4)
+    assert (joined.loss, joined.counts.tolist()) == (2, [2, 2, 2, 2])
 
 
 def test_torch_compiles_the_code_of_layers_once(model):
