@@ -40,6 +40,17 @@ def test_a_failing_compiler_is_one_line_with_the_way_to_the_whole_error(failing_
     assert found == "torch.compile failed (CppCompileError: C++ compile error): SINKLM_DEBUG=1 shows the whole error"
 
 
+def test_an_error_of_another_backend_is_named():
+    def backend(graph, inputs):
+        raise TypeError("a bug\nin two lines")
+
+    with pytest.raises(RuntimeError) as caught:
+        torch.compile(lambda x: x + 1, backend=backend)(torch.ones(8))
+    assert (
+        compile_failure(caught.value) == "torch.compile failed (TypeError: a bug): SINKLM_DEBUG=1 shows the whole error"
+    )
+
+
 @pytest.mark.parametrize("language", ["C", "C++"])
 def test_triton_without_a_compiler_is_told_also_within_other_errors(language):
     inner = RuntimeError(
@@ -60,6 +71,12 @@ def test_a_failing_compiler_of_triton_is_told(tmp_path):
 def test_other_errors_are_none():
     failed = subprocess.CalledProcessError(1, ["git", "describe"])
     assert [compile_failure(error) for error in (ValueError("compiler"), failed, KeyboardInterrupt())] == [None] * 3
+
+
+def test_an_error_may_be_its_own_cause():
+    error = RuntimeError("a bug")
+    error.__cause__ = error
+    assert compile_failure(error) is None
 
 
 def test_lack_of_memory_while_compiling_is_told_as_such():

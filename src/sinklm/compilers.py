@@ -1,7 +1,6 @@
 """Failures of the compilers that torch.compile and Triton run."""
 
 import subprocess
-from collections.abc import Iterator
 
 from .text import one_line
 
@@ -15,7 +14,7 @@ def compile_failure(error: BaseException) -> str | None:
     The error and those that caused it are searched, without importing torch. Lack of memory while
     compiling is another error.
     """
-    errors = list(_chain(error))
+    errors = _chain(error)
     texts = [str(each) for each in errors]
     if any("out of memory" in text for text in texts):
         return None
@@ -27,13 +26,16 @@ def compile_failure(error: BaseException) -> str | None:
             "(python3-dev)"
         )
     if any(cls.__name__ == "BackendCompilerFailed" for cls in type(error).__mro__):
-        first_line = texts[0].strip().partition("\n")[0]
+        inner = getattr(error, "inner_exception", error)
+        first_line = f"{type(inner).__name__}: {inner}".partition("\n")[0]
         return f"torch.compile failed ({one_line(first_line)}): SINKLM_DEBUG=1 shows the whole error"
     return None
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error, the one that caused it, and so on."""
-    while error is not None:
-        yield error
+def _chain(error: BaseException | None) -> list[BaseException]:
+    """Return an error, the one that caused it, and so on."""
+    errors: list[BaseException] = []
+    while error is not None and error not in errors:  # ``raise error from error`` makes a circle
+        errors.append(error)
         error = error.__cause__ or error.__context__
+    return errors
