@@ -54,6 +54,9 @@ def checked_prefill(original: Callable) -> Callable:
             return original(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
         finally:
             is_checked.reset(token)
+            for name in NAMES:
+                if is_streaming(model_kwargs.get(name)):
+                    model_kwargs[name].next_ids = None  # of a pass that failed before it reached the decoder
 
     return prefill
 

@@ -1,5 +1,7 @@
 """Text in a model of text and images, which computes its own masks."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3Config
@@ -90,6 +92,29 @@ def test_another_text_is_an_error_although_the_decoder_gets_embeddings(models, t
         with pytest.raises(ValueError, match=r"does not begin with the 12 tokens .*rows \[0, 1\]"):
             model.generate(input_ids=text.flip(0), attention_mask=mask.flip(0), **{CACHE: used}, **options)
         model.generate(input_ids=text, attention_mask=mask, **{CACHE: used}, **options)
+
+
+def test_ids_that_generate_names_are_those_of_its_own_pass_only(models):
+    """Other passes over embeddings read a text that is not known."""
+    model, cache = models[0], StreamingCache.for_model(models[0], num_kept=1, window=5)
+    ids = tiny.random_ids(9) % 98
+
+    def generate():
+        model.generate(input_ids=ids, **{CACHE: cache}, max_new_tokens=3, do_sample=False, eos_token_id=None)
+
+    def read(text):
+        with torch.no_grad():
+            model(text, use_cache=True, **{CACHE: cache})
+        return cache.streams.record.is_known
+
+    interrupted = patch.object(model.get_input_embeddings(), "forward", side_effect=KeyboardInterrupt)
+    with interrupted, pytest.raises(KeyboardInterrupt):
+        generate()
+    assert not read(ids.flip(1))
+    cache.reset()
+    generate()
+    assert cache.streams.record.is_known
+    assert not read(ids[:, :1])
 
 
 def test_masks_of_other_texts_are_an_error():
