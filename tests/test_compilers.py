@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +14,9 @@ from sinklm.compilers import compile_failure
 INSTALL = "torch.compile and Triton found no C or C++ compiler: install gcc and g++, or set CC and CXX"
 
 
-@pytest.fixture
-def failing_compiler(tmp_path):
-    """A C++ compiler that can say its version but not compile."""
-    path = tmp_path / "g++"
-    path.write_text('#!/bin/sh\n[ "$1" = --version ] && exec g++ --version\necho "a bug" >&2\nexit 1\n')
+def failing_compiler(path: Path, output: str) -> str:
+    """Write a C++ compiler that fails where it makes a library, as Triton's C compiler may do."""
+    path.write_text(f'#!/bin/sh\ncase " $* " in *" -shared "*) echo "{output}" >&2; exit 1;; esac\nexec g++ "$@"\n')
     path.chmod(0o755)
     return str(path)
 
@@ -35,9 +34,16 @@ def test_a_missing_compiler_is_named():
     assert compile_failure(error_of("/nonexistent/g++")) == INSTALL
 
 
-def test_a_failing_compiler_is_one_line_with_the_way_to_the_whole_error(failing_compiler):
-    found = compile_failure(error_of(failing_compiler))
-    assert found == "torch.compile failed (CppCompileError: C++ compile error): SINKLM_DEBUG=1 shows the whole error"
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("a bug", "CppCompileError: C++ compile error"),
+        ("main.cpp:1:10: fatal error: omp.h: No such file", "main.cpp:1:10: fatal error: omp.h: No such file"),
+    ],
+)
+def test_a_failing_compiler_is_one_line_with_the_way_to_the_whole_error(tmp_path, output, reason):
+    found = compile_failure(error_of(failing_compiler(tmp_path / "g++", output)))
+    assert found == f"torch.compile failed ({reason}): SINKLM_DEBUG=1 shows the whole error"
 
 
 def test_an_error_of_another_backend_is_named():

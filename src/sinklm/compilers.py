@@ -20,15 +20,18 @@ def compile_failure(error: BaseException) -> str | None:
         return None
     if any(sign in text for sign in NOT_FOUND for text in texts):
         return "torch.compile and Triton found no C or C++ compiler: install gcc and g++, or set CC and CXX"
-    if any(isinstance(each, subprocess.CalledProcessError) and "-shared" in each.cmd for each in errors):
+    is_of_inductor = any(type(each).__name__ == "CppCompileError" for each in errors)
+    is_shared = any(isinstance(each, subprocess.CalledProcessError) and "-shared" in each.cmd for each in errors)
+    if is_shared and not is_of_inductor:
         return (
             "Triton's C compiler failed for the reason above: if Python.h is missing, install Python's headers "
             "(python3-dev)"
         )
     if any(cls.__name__ == "BackendCompilerFailed" for cls in type(error).__mro__):
         inner = getattr(error, "inner_exception", error)
-        first_line = f"{type(inner).__name__}: {inner}".partition("\n")[0]
-        return f"torch.compile failed ({one_line(first_line)}): SINKLM_DEBUG=1 shows the whole error"
+        lines = f"{type(inner).__name__}: {inner}".splitlines()
+        reason = next((line for line in lines if "error: " in line), lines[0])  # of a compiler, after its command
+        return f"torch.compile failed ({one_line(reason)}): SINKLM_DEBUG=1 shows the whole error"
     return None
 
 
