@@ -1,6 +1,8 @@
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import GPTNeoXConfig, LlamaConfig
 
 from sinklm.models import SinkGPTNeoXConfig
@@ -123,3 +125,18 @@ def test_operations_of_windowed_layers():
     assert operations(100, layer_windows=[31, None], num_kept=4) == 12 * 64 * (36 + 100)
     drawn = operations(1000, layer_windows=[32, 32], window_range=[8, 32])
     assert drawn / (12 * 64 * 2) == pytest.approx((32 - 8) / math.log(4) + 1, rel=0.05)  # mean of log-uniform draws
+
+
+@given(length=st.integers(1, 60), num_kept=st.integers(0, 5), low=st.integers(1, 40), more=st.integers(0, 40))
+def test_operations_of_drawn_windows_are_the_mean_over_all_draws(length, num_kept, low, more):
+    """Also where some or all of the windows reach the length, or more than that."""
+    high = low + more
+    drawn = {"layer_windows": [high, None], "window_range": [low, high]}
+    config = SinkGPTNeoXConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=4, num_kept=num_kept, **drawn)
+    chances = [math.log((window + 1) / window) for window in range(low, high + 1)]
+    keys = [min(length, num_kept + window + 1) for window in range(low, high + 1)]
+    mean = sum(chance * number for chance, number in zip(chances, keys, strict=True)) / sum(chances)
+    without_keys = flops_per_token(config, 0)
+    assert flops_per_token(config, length) - without_keys == pytest.approx(12 * 64 * (mean + length))
+    of_one = min(length, num_kept + low + 1)
+    assert flops_per_token(config, length, window=low) - without_keys == pytest.approx(12 * 64 * (of_one + length))

@@ -4,11 +4,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, Gemma3Config
 
 from sinklm.models.cache_argument import CACHE
 from sinklm.streaming import StreamingCache, steering
-from sinklm.streaming.masks import text_mask
+from sinklm.streaming.masks import check_padding, text_mask, which_are_tokens
 from sinklm.streaming.testing import random_model, reference_logits
 
 from . import small_families, tiny
@@ -119,14 +121,18 @@ def test_ids_that_generate_names_are_those_of_its_own_pass_only(models):
 
 def test_masks_of_other_texts_are_an_error():
     causal = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
-    image, padded = causal.clone(), causal.clone()
+    image, padded, hole = causal.clone(), causal.clone(), causal.clone()
     image[..., 1, 2] = True
     padded[..., 3] = False
+    hole[..., 2, 1] = False
     assert text_mask({"full_attention": causal}, 4).all()
     assert text_mask({"full_attention": padded}, 4).tolist() == [[1, 1, 1, 0]]  # on the right: an error of the cache
-    with pytest.raises(ValueError, match="does not support images"):
-        text_mask({"full_attention": image}, 4)
+    for other in (image, hole):
+        with pytest.raises(ValueError, match="does not support images"):
+            text_mask({"full_attention": other}, 4)
     assert text_mask({"full_attention": None}, 4) is None
+    of_flash_attention = torch.tensor([[0, 1, 1, 1]])
+    assert text_mask({"full_attention": of_flash_attention, "sliding_attention": None}, 4) is of_flash_attention
 
 
 def test_images_that_only_windowed_layers_see_are_an_error():
@@ -141,3 +147,34 @@ def test_images_that_only_windowed_layers_see_are_an_error():
     for full in (None, causal, padded):
         with pytest.raises(ValueError, match="does not support images"):
             text_mask({"full_attention": full, "sliding_attention": image}, 4)
+
+
+@given(st.lists(st.lists(st.integers(0, 1), min_size=4, max_size=4), min_size=1, max_size=3), st.integers(1, 4))
+def test_rows_are_padded_on_the_left(rows, num_inputs):
+    is_token = which_are_tokens(torch.tensor(rows), len(rows), num_inputs)
+    inputs = [row[4 - num_inputs :] for row in rows]
+    if all(map(all, inputs)):
+        assert is_token is None
+        return
+    assert is_token is not None
+    assert is_token.tolist() == [[value == 1 for value in row] for row in inputs]
+    padded = [i for i, row in enumerate(inputs) if "1" in (text := "".join(map(str, row))) and text.endswith("0")]
+    if not padded:
+        check_padding(is_token)
+        return
+    with pytest.raises(ValueError, match=f"row {padded[0]} of the batch has padding on the right"):
+        check_padding(is_token)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ([1, 1], r"attention_mask has shape \(2,\)"),
+        ([[1, 1], [1, 1], [1, 1]], r"attention_mask has shape \(3, 2\)"),
+        ([[1], [1]], r"at least the 2 new tokens of 2 rows"),
+        ([[0, 1], [2, 1]], "values other than 0"),
+    ],
+)
+def test_what_is_no_mask_of_a_text_is_an_error(mask, message):
+    with pytest.raises(ValueError, match=message):
+        which_are_tokens(torch.tensor(mask), 2, 2)
