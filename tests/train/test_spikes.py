@@ -62,11 +62,15 @@ def test_the_rule_is_the_slow_one_and_survives_saving(seed, num_steps, saved_aft
     chance = np.random.default_rng(seed)
     values = chance.normal([3.0, 0.5], [0.1, 0.05], (num_steps, 2)).astype(np.float32)
     values[chance.random((num_steps, 2)) < 0.02] *= 3
+    values[chance.random((num_steps, 2)) < 0.02] *= 4.5  # above the limit of the first steps
     guard = SpikeGuard(torch.device("cpu"), 300, holds_back=True)
     found = []
     for step, (loss, norm) in enumerate(values.tolist()):
         if step == saved_after:
-            state, guard = guard.state_dict(), SpikeGuard(torch.device("cpu"), 300, holds_back=True)
+            state = guard.state_dict()
+            guard.begin(torch.tensor(1e6))
+            guard.judge(1e6)  # after the state was taken, and no part of it
+            guard = SpikeGuard(torch.device("cpu"), 300, holds_back=True)
             guard.load_state_dict(state)
         guard.begin(torch.tensor(loss))
         is_held = guard.judge(torch.tensor(norm))
