@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
@@ -8,7 +9,7 @@ from typer.testing import CliRunner
 
 from sinklm.cli.main import app
 from sinklm.data import TokenStore, find_inputs, prepare_store
-from sinklm.data.merge import merge_stores
+from sinklm.data.merge import _renumbered, merge_stores
 from sinklm.files import locked
 
 from .corpora import content, records, write_json_lines
@@ -37,8 +38,8 @@ def test_merged_stores_are_the_store_of_one_preparation(
     parts = [prepare([path], tmp_path / path.name[0], tokenizer_file, split_sets=split_sets) for path in inputs]
     before = [content(part) for part in parts]
     numbers = {path.stat().st_ino for part in parts for path in part.rglob("*.bin")}
-    merge_stores(parts[:2], tmp_path / "two")
-    manifest = merge_stores([tmp_path / "two", parts[2]], tmp_path / "merged")
+    merge_stores(parts[:2], tmp_path / "new" / "two")
+    manifest = merge_stores([tmp_path / "new" / "two", parts[2]], tmp_path / "merged")
     assert content(tmp_path / "merged") == content(whole)
     assert manifest == TokenStore(whole).manifest
     assert manifest.fingerprint == TokenStore(whole).fingerprint
@@ -48,7 +49,7 @@ def test_merged_stores_are_the_store_of_one_preparation(
     monkeypatch.setattr("sinklm.data.store.sha256_of_all", lambda paths: [pytest.fail(str(path)) for path in paths])
     TokenStore(tmp_path / "merged")
     monkeypatch.undo()
-    for part in (*parts, tmp_path / "two"):
+    for part in (*parts, tmp_path / "new" / "two"):
         shutil.rmtree(part)
     assert content(tmp_path / "merged") == content(whole)
     TokenStore(tmp_path / "merged", verify="sha256")
@@ -81,6 +82,44 @@ def test_after_an_interruption_the_same_call_completes_it(
     assert content(tmp_path / "merged") == whole
     with pytest.raises(ValueError, match="merged: exists already"):
         merge_stores(parts[1:], tmp_path / "merged")
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_a_first_store_with_one_split_changes_nothing(
+    inputs: list[Path], tmp_path: Path, tokenizer_file: Path, first: int
+) -> None:
+    fraction = {"validation_fraction": 0.9}  # the one document of the second file is in the validation split
+    ordered = [inputs[first], *inputs[:first], *inputs[first + 1 :]]
+    whole = content(prepare(ordered, tmp_path / "whole", tokenizer_file, **fraction))
+    parts = [prepare([path], tmp_path / path.name[0], tokenizer_file, **fraction) for path in ordered]
+    assert list(TokenStore(tmp_path / "1").manifest.splits) == ["validation"]
+    merge_stores(parts, tmp_path / "merged")
+    assert content(tmp_path / "merged") == whole
+
+
+def test_of_a_store_of_an_older_version_the_counts_by_shard_are_not_known(
+    inputs: list[Path], tmp_path: Path, tokenizer_file: Path
+) -> None:
+    parts = [prepare([path], tmp_path / path.name[0], tokenizer_file) for path in inputs]
+    manifest = json.loads((parts[1] / "manifest.json").read_bytes())
+    for split in manifest["splits"].values():
+        del split["shard_sets"]
+    (parts[1] / "manifest.json").write_text(json.dumps(manifest))
+    merged = merge_stores(parts, tmp_path / "merged")
+    whole = TokenStore(prepare(inputs, tmp_path / "whole", tokenizer_file))
+    assert not any(split.shard_sets for split in merged.splits.values())
+    assert merged.fingerprint == whole.fingerprint
+    for name, split in whole.manifest.splits.items():
+        assert (merged.splits[name].total, merged.splits[name].sets) == (split.total, split.sets)
+        tokens, expected = TokenStore(tmp_path / "merged").split(name), whole.split(name)
+        assert (tokens.read(0, len(tokens)) == expected.read(0, len(expected))).all()
+
+
+def test_shards_are_numbered_up_to_five_digits() -> None:
+    assert _renumbered("train/00003.A.bin", 99_996) == "train/99999.A.bin"
+    for name, offset in (("train/00003.A.bin", 99_997), ("train/other.bin", 1)):
+        with pytest.raises(ValueError, match=r"not the name of a shard, or more than 100,000 shards in all"):
+            _renumbered(name, offset)
 
 
 @pytest.mark.parametrize("linked", ["store", "shards"])
@@ -135,13 +174,19 @@ def test_stores_that_do_not_belong_together_are_refused(
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
     assert not output.exists()
 
-    def no_link(source: object, target: object) -> None:
-        raise OSError(errno.EXDEV, "Invalid cross-device link")
+    for number, message in (
+        (errno.EXDEV, r"cannot be made a hard link to .*; copy the store to the file system"),
+        (errno.ENOSPC, r"^\[Errno 28\] No space left on device$"),
+    ):
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "link", no_link)
-        with pytest.raises(OSError, match=r"cannot be made a hard link to .*; copy the store to the file system"):
-            merge_stores([a, b], output)
+        def no_link(source: object, target: object, number: int = number) -> None:
+            raise OSError(number, os.strerror(number))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "link", no_link)
+            with pytest.raises(OSError, match=message):
+                merge_stores([a, b], output)
+        assert not (output / "manifest.json").exists()
     (b / "train/00000.bin").write_bytes((b / "train/00000.bin").read_bytes()[::-1])
     with pytest.raises(ValueError, match=r"b/train/00000\.bin: checksum differs"):
         merge_stores([a, b], output)
