@@ -156,12 +156,19 @@ def test_windows_of_sets_follow_each_other(corpus: tuple, tokenizer_file: Path) 
         windows[number]
 
 
-def test_sets_that_cannot_be_weighted_are_refused(corpus: tuple, tokenizer_file: Path) -> None:
+def test_sets_that_cannot_be_weighted_are_refused(corpus: tuple, tmp_path: Path, tokenizer_file: Path) -> None:
     folder, _ = corpus
     mixed = TokenStore(prepare(folder, "mixed", tokenizer_file))
+    store = TokenStore(prepare(folder, "split", tokenizer_file, split_sets=True))
     with pytest.raises(ValueError, match=r"'A' are in the same files as those of other sets; .*--split-sets"):
         mixed.documents_of_set("train", "A")
-    store = TokenStore(prepare(folder, "split", tokenizer_file, split_sets=True))
+    rows = [[{"text": "a sink", "meta": {"pile_set_name": name}} for name in names] for names in ("AAA", "AB")]
+    for i, part in enumerate(rows):
+        write_json_lines(tmp_path / f"{i}.jsonl", part)
+    partly = TokenStore(prepare(tmp_path, "partly", tokenizer_file, validation_fraction=0.0))
+    for name in "AB":
+        with pytest.raises(ValueError, match=rf"'{name}' are in the same files as those of other sets"):
+            partly.documents_of_set("train", name)
     with pytest.raises(ValueError, match=r"has no set 'D' in the train split, only A, B \(en\), c/d"):
         store.documents_of_set("train", "D")
     with pytest.raises(ValueError, match=r"set 'A' in the train split has \d+ tokens, fewer than one sample of 9999"):

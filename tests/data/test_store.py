@@ -174,6 +174,8 @@ def change_manifest(store: Path, change: Callable[[dict], None]) -> None:
         (lambda m: m["splits"]["train"]["sets"]["A"].update(bytes=1), "do not add up"),
         (lambda m: m["splits"]["train"]["shard_sets"]["train/00001"].pop("A"), "do not add up"),
         (lambda m: m["files"]["train/00000.bin"].update(bytes=12), "do(es)? not match|is not that of"),
+        (lambda m: m["splits"]["train"]["shard_sets"].update({"train/00009": {}}), "name different shards"),
+        (lambda m: m.update(order="random"), "Extra inputs are not permitted"),  # of a newer version
         (lambda m: m["tokenizer"].update(size=70000), "uint16 cannot hold 70000 ids"),
         (lambda m: m["tokenizer"].update(eod_id=320), "eod_id 320 is not an id of a tokenizer of 320 ids"),
         (lambda m: m["tokenizer"].update(sha256="0" * 64), r"tokenizer\.json is missing or not the tokenizer"),
