@@ -94,7 +94,12 @@ def test_the_fingerprint_sees_order_and_documents(order: Path) -> None:
     [
         ("shuffle_idx", lambda a: a + 1, "shuffle_idx contains 12, which sample_idx does not have"),
         ("sample_idx", lambda a: a + np.array([90, 0]), "sample_idx contains places that doc_idx does not have"),
+        ("sample_idx", lambda a: a - np.array([1, 0]), "sample_idx contains places that doc_idx does not have"),
+        ("sample_idx", lambda a: np.concatenate([a[:-1], [[10, 3]]]), "places that doc_idx does not have"),
         ("doc_idx", lambda a: a + 10, "doc_idx contains documents that the .idx file does not have"),
+        ("doc_idx", lambda a: np.where(a == 3, 10, a), "doc_idx contains documents that the .idx file does not have"),
+        ("doc_idx", lambda a: np.where(a == 3, -1, a), "doc_idx contains documents that the .idx file does not have"),
+        ("doc_idx", lambda a: a[:, None], "are not those of an order"),
         ("sample_idx", lambda a: np.concatenate([a[:3], a[4:]]), r"row \d+ has 33 tokens instead of 17|shuffle_idx"),
         ("sample_idx", lambda a: a[:, 0], "are not those of an order"),
         ("shuffle_idx", lambda a: a[:0], "are not those of an order"),
@@ -105,6 +110,23 @@ def test_arrays_of_other_documents_are_refused(order: Path, name: str, change, m
     np.save(array_of(order, name), change(np.load(array_of(order, name))))
     with pytest.raises(ValueError, match=message):
         open_store(order)
+
+
+def test_an_order_has_no_more_rows_than_samples(order: Path) -> None:
+    """Nor others than those, and no documents but its own."""
+    rows = open_store(order).split("train")
+    expected = rows.read(0, len(rows))
+    shuffle_idx = np.load(array_of(order, "shuffle_idx"))
+    np.save(array_of(order, "shuffle_idx"), np.concatenate([shuffle_idx, shuffle_idx]))
+    store = open_store(order)
+    longer = store.split("train")
+    assert np.array_equal(longer.read(0, len(longer)), expected)
+    for start, stop in ((-1, 3), (5, 4), (len(rows) - 1, len(rows) + 1)):
+        with pytest.raises(IndexError, match=f"tokens {start} to {stop} are out of range; the rows have {len(rows)}"):
+            longer.read(start, stop)
+    for number in (-1, 10):
+        with pytest.raises(ValueError, match="has 10 documents, numbered from 0"):
+            store.document("train", number)
 
 
 def test_missing_and_damaged_files_are_refused(order: Path) -> None:

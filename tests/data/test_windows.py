@@ -1,4 +1,5 @@
 import copy
+import os
 import pickle
 from pathlib import Path
 
@@ -105,3 +106,16 @@ def test_a_copy_of_a_file_has_a_descriptor_of_its_own(tmp_path: Path) -> None:
         assert copied.read(2, 5).tolist() == [2, 3, 4]
     del copied
     assert file.read(2, 5).tolist() == [2, 3, 4]
+
+
+@pytest.mark.parametrize("most", [1, 3, 7])
+def test_a_read_may_return_fewer_bytes_than_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """Linux returns at most 2 GiB at once, and network file systems less."""
+    np.arange(40, dtype=np.uint16).tofile(tmp_path / "x.bin")
+    file, pread = TokenFile(tmp_path / "x.bin", np.dtype(np.uint16), offset=4), os.pread
+    monkeypatch.setattr(os, "pread", lambda descriptor, size, begin: pread(descriptor, min(size, most), begin))
+    assert file.read(5, 30).tolist() == list(range(7, 32))
+    with pytest.raises(OSError, match="ends at byte 80,"):
+        file.read(5, 39)
