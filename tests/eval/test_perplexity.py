@@ -21,6 +21,7 @@ from sinklm.eval.perplexity import (
     MIN_BIN_TOKENS,
     Configuration,
     Result,
+    TokenizedText,
     as_json,
     binned_losses,
     configurations,
@@ -158,7 +159,7 @@ def test_dense_attention_ends_after_eight_trained_lengths(tmp_path, book, capsys
     assert "stopped after 256 tokens, 8 × the trained length" in " ".join(capsys.readouterr().out.split())
 
 
-@given(st.integers(1, 3_000_000))
+@given(st.one_of(st.integers(1, 3 * MIN_BIN_TOKENS), st.integers(1, 3_000_000)))
 def test_bins_cover_the_text_and_grow_with_the_position(num_tokens):
     edges = position_bins(num_tokens)
     widths = [b - a for a, b in pairwise(edges)]
@@ -168,7 +169,7 @@ def test_bins_cover_the_text_and_grow_with_the_position(num_tokens):
     assert all(b >= a for a, b in pairwise(widths[:-1]))
 
 
-@given(st.integers(1, 2000), st.floats(0, 1))
+@given(st.one_of(st.integers(1, 2 * MIN_BIN_TOKENS), st.integers(1, 2000)), st.floats(0, 1))
 def test_binned_losses_are_the_loss_spread_over_positions(num_tokens, share_unscored):
     losses = torch.rand(num_tokens, dtype=torch.float64)
     losses[: int(share_unscored * num_tokens)] = float("nan")
@@ -185,6 +186,20 @@ def test_perplexity_is_over_the_scored_text_tokens():
     result = Result(Configuration("dense"), losses, seconds=1.0)
     assert result.num_scored == 2
     assert result.perplexity == pytest.approx(math.exp(2.0))
+
+
+def test_the_first_token_can_be_left_out():
+    losses = torch.tensor([6.0, 1.0, 3.0], dtype=torch.float64)
+    tokenized = TokenizedText(torch.tensor([9, 5, 6, 7]), 1, "", (), torch.tensor([10, 2, 3]))
+    whole = Result(Configuration("streaming", 1, 2), losses, seconds=1.0)
+    rest = whole.after_first()
+    assert (whole.num_scored, rest.num_scored) == (3, 2)
+    assert (whole.num_bytes_scored(tokenized), rest.num_bytes_scored(tokenized)) == (15, 5)
+    (row,) = as_json([whole], tokenized)["results"]
+    assert row["loss"] == pytest.approx(10 / 3)
+    assert row["bits_per_byte"] == pytest.approx(10 / math.log(2) / 15)
+    after_first = {"num_scored": 2, "num_bytes_scored": 5, "loss": 2.0, "perplexity": math.exp(2.0)}
+    assert row["after_first"] == pytest.approx(after_first | {"bits_per_byte": 4 / math.log(2) / 5})
 
 
 @pytest.mark.parametrize("num_sinks", [1, 2])
@@ -309,6 +324,7 @@ def test_our_models_are_causal(num_sinks, dtype):
 
 
 @given(st.text(max_size=60).filter(lambda text: "\r" not in text))
+@example("\x7f\x80\u07ff\u0800\uffff\U00010000")  # the last and first characters of each length
 @example(" ")  # the offsets of its token are (0, 0)
 def test_the_lengths_of_tokens_add_up_to_the_bytes_of_the_text(text):
     """Whatever characters it has: those of several bytes are split into several tokens."""
