@@ -1,10 +1,13 @@
 """Per-token losses against slow reference computations."""
 
+from types import SimpleNamespace
+
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
 from torch import nn
+from transformers import GPT2Config, GPTNeoXConfig
 
 from sinklm.eval import losses
 from sinklm.models.arms import ARMS
@@ -144,3 +147,14 @@ def test_progress_counts_every_token_once(num_tokens):
         done: list[int] = []
         measure(done.append)
         assert sum(done) == num_tokens - 1
+
+
+@pytest.mark.parametrize("num_inputs", [3, 47, 48, 500])
+def test_dense_attention_reads_so_many_trained_lengths_or_all_embedded_positions(num_inputs):
+    def limit(config, num_prefix=0):
+        return losses.num_dense_inputs(SimpleNamespace(config=config), num_inputs, 3, num_prefix)
+
+    trained = GPTNeoXConfig(max_position_embeddings=16)
+    assert (limit(trained), limit(trained, 2)) == (min(num_inputs, 47), min(num_inputs, 49))
+    assert limit(GPT2Config(n_positions=16)) == min(num_inputs, 16)
+    assert limit(SimpleNamespace(model_type="other")) == num_inputs
