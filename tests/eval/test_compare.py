@@ -14,11 +14,11 @@ import pytest
 from sinklm.cli.compare import compare as command
 from sinklm.cli.evaluate import streaming, zero_shot
 from sinklm.console import Console
-from sinklm.eval.compare import compare
+from sinklm.eval.compare import Difference, compare, difference
 from sinklm.eval.compare_output import comparison_figure, csv_text, markdown, results_table
-from sinklm.eval.saved_reports import read_run
+from sinklm.eval.saved_reports import Value, read_run
 
-from .reports import write_perplexity, write_stream_eval, write_streamed, write_zero_shot
+from .reports import streamed, write_perplexity, write_stream_eval, write_streamed, write_zero_shot
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
@@ -82,6 +82,27 @@ def test_a_group_with_other_questions_in_one_of_its_tasks_has_no_difference(tmp_
     assert comparison.notes == [
         "zero-shot: a and b differ in questions: no difference in piqa acc, piqa perplexity, all acc"
     ]
+
+
+def test_other_examples_are_not_paired():
+    """Not even if one report has all examples of the other."""
+    few = Value(0.5, 0.1, examples={"0 h": 1.0, "1 h": 0.0})
+    for examples in ({"0 h": 1.0, "1 h": 0.0, "2 h": 1.0}, {"0 h": 1.0, "1 other": 1.0}, {"0 h": 1.0}):
+        found, unlike = difference(few, Value(0.75, 0.2, examples=examples))
+        assert (found, unlike) == (Difference(0.25, math.hypot(0.1, 0.2), False), "")
+
+
+def test_a_group_of_an_older_report_has_all_its_tasks(tmp_path):
+    """It does not say which tasks a group has."""
+    old = {"tasks": {"piqa": {"acc": 0.5}, "arc_easy": {"acc": 0.4}}, "groups": {"all": {"acc": 0.45}}}
+    names = [
+        str(write_zero_shot(tmp_path / name, None, acc=0.5, group_tasks={}, num_fewshot={"arc_easy": shots}, **old))
+        for name, shots in (("a", 0), ("b", 5))
+    ]
+    comparison = compare(names)
+    assert row_of(comparison, "zero-shot", "piqa", "acc").differences[1] is not None
+    assert row_of(comparison, "zero-shot", "all", "acc").differences == [None, None]
+    assert comparison.notes == ["zero-shot: a and b differ in num_fewshot: no difference in arc_easy acc, all acc"]
 
 
 @pytest.mark.parametrize(
@@ -153,6 +174,7 @@ def test_other_lengths_and_data_types_of_models_are_noted(tmp_path, change, note
             False,
         ),
         ({"length": None, "model": {"max_position_embeddings": 512}}, "(256 and 512): no difference", False),  # older
+        ({"length": None, "max_length": 512}, "(256 and 512): no difference", False),  # older
         ({"length": None, "model": {}}, "", True),
         (
             {"model": {"dtype": "bfloat16"}},
@@ -329,6 +351,21 @@ def test_perplexities_of_the_same_tokens_are_compared(tmp_path, change, unlike, 
     assert named == ", ".join(f"dense {metric}" for metric in without)
 
 
+@pytest.mark.parametrize("method", ["recompute", "streaming"])
+def test_recomputed_perplexities_are_of_the_same_tokens(tmp_path, method):
+    """The other methods score all tokens, whatever the report has as recompute_every."""
+    names = []
+    for every in (2, 4):
+        report = json.loads(streamed(method=method)) | {"recompute_every": every}
+        (tmp_path / f"{every}.json").write_text(json.dumps(report))
+        names.append(str(tmp_path / f"{every}.json"))
+    comparison = compare(names)
+    found = row_of(comparison, "streaming", "4+60", "perplexity").differences[1]
+    assert (found is None) == (method == "recompute")
+    unlike = "streaming: 2.json and 4.json differ in recompute_every (2 and 4): no difference in 4+60 perplexity"
+    assert comparison.notes == ([unlike] if method == "recompute" else [])
+
+
 def test_values_and_differences_leave_out_the_first_token_if_one_model_cannot_score_it(tmp_path):
     plain, sink, better = (
         write_streamed(tmp_path / f"{name}.json", num_sinks, perplexity=perplexity)
@@ -385,7 +422,10 @@ def test_how_many_tokens_were_scored_is_in_the_note(tmp_path):
     assert "differ in number of tokens scored (99 and 50): no difference" in compare(names).notes[0]
 
 
-def test_two_to_seven_runs_are_compared():
+def test_two_to_seven_runs_are_compared(tmp_path):
+    name = write_perplexity(tmp_path / "a.json", {"Books": 10.0})
+    for num in (2, 7):
+        assert len(compare([name] * num).runs) == num
     for num in (1, 8):
         with pytest.raises(ValueError, match=rf"{num} runs?: compare at least 2 and at most 7"):
             compare(["runs/a"] * num)

@@ -30,6 +30,7 @@ def test_a_later_evaluation_without_samples_deletes_those_of_the_one_before(tmp_
     assert sorted(path.name for path in folder.iterdir()) == ["samples_mine.jsonl", "zero_shot.json"]
 
 
+@pytest.mark.parametrize("is_folder", [True, False])
 @pytest.mark.parametrize(
     ("ours", "theirs", "is_same"),
     [
@@ -42,10 +43,10 @@ def test_a_later_evaluation_without_samples_deletes_those_of_the_one_before(tmp_
         ("runs/a/checkpoints/step-1/model", "runs/a/checkpoints/step-2/model", False),
     ],
 )
-def test_the_reports_of_a_folder_are_of_one_model(tmp_path, ours, theirs, is_same):
+def test_the_reports_of_a_folder_are_of_one_model(tmp_path, ours, theirs, is_same, is_folder):
     folder = write_zero_shot(tmp_path, [1.0, 0.0], model={"folder": ours})
     report = json.loads(streamed())
-    report["model"]["folder"] = theirs
+    report["model"]["folder" if is_folder else "name_or_path"] = theirs
     (folder / "streaming.json").write_text(json.dumps(report))
     if is_same:
         assert len(read_run(str(folder), "a").files) == 2
