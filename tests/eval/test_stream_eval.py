@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from sinklm.eval.stream_eval import (
     RecordTokens,
     StreamBatch,
     ask,
+    check_distances,
     summarize,
     tokens_per_line,
 )
@@ -217,6 +219,14 @@ def test_the_command_writes_table_json_and_picture(checkpoints, tmp_path, capsys
     by_distance, by_place = stream_eval_figure(report).axes
     assert [line.get_label() for line in by_place.lines] == names
     assert by_distance.lines[0].get_xdata().tolist() == [0, 20]
+
+
+@given(st.integers(0, 40), st.integers(1, 40), st.integers(1, 15))
+def test_a_distance_is_refused_if_and_only_if_no_question_has_it(distance, num_lines, lines_per_question):
+    lines = range(lines_per_question, num_lines, lines_per_question)  # that a question follows
+    can_be_asked = any(distance <= line for line in lines)
+    with nullcontext() if can_be_asked else pytest.raises(ValueError, match="raise --num-lines"):
+        check_distances([distance], num_lines, lines_per_question)
 
 
 def test_distances_that_cannot_be_asked_are_refused(checkpoints, tmp_path):
