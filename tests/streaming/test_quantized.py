@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sinklm.streaming import StreamingCache, stream_losses
-from sinklm.streaming.quantized import KV_DTYPES, NUM_RECENT, RecentTokens
+from sinklm.streaming.quantized import KV_DTYPES, NUM_RECENT, RecentTokens, check_head_sizes
 from sinklm.streaming.testing import random_model
 
 from . import small_families, tiny
@@ -163,6 +163,24 @@ def test_an_unknown_type_and_an_odd_head_size_are_errors(model):
     odd = tiny.build(tiny.config("mpt", hidden_size=20), dtype=torch.float32)
     with pytest.raises(ValueError, match="requires an even head size, the model has 5"):
         for_model(odd, "int4")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"head_dim": 5},  # and not hidden_size / num_attention_heads
+        {"head_dim": None, "hidden_size": 20},
+        {"head_dim": 16, "v_head_dim": 5},
+        {"qk_nope_head_dim": 8, "qk_rope_head_dim": 3, "v_head_dim": 8},
+        {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 5},
+        {"per_layer_config": [SimpleNamespace(head_dim=16), SimpleNamespace(head_dim=5)]},
+    ],
+)
+def test_odd_sizes_of_any_keys_and_values_are_an_error(odd):
+    config = SimpleNamespace(**{"hidden_size": 64, "num_attention_heads": 4} | odd)
+    check_head_sizes(config, "int8")
+    with pytest.raises(ValueError, match=r"requires an even head size, the model has (5|11)"):
+        check_head_sizes(config, "int4")
 
 
 @pytest.mark.parametrize("window", [33, 40, 100])
