@@ -1,13 +1,14 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPTNeoXConfig, LlamaConfig
 
 from sinklm.models import SinkGPTNeoXConfig
 from sinklm.models.config import sink_config, trained_windows
-from sinklm.models.cost import flops_per_token
+from sinklm.models.cost import flops_per_token, peak_flops
 
 
 def test_a_config_has_the_kind_and_ids_of_its_sinks():
@@ -140,3 +141,24 @@ def test_operations_of_drawn_windows_are_the_mean_over_all_draws(length, num_kep
     assert flops_per_token(config, length) - without_keys == pytest.approx(12 * 64 * (mean + length))
     of_one = min(length, num_kept + low + 1)
     assert flops_per_token(config, length, window=low) - without_keys == pytest.approx(12 * 64 * (of_one + length))
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),  # and not an L4 or L40
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),  # and not an H20
+        ("NVIDIA H20", 148),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_the_peak_of_a_device_is_that_of_the_longest_name_in_its_own(monkeypatch, name, teraflops):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: name)
+    expected = None if teraflops is None else teraflops * 1e12
+    assert peak_flops(torch.device("cuda"), "bf16") == expected
+    assert peak_flops(torch.device("cuda"), "fp32") is None
+    assert peak_flops(torch.device("cpu"), "bf16") is None
