@@ -28,8 +28,9 @@ def test_a_batch_is_divided_exactly_or_the_error_has_a_fix(num_samples, micro_ba
         plan(*sizes, world_size=world_size)
     advice = str(refused.value)
     if "train.micro_batch_size=" in advice:  # following the advice helps
-        sizes[1] = "train.micro_batch_size=" + advice.rpartition("=")[2]
-        plan(*sizes, world_size=world_size)
+        advised = int(advice.rpartition("=")[2])
+        assert advised <= micro_batch_size  # a larger one may not fit into memory
+        plan(sizes[0], f"train.micro_batch_size={advised}", world_size=world_size)
 
 
 @pytest.mark.parametrize(("tokenizer_size", "num_sinks", "expected"), [(256, 0, 256), (256, 1, 384), (254, 2, 256)])
@@ -38,6 +39,26 @@ def test_the_vocabulary_holds_tokenizer_and_sinks(tokenizer_size, num_sinks, exp
     derived = plan(*sink, tokenizer_size=tokenizer_size)
     assert derived.vocab_size == derived.model_config.vocab_size == expected
     assert derived.model_config.sink_token_ids == list(range(tokenizer_size, tokenizer_size + num_sinks))
+
+
+def test_the_model_is_that_of_the_recipe():
+    sizes = ["model.hidden_size=96", "model.num_hidden_layers=3", "model.num_attention_heads=6"]
+    rotary = ["model.rotary_pct=0.5", "model.rope_theta=500", "model.parallel_residual=false"]
+    windows = ["model.attention.pattern=2:1", "model.attention.window=[4,20]", "model.attention.num_kept=3"]
+    sink = ["model.sink.num_tokens=2", "model.vocab_size=400"]
+    overrides = [*sizes, *rotary, *windows, *sink]
+    found = Plan(load_config("quickstart", overrides), 1, 300, eod_id=7).model_config
+    assert (found.hidden_size, found.num_hidden_layers, found.num_attention_heads) == (96, 3, 6)
+    assert (found.rope_parameters["rope_theta"], found.rope_parameters["partial_rotary_factor"]) == (500, 0.5)
+    assert (found.layer_windows, found.num_kept, found.window_range) == ([20, 20, None], 3, [4, 20])
+    assert (found.vocab_size, found.sink_token_ids) == (400, [300, 301])
+    assert (found.bos_token_id, found.eos_token_id) == (7, 7)
+    assert not found.use_parallel_residual
+    assert not found.tie_word_embeddings
+    assert (found.intermediate_size, found.max_position_embeddings) == (4 * 96, 256)
+    named = plan(*overrides, "model.intermediate_size=100", "model.max_position_embeddings=512").model_config
+    assert (named.intermediate_size, named.max_position_embeddings) == (100, 512)
+    assert plan("model.parallel_residual=true", "model.sink.kind=gate").model_config.use_parallel_residual
 
 
 def test_a_vocabulary_without_room_for_the_sink_is_refused():
