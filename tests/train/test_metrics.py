@@ -33,6 +33,19 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
     second.close()
 
 
+@pytest.mark.parametrize(
+    "end", [b'{"step": 2, "loss": 1.0}', b'\xff{"step": 2}\n', b"\0\0\0\0", b'{"loss": 1}\n', b"2\n"]
+)
+def test_lines_that_a_crash_left_are_dropped(tmp_path, end):
+    """Also a whole one without the end of its line: the next one would continue it."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 1.0}\n' + end)
+    resumed = MetricsFile(path, 2)
+    resumed.write({"step": 3, "loss": 2.0})
+    resumed.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
+
+
 def test_speed_and_mfu_by_hand(monkeypatch):
     clock = iter([0.0, 0.0, 2.0, 10.0, 12.0, 20.0, 90.0, 90.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
@@ -131,6 +144,7 @@ def test_wandb_is_offline_unless_logged_in(wandb_asked, tmp_path, monkeypatch):
     wandb_run(tmp_path, "disabled")
     assert [options["mode"] for options in wandb_asked] == ["offline", "online"]
     assert wandb_asked[0]["id"] == wandb_asked[1]["id"]  # a resumed run continues the same wandb run
+    assert [options["resume"] for options in wandb_asked] == ["allow", "allow"]
 
 
 def test_the_names_of_the_environment_count_unless_a_recipe_has_its_own(wandb_asked, tmp_path, monkeypatch):
