@@ -90,7 +90,7 @@ def test_query_key_and_value_are_separate_matrices():
 @pytest.mark.parametrize("largest", [1, LARGEST_BATCH])
 def test_batches_change_no_matrix(monkeypatch, largest):
     monkeypatch.setattr("sinklm.train.muon.LARGEST_BATCH", largest)
-    shapes = [(8, 24), (24, 8), (8, 8), (12, 4), (8, 24), (24, 8)]
+    shapes = [(8, 24), (24, 8), (8, 8), (12, 4), (8, 24), (24, 8), (4, 24)]
     updates = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     expected = [plain_orthogonal(update) * 0.2 * math.sqrt(max(update.shape)) for update in updates]
     orthogonalize_(updates, [Shape(*shape) for shape in shapes], torch.float64)
