@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
 
 from sinklm.checkpoints import load_model, load_tokenizer
+from sinklm.checkpoints.checksums import write_sums
 from sinklm.checkpoints.export import export_model
 from sinklm.checkpoints.importing import import_model
 from sinklm.checkpoints.warm_start import load_weights
@@ -382,6 +383,20 @@ def test_a_token_that_only_another_file_has_is_not_taken_for_a_sink(tmp_path):
         import_model(source, tmp_path / "imported")
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_source_that_differs_from_its_checksums_is_refused(tmp_path, form):
+    source = write_pythia(tmp_path / "source", form)
+    write_sums(source)
+    import_model(source, tmp_path / "intact")
+    weights = max(source.iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=f"source is damaged: {re.escape(weights.name)} has another sha256"):
+        import_model(source, tmp_path / "damaged")
+    assert not (tmp_path / "damaged").exists()
+
+
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path):
     source = write_pythia(tmp_path / "source", vocab_size=num_tokens() - 1)
     with pytest.raises(ValueError, match=rf"has {num_tokens() - 1} rows in its embedding, but its tokenizer"):
@@ -394,6 +409,9 @@ def test_wrong_arguments_are_refused(pythia, tmp_path):
     for source in (imported, exported):
         with pytest.raises(ValueError, match=r"sink\.kind token: it needs no import; .*model\.init_from="):
             import_model(source, tmp_path / "other")
+    without_sink = import_model(pythia, tmp_path / "without", sink="none").folder
+    with pytest.raises(ValueError, match=r"sink\.kind none: it needs no import"):
+        import_model(without_sink, tmp_path / "other")
     with pytest.raises(FileExistsError, match="imported exists: choose another output folder, or delete it"):
         import_model(pythia, imported)
     with pytest.raises(ValueError, match=r"gate is not possible: .*choose one of token, none, zero"):
