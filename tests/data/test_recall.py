@@ -170,7 +170,8 @@ def generate(*arguments: object) -> str:
 
 def test_the_file_has_the_form_of_the_pile(tmp_path):
     said = generate("-o", tmp_path / "recall.jsonl.zst", "--num-documents", 7, "--seed", 2, "--distances", "1-9")
-    assert ": 7 documents, " in said
+    num_questions = sum(len(make_record(2, number, 1, 9).questions) for number in range(7))
+    assert f": 7 documents, {num_questions} questions" in said
     rows = zstandard.ZstdDecompressor().stream_reader((tmp_path / "recall.jsonl.zst").read_bytes()).read()
     found = [json.loads(line) for line in rows.decode().splitlines()]
     expected = [make_record(2, number, 1, 9).text for number in range(7)]
