@@ -19,7 +19,7 @@ def learning_rate(step: int, num_steps: int, optimizer: OptimizerSection) -> flo
     if step < num_warmup_steps:
         return optimizer.lr * (step + 1) / num_warmup_steps
     num_decay_steps = max(num_steps - 1 - num_warmup_steps, 1)
-    progress = min((step - num_warmup_steps) / num_decay_steps, 1.0)
+    progress = (step - num_warmup_steps) / num_decay_steps
     lowest = optimizer.lr * optimizer.min_lr_ratio
     return lowest + (optimizer.lr - lowest) * (1 + math.cos(math.pi * progress)) / 2
 

@@ -18,7 +18,7 @@ settings = st.builds(
 )
 
 
-@given(settings, st.integers(1, 5000))
+@given(settings, st.one_of(st.integers(1, 12), st.integers(1, 5000)))
 def test_the_rate_rises_then_falls_to_its_end(optimizer, num_steps):
     rates = [learning_rate(step, num_steps, optimizer) for step in range(num_steps)]
     num_warmup_steps = round(num_steps * optimizer.warmup_ratio)
@@ -47,6 +47,7 @@ def test_pythia_published_154_checkpoints():
 @pytest.mark.parametrize(
     ("section", "expected"),
     [
+        ({"every_steps": 1}, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]),
         ({"every_steps": 4}, [4, 8, 10]),
         ({"every_steps": None}, [10]),
         ({"every_steps": None, "pythia_steps": True}, [0, 1, 2, 4, 8, 10]),
