@@ -51,17 +51,31 @@ def test_invalid_sinks_are_an_error(sink, message):
         SinkGPTNeoXConfig(vocab_size=512, sink=sink)
 
 
+@pytest.mark.parametrize("first", [0, 509])
+def test_sinks_may_have_the_first_and_the_last_ids(first):
+    sink = {"kind": "token", "num_tokens": 3, "first_token_id": first}
+    assert SinkGPTNeoXConfig(vocab_size=512, sink=sink).sink_token_ids == [first, first + 1, first + 2]
+    with pytest.raises(Exception, match="outside the vocabulary of 511"):
+        SinkGPTNeoXConfig(vocab_size=511, sink=sink | {"first_token_id": 509})
+
+
 def test_windows_are_saved_and_a_plain_model_has_none_of_their_fields(tmp_path):
     sink = {"kind": "token", "num_tokens": 2, "first_token_id": 300}
     settings = {"vocab_size": 384, "num_hidden_layers": 3, "sink": sink}
     config = SinkGPTNeoXConfig(**settings, layer_windows=[63, None, 63], window_range=[7, 63])
     assert (config.windows, config.num_kept, config.has_windows) == ([63, None, 63], 2, True)
     config.save_pretrained(tmp_path)
-    assert SinkGPTNeoXConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    loaded = SinkGPTNeoXConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict()
+    trained = {"layer_windows": [63, None, 63], "num_kept": 2, "window_range": [7, 63]}
+    assert trained_windows(loaded) == trained
+    assert loaded.to_dict().items() >= trained.items()
     plain = SinkGPTNeoXConfig(**settings, layer_windows=[None] * 3)
     assert (plain.layer_windows, plain.windows, plain.has_windows) == (None, [None] * 3, False)
     assert plain.to_json_string() == SinkGPTNeoXConfig(**settings).to_json_string()
-    assert not {"layer_windows", "num_kept", "window_range"} & plain.to_dict().keys()
+    assert not trained.keys() & plain.to_dict().keys()
+    assert trained_windows(plain) == {}
+    assert plain.to_dict().keys() >= GPTNeoXConfig().to_dict().keys()  # also those that are None
 
 
 @pytest.mark.parametrize(
@@ -75,6 +89,8 @@ def test_windows_are_saved_and_a_plain_model_has_none_of_their_fields(tmp_path):
         ({"layer_windows": [True, 8]}, "layer_windows contains True: a window is an integer of at least 1, or null"),
         ({"layer_windows": 5}, "layer_windows is 5: it must be a list with one entry for each layer"),
         ({"layer_windows": [4, 4], "num_kept": True}, "num_kept is True: it must be an integer of at least 0"),
+        ({"layer_windows": [4, 4], "num_kept": -1}, "num_kept is -1: it must be an integer of at least 0"),
+        ({"layer_windows": [4, 4], "window_range": [0, 4]}, r"window_range is \[0, 4\]: it must be \[low, high\]"),
         ({"layer_windows": [4, 4], "window_range": 5}, r"window_range is 5: it must be \[low, high\]"),
         ({"num_kept": 4}, "num_kept is 4, but no layer has a window: remove it"),
         ({"window_range": [1, 4]}, r"window_range is \[1, 4\], but no layer has a window"),
