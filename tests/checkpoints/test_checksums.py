@@ -27,6 +27,8 @@ def saved(tmp_path) -> Path:
     """A checkpoint of a run, as far as evaluation reads it."""
     checkpoint = tmp_path / "run" / "checkpoints" / "step-4"
     write_checkpoint(checkpoint / "model", small_model(1, torch.float32))
+    (checkpoint / "deepspeed").mkdir()
+    (checkpoint / "deepspeed" / "optimizer.pt").touch()  # not a file of the model
     seal(checkpoint)
     return checkpoint
 
