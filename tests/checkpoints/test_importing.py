@@ -5,6 +5,7 @@ import pickle
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from sinklm.checkpoints import load_model, load_tokenizer
 from sinklm.checkpoints.checksums import write_sums
 from sinklm.checkpoints.export import export_model
 from sinklm.checkpoints.importing import import_model
+from sinklm.checkpoints.sink_rows import start_sink_rows
 from sinklm.checkpoints.warm_start import load_weights
 
 from .hub_server import serve_model
@@ -97,6 +99,18 @@ def test_the_row_of_the_sink_is_the_one_asked_for(pythia, theirs, tmp_path, row)
     else:
         expected = weight[0] if row == "endoftext" else weight[:sink].double().mean(dim=0)
         torch.testing.assert_close(first, expected.float(), rtol=1e-3, atol=1e-5)
+
+
+def test_random_rows_have_the_size_of_those_of_a_new_model():
+    embedding = torch.nn.Embedding(4, 20_000)
+    before = embedding.weight.detach().clone()
+    model = SimpleNamespace(get_input_embeddings=lambda: embedding)
+    start_sink_rows(model, [1, 3], "random", seed=0)
+    assert torch.equal(embedding.weight[[0, 2]], before[[0, 2]])
+    drawn = embedding.weight.detach()[[1, 3]]
+    assert drawn.std(dim=1).tolist() == pytest.approx([(2 / (5 * 20_000)) ** 0.5] * 2, rel=0.03)
+    assert drawn.mean(dim=1).abs().max() < 5 * (2 / 5) ** 0.5 / 20_000
+    assert abs(torch.corrcoef(drawn)[0, 1]) < 0.05
 
 
 def test_an_embedding_without_an_unused_row_grows(tmp_path):
