@@ -222,10 +222,34 @@ def test_the_record_does_not_depend_on_passes_and_forgets_what_is_removed():
     assert torch.equal(whole.digest, parts.digest)
     assert whole.has_read(ids, mask).all()
     assert not whole.has_read(ids, ~mask).any()
-    record = TextRecord.start(3, 30, torch.device("cpu"))
+    record = TextRecord.start(3, 20, torch.device("cpu"))  # the largest text of which it can remove
     record.add(ids, None, torch.tensor(0))
     record.remove(6, torch.tensor(20))
     assert record.has_read(ids[:, :14], None).all()
+
+
+def test_a_digest_is_that_of_whole_numbers_of_any_size():
+    """Saved caches contain it, and no product of 64 bits may overflow."""
+    prime, largest = 2**31 - 1, 2**31 - 2
+    ids, columns = [[5, 0, 151_935, largest], [1, 2, 3, 4]], [0, 7, prime - 1, 2**40 + 3]
+    is_token = [[True, True, True, True], [True, False, True, False]]
+    expected = [
+        [
+            sum(
+                pow(column % prime * of_column + token * of_id + constant, 3, prime)
+                for token, column, counts in zip(row, columns, real, strict=True)
+                if counts
+            )
+            % prime
+            for of_column, of_id, constant in (
+                (1_103_515_245, 22_695_477, 747_796_405),
+                (1_664_525, 1_140_671_485, 214_013),
+            )
+        ]
+        for row, real in zip(ids, is_token, strict=True)
+    ]
+    found = digest_of(torch.tensor(ids), torch.tensor(is_token), torch.tensor(columns))
+    assert found.tolist() == expected
 
 
 def test_exchanged_tokens_have_another_digest():

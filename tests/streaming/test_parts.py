@@ -33,6 +33,12 @@ def test_slots_contain_exactly_the_keys_that_the_query_sees(num_kept, window, to
     assert sorted(t for t in held if t >= 0) == seen
 
 
+def test_a_cache_has_no_more_tokens_than_an_int32_counts():
+    assert StreamShape(2, 2**31 - 3).num_cached == torch.iinfo(torch.int32).max
+    with pytest.raises(ValueError, match=r"a cache of 2\+2147483646 tokens is too large: use at most 2,147,483,647"):
+        StreamShape(2, 2**31 - 2)
+
+
 def test_turning_is_rotating_and_adds_up():
     inv_freq = 10000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
     states = torch.randn(2, 3, 5, 12, dtype=torch.float64)
