@@ -85,7 +85,9 @@ def test_losses_of_a_long_text_are_those_of_the_oracle(chunk_size):
     ids = torch.cat((tiny.random_ids(50), tiny.random_ids(50, seed=2)))
     settings = {"num_kept": 4, "window": 9, "chunk_size": chunk_size}
     losses = torch.cat(list(stream_losses(model, ids, **settings)), dim=1)
-    logits = torch.cat(list(stream_logits(model, ids, **settings)), dim=1)
+    chunks = list(stream_logits(model, ids, **settings))
+    assert [chunk.shape[:2] for chunk in chunks] == [(2, min(chunk_size, 50 - i)) for i in range(0, 50, chunk_size)]
+    logits = torch.cat(chunks, dim=1)
     assert losses.shape == (2, 49)
     for b in range(2):
         expected = oracle.stream_logits(model, ids[b], 4, 9)

@@ -13,7 +13,15 @@ from transformers import AttentionInterface
 from transformers.models.llama import modeling_llama
 
 from sinklm.models.cache_argument import CACHE
-from sinklm.streaming import MemoryOptions, StreamingCache, StreamingDecoder, layer_memory, memory_blocks
+from sinklm.streaming import (
+    MemoryOptions,
+    StreamingCache,
+    StreamingDecoder,
+    layer_memory,
+    memory_blocks,
+    stream_logits,
+    stream_losses,
+)
 from sinklm.streaming.testing import random_model
 
 from ..models.tiny import text, tiny_arm, tiny_model
@@ -205,6 +213,17 @@ def check_passes(model, ids, tolerance):
     first = NUM_KEPT + WINDOW  # the blocks before this token's interval are all in the window
     torch.testing.assert_close(whole[:, :first], without[:, :first], rtol=0, atol=tolerance)
     assert (whole - without)[:, -20:].abs().max() > 100 * tolerance
+
+
+def test_scores_of_a_text_are_those_of_a_cache_with_the_memory():
+    model, ids = llama(), tiny.random_ids(60)
+    expected = read(model, new_cache(model), ids, [1] * 60)
+    arguments = {"num_kept": NUM_KEPT, "window": WINDOW, "memory": OPTIONS, "chunk_size": 25}
+    logits = torch.cat(list(stream_logits(model, ids, **arguments)), dim=1)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+    losses = torch.cat(list(stream_losses(model, ids, **arguments)), dim=1)
+    by_hand = torch.nn.functional.cross_entropy(expected[0, :-1], ids[0, 1:], reduction="none")
+    torch.testing.assert_close(losses[0].double(), by_hand, rtol=0, atol=1e-5)
 
 
 def test_half_precision_is_close():
