@@ -7,6 +7,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from sinklm.checkpoints import load_model, load_tokenizer
@@ -58,6 +59,32 @@ def test_every_token_but_the_first_is_scored_once_in_windows_after_the_sinks(che
         few = measure(model, tokenizer, name, tokens, max_tokens=room + 5)
         assert few.num_tokens == room + 5
         assert few.nats < found.nats
+
+
+@pytest.mark.parametrize("num_prefix", [1, 2])
+def test_tokens_that_the_tokenizer_puts_first_are_in_front_of_each_window(checkpoints, store, num_prefix):
+    """As in an export: the model has no sinks, and its tokenizer begins each text with them."""
+    model, tokenizer = load_model(checkpoints[0]), load_tokenizer(checkpoints[0])
+    first = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=" ".join([END_OF_TEXT] * num_prefix) + " $A", special_tokens=[(END_OF_TEXT, first)]
+    )
+    prefix = torch.full((num_prefix,), first)
+    room = model.config.max_position_embeddings - num_prefix
+    tokens = sets_of(open_store(store))["Books"]
+    ids = torch.from_numpy(tokens.read(0, len(tokens))).long()
+    losses = []
+    for start in range(0, len(ids) - 1, room):
+        targets = ids[start + 1 : start + 1 + room]
+        with torch.no_grad():
+            logits = model(torch.cat((prefix, ids[start : start + len(targets)]))[None]).logits[0, num_prefix:]
+        losses += torch.nn.functional.cross_entropy(logits, targets, reduction="none").tolist()
+    for max_tokens in (None, room, 2 * room + 3, len(ids) + 5):
+        num_scored = min(max_tokens or len(ids), len(ids) - 1)
+        steps = []
+        found = measure(model, tokenizer, "Books", tokens, max_tokens=max_tokens, progress=steps.append)
+        assert found.nats == pytest.approx(sum(losses[:num_scored]), rel=1e-5)
+        assert found.num_tokens == sum(steps) == num_scored
 
 
 @pytest.mark.parametrize("num_sinks", [0, 2])
