@@ -17,6 +17,7 @@ from .damages import (
     truncated,
     weights,
     with_code,
+    with_index,
     with_tokenizer_code,
     write,
 )
@@ -136,6 +137,7 @@ MODELS = [
     ),
     Case("a dtype of integers", GENERATE, r".*: dtype is 'int8': it must be float32, .*", config(dtype="int8")),
     Case("a dtype that does not exist", GENERATE, r".*: dtype is 'load': it must be float32, .*", config(dtype="load")),
+    Case("a dtype that is a number", GENERATE, r".*: dtype is 16: it must be float32, .*", config(dtype=16)),
     Case(
         "a vocabulary of 10",
         GENERATE,
@@ -194,6 +196,24 @@ MODELS = [
         GENERATE,
         r".* has no model-00001-of-00001\.safetensors, .*: copy the missing file",
         as_missing_shards,
+    ),
+    Case(
+        "an index without a table",
+        GENERATE,
+        r".*index\.json has no weight_map from tensors to files: copy it again from the model",
+        with_index(["model.safetensors"]),
+    ),
+    Case(
+        "an index with numbers",
+        GENERATE,
+        r".*index\.json has no weight_map from tensors to files: copy it again from the model",
+        with_index({DENSE: 1}),
+    ),
+    Case(
+        "an index of another folder's files",
+        GENERATE,
+        r".*index\.json names the file '\.\./x\.safetensors' outside of its folder: copy it again",
+        with_index({DENSE: "../x.safetensors"}),
     ),
     Case("a pickle", GENERATE, r".* only as a pickle .* never read: convert them .*", as_pickle),
     Case("an adapter", GENERATE, r".* contains an adapter .*: merge it .*", write("adapter_config.json", "{}")),

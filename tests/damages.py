@@ -48,11 +48,19 @@ def truncated(model: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
+def with_index(weight_map: Any) -> Damage:
+    """Weights in several files, of which only the index is there."""
+
+    def damage(model: Path) -> None:
+        (model / "model.safetensors").unlink()
+        write("model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": weight_map}))(model)
+
+    return damage
+
+
 def as_missing_shards(model: Path) -> None:
     names = load_file(model / "model.safetensors")
-    (model / "model.safetensors").unlink()
-    shards = dict.fromkeys(names, "model-00001-of-00001.safetensors")
-    write("model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": shards}))(model)
+    with_index(dict.fromkeys(names, "model-00001-of-00001.safetensors"))(model)
 
 
 def as_pickle(model: Path) -> None:

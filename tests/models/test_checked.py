@@ -45,6 +45,18 @@ def test_one_bad_weight_anywhere_is_found(data, dtype):
     assert first_nonfinite(model) == name
 
 
+def test_weights_of_eight_bits_are_not_searched():
+    """torch cannot find their largest value. A weight in another type after them is still found."""
+    model = torch.nn.Module()
+    model.scaled = torch.nn.Parameter(torch.ones(3).to(torch.float8_e4m3fn), requires_grad=False)
+    model.packed = torch.nn.Parameter(torch.ones(3, dtype=torch.uint8), requires_grad=False)
+    model.empty = torch.nn.Parameter(torch.ones(0))
+    model.scale = torch.nn.Parameter(torch.ones(1))
+    assert first_nonfinite(model) is None
+    model.scale.data.fill_(torch.inf)
+    assert first_nonfinite(model) == "scale"
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
