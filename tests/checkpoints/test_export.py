@@ -14,7 +14,7 @@ import torch
 import yaml
 from hypothesis import given
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from sinklm.checkpoints import full_attention as module_of_windows
 from sinklm.checkpoints import load_model, load_tokenizer
@@ -58,7 +58,8 @@ def test_transformers_alone_computes_the_same_logits_and_text(tmp_path):
 
 
 @pytest.mark.parametrize(("num_sinks", "dtype"), KINDS)
-def test_weights_keep_names_values_and_type(tmp_path, num_sinks, dtype):
+def test_weights_keep_names_values_and_type(tmp_path, num_sinks, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # a CPU on which models are loaded in float32
     folder = export_model(make_checkpoint(tmp_path / "checkpoint", num_sinks, dtype), tmp_path / "export")
     trained = load_file(tmp_path / "checkpoint" / "model.safetensors")
     exported = load_file(folder / "model.safetensors")
@@ -108,6 +109,30 @@ def test_configuration_is_in_the_old_and_the_new_form(tmp_path, num_sinks):
     assert config["bos_token_id"] == generation["bos_token_id"] == (sink_ids[0] if num_sinks else 0)
     assert config["eos_token_id"] == generation["eos_token_id"] == 0
     assert generation.get("suppress_tokens", []) == sink_ids
+    assert "rope_scaling" not in config
+
+
+def test_scaled_angles_are_in_the_old_and_the_new_form(tmp_path):
+    scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000, "partial_rotary_factor": 0.25}
+    model = small_model(1, rope_parameters=scaled)
+    folder = export_model(write_checkpoint(tmp_path / "checkpoint", model), tmp_path / "export")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rope_parameters"] == scaled
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    assert (config["rotary_emb_base"], config["rotary_pct"]) == (10_000, 0.25)
+    ids, sinks = torch.arange(1, 20)[None], torch.tensor([model.config.sink_token_ids])
+    with torch.no_grad():
+        exported = AutoModelForCausalLM.from_pretrained(folder)(torch.cat((sinks, ids), dim=1)).logits[:, 1:]
+        torch.testing.assert_close(exported, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_of_another_library_needs_no_export(tmp_path):
+    config = GPTNeoXConfig(
+        vocab_size=500, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1
+    )
+    write_checkpoint(tmp_path / "plain", GPTNeoXForCausalLM(config))
+    with pytest.raises(ValueError, match=r"plain is a GPTNeoXForCausalLM, not a model trained by sinklm: it needs no"):
+        export_model(tmp_path / "plain", tmp_path / "export")
 
 
 @pytest.mark.parametrize("num_sinks", [0, 1, 2])
@@ -151,6 +176,16 @@ def test_a_batch_is_padded_on_the_left_and_has_no_token_types(tmp_path, num_sink
         settings = json.loads((path / "tokenizer_config.json").read_text())  # transformers 4 reads them
         assert settings["model_input_names"] == ["input_ids", "attention_mask"]
         assert settings["padding_side"] == "left"
+
+
+@pytest.mark.parametrize("num_sinks", [0, 1])
+@pytest.mark.parametrize(("padding", "expected"), [("a", "a"), (END_OF_TEXT, "<|padding|>")])
+def test_an_export_pads_with_the_token_of_the_checkpoint(tmp_path, num_sinks, padding, expected):
+    """Unless it is the end of a text, which would be masked in fine-tuning."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", num_sinks)
+    path = checkpoint / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": padding}))
+    assert AutoTokenizer.from_pretrained(export_model(checkpoint, tmp_path / "export")).pad_token == expected
 
 
 @pytest.mark.parametrize("num_sinks", [1, 2])
