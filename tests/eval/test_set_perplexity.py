@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import pytest
@@ -142,6 +143,15 @@ def test_a_set_named_all_is_not_the_total():
     assert list(table.columns[0].cells) == ["all", "b", "all sets"]
 
 
+def test_a_set_whose_tokens_have_no_bytes_has_no_bits_per_byte():
+    rows = [SetLoss("special", 2.0, 2, 0, 1.0), SetLoss("b", 4.0, 8, 8, 1.0)]
+    table = results_table(rows, "title")
+    bits = [4 / math.log(2) / 8, 6 / math.log(2) / 8]
+    assert list(table.columns[3].cells) == ["", *(f"{value:.4f}" for value in bits)]
+    assert list(table.columns[4].cells) == ["2", "8", "10"]
+    assert rows[0].as_json()["bits_per_byte"] is None
+
+
 def test_the_largest_perplexity_fits_into_the_table():
     table = results_table([SetLoss("a", 8000.0, 10, 8, 1.0)], "title")
     assert list(table.columns[1].cells) == ["1.014e+304"]
@@ -159,6 +169,8 @@ def test_the_command_reports_each_set(tmp_path, checkpoints, store, capsys):
 
 
 def test_sets_that_are_not_apart_are_refused(checkpoints, store):
+    with pytest.raises(ValueError, match="corpus has no sets of documents: use a store of sinklm prepare"):
+        sets_of(SimpleNamespace(path="corpus"))  # any other source of tokens
     with pytest.raises(ValueError, match="--split-sets"):
         sets_of(open_store(store.parent / "mixed"))
     with pytest.raises(
