@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from sinklm.train.plan import Plan
 from sinklm.train.recipe import load_config
 from sinklm.train.run import train
 from sinklm.train.summary import epochs
-from sinklm.train.validation import sets_left_out
+from sinklm.train.validation import set_windows, sets_left_out
 
 from .tiny import copy_checkpoint, losses, metrics, prepare_here
 
@@ -142,3 +143,31 @@ def test_the_model_card_states_the_weights_and_no_other_data(recipe, sets, store
     shutil.rmtree(data)
     shutil.copytree(store, data)  # another store in its place
     assert "Training data" not in (export_model(tmp_path / "run", tmp_path / "again") / "README.md").read_text()
+
+
+def test_sets_of_at_least_one_sample_are_validated_in_the_same_order_on_all_ranks(store, tmp_path):
+    """Ranks compute the loss of a set together; the order of a Python set differs by process."""
+    names = [f"set {letter}" for letter in "hgfedcba"]
+    rows = [
+        {"text": f"{j} sink token" * (1 + i), "meta": {"pile_set_name": name}}
+        for i, name in enumerate(names)
+        for j in range(9)
+    ]
+    (tmp_path / "corpus.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    folder = prepare_here(
+        tmp_path / "corpus.jsonl", tmp_path / "store", tokenizer=store, split_sets=True, validation_fraction=0.7
+    )
+    opened = TokenStore(folder)
+    sizes = {name: counts.tokens for name, counts in opened.manifest.splits["validation"].sets.items()}
+    assert sorted(sizes) == sorted(names)
+    config = SimpleNamespace(validation=SimpleNamespace(by_set=True))
+    for size in sorted(set(sizes.values())):
+        plan = SimpleNamespace(config=config, tokens_per_sample=size, stride=size)
+        large = sorted(name for name in names if sizes[name] >= size)
+        assert list(set_windows(opened, plan)) == large
+        assert sets_left_out(opened, plan) == sorted(set(names) - set(large))
+    plan = SimpleNamespace(config=config, tokens_per_sample=max(sizes.values()) + 1, stride=1)
+    with pytest.raises(
+        ValueError, match=r"no set has a sample of \d+ tokens for validation \(or remove validation\.by"
+    ):
+        set_windows(opened, plan)
