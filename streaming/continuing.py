@@ -8,7 +8,7 @@ text passes by them once per call. Calls without a streaming cache are not chang
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +32,11 @@ def checked_prefill(original: Callable) -> Callable:
 
     @functools.wraps(original)
     def prefill(model: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any):
-        if not any(is_streaming(model_kwargs.get(name)) for name in NAMES):
+        cache = streaming_cache(model_kwargs)
+        if cache is None:
             return original(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
         wrap_methods(type(model))
-        cache = used_cache(model_kwargs)
-        if cache is not None:
+        if cache.is_initialized:
             is_first = args[0] if args else kwargs.get("is_first_iteration", True)
             mask, embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
             mask_length = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[-1]
@@ -54,9 +54,7 @@ def checked_prefill(original: Callable) -> Callable:
             return original(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
         finally:
             is_checked.reset(token)
-            for name in NAMES:
-                if is_streaming(model_kwargs.get(name)):
-                    model_kwargs[name].next_ids = None  # of a pass that failed before it reached the decoder
+            cache.next_ids = None  # of a pass that failed before it reached the decoder
 
     return prefill
 
@@ -71,8 +69,9 @@ def checked_inputs(original: Callable) -> Callable:
 
     @functools.wraps(original)
     def prepare(model: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        cache = used_cache(kwargs)
-        if cache is not None and not is_checked.get() and kwargs.get("is_first_iteration"):
+        cache = streaming_cache(kwargs)
+        is_first = not is_checked.get() and kwargs.get("is_first_iteration")
+        if cache is not None and cache.is_initialized and is_first:
             is_assisted = "next_sequence_length" in kwargs and kwargs["next_sequence_length"] is None
             if is_assisted and kwargs.get("inputs_embeds") is None:
                 check_assisted(cache, input_ids, kwargs.get("attention_mask"))
@@ -80,12 +79,10 @@ def checked_inputs(original: Callable) -> Callable:
         token = is_checked.set(True)
         try:
             inputs = original(model, input_ids, *args, **kwargs)
-            for name in NAMES:
-                if not is_streaming(kwargs.get(name)):
-                    continue
-                if not any(is_streaming(inputs.get(other)) for other in NAMES):
+            if cache is not None:
+                if streaming_cache(inputs) is None:
                     inputs = GenerationMixin.prepare_inputs_for_generation(model, input_ids, *args, **kwargs)
-                kwargs[name].next_ids = inputs.get("input_ids")
+                cache.next_ids = inputs.get("input_ids")
             return inputs
         finally:
             is_checked.reset(token)
@@ -98,7 +95,7 @@ def checked_caller(original: Callable) -> Callable:
 
     @functools.wraps(original)
     def prepare_cache(model: Any, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any) -> Any:
-        if any(is_streaming(model_kwargs.get(name)) for name in NAMES):
+        if streaming_cache(model_kwargs) is not None:
             refuse_prompts_of_owner(model)
         return original(model, generation_config, model_kwargs, *args, **kwargs)
 
@@ -130,17 +127,10 @@ def wrap_methods(model_class: type) -> None:
                 setattr(owner, name, wrapped)
 
 
-def is_streaming(cache: Any) -> bool:
-    return hasattr(cache, "streams") and hasattr(cache, "steering")
-
-
-def used_cache(named: dict) -> "StreamingCache | None":
-    """Return the streaming cache among these arguments if it has read a text."""
-    for name in NAMES:
-        cache: Any = named.get(name)
-        if is_streaming(cache) and cache.is_initialized:
-            return cache
-    return None
+def streaming_cache(named: Mapping[str, Any]) -> "StreamingCache | None":
+    """Return the streaming cache among these arguments."""
+    caches = (named.get(name) for name in NAMES)
+    return next((cache for cache in caches if hasattr(cache, "streams") and hasattr(cache, "steering")), None)
 
 
 def num_text_columns(cache: "StreamingCache") -> int:
