@@ -15,12 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..files import read_text
 from ..models.checked import check_ids
+from ..perplexity import perplexity_of
 from ..streaming import MemoryOptions, StreamingCache
 from ..streaming.families import num_embedded_positions
 from ..streaming.layers import former_shape
 from ..streaming.wrappers import decoder_of
 from .losses import ReportTokens, dense_losses, recompute_losses, streaming_losses
-from .saved_reports import MOST_NATS
 from .tables import number
 
 METHODS = ("dense", "window", "streaming", "recompute")
@@ -90,7 +90,7 @@ class Result:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(float(self.losses.nanmean()), MOST_NATS))
+        return perplexity_of(float(self.losses.nanmean()))
 
     def after_first(self) -> "Result":
         """Return the result without the first token, which not all models score."""

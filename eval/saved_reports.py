@@ -12,11 +12,11 @@ from typing import Any
 
 from ..hub import near_path_hint
 from ..parsing import parse_json
+from ..perplexity import perplexity_of
 from .report import default_output
 from .tasks.stream_eval.records import LINES_PER_QUESTION
 
-MOST_NATS = 700.0  # a perplexity is at most e to the power of this
-LARGEST = math.exp(MOST_NATS)  # of a number in a report
+LARGEST = perplexity_of(math.inf)  # of a number in a report
 ALL_SETS = "all sets"  # in tables; a set may have the name "all"
 ROUNDING = 1e-3  # rows of a bfloat16 attention map sum to 1 within this tolerance
 MEANS = ("acc", "acc_norm", "exact_match")  # metrics that are means over examples

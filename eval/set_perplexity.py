@@ -16,9 +16,10 @@ from ..data.store import Tokens, TokenSource
 from ..models.cache_argument import CACHE
 from ..models.checked import check_ids, refuse_nonfinite_losses
 from ..models.config import num_prepended_sinks
+from ..perplexity import perplexity_of
 from ..streaming.generation import REPLACEMENT
 from .perplexity import text_prefix
-from .saved_reports import ALL_SETS, MOST_NATS
+from .saved_reports import ALL_SETS
 from .tables import number
 
 SPLIT = "validation"
@@ -47,7 +48,7 @@ class SetLoss:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.loss, MOST_NATS))
+        return perplexity_of(self.loss)
 
     @property
     def bits_per_byte(self) -> float | None:

@@ -1,6 +1,5 @@
 """What is measured beside the validation loss: streaming loss, attention sinks, and a sample."""
 
-import math
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ from tokenizers import Tokenizer
 from ..data import TokenWindows
 from ..data.store import TokenSource
 from ..models import SinkGPTNeoXForCausalLM
+from ..perplexity import perplexity_of
 from .launch import World
 from .plan import Plan
 from .twin import evaluation_twin
@@ -62,7 +62,7 @@ class Probes:
         loss = total.item() / (num_tokens - 1)
         return {
             "streaming_loss": loss,
-            "streaming_perplexity": math.exp(min(loss, 700.0)),
+            "streaming_perplexity": perplexity_of(loss),
             "streaming_cache": f"{num_kept}+{window}",
             "num_streaming_tokens": num_tokens,
         }
