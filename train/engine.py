@@ -200,15 +200,22 @@ def make_engine(
     holds_back = config.train.on_spike == "skip"
     guard_updates(engine, SpikeGuard(device, plan.vocab_size, holds_back=holds_back))
     if compiles(config, device):
-        cache_traced_models()
-        # Each shape is compiled for training and for validation. Beyond the limit, torch would run
-        # the model without compiling it.
-        from torch._dynamo import config as dynamo
-
-        dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * plan.num_pass_shapes + 4)
-        engine.compile(compile_kwargs={"dynamic": False})
+        compile_model(engine, plan)
     engine.train()
     return engine
+
+
+def compile_model(engine: "DeepSpeedEngine", plan: Plan) -> None:
+    """Let torch compile the model in its first passes.
+
+    Each shape is compiled for training and for validation. Beyond the limit, torch would run the
+    model without compiling it.
+    """
+    from torch._dynamo import config as dynamo
+
+    cache_traced_models()
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * plan.num_pass_shapes + 4)
+    engine.compile(compile_kwargs={"dynamic": False})
 
 
 def cache_traced_models() -> None:
