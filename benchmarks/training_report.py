@@ -60,9 +60,15 @@ def stage(call: dict[str, Any]) -> int:
     return int(given[-1]) if given else 1
 
 
+def zero_of(call: dict[str, Any]) -> str:
+    suffix = ", not compiled" if "train.compile=false" in call["settings"]["overrides"] else ""
+    return f"ZeRO-{stage(call)}{suffix}"
+
+
 def tables(found: dict[str, Any]) -> dict[str, str]:
     return {
         "one_gpu": one_gpu(found["calls"]),
+        "muon": muon(found["calls"]),
         "float8": float8(found["float8"]),
         "two_gpus": two_gpus(found["calls"]),
         "runs": runs(found["calls"]),
@@ -83,6 +89,20 @@ def one_gpu(calls: list[dict[str, Any]]) -> str:
     return table([*headers, *(f"over {peer}" for peer in PEERS.values())], rows)
 
 
+def muon(calls: list[dict[str, Any]]) -> str:
+    """One row for each call with both optimizers."""
+    rows = []
+    for call in calls:
+        by_name = {row["contestant"]: row for row in call["rows"]}
+        if {"sinklm", "sinklm-muon"} <= by_name.keys():
+            adamw, with_muon = by_name["sinklm"], by_name["sinklm-muon"]
+            cells = [f"{row['tokens_per_second']:,.0f}" for row in (adamw, with_muon)]
+            memory = [f"{row['memory_gib']:.1f}" for row in (adamw, with_muon)]
+            rows.append([size_of(adamw), batch_of(adamw), *cells, over(with_muon, adamw, 3), *memory])
+    headers = ["size", "micro-batches", "tokens/s, AdamW", "Muon", "Muon over AdamW", "memory, GiB, AdamW", "Muon"]
+    return table(headers, rows)
+
+
 def two_gpus(calls: list[dict[str, Any]]) -> str:
     """One row for each size and ZeRO stage on two GPUs; its base is one GPU under ZeRO-1."""
     rows, bases = [], {}
@@ -92,7 +112,7 @@ def two_gpus(calls: list[dict[str, Any]]) -> str:
             if row["ranks"] == 2:
                 one = bases.get(row["size"])
                 linear = percent(row["tokens_per_second"] / one["tokens_per_second"] / 2) if one else ""
-                rows.append([size_of(row), f"ZeRO-{stage(call)}", *speed_of(row), linear])
+                rows.append([size_of(row), zero_of(call), *speed_of(row), linear])
     return table(["size", "stage", "tokens/s", "MFU", "GiB on each GPU", "of twice one GPU"], rows)
 
 
@@ -115,7 +135,7 @@ def runs(calls: list[dict[str, Any]]) -> str:
     rows = []
     for number, call in enumerate(calls, 1):
         for row in call["rows"]:
-            zero = f", ZeRO-{stage(call)}" if row["contestant"].startswith("sinklm") else ""
+            zero = f", {zero_of(call)}" if row["contestant"].startswith("sinklm") else ""
             milliseconds = f"{1e3 * row['seconds_per_step']:,.1f} ± {1e3 * row['stdev']:.1f}"
             cells = [size_of(row), f"`{row['contestant']}`", f"{row['ranks']}{zero}", batch_of(row), milliseconds]
             rows.append([*cells, *speed_of(row), f"{row['start']:.0f}", str(number)])
@@ -139,8 +159,8 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def over(ours: Row, theirs: Row | None) -> str:
-    return f"{ours['tokens_per_second'] / theirs['tokens_per_second']:.2f} ×" if theirs else ""
+def over(ours: Row, theirs: Row | None, digits: int = 2) -> str:
+    return f"{ours['tokens_per_second'] / theirs['tokens_per_second']:.{digits}f} ×" if theirs else ""
 
 
 if __name__ == "__main__":

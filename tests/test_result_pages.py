@@ -15,6 +15,7 @@ RESULTS = ROOT / "docs" / "results"
 REPORTS = {  # scripts by the page that they write
     "paper": "report",
     "training-speed": "training_report",
+    "muon": "muon_report",
     "windows": "windows_report",
     "recall": "recall_report",
     "quantization": "quantization_report",
