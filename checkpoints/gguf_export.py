@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..extras import require_extra
 from ..files import check_new, partial_name, sync_file
 from ..models.config import sink_config, trained_windows
+from ..special_tokens import byte_level_tokens
 from .export import EXPORTABLE_KINDS, ExportedTokenizer, exported_tokenizer
 from .full_attention import check_windows, measured_cost
 from .loading import load_model
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # llama.cpp has only the tanh approximation
 UNUSED_DTYPE = torch.empty(0).numpy().dtype  # of numpy; `gguf` uses it only without `raw_dtype`
-NEVER_IN_UTF8 = {chr(byte) for byte in (0xC0, 0xC1, *range(0xF5, 0x100))}  # Pythia's tokenizer lacks these bytes
 VERSION_KEY, SINK_KEY, WINDOWS_KEY = "sinklm.version", "sinklm.sink", "sinklm.trained_windows"
 
 
@@ -163,7 +163,7 @@ def check_tokenizer_form(backend: Tokenizer, path: Path) -> None:
     }
     options = ("dropout", "byte_fallback", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
     differences |= {f"{key} in its BPE": bool(model.get(key)) for key in options}
-    missing = set(pre_tokenizers.ByteLevel.alphabet()) - NEVER_IN_UTF8 - set(model.get("vocab", ()))
+    missing = byte_level_tokens() - set(model.get("vocab", ()))
     differences[f"a vocabulary without {len(missing)} of the bytes of UTF-8"] = bool(missing)
     for token in state["added_tokens"]:
         strips = any(token[key] for key in ("lstrip", "rstrip", "single_word"))

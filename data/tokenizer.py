@@ -10,7 +10,14 @@ from typing import NamedTuple
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from ..hub import UnreachableError, find_on_hub, near_path_hint
-from ..special_tokens import PADDING_TOKENS, drop_sinks, drop_template, without_template
+from ..special_tokens import (
+    PADDING_TOKENS,
+    UTF8_BYTES,
+    byte_level_tokens,
+    drop_sinks,
+    drop_template,
+    without_template,
+)
 
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"  # Pythia's
 EOD_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
@@ -147,15 +154,16 @@ def unknown_id(tokenizer: Tokenizer) -> int | None:
 def drops_text(tokenizer: Tokenizer) -> bool:
     """Whether characters outside of the vocabulary give no ids at all, and no error.
 
-    This is the case with a BPE without unknown token that does not have all 256 bytes as tokens.
+    This is the case with a BPE without unknown token that does not have all bytes of UTF-8 as
+    tokens.
     """
     if not isinstance(tokenizer.model, models.BPE) or tokenizer.model.unk_token is not None:
         return False
     state = json.loads(tokenizer.to_str())
     if state["model"]["byte_fallback"]:
-        needed = [f"<0x{byte:02X}>" for byte in range(256)]
+        needed = {f"<0x{byte:02X}>" for byte in UTF8_BYTES}
     elif '"ByteLevel"' in json.dumps([state["normalizer"], state["pre_tokenizer"]]):
-        needed = pre_tokenizers.ByteLevel.alphabet()
+        needed = byte_level_tokens()
     else:
         return True
     return any(tokenizer.token_to_id(token) is None for token in needed)

@@ -150,7 +150,9 @@ def _train_rank(config: TrainingConfig, world: World, trust_checkpoint: bool) ->
     except Exception as error:
         if (failure := compile_failure(error)) is None:
             raise
-        raise ValueError(f"rank {world.rank}: {failure}; train.compile=false trains without torch.compile") from error
+        is_needed = torch.cuda.is_available() and "Triton" in failure  # by the loss, without torch.compile too
+        remedy = "" if is_needed else "; train.compile=false trains without torch.compile"
+        raise ValueError(f"rank {world.rank}: {failure}{remedy}") from error
 
 
 def _set_up(config: TrainingConfig, world: World, held: ExitStack, trust_checkpoint: bool) -> TrainingLoop | None:

@@ -1,11 +1,19 @@
-"""Special tokens of a tokenizer: those that its template adds, sinks, and the one for padding."""
+"""Tokens of a tokenizer: those that its template adds, sinks, padding, and the bytes of text."""
 
 import json
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 
 PADDING_TOKENS = ("<|padding|>", "<pad>", "<|pad|>", "[PAD]", "<PAD>", "<|finetune_right_pad_id|>", "<|PAD_TOKEN|>")
+
+NEVER_IN_UTF8 = (0xC0, 0xC1, *range(0xF5, 0x100))  # bytes; Pythia's tokenizer has no tokens for them
+UTF8_BYTES = tuple(byte for byte in range(256) if byte not in NEVER_IN_UTF8)
+
+
+def byte_level_tokens() -> set[str]:
+    """Return the tokens that a byte-level BPE needs for all text: one for each byte of UTF-8."""
+    return set(pre_tokenizers.ByteLevel.alphabet()) - {chr(byte) for byte in NEVER_IN_UTF8}  # chr: as they are spelt
 
 
 def sink_names(num_sinks: int) -> list[str]:

@@ -21,6 +21,7 @@ from sinklm.data.tokenizer import (
     tokenizer_size,
     train_tokenizer,
     training_tokenizer,
+    unknown_id,
 )
 from sinklm.special_tokens import drop_sinks, sink_names
 
@@ -200,6 +201,8 @@ def bpe(alphabet: list[str], **options: Any) -> Tokenizer:
 
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+OF_UTF8 = [token for token in ALPHABET if token not in "ÀÁõö÷øùúûüýþÿ"]  # as in Pythia's tokenizer
 
 
 @pytest.mark.parametrize(
@@ -210,8 +213,12 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
         (bpe(["a", "b"], unk_token="<unk>"), None, False),
         (bpe(["a", *BYTES], byte_fallback=True), None, False),
         (bpe(["a", *BYTES[:-60]], byte_fallback=True), None, True),
-        (bpe(pre_tokenizers.ByteLevel.alphabet()), pre_tokenizers.ByteLevel(), False),
-        (bpe(["a", "b"]), pre_tokenizers.ByteLevel(), True),
+        (bpe(["a", *BYTES[:0xC0], *BYTES[0xC2:0xF5]], byte_fallback=True), None, False),
+        (bpe(["a", *BYTES[:0xC0], *BYTES[0xC3:0xF5]], byte_fallback=True), None, True),
+        (bpe(ALPHABET), pre_tokenizers.ByteLevel(add_prefix_space=False), False),
+        (bpe(OF_UTF8), pre_tokenizers.ByteLevel(add_prefix_space=False), False),
+        (bpe([token for token in OF_UTF8 if token != "ô"]), pre_tokenizers.ByteLevel(add_prefix_space=False), True),
+        (bpe(["a", "b"]), pre_tokenizers.ByteLevel(add_prefix_space=False), True),
         (Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>")), None, False),
         (Tokenizer(models.Unigram([("<unk>", 0.0)], 0)), None, False),
     ],
@@ -224,4 +231,6 @@ def test_it_is_known_whether_a_tokenizer_loses_text(
     assert drops_text(tokenizer) == is_lost
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert drops_text(load_tokenizer_file(tmp_path)) == is_lost
-    assert (tokenizer.encode("日ÿ").ids == []) == (is_lost and tokenizer.token_to_id("<0x00>") is None)
+    if unknown_id(tokenizer) is None:
+        text = "日¡ÿ\U0010ffff"
+        assert (len(tokenizer.encode(text).ids) < len(text.encode())) == is_lost
