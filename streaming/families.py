@@ -137,6 +137,11 @@ def device_of(decoder: Any) -> torch.device:
 
 
 def bloom_alibi(decoder: Any, shape: StreamShape) -> Alibi:
+    if decoder.config.slow_but_exact and decoder.config.pretraining_tp > 1:
+        raise ValueError(
+            "streaming does not support BLOOM with slow_but_exact and pretraining_tp > 1, which leaves out the bias "
+            "of the attention's output: load the model with slow_but_exact=False"
+        )
     ones = torch.ones(1, shape.num_slots, dtype=torch.long, device=device_of(decoder))
     return Alibi(build_bloom_alibi(ones, decoder.num_heads, torch.float32)[:, 0])
 

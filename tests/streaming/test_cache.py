@@ -75,6 +75,15 @@ def test_an_unknown_kind_of_rotary_embedding_is_an_error():
         for_model(other)
 
 
+def test_a_bloom_whose_own_code_leaves_out_a_bias_is_an_error():
+    sliced = small_families.config("bloom")
+    sliced.pretraining_tp = 2
+    assert "window=6" in repr(for_model(tiny.build(sliced)))
+    sliced.slow_but_exact = True
+    with pytest.raises(ValueError, match="load the model with slow_but_exact=False"):
+        for_model(tiny.build(sliced))
+
+
 def test_a_cache_says_that_layers_keep_the_models_own_window():
     other = tiny.build(tiny.config("mistral:sliding"))
     assert repr(for_model(other, num_kept=4, window=9)) == "StreamingCache(num_kept=4, window=9, seen=0)"
