@@ -47,10 +47,7 @@ def explain(error: Any) -> str:
     """Return the line for a usage error of click."""
     message = error.format_message().rstrip(".").replace(": Value error, ", ": ")  # of pydantic, in newer typer
     if type(error).__name__ == "NoSuchOption":
-        names = [name for param in error.ctx.command.params for name in param.opts]
-        is_training = error.ctx.command.name == "train"
-        hint = _key_hint(error.option_name, names) if is_training else near_hint(error.option_name, names)
-        message = f"no such option {error.option_name}{_sentence(hint)}"
+        message = f"no such option {error.option_name}{_sentence(_option_hint(error.option_name, error.ctx.command))}"
     if error.ctx is None:
         return message
     see = f"ee {error.ctx.command_path} --help"
@@ -67,6 +64,15 @@ def _paths(group: Any, prefix: str = "") -> Iterator[str]:
         yield prefix + name
         if hasattr(command, "commands"):
             yield from _paths(command, f"{prefix}{name} ")
+
+
+def _option_hint(option: str, command: Any) -> str:
+    names = [name for param in command.params if param.param_type_name == "option" for name in param.opts]
+    if command.name == "train":
+        return _key_hint(option, names)
+    arguments = [param.name for param in command.params if param.param_type_name == "argument"]
+    meant = next((name for name in arguments if name.startswith(option.lstrip("-").replace("-", "_"))), None)
+    return f"give the {meant} without {option}" if meant else near_hint(option, names)
 
 
 def _key_hint(option: str, names: list[str]) -> str:

@@ -21,6 +21,11 @@ from sinklm.train.__main__ import main as launched
         ),
         ("nothing", "no such command 'nothing'; see sinklm --help"),
         ("generate m p --top_k 3", "no such option --top_k: did you mean --top-k? See sinklm generate --help"),
+        ("export m -o e", "no such option -o: give the output without -o; see sinklm export --help"),
+        (
+            "generate m --prompt Hello",
+            "no such option --prompt: give the prompts without --prompt; see sinklm generate --help",
+        ),
         ("chat m --cahce 3", "no such option --cahce: did you mean --cache? See sinklm chat --help"),
         ("train --seed 3", "no such option --seed: write train.seed=3; see sinklm train --help"),
         ("train quickstart --lr=1e-3", "no such option --lr: write optimizer.lr=1e-3; see sinklm train --help"),
