@@ -77,7 +77,7 @@ class Configuration:
 def configurations(found: dict[str, Any]) -> list[Configuration]:
     """Compare the runs with a sink with the vanilla models that were trained on the same data.
 
-    Runs of whose data there is no vanilla model yet are left out.
+    Runs of whose data there is no vanilla model yet are left out, with a note.
 
     Raises:
         ValueError: runs were measured on other texts.
@@ -91,6 +91,8 @@ def configurations(found: dict[str, Any]) -> list[Configuration]:
     for run in runs:
         if run["row"] != "plain" and run["data_fingerprint"] in data:
             groups.setdefault((run["row"], run["is_frozen"], run["lr"]), []).append(run)
+    if num_left_out := len(runs) - len(plain) - sum(map(len, groups.values())):
+        print(f"left out: {num_left_out} runs, of whose data there is no vanilla model", file=sys.stderr)
     return [compared(group, plain, found["settings"]["window"]) for group in groups.values()]
 
 

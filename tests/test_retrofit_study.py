@@ -134,10 +134,11 @@ def test_the_picture_has_a_panel_for_each_reference_and_a_curve_for_each_configu
     assert mean.get_color() != random.get_color()
 
 
-def test_retrofits_are_compared_with_the_vanilla_models_of_their_own_data(load):
+def test_retrofits_are_compared_with_the_vanilla_models_of_their_own_data(load, capsys):
     other = {"data_fingerprint": "other"}
     runs = [plain(1, 16.0), result("mean", 1, [20.0, 18.0]), result("mean", 2, [20.0, 18.0], **other)]
-    (alone,) = compared(load, *runs)  # nothing to compare the second run with yet
+    (alone,) = compared(load, *runs)
+    assert capsys.readouterr().err == "left out: 1 runs, of whose data there is no vanilla model\n"
     assert alone.excess["continued"][1] == pytest.approx([12.5])
     second = result("plain", 2, [10.0, 9.0], **other)
     second["checkpoints"]["0"]["loss"] = 2.0
@@ -145,6 +146,7 @@ def test_retrofits_are_compared_with_the_vanilla_models_of_their_own_data(load):
     assert found.excess["untouched"][0] == pytest.approx([0.0, 100.0])
     assert found.excess["continued"][1] == pytest.approx([12.5, 100.0])
     assert found.cost["untouched"][0] == pytest.approx([0.0, 1.0])
+    assert capsys.readouterr().err == ""
 
 
 def test_retrofits_measured_on_other_texts_are_not_compared(load):
