@@ -31,7 +31,7 @@ def merge(
     """
     from ..console import Console
     from ..data.merge import merge_stores
-    from .prepare import print_summary
+    from .store_summary import print_summary
 
     console = Console()
     manifest = merge_stores(stores, output)
@@ -102,7 +102,7 @@ def inspect(
 def _show_summary(console: "Console", store: "TokenSource") -> None:
     from ..console import Console
     from ..data import TokenStore
-    from .prepare import print_summary
+    from .store_summary import print_summary
 
     if isinstance(store, TokenStore):
         print_summary(Console(), store.manifest, store.path)

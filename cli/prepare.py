@@ -8,10 +8,10 @@ import typer
 
 from ..console import Console
 from .options import Quiet, examples
+from .store_summary import print_summary
 
 if TYPE_CHECKING:
     from ..data.inputs import Inputs
-    from ..data.manifest import Manifest
     from ..data.prepare import PrepareProgress
 
 LINE_SECONDS = 15.0  # between progress lines if the output is not a terminal
@@ -178,68 +178,3 @@ def format_seconds(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def print_summary(console: Console, manifest: "Manifest", output: Path) -> None:
-    """Print a table by Pile set, largest first, the size of each split, and warnings."""
-    from rich import box
-    from rich.table import Table
-
-    from ..data.manifest import Counts, Split
-
-    sets: dict[str, Counts] = {}
-    total = Counts()
-    for split in manifest.splits.values():
-        total.add(split.total)
-        for name, counts in split.sets.items():
-            sets.setdefault(name, Counts()).add(counts)
-    held_out = manifest.splits.get("validation", Split(total=Counts(), sets={}, shards=[]))
-
-    table = Table(
-        title=f"Token store {output}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
-    )
-    table.add_column("set", no_wrap=True)
-    for heading in ("documents", "MB", "M tokens", "share", "held out"):
-        table.add_column(heading, justify="right", no_wrap=True)
-
-    def add_row(name: str, counts: Counts, num_held_out: int) -> None:
-        sizes = f"{counts.documents:,}", f"{counts.bytes / 1e6:,.1f}", f"{counts.tokens / 1e6:,.2f}"
-        table.add_row(name, *sizes, f"{counts.tokens / total.tokens:.1%}", f"{num_held_out:,}")
-
-    for name, counts in sorted(sets.items(), key=lambda item: -item[1].tokens):
-        add_row(name, counts, held_out.sets.get(name, Counts()).documents)
-    table.add_section()
-    add_row("all", total, held_out.total.documents)
-    console.print(table)
-    for name, split in manifest.splits.items():
-        console.print(f"{name}: {split.total.tokens:,} tokens", highlight=False)
-    if num_empty := sum(source.num_empty_files for source in manifest.sources):
-        console.print(f"Skipped {num_empty} empty text file{'s' * (num_empty != 1)}.")
-    if num_unknown := sum(source.num_unknown for source in manifest.sources):
-        console.print(
-            f"{num_unknown:,} of {total.tokens:,} tokens ({num_unknown / total.tokens:.3%}) are the unknown token, for "
-            "text that the tokenizer cannot represent; to keep it, use another one, such as a byte-level tokenizer.",
-            style="yellow",
-            soft_wrap=True,
-        )
-    nothing = [name for name in sorted(sets) if not held_out.sets.get(name, Counts()).documents]
-    if manifest.split_sets and manifest.validation_fraction and nothing and held_out.total.documents:
-        console.print(
-            f"No document was held out of {', '.join(nothing)}, so validation.by_set and sinklm eval perplexity leave "
-            f"{'it' if len(nothing) == 1 else 'them'} out; to change that, raise --validation-fraction.",
-            style="yellow",
-            soft_wrap=True,
-        )
-    remedy = "Prepare another folder with a {} --validation-fraction, or divide long texts into documents."
-    if total.documents == 1:
-        remedy = "A single document is not divided: divide the text into several files, or into lines of JSON."
-    if manifest.validation_fraction and not held_out.total.documents:
-        console.print(
-            "No document was held out for validation, which training requires unless validation.every_steps=null. "
-            + remedy.format("larger"),
-            style="yellow",
-        )
-    if held_out.total.documents == total.documents:
-        console.print(
-            f"All documents were held out, so no text is left to train on. {remedy.format('smaller')}", style="yellow"
-        )

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from rich.table import Table
 
-from sinklm.cli.prepare import print_summary
+from sinklm.cli.store_summary import print_summary
 from sinklm.console import Console
 from sinklm.data.manifest import Counts, Manifest, Split
 from sinklm.eval import decode_speed, perplexity, stream_eval, zero_shot

@@ -27,8 +27,9 @@ from tokenizers.models import BPE, Unigram, WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
-from sinklm.cli.prepare import describe, print_summary
+from sinklm.cli.prepare import describe
 from sinklm.cli.prepare import prepare as prepare_command
+from sinklm.cli.store_summary import print_summary
 from sinklm.data import TokenStore, find_inputs, open_store, prepare_store, tokenizing
 from sinklm.data import prepare as prepare_module
 from sinklm.data.inputs import read_documents

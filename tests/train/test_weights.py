@@ -12,7 +12,7 @@ import torch
 
 from sinklm.checkpoints import load_model
 from sinklm.checkpoints.export import export_model
-from sinklm.cli.prepare import print_summary
+from sinklm.cli.store_summary import print_summary
 from sinklm.console import Console
 from sinklm.data import SampleOrder, SetWindows, TokenStore, TokenWindows, WeightedOrder
 from sinklm.train.batches import open_windows, sample_order
