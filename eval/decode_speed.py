@@ -149,6 +149,8 @@ class CroppedCache:
         for layer in self.cache.layers:
             if getattr(layer, "is_sliding", False):  # a window of the model, which transformers keeps
                 continue
+            if layer.keys is None:  # the layer uses the keys of another one
+                continue
             layer.keys, layer.values = self._crop(layer.keys), self._crop(layer.values)
         return logits
 

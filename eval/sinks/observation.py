@@ -54,7 +54,7 @@ def observe(model: PreTrainedModel, ids: Tensor) -> list[Layer]:
             "Falcon-RW is not supported: transformers adds its ALiBi biases twice when it returns attention maps"
         )
     cache = _full_cache(model)
-    with _observed_attention(model) as queries:
+    with _observed_attention(model) as attended:
         outputs: Any = model(
             ids.to(model.device),
             use_cache=True,
@@ -64,24 +64,23 @@ def observe(model: PreTrainedModel, ids: Tensor) -> list[Layer]:
             **{CACHE: cache},
         )
     maps = getattr(outputs, "attentions", None) or ()
-    if not maps or any(attention is None for attention in maps) or len(maps) != len(cache.layers):
+    # The cache of DeepSeek has compressed states in place of keys and values.
+    inputs: Sequence[Inputs] = attended or [(None, layer.keys, layer.values) for layer in cache.layers]
+    if not maps or any(attention is None for attention in maps) or len(maps) != len(inputs):
         raise no_maps(model)
     states = outputs.hidden_states[: len(maps)]  # without the last, which is the normalised output
-    layer_queries: Sequence[Tensor | None] = queries or [None] * len(maps)
     rules = own_rules(decoder_of(model).config)
     return [
-        Layer(hidden_states, query, cached.keys, cached.values, attention, rule)
-        for hidden_states, query, cached, attention, rule in zip(
-            states, layer_queries, cache.layers, maps, rules, strict=True
-        )
+        Layer(hidden_states, *of_layer, attention, rule)
+        for hidden_states, of_layer, attention, rule in zip(states, inputs, maps, rules, strict=True)
     ]
 
 
 def observed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
-    """Call the eager attention of the module's family and record the queries."""
-    _queries.get().append(query)
+    """Call the eager attention of the module's family and record queries, keys and values."""
+    _attended.get().append((query, key, value))
     if "rule" in kwargs:
         eager = RULE_ATTENTION["eager"]
     else:
@@ -98,7 +97,8 @@ def eager_attention_of(attention: type[nn.Module]) -> Callable:
 
 
 OBSERVED = "sinklm_observed"  # as ``attn_implementation``
-_queries: ContextVar[list[Tensor]] = ContextVar("queries")
+Inputs = tuple[Tensor | None, Tensor, Tensor]  # queries, keys and values
+_attended: ContextVar[list[Inputs]] = ContextVar("attended")
 AttentionInterface.register(OBSERVED, observed_attention)
 AttentionMaskInterface.register(OBSERVED, eager_mask)
 register_column_attention(OBSERVED, observed_attention)
@@ -106,16 +106,16 @@ register_window_attention(OBSERVED, observed_attention)
 
 
 @contextmanager
-def _observed_attention(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Make a model compute attention maps; yields the queries of AttentionInterface."""
-    queries: list[Tensor] = []
+def _observed_attention(model: PreTrainedModel) -> Iterator[list[Inputs]]:
+    """Make a model compute attention maps; yields the inputs of AttentionInterface, by layer."""
+    attended: list[Inputs] = []
     users_choice = model.config._attn_implementation
     model.config._attn_implementation = OBSERVED
-    token = _queries.set(queries)
+    token = _attended.set(attended)
     try:
-        yield queries
+        yield attended
     finally:
-        _queries.reset(token)
+        _attended.reset(token)
         model.config._attn_implementation = users_choice
 
 

@@ -10,9 +10,10 @@ import torch
 from sinklm.cli.bench import _random_model, decode
 from sinklm.eval.decode_speed import CroppedCache, bytes_read, measure_decoding, results_table, step_times
 from sinklm.eval.plots import decoding_figure
+from sinklm.streaming.testing import random_model
 
 from ..eval.checkpoints import small_model, write_checkpoint
-from ..streaming import tiny
+from ..streaming import small_families, tiny
 
 
 def test_the_command_writes_table_json_and_picture(tmp_path, capsys):
@@ -82,6 +83,12 @@ def test_the_cropped_cache_keeps_its_size(num_sinks):
     assert keys.shape == first.shape
     assert torch.equal(keys[:, :, :4], first[:, :, :4])
     assert torch.equal(keys[:, :, 4:-5], first[:, :, 9:])
+
+
+def test_layers_that_use_the_keys_of_another_layer_are_measured():
+    model = random_model(small_families.config("gemma3n_text"))
+    rows = measure_decoding(model, 1, 6, 1, num_steps=2, bandwidth=1e9)
+    assert {row["method"] for row in rows} == {"streaming", "cropped cache", "re-computation", "floor"}
 
 
 def test_a_recipe_is_measured_with_its_sink():

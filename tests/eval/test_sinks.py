@@ -363,6 +363,18 @@ def test_what_is_observed_is_what_the_model_does(name):
     assert measure(model, ids).query_cosine.isfinite().all() == has_queries
 
 
+@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
+def test_keys_are_those_that_queries_meet_and_not_the_compressed_ones_of_a_cache(name):
+    model = random_model(small_families.config(name))
+    ids = families.random_ids(9, batch_size=2)
+    for block, layer in zip(model.model.layers, observe(model, ids), strict=True):
+        scores = layer.queries @ layer.keys.mT * block.self_attn.scaling
+        masked = scores.masked_fill(torch.ones(9, 9, dtype=torch.bool).triu(1), -math.inf)
+        torch.testing.assert_close(masked.softmax(-1), layer.attention)
+        assert layer.values.shape == (2, layer.keys.shape[1], 9, block.self_attn.v_head_dim)
+    assert measure(model, ids).query_cosine.isfinite().all()
+
+
 def test_models_without_right_maps_are_refused():
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", hidden_size=16, num_hidden_layers=1))
     with pytest.raises(ValueError, match="'mamba' are not supported: they do not return an attention map"):
