@@ -9,8 +9,9 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbeddin
 
 from sinklm.models import SinkGPTNeoXForCausalLM, fused_windows, windowed_attention
 from sinklm.models.config import SINK_KINDS
+from sinklm.models.windows import rules_of_pass
 
-from ..streaming.tiny import use_float64
+from ..streaming.tiny import YARN, use_float64
 from .plain_windows import use_plain_kernels
 from .test_modeling import pad
 from .tiny import FIRST_SINK, draw_sinks, plain_twin, sinks, text, tiny_model
@@ -62,6 +63,13 @@ def test_a_forward_pass_follows_the_streaming_rule(kind, num_kept):
     assert_near(single(ids).logits.double(), expected, 1e-5)
 
 
+def test_scaled_rotary_embeddings_follow_the_rule():
+    rope = YARN | {"partial_rotary_factor": 1.0}
+    model, ids = windowed_model(windows=[3, None], num_kept=2, rope_parameters=rope), text(1, 12)
+    assert model.gpt_neox.rotary_emb.attention_scaling > 1
+    assert_near(model(ids).logits, expected_logits(model, ids))
+
+
 @pytest.mark.parametrize("kind", SINK_KINDS)
 def test_gradients_of_all_parameters(kind):
     model, ids = windowed_model(kind, [3, None], num_kept=2), text(1, 9)
@@ -82,7 +90,7 @@ def test_a_window_changes_the_output():
         assert (other(ids).logits - logits).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("window", [1, 3, torch.tensor(3)], ids=["1", "3", "tensor"])
+@pytest.mark.parametrize("window", [1, 3, 6, torch.tensor(3)], ids=["1", "3", "6", "tensor"])
 def test_the_window_of_a_pass(window):
     model, ids = windowed_model(windows=[6, None, 6]), text(2, 12)
     assert_near(model(ids, window=window).logits, expected_logits(model, ids, int(window)))
@@ -99,6 +107,7 @@ def test_the_window_of_a_pass(window):
         ("3", "window is '3': pass an int"),
         (torch.tensor([2]), r"window is a tensor of shape \(1,\)"),
         (torch.tensor(2.0), "torch.float32 on cpu: pass a 0-dimensional int64 tensor on the CPU"),
+        (torch.tensor(2, device="meta"), "torch.int64 on meta: pass a 0-dimensional int64 tensor on the CPU"),
     ],
 )
 def test_other_windows_of_a_pass_are_an_error(window, message):
@@ -121,9 +130,12 @@ def test_padding_changes_nothing(kind, num_kept, side, attention):
         assert_near(logits[row][mask[row] == 1], expected_logits(model, tokens)[0])
 
 
+@pytest.mark.parametrize("has_kernels", [False, True])
 @pytest.mark.parametrize("make", [DynamicCache, StaticCache])
 @pytest.mark.parametrize(("kind", "num_kept"), [("none", 2), ("token", 2), ("logit", 1)])
-def test_a_cache_gives_the_logits_of_one_forward_pass(kind, num_kept, make):
+def test_a_cache_gives_the_logits_of_one_forward_pass(kind, num_kept, make, has_kernels, monkeypatch):
+    if has_kernels:
+        fuse(monkeypatch)
     model, rows = windowed_model(kind, [3, None], num_kept), [text(1, 11), text(1, 8)]
     ids, mask = pad(rows, "left")
     for given in (None, mask):
@@ -137,7 +149,12 @@ def test_a_cache_gives_the_logits_of_one_forward_pass(kind, num_kept, make):
         assert_near(torch.cat(logits)[-len(expected) :], expected)
 
 
-@pytest.mark.parametrize(("make", "num_fused"), [(DynamicCache, 2), (StaticCache, 0)])
+def grown_cache(config):
+    """A cache without a configuration adds its layers when they are used."""
+    return DynamicCache()
+
+
+@pytest.mark.parametrize(("make", "num_fused"), [(DynamicCache, 2), (grown_cache, 2), (StaticCache, 0)])
 def test_prompts_without_padding_use_the_fused_pass(make, num_fused, monkeypatch):
     """Also a later one. No mask of the prompt's length squared is made."""
     fuse(monkeypatch)
@@ -156,6 +173,13 @@ def test_prompts_without_padding_use_the_fused_pass(make, num_fused, monkeypatch
             logits.append(model(piece, attention_mask=seen_mask, past_key_values=cache).logits)
         assert len(calls) == num_fused
         assert_near(torch.cat(logits, dim=1), expected)
+
+
+def test_a_step_does_not_wait_for_the_mask():
+    """Only that of a prompt is read. Values on the meta device cannot be read."""
+    model = windowed_model(dtype=torch.float32).to("meta")
+    step, mask = torch.empty(1, 1, 48, device="meta"), torch.ones(1, 1, device="meta")
+    assert not rules_of_pass(model.config, model.gpt_neox.rotary_emb, step, mask)[4].is_dense
 
 
 @pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}, {"num_beams": 2}], ids=str)
@@ -195,6 +219,7 @@ def test_attention_that_would_ignore_the_windows_is_an_error():
         model(text(1, 5), attention_mask=torch.ones(1, 1, 5, 5))
     with pytest.raises(ValueError, match="one text in each row: position_ids must be consecutive and start at 0"):
         model(text(1, 5), position_ids=torch.tensor([[0, 1, 2, 0, 1]]))
+    assert model(text(2, 5), position_ids=torch.arange(5).expand(2, -1)).logits.isfinite().all()
 
 
 def test_gradient_checkpointing_changes_no_gradient():
@@ -233,6 +258,8 @@ def test_a_plain_folder_loads_with_windows_and_a_sink(tmp_path):
 @pytest.mark.parametrize("kind", ["none", "token", "logit", "kv_bias", "gate", "head_gate"])
 def test_the_fused_passes_are_those_of_the_mask(kind, monkeypatch):
     model, ids = windowed_model(kind, [3, None, 6], num_kept=2), text(2, 12)
+    rules = rules_of_pass(model.config, model.gpt_neox.rotary_emb, model.gpt_neox.embed_in(ids))
+    assert all(rule.is_dense for rule in rules.values())
     gradients = []
     for is_fused in (False, True):
         if is_fused:
@@ -269,11 +296,13 @@ def test_a_compiled_step_equals_the_eager_one_and_takes_any_window(kind, checkpo
         model.train()
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    # Neither is read in a compiled step, which would break its graph.
+    given = {"position_ids": torch.arange(11)[None]} if is_fused else {"attention_mask": torch.ones(2, 11)}
     for window in (6, 2, 3):
         gradients = []
         for forward in (model, compiled):
             model.zero_grad()
-            settings = {"skip_logits": True, "use_cache": False, "window": torch.tensor(window)}
+            settings = {"skip_logits": True, "use_cache": False, "window": torch.tensor(window)} | given
             with torch.compiler.set_stance("default" if window == 6 else "fail_on_recompile"):
                 forward(sample[:, :-1], labels=sample, **settings).loss.backward()
             gradients.append([parameter.grad.clone() for parameter in model.parameters()])

@@ -14,7 +14,8 @@ def windowed_logits(model, ids: torch.Tensor, window: int | None = None) -> torc
     """
     config, decoder = model.config, model.gpt_neox
     head_size = config.hidden_size // config.num_attention_heads
-    score = rotary_score(inverse_frequencies(config), head_size**-0.5)
+    scaling = head_size**-0.5 * decoder.rotary_emb.attention_scaling**2  # YaRN scales both tables
+    score = rotary_score(inverse_frequencies(config), scaling)
     x = decoder.embed_in(ids)
     for layer, own_window in zip(decoder.layers, config.windows, strict=True):
         # With full attention, every key is within the window.
