@@ -134,11 +134,17 @@ def _check_rotary(name: str, rope: dict[str, Any], path: Path) -> None:
 
 
 def _check_sizes(config: PreTrainedConfig, path: Path) -> None:
-    for key in SIZES:  # under the names of other model types too, such as n_embd
-        _check_size(key, getattr(config, key, None), path)
-    heads, size = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
-    if isinstance(heads, int) and isinstance(size, int) and getattr(config, "head_dim", None) is None and size % heads:
-        raise ValueError(f"{path}: hidden_size {size} is not a multiple of num_attention_heads {heads}: correct one")
+    # A configuration whose layers differ, such as that of Gemma 4, refuses to give their sizes.
+    for layer in config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]:
+        for key in SIZES:  # under the names of other model types too, such as n_embd
+            _check_size(key, getattr(layer, key, None), path)
+        heads, size = getattr(layer, "num_attention_heads", None), getattr(layer, "hidden_size", None)
+        if not isinstance(heads, int) or not isinstance(size, int):
+            continue
+        if getattr(layer, "head_dim", None) is None and size % heads:
+            raise ValueError(
+                f"{path}: hidden_size {size} is not a multiple of num_attention_heads {heads}: correct one"
+            )
 
 
 def _check_size(key: str, value: Any, path: Path) -> None:
