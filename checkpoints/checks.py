@@ -111,7 +111,7 @@ def _check_values(values: dict[str, Any], path: Path) -> None:
         if key in ACTIVATIONS and isinstance(value, str) and value not in ACT2FN:
             raise ValueError(f"{path}: {key} is {value!r}: transformers has no such activation function")
         if key in ("dtype", "torch_dtype") and value is not None and not isinstance(value, dict):
-            dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else None
+            dtype = getattr(torch, value, None) if isinstance(value, str) else None
             if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
                 raise ValueError(f"{path}: {key} is {value!r}: it must be float32, bfloat16 or float16")
     for key in ("rope_parameters", "rope_scaling"):
@@ -121,10 +121,9 @@ def _check_values(values: dict[str, Any], path: Path) -> None:
 
 def _check_rotary(name: str, rope: dict[str, Any], path: Path) -> None:
     kind = rope.get("rope_type", rope.get("type", "default"))
-    is_known = isinstance(kind, str) and kind in ("default", *ROPE_INIT_FUNCTIONS)
-    if name == "rope_parameters" and not is_known:  # `rope_scaling` has older names, which transformers maps
-        known = ", ".join(("default", *ROPE_INIT_FUNCTIONS))
-        raise ValueError(f"{path}: {name}.rope_type is {kind!r}: it must be one of {known}")
+    known = ("default", *ROPE_INIT_FUNCTIONS)
+    if name == "rope_parameters" and kind not in known:  # `rope_scaling` has older names, which transformers maps
+        raise ValueError(f"{path}: {name}.rope_type is {kind!r}: it must be one of {', '.join(known)}")
     limits = {"rope_theta": math.inf, "partial_rotary_factor": 1, "factor": math.inf}
     for key, largest in limits.items():
         value = rope.get(key)

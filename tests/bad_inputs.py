@@ -1,5 +1,6 @@
 """Bad inputs, and the message for each, as data. `test_bad_inputs` gives them to the commands."""
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -84,6 +85,12 @@ MODELS = [
         "a binary config", GENERATE, r".*config\.json is not JSON .*: copy it again .*", write("config.json", b"\xff\0")
     ),
     Case("a nested config", GENERATE, r".*config\.json is not JSON .*too deeply.*", write("config.json", "[" * 10**5)),
+    Case(
+        "a huge config",
+        GENERATE,
+        r".*config\.json has 67,108,865 bytes, too many for such a file: copy the right file",
+        lambda model: os.truncate(model / "config.json", 2**26 + 1),
+    ),
     Case("a config that is a list", GENERATE, r".*config\.json is not a JSON object .*", write("config.json", "[]")),
     Case("an unknown type", GENERATE, r".*config\.json: .* no model_type 'x': use .*", config(model_type="x")),
     Case("foreign code", GENERATE, r".* no model_type 'evil': use .*; the code .* is never run", with_code),
@@ -130,13 +137,50 @@ MODELS = [
         config(num_hidden_layers=1),
     ),
     Case(
+        "10,001 layers",
+        GENERATE,
+        r".*: num_hidden_layers is 10001: it must be a whole number from 1 to 10,000",
+        config(num_hidden_layers=10_001),
+    ),
+    Case(
+        "too many labels",
+        GENERATE,
+        r".*: num_labels is 1000001: it must be .* 1 to 1,000,000",
+        config(num_labels=10**6 + 1),
+    ),
+    Case("half a size", GENERATE, r".*: hidden_size is 48\.5: it must be a whole number .*", config(hidden_size=48.5)),
+    Case(
+        "no size of another family",
+        GENERATE,
+        r".*: hidden_size is 0: it must be a whole number .*",
+        write("config.json", '{"model_type": "gpt2", "n_embd": 0}'),
+    ),
+    Case(
+        "heads of another family that do not divide",
+        GENERATE,
+        r".*: hidden_size 10 is not a multiple of num_attention_heads 3: correct one",
+        write("config.json", '{"model_type": "gpt2", "n_embd": 10, "n_head": 3}'),
+    ),
+    Case(
         "an unknown activation",
         GENERATE,
         r".*: hidden_act is 'x': .* no such activation function",
         config(hidden_act="x"),
     ),
+    Case(
+        "two activations",
+        GENERATE,
+        r".*config\.json is not a valid configuration: .*hidden_act.* list .*; correct it, .*",
+        config(hidden_act=["gelu", "relu"]),
+    ),
     Case("a dtype of integers", GENERATE, r".*: dtype is 'int8': it must be float32, .*", config(dtype="int8")),
     Case("a dtype that does not exist", GENERATE, r".*: dtype is 'load': it must be float32, .*", config(dtype="load")),
+    Case(
+        "a dtype as Python prints it",
+        GENERATE,
+        r".*: dtype is 'torch\.float16': it must be float32, .*",
+        config(dtype="torch.float16"),
+    ),
     Case("a dtype that is a number", GENERATE, r".*: dtype is 16: it must be float32, .*", config(dtype=16)),
     Case(
         "a vocabulary of 10",
@@ -157,6 +201,33 @@ MODELS = [
         config(rope_parameters={"rope_theta": float("inf")}),
     ),
     Case(
+        "an angle in words",
+        GENERATE,
+        r".*: rope_parameters\.rope_theta is 'x': it must be .*",
+        config(rope_parameters={"rope_theta": "x"}),
+    ),
+    Case(
+        "an unknown kind of rotation",
+        GENERATE,
+        r".*: rope_parameters\.rope_type is 'x': it must be one of default, .*",
+        config(rope_parameters={"rope_type": "x", "rope_theta": 10000.0}),
+    ),
+    *(
+        Case(
+            f"{part} of a head to rotate",
+            GENERATE,
+            rf".*: rope_parameters\.partial_rotary_factor is {part}: it must be a finite number above 0 and at most 1",
+            config(rope_parameters={"rope_theta": 10000.0, "partial_rotary_factor": part}),
+        )
+        for part in (0, 1.5)
+    ),
+    Case(
+        "a negative epsilon",
+        GENERATE,
+        r".*: layer_norm_eps is -1e-05: it must be .*, and an epsilon at least 0",
+        config(layer_norm_eps=-1e-5),
+    ),
+    Case(
         "a NaN epsilon",
         GENERATE,
         r".*: layer_norm_eps is nan: it must be a finite number.*",
@@ -171,6 +242,15 @@ MODELS = [
     Case("truncated weights", GENERATE, r"the weights in .* are damaged .*: copy them again.*", truncated),
     Case(
         "empty weights", GENERATE, r"the weights in .* are damaged .*: copy them again", write("model.safetensors", "")
+    ),
+    Case(
+        "a huge header",
+        GENERATE,
+        r"the weights in .* are damaged .* length of 67,108,865 bytes, in a file of 134,217,728\): copy .*",
+        lambda model: [
+            write("model.safetensors", (2**26 + 1).to_bytes(8, "little"))(model),
+            os.truncate(model / "model.safetensors", 2**27),
+        ],
     ),
     Case(
         "a pointer of git LFS",
