@@ -93,6 +93,9 @@ MODELS = [
     ),
     Case("a config that is a list", GENERATE, r".*config\.json is not a JSON object .*", write("config.json", "[]")),
     Case("an unknown type", GENERATE, r".*config\.json: .* no model_type 'x': use .*", config(model_type="x")),
+    Case(
+        "a type that is a list", GENERATE, r".*config\.json: .* no model_type \['x'\]: use .*", config(model_type=["x"])
+    ),
     Case("foreign code", GENERATE, r".* no model_type 'evil': use .*; the code .* is never run", with_code),
     Case(
         "a kernel of the Hub",
@@ -102,7 +105,10 @@ MODELS = [
     ),
     Case("no hidden size", GENERATE, r".*: hidden_size is 0: it must be a whole number .*", config(hidden_size=0)),
     Case(
-        "a huge hidden size", GENERATE, r".*: hidden_size is 1000000000000: it must be .*", config(hidden_size=10**12)
+        "a huge hidden size",
+        GENERATE,
+        r".*: hidden_size is 10+: it must be .* from 1 to 2,147,483,647",
+        config(hidden_size=10**12),
     ),
     Case("a negative size", GENERATE, r".*: intermediate_size is -3: it must be .*", config(intermediate_size=-3)),
     Case("no heads", GENERATE, r".*: num_attention_heads is 0: it must be .*", config(num_attention_heads=0)),
@@ -197,7 +203,7 @@ MODELS = [
     Case(
         "an infinite angle",
         GENERATE,
-        r".*: rope_parameters\.rope_theta is inf: it must be .*",
+        r".*: rope_parameters\.rope_theta is inf: it must be a finite number above 0",
         config(rope_parameters={"rope_theta": float("inf")}),
     ),
     Case(
@@ -287,7 +293,7 @@ MODELS = [
         "an index with numbers",
         GENERATE,
         r".*index\.json has no weight_map from tensors to files: copy it again from the model",
-        with_index({DENSE: 1}),
+        with_index({DENSE: 1, "more": "model.safetensors"}),
     ),
     Case(
         "an index of another folder's files",

@@ -24,6 +24,9 @@ from ..streaming import small_families
         {"dtype": {"text_config": "bfloat16"}},
         {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 1}},
         {"rope_scaling": {"type": "mrope"}},
+        {"attn_implementation": "eager"},
+        {"model_type": "mamba", "num_attention_heads": None},
+        {"model_type": "qwen3", "num_attention_heads": 3, "head_dim": 8},
     ],
     ids=str,
 )
@@ -56,10 +59,34 @@ def test_files_of_weights_are_in_the_order_of_their_names(tmp_path):
         save_file({name: torch.zeros(3, ord(name[0]))}, tmp_path / name)
     (tmp_path / checks.INDEX).write_text(json.dumps({"weight_map": dict(zip(names, names, strict=True))}))
     assert checks.weight_files(tmp_path) == [tmp_path / name for name in sorted(names)]
+    GPTNeoXConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
+    checks.checked_config(str(tmp_path))  # the pickle is not the only form of the weights
     assert checks.weight_shapes(tmp_path) == {name: (3, ord(name[0])) for name in names}
     (tmp_path / names[0]).write_bytes(bytes(20))
     with pytest.raises(ValueError, match=r"the weights in .* are damaged .*: copy them again"):
         checks.weight_shapes(tmp_path)
+
+
+def test_missing_files_are_errors_of_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no file named model\.safetensors"):
+        checks.weight_shapes(tmp_path)
+    with pytest.raises(OSError, match="find them in the cached files"):
+        checks.checked_config("nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    ("info", "message"),
+    [
+        ({"missing_keys": ["b", "a"]}, "lack a, which"),
+        ({"mismatched_keys": [("b", [1], [2]), ("a", [3], [4])]}, r"have a of shape \(3,\), .* needs \(4,\)"),
+        ({"unexpected_keys": ["b", "a"]}, "contain a, which"),
+    ],
+)
+def test_the_first_of_several_wrong_weights_is_named(info, message):
+    info = {"missing_keys": [], "mismatched_keys": [], "unexpected_keys": []} | info
+    with pytest.raises(ValueError, match=message):
+        checks.check_names(GPTNeoXConfig(), info, "folder")
 
 
 @pytest.mark.parametrize(("key", "is_extra"), [("layers.1.q", False), ("layers.2.q", True), ("rotary.x", False)])
