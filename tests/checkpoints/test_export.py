@@ -14,10 +14,12 @@ import torch
 import yaml
 from hypothesis import given
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from sinklm.checkpoints import full_attention as module_of_windows
 from sinklm.checkpoints import load_model, load_tokenizer
+from sinklm.checkpoints.checks import weight_files
 from sinklm.checkpoints.export import export_model, is_export
 from sinklm.checkpoints.folders import CheckpointState
 from sinklm.checkpoints.full_attention import full_attention_cost, use_full_attention
@@ -91,16 +93,20 @@ def test_a_value_too_large_for_float16_is_an_error_that_leaves_nothing(tmp_path)
         ValueError, match=r"layers\.0\.mlp\.dense_h_to_4h\.weight has values too large for float16: use"
     ):
         export_model(checkpoint, tmp_path / "export", dtype="float16")
+    with pytest.raises(ValueError, match=r"dtype is 'int8': choose from auto, float32, bfloat16, float16"):
+        export_model(checkpoint, tmp_path / "export", dtype="int8")
     assert [item.name for item in tmp_path.iterdir()] == ["checkpoint"]
 
 
 @pytest.mark.parametrize("num_sinks", [0, 1, 2])
 def test_configuration_is_in_the_old_and_the_new_form(tmp_path, num_sinks):
-    folder = export_model(make_checkpoint(tmp_path / "checkpoint", num_sinks), tmp_path / "export")
+    model = small_model(num_sinks, use_cache=False)  # as in a training
+    folder = export_model(write_checkpoint(tmp_path / "checkpoint", model), tmp_path / "export")
     config = json.loads((folder / "config.json").read_text())
     generation = json.loads((folder / "generation_config.json").read_text())
-    sink_ids = small_model(num_sinks).config.sink_token_ids
+    sink_ids = model.config.sink_token_ids
 
+    assert config["use_cache"] is True
     assert config["model_type"] == "gpt_neox"
     assert config["architectures"] == ["GPTNeoXForCausalLM"]
     assert config["rotary_pct"] == config["rope_parameters"]["partial_rotary_factor"] == 0.25
@@ -108,7 +114,7 @@ def test_configuration_is_in_the_old_and_the_new_form(tmp_path, num_sinks):
     assert config["dtype"] == config["torch_dtype"] == "float32"
     assert config["bos_token_id"] == generation["bos_token_id"] == (sink_ids[0] if num_sinks else 0)
     assert config["eos_token_id"] == generation["eos_token_id"] == 0
-    assert generation.get("suppress_tokens", []) == sink_ids
+    assert generation.get("suppress_tokens") == (sink_ids or None)
     assert "rope_scaling" not in config
 
 
@@ -142,6 +148,9 @@ def test_tokenizer_puts_the_sinks_first_and_changes_nothing_else(tmp_path, num_s
     sinks, ids = small_model(num_sinks).config.sink_token_ids, trained(TEXT)["input_ids"]
 
     assert exported(TEXT)["input_ids"] == sinks + ids
+    assert exported(TEXT, TEXT)["input_ids"] == sinks + ids + ids
+    offsets = exported(TEXT, return_offsets_mapping=True)["offset_mapping"]
+    assert offsets == [(0, 0)] * num_sinks + trained(TEXT, return_offsets_mapping=True)["offset_mapping"]
     assert exported(TEXT, add_special_tokens=False)["input_ids"] == ids
     assert exported.decode(exported(TEXT)["input_ids"], skip_special_tokens=True) == TEXT
     assert exported.convert_ids_to_tokens(sinks) == sink_names(num_sinks)
@@ -150,6 +159,30 @@ def test_tokenizer_puts_the_sinks_first_and_changes_nothing_else(tmp_path, num_s
     padded = exported(["a", TEXT], padding=True, padding_side="left", return_tensors="pt")
     first_real = int(padded["attention_mask"][0].argmax())
     assert padded["input_ids"][0, first_real : first_real + num_sinks].tolist() == sinks
+
+
+@pytest.mark.parametrize("num_sinks", [0, 1])
+def test_settings_that_change_the_tokens_of_a_text_are_left_out(tmp_path, num_sinks):
+    """A tokenizer without a post-processor, which truncates and pads."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", num_sinks)
+    tokenizer = small_tokenizer().from_str(small_tokenizer().to_str())
+    expected = small_model(num_sinks).config.sink_token_ids + tokenizer.encode(TEXT).ids
+    tokenizer.post_processor = None
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=99)
+    tokenizer.save(str(checkpoint / "tokenizer.json"))
+    exported = Tokenizer.from_file(str(export_model(checkpoint, tmp_path / "export") / "tokenizer.json"))
+    assert exported.encode(TEXT).ids == expected
+
+
+def test_large_weights_are_several_files_that_others_may_read(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("sinklm.checkpoints.export.LARGEST_SHARD", "50KB")
+    folder = export_model(checkpoint, tmp_path / "export")
+    files = weight_files(folder)
+    assert len(files) > 1
+    assert {path.stat().st_mode for path in files} == {(folder / "config.json").stat().st_mode}
+    trained, exported = load_model(checkpoint).state_dict(), load_model(folder).state_dict()
+    assert all(torch.equal(exported[name], weight) for name, weight in trained.items())
 
 
 def test_export_loads_as_a_plain_model(checkpoint, tmp_path):
@@ -306,6 +339,13 @@ def test_a_failure_midway_leaves_nothing(checkpoint, tmp_path, monkeypatch):
         export_model(checkpoint, tmp_path / "export")
     assert not (tmp_path / "export").exists()
     assert hidden_files(tmp_path) == []
+
+
+@pytest.mark.parametrize("config", [None, "{", "[]", '{"model_type": "gpt_neox"}', '{"sink": {}}'])
+def test_other_folders_are_no_exports(config, tmp_path):
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    assert is_export(tmp_path) is False
 
 
 def test_files_of_a_killed_export_are_deleted(checkpoint, tmp_path):
@@ -514,6 +554,8 @@ def test_a_refused_export_measures_nothing(windowed_checkpoint, tmp_path, monkey
     for write in (export_model, export_gguf):
         with pytest.raises(ValueError, match=r"has sink.kind 'zero'"):
             write(arm, tmp_path / "new", full_attention=True)
+        with pytest.raises(ValueError, match="has 2 windowed layers, which neither"):
+            write(windowed_checkpoint, tmp_path / "new")
 
 
 @pytest.mark.parametrize(
