@@ -21,7 +21,8 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     monkeypatch.setattr("sinklm.data.prepare.ProcessPoolExecutor", InProcessPool)
     # The second file has one document, so it has no file in one of the splits.
     counts = (30, 1, 25)
-    return [write_json_lines(tmp_path / f"{i}.jsonl.zst", records(i, count)) for i, count in enumerate(counts)]
+    texts = [records(i, count, set_names=("A", "Ä")) for i, count in enumerate(counts)]
+    return [write_json_lines(tmp_path / f"{i}.jsonl.zst", rows) for i, rows in enumerate(texts)]
 
 
 def prepare(inputs: list[Path], output: Path, tokenizer_file: Path, **settings: object) -> Path:
@@ -78,7 +79,7 @@ def test_after_an_interruption_the_same_call_completes_it(
         merge_stores(parts[1:], tmp_path / "merged")
     merge_stores(parts, tmp_path / "merged")
     assert content(tmp_path / "merged") == whole
-    merge_stores(parts, tmp_path / "merged")  # it is done
+    assert merge_stores(parts, tmp_path / "merged") == TokenStore(tmp_path / "merged").manifest  # it is done
     assert content(tmp_path / "merged") == whole
     with pytest.raises(ValueError, match="merged: exists already"):
         merge_stores(parts[1:], tmp_path / "merged")
@@ -172,6 +173,14 @@ def test_stores_that_do_not_belong_together_are_refused(
     with pytest.raises(ValueError, match=r"mine: contains notes\.txt, which is not part of an unfinished merge"):
         merge_stores([a, b], tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    with pytest.raises(ValueError, match=r"notes\.txt: is not a folder; choose another"):
+        merge_stores([a, b], tmp_path / "mine/notes.txt")
+    for unlike in (Path.touch, lambda path: path.symlink_to(a / "tokenizer.json")):
+        shutil.rmtree(tmp_path / "mine")
+        (tmp_path / "mine").mkdir()
+        unlike(tmp_path / "mine/tokenizer.json")
+        with pytest.raises(ValueError, match=r"mine: contains tokenizer\.json, which is not part of an unfinished"):
+            merge_stores([a, b], tmp_path / "mine")
     assert not output.exists()
 
     for number, message in (
