@@ -17,6 +17,8 @@ from sinklm.models.float8 import (
 )
 from sinklm.models.fused_layer import linear_but_bias_gradient
 
+from .tiny import tiny_model
+
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
@@ -116,6 +118,32 @@ def test_zeros_have_finite_products():
     assert torch.equal(out, layer.bias.expand_as(out))
     assert not states.grad.any()
     assert not layer.weight.grad.any()
+
+
+def test_a_layer_without_bias_has_the_products_of_one_with_zeros():
+    layers = [float8_layer(16, 16, "cpu", torch.bfloat16) for _ in range(2)]
+    layers[1].weight = layers[0].weight
+    layers[0].bias, layers[1].bias.data = None, torch.zeros(16, dtype=torch.bfloat16)
+    states = torch.randn(16, 16, dtype=torch.bfloat16)
+    outputs = [layer(states) for layer in layers]
+    assert torch.equal(*outputs)
+    gradients = [torch.autograd.grad(out.sum(), layers[0].weight)[0] for out in outputs]
+    assert torch.equal(*gradients)
+
+
+def test_a_given_peak_is_not_computed_again():
+    layer = float8_layer(16, 16, "cpu", torch.bfloat16)
+    assert not layer(torch.ones(16, 16, dtype=torch.bfloat16), peak=torch.tensor(float("inf"))).isfinite().any()
+
+
+def test_the_linear_layers_of_the_blocks_are_in_float8_and_not_the_head():
+    model = tiny_model()
+    model.gpt_neox.layers[0].attention.dense = nn.Identity()
+    use_float8(model)
+    in_float8 = {name for name, module in model.named_modules() if type(module) is Float8Linear}
+    products = {"attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"}
+    expected = {f"gpt_neox.layers.{i}.{name}" for i in range(2) for name in products}
+    assert in_float8 == expected - {"gpt_neox.layers.0.attention.dense"}
 
 
 def test_evaluation_is_that_of_a_plain_layer():
