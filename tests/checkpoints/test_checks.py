@@ -48,6 +48,7 @@ def test_integers_are_weights_of_a_quantized_model(is_quantized, tmp_path):
     quantization = {"quantization_config": {"quant_method": "gptq", "bits": 8}} if is_quantized else {}
     GPTNeoXConfig(num_hidden_layers=1, **quantization).save_pretrained(tmp_path)
     save_file({"a.weight": torch.ones(2, dtype=torch.int8)}, tmp_path / "model.safetensors")
+    (tmp_path / "pytorch_model.bin").touch()  # not the only form of the weights
     refused = pytest.raises(ValueError, match=r"a\.weight of type I8, .*no quantization_config: convert them")
     with nullcontext() if is_quantized else refused:
         checks.checked_config(str(tmp_path))
@@ -61,7 +62,7 @@ def test_files_of_weights_are_in_the_order_of_their_names(tmp_path):
     assert checks.weight_files(tmp_path) == [tmp_path / name for name in sorted(names)]
     GPTNeoXConfig(num_hidden_layers=1).save_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
-    checks.checked_config(str(tmp_path))  # the pickle is not the only form of the weights
+    checks.checked_config(str(tmp_path))
     assert checks.weight_shapes(tmp_path) == {name: (3, ord(name[0])) for name in names}
     (tmp_path / names[0]).write_bytes(bytes(20))
     with pytest.raises(ValueError, match=r"the weights in .* are damaged .*: copy them again"):
