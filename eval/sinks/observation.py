@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel, cache_utils
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from ...models.attention import (
@@ -23,6 +22,9 @@ from ...models.cache_argument import CACHE
 from ...streaming.layers import own_rules
 from ...streaming.rule import StreamShape
 from ...streaming.wrappers import decoder_of
+
+# Stands for a layer that uses the keys of another one. Older caches leave out such layers.
+NO_KEYS = getattr(cache_utils, "DummyLayer", ())
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def observe(model: PreTrainedModel, ids: Tensor) -> list[Layer]:
 
     Raises:
         ValueError: the model has no attention maps (linear attention, state spaces), or
-            transformers returns wrong ones.
+            transformers returns wrong ones, or it has several residual streams.
     """
     if model.config.model_type == "falcon" and model.config.alibi:
         raise ValueError(
@@ -69,6 +71,10 @@ def observe(model: PreTrainedModel, ids: Tensor) -> list[Layer]:
     if not maps or any(attention is None for attention in maps) or len(maps) != len(inputs):
         raise no_maps(model)
     states = outputs.hidden_states[: len(maps)]  # without the last, which is the normalised output
+    if states[0].ndim != 3:
+        raise ValueError(
+            f"models of type {model.config.model_type!r} are not supported: they have several residual streams"
+        )
     rules = own_rules(decoder_of(model).config)
     return [
         Layer(hidden_states, *of_layer, attention, rule)
@@ -126,9 +132,9 @@ def _full_cache(model: PreTrainedModel) -> DynamicCache:
         ValueError: some layers have no keys (linear attention, state spaces).
     """
     cache = DynamicCache(config=model.config)
-    if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+    if not all(isinstance(layer, (cache_utils.DynamicLayer, NO_KEYS)) for layer in cache.layers):
         raise no_maps(model)
-    cache.layers = [DynamicLayer() for _ in cache.layers]
+    cache.layers = [layer if isinstance(layer, NO_KEYS) else cache_utils.DynamicLayer() for layer in cache.layers]
     return cache
 
 

@@ -19,8 +19,7 @@ COMMANDS = {
 }
 REFUSED = {
     ("falcon:rw", "eval sinks"): "transformers adds its ALiBi biases twice",
-    ("gemma3n_text", "eval sinks"): "they do not return an attention map for each layer",
-    ("gemma4_text", "eval sinks"): "they do not return an attention map for each layer",
+    ("gemma3n_text", "eval sinks"): "they have several residual streams",
 }
 
 

@@ -363,15 +363,18 @@ def test_what_is_observed_is_what_the_model_does(name):
     assert measure(model, ids).query_cosine.isfinite().all() == has_queries
 
 
-@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
-def test_keys_are_those_that_queries_meet_and_not_the_compressed_ones_of_a_cache(name):
+@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3", "gemma4_text"])
+def test_keys_are_those_that_queries_meet_and_not_those_of_the_cache(name):
+    """DeepSeek's cache compresses them, and layers of Gemma 4 use those of other layers."""
     model = random_model(small_families.config(name))
     ids = families.random_ids(9, batch_size=2)
     for block, layer in zip(model.model.layers, observe(model, ids), strict=True):
-        scores = layer.queries @ layer.keys.mT * block.self_attn.scaling
-        masked = scores.masked_fill(torch.ones(9, 9, dtype=torch.bool).triu(1), -math.inf)
-        torch.testing.assert_close(masked.softmax(-1), layer.attention)
-        assert layer.values.shape == (2, layer.keys.shape[1], 9, block.self_attn.v_head_dim)
+        attention = block.self_attn
+        keys = layer.keys.repeat_interleave(layer.queries.shape[1] // layer.keys.shape[1], dim=1)
+        is_hidden = ~torch.tensor(seen_keys(9, layer.rule))
+        scores = (layer.queries @ keys.mT * attention.scaling).masked_fill(is_hidden, -math.inf)
+        torch.testing.assert_close(scores.softmax(-1), layer.attention)
+        assert layer.values.shape[-1] == getattr(attention, "v_head_dim", layer.keys.shape[-1])
     assert measure(model, ids).query_cosine.isfinite().all()
 
 
@@ -381,6 +384,8 @@ def test_models_without_right_maps_are_refused():
         observe(model, families.random_ids(4))
     with pytest.raises(ValueError, match="Falcon-RW is not supported: transformers adds its ALiBi biases twice"):
         observe(families.build(families.config("falcon:rw")), families.random_ids(4))
+    with pytest.raises(ValueError, match="'gemma3n_text' are not supported: they have several residual streams"):
+        observe(random_model(small_families.config("gemma3n_text")), families.random_ids(4))
 
 
 def test_sequences_longer_than_the_model_are_refused():
