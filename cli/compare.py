@@ -33,7 +33,7 @@ def compare(
     Writes compare.md, compare.csv, compare.json and compare.png.
     """
     from ..eval.compare import compare as compare_runs
-    from ..eval.compare_output import csv_text, markdown, plot_comparison, results_table
+    from ..eval.compare_output import csv_text, legend, markdown, plot_comparison, results_table
     from ..files import check_writable, write_json, write_text
 
     console = Console(is_quiet=quiet)
@@ -46,7 +46,8 @@ def compare(
     if plot_comparison(comparison, output / "compare.png"):
         paths.append(output / "compare.png")
     console.print(results_table(comparison, "Comparison", console.width))
-    console.print("± one standard error; p: paired, over the same examples")
+    if signs := legend(comparison):
+        console.print(signs)
     for note in comparison.notes:
         console.warn(note)
     print_results(console, paths)

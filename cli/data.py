@@ -92,6 +92,8 @@ def inspect(
         _show_samples(console, opened, recipe, list(overrides or ()), sample, step, text)
     if document is None and recipe is None:
         _show_summary(console, opened)
+    if not verify and document is None and recipe is None:
+        console.print("only the sizes of the files were checked; --verify also compares their checksums")
     if verify:
         is_checked = isinstance(opened, TokenStore)
         console.print(

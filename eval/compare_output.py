@@ -68,8 +68,19 @@ def markdown(comparison: Comparison) -> str:
     """Return a table in Markdown, with the notes below it."""
     header, rows = _cells(comparison)
     text = markdown_table(header, rows, 3)
-    text += "\n\nDifferences are ± one standard error; p: paired, over the same examples.\n"
-    return text + "".join(f"\n- {note}" for note in comparison.notes) + ("\n" if comparison.notes else "")
+    if signs := legend(comparison):
+        text += f"\n\n{signs}"
+    return text + "\n" + "".join(f"\n- {note}" for note in comparison.notes) + ("\n" if comparison.notes else "")
+
+
+def legend(comparison: Comparison) -> str:
+    """Return what ± and p in the table mean, if it has them."""
+    differences = [found for row in comparison.rows for found in row.differences if found is not None]
+    errors = [value.stderr for row in comparison.rows for value in row.values if value is not None]
+    errors += [found.stderr for found in differences]
+    signs = ["± one standard error"] * any(error is not None for error in errors)
+    signs += ["p: paired, over the same examples"] * any(found.is_paired for found in differences)
+    return "; ".join(signs)
 
 
 def csv_text(comparison: Comparison) -> str:

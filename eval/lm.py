@@ -128,8 +128,8 @@ def as_lm(
         options: those of lm-eval's ``HFLM`` in `LM_ARGUMENTS`.
 
     Raises:
-        ValueError: an option is unknown, has a wrong value or no effect here, or the model has too
-            few positions for ``max_length``.
+        ValueError: an option is unknown, has a wrong value or no effect here, the model has too few
+            positions for ``max_length``, or the tokenizer has no token to put before a text.
     """
     _check_options(options)
     sink_ids = sink_config(model.config).sink_token_ids
@@ -157,6 +157,11 @@ def as_lm(
         ours = {"add_bos_token": False, "prefix_token_id": model.config.eos_token_id}
         lm = CheckedLM(pretrained=model, max_length=num_positions, **common, **(ours | options))
     else:
+        if tokenizer.bos_token_id is tokenizer.eos_token_id is None:
+            raise ValueError(
+                "the tokenizer has no begin-of-text and no end-of-text token, one of which stands before each text: "
+                'set "eos_token" in tokenizer_config.json'
+            )
         lm = CheckedLM(pretrained=model, max_length=num_positions, **common, **options)
     _join_processes(lm)
     return lm

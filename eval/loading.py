@@ -45,11 +45,13 @@ def is_causal(model: PreTrainedModel) -> bool:
 def open_store_of(path: Path, tokenizer: PreTrainedTokenizerBase) -> TokenSource:
     """Open a token store, or pre-shuffled rows, that was made with a model's tokenizer.
 
+    Files that are new, or have changed since the last check, are compared with their checksums.
+
     Raises:
         FileNotFoundError: there is no store.
-        ValueError: the store was made with another tokenizer.
+        ValueError: the store was made with another tokenizer, or is damaged.
     """
-    store = open_store(path, verify="size")
+    store = open_store(path)
     ids = Tokenizer.from_file(str(store.tokenizer_path)).get_vocab()
     known = tokenizer.get_vocab()
     if any(known.get(token) != i for token, i in ids.items()):

@@ -56,7 +56,7 @@ def warn_if_untrained(model: Any, shape: StreamShape, num_cached: int, block_siz
     num_kept = trained_windows(config).get("num_kept") or 0
     if shape.num_kept < num_kept:
         warnings.warn(
-            f"the windowed layers were trained with {num_kept} kept tokens and this cache keeps {shape.num_kept}: use "
-            f"num_kept={num_kept} or more",
+            f"the windowed layers were trained with {num_kept} kept token{'s' * (num_kept > 1)}, and this cache keeps "
+            f"{shape.num_kept}: use num_kept={num_kept} or more",
             stacklevel=3,
         )

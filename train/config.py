@@ -235,7 +235,7 @@ class ValidationSection(Section):
     """The loss on held-out text, and what is measured with it."""
 
     every_steps: Count | None = Field(default=1000, description="steps between validations; null: no validation")
-    num_samples: Count = Field(default=512, description="samples from the start of the validation split; at most all")
+    num_samples: Count = Field(default=512, description="samples, evenly spaced in the validation split; at most all")
     by_set: bool = Field(
         default=False,
         description="also measure the loss of each set, over as many samples; for stores made with `--split-sets`",

@@ -57,7 +57,7 @@ def _sets_with_samples(store: TokenStore, plan: Plan) -> set[str]:
 def validation_loss(
     engine: "DeepSpeedEngine", windows: TokenWindows, num_samples: int, plan: Plan, world: World
 ) -> float:
-    """Return the mean loss over the first ``num_samples`` windows. Every rank calls it.
+    """Return the mean loss over ``num_samples`` evenly spaced windows. Every rank calls it.
 
     All ranks process the same number of micro-batches of equal size, because ZeRO-3 gathers weights
     collectively and the compiled model has a fixed batch size. Missing samples are replaced by
@@ -71,7 +71,8 @@ def validation_loss(
         first = start + world.rank * micro_batch_size
         chosen = np.arange(first, first + micro_batch_size)
         counts = chosen < num_samples
-        samples = read_samples(windows, np.where(counts, chosen, 0), pin=False).to(engine.device)
+        spread = np.where(counts, chosen, 0) * len(windows) // num_samples
+        samples = read_samples(windows, spread, pin=False).to(engine.device)
         labels = samples.masked_fill(~torch.from_numpy(counts).to(engine.device)[:, None], IGNORED)
         num_counted = int(counts.sum())
         losses = list(pass_losses(engine, samples, labels, plan, num_samples=num_counted, window=plan.largest_window))

@@ -15,7 +15,7 @@ from sinklm.cli.compare import compare as command
 from sinklm.cli.evaluate import streaming, zero_shot
 from sinklm.console import Console
 from sinklm.eval.compare import Difference, compare, difference
-from sinklm.eval.compare_output import comparison_figure, csv_text, markdown, results_table
+from sinklm.eval.compare_output import comparison_figure, csv_text, legend, markdown, results_table
 from sinklm.eval.saved_reports import Value, read_run
 
 from .reports import streamed, write_perplexity, write_stream_eval, write_streamed, write_zero_shot
@@ -274,6 +274,7 @@ def test_streaming_qa_is_paired_by_question(tmp_path):
         path.write_text(json.dumps({"questions_sha256": {"arc_easy": "x"}, "results": [result]}))
         names.append(str(path))
     found = row_of(compare(names), "stream-qa", "arc_easy, 4+60", "exact match").differences[1]
+    assert legend(compare(names)) == "± one standard error; p: paired, over the same examples"
     assert (found.value, found.is_paired) == (0.25, True)
     assert found.stderr == pytest.approx(statistics.stdev([0, -1, 1, 1]) / 2)
 
@@ -314,8 +315,10 @@ def test_counts_have_no_decimals_and_all_other_numbers_have(tmp_path):
     sinks = [str(RESULTS / f"sinks-{name}.json") for name in ("vanilla", "smollm2")]
     row = "| sinks | all positions | massive activations | 0 | 24 |"
     assert row in markdown(compare(sinks))
+    assert legend(compare(sinks)) == ""
     zero_shot = [str(write_zero_shot(tmp_path / name, [1.0, 1.0])) for name in "ab"]
     assert "| zero-shot | piqa | acc | 1.0000 ± 0.0500 | 1.0000 ± 0.0500 |" in markdown(compare(zero_shot))
+    assert "\n\n± one standard error; p: paired, over the same examples\n" in markdown(compare(zero_shot))
 
 
 def test_the_picture_of_an_earlier_comparison_is_deleted(tmp_path, capsys):

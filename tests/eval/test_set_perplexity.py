@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import hypothesis.strategies as st
@@ -166,6 +167,14 @@ def test_the_command_reports_each_set(tmp_path, checkpoints, store, capsys):
     assert report["length"] == load_model(checkpoints[1]).config.max_position_embeddings
     assert report["store_fingerprint"] == open_store(store).fingerprint
     assert f"{report['results'][1]['perplexity']:,.2f}" in capsys.readouterr().out
+
+
+def test_a_damaged_store_is_not_scored(checkpoints, store, tmp_path):
+    damaged = shutil.copytree(store, tmp_path / "damaged")
+    path = next((damaged / "validation").glob("*.bin"))
+    path.write_bytes(bytes(byte ^ 7 for byte in path.read_bytes()))
+    with pytest.raises(ValueError, match=rf"{path.name}.*checksum"):
+        perplexity(str(checkpoints[1]), damaged, output=tmp_path)
 
 
 def test_sets_that_are_not_apart_are_refused(checkpoints, store):

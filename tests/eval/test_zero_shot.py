@@ -10,7 +10,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from sinklm.checkpoints import load_model, load_tokenizer
 from sinklm.checkpoints.export import export_model
@@ -279,6 +279,9 @@ def test_model_arguments_reach_lm_eval(checkpoints):
     assert as_lm(gpt2, tokenizer, max_length=64).max_length == 64
     with pytest.raises(ValueError, match="--max-length is 65, but the model has only 64 positions: lower it"):
         as_lm(gpt2, tokenizer, max_length=65)
+    no_text = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(ValueError, match=r"no begin-of-text and no end-of-text token, .*: set \"eos_token\" in"):
+        as_lm(gpt2, no_text)
     with pytest.raises(ValueError, match="no effect on a model with sink tokens"):
         as_lm(model, tokenizer, add_bos_token=True)
     with pytest.raises(ValueError, match="max_batch_size has no effect with --batch-size 4: leave out one"):

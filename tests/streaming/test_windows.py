@@ -198,7 +198,8 @@ def test_a_cache_larger_than_the_trained_length_warns_only_if_a_layer_has_it():
 @pytest.mark.parametrize(("kind", "num_kept", "given"), [("none", 4, 1), ("token", 1, 0)])
 def test_fewer_kept_tokens_than_the_windowed_layers_were_trained_with_give_a_warning(kind, num_kept, given):
     model = windowed(kind, "hybrid", num_kept)
-    expected = f"trained with {num_kept} kept tokens and this cache keeps {given}: use num_kept={num_kept} or more"
+    kept = "1 kept token" if num_kept == 1 else f"{num_kept} kept tokens"
+    expected = f"trained with {kept}, and this cache keeps {given}: use num_kept={num_kept} or more"
     with pytest.warns(UserWarning, match=expected):
         StreamingCache.for_model(model, num_kept=given, window=20)
     with warnings.catch_warnings(action="error"):
