@@ -6,6 +6,7 @@ import netrc
 import os
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -99,20 +100,32 @@ class WandbRun:
             wandb.teardown()  # otherwise it retries and prints errors when Python exits
 
 
-def _start_wandb(config: TrainingConfig, run_dir: Path, on_failure: Callable[[Exception], None]) -> Any:
-    """Start or resume the wandb run of a folder. Returns None if it is disabled, or failed."""
-    mode: Literal["auto", "online", "offline", "disabled"] | None = config.wandb.mode
+def check_wandb(config: TrainingConfig) -> Literal["online", "offline", "disabled"] | None:
+    """Return the mode of wandb; None: it reads its own environment variable.
+
+    Raises:
+        ValueError: wandb is not installed, or the mode is ``online`` without a login.
+    """
+    mode = config.wandb.mode
     if mode == "disabled" or os.environ.get("WANDB_MODE") == "disabled":
-        return None
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError("wandb is not installed: `pip install wandb`, or set wandb.mode=disabled") from error
+        return "disabled"
+    if find_spec("wandb") is None:
+        raise ValueError("wandb is not installed: `pip install wandb`, or set wandb.mode=disabled")
     setting, wanted = ("wandb.mode", mode) if mode != "auto" else ("WANDB_MODE", os.environ.get("WANDB_MODE"))
     if wanted == "online" and not is_logged_in():
         raise ValueError(f"{setting}=online, but you are not logged in: run `wandb login`, or set {setting}=offline")
-    if mode == "auto":  # wandb reads the environment itself
-        mode = None if wanted else "online" if is_logged_in() else "offline"
+    if mode != "auto":
+        return mode
+    return None if wanted else "online" if is_logged_in() else "offline"
+
+
+def _start_wandb(config: TrainingConfig, run_dir: Path, on_failure: Callable[[Exception], None]) -> Any:
+    """Start or resume the wandb run of a folder. Returns None if it is disabled, or failed."""
+    mode = check_wandb(config)
+    if mode == "disabled":
+        return None
+    import wandb
+
     try:
         return wandb.init(
             # Of what is None, wandb reads a variable of its own, such as WANDB_ENTITY.

@@ -36,6 +36,7 @@ from .engine import check_precision, compiles, make_engine
 from .hosts import check_same, check_settings, check_shared, has_other_copy, say_ranks
 from .launch import SameOnAllRanks, World, connected
 from .loop import TrainingLoop
+from .metrics import check_wandb
 from .plan import Plan
 from .progress import RunProgress
 from .ranks import own_rank
@@ -166,6 +167,8 @@ def _set_up(config: TrainingConfig, world: World, held: ExitStack, trust_checkpo
     check_settings(config, world)
     with world.all_or_none():
         check_precision(config, world.device)
+        if world.is_main:
+            check_wandb(config)
     world.mark("opening the data")
     run_dir = Path(config.train.run_dir or "")
     store = _open_store(config, world)

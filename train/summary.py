@@ -1,6 +1,7 @@
 """The description of a run at its start, and its cost for ``--dry-run``."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from .config import TrainingConfig
 from .disk import checkpoint_bytes, checkpoints_kept, run_bytes
 from .engine import check_precision
 from .memory import GIB, count_muon_parameters, estimate_memory, size_text
+from .metrics import check_wandb
 from .plan import Plan
 from .progress import human
 from .recipe import config_yaml, saved_values
@@ -153,7 +155,7 @@ def dry_run(config: TrainingConfig) -> None:
     """
     store = open_store(config.data.path, verify="size") if config.data.path else None
     resumed = preview_resume(config, store.fingerprint if store else None)
-    missing = [missing_float8(config)]
+    missing = [missing_float8(config), _not_here(lambda: check_wandb(config))]
     try:
         tokenizer_size = store.tokenizer_size if store else _assumed_tokenizer_size(config, resumed is not None)
         plan = Plan(config, 1, tokenizer_size)
@@ -185,8 +187,12 @@ def _assumed_tokenizer_size(config: TrainingConfig, is_resumed: bool) -> int:
 
 def missing_float8(config: TrainingConfig) -> str | None:
     """Return a line if this machine cannot train with the recipe's float8, and None otherwise."""
+    return _not_here(lambda: check_precision(config, torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+
+
+def _not_here(check: Callable[[], object]) -> str | None:
     try:
-        check_precision(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        check()
     except ValueError as error:
         return f"Not on this machine: {error}"
     return None

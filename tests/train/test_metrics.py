@@ -14,6 +14,7 @@ import pytest
 from sinklm.train.metrics import MetricsFile, WandbRun, is_logged_in
 from sinklm.train.progress import RunProgress, Speedometer, human
 from sinklm.train.recipe import load_config
+from sinklm.train.run import train
 
 
 def test_a_resumed_run_has_every_step_once(tmp_path):
@@ -173,6 +174,15 @@ def test_wandb_online_requires_a_login(wandb_asked, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "online")
     with pytest.raises(ValueError, match=r"^WANDB_MODE=online, but .* or set WANDB_MODE=offline"):
         wandb_run(tmp_path, "auto")
+
+
+def test_a_missing_login_is_named_before_the_run_has_a_folder_and_by_a_dry_run(wandb_asked, recipe, tmp_path, capsys):
+    settings = ["wandb.mode=online", f"train.run_dir={tmp_path / 'run'}"]
+    with pytest.raises(ValueError, match="you are not logged in: run `wandb login`"):
+        train(recipe, settings)
+    assert not (tmp_path / "run").exists()
+    train(recipe, settings, only_describe=True)
+    assert "Not on this machine: wandb.mode=online, but you are" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_login_is_found_where_wandb_puts_it(wandb_asked, tmp_path):
