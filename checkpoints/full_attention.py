@@ -38,7 +38,7 @@ class AttentionCost(NamedTuple):
     stderr: float | None
 
     def __str__(self) -> str:
-        difference = f"{self.full - self.windowed:+.3f}"
+        difference = f"{self.full - self.windowed:+z.3f}"
         if self.stderr is not None:
             difference += f" ± {self.stderr:.3f}, one standard error over {self.num_samples} samples"
         return (
