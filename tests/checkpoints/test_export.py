@@ -533,7 +533,7 @@ def test_windows_are_exported_as_full_attention_only_on_request(
     )
     assert f"is {cost.full:.3f} nats per token, and {cost.windowed:.3f} with the windows that the model was" in card
     assert (
-        f"({cost.full - cost.windowed:+z.3f} ± {cost.stderr:.3f}, one standard error over {cost.num_samples} sam" in card
+        f"({cost.full - cost.windowed:+z.3f} ± {cost.stderr:.3f}, one standard error over {cost.num_samples} " in card
     )
     assert "num_kept=1, window=3" in card
 
